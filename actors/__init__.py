@@ -1,0 +1,1 @@
+"""The policy acting: models, KV-cached decoding, and the sampler role."""

@@ -1,0 +1,1 @@
+"""Policies and tokenizers, and strict loading of their checkpoints."""

@@ -1,0 +1,1 @@
+"""The wire: messages between processes, packed weights, and the fleet of roles that Ray runs."""

@@ -1,0 +1,21 @@
+"""Errors that a user can act on. `main` functions print them without a traceback."""
+
+
+class TesseraError(Exception):
+    """Base of every error whose message says what failed, where, and what to do."""
+
+
+class ConfigError(TesseraError, ValueError):
+    """A configuration value is unknown, malformed or impossible."""
+
+
+class CheckpointError(TesseraError):
+    """A file of tensors, a snapshot or a checkpoint is missing, damaged or of another model."""
+
+
+class FleetError(TesseraError):
+    """A role of the fleet failed, or did not answer in time."""
+
+
+class DataError(TesseraError):
+    """Images, conditions or scores are not what they should be."""

@@ -1,0 +1,187 @@
+"""Messages between the roles: immutable, numpy payloads, no torch and no ray.
+
+Shapes: K rollouts in a group, T tokens in a rollout, D feature dimensions, H and W pixels.
+
+    SampleRequest --> sampler --> RolloutGroup + images (K, H, W, 3) uint8
+    images + request --> reward server --> GroupScores
+    learner --> WeightSnapshot --> every sampler
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Guidance = Literal["none", "guided", "distil"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSpec:
+    """Which distribution tokens are drawn from, and whose log-probability is learned.
+
+    Order of the transforms: guidance, temperature, top-k, top-p, softmax (renormalised).
+
+    guidance:
+        none    sample and learn the conditional policy; needs cfg_scale = 1
+        guided  the policy *is* the mixture uncond + cfg_scale * (cond - uncond)
+        distil  sample the mixture, learn the conditional policy (the paper's public code); the ratio
+                is then not 1 on-policy
+    """
+
+    temperature: float = 1.0
+    """Divides the logits; > 0."""
+    top_k: int = 0
+    """Keep the k most likely tokens (ties at rank k stay); 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches p; in (0, 1], 1 keeps all."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance scale; 1 is no guidance."""
+    guidance: Guidance = "none"
+    """none | guided | distil, see the class."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, found {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (0 keeps every token), found {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], found {self.top_p}")
+        if not self.cfg_scale >= 0:
+            raise ValueError(f"cfg_scale must be >= 0, found {self.cfg_scale}")
+        if self.guidance not in ("none", "guided", "distil"):
+            raise ValueError(f"guidance must be none, guided or distil, found {self.guidance!r}")
+        if self.guidance == "none" and self.cfg_scale != 1:
+            raise ValueError(
+                f"cfg_scale {self.cfg_scale} has no effect with guidance 'none': "
+                "choose guidance 'guided' or 'distil', or leave cfg_scale at 1"
+            )
+
+    @property
+    def guided_sampling(self) -> bool:
+        """Whether decoding needs the unconditional branch."""
+        return self.guidance != "none" and self.cfg_scale != 1
+
+    def learned(self) -> SamplingSpec:
+        """The spec whose log-probabilities the learner computes (differs under `distil` only)."""
+        if self.guidance != "distil":
+            return self
+        return SamplingSpec(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """What an image is asked to show: a class of the policy, and the words for it."""
+
+    text: str
+    """Read by text-image scorers, and by caption-conditional policies."""
+    class_index: int | None = None
+    """Row of the class table, for class-conditional policies and classifiers."""
+
+
+class RequestKey(NamedTuple):
+    """Identity of a group. The uniforms that decode it are a function of this and the run's seed."""
+
+    stream: str
+    iteration: int
+    group: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """Ask a sampler for one group: K rollouts of one condition."""
+
+    stream: str
+    """What the group is for: "train", "moments", "evaluate", "gallery". Streams never share noise."""
+    iteration: int
+    group: int
+    """Number of the group within its iteration."""
+    condition: Condition
+    num_rollouts: int
+    seed: int
+    """The run's seed."""
+    spec: SamplingSpec
+    panel: str = "rewards"
+    """Which panel of scorers judges the images: "rewards" or "judge"."""
+
+    def __post_init__(self) -> None:
+        if self.num_rollouts < 1:
+            raise ValueError(f"num_rollouts must be >= 1, found {self.num_rollouts}")
+        if min(self.iteration, self.group, self.seed) < 0:
+            raise ValueError("iteration, group and seed must be >= 0")
+
+    @property
+    def key(self) -> RequestKey:
+        return RequestKey(self.stream, self.iteration, self.group)
+
+
+class Span(NamedTuple):
+    """One phase of one worker, in seconds since the epoch: an event of the timeline."""
+
+    worker: str
+    phase: str
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """K rollouts of one condition, as a sampler drew them (the images travel apart)."""
+
+    request: SampleRequest
+    version: int
+    """Policy version that drew the tokens."""
+    tokens: np.ndarray
+    """(K, T) int32, raster order."""
+    logprobs: np.ndarray
+    """(K, T) float32: behaviour logprobs, after guidance, temperature and filters."""
+    entropies: np.ndarray
+    """(K, T) float32, nats: entropy of the distribution each token was drawn from."""
+    spans: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupScores:
+    """What a reward server says of one group. Row k belongs to rollout k."""
+
+    key: RequestKey
+    scores: dict[str, np.ndarray]
+    """Scorer name -> (K,) float32; NaN where `errors` has a message."""
+    features: np.ndarray
+    """(K, D) float32; rows of failed images are NaN."""
+    errors: tuple[str | None, ...]
+    """Per image: None, or what went wrong. A failed image never carries a made-up score."""
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def valid(self) -> np.ndarray:
+        """(K,) bool: which images were scored."""
+        return np.array([error is None for error in self.errors], dtype=bool)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """A group with its scores: what the learner's side works with."""
+
+    rollouts: RolloutGroup
+    scores: GroupScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSnapshot:
+    """A state dict on the wire: see `cluster.weights`."""
+
+    version: int
+    manifest: bytes
+    """msgpack: names, dtypes, shapes, offsets, checksum."""
+    buffer: np.ndarray = field(repr=False)
+    """(n,) uint8, every tensor 64-byte aligned. Read-only where it lies in shared memory."""
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.buffer.nbytes)

@@ -1,0 +1,133 @@
+"""Files of tensors: locating them, reading and writing safetensors, strict loading into a module."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cluster.errors import CheckpointError
+
+PACKAGE = "package://"
+CONFIG_KEY = "config"
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The file behind a path.
+
+    `package://learner.miniature/networks/policy.safetensors` names a file shipped inside an
+    installed package. It is resolved where it is used, so every node of a cluster finds its own.
+
+    Raises:
+        CheckpointError: no such file.
+    """
+    text = os.fspath(path)
+    if text.startswith(PACKAGE):
+        package, _, inside = text.removeprefix(PACKAGE).partition("/")
+        try:
+            file = Path(str(importlib.resources.files(package).joinpath(inside)))
+        except ModuleNotFoundError as error:
+            raise CheckpointError(f"{text}: no package named {package!r} is installed") from error
+    else:
+        file = Path(text).expanduser()
+    if not file.is_file():
+        raise CheckpointError(f"{text}: no such file (looked at {file.absolute()})")
+    return file
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The architecture stored in a safetensors file's header; no tensor is read."""
+    with _open(path) as file:
+        return _config(path, file.metadata())
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU."""
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> None:
+    """Write a safetensors file whose header carries `config` (JSON)."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, os.fspath(path), metadata={CONFIG_KEY: json.dumps(dict(config))})
+
+
+def load_strict(
+    module: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    source: str,
+    *,
+    ignore: Collection[str] = (),
+) -> None:
+    """Load a state dict and accept nothing but an exact fit.
+
+    Args:
+        source: the file's name, for the error.
+        ignore: prefixes of tensors that the file may hold and this module does not want.
+
+    Raises:
+        CheckpointError: names the first missing or unexpected tensor, or the wrong shape.
+    """
+    wanted = module.state_dict()
+    given = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in wanted or not name.startswith(tuple(ignore))
+    }
+    missing = [name for name in wanted if name not in given]
+    unexpected = [name for name in given if name not in wanted]
+    if missing or unexpected:
+        raise CheckpointError(_misfit(module, source, missing, unexpected))
+    for name, tensor in given.items():
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{source}: tensor {name!r} has shape {tuple(tensor.shape)}, but "
+                f"{type(module).__name__} expects {tuple(wanted[name].shape)}: "
+                "is this the file of another model size?"
+            )
+    module.load_state_dict(given, strict=True)
+
+
+def _misfit(
+    module: torch.nn.Module, source: str, missing: list[str], unexpected: list[str]
+) -> str:
+    parts = [f"{source} does not fit {type(module).__name__}:"]
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing, the first is {missing[0]!r}")
+        close = difflib.get_close_matches(missing[0], unexpected, n=1)
+        if close:
+            parts.append(f"(the file has {close[0]!r})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} tensors are unexpected, the first is {unexpected[0]!r}")
+    return " ".join(parts)
+
+
+def _open(path: str | os.PathLike[str]) -> Any:
+    file = locate(path)
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file ({error}); fetch or build it again"
+        ) from error
+
+
+def _config(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    text = (metadata or {}).get(CONFIG_KEY)
+    if text is None:
+        raise CheckpointError(
+            f"{os.fspath(path)}: the file's header has no {CONFIG_KEY!r} entry with the "
+            "architecture; was it written by this program?"
+        )
+    return json.loads(text)

@@ -20,27 +20,28 @@ PACKAGE = "package://"
 CONFIG_KEY = "config"
 
 
-def locate(path: str | os.PathLike[str]) -> Path:
-    """The file behind a path.
+def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
+    """The file (or directory) behind a path.
 
     `package://learner.miniature/networks/policy.safetensors` names a file shipped inside an
     installed package. It is resolved where it is used, so every node of a cluster finds its own.
 
     Raises:
-        CheckpointError: no such file.
+        CheckpointError: nothing of that kind is there.
     """
     text = os.fspath(path)
     if text.startswith(PACKAGE):
         package, _, inside = text.removeprefix(PACKAGE).partition("/")
         try:
-            file = Path(str(importlib.resources.files(package).joinpath(inside)))
+            place = Path(str(importlib.resources.files(package).joinpath(inside)))
         except ModuleNotFoundError as error:
             raise CheckpointError(f"{text}: no package named {package!r} is installed") from error
     else:
-        file = Path(text).expanduser()
-    if not file.is_file():
-        raise CheckpointError(f"{text}: no such file (looked at {file.absolute()})")
-    return file
+        place = Path(text).expanduser()
+    if not (place.is_dir() if directory else place.is_file()):
+        kind = "directory" if directory else "file"
+        raise CheckpointError(f"{text}: no such {kind} (looked at {place.absolute()})")
+    return place
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

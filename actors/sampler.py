@@ -1,0 +1,101 @@
+"""The sampler role: holds a policy's weights and answers requests with groups of rollouts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from actors.decode import decode_tokens, rollout_uniforms
+from actors.models.loading import PolicyConfig, TokenizerConfig, load_decoder, load_policy
+from actors.models.vq import to_uint8
+from cluster.errors import CheckpointError, FleetError
+from cluster.messages import RolloutGroup, SampleRequest, Span, WeightSnapshot
+from cluster.weights import load_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """A sampler's models and device."""
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    device: str = "cpu"
+    num_threads: int = 1
+
+
+class Sampler:
+    """Decodes groups with the weights it was last given."""
+
+    def __init__(self, config: SamplerConfig, name: str = "sampler") -> None:
+        self.name = name
+        self.version = -1  # no weights yet: it refuses to serve
+        self._device, self._threads = config.device, config.num_threads
+        self._policy = load_policy(config.policy, weights=False, device=config.device)
+        self._decoder = load_decoder(config.tokenizer, device=config.device)
+        self._grid = round(self._policy.num_tokens**0.5)
+
+    def load_weights(self, snapshot: WeightSnapshot) -> int:
+        """Take up a snapshot; returns its version.
+
+        Raises:
+            CheckpointError: damaged, older than what is held, or of another architecture.
+        """
+        if snapshot.version < self.version:
+            raise CheckpointError(
+                f"{self.name} holds version {self.version} and refuses the older {snapshot.version}"
+            )
+        load_weights(self._policy, snapshot)
+        self.version = snapshot.version
+        return self.version
+
+    def sample(self, request: SampleRequest) -> tuple[RolloutGroup, np.ndarray]:
+        """Decode one group.
+
+        Returns:
+            The rollouts, and their images (K, H, W, 3) uint8: apart, because they travel apart.
+
+        Raises:
+            FleetError: no weights were loaded yet.
+        """
+        if self.version < 0:
+            raise FleetError(f"{self.name} was asked to sample before it was given weights")
+        torch.set_num_threads(self._threads)
+        start = time.time()
+        uniforms = rollout_uniforms(
+            request.seed, request.key, request.num_rollouts, self._policy.num_tokens
+        )
+        decoded = decode_tokens(
+            self._policy,
+            self._conditions(request),
+            torch.from_numpy(uniforms).to(self._device),
+            request.spec,
+        )
+        middle = time.time()
+        images = self._images(decoded.tokens)
+        end = time.time()
+        group = RolloutGroup(
+            request=request,
+            version=self.version,
+            tokens=decoded.tokens.to(torch.int32).cpu().numpy(),
+            logprobs=decoded.logprobs.cpu().numpy(),
+            entropies=decoded.entropies.cpu().numpy(),
+            spans=(Span(self.name, "sample", start, middle), Span(self.name, "decode", middle, end)),
+        )
+        return group, images
+
+    def _conditions(self, request: SampleRequest) -> torch.Tensor:
+        index = request.condition.class_index
+        if index is None:
+            raise FleetError(
+                f"this policy is class-conditional, but the condition {request.condition.text!r} "
+                "has no class_index"
+            )
+        return torch.full((request.num_rollouts,), index, device=self._device)
+
+    @torch.inference_mode()
+    def _images(self, tokens: torch.Tensor) -> np.ndarray:
+        """(K, T) tokens -> (K, H, W, 3) uint8."""
+        return to_uint8(self._decoder(tokens.view(-1, self._grid, self._grid))).cpu().numpy()

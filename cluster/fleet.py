@@ -1,0 +1,124 @@
+"""The fleet of roles, behind one surface: `InlineFleet` in this process, `RayFleet` on a cluster.
+
+    submit(requests) -> ticket          ask for groups, to be sampled and scored
+    collect(ticket) -> [ScoredGroup]    wait for them, in the order of the requests
+    broadcast() -> version              the learner's weights to every sampler
+    learner, moments                    the two roles that exist once
+
+Whatever happens below this surface (which sampler drew a group, in what order they came in), the
+same requests give the same groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import NewType, Protocol, Self
+
+import numpy as np
+
+from cluster.errors import TesseraError
+from cluster.messages import SampleRequest, ScoredGroup
+from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, SamplerRole
+
+Ticket = NewType("Ticket", int)
+
+
+class StopRequested(TesseraError):
+    """The user asked the run to stop while it waited for groups."""
+
+
+class Fleet(Protocol):
+    """See the module."""
+
+    @property
+    def learner(self) -> LearnerRole: ...
+
+    @property
+    def moments(self) -> MomentsRole: ...
+
+    @property
+    def restarts(self) -> int:
+        """How many lost workers were replaced so far."""
+        ...
+
+    def submit(self, requests: Sequence[SampleRequest]) -> Ticket: ...
+
+    def collect(self, ticket: Ticket) -> list[ScoredGroup]: ...
+
+    def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
+        """Images (K, H, W, 3) uint8 of each request, unscored: for galleries, not for training."""
+        ...
+
+    def features(self, images: np.ndarray, panel: str) -> np.ndarray:
+        """Features (N, D) float32 of real images (N, H, W, 3) uint8, in a panel's space."""
+        ...
+
+    def fingerprint(self, panel: str) -> str:
+        """Names the feature network of a panel."""
+        ...
+
+    def broadcast(self) -> int: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class InlineFleet:
+    """Every role in this process, one after another: for debugging, tests and small machines."""
+
+    restarts = 0
+
+    def __init__(self, plan: FleetPlan, should_stop: Callable[[], bool] = lambda: False) -> None:
+        def build(index: int = 0, *, role: str) -> object:
+            spec = getattr(plan, role)
+            return spec.factory(spec.config, name=spec.worker_name(index))
+
+        self._should_stop = should_stop
+        self.learner: LearnerRole = build(role="learner")  # type: ignore[assignment]
+        self.moments: MomentsRole = build(role="moments_server")  # type: ignore[assignment]
+        self._sampler: SamplerRole = build(role="sampler")  # type: ignore[assignment]
+        self._server: RewardServerRole = build(role="reward_server")  # type: ignore[assignment]
+        self._submitted: dict[Ticket, list[SampleRequest]] = {}
+        self._tickets = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._submitted.clear()
+
+    def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
+        self._tickets += 1
+        ticket = Ticket(self._tickets)
+        self._submitted[ticket] = list(requests)
+        return ticket
+
+    def collect(self, ticket: Ticket) -> list[ScoredGroup]:
+        groups = []
+        for request in self._submitted.pop(ticket):
+            if self._should_stop():
+                raise StopRequested("stopped while sampling")
+            rollouts, images = self._sampler.sample(request)
+            groups.append(
+                ScoredGroup(rollouts=rollouts, scores=self._server.score(request, images))
+            )
+        return groups
+
+    def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
+        return [self._sampler.sample(request)[1] for request in requests]
+
+    def features(self, images: np.ndarray, panel: str) -> np.ndarray:
+        return self._server.features(images, panel)
+
+    def fingerprint(self, panel: str) -> str:
+        return self._server.fingerprint(panel)
+
+    def broadcast(self) -> int:
+        return self._sampler.load_weights(self.learner.snapshot())

@@ -1,0 +1,58 @@
+"""How a fleet fits a machine or cluster: pure arithmetic, so that a plan can be shown and tested."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cluster.errors import ConfigError
+from cluster.roles import FleetPlan
+
+SMALLEST_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What every worker of one role reserves."""
+
+    role: str
+    count: int
+    num_cpus: float
+    num_gpus: float
+    device: str
+    num_threads: int
+
+
+def place(plan: FleetPlan, cpus: float, gpus: float) -> list[Placement]:
+    """Turn "an equal share" into numbers, and check that everything fits.
+
+    Workers that name no CPUs share what the others leave; more workers than cores is fine.
+
+    Raises:
+        ConfigError: more is asked for than there is.
+    """
+    fixed = sum(role.count * role.resources.num_cpus for role in plan.roles)
+    sharing = sum(role.count for role in plan.roles if role.resources.num_cpus == 0)
+    wanted_gpus = sum(role.count * role.resources.num_gpus for role in plan.roles)
+    share = min(1.0, math.floor((cpus - fixed) / max(sharing, 1) * 100) / 100)
+    if fixed > cpus or (sharing and share < SMALLEST_SHARE):
+        raise ConfigError(
+            f"the fleet asks for {fixed:g} CPUs and {sharing} workers share the rest, but there "
+            f"are {cpus:g}: ask for fewer workers or fewer CPUs each"
+        )
+    if wanted_gpus > gpus:
+        raise ConfigError(
+            f"the fleet asks for {wanted_gpus:g} GPUs, but there are {gpus:g}: lower num_gpus "
+            "(fractions share one GPU, 0 computes on the CPU) or the number of workers"
+        )
+    return [
+        Placement(
+            role.name,
+            role.count,
+            role.resources.num_cpus or share,
+            role.resources.num_gpus,
+            role.resources.device,
+            role.resources.num_threads,
+        )
+        for role in plan.roles
+    ]

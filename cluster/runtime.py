@@ -1,0 +1,80 @@
+"""Starting Ray, or joining the cluster that is already there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from cluster.errors import FleetError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """How this program meets Ray."""
+
+    address: str = ""
+    """Cluster to join, e.g. "auto". Empty: $RAY_ADDRESS where it is set (inside a Ray job, say),
+    else a private Ray on this machine that ends with the program."""
+    num_cpus: int = 0
+    """CPUs of a private Ray; 0 is all of them."""
+    log_to_driver: bool = False
+    """Show the workers' output on this console."""
+
+
+def local_resources() -> tuple[float, float]:
+    """CPUs and GPUs of this machine, without starting anything."""
+    import torch
+
+    return float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+
+
+class RaySession:
+    """A connection to Ray; a private Ray is shut down with it."""
+
+    def __init__(self, config: RayConfig) -> None:
+        # Token authentication stays on. Naming the mode keeps Ray from announcing it on the console.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        address = config.address or os.environ.get("RAY_ADDRESS", "")
+        quiet = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
+        try:
+            if address:
+                ray.init(address=address, **quiet)
+            else:
+                cpus = config.num_cpus or None
+                ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"the Ray cluster at {address!r}" if address else "a private Ray"
+            raise FleetError(f"cannot reach {where}: {error}") from error
+        self.joined = bool(address)
+
+    @property
+    def cpus(self) -> float:
+        return self._available("CPU")
+
+    @property
+    def gpus(self) -> float:
+        return self._available("GPU")
+
+    def _available(self, kind: str) -> float:
+        import ray
+
+        return float(ray.available_resources().get(kind, 0.0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        import ray
+
+        ray.shutdown()

@@ -1,0 +1,49 @@
+"""What one learning step is given: plain arrays, on the wire from the main loop to the learner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.messages import SamplingSpec, ScoredGroup
+from learner.advantage import Advantages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingBatch:
+    """N valid rollouts of one iteration, in the order of their groups."""
+
+    iteration: int
+    tokens: np.ndarray
+    """(N, T) int32"""
+    behaviour: np.ndarray
+    """(N, T) float32 behaviour logprobs."""
+    conditions: np.ndarray
+    """(N,) int64 class indices."""
+    advantages: np.ndarray
+    """(N,) float32"""
+    versions: np.ndarray
+    """(N,) int64: policy version that drew each rollout."""
+    specs: tuple[SamplingSpec, ...]
+    """The distinct sampling specs found; the learner accepts its own alone."""
+
+
+def make_batch(
+    iteration: int, groups: Sequence[ScoredGroup], advantages: Advantages
+) -> TrainingBatch:
+    """Rollouts whose images were scored; failed images leave the gradient altogether."""
+    rollouts = [group.rollouts for group in groups]
+    keep = advantages.valid.reshape(-1)
+    size = advantages.valid.shape[1]
+    conditions = [group.request.condition.class_index for group in rollouts]
+    return TrainingBatch(
+        iteration=iteration,
+        tokens=np.concatenate([group.tokens for group in rollouts])[keep],
+        behaviour=np.concatenate([group.logprobs for group in rollouts])[keep],
+        conditions=np.repeat(np.array(conditions, dtype=np.int64), size)[keep],
+        advantages=advantages.values.reshape(-1)[keep],
+        versions=np.repeat(np.array([group.version for group in rollouts]), size)[keep],
+        specs=tuple(dict.fromkeys(group.request.spec for group in rollouts)),
+    )

@@ -1,0 +1,267 @@
+"""The configuration of a run: one dataclass tree, YAML presets, dotted overrides.
+
+Values come, weakest first, from the defaults, the preset (or the resumed run's config.yaml) and the
+command line. Everything is validated in one place: unknown keys are refused with the nearest valid
+name, impossible values with the range that is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from actors.models.loading import PolicyConfig, TokenizerConfig
+from actors.sampler import Sampler, SamplerConfig
+from cluster.errors import ConfigError
+from cluster.messages import SamplingSpec
+from cluster.roles import FleetPlan, Resources, Role
+from cluster.runtime import RayConfig
+from learner.conditions import ConditionsConfig
+from learner.entropy import EntropyConfig
+from learner.learner import Learner, LearnerConfig, OptimizerConfig
+from learner.loss import LossConfig
+from rewards.config import JudgeConfig, RewardsConfig, RewardServerConfig
+from rewards.moments_server import MomentsServer
+from rewards.reward_server import RewardServer
+
+DEFAULT_PRESET = "miniature"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The judge's exam: before and after training."""
+
+    num_images: Annotated[int, Field(ge=0)] = 1000
+    """Images of each row of the table, spread evenly over the classes; 0 skips the exam."""
+    cfg_scales: tuple[Annotated[float, Field(gt=1)], ...] = (1.5, 2.0)
+    """Guidance scales at which the base policy is examined beside no guidance."""
+    images: str = "digits:held-out"
+    """Real images to compare with: "digits:held-out", or an .npz file with uint8 images arr_0."""
+    neighbours: Annotated[int, Field(ge=1)] = 5
+    """k of precision, recall, density and coverage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run keeps, and how often."""
+
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    """Iterations between checkpoints; the last iteration always has one."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 3
+    """Newest checkpoints that are kept."""
+    gallery_every: Annotated[int, Field(ge=0)] = 50
+    """Iterations between galleries; 0 keeps only the one before and the one after."""
+    gallery_columns: Annotated[int, Field(ge=1, le=64)] = 12
+    """Images of each class in a gallery, always from the same random numbers."""
+    rollouts: bool = True
+    """Write every rollout with its scores to Parquet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Tune an autoregressive image policy with GRPO."""
+
+    num_samplers: Annotated[int, Field(ge=1, le=4096)] = 2
+    """Sampler actors."""
+    num_reward_servers: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Reward-server actors."""
+    iterations: Annotated[int, Field(ge=1)] = 200
+    """Learning iterations."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of everything random in the run."""
+    groups_per_iteration: Annotated[int, Field(ge=1)] = 10
+    """Conditions an iteration draws (P)."""
+    rollouts_per_group: Annotated[int, Field(ge=2)] = 16
+    """Rollouts of each condition (K)."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Longest wait for any one answer of a worker, seconds."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Lost workers that are replaced before the run stops."""
+    max_failed_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of an iteration's images that may fail to be scored; above it the run stops."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
+    sampling: SamplingSpec = field(default_factory=SamplingSpec)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    learner: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    sampler: Resources = field(default_factory=Resources)
+    reward: Resources = field(default_factory=Resources)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        rollouts = self.groups_per_iteration * self.rollouts_per_group
+        if self.rewards.loo_fid.seed_images < 2 * self.rollouts_per_group:
+            raise ValueError(
+                f"rewards.loo_fid.seed_images must be at least {2 * self.rollouts_per_group} (two "
+                f"groups), found {self.rewards.loo_fid.seed_images}"
+            )
+        if self.learner.microbatch > rollouts:
+            raise ValueError(
+                f"learner.microbatch must be at most the {rollouts} rollouts of an iteration, "
+                f"found {self.learner.microbatch}"
+            )
+
+    def fleet_plan(self) -> FleetPlan:
+        """The roles of this run, with their configurations."""
+        sampler = SamplerConfig(
+            policy=self.policy,
+            tokenizer=self.tokenizer,
+            device=self.sampler.device,
+            num_threads=self.sampler.num_threads,
+        )
+        server = RewardServerConfig(
+            rewards=self.rewards,
+            judge=self.judge,
+            device=self.reward.device,
+            num_threads=self.reward.num_threads,
+        )
+        learner = LearnerConfig(
+            policy=self.policy,
+            optimizer=self.learner,
+            loss=self.loss,
+            entropy=self.entropy,
+            spec=self.sampling,
+            iterations=self.iterations,
+        )
+        return FleetPlan(
+            sampler=Role(
+                name="sampler",
+                factory=Sampler,
+                config=sampler,
+                resources=self.sampler,
+                count=self.num_samplers,
+            ),
+            reward_server=Role(
+                name="reward-server",
+                factory=RewardServer,
+                config=server,
+                resources=self.reward,
+                count=self.num_reward_servers,
+            ),
+            moments_server=Role(
+                name="moments-server",
+                factory=MomentsServer,
+                config=self.rewards.loo_fid,
+                resources=Resources(),
+            ),
+            learner=Role(
+                name="learner", factory=Learner, config=learner, resources=self.learner
+            ),
+            timeout_s=self.timeout_s,
+            max_restarts=self.max_restarts,
+        )
+
+
+# Dataclasses that pydantic finds on its way down refuse unknown keys only if each one says so.
+def _forbid_unknown(kind: type, done: set[type]) -> None:
+    if kind in done or not dataclasses.is_dataclass(kind):
+        return
+    done.add(kind)
+    kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    for item in dataclasses.fields(kind):
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        _forbid_unknown(type(default), done)
+
+
+_forbid_unknown(RunConfig, set())
+_ADAPTER = TypeAdapter(RunConfig)
+
+
+def validate(values: Mapping[str, Any], source: str) -> RunConfig:
+    """A configuration from nested plain values.
+
+    Args:
+        source: where the values are from, for the error.
+
+    Raises:
+        ConfigError: names every wrong field, what was expected and what was found.
+    """
+    try:
+        return _ADAPTER.validate_python(dict(values))
+    except ValidationError as error:
+        lines = [_explain(item, values) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain values, ready for YAML."""
+    return _ADAPTER.dump_python(config, mode="json")
+
+
+def load_preset(name: str) -> RunConfig:
+    """A shipped preset by name, or a YAML file by path.
+
+    Raises:
+        ConfigError: no such preset or file, or it does not validate.
+    """
+    folder = importlib.resources.files("learner").joinpath("presets")
+    shipped = sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    )
+    if name in shipped:
+        return _from_yaml(folder.joinpath(f"{name}.yaml").read_text(), f"preset {name}")
+    path = Path(name).expanduser()
+    if not path.is_file():
+        close = difflib.get_close_matches(name, shipped, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"no preset {name!r}: {hint}there are {', '.join(shipped)}, or a path")
+    return load_file(path)
+
+
+def load_file(path: Path) -> RunConfig:
+    """A configuration from a YAML file."""
+    return _from_yaml(path.read_text(), str(path))
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML, every field written out."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _from_yaml(text: str, source: str) -> RunConfig:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} must be a mapping of fields, found {type(values).__name__}")
+    return validate(values, source)
+
+
+def _explain(item: Any, values: Mapping[str, Any]) -> str:
+    """One of pydantic's findings in a line: field, expectation, what was found, what to do."""
+    path = [str(part) for part in item["loc"]]
+    name = ".".join(path)
+    if item["type"] == "unexpected_keyword_argument":
+        return f"unknown field {name!r}{_nearest(path)}"
+    found = item.get("input")
+    if dataclasses.is_dataclass(found) or not isinstance(found, (str, int, float, list, tuple)):
+        found = None
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    where = f"{name} " if name else ""
+    return f"{where}{message}" + (f", found {found!r}" if found is not None else "")
+
+
+def _nearest(path: list[str]) -> str:
+    kind: Any = RunConfig()
+    for part in path[:-1]:
+        kind = getattr(kind, part)
+    names = [item.name for item in dataclasses.fields(kind)]
+    close = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f": there are {', '.join(names)}"

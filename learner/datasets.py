@@ -1,0 +1,38 @@
+"""Real images by name: "digits:train", "digits:held-out", or an .npz file of samples."""
+
+from __future__ import annotations
+
+import zipfile
+
+import numpy as np
+
+from cluster.errors import DataError
+from cluster.tensors import locate
+from rewards.base import check_images
+
+DIGITS = "digits:"
+SAMPLES_KEY = "arr_0"  # as the ADM evaluator's sample batches name it
+
+
+def load_images(source: str) -> np.ndarray:
+    """Real images (N, H, W, 3) uint8.
+
+    Raises:
+        DataError: no such set, or a file without uint8 images.
+    """
+    if source.startswith(DIGITS):
+        from learner.miniature.data import digits
+
+        try:
+            return digits(source.removeprefix(DIGITS))[0]
+        except ValueError as error:
+            raise DataError(f"images {source!r}: {error}") from None
+    try:
+        with np.load(locate(source), allow_pickle=False) as file:
+            if SAMPLES_KEY not in file:
+                raise DataError(f"{source}: needs an array {SAMPLES_KEY!r}, found {file.files}")
+            images = file[SAMPLES_KEY]
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise DataError(f"{source}: not a readable .npz file ({error})") from error
+    check_images(images)
+    return images

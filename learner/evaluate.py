@@ -1,0 +1,114 @@
+"""The exam: images of a policy, judged by networks that no reward uses, against held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.errors import DataError
+from cluster.fleet import Fleet
+from cluster.messages import SampleRequest, SamplingSpec
+from learner.config import RunConfig
+from learner.datasets import load_images
+from rewards.fid import frechet_distance
+from rewards.fidelity import fidelity
+from rewards.moments import Moments
+
+GROUP = 50  # images of one request: a batch large enough to be quick
+PANEL = "judge"
+TUNED = "tuned"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a policy under a sampling spec."""
+
+    name: str
+    spec: SamplingSpec
+
+
+def base_rows(config: RunConfig) -> list[Row]:
+    """The base policy, without guidance and with each scale of the configuration."""
+    spec = config.sampling
+    rows = [Row("base", spec)]
+    if spec.guidance == "none":
+        rows += [
+            Row(f"base, CFG {scale:g}", _guided(spec, scale))
+            for scale in config.evaluation.cfg_scales
+        ]
+    return rows
+
+
+def tuned_row(config: RunConfig) -> Row:
+    """The tuned policy, sampled as it was trained."""
+    return Row(TUNED, config.sampling.learned())
+
+
+def _guided(spec: SamplingSpec, scale: float) -> SamplingSpec:
+    return SamplingSpec(
+        temperature=spec.temperature,
+        top_k=spec.top_k,
+        top_p=spec.top_p,
+        cfg_scale=scale,
+        guidance="guided",
+    )
+
+
+def real_features(config: RunConfig, fleet: Fleet) -> np.ndarray:
+    """Judge features (N, D) of the held-out images."""
+    return fleet.features(load_images(config.evaluation.images), PANEL)
+
+
+def examine(
+    config: RunConfig, fleet: Fleet, spec: SamplingSpec, real: np.ndarray
+) -> dict[str, float]:
+    """Sample the policy that the fleet now holds, and grade it.
+
+    Returns:
+        fid, density, coverage, precision, recall (against `real`, in the judge's features), one mean
+        for each of the judge's scorers, and the mean token entropy in nats.
+
+    Raises:
+        DataError: an image could not be judged.
+    """
+    groups = fleet.collect(fleet.submit(list(_requests(config, spec))))
+    errors = [error for group in groups for error in group.scores.errors if error]
+    if errors:
+        raise DataError(f"the judge failed on {len(errors)} images; the first: {errors[0]}")
+    features = np.concatenate([group.scores.features for group in groups])
+    ours, theirs = Moments.from_features(features), Moments.from_features(real)
+    near = fidelity(real, features, config.evaluation.neighbours)
+    return {
+        "fid": frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov),
+        "density": near.density,
+        "coverage": near.coverage,
+        "precision": near.precision,
+        "recall": near.recall,
+        **{
+            name: float(np.concatenate([group.scores.scores[name] for group in groups]).mean())
+            for name in groups[0].scores.scores
+        },
+        "entropy": float(np.concatenate([group.rollouts.entropies for group in groups]).mean()),
+    }
+
+
+def _requests(config: RunConfig, spec: SamplingSpec) -> Iterator[SampleRequest]:
+    """The same random numbers for every row and every policy: differences are the policy's."""
+    conditions = config.conditions.conditions()
+    per_class = -(-config.evaluation.num_images // len(conditions))
+    group = 0
+    for condition in conditions:
+        for at in range(0, per_class, GROUP):
+            yield SampleRequest(
+                stream="evaluate",
+                iteration=0,
+                group=group,
+                condition=condition,
+                num_rollouts=min(GROUP, per_class - at),
+                seed=config.seed,
+                spec=spec,
+                panel=PANEL,
+            )
+            group += 1

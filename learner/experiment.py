@@ -1,0 +1,130 @@
+"""One run from beginning to end: exam, training with its records, exam, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cluster.fleet import Fleet
+from learner import evaluate
+from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
+from learner.config import RunConfig
+from learner.gallery import sample_gallery, save_sheet, save_side_by_side
+from learner.loop import Iteration, prepare, set_reference, train
+from learner.metrics import Recorder
+from learner.progress import RunConsole
+from learner.report import write_report
+from learner.rundir import RunDirectory
+
+BASE_GALLERY = "base.png"
+TUNED_GALLERY = "tuned.png"
+BEFORE_AFTER = "before_after.png"
+
+
+class Experiment:
+    """A run on a fleet: what happens around the main loop."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        fleet: Fleet,
+        console: RunConsole,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._config, self._run, self._fleet = config, run, fleet
+        self._console, self._should_stop = console, should_stop
+        self._rows = run.read_evaluation()
+        self._real: np.ndarray | None = None
+
+    def run(self) -> bool:
+        """Everything; False if the run was asked to stop before its end."""
+        config, console = self._config, self._console
+        console.say(f"run directory: {self._run.path}")
+        first = self._begin()
+        recorder = Recorder(self._run, first, rollouts=config.output.rollouts)
+        console.start(first)
+
+        def after(done: Iteration) -> None:
+            recorder.record(done.row, done.groups, done.advantages, done.spans)
+            console.update(done.row)
+            self._keep(done.row["iteration"] + 1)
+
+        try:
+            done = train(config, self._fleet, first, after, self._should_stop)
+        finally:
+            recorder.close()
+        if done < config.iterations:
+            self._checkpoint(done)
+            console.say(
+                f"stopped after {done} of {config.iterations} iterations; go on with\n"
+                f"  python -m learner.run --resume --run-dir {self._run.path}"
+            )
+            return False
+        self._finish()
+        return True
+
+    def _begin(self) -> int:
+        """Bring the fleet to where training starts; returns the first iteration."""
+        if self._run.read_config() != self._config:
+            self._run.write_config(self._config)
+        set_reference(self._config, self._fleet)
+        if any(self._run.checkpoints.glob("step_*")):
+            checkpoint = newest_checkpoint(self._run.checkpoints, self._console.say)
+            restore(checkpoint, self._fleet)
+            self._fleet.broadcast()
+            self._console.say(f"resumed from {checkpoint.path.name}")
+            return checkpoint.step
+        self._fleet.broadcast()
+        base = prepare(self._config, self._fleet)
+        self._console.say(
+            f"base policy: FID {base['fid']:.3f} in the reward's features, "
+            f"entropy {base['entropy']:.3f} nats a token"
+        )
+        save_sheet(sample_gallery(self._config, self._fleet), self._run.gallery / BASE_GALLERY)
+        for row in evaluate.base_rows(self._config):
+            self._examine(row)
+        return 0
+
+    def _keep(self, done: int) -> None:
+        """Checkpoint and gallery when they are due."""
+        output = self._config.output
+        if done % output.checkpoint_every == 0 or done == self._config.iterations:
+            self._checkpoint(done)
+        if output.gallery_every and done % output.gallery_every == 0:
+            sheet = sample_gallery(self._config, self._fleet)
+            save_sheet(sheet, self._run.gallery / f"step_{done:06d}.png")
+
+    def _checkpoint(self, done: int) -> None:
+        keep = self._config.output.keep_checkpoints
+        save_checkpoint(self._run.checkpoints, done, self._fleet, keep)
+
+    def _examine(self, row: evaluate.Row) -> None:
+        """Fill one row of the table, once."""
+        if not self._config.evaluation.num_images or row.name in self._rows:
+            return
+        if self._real is None:
+            self._real = evaluate.real_features(self._config, self._fleet)
+        self._rows[row.name] = evaluate.examine(self._config, self._fleet, row.spec, self._real)
+        self._run.write_evaluation(self._rows)
+
+    def _finish(self) -> None:
+        """After the last iteration: the tuned policy's exam, galleries, report."""
+        self._rows.pop(evaluate.TUNED, None)  # of an earlier, shorter run
+        self._examine(evaluate.tuned_row(self._config))
+        sheet = sample_gallery(self._config, self._fleet)
+        gallery = self._run.gallery
+        save_sheet(sheet, gallery / TUNED_GALLERY)
+        save_side_by_side(
+            {"base policy": gallery / BASE_GALLERY, "tuned policy": gallery / TUNED_GALLERY},
+            gallery / BEFORE_AFTER,
+        )
+        if self._rows:
+            images = self._config.evaluation.num_images
+            self._console.table(self._rows, f"{images} images a row; no row but CFG is guided")
+        write_report(self._run, self._config, self._rows)
+        self._console.say(
+            f"gallery: {gallery / BEFORE_AFTER}\nreport:  {self._run.report}\n"
+            f"everything is in {self._run.path}"
+        )

@@ -1,0 +1,188 @@
+"""The main loop: sample and score, commit the moments, learn, broadcast. The same on any fleet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import DataError
+from cluster.fleet import Fleet, StopRequested
+from cluster.messages import Condition, SampleRequest, ScoredGroup, Span
+from learner.advantage import Advantages, group_advantages
+from learner.batch import make_batch
+from learner.conditions import ConditionStream
+from learner.config import RunConfig
+from learner.datasets import load_images
+from learner.learner import StepReport
+from rewards.fid import Reference
+from rewards.moments_server import DistributionReward
+
+LOO_FID = "loo_fid"
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Everything that happened in one iteration, for whoever keeps records."""
+
+    row: dict[str, Any]
+    """Metrics, ready for JSON."""
+    groups: Sequence[ScoredGroup]
+    advantages: Advantages
+    spans: tuple[Span, ...]
+
+
+def train(
+    config: RunConfig,
+    fleet: Fleet,
+    first: int,
+    after: Callable[[Iteration], None],
+    should_stop: Callable[[], bool],
+) -> int:
+    """Iterate from `first` to the end, or until a stop is asked for.
+
+    Args:
+        after: called with every finished iteration (records, checkpoints, progress).
+
+    Returns:
+        How many iterations are done.
+    """
+    stream = ConditionStream(
+        config.conditions.conditions(), config.groups_per_iteration, config.seed
+    )
+    for iteration in range(first, config.iterations):
+        started = time.time()
+        try:
+            ticket = fleet.submit(_requests(config, stream.draw(iteration), "train", iteration))
+            groups = fleet.collect(ticket)
+        except StopRequested:
+            return iteration
+        check_failures(groups, config.max_failed_share)
+        answer = fleet.moments.commit(iteration, *_features(groups))
+        distribution = {LOO_FID: answer.rewards.reshape(len(groups), -1)}
+        advantages = group_advantages(groups, distribution, config.rewards.terms())
+        report = fleet.learner.step(make_batch(iteration, groups, advantages))
+        learned = time.time()
+        version = fleet.broadcast()
+        spans = _spans(groups, answer, report, Span("driver", "broadcast", learned, time.time()))
+        row = _row(iteration, version, groups, answer, advantages, report, fleet)
+        row |= _times(spans, started, groups)
+        after(Iteration(row, groups, advantages, spans))
+        if should_stop():
+            return iteration + 1
+    return config.iterations
+
+
+def prepare(config: RunConfig, fleet: Fleet) -> dict[str, float]:
+    """Before the first iteration: real images' moments, and from images of the base policy the start
+    of the moving average and the entropy that controllers are anchored to."""
+    set_reference(config, fleet)
+    conditions, size = config.conditions.conditions(), config.rollouts_per_group
+    groups = -(-config.rewards.loo_fid.seed_images // size)
+    asked = [conditions[index % len(conditions)] for index in range(groups)]
+    seeds = fleet.collect(fleet.submit(_requests(config, asked, "moments", 0)))
+    check_failures(seeds, config.max_failed_share)
+    features, valid = _features(seeds)
+    entropy = float(np.mean([group.rollouts.entropies.mean() for group in seeds]))
+    fleet.learner.start(entropy)
+    return {"fid": fleet.moments.seed(features[valid]), "entropy": entropy}
+
+
+def set_reference(config: RunConfig, fleet: Fleet) -> None:
+    """Give the moments server the real images' moments, in the reward's feature space."""
+    source, fingerprint = config.rewards.loo_fid.reference, fleet.fingerprint("rewards")
+    if source.endswith(".npz"):
+        reference = Reference.from_npz(source)
+    else:
+        features = fleet.features(load_images(source), "rewards")
+        reference = Reference.from_features(features, fingerprint)
+    fleet.moments.set_reference(reference, fingerprint)
+
+
+def check_failures(groups: Sequence[ScoredGroup], allowed: float) -> None:
+    """Stop when too many images could not be scored: that is no accident any more.
+
+    Raises:
+        DataError: with the first error.
+    """
+    errors = [error for group in groups for error in group.scores.errors]
+    failed = [error for error in errors if error]
+    if len(failed) > allowed * len(errors):
+        raise DataError(
+            f"{len(failed)} of {len(errors)} images could not be scored, more than the share "
+            f"{allowed:g} (max_failed_share) allows; the first error: {failed[0]}"
+        )
+
+
+def _requests(
+    config: RunConfig, conditions: Sequence[Condition], stream: str, iteration: int
+) -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            stream=stream,
+            iteration=iteration,
+            group=group,
+            condition=condition,
+            num_rollouts=config.rollouts_per_group,
+            seed=config.seed,
+            spec=config.sampling,
+        )
+        for group, condition in enumerate(conditions)
+    ]
+
+
+def _features(groups: Sequence[ScoredGroup]) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, D) and validity (N,) of a batch, in the order of its groups."""
+    features = np.concatenate([group.scores.features for group in groups])
+    return features, np.concatenate([group.scores.valid for group in groups])
+
+
+def _spans(
+    groups: Sequence[ScoredGroup], answer: DistributionReward, report: StepReport, *more: Span
+) -> tuple[Span, ...]:
+    of_groups = (
+        span for group in groups for span in (*group.rollouts.spans, *group.scores.spans)
+    )
+    return (*of_groups, *answer.spans, *report.spans, *more)
+
+
+def _row(
+    iteration: int,
+    version: int,
+    groups: Sequence[ScoredGroup],
+    answer: DistributionReward,
+    advantages: Advantages,
+    report: StepReport,
+    fleet: Fleet,
+) -> dict[str, Any]:
+    rewards = advantages.rewards
+    return {
+        "iteration": iteration,
+        "version": version,
+        **{f"reward/{name}": float(np.nanmean(values)) for name, values in rewards.items()},
+        **{f"reward_std/{name}": float(np.nanstd(values)) for name, values in rewards.items()},
+        "fid/ema": answer.fid,
+        "fid/batch": answer.batch_fid,
+        "fid/effective_size": answer.effective_size,
+        "fid/positive_share": float((rewards[LOO_FID][advantages.valid] > 0).mean()),
+        "images/failed": int((~advantages.valid).sum()),
+        "groups/flat": advantages.flat_groups,
+        **report.metrics,
+        "fleet/restarts": fleet.restarts,
+    }
+
+
+def _times(
+    spans: Sequence[Span], started: float, groups: Sequence[ScoredGroup]
+) -> dict[str, float]:
+    """Seconds of each phase, added over workers, and the rate of the whole."""
+    seconds: dict[str, float] = {}
+    for span in spans:
+        key = f"time/{span.phase}"
+        seconds[key] = seconds.get(key, 0.0) + span.seconds
+    whole = time.time() - started
+    images = sum(group.rollouts.request.num_rollouts for group in groups)
+    return {**seconds, "time/iteration": whole, "time/images_per_s": images / whole}

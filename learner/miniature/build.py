@@ -1,0 +1,194 @@
+"""Build the miniature's networks from scratch: `python -m learner.miniature.build`.
+
+Trains on the 1,000 training digits, in about two minutes on two cores: tokenizer, policy, CLIP,
+preference model, feature network; and for the judge, from other seeds and other architectures, a
+classifier and a second CLIP. Deterministic from its seed on one machine and thread count.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from actors.models.llamagen import LlamaGenConfig
+from actors.models.vq import VQConfig
+from cluster.tensors import write_tensors
+from learner.miniature import training
+from learner.miniature.data import CLASS_NAMES, IMAGE_SIZE, captions, digits, to_pixels
+from rewards.convnet import ConvNetConfig
+from rewards.torchvision_ops import ensure_torchvision
+
+NETWORKS = Path(__file__).parent / "networks"
+VOCABULARY = "vocabulary.txt.gz"
+TOKENIZER = VQConfig(
+    channels=32,
+    multipliers=(1, 1),
+    num_res_blocks=1,
+    z_channels=32,
+    codebook_size=64,
+    codebook_dim=8,
+)
+POLICY = LlamaGenConfig(
+    dim=96, num_layers=4, num_heads=4, grid=4, vocab_size=64, num_classes=len(CLASS_NAMES)
+)
+FEATURES = ConvNetConfig(image_size=8, channels=(24, 48), features=64, num_classes=10)
+JUDGE = ConvNetConfig(image_size=8, channels=(32, 48, 96), features=64, num_classes=10)
+STEPS = {
+    "tokenizer": 700,
+    "policy": 400,
+    "clip": 400,
+    "preference": 400,
+    "features": 500,
+    "judge": 700,
+    "judge_clip": 400,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Build the miniature's networks."""
+
+    out: Path = NETWORKS
+    """Where to write them; the default replaces the shipped ones."""
+    seed: int = 0
+    """Every network's seed is derived from this one."""
+    judge_seed: int = 20250
+    """The judge's own seed: fixed, so that runs with rebuilt networks share one judge."""
+    scale: float = 1.0
+    """Multiplies every number of steps (below 1 for quick tests)."""
+
+
+class Builder:
+    """Trains the networks one after another, each from its own stream of random numbers."""
+
+    def __init__(self, config: BuildConfig, progress: Progress) -> None:
+        self.config, self.progress = config, progress
+        images, labels = digits("train")
+        self.pixels, self.labels = to_pixels(images), torch.from_numpy(labels)
+
+    def batches(self, name: str) -> training.Batches:
+        seed = self.config.judge_seed if name.startswith("judge") else self.config.seed
+        mixed = seed * 1_000_003 + zlib.crc32(name.encode())
+        torch.manual_seed(mixed)  # initial weights
+        return training.Batches(self.pixels, self.labels, torch.Generator().manual_seed(mixed))
+
+    def steps(self, name: str) -> tuple[int, training.Tick]:
+        count = max(1, int(STEPS[name] * self.config.scale))
+        task = self.progress.add_task(name, total=count)
+        return count, lambda: self.progress.advance(task)
+
+    def build(self) -> None:
+        out = self.config.out
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer = training.train_tokenizer(
+            self.batches("tokenizer"), TOKENIZER, *self.steps("tokenizer")
+        )
+        write_tensors(
+            out / "tokenizer.safetensors", tokenizer.state_dict(), TOKENIZER.to_dict()
+        )
+        policy = training.train_policy(
+            self.batches("policy"), tokenizer, POLICY, *self.steps("policy")
+        )
+        write_tensors(out / "policy.safetensors", policy.state_dict(), POLICY.to_dict())
+        for name, config in (("features", FEATURES), ("judge", JUDGE)):
+            network = training.train_classifier(self.batches(name), config, *self.steps(name))
+            write_tensors(out / f"{name}.safetensors", network.state_dict(), config.to_dict())
+        self._build_text_image("clip", width=64, depth=2, heads=2)
+        self._build_text_image("judge_clip", width=48, depth=3, heads=3)
+        self._build_text_image("preference", width=64, depth=2, heads=2, tokenizer=tokenizer)
+
+    def _build_text_image(
+        self, name: str, width: int, depth: int, heads: int, tokenizer: nn.Module | None = None
+    ) -> None:
+        ensure_torchvision()
+        import open_clip
+
+        directory = self.config.out / name
+        directory.mkdir(exist_ok=True)
+        write_vocabulary(directory / VOCABULARY)
+        config = open_clip_config(width, depth, heads)
+        (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        batches = self.batches(name)
+        model = open_clip.CLIP(**config["model_cfg"])
+        encode = open_clip.get_tokenizer(
+            f"local-dir:{directory}", bpe_path=str(directory / VOCABULARY)
+        )
+        tokens = encode(captions())
+        if tokenizer is None:
+            training.train_clip(batches, model, tokens, *self.steps(name))
+        else:
+            steps = self.steps(name)
+            training.train_preference(batches, model, tokens, tokenizer, *steps)
+        write_tensors(directory / "open_clip_model.safetensors", model.state_dict(), config)
+
+
+def vocabulary_merges() -> list[str]:
+    """Byte-pair merges that spell each word of the captions as one token."""
+    merges: dict[str, None] = {}
+    for word in dict.fromkeys(" ".join(captions()).split()):
+        head, *rest = [*word[:-1], f"{word[-1]}</w>"]
+        for letter in rest:
+            merges[f"{head} {letter}"] = None
+            head += letter
+    return list(merges)
+
+
+def write_vocabulary(path: Path) -> None:
+    """A byte-pair vocabulary in open_clip's format that knows the captions' words.
+
+    The usual one has 49,152 entries: an embedding table larger than all the miniature's networks.
+    Any other text still encodes, as bytes.
+    """
+    text = "\n".join(["#version: tessera", *vocabulary_merges()])
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def open_clip_config(width: int, depth: int, heads: int) -> dict[str, Any]:
+    """Model and preprocessing of a small CLIP, in open_clip's layout."""
+    bytes_and_specials = 2 * 256 + 2
+    return {
+        "model_cfg": {
+            "embed_dim": 32,
+            "vision_cfg": {
+                "image_size": IMAGE_SIZE,
+                "patch_size": 2,
+                "layers": depth,
+                "width": width,
+                "head_width": width // heads,
+                "mlp_ratio": 2.0,
+            },
+            "text_cfg": {
+                "context_length": 16,
+                "vocab_size": bytes_and_specials + len(vocabulary_merges()),
+                "layers": 1,
+                "width": width,
+                "heads": heads,
+                "mlp_ratio": 2.0,
+                "tokenizer_kwargs": {"bpe_path": VOCABULARY},
+            },
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
+    }
+
+
+def main() -> None:
+    config = tyro.cli(BuildConfig, description=__doc__)
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn()) as progress:
+        Builder(config, progress).build()
+    size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
+    Console().print(f"wrote {size / 1e6:.1f} MB to {config.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What a run shows on the console: a live bar with the main figures, messages, the final table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+FIGURES = {
+    "clip": "reward/clip",
+    "hps": "reward/hps",
+    "FID": "fid/ema",
+    "entropy": "policy/entropy",
+    "img/s": "time/images_per_s",
+}
+"""Shown name -> metric."""
+COLUMNS = {
+    "FID ↓": "fid",
+    "density ↑": "density",
+    "coverage ↑": "coverage",
+    "precision ↑": "precision",
+    "recall ↑": "recall",
+    "class acc. ↑": "accuracy",
+    "CLIP ↑": "clip",
+    "entropy": "entropy",
+}
+"""Heading of the table -> metric of the exam."""
+LINES_WITHOUT_TERMINAL = 20
+
+
+class RunConsole:
+    """The console of a run. Without a terminal (a job's log), the bar becomes a line now and then."""
+
+    def __init__(self, iterations: int) -> None:
+        self._console = Console()
+        self._iterations = iterations
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def start(self, done: int) -> None:
+        """Show the bar, with `done` iterations behind it."""
+        self._task = self._progress.add_task(
+            "learning", total=self._iterations, completed=done, figures=""
+        )
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """One iteration's metrics."""
+        done = row["iteration"] + 1
+        figures = "  ".join(f"{name} {row[key]:.3g}" for name, key in FIGURES.items())
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, figures=figures)
+        every = max(1, self._iterations // LINES_WITHOUT_TERMINAL)
+        if not self._console.is_terminal and (done % every == 0 or done == self._iterations):
+            self.say(f"iteration {done}/{self._iterations}  {figures}")
+
+    def table(self, rows: Mapping[str, Mapping[str, float]], caption: str) -> None:
+        """The exam's results, one row a policy."""
+        table = Table(title="Held-out judge", caption=caption, caption_justify="left")
+        table.add_column("policy")
+        for heading in COLUMNS:
+            table.add_column(heading, justify="right")
+        for name, metrics in rows.items():
+            table.add_row(name, *(f"{metrics[key]:.3f}" for key in COLUMNS.values()))
+        self._console.print(table)

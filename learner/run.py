@@ -1,0 +1,175 @@
+"""The main job: `python -m learner.run --num-samplers 2`.
+
+Loads the preset, starts the fleet, examines the base policy, trains, examines the tuned policy, and
+leaves everything in a run directory.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Annotated
+
+import tyro
+
+from cluster.errors import TesseraError
+from cluster.fleet import Fleet, InlineFleet
+from cluster.placement import Placement, place
+from learner.config import DEFAULT_PRESET, RunConfig, dump, load_preset, to_dict, validate
+from learner.experiment import Experiment
+from learner.progress import RunConsole
+from learner.rundir import RunDirectory
+
+FAILED = 1
+REFUSED = 2  # as for any bad command line
+INTERRUPTED = 130  # asked to stop, as shells count it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """How to run, beside what to run."""
+
+    preset: str = DEFAULT_PRESET
+    """Shipped preset by name, or a YAML file by path."""
+    run_dir: str = ""
+    """Directory of the run's files; empty makes a new one under runs/."""
+    resume: bool = False
+    """Go on with the run in --run-dir (the newest under runs/, if none is named)."""
+    inline: bool = False
+    """Every role in this process, without Ray."""
+    dry_run: bool = False
+    """Print the resolved configuration and the placement, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Tune an autoregressive image policy with reinforcement learning.
+
+    Without arguments: the miniature, real digits on the CPU, in a few minutes.
+    """
+
+    command: Annotated[Command, tyro.conf.arg(name="")] = field(default_factory=Command)
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+class StopFlag:
+    """Set by the first Ctrl-C or SIGTERM: the run then ends where nothing is lost. A second one ends
+    it at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._set = say, False
+
+    def __call__(self) -> bool:
+        return self._set
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self._set:
+            raise KeyboardInterrupt
+        self._set = True
+        self._say("stopping at the next safe point, with a checkpoint; once more to stop at once")
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals while the block runs."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self.handle) for number in signals]
+        try:
+            yield
+        finally:
+            for number, handler in zip(signals, before):
+                signal.signal(number, handler)
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunDirectory | None]:
+    """Command line to a validated configuration, and the run directory where one is resumed.
+
+    Raises:
+        ConfigError: unknown preset, impossible value, nothing to resume.
+        SystemExit: --help, or an option that does not exist (the nearest one is named).
+    """
+    command, _ = tyro.cli(Command, args=arguments, return_unknown_args=True, add_help=False)
+    resumed = RunDirectory.existing(command.run_dir) if command.resume else None
+    base = resumed.read_config() if resumed else load_preset(command.preset)
+    parsed = tyro.cli(
+        Arguments,
+        args=arguments,
+        default=Arguments(command=command, run=base),
+        prog="python -m learner.run",
+    )
+    config = validate(to_dict(parsed.run), "command line")
+    return parsed.command, config, resumed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    try:
+        command, config, resumed = parse(arguments)
+        if command.dry_run:
+            return dry_run(config)
+        run = resumed or RunDirectory.create(command.run_dir, config)
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    with RunConsole(config.iterations) as console:
+        stop = StopFlag(console.say)
+        try:
+            with stop.installed(), open_fleet(command, config, stop) as fleet:
+                return 0 if Experiment(config, run, fleet, console, stop).run() else INTERRUPTED
+        except TesseraError as error:
+            console.say(f"error: {error}")
+            console.say(f"what was kept is in {run.path}; --resume --run-dir goes on from there")
+            return FAILED
+        except KeyboardInterrupt:
+            console.say(f"stopped at once; what was kept is in {run.path}")
+            return INTERRUPTED
+
+
+@contextmanager
+def open_fleet(
+    command: Command, config: RunConfig, should_stop: Callable[[], bool]
+) -> Iterator[Fleet]:
+    """The fleet that the command asks for, closed again at the end."""
+    if command.inline:
+        with InlineFleet(config.fleet_plan(), should_stop) as inline:
+            yield inline
+        return
+    from cluster.ray_fleet import RayFleet
+    from cluster.runtime import RaySession
+
+    with (
+        RaySession(config.ray) as session,
+        RayFleet(config.fleet_plan(), session, should_stop) as fleet,
+    ):
+        yield fleet
+
+
+def dry_run(config: RunConfig) -> int:
+    """Print what would run, and where on this machine."""
+    from cluster.runtime import local_resources
+
+    cpus, gpus = local_resources()
+    print(dump(config))
+    print(f"# placement on this machine ({cpus:g} CPUs, {gpus:g} GPUs)")
+    for line in placement_lines(place(config.fleet_plan(), cpus, gpus)):
+        print(f"#   {line}")
+    return 0
+
+
+def placement_lines(placements: list[Placement]) -> list[str]:
+    """One line a role."""
+    return [
+        f"{p.count} x {p.role}: {p.num_cpus:g} CPU, {p.num_gpus:g} GPU each, {p.device}, "
+        f"{p.num_threads} thread{'s' if p.num_threads > 1 else ''}"
+        for p in placements
+    ]
+
+
+if __name__ == "__main__":
+    # Imported under its own name, so that what it defines reaches workers as learner.run.
+    from learner.run import main as imported_main
+
+    sys.exit(imported_main())

@@ -1,0 +1,57 @@
+"""From raw scores to one advantage an image: each reward normalised apart, then weighted.
+
+Rewards live on different scales (a cosine, an FID difference), so each is centred within its group
+and divided by a deviation before it is weighted: A = sum_r w_r z_r.
+
+Shapes: P groups, K rollouts a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Normalisation = Literal["group", "batch"]
+EPSILON = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTerm:
+    """One reward's part in the advantage."""
+
+    weight: float = 1.0
+    """Factor of the normalised reward; 0 logs it and learns nothing from it."""
+    normalise: Normalisation = "group"
+    """group: deviation within the group. batch: deviation over the batch (see `normalise_scores`)."""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"weight must be >= 0, found {self.weight}")
+
+
+def normalise_scores(scores: np.ndarray, valid: np.ndarray, how: Normalisation) -> np.ndarray:
+    """Centre each group on its own mean, and scale.
+
+    Args:
+        scores: (P, K).
+        valid: (P, K) bool; others count in no mean and no deviation, and get 0.
+        how:
+            group   divide by the group's own deviation (GRPO, 2402.03300): every group has the same
+                    say, however small its differences are
+            batch   divide by the deviation of all scores of the batch: groups keep their relative
+                    weight, which suits a reward that is comparable across conditions (LOO-FID)
+
+    Returns:
+        (P, K) float64. A group without differences gets zeros.
+    """
+    values = np.where(valid, scores, np.nan).astype(np.float64)
+    counts = valid.sum(1, keepdims=True)
+    mean = np.nansum(values, 1, keepdims=True) / np.maximum(counts, 1)
+    centred = np.where(valid, values - mean, 0.0)
+    if how == "group":
+        deviation = np.sqrt((centred**2).sum(1, keepdims=True) / np.maximum(counts, 1))
+        return centred / (deviation + EPSILON)
+    spread = np.std(values[valid]) if valid.any() else 0.0
+    return centred / spread if spread > 0 else np.zeros_like(centred)

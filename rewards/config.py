@@ -1,0 +1,79 @@
+"""What is rewarded and who judges: the configuration of scorers, moments and reward servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rewards.classifier import ClassifierConfig
+from rewards.clip import ClipConfig
+from rewards.combine import Normalisation, RewardTerm
+from rewards.features import FeaturesConfig
+from rewards.hpsv2 import HpsConfig
+from rewards.moments_server import MomentsConfig
+
+NETWORKS = "package://learner.miniature/networks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTerm(ClipConfig, RewardTerm):
+    """Text-image score."""
+
+    weight: float = 1.0
+    """Factor of the normalised reward; 0 logs it and learns nothing from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HpsTerm(HpsConfig, RewardTerm):
+    """Preference score."""
+
+    weight: float = 0.5
+    """Factor of the normalised reward; 0 logs it and learns nothing from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LooFidTerm(MomentsConfig, RewardTerm):
+    """Leave-one-out FID: the distribution reward."""
+
+    weight: float = 4.0
+    """Factor of the normalised reward; 0 logs it and learns nothing from it."""
+    normalise: Normalisation = "batch"
+    """group: deviation within the group. batch: deviation over the batch (see `normalise_scores`)."""
+    reference: str = "digits:train"
+    """Real images' moments: an .npz file with mu and sigma, or "digits:train" to compute them."""
+    seed_images: int = 1000
+    """Images of the base policy that start the moving average; at least two groups' worth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardsConfig:
+    """Everything the policy is tuned for."""
+
+    clip: ClipTerm = field(default_factory=ClipTerm)
+    hps: HpsTerm = field(default_factory=HpsTerm)
+    loo_fid: LooFidTerm = field(default_factory=LooFidTerm)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+
+    def terms(self) -> dict[str, RewardTerm]:
+        """Reward name -> its part in the advantage."""
+        return {"clip": self.clip, "hps": self.hps, "loo_fid": self.loo_fid}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """Who grades the result: networks that no reward uses."""
+
+    clip: ClipConfig = field(default_factory=lambda: ClipConfig(model=f"{NETWORKS}/judge_clip"))
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    features: FeaturesConfig = field(
+        default_factory=lambda: FeaturesConfig(checkpoint=f"{NETWORKS}/judge.safetensors")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardServerConfig:
+    """A reward server's panels and device."""
+
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    device: str = "cpu"
+    num_threads: int = 1

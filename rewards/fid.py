@@ -1,0 +1,126 @@
+"""The Fréchet distance of two Gaussians (Heusel et al. 2017, 1706.08500), and references for it.
+
+    F = |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)
+
+The last trace is computed in its symmetric form, tr (L' S_a L)^(1/2) with S_b = L L': eigenvalues of
+a symmetric matrix are real and accurate where `sqrtm` of the product is neither.
+
+Shapes: N images, D feature dimensions.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.linalg
+
+from cluster.errors import DataError
+from cluster.tensors import locate
+from rewards.moments import Moments
+
+NOISE_MARGIN = 4.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Mean and covariance of real images' features, float64."""
+
+    mu: np.ndarray
+    """(D,)"""
+    sigma: np.ndarray
+    """(D, D). FID tools divide by N - 1; Tessera's own moments divide by N."""
+    fingerprint: str = ""
+    """Extractor that made the features; empty where the file does not say."""
+
+    def __post_init__(self) -> None:
+        dim = len(self.mu)
+        if self.mu.shape != (dim,) or self.sigma.shape != (dim, dim):
+            raise DataError(
+                f"a reference needs mu (D,) and sigma (D, D), found {self.mu.shape} and "
+                f"{self.sigma.shape}"
+            )
+        if not (np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()):
+            raise DataError("the reference's mu or sigma is not finite")
+        largest = np.abs(self.sigma).max(initial=0)
+        if np.abs(self.sigma - self.sigma.T).max(initial=0) > 1e-6 * largest:
+            raise DataError("the reference's sigma is not symmetric: it is no covariance")
+
+    @property
+    def dim(self) -> int:
+        return len(self.mu)
+
+    @cached_property
+    def factor(self) -> np.ndarray:
+        """L (D, R) with L L' = sigma, R its numerical rank."""
+        return covariance_factor(self.sigma)
+
+    @classmethod
+    def from_features(cls, features: np.ndarray, fingerprint: str = "") -> Reference:
+        """Reference of (N, D) features."""
+        moments = Moments.from_features(features)
+        return cls(moments.mean, moments.cov, fingerprint)
+
+    @classmethod
+    def from_npz(cls, path: str | os.PathLike[str]) -> Reference:
+        """Reference from a file with arrays `mu` and `sigma`, as FID tools write them.
+
+        Raises:
+            DataError: not such a file, or what it holds is no mean and covariance.
+        """
+        try:
+            with np.load(locate(path), allow_pickle=False) as file:
+                if "mu" not in file or "sigma" not in file:
+                    raise DataError(
+                        f"{path}: needs arrays 'mu' and 'sigma', found {sorted(file.files)}"
+                    )
+                mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+                print_ = str(file["fingerprint"]) if "fingerprint" in file else ""
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            raise DataError(f"{path}: not a readable .npz file ({error})") from error
+        try:
+            return cls(mu, sigma, print_)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+
+
+def covariance_factor(cov: np.ndarray) -> np.ndarray:
+    """L (D, R) with L L' = cov; eigenvalues that are rounding noise are dropped."""
+    values, vectors = scipy.linalg.eigh(cov)
+    keep = significant(values)
+    return vectors[:, keep] * np.sqrt(values[keep])
+
+
+def significant(values: np.ndarray) -> np.ndarray:
+    """Mask of eigenvalues of a covariance that stand above rounding noise.
+
+    The true ones are not negative, so the most negative computed one shows how large the noise is.
+    """
+    floor = len(values) * np.finfo(np.float64).eps * max(values.max(initial=0), 0)
+    return values > max(floor, -NOISE_MARGIN * values.min(initial=0))
+
+
+def frechet_distance(
+    mu_a: np.ndarray, cov_a: np.ndarray, mu_b: np.ndarray, cov_b: np.ndarray
+) -> float:
+    """Fréchet distance of N(mu_a, cov_a) and N(mu_b, cov_b), in squared feature units; >= 0."""
+    factor = covariance_factor(cov_b)
+    return _distance(mu_a, cov_a, mu_b, float(np.trace(cov_b)), factor)
+
+
+def distance_to_reference(mean: np.ndarray, cov: np.ndarray, reference: Reference) -> float:
+    """`frechet_distance` to a reference, whose factor is computed once."""
+    trace = float(np.trace(reference.sigma))
+    return _distance(mean, cov, reference.mu, trace, reference.factor)
+
+
+def _distance(
+    mean: np.ndarray, cov: np.ndarray, mu: np.ndarray, trace: float, factor: np.ndarray
+) -> float:
+    values = scipy.linalg.eigvalsh(factor.T @ cov @ factor) if factor.size else np.zeros(0)
+    root_trace = np.sqrt(values[significant(values)]).sum()
+    gap = mean - mu
+    return max(float(gap @ gap + np.trace(cov) + trace - 2 * root_trace), 0.0)

@@ -1,0 +1,41 @@
+"""Let torchvision import beside a CPU-only torch.
+
+The registry's torchvision is a CUDA build. Beside a CPU-only torch its compiled operators cannot be
+loaded, and its Python part then fails because it registers derivatives for operators that nobody
+declared. Declaring the two it needs is enough for everything that open_clip and timm use. Where the
+real operators load, this does nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+_OPERATORS = ("nms", "qnms")
+
+
+@functools.cache
+def ensure_torchvision() -> torch.library.Library | None:
+    """Call before the first import of open_clip, timm or torchvision.
+
+    Returns:
+        The library that holds the declarations (cached: it must stay alive), or None where the real
+        operators loaded.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if "torchvision" in sys.modules or spec is None or spec.origin is None:
+        return None
+    for compiled in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(compiled)
+        except OSError:  # a CUDA library is missing: the case this module is for
+            continue
+        return None
+    declared = torch.library.Library("torchvision", "DEF")
+    for operator in _OPERATORS:
+        declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return declared

@@ -76,8 +76,8 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, cfg_scale: float) 
 def filtered_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
     """Temperature, top-k, top-p; filtered tokens become -inf. logits (..., V) fp32.
 
-    Ties at rank k stay. Top-p works on the softmax of what top-k left and keeps the first token that
-    takes the sum over p.
+    Ties at rank k stay. Top-p works on the softmax of what top-k left and keeps the first token
+    that takes the sum over p.
     """
     if spec.temperature != 1:
         logits = logits / spec.temperature
@@ -97,7 +97,7 @@ def log_distribution(logits: Tensor, spec: SamplingSpec) -> tuple[Tensor, Tensor
     """Log-probabilities (..., V) and entropy (...), nats, after the spec's filters."""
     filtered = filtered_logits(logits, spec)
     logp = filtered.log_softmax(-1)
-    # 0 log 0 = 0: where a token is filtered out, keep -inf away from the product (and its gradient).
+    # 0 log 0 = 0: keep the -inf of filtered tokens away from the product and its gradient.
     entropy = -(logp.exp() * logp.masked_fill(filtered == -torch.inf, 0)).sum(-1)
     return logp, entropy
 
@@ -140,7 +140,8 @@ def decode_tokens(
             drawn = columns[-1][0]
             logits = policy.decode_step(state, drawn.repeat(2) if guided else drawn)
         if guided:
-            logits = guided_logits(*logits.chunk(2), spec.cfg_scale)
+            conditional, unconditional = logits.chunk(2)
+            logits = guided_logits(conditional, unconditional, spec.cfg_scale)
         logp, entropy = log_distribution(logits, spec)
         tokens = sample_tokens(logp, uniforms[:, position])
         columns.append((tokens, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy))
@@ -165,8 +166,8 @@ def token_logprobs(
     learned = spec.learned()
     if learned.guided_sampling:
         rows = torch.cat([conditions, policy.null_conditions(conditions)])
-        branches = policy(tokens.repeat(2, 1), rows).chunk(2)
-        logits = guided_logits(*branches, learned.cfg_scale)
+        conditional, unconditional = policy(tokens.repeat(2, 1), rows).chunk(2)
+        logits = guided_logits(conditional, unconditional, learned.cfg_scale)
     else:
         logits = policy(tokens, conditions)
     logp, entropies = log_distribution(logits, learned)

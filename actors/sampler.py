@@ -82,7 +82,10 @@ class Sampler:
             tokens=decoded.tokens.to(torch.int32).cpu().numpy(),
             logprobs=decoded.logprobs.cpu().numpy(),
             entropies=decoded.entropies.cpu().numpy(),
-            spans=(Span(self.name, "sample", start, middle), Span(self.name, "decode", middle, end)),
+            spans=(
+                Span(self.name, "sample", start, middle),
+                Span(self.name, "decode", middle, end),
+            ),
         )
         return group, images
 

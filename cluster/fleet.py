@@ -24,7 +24,7 @@ from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole,
 Ticket = NewType("Ticket", int)
 
 
-class StopRequested(TesseraError):
+class StopRequestedError(TesseraError):
     """The user asked the run to stop while it waited for groups."""
 
 
@@ -104,7 +104,7 @@ class InlineFleet:
         groups = []
         for request in self._submitted.pop(ticket):
             if self._should_stop():
-                raise StopRequested("stopped while sampling")
+                raise StopRequestedError("stopped while sampling")
             rollouts, images = self._sampler.sample(request)
             groups.append(
                 ScoredGroup(rollouts=rollouts, scores=self._server.score(request, images))

@@ -26,8 +26,8 @@ class SamplingSpec:
     guidance:
         none    sample and learn the conditional policy; needs cfg_scale = 1
         guided  the policy *is* the mixture uncond + cfg_scale * (cond - uncond)
-        distil  sample the mixture, learn the conditional policy (the paper's public code); the ratio
-                is then not 1 on-policy
+        distil  sample the mixture, learn the conditional policy (the paper's public code); the
+                ratio is then not 1 on-policy
     """
 
     temperature: float = 1.0
@@ -81,7 +81,7 @@ class Condition:
 
 
 class RequestKey(NamedTuple):
-    """Identity of a group. The uniforms that decode it are a function of this and the run's seed."""
+    """Identity of a group; with the run's seed it determines the uniforms that decode it."""
 
     stream: str
     iteration: int
@@ -93,7 +93,7 @@ class SampleRequest:
     """Ask a sampler for one group: K rollouts of one condition."""
 
     stream: str
-    """What the group is for: "train", "moments", "evaluate", "gallery". Streams never share noise."""
+    """What the group is for: "train", "moments", "evaluate", "gallery". No two share noise."""
     iteration: int
     group: int
     """Number of the group within its iteration."""

@@ -1,4 +1,4 @@
-"""How a fleet fits a machine or cluster: pure arithmetic, so that a plan can be shown and tested."""
+"""How a fleet fits a machine or cluster: arithmetic alone, to be shown and tested without Ray."""
 
 from __future__ import annotations
 

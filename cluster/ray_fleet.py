@@ -16,11 +16,10 @@ from typing import Any, Self, cast
 
 import numpy as np
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from cluster.errors import FleetError, TesseraError
-from cluster.fleet import StopRequested, Ticket
+from cluster.fleet import StopRequestedError, Ticket
 from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ScoredGroup
 from cluster.placement import Placement, place
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
@@ -36,7 +35,8 @@ class Worker:
 
     role: Role
     index: int
-    handle: ActorHandle
+    handle: Any
+    """Ray's actor handle: its methods are those of the role."""
     busy: int = 0
     """Requests it has in hand."""
     lost: bool = False
@@ -56,7 +56,8 @@ class Job:
     scored: bool
     """False for galleries, which want the images themselves."""
     rollouts: RolloutGroup | None = None
-    images: ray.ObjectRef | None = None
+    images: Any = None
+    """Reference to the images; they stay in the object store."""
 
 
 @dataclass
@@ -102,7 +103,9 @@ class RayFleet:
         self._placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
         self._learner, self._moments = self._start(plan.learner), self._start(plan.moments_server)
         self._samplers = [self._start(plan.sampler, i) for i in range(plan.sampler.count)]
-        self._servers = [self._start(plan.reward_server, i) for i in range(plan.reward_server.count)]
+        self._servers = [
+            self._start(plan.reward_server, i) for i in range(plan.reward_server.count)
+        ]
         self._waiting: deque[Job] = deque()
         self._running: dict[ray.ObjectRef, tuple[Job, Worker]] = {}
         self._answers: dict[Ticket, Answers] = {}
@@ -192,7 +195,7 @@ class RayFleet:
         progress = time.monotonic()
         while answers.missing:
             if self._should_stop():
-                raise StopRequested("stopped while sampling")
+                raise StopRequestedError("stopped while sampling")
             ready, _ = ray.wait(list(self._running), num_returns=1, timeout=POLL_S)
             if ready:
                 progress = time.monotonic()
@@ -201,8 +204,8 @@ class RayFleet:
             elif time.monotonic() - progress > self._plan.timeout_s:
                 busy = ", ".join(sorted({worker.name for _, worker in self._running.values()}))
                 raise FleetError(
-                    f"no answer for {self._plan.timeout_s:g} s from {busy or 'any worker'}: look at "
-                    "their logs, or raise --timeout-s if a group may take that long"
+                    f"no answer for {self._plan.timeout_s:g} s from {busy or 'any worker'}: look "
+                    "at their logs, or raise --timeout-s if a group may take that long"
                 )
         return self._answers.pop(ticket).results
 
@@ -217,8 +220,8 @@ class RayFleet:
                 continue
             worker.busy += 1
             if job.rollouts is None:
-                sample = worker.handle.sample.options(num_returns=2)
-                ref, images = sample.remote(job.request)
+                call = worker.handle.sample.options(num_returns=2)
+                ref, images = call.remote(job.request)
                 job = Job(job.ticket, job.position, job.request, job.scored, None, images)
             else:
                 ref = worker.handle.score.remote(job.request, job.images)

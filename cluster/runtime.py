@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from cluster.errors import FleetError
 
@@ -34,14 +34,14 @@ class RaySession:
     """A connection to Ray; a private Ray is shut down with it."""
 
     def __init__(self, config: RayConfig) -> None:
-        # Token authentication stays on. Naming the mode keeps Ray from announcing it on the console.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray turns token authentication on by itself for a private Ray, and makes the token; naming
+        # the mode here would demand a token that a fresh machine does not have.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its warning is no news
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
         address = config.address or os.environ.get("RAY_ADDRESS", "")
-        quiet = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
+        quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
         try:
             if address:
                 ray.init(address=address, **quiet)

@@ -1,4 +1,4 @@
-"""Files of tensors: locating them, reading and writing safetensors, strict loading into a module."""
+"""Files of tensors: locating, reading and writing safetensors, strict loading into a module."""
 
 from __future__ import annotations
 
@@ -100,9 +100,7 @@ def load_strict(
     module.load_state_dict(given, strict=True)
 
 
-def _misfit(
-    module: torch.nn.Module, source: str, missing: list[str], unexpected: list[str]
-) -> str:
+def _misfit(module: torch.nn.Module, source: str, missing: list[str], unexpected: list[str]) -> str:
     parts = [f"{source} does not fit {type(module).__name__}:"]
     if missing:
         parts.append(f"{len(missing)} tensors are missing, the first is {missing[0]!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -42,7 +43,8 @@ def pack_weights(state: Mapping[str, torch.Tensor], version: int) -> WeightSnaps
     Raises:
         CheckpointError: a tensor has a dtype that cannot travel.
     """
-    entries, offset = [], 0
+    entries: list[dict[str, Any]] = []
+    offset = 0
     for name, tensor in state.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
@@ -90,7 +92,8 @@ def load_weights(module: torch.nn.Module, snapshot: WeightSnapshot) -> None:
     if missing or unexpected:
         raise CheckpointError(
             f"snapshot {snapshot.version} is of another architecture: "
-            f"missing {sorted(missing)[:3] or 'none'}, unexpected {sorted(unexpected)[:3] or 'none'}"
+            f"missing {sorted(missing)[:3] or 'none'}, "
+            f"unexpected {sorted(unexpected)[:3] or 'none'}"
         )
     for name, view in views.items():
         if own[name].shape != view.shape:
@@ -124,7 +127,7 @@ def _views(snapshot: WeightSnapshot) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _tensor(raw: np.ndarray) -> torch.Tensor:
-    """A tensor over `raw`, read-only memory included: torch has no read-only tensors and would warn."""
+    """A tensor over `raw`, read-only or not: torch has no read-only tensors and would warn."""
     return torch.from_numpy(raw if raw.flags.writeable else np.asarray(_OnlyRead(raw)))
 
 

@@ -158,9 +158,7 @@ class RunConfig:
                 config=self.rewards.loo_fid,
                 resources=Resources(),
             ),
-            learner=Role(
-                name="learner", factory=Learner, config=learner, resources=self.learner
-            ),
+            learner=Role(name="learner", factory=Learner, config=learner, resources=self.learner),
             timeout_s=self.timeout_s,
             max_restarts=self.max_restarts,
         )

@@ -67,8 +67,8 @@ def examine(
     """Sample the policy that the fleet now holds, and grade it.
 
     Returns:
-        fid, density, coverage, precision, recall (against `real`, in the judge's features), one mean
-        for each of the judge's scorers, and the mean token entropy in nats.
+        fid, density, coverage, precision, recall (against `real`, in the judge's features), one
+        mean for each of the judge's scorers, and the mean token entropy in nats.
 
     Raises:
         DataError: an image could not be judged.

@@ -121,8 +121,7 @@ class Experiment:
             gallery / BEFORE_AFTER,
         )
         if self._rows:
-            images = self._config.evaluation.num_images
-            self._console.table(self._rows, f"{images} images a row; no row but CFG is guided")
+            self._console.table(self._rows)
         write_report(self._run, self._config, self._rows)
         self._console.say(
             f"gallery: {gallery / BEFORE_AFTER}\nreport:  {self._run.report}\n"

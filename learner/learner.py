@@ -202,11 +202,15 @@ class Learner:
             reference = None
             if self._reference is not None:
                 with torch.no_grad():
-                    reference, _ = token_logprobs(
-                        self._reference, tokens, conditions, config.spec
-                    )
+                    reference, _ = token_logprobs(self._reference, tokens, conditions, config.spec)
             loss, stats = grpo_loss(
-                logprobs, entropies, behaviour, advantages, reference, self._entropy_coef, config.loss
+                logprobs,
+                entropies,
+                behaviour,
+                advantages,
+                reference,
+                self._entropy_coef,
+                config.loss,
             )
             (loss * share).backward()
             _gather(sums, stats, share)

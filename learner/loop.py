@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import DataError
-from cluster.fleet import Fleet, StopRequested
+from cluster.fleet import Fleet, StopRequestedError
 from cluster.messages import Condition, SampleRequest, ScoredGroup, Span
 from learner.advantage import Advantages, group_advantages
 from learner.batch import make_batch
@@ -58,7 +58,7 @@ def train(
         try:
             ticket = fleet.submit(_requests(config, stream.draw(iteration), "train", iteration))
             groups = fleet.collect(ticket)
-        except StopRequested:
+        except StopRequestedError:
             return iteration
         check_failures(groups, config.max_failed_share)
         answer = fleet.moments.commit(iteration, *_features(groups))
@@ -77,8 +77,8 @@ def train(
 
 
 def prepare(config: RunConfig, fleet: Fleet) -> dict[str, float]:
-    """Before the first iteration: real images' moments, and from images of the base policy the start
-    of the moving average and the entropy that controllers are anchored to."""
+    """Before the first iteration: real images' moments, and from images of the base policy the
+    start of the moving average and the entropy that controllers are anchored to."""
     set_reference(config, fleet)
     conditions, size = config.conditions.conditions(), config.rollouts_per_group
     groups = -(-config.rewards.loo_fid.seed_images // size)
@@ -143,9 +143,7 @@ def _features(groups: Sequence[ScoredGroup]) -> tuple[np.ndarray, np.ndarray]:
 def _spans(
     groups: Sequence[ScoredGroup], answer: DistributionReward, report: StepReport, *more: Span
 ) -> tuple[Span, ...]:
-    of_groups = (
-        span for group in groups for span in (*group.rollouts.spans, *group.scores.spans)
-    )
+    of_groups = (span for group in groups for span in (*group.rollouts.spans, *group.scores.spans))
     return (*of_groups, *answer.spans, *report.spans, *more)
 
 

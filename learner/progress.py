@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,21 +28,24 @@ FIGURES = {
 }
 """Shown name -> metric."""
 COLUMNS = {
-    "FID ↓": "fid",
-    "density ↑": "density",
-    "coverage ↑": "coverage",
-    "precision ↑": "precision",
-    "recall ↑": "recall",
-    "class acc. ↑": "accuracy",
-    "CLIP ↑": "clip",
-    "entropy": "entropy",
+    "FID↓": "fid",
+    "dens.↑": "density",
+    "cov.↑": "coverage",
+    "prec.↑": "precision",
+    "recall↑": "recall",
+    "class↑": "accuracy",
+    "CLIP↑": "clip",
+    "entr.": "entropy",
 }
 """Heading of the table -> metric of the exam."""
+LEGEND = """  FID, density, coverage, precision, recall: against held-out images, in a judge's
+  features; class: share the judge reads as the class asked for; CLIP: a second one,
+  never rewarded"""
 LINES_WITHOUT_TERMINAL = 20
 
 
 class RunConsole:
-    """The console of a run. Without a terminal (a job's log), the bar becomes a line now and then."""
+    """The console of a run. Without a terminal, as in a job's log, the bar becomes a few lines."""
 
     def __init__(self, iterations: int) -> None:
         self._console = Console()
@@ -90,12 +94,13 @@ class RunConsole:
         if not self._console.is_terminal and (done % every == 0 or done == self._iterations):
             self.say(f"iteration {done}/{self._iterations}  {figures}")
 
-    def table(self, rows: Mapping[str, Mapping[str, float]], caption: str) -> None:
+    def table(self, rows: Mapping[str, Mapping[str, float]]) -> None:
         """The exam's results, one row a policy."""
-        table = Table(title="Held-out judge", caption=caption, caption_justify="left")
-        table.add_column("policy")
+        table = Table(title="Held-out judge", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("policy", no_wrap=True)
         for heading in COLUMNS:
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         for name, metrics in rows.items():
-            table.add_row(name, *(f"{metrics[key]:.3f}" for key in COLUMNS.values()))
+            table.add_row(name, *(f"{metrics[key]:.2f}" for key in COLUMNS.values()))
         self._console.print(table)
+        self.say(LEGEND)

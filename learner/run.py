@@ -57,8 +57,8 @@ class Arguments:
 
 
 class StopFlag:
-    """Set by the first Ctrl-C or SIGTERM: the run then ends where nothing is lost. A second one ends
-    it at once."""
+    """Set by the first Ctrl-C or SIGTERM: the run then ends where nothing is lost. A second one
+    ends it at once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say, self._set = say, False

@@ -1,7 +1,7 @@
 """The run directory: where everything that a run leaves behind is kept.
 
-    config.yaml  metrics.jsonl  evaluation.json  trace.json  report.html
-    checkpoints/step_*/  rollouts/*.parquet  gallery/*.png  tensorboard/
+config.yaml  metrics.jsonl  evaluation.json  trace.json  report.html
+checkpoints/step_*/  rollouts/*.parquet  gallery/*.png  tensorboard/
 """
 
 from __future__ import annotations

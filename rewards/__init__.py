@@ -1,1 +1,1 @@
-"""Judging images: scorers, features, moments, the leave-one-out FID, and the roles that serve them."""
+"""Judging images: scorers, features, moments, leave-one-out FID, and the roles that serve them."""

@@ -24,7 +24,7 @@ class RewardTerm:
     weight: float = 1.0
     """Factor of the normalised reward; 0 logs it and learns nothing from it."""
     normalise: Normalisation = "group"
-    """group: deviation within the group. batch: deviation over the batch (see `normalise_scores`)."""
+    """group: by the deviation within the group. batch: by the deviation over the batch."""
 
     def __post_init__(self) -> None:
         if self.weight < 0:

@@ -37,7 +37,7 @@ class LooFidTerm(MomentsConfig, RewardTerm):
     weight: float = 4.0
     """Factor of the normalised reward; 0 logs it and learns nothing from it."""
     normalise: Normalisation = "batch"
-    """group: deviation within the group. batch: deviation over the batch (see `normalise_scores`)."""
+    """group: by the deviation within the group. batch: by the deviation over the batch."""
     reference: str = "digits:train"
     """Real images' moments: an .npz file with mu and sigma, or "digits:train" to compute them."""
     seed_images: int = 1000

@@ -2,8 +2,8 @@
 
     F = |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)
 
-The last trace is computed in its symmetric form, tr (L' S_a L)^(1/2) with S_b = L L': eigenvalues of
-a symmetric matrix are real and accurate where `sqrtm` of the product is neither.
+The last trace is computed in its symmetric form, tr (L' S_a L)^(1/2) with S_b = L L': eigenvalues
+of a symmetric matrix are real and accurate where `sqrtm` of the product is neither.
 
 Shapes: N images, D feature dimensions.
 """

@@ -1,4 +1,4 @@
-"""Leave-one-out FID: how much each image of a batch brings the distribution closer to the reference.
+"""Leave-one-out FID: how much each image of a batch brings its distribution nearer the reference.
 
 With EMA moments M before the batch and a decay b, E(u) = b M + (1 - b) u mixes history and batch:
 
@@ -51,8 +51,8 @@ def leave_one_out_fid(
         raise DataError(f"leave-one-out needs at least 2 images, found {count}")
     if not dim == moments.dim == reference.dim:
         raise DataError(
-            f"features have {dim} dimensions, moments {moments.dim}, the reference {reference.dim}: "
-            "all three must come from the same extractor"
+            f"features have {dim} dimensions, moments {moments.dim}, the reference "
+            f"{reference.dim}: all three must come from the same extractor"
         )
     after = moments.update(x, decay)
     fid = distance_to_reference(after.mean, after.cov, reference)
@@ -106,9 +106,10 @@ def _root_trace_drop(updates: np.ndarray, values: np.ndarray) -> np.ndarray:
         tr sqrt(A) - tr sqrt(A_i) = -(1/pi) int_0^inf log(1 - g_i(t)) dt,
         g_i(t) = sum_k updates_ik / (values_k + t^2).
 
-    All terms of g are positive, so nothing cancels however small the drop is. Where an image all but
-    spans a direction of its own, the smallest eigenvalue m of A_i nears zero and the integrand turns
-    singular; the factor (m + t^2) / (l + t^2) is then integrated in closed form (sqrt l - sqrt m).
+    All terms of g are positive, so nothing cancels however small the drop is. Where an image all
+    but spans a direction of its own, the smallest eigenvalue m of A_i nears zero and the integrand
+    turns singular; the factor (m + t^2) / (l + t^2) is then integrated in closed form, to
+    sqrt l - sqrt m.
 
     Args:
         updates: (N, R) >= 0.

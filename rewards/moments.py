@@ -41,9 +41,7 @@ class Moments:
         x = check_features(features)
         centred = x - (mean := x.mean(0))
         count = float(len(x))
-        return cls(
-            mean=mean, cov=centred.T @ centred / count, weight=count, square_weight=count
-        )
+        return cls(mean=mean, cov=centred.T @ centred / count, weight=count, square_weight=count)
 
     @property
     def dim(self) -> int:
@@ -130,7 +128,9 @@ def _mix(a: Moments, weight_a: float, b: Moments, weight_b: float, weight: float
     """Law of total covariance for the mixture (weight_a a + weight_b b) / (weight_a + weight_b)."""
     share_a, share_b = weight_a / (weight_a + weight_b), weight_b / (weight_a + weight_b)
     gap = b.mean - a.mean
-    square = (share_a / a.weight) ** 2 * a.square_weight + (share_b / b.weight) ** 2 * b.square_weight
+    square = (share_a / a.weight) ** 2 * a.square_weight + (
+        share_b / b.weight
+    ) ** 2 * b.square_weight
     return Moments(
         mean=share_a * a.mean + share_b * b.mean,
         cov=share_a * a.cov + share_b * b.cov + share_a * share_b * np.outer(gap, gap),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import msgpack
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from cluster.errors import CheckpointError, DataError
 from cluster.messages import Span
@@ -74,8 +75,9 @@ class MomentsServer:
 
     def seed(self, features: np.ndarray) -> float:
         """Start the moving average from images of the base policy, (N, D); returns their FID."""
-        self._moments = Moments.from_features(features)
-        return self._fid(self._moments)
+        with threadpool_limits(1):
+            self._moments = Moments.from_features(features)
+            return self._fid(self._moments)
 
     def commit(self, iteration: int, features: np.ndarray, valid: np.ndarray) -> DistributionReward:
         """Judge one iteration's images and take them into the moving average, once.
@@ -100,15 +102,20 @@ class MomentsServer:
             raise DataError("the moments server needs a reference and seeded moments first")
         used = features[valid]
         rewards = np.full(len(features), np.nan)
-        rewards[valid], fid = leave_one_out_fid(used, self._moments, self._reference, self._decay)
-        self._moments = self._moments.update(used, self._decay)
-        self._committed = iteration
+        # One thread: the last bits of a product then do not depend on where the server runs.
+        with threadpool_limits(1):
+            rewards[valid], fid = leave_one_out_fid(
+                used, self._moments, self._reference, self._decay
+            )
+            moments = self._moments.update(used, self._decay)
+            batch_fid = self._fid(Moments.from_features(used))
+        self._moments, self._committed = moments, iteration
         self._answer = DistributionReward(
             iteration=iteration,
             rewards=rewards,
             fid=fid,
-            batch_fid=self._fid(Moments.from_features(used)),
-            effective_size=self._moments.effective_size,
+            batch_fid=batch_fid,
+            effective_size=moments.effective_size,
             spans=(Span(self.name, "moments", start, time.time()),),
         )
         return self._answer

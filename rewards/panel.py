@@ -62,9 +62,10 @@ def _guarded(
     try:
         values = np.array(score(images, conditions), dtype=np.float32)
     except Exception as batch_error:  # a scorer may be anyone's code: its error becomes data
-        values = _one_by_one(name, score, images, conditions, errors)
-        if values is None:
+        alone = _one_by_one(name, score, images, conditions, errors)
+        if alone is None:
             raise batch_error
+        values = alone
     finite = np.isfinite(values.reshape(len(images), -1)).all(1)
     for index in np.flatnonzero(~finite):
         errors[index] = errors[index] or f"{name}: not finite"

@@ -15,6 +15,7 @@ from rewards.features import load_features
 from rewards.hpsv2 import HpsReward
 from rewards.panel import Panel
 
+
 class RewardServer:
     """Scores groups of images with the panel that their request names."""
 

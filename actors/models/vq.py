@@ -193,7 +193,7 @@ class Codebook(nn.Module):
 class VQDecoder(nn.Module):
     """Codes to images: the half of the tokenizer that a sampler needs."""
 
-    UNUSED = ("encoder.", "quant_conv.", "quantize.codebook_used")
+    UNUSED: tuple[str, ...] = ("encoder.", "quant_conv.", "quantize.codebook_used")
     """Tensors of a tokenizer file that this half leaves out."""
 
     def __init__(self, config: VQConfig) -> None:

@@ -1,1 +1,1 @@
-"""The miniature: real digits, five small networks and a judge, for the same program that runs LlamaGen."""
+"""The miniature: real digits, five small networks and a judge, for the same program."""

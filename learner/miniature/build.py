@@ -18,10 +18,9 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
 
 from actors.models.llamagen import LlamaGenConfig
-from actors.models.vq import VQConfig
+from actors.models.vq import VQConfig, VQTokenizer
 from cluster.tensors import write_tensors
 from learner.miniature import training
 from learner.miniature.data import CLASS_NAMES, IMAGE_SIZE, captions, digits, to_pixels
@@ -93,9 +92,7 @@ class Builder:
         tokenizer = training.train_tokenizer(
             self.batches("tokenizer"), TOKENIZER, *self.steps("tokenizer")
         )
-        write_tensors(
-            out / "tokenizer.safetensors", tokenizer.state_dict(), TOKENIZER.to_dict()
-        )
+        write_tensors(out / "tokenizer.safetensors", tokenizer.state_dict(), TOKENIZER.to_dict())
         policy = training.train_policy(
             self.batches("policy"), tokenizer, POLICY, *self.steps("policy")
         )
@@ -108,7 +105,7 @@ class Builder:
         self._build_text_image("preference", width=64, depth=2, heads=2, tokenizer=tokenizer)
 
     def _build_text_image(
-        self, name: str, width: int, depth: int, heads: int, tokenizer: nn.Module | None = None
+        self, name: str, width: int, depth: int, heads: int, tokenizer: VQTokenizer | None = None
     ) -> None:
         ensure_torchvision()
         import open_clip

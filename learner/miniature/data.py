@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real 8x8 images of 10 classes, split once and for all."""
+"""scikit-learn's handwritten digits: 1,797 real 8x8 images of 10 classes, split once for all."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def to_pixels(images: np.ndarray) -> Tensor:
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mild random affine maps: up to 8 degrees, 8 %, half a pixel. Black (-1) comes in from outside."""
+    """Mild random affine maps: to 8 degrees, 8 %, half a pixel; outside is black (-1)."""
     count = len(pixels)
 
     def uniform(limit: float) -> Tensor:

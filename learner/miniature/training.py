@@ -39,7 +39,9 @@ class Batches:
         return augment(self.pixels[index], self.generator), self.labels[index]
 
 
-def _optimise(module: nn.Module, loss: Callable[[int], Tensor], steps: int, lr: float, tick: Tick):
+def _optimise(
+    module: nn.Module, loss: Callable[[int], Tensor], steps: int, lr: float, tick: Tick
+) -> None:
     """AdamW with a short warm-up and a cosine to zero."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = max(1, steps // 20)
@@ -177,9 +179,7 @@ def _of_classes(batches: Batches, classes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _corrupt_tokens(
-    images: Tensor, tokenizer: VQTokenizer, generator: torch.Generator
-) -> Tensor:
+def _corrupt_tokens(images: Tensor, tokenizer: VQTokenizer, generator: torch.Generator) -> Tensor:
     codes = tokenizer.encode(images)
     order = torch.rand(codes.flatten(1).shape, generator=generator).argsort(-1)
     hit = (order < CORRUPTED_TOKENS).view(codes.shape)

@@ -1,0 +1,240 @@
+"""Does it work, and which part of it does? `python -m learner.miniature.arms`
+
+Trains the miniature with and without each part, over several seeds, and grades every result with
+the same held-out judge. Each seed rebuilds all networks (tokenizer, policy, scorers) and reseeds
+the learning; the judge and the split of the data stay fixed. Writes results.csv, arms.png and the
+table, as means over seeds with 95 % intervals (Student's t). Finished arms are kept: a second call
+with the same --out goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from scipy import stats
+
+from cluster.fleet import InlineFleet
+from learner import evaluate
+from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
+from learner.loop import prepare, train
+from learner.miniature.build import BuildConfig, Builder
+from learner.progress import COLUMNS
+
+BASE, GUIDED, BOTH = "base", "base, CFG 2", "instance + LOO-FID"
+INSTANCE_OFF = {"clip": {"weight": 0.0}, "hps": {"weight": 0.0}}
+ARMS: dict[str, dict[str, Any]] = {
+    "instance only": {"rewards": {"loo_fid": {"weight": 0.0}}},
+    "LOO-FID only": {"rewards": INSTANCE_OFF},
+    BOTH: {},
+    "both + entropy": {"entropy": {"controller": "target"}},
+}
+"""Arm -> what differs from the preset."""
+CLAIMS = {"fid": -1, "accuracy": 1, "density": 1, "coverage": 1}
+"""Metrics in which both rewards together are to beat guidance, and which way is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmsConfig:
+    """Compare the parts of the method on the miniature."""
+
+    out: Path = Path("runs/arms")
+    """Where results and rebuilt networks go."""
+    seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
+    """One repetition each."""
+    iterations: int = 200
+    """Learning iterations of each arm."""
+    workers: int = 0
+    """Processes at a time; 0 is one for each core."""
+
+
+def main() -> None:
+    config = tyro.cli(ArmsConfig, description=__doc__, prog="python -m learner.miniature.arms")
+    config.out.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn()) as progress:
+        run_all(config, progress)
+    results = collect(config)
+    write_csv(results, config.out / "results.csv")
+    plot(results, config.out / "arms.png")
+    report(results, Console())
+
+
+def run_all(config: ArmsConfig, progress: Progress) -> None:
+    """Build the networks of each seed, then train every arm, as many at a time as asked for."""
+    workers = config.workers or len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")  # a forked process inherits torch's threads
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for title, job, arguments in (
+            ("building networks", build_networks, [(config, seed) for seed in config.seeds]),
+            (
+                "training arms",
+                run_arm,
+                [(config, seed, arm) for seed in config.seeds for arm in (BASE, *ARMS)],
+            ),
+        ):
+            task = progress.add_task(title, total=len(arguments))
+            submitted: Callable[..., None] = job
+            for done in as_completed([pool.submit(submitted, *each) for each in arguments]):
+                done.result()
+                progress.advance(task)
+
+
+def build_networks(config: ArmsConfig, seed: int) -> None:
+    """Networks of one seed, unless they are there already."""
+    folder = networks_of(config, seed)
+    if (folder / "preference" / "open_clip_model.safetensors").is_file():  # written last
+        return
+    with Progress(disable=True) as progress:
+        Builder(BuildConfig(out=folder, seed=seed), progress).build()
+
+
+def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
+    """Train and examine one arm of one seed; the result goes to a JSON file."""
+    result = result_of(config, seed, arm)
+    if result.is_file():
+        return
+    run = arm_config(config, seed, ARMS.get(arm, {}))
+    with InlineFleet(run.fleet_plan()) as fleet:
+        fleet.broadcast()
+        real = evaluate.real_features(run, fleet)
+        if arm == BASE:
+            rows = {
+                row.name: evaluate.examine(run, fleet, row.spec, real)
+                for row in evaluate.base_rows(run)
+            }
+        else:
+            prepare(run, fleet)
+            train(run, fleet, 0, lambda _: None, lambda: False)
+            row = evaluate.tuned_row(run)
+            rows = {arm: evaluate.examine(run, fleet, row.spec, real)}
+    result.write_text(json.dumps(rows))
+
+
+def arm_config(config: ArmsConfig, seed: int, changes: Mapping[str, Any]) -> RunConfig:
+    """The miniature preset with a seed's networks and an arm's changes."""
+    folder = networks_of(config, seed)
+    networks: dict[str, Any] = {
+        "seed": seed,
+        "iterations": config.iterations,
+        "policy": {"checkpoint": str(folder / "policy.safetensors")},
+        "tokenizer": {"checkpoint": str(folder / "tokenizer.safetensors")},
+        "rewards": {
+            "clip": {"model": str(folder / "clip")},
+            "hps": {"model": str(folder / "preference")},
+            "features": {"checkpoint": str(folder / "features.safetensors")},
+        },
+        "learner": {"num_threads": 1},
+    }
+    values = merge(merge(to_dict(load_preset(DEFAULT_PRESET)), networks), changes)
+    return validate(values, f"arm of seed {seed}")
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries: `changes` over `base`."""
+    merged = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        merged[key] = merge(base[key], value) if nested else value
+    return merged
+
+
+def networks_of(config: ArmsConfig, seed: int) -> Path:
+    return config.out.absolute() / "networks" / f"seed_{seed}"
+
+
+def result_of(config: ArmsConfig, seed: int, arm: str) -> Path:
+    name = "".join(letter if letter.isalnum() else "_" for letter in arm)
+    return config.out / f"{name}-seed_{seed}-{config.iterations}.json"
+
+
+Results = dict[str, dict[str, np.ndarray]]
+"""Policy -> metric -> values, one a seed."""
+
+
+def collect(config: ArmsConfig) -> Results:
+    """Everything measured, by policy and metric."""
+    results: Results = {}
+    for arm in (BASE, *ARMS):
+        seeds = [json.loads(result_of(config, seed, arm).read_text()) for seed in config.seeds]
+        for name in seeds[0]:
+            metrics = seeds[0][name]
+            results[name] = {key: np.array([rows[name][key] for rows in seeds]) for key in metrics}
+    return results
+
+
+def interval(values: np.ndarray) -> float:
+    """Half width of the 95 % confidence interval of the mean; NaN for a single value."""
+    if len(values) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """One row a policy: mean and half interval of each metric, then the values."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["policy", "metric", "mean", "half_interval_95", "values"])
+        for policy, metrics in results.items():
+            for metric, values in metrics.items():
+                numbers = " ".join(f"{value:.6g}" for value in values)
+                writer.writerow([policy, metric, values.mean(), interval(values), numbers])
+
+
+def report(results: Results, console: Console) -> None:
+    """The table, and in how many seeds the claim holds."""
+    table = Table(title="Held-out judge, mean ± 95 % interval over seeds", box=SIMPLE_HEAD)
+    table.add_column("policy", no_wrap=True)
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for policy, metrics in results.items():
+        cells = (metrics[key] for key in COLUMNS.values())
+        table.add_row(policy, *(f"{cell.mean():.2f}±{interval(cell):.2f}" for cell in cells))
+    console.print(table)
+    for name, better, than in (
+        ("both rewards without guidance beat the base policy with CFG 2", BOTH, GUIDED),
+        ("both rewards beat instance rewards only", BOTH, "instance only"),
+    ):
+        console.print(f"{name}, seeds in which it holds:")
+        for metric, sign in CLAIMS.items():
+            gap = sign * (results[better][metric] - results[than][metric])
+            console.print(
+                f"  {metric}: {(gap > 0).sum()} of {len(gap)}, "
+                f"gain {gap.mean():.3f} ± {interval(gap):.3f}",
+                highlight=False,
+            )
+
+
+def plot(results: Results, path: Path) -> None:
+    """Every metric as points (seeds) with mean and interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    for axes, (heading, key) in zip(figure.subplots(2, 4).flat, COLUMNS.items()):
+        for row, metrics in enumerate(results.values()):
+            values = metrics[key]
+            axes.plot(values, np.full(len(values), row), "o", color="tab:blue", alpha=0.35)
+            axes.errorbar(values.mean(), row, xerr=interval(values), fmt="D", color="black")
+        axes.set_title(heading)
+        axes.set_yticks(range(len(results)), list(results))
+        axes.invert_yaxis()
+        axes.label_outer()
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 
 Normalisation = Literal["group", "batch"]
-EPSILON = 1e-4
+EPSILON = 1e-4  # added to a group's deviation, as in the public code of 2603.23086
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,5 +54,9 @@ def normalise_scores(scores: np.ndarray, valid: np.ndarray, how: Normalisation) 
     if how == "group":
         deviation = np.sqrt((centred**2).sum(1, keepdims=True) / np.maximum(counts, 1))
         return centred / (deviation + EPSILON)
-    spread = np.std(values[valid]) if valid.any() else 0.0
-    return centred / spread if spread > 0 else np.zeros_like(centred)
+    used = values[valid]
+    spread = np.std(used) if used.size else 0.0
+    # No absolute floor: leave-one-out rewards may be of any scale. Equal values differ by rounding.
+    if spread <= ROUNDING * np.abs(used).max(initial=0.0):
+        return np.zeros_like(centred)
+    return centred / spread

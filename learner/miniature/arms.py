@@ -88,9 +88,13 @@ def run_all(config: ArmsConfig, progress: Progress) -> None:
         ):
             task = progress.add_task(title, total=len(arguments))
             submitted: Callable[..., None] = job
-            for done in as_completed([pool.submit(submitted, *each) for each in arguments]):
-                done.result()
+            futures = {pool.submit(submitted, *each): each for each in arguments}
+            for future in as_completed(futures):
+                future.result()
                 progress.advance(task)
+                if not progress.console.is_terminal:
+                    what = ", ".join(str(part) for part in futures[future][1:])
+                    print(f"{title}: {what} done", flush=True)
 
 
 def build_networks(config: ArmsConfig, seed: int) -> None:
@@ -99,7 +103,7 @@ def build_networks(config: ArmsConfig, seed: int) -> None:
     if (folder / "preference" / "open_clip_model.safetensors").is_file():  # written last
         return
     with Progress(disable=True) as progress:
-        Builder(BuildConfig(out=folder, seed=seed), progress).build()
+        Builder(BuildConfig(out=folder, seed=seed, num_threads=1), progress).build()
 
 
 def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:

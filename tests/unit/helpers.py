@@ -1,0 +1,83 @@
+"""Small models and messages for tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from actors.models.llamagen import LlamaGen, LlamaGenConfig
+from cluster.messages import (
+    Condition,
+    GroupScores,
+    RolloutGroup,
+    SampleRequest,
+    SamplingSpec,
+    ScoredGroup,
+)
+
+TINY = LlamaGenConfig(dim=32, num_layers=2, num_heads=2, grid=3, vocab_size=20, num_classes=4)
+SPECS = {
+    "plain": SamplingSpec(),
+    "temperature": SamplingSpec(temperature=0.7),
+    "top_k": SamplingSpec(top_k=6),
+    "top_p": SamplingSpec(top_p=0.8),
+    "all filters": SamplingSpec(temperature=1.2, top_k=9, top_p=0.9),
+    "guided": SamplingSpec(cfg_scale=1.5, guidance="guided"),
+    "guided, filtered": SamplingSpec(cfg_scale=2.0, top_k=8, top_p=0.95, guidance="guided"),
+}
+
+
+def tiny_policy(seed: int = 0) -> LlamaGen:
+    """Random weights, large enough that attention is uneven and logits differ."""
+    torch.manual_seed(seed)
+    policy = LlamaGen(TINY)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+    return policy.eval().requires_grad_(False)
+
+
+def request(group: int = 0, rollouts: int = 3, **changes: object) -> SampleRequest:
+    fields: dict = {
+        "stream": "train",
+        "iteration": 0,
+        "group": group,
+        "condition": Condition(text=f"class {group}", class_index=group),
+        "num_rollouts": rollouts,
+        "seed": 7,
+        "spec": SamplingSpec(),
+    }
+    return SampleRequest(**{**fields, **changes})
+
+
+def scored_group(
+    scores: dict[str, list[float]],
+    *,
+    group: int = 0,
+    errors: list[str | None] | None = None,
+    features: np.ndarray | None = None,
+    version: int = 0,
+    tokens: int = 4,
+    spec: SamplingSpec | None = None,
+) -> ScoredGroup:
+    """A group as it comes back from the fleet, with given scores."""
+    count = len(next(iter(scores.values())))
+    asked = request(group, count, spec=spec or SamplingSpec())
+    generator = np.random.default_rng(group)
+    rollouts = RolloutGroup(
+        request=asked,
+        version=version,
+        tokens=generator.integers(0, 20, (count, tokens)).astype(np.int32),
+        logprobs=np.full((count, tokens), -1.0, np.float32),
+        entropies=np.full((count, tokens), 2.0, np.float32),
+    )
+    return ScoredGroup(
+        rollouts=rollouts,
+        scores=GroupScores(
+            key=asked.key,
+            scores={name: np.array(values, np.float32) for name, values in scores.items()},
+            features=np.zeros((count, 2), np.float32) if features is None else features,
+            errors=tuple(errors or [None] * count),
+        ),
+    )

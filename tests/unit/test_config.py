@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.errors import ConfigError
+from learner.config import RunConfig, dump, load_file, load_preset, to_dict, validate
+from learner.run import parse
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"iteratons": 3}, "unknown field 'iteratons', did you mean 'iterations'?"),
+        ({"rewards": {"clip": {"wieght": 1}}}, "'rewards.clip.wieght', did you mean 'weight'?"),
+        ({"learner": {"zzz": 1}}, "unknown field 'learner.zzz': there are num_cpus,"),
+        ({"num_samplers": 0}, "num_samplers should be greater than or equal to 1, found 0"),
+        ({"learner": {"lr": "fast"}}, "learner.lr should be a valid number"),
+        ({"learner": {"lr": -1.0}}, "learner lr and max_grad_norm must be > 0"),
+        ({"sampling": {"top_p": 2.0}}, r"sampling top_p must be in (0, 1], found 2.0"),
+        ({"entropy": {"controller": "tarket"}}, "'none', 'fixed' or 'target', found 'tarket'"),
+        ({"rewards": {"loo_fid": {"decay": 1.0}}}, "decay must be in [0, 1), found 1.0"),
+        ({"rewards": {"loo_fid": {"seed_images": 8}}}, "at least 32 (two groups), found 8"),
+        ({"learner": {"microbatch": 500}}, "at most the 160 rollouts of an iteration, found 500"),
+        ({"evaluation": {"cfg_scales": [0.5]}}, "cfg_scales.0 should be greater than 1"),
+    ],
+)
+def test_wrong_values_are_explained(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(values, "test.yaml")
+    assert str(error.value).startswith("test.yaml: ")
+    assert message in str(error.value)
+
+
+def test_every_mistake_is_listed() -> None:
+    with pytest.raises(ConfigError, match=r"iterations.*;.*seed"):
+        validate({"iterations": 0, "seed": -1}, "test")
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = load_preset("miniature")
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(config))
+    assert load_file(file) == config
+    assert validate(to_dict(config), "test") == config
+
+
+def test_presets_by_name_and_by_path(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"iterations": 7}))
+    assert load_preset(str(file)) == RunConfig(iterations=7)
+    with pytest.raises(ConfigError, match=r"no preset 'minature': did you mean 'miniature'\?"):
+        load_preset("minature")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- 1", "must be a mapping of fields, found list")],
+)
+def test_malformed_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_file(file)
+    assert "bad.yaml" in str(error.value)
+
+
+def test_command_line_over_preset_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"iterations": 7, "learner": {"lr": 0.5}}))
+    command, config, resumed = parse(
+        ["--preset", str(file), "--learner.lr", "0.25", "--num-samplers", "8", "--inline"]
+    )
+    assert (command.inline, resumed) == (True, None)
+    assert (config.iterations, config.learner.lr, config.num_samplers) == (7, 0.25, 8)
+    assert config.seed == RunConfig().seed
+
+
+def test_command_line_values_are_validated() -> None:
+    with pytest.raises(ConfigError, match="num_samplers should be greater than or equal to 1"):
+        parse(["--num-samplers", "0"])
+
+
+def test_unknown_options_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--num-sampler", "3"])
+    assert stop.value.code == 2
+    assert "--num-samplers" in capsys.readouterr().err
+
+
+def test_help_names_every_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    options = (
+        "--num-samplers --num-reward-servers --iterations --seed --run-dir --resume --preset "
+        "--dry-run --inline --rewards.clip.weight"
+    )
+    assert [option for option in options.split() if option not in text] == []

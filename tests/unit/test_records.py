@@ -1,0 +1,203 @@
+"""Run directory, metrics, rollouts, timeline, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.errors import CheckpointError, ConfigError
+from cluster.messages import Span
+from learner import checkpoint, rundir
+from learner.advantage import group_advantages
+from learner.config import RunConfig
+from learner.gallery import contact_sheet
+from learner.metrics import Recorder, Trace, read_metrics, repeatable
+from learner.rundir import RunDirectory
+from rewards.combine import RewardTerm
+from tests.unit.helpers import scored_group
+
+
+def new_run(path: Path) -> RunDirectory:
+    return RunDirectory.create(str(path), RunConfig())
+
+
+def test_a_used_directory_is_refused(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    assert run.read_config() == RunConfig()
+    with pytest.raises(ConfigError, match="is not empty: add --resume"):
+        new_run(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is not empty"):
+        new_run(tmp_path / "file")
+
+
+def test_resume_finds_the_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="nothing to resume: no run under"):
+        RunDirectory.existing("")
+    first, second = (RunDirectory.create("", RunConfig()) for _ in range(2))
+    assert first.path != second.path
+    assert RunDirectory.existing("").path == second.path
+    with pytest.raises(ConfigError, match=r"has no config\.yaml"):
+        RunDirectory.existing(str(tmp_path))
+
+
+def test_results_of_a_job_do_not_go_where_ray_deletes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    assert rundir.default_root() == Path.home() / "tessera-runs"
+
+
+def record(recorder: Recorder, iteration: int) -> None:
+    groups = [scored_group({"clip": [0.1, np.nan]}, errors=[None, "clip: boom"])]
+    advantages = group_advantages(groups, {}, {"clip": RewardTerm()})
+    row = {"iteration": iteration, "reward/clip": 0.1, "time/learn": 0.5}
+    recorder.record(row, groups, advantages, [Span("learner", "learn", 1.0, 1.5)])
+
+
+def test_a_resumed_run_has_every_row_once(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    recorder = Recorder(run, 0, rollouts=True)
+    for iteration in range(5):
+        record(recorder, iteration)
+    recorder.close()
+    resumed = Recorder(run, 3, rollouts=True)  # the checkpoint was written after iteration 2
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [0, 1, 2]
+    assert len(list(run.rollouts.iterdir())) == 3
+    for iteration in range(3, 6):
+        record(resumed, iteration)
+    resumed.close()
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == list(range(6))
+    assert len(list(run.rollouts.iterdir())) == 6
+    events = json.loads(run.trace.read_text())
+    assert len([event for event in events if event["ph"] == "M"]) == 1
+    assert len([event for event in events if event["ph"] == "X"]) == 8
+
+
+def test_rollouts_have_everything(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    recorder = Recorder(run, 0, rollouts=True)
+    record(recorder, 0)
+    recorder.close()
+    rows = pq.read_table(next(run.rollouts.iterdir())).to_pylist()
+    assert len(rows) == 2
+    good, failed = rows
+    assert set(good) >= {
+        "iteration", "group", "rollout", "seed", "class_index", "text", "policy_version",
+        "temperature", "top_k", "top_p", "cfg_scale", "guidance",
+        "tokens", "logprobs", "entropies", "reward_clip", "advantage", "error",
+    }  # fmt: skip
+    assert len(good["tokens"]) == len(good["logprobs"]) == 4
+    assert (good["error"], failed["error"]) == (None, "clip: boom")
+    assert np.isnan(failed["reward_clip"])
+
+
+def test_repeatable_metrics_leave_times_out() -> None:
+    row = {"iteration": 1, "fid/ema": 2.0, "time/learn": 0.1, "fleet/restarts": 0}
+    assert repeatable(row) == {"iteration": 1, "fid/ema": 2.0}
+
+
+def test_the_timeline_of_a_killed_run_can_be_gone_on_with(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    trace = Trace(file, resume=False)
+    trace.add([Span("a", "work", 0.0, 1.0)])
+    trace._file.flush()  # killed here: no closing bracket
+    resumed = Trace(file, resume=True)
+    resumed.add([Span("b", "work", 1.0, 2.0), Span("a", "work", 2.0, 3.0)])
+    resumed.close()
+    events = json.loads(file.read_text())
+    assert [event["tid"] for event in events if event["ph"] == "X"] == [1, 2, 1]
+
+
+def test_an_empty_timeline_is_valid(tmp_path: Path) -> None:
+    Trace(tmp_path / "trace.json", resume=False).close()
+    assert json.loads((tmp_path / "trace.json").read_text()) == []
+
+
+class FakeFleet:
+    """A learner and a moments server that save a few bytes."""
+
+    def __init__(self) -> None:
+        self.learner = self.moments = self
+        self.restored: dict[str, bytes] = {}
+        self.content = b"weights"
+
+    def save(self, directory: Path) -> None:
+        (directory / "policy.safetensors").write_bytes(self.content)
+
+    def state(self) -> bytes:
+        return b"moments"
+
+    def restore(self, what: object) -> None:
+        key = "learner" if isinstance(what, Path) else "moments"
+        self.restored[key] = (
+            (what / "policy.safetensors").read_bytes() if isinstance(what, Path) else what
+        )
+
+
+def test_checkpoints_are_kept_newest_first_and_restored(tmp_path: Path) -> None:
+    fleet = FakeFleet()
+    for step in (10, 20, 30):
+        fleet.content = f"weights {step}".encode()
+        checkpoint.save_checkpoint(tmp_path, step, fleet, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000020", "step_000030"]
+    newest = checkpoint.newest_checkpoint(tmp_path, print)
+    assert newest.step == 30
+    checkpoint.restore(newest, fleet)
+    assert fleet.restored == {"learner": b"weights 30", "moments": b"moments"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest"])
+def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path: Path, damage: str) -> None:
+    for step in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, step, FakeFleet(), keep=5)
+    broken = tmp_path / "step_000002"
+    file = broken / "policy.safetensors"
+    match damage:
+        case "flip":
+            file.write_bytes(b"weighty")
+        case "truncate":
+            file.write_bytes(b"weig")
+        case "remove":
+            file.unlink()
+        case "manifest":
+            (broken / checkpoint.MANIFEST).write_bytes(b"\x81\xa1")
+        case "no manifest":
+            (broken / checkpoint.MANIFEST).unlink()
+    said: list[str] = []
+    assert checkpoint.newest_checkpoint(tmp_path, said.append).step == 1
+    assert len(said) == 1
+    assert "skipping checkpoint step_000002" in said[0]
+
+
+def test_what_was_half_written_is_not_seen(tmp_path: Path) -> None:
+    (tmp_path / ".step_000009.partial").mkdir()
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        checkpoint.newest_checkpoint(tmp_path, print)
+    checkpoint.save_checkpoint(tmp_path, 9, FakeFleet(), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000009"]
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save_checkpoint(tmp_path, 1, FakeFleet(), keep=1).path
+    manifest = msgpack.unpackb((path / checkpoint.MANIFEST).read_bytes())
+    (path / checkpoint.MANIFEST).write_bytes(msgpack.packb({**manifest, "format": 99}))
+    with pytest.raises(CheckpointError, match="has format 99, expected 1"):
+        checkpoint.verify(path)
+
+
+def test_contact_sheet_places_every_image() -> None:
+    rows = [np.full((3, 8, 8, 3), 50 * row + 50, np.uint8) for row in range(2)]
+    sheet = contact_sheet(rows)
+    assert sheet.shape == (2 * 34 + 2, 3 * 34 + 2, 3)  # 8 pixels enlarged to 32, gaps of 2
+    assert (sheet[2:34, 2:34] == 50).all()
+    assert (sheet[36:68, 70:102] == 100).all()
+    assert (sheet[0] == 32).all()

@@ -50,8 +50,8 @@ class Fleet(Protocol):
         """Images (K, H, W, 3) uint8 of each request, unscored: for galleries, not for training."""
         ...
 
-    def features(self, images: np.ndarray, panel: str) -> np.ndarray:
-        """Features (N, D) float32 of real images (N, H, W, 3) uint8, in a panel's space."""
+    def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]:
+        """Features of real images (N, H, W, 3) uint8 in a panel's spaces: (N, D) float32 each."""
         ...
 
     def fingerprint(self, panel: str) -> str:
@@ -114,7 +114,7 @@ class InlineFleet:
     def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
         return [self._sampler.sample(request)[1] for request in requests]
 
-    def features(self, images: np.ndarray, panel: str) -> np.ndarray:
+    def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]:
         return self._server.features(images, panel)
 
     def fingerprint(self, panel: str) -> str:

@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+MAIN_SPACE = "features"
+"""The feature space of a panel's first extractor; a judge may look at further ones."""
 Guidance = Literal["none", "guided", "distil"]
 
 
@@ -152,8 +154,8 @@ class GroupScores:
     key: RequestKey
     scores: dict[str, np.ndarray]
     """Scorer name -> (K,) float32; NaN where `errors` has a message."""
-    features: np.ndarray
-    """(K, D) float32; rows of failed images are NaN."""
+    features: dict[str, np.ndarray]
+    """Feature space -> (K, D) float32; rows of failed images are NaN."""
     errors: tuple[str | None, ...]
     """Per image: None, or what went wrong. A failed image never carries a made-up score."""
     spans: tuple[Span, ...] = ()

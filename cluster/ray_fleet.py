@@ -148,7 +148,7 @@ class RayFleet:
     def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
         return self._collect(self._submit(requests, scored=False))
 
-    def features(self, images: np.ndarray, panel: str) -> np.ndarray:
+    def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]:
         return RemoteRole(self._servers[0], self._plan.timeout_s).features(images, panel)
 
     def fingerprint(self, panel: str) -> str:

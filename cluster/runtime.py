@@ -62,9 +62,11 @@ class RaySession:
         return self._available("GPU")
 
     def _available(self, kind: str) -> float:
+        """On a cluster, what others have left; a private Ray is all ours."""
         import ray
 
-        return float(ray.available_resources().get(kind, 0.0))
+        resources = ray.available_resources() if self.joined else ray.cluster_resources()
+        return float(resources.get(kind, 0.0))
 
     def __enter__(self) -> Self:
         return self

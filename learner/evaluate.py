@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.errors import DataError
 from cluster.fleet import Fleet
-from cluster.messages import SampleRequest, SamplingSpec
+from cluster.messages import MAIN_SPACE, SampleRequest, SamplingSpec
 from learner.config import RunConfig
 from learner.datasets import load_images
 from rewards.fid import frechet_distance
@@ -56,19 +57,20 @@ def _guided(spec: SamplingSpec, scale: float) -> SamplingSpec:
     )
 
 
-def real_features(config: RunConfig, fleet: Fleet) -> np.ndarray:
-    """Judge features (N, D) of the held-out images."""
+def real_features(config: RunConfig, fleet: Fleet) -> dict[str, np.ndarray]:
+    """Features of the held-out images in each of the judge's spaces, (N, D)."""
     return fleet.features(load_images(config.evaluation.images), PANEL)
 
 
 def examine(
-    config: RunConfig, fleet: Fleet, spec: SamplingSpec, real: np.ndarray
+    config: RunConfig, fleet: Fleet, spec: SamplingSpec, real: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
     """Sample the policy that the fleet now holds, and grade it.
 
     Returns:
-        fid, density, coverage, precision, recall (against `real`, in the judge's features), one
-        mean for each of the judge's scorers, and the mean token entropy in nats.
+        fid, density, coverage, precision, recall against `real` (of the judge's second space as
+        "second/fid" and so on), one mean for each of the judge's scorers, and the mean token
+        entropy in nats.
 
     Raises:
         DataError: an image could not be judged.
@@ -77,21 +79,25 @@ def examine(
     errors = [error for group in groups for error in group.scores.errors if error]
     if errors:
         raise DataError(f"the judge failed on {len(errors)} images; the first: {errors[0]}")
-    features = np.concatenate([group.scores.features for group in groups])
-    ours, theirs = Moments.from_features(features), Moments.from_features(real)
-    near = fidelity(real, features, config.evaluation.neighbours)
-    return {
-        "fid": frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov),
-        "density": near.density,
-        "coverage": near.coverage,
-        "precision": near.precision,
-        "recall": near.recall,
-        **{
-            name: float(np.concatenate([group.scores.scores[name] for group in groups]).mean())
-            for name in groups[0].scores.scores
-        },
-        "entropy": float(np.concatenate([group.rollouts.entropies for group in groups]).mean()),
-    }
+    metrics: dict[str, float] = {}
+    for space, theirs in real.items():
+        prefix = "" if space == MAIN_SPACE else f"{space}/"
+        ours = np.concatenate([group.scores.features[space] for group in groups])
+        graded = compare(ours, theirs, config.evaluation.neighbours)
+        metrics |= {prefix + name: value for name, value in graded.items()}
+    for name in groups[0].scores.scores:
+        scores = np.concatenate([group.scores.scores[name] for group in groups])
+        metrics[name] = float(scores.mean())
+    entropies = np.concatenate([group.rollouts.entropies for group in groups])
+    return metrics | {"entropy": float(entropies.mean())}
+
+
+def compare(generated: np.ndarray, real: np.ndarray, neighbours: int) -> dict[str, float]:
+    """Distances of two sets of features, (M, D) and (N, D)."""
+    ours, theirs = Moments.from_features(generated), Moments.from_features(real)
+    near = fidelity(real, generated, neighbours)
+    fid = frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov)
+    return {"fid": fid, **dataclasses.asdict(near)}
 
 
 def _requests(config: RunConfig, spec: SamplingSpec) -> Iterator[SampleRequest]:

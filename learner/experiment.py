@@ -36,7 +36,7 @@ class Experiment:
         self._config, self._run, self._fleet = config, run, fleet
         self._console, self._should_stop = console, should_stop
         self._rows = run.read_evaluation()
-        self._real: np.ndarray | None = None
+        self._real: dict[str, np.ndarray] | None = None
 
     def run(self) -> bool:
         """Everything; False if the run was asked to stop before its end."""

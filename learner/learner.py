@@ -139,8 +139,8 @@ class Learner:
             "policy/entropy_coef": self._entropy_coef,
             "policy/mismatch_kl": stats["mismatch_kl"],
             "policy/reference_kl": stats["reference_kl"],
+            "policy/logprob_gap": stats["logprob_gap"],
             "policy/ratio": stats["ratio"],
-            "policy/ratio_max": stats["ratio_max"],
             "policy/clip_fraction": stats["clip_fraction"],
             "policy/staleness": float(staleness),
             "loss/surrogate": stats["surrogate"],
@@ -252,7 +252,7 @@ def _gather(sums: dict[str, float], stats: LossStats, share: float) -> None:
     """Add a microbatch's statistics: means weighted by its share, the maximum as it is."""
     for item in dataclasses.fields(stats):
         value = float(getattr(stats, item.name))
-        if item.name == "ratio_max":
+        if item.name == "logprob_gap":
             sums[item.name] = max(sums.get(item.name, 0.0), value)
         else:
             sums[item.name] = sums.get(item.name, 0.0) + share * value

@@ -11,7 +11,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.fleet import Fleet, StopRequestedError
-from cluster.messages import Condition, SampleRequest, ScoredGroup, Span
+from cluster.messages import MAIN_SPACE, Condition, SampleRequest, ScoredGroup, Span
 from learner.advantage import Advantages, group_advantages
 from learner.batch import make_batch
 from learner.conditions import ConditionStream
@@ -97,7 +97,7 @@ def set_reference(config: RunConfig, fleet: Fleet) -> None:
     if source.endswith(".npz"):
         reference = Reference.from_npz(source)
     else:
-        features = fleet.features(load_images(source), "rewards")
+        features = fleet.features(load_images(source), "rewards")[MAIN_SPACE]
         reference = Reference.from_features(features, fingerprint)
     fleet.moments.set_reference(reference, fingerprint)
 
@@ -136,7 +136,7 @@ def _requests(
 
 def _features(groups: Sequence[ScoredGroup]) -> tuple[np.ndarray, np.ndarray]:
     """Features (N, D) and validity (N,) of a batch, in the order of its groups."""
-    features = np.concatenate([group.scores.features for group in groups])
+    features = np.concatenate([group.scores.features[MAIN_SPACE] for group in groups])
     return features, np.concatenate([group.scores.valid for group in groups])
 
 

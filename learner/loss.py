@@ -34,15 +34,16 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class LossStats:
-    """Means over tokens (and the largest ratio), detached."""
+    """Means over tokens, but for the one maximum; detached."""
 
     surrogate: Tensor
     entropy: Tensor
     reference_kl: Tensor
     mismatch_kl: Tensor
     """KL(behaviour || learner), k3: 0 before the first update if both sides agree."""
+    logprob_gap: Tensor
+    """Largest |learner - behaviour logprob|: rounding alone before the first update."""
     ratio: Tensor
-    ratio_max: Tensor
     clip_fraction: Tensor
     """Share of tokens whose gradient the clip cuts off."""
 
@@ -116,8 +117,8 @@ def grpo_loss(
             entropy=entropies.mean(),
             reference_kl=divergence.mean(),
             mismatch_kl=k3(behaviour, logprobs).mean(),
+            logprob_gap=(logprobs - behaviour).abs().max(),
             ratio=ratio.mean(),
-            ratio_max=ratio.max(),
             clip_fraction=(cut & (columns != 0)).float().mean(),
         )
     return loss, stats

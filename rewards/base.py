@@ -26,9 +26,6 @@ class FeatureExtractor(Protocol):
     """One vector an image: the space in which distributions are compared."""
 
     @property
-    def dim(self) -> int: ...
-
-    @property
     def fingerprint(self) -> str:
         """Names network, weights and preprocessing; moments of different prints never mix."""
         ...

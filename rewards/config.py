@@ -11,6 +11,7 @@ from rewards.features import FeaturesConfig
 from rewards.hpsv2 import HpsConfig
 from rewards.moments_server import MomentsConfig
 
+SECOND_SPACE = "second"
 NETWORKS = "package://learner.miniature/networks"
 
 
@@ -67,6 +68,8 @@ class JudgeConfig:
     features: FeaturesConfig = field(
         default_factory=lambda: FeaturesConfig(checkpoint=f"{NETWORKS}/judge.safetensors")
     )
+    second: FeaturesConfig = field(default_factory=lambda: FeaturesConfig(network="pixels"))
+    """A second feature space: one network's FID can misrank what another sees."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,18 @@ FAMILY = "convnet"
 
 @dataclass(frozen=True, kw_only=True)
 class ConvNetConfig:
-    """Architecture: 3x3 convolutions, a 2x pool after each but the last, a linear feature layer."""
+    """Architecture: 3x3 convolutions, with a 2x pool before each but the first."""
 
     image_size: int
     channels: tuple[int, ...]
-    features: int
     num_classes: int
+    features: int = 0
+    """Width of a linear layer over all positions, whose output are the features. 0: the features
+    are the last activations, averaged over positions, as Inception's are."""
+
+    @property
+    def dim(self) -> int:
+        return self.features or self.channels[-1]
 
     def to_dict(self) -> dict:
         return {"family": FAMILY, **dataclasses.asdict(self)}
@@ -39,9 +45,10 @@ class ConvNet(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, 3, padding=1) for a, b in zip(inputs, config.channels)
         )
-        side = config.image_size // 2 ** (len(config.channels) - 1)
-        self.project = nn.Linear(config.channels[-1] * side * side, config.features)
-        self.head = nn.Linear(config.features, config.num_classes)
+        if config.features:
+            side = config.image_size // 2 ** (len(config.channels) - 1)
+            self.project = nn.Linear(config.channels[-1] * side * side, config.features)
+        self.head = nn.Linear(config.dim, config.num_classes)
         # Brings the features to unit deviation, averaged over dimensions, on the training images.
         self.register_buffer("scale", torch.ones(()))
         self.scale: Tensor
@@ -50,8 +57,11 @@ class ConvNet(nn.Module):
         x = images
         for index, conv in enumerate(self.convs):
             x = F.gelu(conv(F.max_pool2d(x, 2) if index else x))
-        features = self.project(x.flatten(1))
-        return features * self.scale, self.head(F.gelu(features))
+        if self.config.features:
+            features = self.project(x.flatten(1))
+            return features * self.scale, self.head(F.gelu(features))
+        features = x.mean((2, 3))
+        return features * self.scale, self.head(features)
 
     @torch.inference_mode()
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

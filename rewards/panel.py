@@ -17,17 +17,19 @@ class PanelScores:
 
     scores: dict[str, np.ndarray]
     """Scorer name -> (N,) float32"""
-    features: np.ndarray
-    """(N, D) float32"""
+    features: dict[str, np.ndarray]
+    """Feature space -> (N, D) float32"""
     errors: tuple[str | None, ...]
 
 
 class Panel:
-    """Named scorers and one feature extractor."""
+    """Named scorers and feature extractors."""
 
-    def __init__(self, scorers: Mapping[str, Scorer], features: FeatureExtractor) -> None:
+    def __init__(
+        self, scorers: Mapping[str, Scorer], extractors: Mapping[str, FeatureExtractor]
+    ) -> None:
         self._scorers = dict(scorers)
-        self.features = features
+        self.extractors = dict(extractors)
 
     def judge(self, images: np.ndarray, conditions: Sequence[Condition]) -> PanelScores:
         """Score (N, H, W, 3) uint8 images with their N conditions.
@@ -44,11 +46,18 @@ class Panel:
             name: _guarded(name, scorer, images, conditions, errors)
             for name, scorer in self._scorers.items()
         }
-        features = _guarded("features", lambda x, _: self.features(x), images, conditions, errors)
+        features = {
+            space: _guarded(space, _as_scorer(extract), images, conditions, errors)
+            for space, extract in self.extractors.items()
+        }
         failed = np.array([error is not None for error in errors])
-        for values in (*scores.values(), features):
+        for values in (*scores.values(), *features.values()):
             values[failed] = np.nan
         return PanelScores(scores, features, tuple(errors))
+
+
+def _as_scorer(extract: FeatureExtractor) -> Scorer:
+    return lambda images, conditions: extract(images)
 
 
 def _guarded(

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import torch
 
-from cluster.messages import GroupScores, SampleRequest, Span
+from cluster.messages import MAIN_SPACE, GroupScores, SampleRequest, Span
 from rewards.classifier import ClassifierAccuracy
 from rewards.clip import ClipReward
-from rewards.config import RewardServerConfig
+from rewards.config import SECOND_SPACE, RewardServerConfig
 from rewards.features import load_features
 from rewards.hpsv2 import HpsReward
 from rewards.panel import Panel
@@ -26,20 +26,23 @@ class RewardServer:
         self._panels = {
             "rewards": Panel(
                 {"clip": ClipReward(rewards.clip, device), "hps": HpsReward(rewards.hps, device)},
-                load_features(rewards.features, device),
+                {MAIN_SPACE: load_features(rewards.features, device)},
             ),
             "judge": Panel(
                 {
                     "clip": ClipReward(judge.clip, device),
                     "accuracy": ClassifierAccuracy(judge.classifier, device),
                 },
-                load_features(judge.features, device),
+                {
+                    MAIN_SPACE: load_features(judge.features, device),
+                    SECOND_SPACE: load_features(judge.second, device),
+                },
             ),
         }
 
     def fingerprint(self, panel: str) -> str:
-        """Which feature network the panel has."""
-        return self._panels[panel].features.fingerprint
+        """Which feature network the panel has in its main space."""
+        return self._panels[panel].extractors[MAIN_SPACE].fingerprint
 
     def score(self, request: SampleRequest, images: np.ndarray) -> GroupScores:
         """Scores of one group's images (K, H, W, 3) uint8."""
@@ -55,9 +58,11 @@ class RewardServer:
             spans=(Span(self.name, "score", start, time.time()),),
         )
 
-    def features(self, images: np.ndarray, panel: str, batch: int = 256) -> np.ndarray:
-        """Features (N, D) float32 of real images (N, H, W, 3) uint8, in the panel's space."""
+    def features(self, images: np.ndarray, panel: str, batch: int = 256) -> dict[str, np.ndarray]:
+        """Features of real images (N, H, W, 3) uint8: space -> (N, D) float32."""
         torch.set_num_threads(self._threads)
-        extract = self._panels[panel].features
-        parts = [extract(images[at : at + batch]) for at in range(0, len(images), batch)]
-        return np.concatenate(parts)
+        batches = [images[at : at + batch] for at in range(0, len(images), batch)]
+        return {
+            space: np.concatenate([extract(part) for part in batches])
+            for space, extract in self._panels[panel].extractors.items()
+        }

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run tests marked slow, too")
+    parser.addoption(
+        "--parity-data",
+        type=Path,
+        default=Path(__file__).parent / "parity" / "data",
+        help="folder of reference outputs of the official models (.npz)",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -43,8 +43,24 @@ ARMS: dict[str, dict[str, Any]] = {
     "both + entropy": {"entropy": {"controller": "target"}},
 }
 """Arm -> what differs from the preset."""
-CLAIMS = {"fid": -1, "accuracy": 1, "density": 1, "coverage": 1}
-"""Metrics in which both rewards together are to beat guidance, and which way is better."""
+SPACES = {**COLUMNS, "pixel FID↓": "second/fid", "pixel cov.↑": "second/coverage"}
+"""Heading -> metric: the judge's features, and raw pixels, in which nothing was learned."""
+COMPARISONS = (
+    (BOTH, GUIDED, ("fid", "accuracy", "density", "coverage", "second/fid", "second/coverage")),
+    (
+        "instance only",
+        BASE,
+        ("accuracy", "fid", "coverage", "recall", "second/fid", "second/coverage"),
+    ),
+    (
+        BOTH,
+        "instance only",
+        ("accuracy", "fid", "coverage", "recall", "second/fid", "second/coverage"),
+    ),
+)
+"""Which policy is compared with which, and in what."""
+LOWER_IS_BETTER = ("fid", "second/fid")
+WIDTH = 132  # columns of the table where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +71,7 @@ class ArmsConfig:
     """Where results and rebuilt networks go."""
     seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
     """One repetition each."""
-    iterations: int = 200
+    iterations: int = load_preset(DEFAULT_PRESET).iterations
     """Learning iterations of each arm."""
     workers: int = 0
     """Processes at a time; 0 is one for each core."""
@@ -70,7 +86,8 @@ def main() -> None:
     results = collect(config)
     write_csv(results, config.out / "results.csv")
     plot(results, config.out / "arms.png")
-    report(results, Console())
+    console = Console()
+    report(results, console if console.is_terminal else Console(width=WIDTH))
 
 
 def run_all(config: ArmsConfig, progress: Progress) -> None:
@@ -199,35 +216,37 @@ def write_csv(results: Results, path: Path) -> None:
 
 
 def report(results: Results, console: Console) -> None:
-    """The table, and in how many seeds the claim holds."""
+    """The table, and what became better or worse in how many seeds."""
     table = Table(title="Held-out judge, mean ± 95 % interval over seeds", box=SIMPLE_HEAD)
     table.add_column("policy", no_wrap=True)
-    for heading in COLUMNS:
+    for heading in SPACES:
         table.add_column(heading, justify="right", no_wrap=True)
     for policy, metrics in results.items():
-        cells = (metrics[key] for key in COLUMNS.values())
+        cells = (metrics[key] for key in SPACES.values())
         table.add_row(policy, *(f"{cell.mean():.2f}±{interval(cell):.2f}" for cell in cells))
     console.print(table)
-    for name, better, than in (
-        ("both rewards without guidance beat the base policy with CFG 2", BOTH, GUIDED),
-        ("both rewards beat instance rewards only", BOTH, "instance only"),
-    ):
-        console.print(f"{name}, seeds in which it holds:")
-        for metric, sign in CLAIMS.items():
-            gap = sign * (results[better][metric] - results[than][metric])
-            console.print(
-                f"  {metric}: {(gap > 0).sum()} of {len(gap)}, "
-                f"gain {gap.mean():.3f} ± {interval(gap):.3f}",
-                highlight=False,
-            )
+    for policy, other, compared in COMPARISONS:
+        console.print(f"{policy}, against {other}:")
+        for metric in compared:
+            console.print(f"  {compare(results, policy, other, metric)}", highlight=False)
+
+
+def compare(results: Results, policy: str, other: str, metric: str) -> str:
+    """Change of a metric from one policy to another, seed by seed."""
+    change = results[policy][metric] - results[other][metric]
+    better = change < 0 if metric in LOWER_IS_BETTER else change > 0
+    return (
+        f"{metric:<16} {change.mean():+8.3f} ± {interval(change):.3f}   "
+        f"better in {better.sum()} of {len(change)} seeds"
+    )
 
 
 def plot(results: Results, path: Path) -> None:
     """Every metric as points (seeds) with mean and interval."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    for axes, (heading, key) in zip(figure.subplots(2, 4).flat, COLUMNS.items()):
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    for axes, (heading, key) in zip(figure.subplots(2, 5).flat, SPACES.items()):
         for row, metrics in enumerate(results.values()):
             values = metrics[key]
             axes.plot(values, np.full(len(values), row), "o", color="tab:blue", alpha=0.35)

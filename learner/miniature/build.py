@@ -41,14 +41,14 @@ POLICY = LlamaGenConfig(
     dim=96, num_layers=4, num_heads=4, grid=4, vocab_size=64, num_classes=len(CLASS_NAMES)
 )
 FEATURES = ConvNetConfig(image_size=8, channels=(24, 48), features=64, num_classes=10)
-JUDGE = ConvNetConfig(image_size=8, channels=(32, 48, 96), features=64, num_classes=10)
+JUDGE = ConvNetConfig(image_size=8, channels=(32, 64, 128), num_classes=10)
 STEPS = {
-    "tokenizer": 700,
-    "policy": 400,
+    "tokenizer": 1800,
+    "policy": 600,
     "clip": 400,
     "preference": 400,
     "features": 500,
-    "judge": 700,
+    "judge": 1000,
     "judge_clip": 400,
 }
 

@@ -62,15 +62,15 @@ def _optimise(
 def train_tokenizer(batches: Batches, config: VQConfig, steps: int, tick: Tick) -> VQTokenizer:
     """VQ autoencoder: reconstruction, commitment and codebook losses, straight-through gradients.
 
-    The first fifth trains a plain autoencoder; its latents then start the codebook. Codes that
+    The first twentieth trains a plain autoencoder; its latents then start the codebook. Codes that
     nothing was mapped to are moved onto latents of the batch from time to time.
     """
     tokenizer = VQTokenizer(config)
-    start, restart_until = steps // 5, int(steps * 0.7)
+    start, restart_until = steps // 20, int(steps * 0.7)
     used = torch.zeros(config.codebook_size)
 
     def loss(step: int) -> Tensor:
-        images, _ = batches.draw(64)
+        images, _ = batches.draw(32)
         latents = F.normalize(tokenizer.encode_latents(images), dim=1)
         if step < start:
             return F.mse_loss(tokenizer.decode_latents(latents), images)
@@ -84,7 +84,7 @@ def train_tokenizer(batches: Batches, config: VQConfig, steps: int, tick: Tick) 
         commitment = F.mse_loss(latents, quantised.detach())
         return F.mse_loss(tokenizer.decode_latents(through), images) + codebook + 0.25 * commitment
 
-    _optimise(tokenizer, loss, steps, 2e-3, tick)
+    _optimise(tokenizer, loss, steps, 6e-3, tick)
     return tokenizer
 
 
@@ -193,7 +193,7 @@ def train_classifier(batches: Batches, config: ConvNetConfig, steps: int, tick: 
 
     def loss(_: int) -> Tensor:
         images, labels = batches.draw(64)
-        return F.cross_entropy(network(images)[1], labels, label_smoothing=0.1)
+        return F.cross_entropy(network(images)[1], labels)
 
     _optimise(network, loss, steps, 2e-3, tick)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import torch
 
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
 from cluster.messages import (
+    MAIN_SPACE,
     Condition,
     GroupScores,
     RolloutGroup,
@@ -63,6 +64,7 @@ def scored_group(
 ) -> ScoredGroup:
     """A group as it comes back from the fleet, with given scores."""
     count = len(next(iter(scores.values())))
+    features = np.zeros((count, 2), np.float32) if features is None else features
     asked = request(group, count, spec=spec or SamplingSpec())
     generator = np.random.default_rng(group)
     rollouts = RolloutGroup(
@@ -77,7 +79,7 @@ def scored_group(
         scores=GroupScores(
             key=asked.key,
             scores={name: np.array(values, np.float32) for name, values in scores.items()},
-            features=np.zeros((count, 2), np.float32) if features is None else features,
+            features={MAIN_SPACE: features},
             errors=tuple(errors or [None] * count),
         ),
     )

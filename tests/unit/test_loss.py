@@ -55,7 +55,7 @@ def test_clip_fraction_counts_tokens_without_gradient() -> None:
     logprobs = torch.tensor([[1.5, 1.0], [0.5, 0.7]]).log()
     _, stats = loss_of(logprobs, behaviour, torch.tensor([1.0, -1.0]))
     assert stats.clip_fraction == pytest.approx(3 / 4)
-    assert stats.ratio_max == pytest.approx(1.5)
+    assert stats.logprob_gap == pytest.approx(math.log(2))
 
 
 def test_k3_is_its_definition_and_unbiased() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from cluster.messages import Condition, GroupScores, RequestKey, SampleRequest, SamplingSpec
@@ -70,7 +69,7 @@ def test_valid_follows_from_errors() -> None:
     scores = GroupScores(
         key=RequestKey("train", 0, 0),
         scores={},
-        features=np.zeros((3, 1), np.float32),
+        features={},
         errors=(None, "clip: not finite", None),
     )
     assert scores.valid.tolist() == [True, False, True]

@@ -116,7 +116,7 @@ def test_classifier_refuses_captions(held_out) -> None:
 def test_features_have_unit_deviation_on_training_images() -> None:
     extract = load_features(FeaturesConfig())
     features = extract(digits("train")[0])
-    assert features.shape == (1000, extract.dim)
+    assert features.shape == (1000, 64)
     assert features.dtype == np.float32
     assert features.std(0).mean() == pytest.approx(1, abs=0.02)
 
@@ -191,3 +191,13 @@ def test_a_checkpoint_file_for_a_named_model_is_loaded_strictly(tmp_path: Path) 
 def test_models_that_cannot_be_loaded_are_named(config: ClipConfig, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         ClipReward(config)
+
+
+def test_pixel_features_are_brightness() -> None:
+    pixels = load_features(FeaturesConfig(network="pixels"))
+    images = np.zeros((1, 2, 3, 3), np.uint8)
+    images[0, 1, 2] = (255, 255, 255)
+    images[0, 0, 1] = (255, 0, 0)
+    np.testing.assert_allclose(pixels(images), [[0, 1 / 3, 0, 0, 0, 1]], rtol=1e-6)
+    with pytest.raises(DataError, match="at most 1024 pixels, found 256 x 256"):
+        pixels(np.zeros((1, 256, 256, 3), np.uint8))

@@ -1,0 +1,173 @@
+"""The Ray fleet gives what the inline fleet gives, however many workers it has and whoever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from cluster.errors import FleetError, TesseraError
+from cluster.fleet import InlineFleet, StopRequestedError
+from cluster.messages import Condition, SampleRequest, SamplingSpec
+from cluster.ray_fleet import RayFleet
+from cluster.roles import FleetPlan, Resources, Role
+from cluster.runtime import RaySession
+from tests.small_run import fingerprint, run_training, small_config
+
+START_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def inline() -> list[tuple]:
+    config = small_config()
+    with InlineFleet(config.fleet_plan()) as fleet:
+        return fingerprint(run_training(config, fleet))
+
+
+@pytest.mark.parametrize(("samplers", "servers"), [(1, 1), (4, 2)])
+def test_equals_inline_bit_for_bit(
+    ray_session: RaySession, inline: list[tuple], samplers: int, servers: int
+) -> None:
+    config = small_config(num_samplers=samplers, num_reward_servers=servers)
+    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+        assert fingerprint(run_training(config, fleet)) == inline
+
+
+@pytest.mark.parametrize("role", ["sampler", "reward_server"])
+def test_a_killed_worker_is_replaced_and_nothing_changes(
+    ray_session: RaySession, inline: list[tuple], role: str
+) -> None:
+    config = small_config(num_samplers=2, num_reward_servers=2)
+    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+        victims = fleet._samplers if role == "sampler" else fleet._servers
+        submit, killed = fleet.submit, []
+
+        def submit_then_kill(requests: Sequence[SampleRequest]) -> int:
+            ticket = submit(requests)
+            if requests[0].stream == "train" and requests[0].iteration == 1:
+                import ray
+
+                pid = ray.get(victims[0].handle.__ray_call__.remote(lambda _: os.getpid()))
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            return ticket
+
+        fleet.submit = submit_then_kill
+        assert fingerprint(run_training(config, fleet)) == inline
+        assert len(killed) == 1
+        assert fleet.restarts == 1
+
+
+class Echo:
+    """Stands in for every role; what it does is in its config."""
+
+    def __init__(self, config: str, name: str) -> None:
+        self.config, self.name = config, name
+        if config == "cannot start":
+            raise TesseraError("no such weights")
+
+    def load_weights(self, snapshot: object) -> int:
+        return 0
+
+    def snapshot(self) -> str:
+        return "weights"
+
+    def sample(self, request: SampleRequest) -> tuple:
+        match self.config:
+            case "raises":
+                raise TesseraError("the policy has no class 7")
+            case "crashes":
+                raise ZeroDivisionError("a bug")
+            case "dies":
+                os._exit(1)
+            case "hangs":
+                time.sleep(60)
+        return self.name, np.full((2, 2), request.group)
+
+
+def echo_plan(sampler: str = "", *, timeout_s: float = START_S, restarts: int = 1) -> FleetPlan:
+    def role(name: str, config: str = "") -> Role:
+        return Role(name=name, factory=Echo, config=config, resources=Resources(num_cpus=0.1))
+
+    return FleetPlan(
+        sampler=role("sampler", sampler),
+        reward_server=role("reward-server"),
+        moments_server=role("moments-server"),
+        learner=role("learner"),
+        timeout_s=timeout_s,
+        max_restarts=restarts,
+    )
+
+
+def requests(count: int) -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            stream="gallery",
+            iteration=0,
+            group=group,
+            condition=Condition(text=""),
+            num_rollouts=1,
+            seed=0,
+            spec=SamplingSpec(),
+        )
+        for group in range(count)
+    ]
+
+
+def test_answers_keep_the_order_of_the_requests(ray_session: RaySession) -> None:
+    with RayFleet(echo_plan(), ray_session) as fleet:
+        images = fleet.sample_images(requests(12))
+    assert [int(image[0, 0]) for image in images] == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("raises", "the policy has no class 7"),
+        ("crashes", r"sampler failed:(.|\n)*ZeroDivisionError: a bug"),
+        ("dies", r"sampler was lost, and 1 lost workers were already replaced"),
+    ],
+)
+def test_failures_say_who_and_why(ray_session: RaySession, behaviour: str, message: str) -> None:
+    with (
+        RayFleet(echo_plan(behaviour), ray_session) as fleet,
+        pytest.raises(TesseraError, match=message),
+    ):
+        fleet.sample_images(requests(3))
+
+
+def test_a_worker_that_cannot_start_says_why(ray_session: RaySession) -> None:
+    with (
+        pytest.raises(FleetError, match=r"sampler could not start:(.|\n)*no such weights"),
+        RayFleet(echo_plan("cannot start"), ray_session),
+    ):
+        pass
+
+
+def test_every_wait_has_a_bound(ray_session: RaySession) -> None:
+    with RayFleet(echo_plan("hangs"), ray_session) as fleet:
+        fleet._plan = echo_plan("hangs", timeout_s=1.0)
+        start = time.monotonic()
+        with pytest.raises(FleetError, match="no answer for 1 s from sampler"):
+            fleet.sample_images(requests(1))
+        assert time.monotonic() - start < 10
+
+
+def test_a_wait_ends_when_a_stop_is_asked_for(ray_session: RaySession) -> None:
+    stop = []
+    with RayFleet(echo_plan("hangs"), ray_session, lambda: bool(stop)) as fleet:
+        stop.append(True)
+        with pytest.raises(StopRequestedError):
+            fleet.sample_images(requests(1))
+
+
+def test_more_than_the_machine_has_is_refused_before_anything_starts(
+    ray_session: RaySession,
+) -> None:
+    plan = small_config(sampler={"num_gpus": 1.0}).fleet_plan()
+    with pytest.raises(TesseraError, match="asks for 2 GPUs, but there are 0"):
+        RayFleet(plan, ray_session)

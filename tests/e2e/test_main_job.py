@@ -1,0 +1,195 @@
+"""The main job as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from cluster.fleet import InlineFleet
+from learner.experiment import Experiment
+from learner.progress import COLUMNS, RunConsole
+from learner.run import INTERRUPTED, REFUSED, main
+from learner.rundir import RunDirectory
+from tests.small_run import OPTIONS, flags, recorded, small_config
+
+NOISE = ("warning", "traceback", "error")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four iterations, inline."""
+    run = tmp_path_factory.mktemp("e2e") / "run"
+    assert main([*flags(), "--inline", "--run-dir", str(run)]) == 0
+    return run
+
+
+def test_the_run_directory_has_everything(finished: Path) -> None:
+    assert yaml.safe_load((finished / "config.yaml").read_text())["iterations"] == 4
+    assert len(recorded(finished)) == 4
+    checkpoints = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert checkpoints == ["step_000002", "step_000004"]
+    galleries = {path.name for path in (finished / "gallery").iterdir()}
+    assert galleries == {
+        "base.png", "step_000002.png", "step_000004.png", "tuned.png", "before_after.png"
+    }  # fmt: skip
+    assert Image.open(finished / "gallery" / "before_after.png").width > 200
+    assert any((finished / "tensorboard").iterdir())
+    phases = {event["name"] for event in json.loads((finished / "trace.json").read_text())}
+    assert phases >= {"sample", "decode", "score", "moments", "learn", "broadcast"}
+    assert "before_after.png" in (finished / "report.html").read_text()
+
+
+def test_the_exam_has_every_row_and_figure(finished: Path) -> None:
+    rows = json.loads((finished / "evaluation.json").read_text())
+    assert list(rows) == ["base", "base, CFG 1.5", "base, CFG 2", "tuned"]
+    for metrics in rows.values():
+        assert metrics.keys() >= {*COLUMNS.values(), "second/fid", "second/coverage"}
+    assert rows["base, CFG 2"]["accuracy"] > rows["base"]["accuracy"]
+
+
+def test_sampler_and_learner_agree_before_every_update(finished: Path) -> None:
+    for row, _ in recorded(finished):
+        assert row["policy/ratio"] == pytest.approx(1, abs=1e-4)
+        assert row["policy/logprob_gap"] <= 1e-4
+        assert abs(row["policy/mismatch_kl"]) < 1e-6
+        assert row["policy/staleness"] == 0
+
+
+def test_a_used_run_directory_is_refused(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags(), "--inline", "--run-dir", str(finished)]) == REFUSED
+    assert "is not empty: add --resume" in capsys.readouterr().err
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    """Stopped after three iterations, with the newest checkpoint after that stop, then resumed."""
+    run = RunDirectory.create(str(tmp_path / "run"), small_config())
+    seen: list[int] = []
+
+    class Counting(RunConsole):
+        def update(self, row) -> None:
+            seen.append(row["iteration"])
+
+    with (
+        Counting(4) as console,
+        InlineFleet(small_config().fleet_plan(), lambda: len(seen) == 3) as fleet,
+    ):
+        stopped = Experiment(small_config(), run, fleet, console, lambda: len(seen) == 3)
+        assert stopped.run() is False
+    assert seen == [0, 1, 2]
+    assert main(["--resume", "--inline", "--run-dir", str(run.path)]) == 0
+    assert recorded(run.path) == recorded(finished)
+    for name in ("policy.safetensors", "optimizer.safetensors", "moments.msgpack"):
+        ours, theirs = (
+            root / "checkpoints" / "step_000004" / name for root in (run.path, finished)
+        )
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    assert (run.path / "evaluation.json").read_text() == (finished / "evaluation.json").read_text()
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    file = copy / "checkpoints" / "step_000004" / "policy.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert main(["--resume", "--inline", "--run-dir", str(copy)]) == 0
+    said = capsys.readouterr().out
+    assert "skipping checkpoint step_000004: policy.safetensors is missing or damaged" in said
+    assert "resumed from step_000002" in said
+    assert recorded(copy) == recorded(finished)
+
+
+def test_dry_run_prints_configuration_and_placement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--dry-run", "--num-samplers", "8"]) == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["num_samplers"] == 8
+    assert "8 x sampler:" in text
+    assert not any(tmp_path.iterdir())  # nothing was made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-samplers", "0"], "num_samplers should be greater than or equal to 1, found 0"),
+        (["--preset", "minature"], "did you mean 'miniature'?"),
+        (["--resume", "--run-dir", "nowhere"], "nothing to resume"),
+        (["--sampling.cfg-scale", "2"], "no effect with guidance 'none'"),
+    ],
+)
+def test_wrong_command_lines_end_with_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(arguments)
+    except SystemExit as stop:  # what the argument parser itself refuses
+        status = stop.code
+    assert status == REFUSED
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in told
+
+
+def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
+    assert process.stdout is not None
+    yield from process.stdout
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "learner.run", *flags(), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_on_ray_with_more_samplers_than_cores(finished: Path, tmp_path: Path) -> None:
+    """Eight samplers on any machine: exit 0, a clean console, the inline run's numbers."""
+    process = start("--num-samplers", "8", "--run-dir", str(tmp_path / "run"))
+    text = "".join(lines_of(process))
+    assert process.wait() == 0, text
+    assert not [line for line in text.splitlines() if any(w in line.lower() for w in NOISE)]
+    assert str(tmp_path / "run") in text
+    assert recorded(tmp_path / "run") == recorded(finished)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_leaves_no_process(tmp_path: Path) -> None:
+    options = {**OPTIONS, "iterations": 2000, "output": {"checkpoint_every": 5000}}
+    run = tmp_path / "run"
+    process = start(*flags(options), "--evaluation.num-images", "0", "--run-dir", str(run))
+    family: set[psutil.Process] = set()
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
+        assert time.monotonic() < deadline, "the run did not start"
+        assert process.poll() is None, "".join(lines_of(process))
+        time.sleep(0.2)
+        family.update(psutil.Process(process.pid).children(recursive=True))
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    text = "".join(lines_of(process))
+    assert process.wait() == INTERRUPTED, text
+    assert "Traceback" not in text
+    done = len(metrics.read_text().splitlines())
+    assert (run / "checkpoints" / f"step_{done:06d}" / "manifest.msgpack").is_file()
+    assert f"stopped after {done} of 2000 iterations" in text
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive

@@ -1,0 +1,59 @@
+"""Reference outputs of the official code, and the weights they belong to.
+
+Each file holds its model's `config` and outputs, no weights: `recipe.py` makes every tensor from
+(seed, name, shape). Outputs are of FoundationVision/LlamaGen at
+ce98ec41803a74a90ce68c40ababa9eaeffeb4ec, fp32 on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.parity import recipe
+
+TINY_WIDTH = 128  # up to here, the closer tolerances apply
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One file."""
+
+    path: Path
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        with np.load(self.path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return json.loads(str(self.arrays["config"]))
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return self.config["model"]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors, official names, architecture buffers included."""
+        state = recipe.make_state_dict(self.config["shapes"], self.config["seed"])
+        recipe.check(state, self.config["weight_sums"])
+        tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+        buffers = self.config["architecture_buffers"]
+        return tensors | {name: torch.zeros(shape) for name, shape in buffers.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        array = self.arrays[name]
+        return torch.from_numpy(array.astype(np.int64) if array.dtype == np.int32 else array)
+
+
+def references(folder: Path, family: str) -> list[Reference]:
+    """Every file of a family in a folder."""
+    found = [Reference(path) for path in sorted(folder.glob("*.npz"))]
+    return [reference for reference in found if reference.config["family"] == family]

@@ -1,0 +1,78 @@
+"""A run of the miniature that takes seconds, for tests that need the whole loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from cluster.fleet import Fleet
+from learner.config import RunConfig, load_preset, to_dict, validate
+from learner.loop import Iteration, prepare, train
+from learner.metrics import read_metrics, repeatable
+
+OPTIONS = {
+    "iterations": 4,
+    "groups_per_iteration": 4,
+    "rollouts_per_group": 4,
+    "rewards": {"loo_fid": {"seed_images": 40}},
+    "learner": {"lr": 1e-3, "microbatch": 8, "num_threads": 1},
+    "evaluation": {"num_images": 40},
+    "output": {"checkpoint_every": 2, "gallery_every": 2, "gallery_columns": 3},
+}
+"""Changes to the miniature preset."""
+
+
+def small_config(**changes: Any) -> RunConfig:
+    return validate(merge(merge(to_dict(load_preset("miniature")), OPTIONS), changes), "test")
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return base | {
+        key: merge(base[key], value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+
+
+def flags(options: dict[str, Any] = OPTIONS, prefix: str = "--") -> list[str]:
+    """The same changes as command line options."""
+    found: list[str] = []
+    for key, value in options.items():
+        name = prefix + key.replace("_", "-")
+        found += flags(value, name + ".") if isinstance(value, dict) else [name, str(value)]
+    return found
+
+
+def run_training(config: RunConfig, fleet: Fleet) -> list[Iteration]:
+    """The main loop alone, its iterations kept in memory."""
+    iterations: list[Iteration] = []
+    fleet.broadcast()
+    prepare(config, fleet)
+    train(config, fleet, 0, iterations.append, lambda: False)
+    return iterations
+
+
+def fingerprint(iterations: list[Iteration]) -> list[tuple]:
+    """What equal runs have in common: metrics without times, tokens, rewards."""
+    return [
+        (
+            repeatable(done.row),
+            [group.rollouts.tokens.tolist() for group in done.groups],
+            {name: values.tolist() for name, values in done.advantages.rewards.items()},
+        )
+        for done in iterations
+    ]
+
+
+def recorded(run: Path) -> list[tuple]:
+    """The same, from a run directory."""
+    files = sorted((run / "rollouts").glob("*.parquet"))
+    columns = [
+        "tokens", "reward_clip", "reward_hps", "reward_loo_fid", "advantage", "policy_version"
+    ]  # fmt: skip
+    rollouts = [pq.read_table(file, columns=columns).to_pydict() for file in files]
+    return [
+        (repeatable(row), table)
+        for row, table in zip(read_metrics(run / "metrics.jsonl"), rollouts, strict=True)
+    ]

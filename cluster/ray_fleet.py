@@ -114,8 +114,12 @@ class RayFleet:
         self.restarts = 0
 
     def __enter__(self) -> Self:
-        for worker in self._all():
-            answer(worker.handle.__ray_ready__.remote(), worker.name, self._plan.timeout_s)
+        try:
+            for worker in self._all():
+                answer(worker.handle.__ray_ready__.remote(), worker.name, self._plan.timeout_s)
+        except BaseException:  # whatever ends the start, the others must not stay behind
+            self._end()
+            raise
         return self
 
     def __exit__(
@@ -124,8 +128,7 @@ class RayFleet:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for worker in self._all():
-            ray.kill(worker.handle)
+        self._end()
 
     @property
     def placements(self) -> list[Placement]:
@@ -176,6 +179,10 @@ class RayFleet:
         )
         handle = actor.remote(role.config, name=role.worker_name(index))
         return Worker(role, index, handle)
+
+    def _end(self) -> None:
+        for worker in self._all():
+            ray.kill(worker.handle)
 
     def _all(self) -> list[Worker]:
         return [self._learner, self._moments, *self._samplers, *self._servers]
@@ -289,7 +296,7 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
             raise cause from None
         raise FleetError(f"{what} failed:\n{error}") from None
     except RayActorError as error:
-        if (reason := getattr(error, "actor_init_failed", False)) and reason:
+        if getattr(error, "actor_init_failed", False):
             raise FleetError(f"{what} could not start:\n{error}") from None
         raise
     except RayError as error:

@@ -46,8 +46,9 @@ class RaySession:
             if address:
                 ray.init(address=address, **quiet)
             else:
+                # without "local", Ray joins whatever was last started on this machine
                 cpus = config.num_cpus or None
-                ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"the Ray cluster at {address!r}" if address else "a private Ray"
             raise FleetError(f"cannot reach {where}: {error}") from error

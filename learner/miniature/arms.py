@@ -60,7 +60,7 @@ COMPARISONS = (
 )
 """Which policy is compared with which, and in what."""
 LOWER_IS_BETTER = ("fid", "second/fid")
-WIDTH = 132  # columns of the table where there is no terminal
+WIDTH = 168  # columns of the table where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,15 +246,17 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 6), layout="constrained")
-    for axes, (heading, key) in zip(figure.subplots(2, 5).flat, SPACES.items()):
+    for index, (heading, key) in enumerate(SPACES.items()):
+        axes = figure.add_subplot(2, 5, index + 1)
         for row, metrics in enumerate(results.values()):
             values = metrics[key]
             axes.plot(values, np.full(len(values), row), "o", color="tab:blue", alpha=0.35)
             axes.errorbar(values.mean(), row, xerr=interval(values), fmt="D", color="black")
         axes.set_title(heading)
-        axes.set_yticks(range(len(results)), list(results))
+        axes.set_yticks(
+            range(len(results)), list(results) if index % 5 == 0 else [""] * len(results)
+        )
         axes.invert_yaxis()
-        axes.label_outer()
         axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
 

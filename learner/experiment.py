@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
 
-from cluster.fleet import Fleet
+from cluster.fleet import Fleet, StopRequestedError
 from learner import evaluate
 from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
 from learner.config import RunConfig
@@ -40,9 +41,25 @@ class Experiment:
 
     def run(self) -> bool:
         """Everything; False if the run was asked to stop before its end."""
+        self._console.say(f"run directory: {self._run.path}")
+        try:
+            done = self._train(self._begin())
+            if done == self._config.iterations:
+                self._finish()
+                return True
+            self._checkpoint(done)
+            stopped = f"after {done} of {self._config.iterations} iterations"
+        except StopRequestedError:  # in an exam: before training, or after its last checkpoint
+            stopped = "before or after training, in an exam"
+        self._console.say(
+            f"stopped {stopped}; go on with\n"
+            f"  python -m learner.run --resume --run-dir {self._run.path}"
+        )
+        return False
+
+    def _train(self, first: int) -> int:
+        """The main loop, with its records; returns how many iterations are done."""
         config, console = self._config, self._console
-        console.say(f"run directory: {self._run.path}")
-        first = self._begin()
         recorder = Recorder(self._run, first, rollouts=config.output.rollouts)
         console.start(first)
 
@@ -52,18 +69,9 @@ class Experiment:
             self._keep(done.row["iteration"] + 1)
 
         try:
-            done = train(config, self._fleet, first, after, self._should_stop)
+            return train(config, self._fleet, first, after, self._should_stop)
         finally:
             recorder.close()
-        if done < config.iterations:
-            self._checkpoint(done)
-            console.say(
-                f"stopped after {done} of {config.iterations} iterations; go on with\n"
-                f"  python -m learner.run --resume --run-dir {self._run.path}"
-            )
-            return False
-        self._finish()
-        return True
 
     def _begin(self) -> int:
         """Bring the fleet to where training starts; returns the first iteration."""
@@ -93,8 +101,9 @@ class Experiment:
         if done % output.checkpoint_every == 0 or done == self._config.iterations:
             self._checkpoint(done)
         if output.gallery_every and done % output.gallery_every == 0:
-            sheet = sample_gallery(self._config, self._fleet)
-            save_sheet(sheet, self._run.gallery / f"step_{done:06d}.png")
+            with contextlib.suppress(StopRequestedError):  # the main loop ends right after this
+                sheet = sample_gallery(self._config, self._fleet)
+                save_sheet(sheet, self._run.gallery / f"step_{done:06d}.png")
 
     def _checkpoint(self, done: int) -> None:
         keep = self._config.output.keep_checkpoints

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -73,8 +73,19 @@ def test_a_used_run_directory_is_refused(
     assert "is not empty: add --resume" in capsys.readouterr().err
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(finished: Path, tmp_path: Path) -> None:
-    """Stopped after three iterations, with the newest checkpoint after that stop, then resumed."""
+STOPS: dict[str, Callable[[Path, list[int]], bool]] = {
+    "before training": lambda run, seen: True,
+    "between checkpoints": lambda run, seen: len(seen) == 3,
+    "before a gallery": lambda run, seen: len(seen) == 2,
+    "after the last step": lambda run, seen: (run / "checkpoints" / "step_000004").exists(),
+}
+"""When a stop is asked for, given the run directory and the iterations seen."""
+
+
+@pytest.mark.parametrize("when", STOPS)
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
+    when: str, finished: Path, tmp_path: Path
+) -> None:
     run = RunDirectory.create(str(tmp_path / "run"), small_config())
     seen: list[int] = []
 
@@ -82,13 +93,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished: Path, tmp_path: Path
         def update(self, row) -> None:
             seen.append(row["iteration"])
 
-    with (
-        Counting(4) as console,
-        InlineFleet(small_config().fleet_plan(), lambda: len(seen) == 3) as fleet,
-    ):
-        stopped = Experiment(small_config(), run, fleet, console, lambda: len(seen) == 3)
-        assert stopped.run() is False
-    assert seen == [0, 1, 2]
+    def stop() -> bool:
+        return STOPS[when](run.path, seen)
+
+    with Counting(4) as console, InlineFleet(small_config().fleet_plan(), stop) as fleet:
+        assert Experiment(small_config(), run, fleet, console, stop).run() is False
     assert main(["--resume", "--inline", "--run-dir", str(run.path)]) == 0
     assert recorded(run.path) == recorded(finished)
     for name in ("policy.safetensors", "optimizer.safetensors", "moments.msgpack"):

@@ -10,31 +10,15 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from actors.distribution import log_distribution, mixed_logits
+from actors.models.base import Conditions, Policy
+from actors.steps import Drawn, Workspace, guided_rows
 from cluster.messages import RequestKey, SamplingSpec
-
-
-class Policy(Protocol):
-    """What decoding and learning need of a model."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def null_conditions(self, conditions: Tensor) -> Tensor: ...
-
-    def prefill(self, conditions: Tensor) -> tuple[Any, Tensor]: ...
-
-    def decode_step(self, state: Any, tokens: Tensor) -> Tensor: ...
-
-    def __call__(self, tokens: Tensor, conditions: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -68,88 +52,37 @@ def rollout_uniforms(seed: int, key: RequestKey, num_rollouts: int, num_tokens: 
     return np.stack(rows)
 
 
-def guided_logits(conditional: Tensor, unconditional: Tensor, cfg_scale: float) -> Tensor:
-    """Classifier-free guidance on whole logits, fp32: u + s (c - u)."""
-    return unconditional + (conditional - unconditional) * cfg_scale
-
-
-def filtered_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
-    """Temperature, top-k, top-p; filtered tokens become -inf. logits (..., V) fp32.
-
-    Ties at rank k stay. Top-p works on the softmax of what top-k left and keeps the first token
-    that takes the sum over p.
-    """
-    if spec.temperature != 1:
-        logits = logits / spec.temperature
-    if 0 < spec.top_k < logits.shape[-1]:
-        kth = logits.detach().topk(spec.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits.detach() < kth, -torch.inf)
-    if spec.top_p < 1:
-        ordered, order = logits.detach().sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
-        before[..., 0] = 0
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > spec.top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
-    return logits
-
-
-def log_distribution(logits: Tensor, spec: SamplingSpec) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (..., V) and entropy (...), nats, after the spec's filters."""
-    filtered = filtered_logits(logits, spec)
-    logp = filtered.log_softmax(-1)
-    # 0 log 0 = 0: keep the -inf of filtered tokens away from the product and its gradient.
-    entropy = -(logp.exp() * logp.masked_fill(filtered == -torch.inf, 0)).sum(-1)
-    return logp, entropy
-
-
-def sample_tokens(logp: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse CDF: the first token whose cumulative probability exceeds the uniform.
-
-    Args:
-        logp: (B, V) log-probabilities.
-        uniforms: (B,) float64 in [0, 1).
-
-    Returns:
-        (B,) int64; a token of probability zero is never drawn.
-    """
-    cumulative = logp.double().exp().cumsum(-1)
-    targets = uniforms.unsqueeze(-1) * cumulative[..., -1:]
-    tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-    # Rounding can carry a uniform next to 1 past the end: the last token of the support takes it.
-    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous()).squeeze(-1)
-    return torch.minimum(tokens, last)
-
-
 @torch.inference_mode()
 def decode_tokens(
-    policy: Policy, conditions: Tensor, uniforms: Tensor, spec: SamplingSpec
+    policy: Policy,
+    conditions: Conditions,
+    uniforms: Tensor,
+    spec: SamplingSpec,
+    workspace: Workspace | None = None,
 ) -> Decoded:
     """Decode whole rollouts with a KV cache.
 
     Args:
-        conditions: (B,) class indices.
+        conditions: B rows, from `policy.encode`.
         uniforms: (B, T) float64 in [0, 1), on the policy's device.
         spec: transforms of the logits; guidance runs as one batch of 2B rows.
+        workspace: cache and captured steps to use again; None makes them for this call alone.
+
+    Raises:
+        ConfigError: guidance with a policy that has no unconditional branch.
     """
-    guided = spec.guided_sampling
-    rows = torch.cat([conditions, policy.null_conditions(conditions)]) if guided else conditions
-    columns: list[tuple[Tensor, Tensor, Tensor]] = []
-    state, logits = policy.prefill(rows)
-    for position in range(policy.num_tokens):
-        if position > 0:
-            drawn = columns[-1][0]
-            logits = policy.decode_step(state, drawn.repeat(2) if guided else drawn)
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = guided_logits(conditional, unconditional, spec.cfg_scale)
-        logp, entropy = log_distribution(logits, spec)
-        tokens = sample_tokens(logp, uniforms[:, position])
-        columns.append((tokens, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy))
+    workspace = workspace or Workspace(policy)
+    rows = guided_rows(policy, conditions, spec)
+    drawn = workspace.begin(rows, uniforms[:, 0], spec)
+    columns: list[Drawn] = [drawn]
+    for position in range(1, policy.num_tokens):
+        drawn = workspace.advance(drawn.tokens, uniforms[:, position], spec)
+        columns.append(drawn)
     return Decoded(*(torch.stack(column, dim=1) for column in zip(*columns)))
 
 
 def token_logprobs(
-    policy: Policy, tokens: Tensor, conditions: Tensor, spec: SamplingSpec
+    policy: Policy, tokens: Tensor, conditions: Conditions, spec: SamplingSpec
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of given tokens under the spec, teacher-forced, with gradients.
 
@@ -158,17 +91,14 @@ def token_logprobs(
 
     Args:
         tokens: (B, T) integers.
-        conditions: (B,) class indices.
+        conditions: B rows, from `policy.encode`.
 
     Returns:
-        logprobs (B, T) and entropies (B, T), fp32.
+        logprobs (B, T) and entropies (B, T), fp32. -inf where the spec filters the token out.
     """
     learned = spec.learned()
-    if learned.guided_sampling:
-        rows = torch.cat([conditions, policy.null_conditions(conditions)])
-        conditional, unconditional = policy(tokens.repeat(2, 1), rows).chunk(2)
-        logits = guided_logits(conditional, unconditional, learned.cfg_scale)
-    else:
-        logits = policy(tokens, conditions)
+    rows = guided_rows(policy, conditions, learned)
+    guided = learned.guided_sampling
+    logits = mixed_logits(policy(tokens.repeat(2, 1) if guided else tokens, rows), learned)
     logp, entropies = log_distribution(logits, learned)
     return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropies

@@ -11,6 +11,7 @@ import torch
 from actors.decode import decode_tokens, rollout_uniforms
 from actors.models.loading import PolicyConfig, TokenizerConfig, load_decoder, load_policy
 from actors.models.vq import to_uint8
+from actors.steps import Workspace
 from cluster.errors import CheckpointError, FleetError
 from cluster.messages import RolloutGroup, SampleRequest, Span, WeightSnapshot
 from cluster.weights import load_weights
@@ -35,7 +36,7 @@ class Sampler:
         self._device, self._threads = config.device, config.num_threads
         self._policy = load_policy(config.policy, weights=False, device=config.device)
         self._decoder = load_decoder(config.tokenizer, device=config.device)
-        self._grid = round(self._policy.num_tokens**0.5)
+        self._workspace = Workspace(self._policy)
 
     def load_weights(self, snapshot: WeightSnapshot) -> int:
         """Take up a snapshot; returns its version.
@@ -69,9 +70,10 @@ class Sampler:
         )
         decoded = decode_tokens(
             self._policy,
-            self._conditions(request),
+            self._policy.encode([request.condition] * request.num_rollouts),
             torch.from_numpy(uniforms).to(self._device),
             request.spec,
+            self._workspace,
         )
         middle = time.time()
         images = self._images(decoded.tokens)
@@ -89,16 +91,7 @@ class Sampler:
         )
         return group, images
 
-    def _conditions(self, request: SampleRequest) -> torch.Tensor:
-        index = request.condition.class_index
-        if index is None:
-            raise FleetError(
-                f"this policy is class-conditional, but the condition {request.condition.text!r} "
-                "has no class_index"
-            )
-        return torch.full((request.num_rollouts,), index, device=self._device)
-
     @torch.inference_mode()
     def _images(self, tokens: torch.Tensor) -> np.ndarray:
         """(K, T) tokens -> (K, H, W, 3) uint8."""
-        return to_uint8(self._decoder(tokens.view(-1, self._grid, self._grid))).cpu().numpy()
+        return to_uint8(self._decoder(self._policy.codes(tokens))).cpu().numpy()

@@ -80,6 +80,9 @@ class Condition:
     """Read by text-image scorers, and by caption-conditional policies."""
     class_index: int | None = None
     """Row of the class table, for class-conditional policies and classifiers."""
+    features: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """(n, D) float: a text encoder's features of the caption, unpadded, for caption-conditional
+    policies. Not compared: they follow from the text."""
 
 
 class RequestKey(NamedTuple):

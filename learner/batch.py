@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.messages import SamplingSpec, ScoredGroup
+from cluster.messages import Condition, SamplingSpec, ScoredGroup
 from learner.advantage import Advantages
 
 
@@ -20,8 +20,8 @@ class TrainingBatch:
     """(N, T) int32"""
     behaviour: np.ndarray
     """(N, T) float32 behaviour logprobs."""
-    conditions: np.ndarray
-    """(N,) int64 class indices."""
+    conditions: tuple[Condition, ...]
+    """N of them: what each rollout was asked to show."""
     advantages: np.ndarray
     """(N,) float32"""
     versions: np.ndarray
@@ -37,12 +37,12 @@ def make_batch(
     rollouts = [group.rollouts for group in groups]
     keep = advantages.valid.reshape(-1)
     size = advantages.valid.shape[1]
-    conditions = [group.request.condition.class_index for group in rollouts]
+    asked = [group.request.condition for group in rollouts for _ in range(size)]
     return TrainingBatch(
         iteration=iteration,
         tokens=np.concatenate([group.tokens for group in rollouts])[keep],
         behaviour=np.concatenate([group.logprobs for group in rollouts])[keep],
-        conditions=np.repeat(np.array(conditions, dtype=np.int64), size)[keep],
+        conditions=tuple(condition for condition, kept in zip(asked, keep) if kept),
         advantages=advantages.values.reshape(-1)[keep],
         versions=np.repeat(np.array([group.version for group in rollouts]), size)[keep],
         specs=tuple(dict.fromkeys(group.request.spec for group in rollouts)),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.decode import token_logprobs
+from actors.models.base import Conditions
 from actors.models.llamagen import LlamaGen
 from actors.models.loading import PolicyConfig, load_policy
 from cluster.errors import CheckpointError, FleetError
@@ -216,13 +217,19 @@ class Learner:
             _gather(sums, stats, share)
         return sums
 
-    def _microbatches(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, ...]]:
-        arrays = (batch.tokens.astype("int64"), batch.conditions, batch.behaviour, batch.advantages)
+    def _microbatches(
+        self, batch: TrainingBatch
+    ) -> Iterator[tuple[Tensor, Conditions, Tensor, Tensor]]:
+        """Tokens, conditions, behaviour logprobs and advantages, a microbatch at a time."""
         size = self._config.optimizer.microbatch
         for at in range(0, len(batch.tokens), size):
-            yield tuple(
-                torch.from_numpy(array[at : at + size]).to(self._device) for array in arrays
+            rows = slice(at, at + size)
+            tokens, behaviour, advantages = (
+                torch.from_numpy(array[rows]).to(self._device)
+                for array in (batch.tokens.astype("int64"), batch.behaviour, batch.advantages)
             )
+            conditions = self._policy.encode(batch.conditions[rows])
+            yield tokens, conditions, behaviour, advantages
 
     def _steer_entropy(self, entropy: float) -> None:
         if self._config.entropy.controller == "target":

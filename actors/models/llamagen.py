@@ -3,26 +3,40 @@
 Parameter names are those of the official checkpoints, so that loading is strict and exporting is a
 copy. Unlike the official module, layout, dropout, mode and cache are separate: `forward` is always
 the teacher-forced pass, `prefill`/`decode_step` always the cached one, and neither depends on
-`self.training`. Condition dropout is the caller's: pass `num_classes` as the class (the null row).
+`self.training`. Condition dropout is the caller's: pass `null_conditions`.
 
-Shapes: B batch, T tokens, V vocabulary, C condition tokens, H heads, E head dimension, L layers.
+Condition tokens have zero rows in RoPE's cosine *and* sine, so that their q = k = 0: every query
+scores them exactly 0 and uses their values unchanged. The n tokens of a caption are therefore one
+virtual key with score log n and the mean of their values, and attention inside a caption is a
+causal mean. So the cache has one slot for any condition, slot 0, and the passes here run over
+[last condition token, image tokens]; a caption's earlier tokens run beside them (`CaptionRows`).
+
+Shapes: B batch, T tokens, V vocabulary, C condition tokens, U distinct captions, H heads,
+E head dimension, L layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.errors import ConfigError
+from actors.models.base import Conditions, DecodeState, Window
+from actors.models.layers import Linear, allocate_cache, cached_attention
+from cluster.errors import ConfigError, DataError
+from cluster.messages import Condition
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values (B, H, S, E) -> mixed values (B, H, S, E)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaGenConfig:
-    """Architecture of a class-conditional LlamaGen."""
+    """Architecture of a LlamaGen policy, conditional on classes or on captions."""
 
     dim: int
     num_layers: int
@@ -31,6 +45,11 @@ class LlamaGenConfig:
     """Side of the token grid: T = grid * grid."""
     vocab_size: int = 16384
     num_classes: int = 1000
+    """Classes of a class-conditional policy; without meaning for captions."""
+    caption_dim: int = 0
+    """Width of the text encoder's features (flan-t5-xl: 2048); 0 is a class-conditional policy."""
+    caption_tokens: int = 120
+    """Longest caption, in tokens of the text encoder."""
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
 
@@ -74,35 +93,35 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wqkv = Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = Linear(config.dim, config.dim, bias=False)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor | None, start: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, caption: Tensor | None
     ) -> Tensor:
-        """x (B, S, dim); rope two (S, E) tables; cache (2, B, H, C+T, E) or None."""
+        """x (B, S, dim); rope two (S, E) tables; caption (B, dim): value of slot 0 instead of x's
+        own."""
         batch, steps, dim = x.shape
         qkv = self.wqkv(x).view(batch, steps, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key = _rotate(qkv[:2], rope).unbind()
         value = qkv[2]
-        if cache is not None:
-            cache[0, :, :, start : start + steps] = key
-            cache[1, :, :, start : start + steps] = value
-            key, value = cache[0, :, :, : start + steps], cache[1, :, :, : start + steps]
-        if steps == 1:  # one query sees every key: no mask, and plain products beat SDPA on a CPU
-            weights = (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5).softmax(-1)
-            mixed = weights @ value
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        if caption is not None:
+            first = caption.view(batch, 1, self.num_heads, -1).transpose(1, 2)
+            value = torch.cat([first, value[:, :, 1:]], dim=2)
+        mixed = attend(query, key, value)
         return self.wo(mixed.transpose(1, 2).reshape(batch, steps, dim))
+
+    def values(self, x: Tensor) -> Tensor:
+        """Values (..., dim) alone: all that a condition token gives to others."""
+        return F.linear(x, self.wqkv.weight[-x.shape[-1] :])
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w1 = Linear(config.dim, config.hidden_dim, bias=False)
+        self.w3 = Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -117,9 +136,14 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor | None, start: int
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        caption: CaptionRows | None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cache, start)
+        shared = None if caption is None else caption.advance(self)
+        x = x + self.attention(self.attention_norm(x), rope, attend, shared)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -131,29 +155,67 @@ class ClassEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
 
     def forward(self, classes: Tensor) -> Tensor:
+        """(B,) -> (B, 1, dim)"""
         return self.embedding_table(classes).unsqueeze(1)
 
 
-@dataclass
-class DecodeState:
-    """KV cache of a batch and how far it is filled."""
+class CaptionProjection(nn.Module):
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.caption_dim, config.dim, bias=False)
+        self.fc2 = Linear(config.dim, config.dim, bias=False)
 
-    cache: Tensor
-    """(L, 2, B, H, C+T, E)"""
-    position: int
+    def forward(self, features: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
+
+
+class CaptionEmbedding(nn.Module):
+    """Text features into the policy's width. What stands for no caption is a buffer, as in the
+    official code: it was never trained."""
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.cap_proj = CaptionProjection(config)
+        empty = torch.randn(config.caption_tokens, config.caption_dim) / config.caption_dim**0.5
+        self.register_buffer("uncond_embedding", empty)
+        self.uncond_embedding: Tensor
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(U, C, caption_dim) -> (U, C, dim)"""
+        return self.cap_proj(features.to(self.uncond_embedding.dtype))
+
+
+class CaptionRows:
+    """The tokens of U captions on their way through the layers, beside the image tokens."""
+
+    def __init__(self, rows: Tensor, mask: Tensor, index: Tensor) -> None:
+        """rows (U, C, dim); mask (U, C), padded on the left; index (B,) into the captions."""
+        self._rows, self._index = rows, index
+        self._mask = mask.unsqueeze(-1).float()
+        self._counts = self._mask.cumsum(1).clamp(min=1)
+
+    def advance(self, block: Block) -> Tensor:
+        """Take the captions through a block; returns the mean of their values there, (B, dim)."""
+        values = block.attention.values(block.attention_norm(self._rows))
+        sums = (values.float() * self._mask).cumsum(1)
+        means = (sums / self._counts).type_as(values)
+        rows = self._rows + block.attention.wo(means)
+        self._rows = rows + block.feed_forward(block.ffn_norm(rows))
+        return means[:, -1][self._index]
 
 
 class LlamaGen(nn.Module):
-    """Class-conditional LlamaGen. Satisfies `actors.decode.Policy`."""
+    """LlamaGen, class- or caption-conditional. Satisfies `actors.models.base.Policy`."""
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = ClassEmbedding(config)
+        embedding = CaptionEmbedding if config.caption_dim else ClassEmbedding
+        self.cls_embedding: ClassEmbedding | CaptionEmbedding = embedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size, bias=False)
         cos, sin = rope_tables(config)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -168,58 +230,108 @@ class LlamaGen(nn.Module):
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
-    def null_conditions(self, conditions: Tensor) -> Tensor:
-        """Conditions of the unconditional branch, one for each of `conditions` (B,)."""
-        return torch.full_like(conditions, self.config.num_classes)
+    def encode(self, conditions: Sequence[Condition]) -> Conditions:
+        """Class indices (B,), or captions padded on the left to (U, C, D).
 
-    def forward(self, tokens: Tensor, conditions: Tensor) -> Tensor:
-        """Teacher-forced logits.
-
-        Args:
-            tokens: (B, T) integers.
-            conditions: (B,) class indices; `num_classes` is the null class.
-
-        Returns:
-            (B, T, V) fp32; row t predicts tokens[:, t] from the condition and tokens before t.
+        Raises:
+            DataError: a class index or caption features are missing or do not fit.
         """
-        prefix = self.cls_embedding(conditions)
-        x = torch.cat([prefix, self.tok_embeddings(tokens[:, :-1])], dim=1)
-        return self._logits(self._run(x, None, 0)[:, prefix.shape[1] - 1 :])
+        device = self.tok_embeddings.weight.device
+        if not self.config.caption_dim:
+            classes = [_class_of(condition, self.config.num_classes) for condition in conditions]
+            return Conditions(torch.tensor(classes, device=device))
+        distinct = {id(condition.features): condition for condition in conditions}
+        captions = [_pad_left(condition, self.config) for condition in distinct.values()]
+        places = {key: place for place, key in enumerate(distinct)}
+        index = [places[id(condition.features)] for condition in conditions]
+        return Conditions(
+            torch.stack([features for features, _ in captions]).to(device),
+            torch.stack([mask for _, mask in captions]).to(device),
+            torch.tensor(index, device=device),
+        )
 
-    def prefill(self, conditions: Tensor) -> tuple[DecodeState, Tensor]:
-        """Start decoding: logits (B, V) of the first token, and the state to go on from."""
-        config, prefix = self.config, self.cls_embedding(conditions)
-        batch, length = prefix.shape[0], prefix.shape[1] + config.num_tokens - 1
-        shape = (config.num_layers, 2, batch, config.num_heads, length, config.head_dim)
-        state = DecodeState(torch.empty(shape, dtype=prefix.dtype, device=prefix.device), 0)
-        return state, self._advance(state, prefix)
+    def null_conditions(self, conditions: Conditions) -> Conditions:
+        """The null class; or the empty caption under the *prompt's* mask, as the official code has
+        it, so that unconditional logits depend on the caption's length."""
+        if isinstance(self.cls_embedding, CaptionEmbedding):
+            empty = self.cls_embedding.uncond_embedding.expand_as(conditions.values)
+            return Conditions(empty.to(conditions.values.dtype), conditions.mask, conditions.index)
+        return Conditions(torch.full_like(conditions.values, self.config.num_classes))
 
-    def decode_step(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        """Append tokens (B,) to the state; logits (B, V) of the next ones."""
-        return self._advance(state, self.tok_embeddings(tokens).unsqueeze(1))
+    def codes(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, grid, grid): raster order."""
+        return tokens.view(-1, self.config.grid, self.config.grid)
 
-    def _advance(self, state: DecodeState, x: Tensor) -> Tensor:
-        logits = self._logits(self._run(x, state.cache, state.position)[:, -1])
-        state.position += x.shape[1]
-        return logits
+    def forward(self, tokens: Tensor, conditions: Conditions) -> Tensor:
+        """Teacher-forced logits (B, T, V) fp32; row t predicts tokens[:, t] from the condition and
+        the tokens (B, T) before t."""
+        first, caption = self._begin(conditions)
+        x = torch.cat([first, self.tok_embeddings(tokens[:, :-1])], dim=1)
+        bias = _key_bias(conditions, x.shape[1])
+        if bias is not None:
+            ones = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+            bias = bias.masked_fill(~ones.tril(), -torch.inf).to(x.dtype)
 
-    def _run(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
-        stop = start + x.shape[1]
-        rope = self.rope_cos[start:stop], self.rope_sin[start:stop]
-        for index, layer in enumerate(self.layers):
-            x = layer(x, rope, None if cache is None else cache[index], start)
-        return x
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=bias, is_causal=bias is None
+            )
+
+        rope = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
+        for layer in self.layers:
+            x = layer(x, rope, attend, caption)
+        return self._logits(x)
+
+    def allocate(self, rows: int, dtype: torch.dtype | None = None) -> DecodeState:
+        """An empty KV cache: one slot for the condition, one for each token but the last."""
+        config = self.config
+        shape = (config.num_layers, rows, config.num_heads, config.num_tokens, config.head_dim)
+        return allocate_cache(shape, self.tok_embeddings.weight, dtype)
+
+    def prefill(self, state: DecodeState, conditions: Conditions) -> Tensor:
+        """Start decoding: logits (B, V) fp32 of the first token."""
+        first, caption = self._begin(conditions)
+        state.position, state.bias = 0, _key_bias(conditions, state.cache.shape[4])
+        return self._step(state, first, None, caption)
+
+    def decode_step(
+        self, state: DecodeState, tokens: Tensor, window: Window | None = None
+    ) -> Tensor:
+        """Append tokens (B,) to the state; logits (B, V) fp32 of the next ones."""
+        return self._step(state, self.tok_embeddings(tokens).unsqueeze(1), window, None)
+
+    def _begin(self, conditions: Conditions) -> tuple[Tensor, CaptionRows | None]:
+        """The last condition token of each row (B, 1, dim), and the whole captions beside it."""
+        embedded = self.cls_embedding(conditions.values)
+        if conditions.mask is None:
+            return embedded, None
+        index = conditions.rows()
+        return embedded[:, -1:][index], CaptionRows(embedded, conditions.mask, index)
+
+    def _step(
+        self, state: DecodeState, x: Tensor, window: Window | None, caption: CaptionRows | None
+    ) -> Tensor:
+        window = window or state.next_window()
+        rope = _rows(self.rope_cos, window.place), _rows(self.rope_sin, window.place)
+        for cache, layer in zip(state.cache, self.layers):
+
+            def attend(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = cache) -> Tensor:
+                return cached_attention(query, key, value, cache, window)
+
+            x = layer(x, rope, attend, caption)
+        state.position += 1
+        return self._logits(x[:, -1])
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.output(self.norm(x)).float()
 
 
-def rope_tables(config: LlamaGenConfig, prefix: int = 1) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine of two-dimensional RoPE, (C+T, E) fp32 each.
+def rope_tables(config: LlamaGenConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of two-dimensional RoPE, (1+T, E) fp32 each.
 
     Over interleaved pairs, the first half of the pairs turns with the row and the second with the
-    column, raster order. Rows of the `prefix` condition tokens are zero in both tables: there
-    q = k = 0, so the attention score is exactly 0 (not "no rotation"), as in the official code.
+    column, raster order. Row 0, the condition's, is zero in both tables: there q = k = 0, so the
+    attention score is exactly 0 (not "no rotation"), as in the official code.
     """
     half = config.head_dim // 2
     frequencies = config.rope_base ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
@@ -227,8 +339,8 @@ def rope_tables(config: LlamaGenConfig, prefix: int = 1) -> tuple[Tensor, Tensor
     rows = turns[:, None].expand(-1, config.grid, -1)
     columns = turns[None].expand(config.grid, -1, -1)
     angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (T, E/2)
-    cos = torch.cat([torch.zeros(prefix, half), angles.cos()])
-    sin = torch.cat([torch.zeros(prefix, half), angles.sin()])
+    cos = torch.cat([torch.zeros(1, half), angles.cos()])
+    sin = torch.cat([torch.zeros(1, half), angles.sin()])
     return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
 
 
@@ -237,3 +349,50 @@ def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rope
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x.float() * cos, swapped.float(), sin).type_as(x)
+
+
+def _rows(table: Tensor, place: int | Tensor) -> Tensor:
+    """One row of a table, (1, E)."""
+    return table[place : place + 1] if isinstance(place, int) else table.index_select(0, place)
+
+
+def _key_bias(conditions: Conditions, slots: int) -> Tensor | None:
+    """(B, 1, 1, slots) fp32: log n at slot 0, which stands for the n tokens of a caption."""
+    if conditions.mask is None:
+        return None
+    counts = conditions.mask.sum(-1)[conditions.rows()]
+    return F.pad(counts.log().view(-1, 1, 1, 1), (0, slots - 1))
+
+
+def _class_of(condition: Condition, num_classes: int) -> int:
+    index = condition.class_index
+    if index is None:
+        raise DataError(
+            f"this policy is class-conditional, but the condition {condition.text!r} has no "
+            "class_index"
+        )
+    if not 0 <= index < num_classes:
+        raise DataError(
+            f"condition {condition.text!r} has class_index {index}, but this policy has "
+            f"{num_classes} classes (0 to {num_classes - 1})"
+        )
+    return index
+
+
+def _pad_left(condition: Condition, config: LlamaGenConfig) -> tuple[Tensor, Tensor]:
+    """Features (C, D), zeros first, and mask (C,)."""
+    found = condition.features
+    if found is None:
+        raise DataError(
+            f"this policy is caption-conditional, but the condition {condition.text!r} carries no "
+            "features: encode captions with actors.captions first"
+        )
+    length, width = config.caption_tokens, config.caption_dim
+    if found.ndim != 2 or not 1 <= len(found) <= length or found.shape[1] != width:
+        raise DataError(
+            f"features of the caption {condition.text!r} have shape {found.shape}, expected "
+            f"1 to {length} tokens of width {width}"
+        )
+    features = torch.zeros(length, width)
+    features[length - len(found) :] = torch.tensor(found, dtype=torch.float32)
+    return features, torch.arange(length) >= length - len(found)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actors.models.base import Conditions
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
 from actors.models.vq import VQConfig, VQTokenizer
 from learner.miniature.data import augment
@@ -116,9 +117,10 @@ def train_policy(
 
     def loss(_: int) -> Tensor:
         index = torch.randint(len(codes), (64,), generator=batches.generator)
-        tokens, classes = codes[index], labels[index]
+        tokens, given = codes[index], Conditions(labels[index])
         dropped = torch.rand(len(index), generator=batches.generator) < CONDITION_DROPOUT
-        conditions = torch.where(dropped, policy.null_conditions(classes), classes)
+        null = policy.null_conditions(given)
+        conditions = Conditions(torch.where(dropped, null.values, given.values))
         return F.cross_entropy(policy(tokens, conditions).flatten(0, 1), tokens.flatten())
 
     _optimise(policy, loss, steps, 2e-3, tick)

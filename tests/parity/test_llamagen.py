@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from actors.decode import guided_logits, log_distribution
+from actors.distribution import guided_logits, log_distribution
+from actors.models.base import Conditions
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
-from cluster.messages import SamplingSpec
+from cluster.messages import Condition, SamplingSpec
 from cluster.tensors import load_strict
 from tests.parity.reference import TINY_WIDTH, Reference
 
@@ -34,7 +35,9 @@ def policy(reference: Reference) -> LlamaGen:
         num_heads=model["n_head"],
         grid=round(model["block_size"] ** 0.5),
         vocab_size=model["vocab_size"],
-        num_classes=model["num_classes"],
+        num_classes=model.get("num_classes", 1000),
+        caption_dim=model["caption_dim"] if model["model_type"] == "t2i" else 0,
+        caption_tokens=model.get("cls_token_num", 120),
     )
     policy = LlamaGen(config)
     load_strict(policy, reference.state(), reference.path.name)
@@ -42,13 +45,29 @@ def policy(reference: Reference) -> LlamaGen:
 
 
 @pytest.fixture(scope="module")
-def branches(policy: LlamaGen, reference: Reference) -> dict[str, tuple[Any, Any]]:
+def conditions(policy: LlamaGen, reference: Reference) -> Conditions:
+    """Classes, or captions as a text encoder gives them: unpadded."""
+    arrays = reference.arrays
+    if "labels" in arrays:
+        asked = [Condition(text="", class_index=int(label)) for label in arrays["labels"]]
+    else:
+        lengths = arrays["emb_mask"].sum(1).astype(int)
+        asked = [
+            Condition(text="", features=features[-length:])
+            for features, length in zip(arrays["caption_emb"], lengths)
+        ]
+    return policy.encode(asked)
+
+
+@pytest.fixture(scope="module")
+def branches(
+    policy: LlamaGen, conditions: Conditions, reference: Reference
+) -> dict[str, tuple[Any, Any]]:
     """Teacher-forced logits of both branches, for both sets of given tokens."""
-    labels = reference.tensor("labels")
     return {
         name: (
-            policy(reference.tensor(name), labels),
-            policy(reference.tensor(name), policy.null_conditions(labels)),
+            policy(reference.tensor(name), conditions),
+            policy(reference.tensor(name), policy.null_conditions(conditions)),
         )
         for name in ("tokens", "tokens_guided")
     }
@@ -116,11 +135,12 @@ def test_logprobs_entropies_and_supports(branches: dict, reference: Reference, g
     assert compared >= 0.4 * tokens.numel() * len(reference.config["specs"])
 
 
-def test_greedy_decoding_with_the_cache(policy: LlamaGen, reference: Reference) -> None:
-    labels = reference.tensor("labels")
+def test_greedy_decoding_with_the_cache(
+    policy: LlamaGen, conditions: Conditions, reference: Reference
+) -> None:
     for name, fields in reference.config["greedy"].items():
         scale, interval = fields["cfg_scale"], fields.get("cfg_interval", -1)
-        tokens = greedy(policy, labels, scale, interval)
+        tokens = greedy(policy, conditions, scale, interval)
         expected = reference.tensor(f"{name}/tokens")
         for row, margins in enumerate(reference.arrays[f"{name}/margin"]):
             close = np.flatnonzero(margins <= 1e-3)
@@ -128,11 +148,13 @@ def test_greedy_decoding_with_the_cache(policy: LlamaGen, reference: Reference) 
             assert torch.equal(tokens[row, :sure], expected[row, :sure]), name
 
 
-def greedy(policy: LlamaGen, labels: torch.Tensor, scale: float, interval: int) -> torch.Tensor:
+@torch.inference_mode()
+def greedy(policy: LlamaGen, conditions: Conditions, scale: float, interval: int) -> torch.Tensor:
     """The most likely token at each position; `interval` guides tokens 0 to interval + 1 alone."""
     branches = 2 if scale > 1 else 1
-    rows = torch.cat([labels, policy.null_conditions(labels)][:branches])
-    state, logits = policy.prefill(rows)
+    rows = conditions.and_then(policy.null_conditions(conditions)) if scale > 1 else conditions
+    state = policy.allocate(len(rows))
+    logits = policy.prefill(state, rows)
     columns: list[torch.Tensor] = []
     for position in range(policy.num_tokens):
         if position:

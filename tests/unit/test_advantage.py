@@ -79,7 +79,7 @@ def test_failed_images_leave_the_training_batch() -> None:
     batch = make_batch(7, groups, advantages)
     assert batch.iteration == 7
     assert batch.tokens.shape == (5, 4)
-    assert batch.conditions.tolist() == [0, 0, 1, 1, 1]
+    assert [condition.class_index for condition in batch.conditions] == [0, 0, 1, 1, 1]
     assert batch.versions.tolist() == [0, 0, 4, 4, 4]
     np.testing.assert_array_equal(batch.tokens[:2], groups[0].rollouts.tokens[[0, 2]])
     np.testing.assert_array_equal(batch.advantages, advantages.values[advantages.valid])

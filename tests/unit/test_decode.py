@@ -4,15 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.decode import (
-    decode_tokens,
-    filtered_logits,
-    guided_logits,
-    log_distribution,
-    rollout_uniforms,
-    sample_tokens,
-    token_logprobs,
-)
+from actors.decode import decode_tokens, rollout_uniforms, token_logprobs
+from actors.distribution import filtered_logits, guided_logits, log_distribution, sample_tokens
+from actors.models.base import Conditions
 from cluster.messages import RequestKey, SamplingSpec
 from tests.unit.helpers import SPECS, TINY, tiny_policy
 
@@ -23,10 +17,14 @@ def uniforms(rows: int) -> torch.Tensor:
     return torch.from_numpy(rollout_uniforms(11, KEY, rows, TINY.num_tokens))
 
 
+def classes(*indices: int) -> Conditions:
+    return Conditions(torch.tensor(indices))
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_cached_decoding_equals_teacher_forcing(name: str) -> None:
     policy, spec = tiny_policy(), SPECS[name]
-    conditions = torch.tensor([0, 1, 2, 3, 0, 1])
+    conditions = classes(0, 1, 2, 3, 0, 1)
     decoded = decode_tokens(policy, conditions, uniforms(6), spec)
     logprobs, entropies = token_logprobs(policy, decoded.tokens, conditions, spec)
     assert (decoded.logprobs - logprobs).abs().max() <= 1e-4
@@ -35,7 +33,7 @@ def test_cached_decoding_equals_teacher_forcing(name: str) -> None:
 
 
 def test_distil_records_the_mixture_and_learns_the_conditional() -> None:
-    policy, conditions = tiny_policy(), torch.tensor([0, 1, 2])
+    policy, conditions = tiny_policy(), classes(0, 1, 2)
     distil = SamplingSpec(cfg_scale=2.0, guidance="distil")
     guided = SamplingSpec(cfg_scale=2.0, guidance="guided")
     decoded = decode_tokens(policy, conditions, uniforms(3), distil)
@@ -50,7 +48,7 @@ def test_distil_records_the_mixture_and_learns_the_conditional() -> None:
 
 @pytest.mark.parametrize("batch", [1, 4, 7])
 def test_draws_do_not_depend_on_batch_placement(batch: int) -> None:
-    policy, conditions, draws = tiny_policy(), torch.arange(28) % 4, uniforms(28)
+    policy, conditions, draws = tiny_policy(), Conditions(torch.arange(28) % 4), uniforms(28)
     whole = decode_tokens(policy, conditions, draws, SamplingSpec()).tokens
     parts = [
         decode_tokens(policy, conditions[at : at + batch], draws[at : at + batch], SamplingSpec())
@@ -62,12 +60,12 @@ def test_draws_do_not_depend_on_batch_placement(batch: int) -> None:
 def test_decoding_leaves_no_trace_in_the_policy() -> None:
     policy = tiny_policy()
     names = set(policy.state_dict())
-    decode_tokens(policy, torch.tensor([1]), uniforms(1), SamplingSpec())
+    decode_tokens(policy, classes(1), uniforms(1), SamplingSpec())
     assert set(policy.state_dict()) == names
     policy.train()
     tokens = torch.zeros(1, TINY.num_tokens, dtype=torch.long)
-    in_train_mode = policy(tokens, torch.tensor([1]))
-    assert torch.equal(in_train_mode, policy.eval()(tokens, torch.tensor([1])))
+    in_train_mode = policy(tokens, classes(1))
+    assert torch.equal(in_train_mode, policy.eval()(tokens, classes(1)))
 
 
 def test_uniforms_are_a_function_of_identity() -> None:
@@ -149,7 +147,7 @@ def test_guided_gradient_flows_through_both_branches() -> None:
     """Finite differences on the class table: the asked class's row, and the null class's."""
     policy = tiny_policy().double()
     spec = SamplingSpec(cfg_scale=1.5, guidance="guided")
-    tokens, conditions = torch.randint(0, 20, (2, TINY.num_tokens)), torch.tensor([1, 1])
+    tokens, conditions = torch.randint(0, 20, (2, TINY.num_tokens)), classes(1, 1)
     table = policy.cls_embedding.embedding_table.weight.requires_grad_()
 
     def total() -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from actors.decode import decode_tokens, rollout_uniforms
 from actors.models.loading import PolicyConfig, load_policy
 from cluster.errors import CheckpointError, FleetError
-from cluster.messages import RequestKey, SamplingSpec
+from cluster.messages import Condition, RequestKey, SamplingSpec
 from cluster.tensors import write_tensors
 from cluster.weights import load_weights
 from learner.batch import TrainingBatch
@@ -46,13 +46,13 @@ def batch_of(
     policy = tiny_policy()
     load_weights(policy, learner.snapshot())
     draws = rollout_uniforms(3, RequestKey("train", iteration, 0), rows, TINY.num_tokens)
-    conditions = torch.arange(rows) % TINY.num_classes
-    decoded = decode_tokens(policy, conditions, torch.from_numpy(draws), spec)
+    asked = tuple(Condition(text="", class_index=row % TINY.num_classes) for row in range(rows))
+    decoded = decode_tokens(policy, policy.encode(asked), torch.from_numpy(draws), spec)
     return TrainingBatch(
         iteration=iteration,
         tokens=decoded.tokens.numpy().astype(np.int32),
         behaviour=decoded.logprobs.numpy(),
-        conditions=conditions.numpy(),
+        conditions=asked,
         advantages=np.linspace(-1, 1, rows).astype(np.float32),
         versions=np.full(rows, learner.version),
         specs=(spec,),
@@ -89,8 +89,10 @@ def logprobs_of(learner: Learner, batch: TrainingBatch) -> np.ndarray:
 
     policy = tiny_policy()
     load_weights(policy, learner.snapshot())
-    tokens, conditions = torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.conditions)
-    return token_logprobs(policy, tokens, conditions, SamplingSpec())[0].numpy()
+    tokens = torch.from_numpy(batch.tokens).long()
+    return token_logprobs(policy, tokens, policy.encode(batch.conditions), SamplingSpec())[
+        0
+    ].numpy()
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 4])

@@ -1,0 +1,74 @@
+"""The distribution a token is drawn from: guidance, temperature, filters; and the draw itself.
+
+Shapes: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cluster.messages import SamplingSpec
+
+
+def guided_logits(conditional: Tensor, unconditional: Tensor, cfg_scale: float) -> Tensor:
+    """Classifier-free guidance on whole logits, fp32: u + s (c - u)."""
+    return unconditional + (conditional - unconditional) * cfg_scale
+
+
+def mixed_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
+    """Logits (2B, ..., V) of both branches -> (B, ..., V) of the policy that the spec samples.
+
+    Without guidance there is one branch, and they are returned as they are.
+    """
+    if not spec.guided_sampling:
+        return logits
+    conditional, unconditional = logits.chunk(2)
+    return guided_logits(conditional, unconditional, spec.cfg_scale)
+
+
+def filtered_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
+    """Temperature, top-k, top-p; filtered tokens become -inf. logits (..., V) fp32.
+
+    Ties at rank k stay. Top-p works on the softmax of what top-k left and keeps the first token
+    that takes the sum over p.
+    """
+    if spec.temperature != 1:
+        logits = logits / spec.temperature
+    if 0 < spec.top_k < logits.shape[-1]:
+        kth = logits.detach().topk(spec.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits.detach() < kth, -torch.inf)
+    if spec.top_p < 1:
+        ordered, order = logits.detach().sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
+        before[..., 0] = 0
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > spec.top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return logits
+
+
+def log_distribution(logits: Tensor, spec: SamplingSpec) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (..., V) and entropy (...), nats, after the spec's filters."""
+    filtered = filtered_logits(logits, spec)
+    logp = filtered.log_softmax(-1)
+    # 0 log 0 = 0: keep the -inf of filtered tokens away from the product and its gradient.
+    entropy = -(logp.exp() * logp.masked_fill(filtered == -torch.inf, 0)).sum(-1)
+    return logp, entropy
+
+
+def sample_tokens(logp: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse CDF: the first token whose cumulative probability exceeds the uniform.
+
+    Args:
+        logp: (B, V) log-probabilities.
+        uniforms: (B,) float64 in [0, 1).
+
+    Returns:
+        (B,) int64; a token of probability zero is never drawn.
+    """
+    cumulative = logp.double().exp().cumsum(-1)
+    targets = uniforms.unsqueeze(-1) * cumulative[..., -1:]
+    tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    # Rounding can carry a uniform next to 1 past the end: the last token of the support takes it.
+    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous()).squeeze(-1)
+    return torch.minimum(tokens, last)

@@ -1,0 +1,149 @@
+"""What decoding and learning need of any policy, and the batches they exchange with it.
+
+Shapes: B batch, T tokens, V vocabulary, C condition tokens, L layers, H heads, E head dimension,
+S = slots of the KV cache, one a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.messages import Condition
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """A batch of conditions in a policy's own terms; `Policy.encode` makes it.
+
+    Captions are long and a group shares one: then `values` holds each caption once (U of them), and
+    `index` says which one a row has.
+    """
+
+    values: Tensor
+    """(B,) int64 class indices, (B, C) int64 condition tokens, or (U, C, D) caption features."""
+    mask: Tensor | None = None
+    """(U, C) bool: which tokens of a caption count."""
+    index: Tensor | None = None
+    """(B,) int64: the row of `values` of each row of the batch; None is one to one."""
+
+    def __len__(self) -> int:
+        return len(self.values if self.index is None else self.index)
+
+    def __getitem__(self, rows: slice | Tensor) -> Conditions:
+        if self.index is None:
+            mask = None if self.mask is None else self.mask[rows]
+            return Conditions(self.values[rows], mask)
+        used, index = self.index[rows].unique(return_inverse=True)
+        return Conditions(self.values[used], None if self.mask is None else self.mask[used], index)
+
+    def and_then(self, other: Conditions) -> Conditions:
+        """The rows of both, these first. Both are of the same kind."""
+        values = torch.cat([self.values, other.values])
+        if self.mask is None or other.mask is None:
+            return Conditions(values)
+        index = torch.cat([self.rows(), other.rows() + len(self.values)])
+        return Conditions(values, torch.cat([self.mask, other.mask]), index)
+
+    def rows(self) -> Tensor:
+        """(B,) int64: which row of `values` each row of the batch has."""
+        if self.index is not None:
+            return self.index
+        return torch.arange(len(self.values), device=self.values.device)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a decoding step writes its keys and values, and which slots it reads."""
+
+    place: int | Tensor
+    """First slot written. A tensor (1,) int64 where the step must not depend on a Python number:
+    a CUDA graph replays it with other contents."""
+    size: int
+    """Slots read, from slot 0."""
+    bias: Tensor | None = None
+    """(B or 1, 1, 1, size), added to the scores; None where every slot read counts alike."""
+
+
+@dataclass
+class DecodeState:
+    """Static KV cache of a batch, and how far it is filled."""
+
+    cache: Tensor
+    """(L, 2, B, H, S, E)"""
+    position: int = 0
+    """Slots filled."""
+    bias: Tensor | None = None
+    """(B, 1, 1, S): score added to each slot (captions); None is zero."""
+
+    def next_window(self) -> Window:
+        """The next slot, and all live ones."""
+        size = self.position + 1
+        bias = None if self.bias is None else self.bias[..., :size]
+        return Window(self.position, size, bias)
+
+
+class PolicyConfig(Protocol):
+    """An architecture."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Policy(Protocol):
+    """An autoregressive policy over image tokens. Every one is a `torch.nn.Module`, too."""
+
+    @property
+    def config(self) -> PolicyConfig: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, conditions: Sequence[Condition]) -> Conditions:
+        """Conditions as this policy reads them, on its device.
+
+        Raises:
+            DataError: one lacks what this policy needs (class index, caption features).
+        """
+        ...
+
+    def null_conditions(self, conditions: Conditions) -> Conditions:
+        """Conditions of the unconditional branch, one for each row.
+
+        Raises:
+            ConfigError: this policy was trained without one, so that guidance is not defined.
+        """
+        ...
+
+    def allocate(self, rows: int, dtype: torch.dtype | None = None) -> DecodeState:
+        """An empty KV cache for a batch of `rows`, to be used by one decoding after another."""
+        ...
+
+    def prefill(self, state: DecodeState, conditions: Conditions) -> Tensor:
+        """Start decoding: logits (B, V) fp32 of the first token. What the state held is lost."""
+        ...
+
+    def decode_step(
+        self, state: DecodeState, tokens: Tensor, window: Window | None = None
+    ) -> Tensor:
+        """Append tokens (B,) to the state; logits (B, V) fp32 of the next ones.
+
+        Without a window, the step takes the state's next slot and reads the live ones.
+        """
+        ...
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T) in the policy's order -> codes (B, h, w) of the tokenizer's grid."""
+        ...
+
+    def __call__(self, tokens: Tensor, conditions: Conditions) -> Tensor:
+        """Teacher-forced logits (B, T, V) fp32; row t predicts tokens[:, t]."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...

@@ -1,0 +1,115 @@
+"""Layers that decode fast: linear maps over packed weights, attention over a static cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from actors.models.base import DecodeState, Window
+
+MAX_PACKED_ROWS = 128  # above, a plain product is as fast and needs no second copy of the weights
+MIN_PACKED_WEIGHTS = 1 << 16  # below, a layer fits the cache and the call costs more than it saves
+
+
+class _Packed:
+    """A weight in oneDNN's blocked layout, and which state of the weight it was made from.
+
+    It belongs to one module on one machine: a copied or pickled module starts without.
+    """
+
+    def __init__(self) -> None:
+        self.version = -1
+        self.weight: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
+        return _Packed()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Packed, ()
+
+    def refresh(self, weight: Tensor) -> Tensor:
+        """The packed weight, made anew if the weight was written to since."""
+        if self.weight is None or self.version != weight._version:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            self.version = weight._version
+        return self.weight
+
+
+class Linear(nn.Linear):
+    """A linear map that keeps a packed copy of its weight for decoding on a CPU.
+
+    With few rows a product is bound by reading the weight, and oneDNN reads its own blocked layout
+    several times faster than the plain one. In-place writes to the weight (loading, an optimizer's
+    step) are noticed by its version counter; writing through `.data` would not be.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self._packed = _Packed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._packable(x):
+            return F.linear(x, self.weight, self.bias)
+        packed = self._packed.refresh(self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+
+    def _packable(self, x: Tensor) -> bool:
+        return (
+            torch.is_inference_mode_enabled()
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype
+            and x.numel() <= MAX_PACKED_ROWS * self.in_features
+            and self.weight.numel() >= MIN_PACKED_WEIGHTS
+            and torch.backends.mkldnn.is_available()
+        )
+
+
+def allocate_cache(
+    shape: tuple[int, int, int, int, int], like: Tensor, dtype: torch.dtype | None
+) -> DecodeState:
+    """A zeroed cache of `shape` (L, B, H, S, E) beside `like`.
+
+    Zeroed, because a step may read slots it has not written under a bias of -inf, and 0 * NaN is
+    NaN. On a CPU it is fp32 whatever the policy's dtype: attention in bf16 is slower there.
+    """
+    layers, *rest = shape
+    if dtype is None:
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+    return DecodeState(torch.zeros((layers, 2, *rest), dtype=dtype, device=like.device))
+
+
+def cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, cache: Tensor, window: Window
+) -> Tensor:
+    """Write keys and values into the cache and attend to the window; one query a row.
+
+    Args:
+        query, key, value: (B, H, 1, E).
+        cache: (2, B, H, S, E) of this layer.
+
+    Returns:
+        (B, H, 1, E) in the query's dtype.
+    """
+    write_cache(cache, key, value, window.place)
+    keys, values = cache[0, :, :, : window.size], cache[1, :, :, : window.size]
+    wide = query.to(cache.dtype)
+    bias = None if window.bias is None else window.bias.to(cache.dtype)
+    if query.device.type != "cpu":
+        mixed = F.scaled_dot_product_attention(wide, keys, values, attn_mask=bias)
+        return mixed.type_as(query)
+    scores = wide @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5  # plain products beat SDPA
+    if bias is not None:
+        scores = scores + bias
+    return (scores.softmax(-1) @ values).type_as(query)
+
+
+def write_cache(cache: Tensor, key: Tensor, value: Tensor, place: int | Tensor) -> None:
+    """Copy keys and values (B, H, n, E) to slots `place`, place + 1, ... of (2, B, H, S, E)."""
+    for half, new in zip(cache, (key, value)):
+        if isinstance(place, int):
+            half[:, :, place : place + new.shape[2]] = new
+        else:
+            half.index_copy_(2, place, new.to(half.dtype))

@@ -49,11 +49,12 @@ def filtered_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
 
 def log_distribution(logits: Tensor, spec: SamplingSpec) -> tuple[Tensor, Tensor]:
     """Log-probabilities (..., V) and entropy (...), nats, after the spec's filters."""
-    filtered = filtered_logits(logits, spec)
-    logp = filtered.log_softmax(-1)
-    # 0 log 0 = 0: keep the -inf of filtered tokens away from the product and its gradient.
-    entropy = -(logp.exp() * logp.masked_fill(filtered == -torch.inf, 0)).sum(-1)
-    return logp, entropy
+    logp = filtered_logits(logits, spec).log_softmax(-1)
+    finite = logp
+    if spec.top_k or spec.top_p < 1:
+        # 0 log 0 = 0: keep the -inf of filtered tokens away from the product and its gradient.
+        finite = logp.masked_fill(logp == -torch.inf, 0)
+    return logp, -(logp.exp() * finite).sum(-1)
 
 
 def sample_tokens(logp: Tensor, uniforms: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def sample_tokens(logp: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         (B,) int64; a token of probability zero is never drawn.
     """
-    cumulative = logp.double().exp().cumsum(-1)
+    cumulative = logp.exp().cumsum(-1, dtype=torch.float64)
     targets = uniforms.unsqueeze(-1) * cumulative[..., -1:]
     tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
     # Rounding can carry a uniform next to 1 past the end: the last token of the support takes it.

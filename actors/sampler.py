@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,17 @@ from actors.models.vq import to_uint8
 from actors.steps import Workspace
 from cluster.errors import CheckpointError, FleetError
 from cluster.messages import RolloutGroup, SampleRequest, Span, WeightSnapshot
+from cluster.roles import Resources
 from cluster.weights import load_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerResources(Resources):
+    """What a sampler takes of its machine, and how exactly it computes."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the policy's weights while sampling; logits are fp32 either way. With bfloat16, behaviour
+    and learner logprobs part a little (policy/mismatch_kl)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +34,7 @@ class SamplerConfig:
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    device: str = "cpu"
-    num_threads: int = 1
+    resources: SamplerResources = field(default_factory=SamplerResources)
 
 
 class Sampler:
@@ -33,9 +43,11 @@ class Sampler:
     def __init__(self, config: SamplerConfig, name: str = "sampler") -> None:
         self.name = name
         self.version = -1  # no weights yet: it refuses to serve
-        self._device, self._threads = config.device, config.num_threads
-        self._policy = load_policy(config.policy, weights=False, device=config.device)
-        self._decoder = load_decoder(config.tokenizer, device=config.device)
+        resources = config.resources
+        self._device, self._threads = resources.device, resources.num_threads
+        dtype = getattr(torch, resources.dtype)
+        self._policy = load_policy(config.policy, weights=False, device=self._device, dtype=dtype)
+        self._decoder = load_decoder(config.tokenizer, device=self._device)
         self._workspace = Workspace(self._policy)
 
     def load_weights(self, snapshot: WeightSnapshot) -> int:

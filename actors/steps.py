@@ -107,7 +107,8 @@ class StaticStep:
 
     def _run(self) -> Drawn:
         position = self._state.position
-        bias = torch.where(self._slots <= self._place, 0.0, -torch.inf).view(1, 1, 1, -1)
+        dead = (self._slots > self._place).view(1, 1, 1, -1)
+        bias = torch.zeros(dead.shape, device=dead.device).masked_fill(dead, -torch.inf)
         if self._state.bias is not None:
             bias = bias + self._state.bias[..., : self._size]
         window = Window(self._place, self._size, bias)

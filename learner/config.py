@@ -19,7 +19,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from actors.models.loading import PolicyConfig, TokenizerConfig
-from actors.sampler import Sampler, SamplerConfig
+from actors.sampler import Sampler, SamplerConfig, SamplerResources
 from cluster.errors import ConfigError
 from cluster.messages import SamplingSpec
 from cluster.roles import FleetPlan, Resources, Role
@@ -95,7 +95,7 @@ class RunConfig:
     learner: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
-    sampler: Resources = field(default_factory=Resources)
+    sampler: SamplerResources = field(default_factory=SamplerResources)
     reward: Resources = field(default_factory=Resources)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -120,8 +120,7 @@ class RunConfig:
         sampler = SamplerConfig(
             policy=self.policy,
             tokenizer=self.tokenizer,
-            device=self.sampler.device,
-            num_threads=self.sampler.num_threads,
+            resources=self.sampler,
         )
         server = RewardServerConfig(
             rewards=self.rewards,

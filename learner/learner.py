@@ -14,8 +14,7 @@ from torch import Tensor
 
 from actors.decode import token_logprobs
 from actors.models.base import Conditions
-from actors.models.llamagen import LlamaGen
-from actors.models.loading import PolicyConfig, load_policy
+from actors.models.loading import PolicyConfig, PolicyModule, load_policy
 from cluster.errors import CheckpointError, FleetError
 from cluster.messages import SamplingSpec, Span, WeightSnapshot
 from cluster.roles import Resources
@@ -96,7 +95,7 @@ class Learner:
         self._device = config.optimizer.device
         self.version = 0
         self._policy = load_policy(config.policy, device=self._device).requires_grad_(True)
-        self._reference: LlamaGen | None = None
+        self._reference: PolicyModule | None = None
         if config.loss.kl_coef > 0:
             self._reference = load_policy(config.policy, device=self._device)
         self._optimizer = torch.optim.AdamW(

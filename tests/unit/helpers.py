@@ -28,15 +28,20 @@ SPECS = {
 }
 
 
-def tiny_policy(seed: int = 0) -> LlamaGen:
+def random_policy(config: LlamaGenConfig, seed: int = 0) -> LlamaGen:
     """Random weights, large enough that attention is uneven and logits differ."""
     torch.manual_seed(seed)
-    policy = LlamaGen(TINY)
+    policy = LlamaGen(config)
     with torch.no_grad():
         for parameter in policy.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
     return policy.eval().requires_grad_(False)
+
+
+def tiny_policy(seed: int = 0) -> LlamaGen:
+    """A class-conditional policy that decodes in milliseconds."""
+    return random_policy(TINY, seed)
 
 
 def request(group: int = 0, rollouts: int = 3, **changes: object) -> SampleRequest:

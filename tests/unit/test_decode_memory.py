@@ -1,0 +1,79 @@
+"""Memory of decoding at full size, without the memory: on the meta device."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from actors.decode import decode_tokens
+from actors.models.base import Conditions
+from actors.models.llamagen import LlamaGen, LlamaGenConfig
+from actors.steps import Workspace
+from cluster.messages import SamplingSpec
+
+XL = LlamaGenConfig(dim=1280, num_layers=36, num_heads=20, grid=16)
+BATCH = 256  # images: with guidance, 512 rows
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of all storages made while it is on and alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._views: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in known:
+                self._add(leaf)
+        return result
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if not self._views[key]:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self._views[key] += 1
+        weakref.finalize(tensor, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._views[key] -= 1
+        if not self._views[key]:
+            self.now -= size
+
+
+def test_the_tracker_counts_what_lives() -> None:
+    with LiveMemory() as memory:
+        a = torch.zeros(1000, device="meta")
+        b = a.view(10, 100)
+        del a
+        c = b + 1
+        assert memory.now == 8000
+        del b, c
+    assert memory.now == 0
+    assert memory.peak == 8000
+
+
+def test_decoding_xl_at_512_rows_takes_weights_and_cache_and_little_else() -> None:
+    with torch.device("meta"):
+        policy = LlamaGen(XL).to(torch.bfloat16).eval().requires_grad_(False)
+        classes = Conditions(torch.zeros(BATCH, dtype=torch.int64))
+        uniforms = torch.zeros(BATCH, XL.num_tokens, dtype=torch.float64)
+    spec = SamplingSpec(cfg_scale=2.0, guidance="guided")
+    with LiveMemory() as memory:
+        decode_tokens(policy, classes, uniforms, spec, Workspace(policy, static=True))
+    weights = sum(p.numel() * p.element_size() for p in policy.parameters())
+    cache = 2 * XL.num_layers * 2 * BATCH * XL.dim * XL.num_tokens * 2
+    peak = weights + memory.peak
+    print(f"weights {weights:.3g}, cache {cache:.3g}, peak / both {peak / (weights + cache):.4f}")
+    assert cache <= memory.peak
+    assert peak <= 1.15 * (weights + cache)

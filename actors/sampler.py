@@ -11,7 +11,6 @@ import torch
 
 from actors.decode import decode_tokens, rollout_uniforms
 from actors.models.loading import PolicyConfig, TokenizerConfig, load_decoder, load_policy
-from actors.models.vq import to_uint8
 from actors.steps import Workspace
 from cluster.errors import CheckpointError, FleetError
 from cluster.messages import RolloutGroup, SampleRequest, Span, WeightSnapshot
@@ -106,4 +105,4 @@ class Sampler:
     @torch.inference_mode()
     def _images(self, tokens: torch.Tensor) -> np.ndarray:
         """(K, T) tokens -> (K, H, W, 3) uint8."""
-        return to_uint8(self._decoder(self._policy.codes(tokens))).cpu().numpy()
+        return self._decoder.pixels(self._policy.codes(tokens)).cpu().numpy()

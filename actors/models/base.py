@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cluster.errors import DataError
 from cluster.messages import Condition
 
 
@@ -147,3 +148,23 @@ class Policy(Protocol):
         ...
 
     def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
+def class_of(condition: Condition, num_classes: int) -> int:
+    """The class index of a condition.
+
+    Raises:
+        DataError: it has none, or one that is out of range.
+    """
+    index = condition.class_index
+    if index is None:
+        raise DataError(
+            f"this policy is class-conditional, but the condition {condition.text!r} has no "
+            "class_index"
+        )
+    if not 0 <= index < num_classes:
+        raise DataError(
+            f"condition {condition.text!r} has class_index {index}, but this policy has "
+            f"{num_classes} classes (0 to {num_classes - 1})"
+        )
+    return index

@@ -21,7 +21,7 @@ class _Packed:
     """
 
     def __init__(self) -> None:
-        self.version = -1
+        self.made_from: tuple[int, int, torch.dtype] | None = None
         self.weight: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
@@ -31,10 +31,11 @@ class _Packed:
         return _Packed, ()
 
     def refresh(self, weight: Tensor) -> Tensor:
-        """The packed weight, made anew if the weight was written to since."""
-        if self.weight is None or self.version != weight._version:
+        """The packed weight, made anew if the weight was written to or replaced since."""
+        state = weight._version, weight.data_ptr(), weight.dtype
+        if self.weight is None or self.made_from != state:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-            self.version = weight._version
+            self.made_from = state
         return self.weight
 
 

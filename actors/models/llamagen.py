@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.models.base import Conditions, DecodeState, Window
+from actors.models.base import Conditions, DecodeState, Window, class_of
 from actors.models.layers import Linear, allocate_cache, cached_attention
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
@@ -238,7 +238,7 @@ class LlamaGen(nn.Module):
         """
         device = self.tok_embeddings.weight.device
         if not self.config.caption_dim:
-            classes = [_class_of(condition, self.config.num_classes) for condition in conditions]
+            classes = [class_of(condition, self.config.num_classes) for condition in conditions]
             return Conditions(torch.tensor(classes, device=device))
         distinct = {id(condition.features): condition for condition in conditions}
         captions = [_pad_left(condition, self.config) for condition in distinct.values()]
@@ -362,21 +362,6 @@ def _key_bias(conditions: Conditions, slots: int) -> Tensor | None:
         return None
     counts = conditions.mask.sum(-1)[conditions.rows()]
     return F.pad(counts.log().view(-1, 1, 1, 1), (0, slots - 1))
-
-
-def _class_of(condition: Condition, num_classes: int) -> int:
-    index = condition.class_index
-    if index is None:
-        raise DataError(
-            f"this policy is class-conditional, but the condition {condition.text!r} has no "
-            "class_index"
-        )
-    if not 0 <= index < num_classes:
-        raise DataError(
-            f"condition {condition.text!r} has class_index {index}, but this policy has "
-            f"{num_classes} classes (0 to {num_classes - 1})"
-        )
-    return index
 
 
 def _pad_left(condition: Condition, config: LlamaGenConfig) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""The VQ tokenizer of LlamaGen: images to a grid of codes, and codes to images.
+"""The VQ tokenizers of LlamaGen and taming: images to a grid of codes, and codes to images.
 
-Parameter names are those of the official `VQ_16`/`VQ_8` checkpoints. The codebook is normalised
-where it is used, at lookup and at encoding, and never in place.
+Parameter names are those of LlamaGen's `VQ_16`/`VQ_8` checkpoints; `taming_files` renames those of
+taming's VQGAN (Esser et al. 2020, 2012.09841). The two differ in `VQConfig` alone: LlamaGen's
+codebook is normalised where it is used, at lookup and at encoding, and never in place.
 
 Shapes: B batch, h w code grid, H W pixels, z latent channels. Images are (B, 3, H, W) in [-1, 1].
 """
@@ -10,10 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cluster.errors import ConfigError
+
+PixelRule = Literal["llamagen", "taming"]
+PIXEL_RULES: tuple[PixelRule, ...] = ("llamagen", "taming")
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
@@ -30,13 +37,37 @@ class VQConfig:
     z_channels: int = 256
     codebook_size: int = 16384
     codebook_dim: int = 8
+    normalise: bool = True
+    """Codes are directions, compared by cosine (LlamaGen); else points, by distance (taming)."""
+    attention_levels: tuple[int, ...] | None = None
+    """Resolutions with attention, as indices of `multipliers`; None is the coarsest alone."""
+    pixel_rule: PixelRule = "llamagen"
+    """How images become uint8: the two projects differ by half a level."""
+
+    def __post_init__(self) -> None:
+        if self.pixel_rule not in PIXEL_RULES:
+            raise ConfigError(
+                f"pixel_rule {self.pixel_rule!r} is unknown: choose one of {', '.join(PIXEL_RULES)}"
+            )
+        if not self.attention_at <= set(range(len(self.multipliers))):
+            raise ConfigError(
+                f"attention_levels {self.attention_levels} name a resolution that "
+                f"{len(self.multipliers)} multipliers do not have"
+            )
+
+    @property
+    def attention_at(self) -> set[int]:
+        """The levels with attention, 0 the finest."""
+        if self.attention_levels is None:
+            return {len(self.multipliers) - 1}
+        return set(self.attention_levels)
 
     @property
     def downsampling(self) -> int:
         """Pixels per code, along one side."""
         return 2 ** (len(self.multipliers) - 1)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"family": "llamagen-vq", **dataclasses.asdict(self)}
 
 
@@ -102,7 +133,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Blocks of one resolution: residual blocks, attention at the coarsest, then a 2x step."""
+    """Blocks of one resolution: residual blocks, attention at some levels, then a 2x step."""
 
     def __init__(
         self, inputs: int, outputs: int, blocks: int, attention: bool, step: nn.Module | None
@@ -143,9 +174,9 @@ class ConvEncoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         for index, (inputs, outputs) in enumerate(zip([config.channels, *widths], widths)):
-            last = index == len(widths) - 1
-            step = None if last else Downsample(outputs)
-            self.conv_blocks.append(Level(inputs, outputs, config.num_res_blocks, last, step))
+            step = None if index == len(widths) - 1 else Downsample(outputs)
+            attention = index in config.attention_at
+            self.conv_blocks.append(Level(inputs, outputs, config.num_res_blocks, attention, step))
         self.mid = _middle(widths[-1])
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
@@ -167,9 +198,10 @@ class ConvDecoder(nn.Module):
         self.mid = _middle(widths[0])
         self.conv_blocks = nn.ModuleList()
         for index, (inputs, outputs) in enumerate(zip([widths[0], *widths], widths)):
-            step = None if index == len(widths) - 1 else Upsample(outputs)
-            blocks = config.num_res_blocks + 1
-            self.conv_blocks.append(Level(inputs, outputs, blocks, index == 0, step))
+            level = len(widths) - 1 - index
+            step = None if level == 0 else Upsample(outputs)
+            blocks, attention = config.num_res_blocks + 1, level in config.attention_at
+            self.conv_blocks.append(Level(inputs, outputs, blocks, attention, step))
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -183,11 +215,25 @@ class ConvDecoder(nn.Module):
 class Codebook(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
+        self.normalise = config.normalise
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
 
     def rows(self) -> Tensor:
-        """(codebook_size, codebook_dim), every row of unit length."""
-        return F.normalize(self.embedding.weight, dim=-1)
+        """(codebook_size, codebook_dim), of unit length where the codebook is normalised."""
+        weight = self.embedding.weight
+        return F.normalize(weight, dim=-1) if self.normalise else weight
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """(B, codebook_dim, h, w) -> (B, h, w) int64: the closest row.
+
+        By squared distance, less the latent's own norm, which is the same for every row. Between
+        unit vectors the largest cosine says the same.
+        """
+        rows = self.rows()
+        if self.normalise:
+            return torch.einsum("bchw,vc->bhwv", F.normalize(latents, dim=1), rows).argmax(-1)
+        products = torch.einsum("bchw,vc->bhwv", latents, rows)
+        return (rows.square().sum(-1) - 2 * products).argmin(-1)
 
 
 class VQDecoder(nn.Module):
@@ -211,6 +257,10 @@ class VQDecoder(nn.Module):
         """(B, h, w) integers -> (B, 3, H, W) float, about [-1, 1]."""
         return self.decode_latents(F.embedding(codes, self.quantize.rows()).permute(0, 3, 1, 2))
 
+    def pixels(self, codes: Tensor) -> Tensor:
+        """(B, h, w) integers -> (B, H, W, 3) uint8, by this tokenizer's own rule."""
+        return to_uint8(self(codes), self.config.pixel_rule)
+
 
 class VQTokenizer(VQDecoder):
     """The whole tokenizer, official names. Encoding serves building and real-token losses."""
@@ -227,15 +277,23 @@ class VQTokenizer(VQDecoder):
         return self.quant_conv(self.encoder(images))
 
     def nearest_codes(self, latents: Tensor) -> Tensor:
-        """(B, codebook_dim, h, w) -> (B, h, w) int64: the row of the largest cosine."""
-        unit = F.normalize(latents, dim=1)
-        return torch.einsum("bchw,vc->bhwv", unit, self.quantize.rows()).argmax(-1)
+        """(B, codebook_dim, h, w) -> (B, h, w) int64: the closest row of the codebook."""
+        return self.quantize.nearest(latents)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, h, w) int64 codes."""
         return self.nearest_codes(self.encode_latents(images))
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, by LlamaGen's rule: truncate 127.5 x + 128."""
-    return torch.clamp(127.5 * images + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+def to_uint8(images: Tensor, rule: PixelRule = "llamagen") -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8.
+
+    LlamaGen cuts off the fraction of 127.5 x + 128, taming that of 255 (x + 1) / 2. Where the rule
+    belongs to a tokenizer, use `VQDecoder.pixels`.
+    """
+    # In the order of the official operations: another rounding moves values across a whole level.
+    if rule == "taming":
+        levels = (images.float().clamp(-1, 1) + 1) / 2 * 255
+    else:
+        levels = torch.clamp(127.5 * images.float() + 128.0, 0, 255)
+    return levels.permute(0, 2, 3, 1).to(torch.uint8)

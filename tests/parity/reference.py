@@ -54,6 +54,6 @@ class Reference:
 
 
 def references(folder: Path, family: str) -> list[Reference]:
-    """Every file of a family in a folder."""
+    """Every file of a family in a folder; of several families, if their names begin alike."""
     found = [Reference(path) for path in sorted(folder.glob("*.npz"))]
-    return [reference for reference in found if reference.config["family"] == family]
+    return [reference for reference in found if reference.config["family"].startswith(family)]

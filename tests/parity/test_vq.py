@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from actors.models.vq import VQConfig, VQDecoder, VQTokenizer, to_uint8
+from actors.models.vq import VQConfig, VQDecoder, VQTokenizer
 from cluster.tensors import load_strict
+from tests.parity.compare import check_close, check_codes, check_images, check_levels
 from tests.parity.reference import Reference
 
 FAMILY = "llamagen-vq"
-SURE = 1e-3  # margin above which a code is beyond rounding
 
 
 def tolerance(reference: Reference) -> float:
@@ -37,37 +36,16 @@ def tokenizer(reference: Reference) -> VQTokenizer:
 
 
 def test_decoding(tokenizer: VQTokenizer, reference: Reference) -> None:
-    images = tokenizer(reference.tensor("decode/codes"))
-    size, bound = images.shape[-1], tolerance(reference)
-    if "decode/image" in reference.arrays:
-        views = {"decode/image": images}
-    else:
-        middle = slice(size // 2 - 16, size // 2 + 16)
-        views = {
-            "decode/image_grid": images[..., ::8, ::8],
-            "decode/image_crop": images[..., middle, middle],
-        }
-    for name, view in views.items():
-        assert (view - reference.tensor(name)).abs().max() <= bound, name
-    for name, found in (
-        ("mean", images.double().mean((2, 3))),
-        ("std", images.double().std((2, 3), correction=0)),
-    ):
-        expected = reference.tensor(f"decode/image_{name}")
-        assert (found - expected).abs().max() <= (1e-5 if bound == 5e-5 else 5e-5), name
-    levels = to_uint8(images).numpy().astype(int)
-    apart = np.abs(levels - reference.arrays["decode/image_uint8"])
-    assert apart.max() <= 1
-    assert (apart == 0).mean() >= 0.999
+    codes = reference.tensor("decode/codes")
+    check_images(reference, tokenizer(codes), tolerance(reference))
+    check_levels(reference, tokenizer.pixels(codes))
 
 
 def test_encoding(tokenizer: VQTokenizer, reference: Reference) -> None:
     images = reference.tensor("encode/image_uint8").permute(0, 3, 1, 2) / 127.5 - 1
-    latents = tokenizer.encode_latents(images)
-    assert (latents - reference.tensor("encode/latent")).abs().max() <= tolerance(reference)
-    sure = reference.tensor("encode/margin") > SURE
-    codes = tokenizer.encode(images)
-    assert torch.equal(codes[sure], reference.tensor("encode/codes")[sure])
+    expected = reference.tensor("encode/latent")
+    check_close(tokenizer.encode_latents(images), expected, tolerance(reference), "latent")
+    check_codes(reference, tokenizer.encode(images), "encode/codes", "encode/margin")
 
 
 def test_the_decoding_half_is_the_same(tokenizer: VQTokenizer, reference: Reference) -> None:

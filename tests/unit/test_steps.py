@@ -204,6 +204,8 @@ def test_packed_weights_follow_every_write(dtype: torch.dtype, bias: bool) -> No
     check(layer)
     layer.load_state_dict({name: t - 1 for name, t in layer.state_dict().items()})
     check(layer)
+    layer.to(torch.float64).to(dtype)
+    check(layer)
     twin = copy.deepcopy(layer)
     with torch.no_grad():
         twin.weight.neg_()

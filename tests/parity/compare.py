@@ -1,0 +1,130 @@
+"""Comparisons that several reference families share; tolerances and margins of the data's README.
+
+Each check asserts, and returns the largest deviation that it saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.distribution import log_distribution
+from cluster.messages import SamplingSpec
+from tests.parity.reference import Reference
+
+DECIDED = 1e-4  # a top-k or nucleus decision closer than this may flip
+SURE = 1e-3  # margin above which a greedy token or a code is beyond rounding
+GAPS = ("topk_gap", "nucleus_gap")
+TABLES = ("logp", "entropy", "support", *GAPS)
+
+
+def check_close(found: Tensor, expected: Tensor, bound: float, what: str) -> float:
+    assert found.shape == expected.shape, what
+    apart = float((found - expected).abs().max())
+    assert apart <= bound, f"{what}: {apart:.1e} apart, allowed {bound:.0e}"
+    return apart
+
+
+def sampling_specs(reference: Reference) -> Iterator[tuple[int, SamplingSpec]]:
+    """The specs of a file, with their row in its tables."""
+    for index, fields in enumerate(reference.config["specs"]):
+        scale = fields["cfg_scale"]
+        yield (
+            index,
+            SamplingSpec(
+                temperature=fields["temperature"],
+                top_k=fields["top_k"],
+                top_p=fields["top_p"],
+                cfg_scale=scale,
+                guidance="none" if scale == 1 else "guided",
+            ),
+        )
+
+
+def check_distribution(
+    reference: Reference,
+    given: str,
+    row: tuple[int, SamplingSpec],
+    logits: Tensor,
+    bound: float,
+) -> tuple[int, float]:
+    """Logprobs, entropies and supports of the tokens `given` under one spec.
+
+    Args:
+        logits: (B, T, V), guided as the spec says.
+        bound: tolerance of the logits.
+
+    Returns:
+        how many logprobs were compared, and the largest deviation.
+    """
+    index, spec = row
+    arrays = {name: reference.arrays[f"{given}/{name}"][index] for name in TABLES}
+    decided = np.all([np.isnan(arrays[gap]) | (arrays[gap] > DECIDED) for gap in GAPS], axis=0)
+    logp, entropy = log_distribution(logits, spec)
+    picked = logp.gather(-1, reference.tensor(given).unsqueeze(-1)).squeeze(-1).numpy()
+    support = (logp > -torch.inf).sum(-1).numpy()
+    np.testing.assert_array_equal(support[decided], arrays["support"][decided])
+    assert (np.isfinite(picked) == np.isfinite(arrays["logp"]))[decided].all()
+    inside = decided & np.isfinite(arrays["logp"])
+    apart = max(
+        np.abs(picked[inside] - arrays["logp"][inside]).max(initial=0),
+        np.abs(entropy.numpy() - arrays["entropy"])[decided].max(initial=0),
+    )
+    assert apart <= bound / spec.temperature, f"{given} under {spec}: {apart:.1e} apart"
+    return int(inside.sum()), float(apart)
+
+
+def check_greedy(reference: Reference, name: str, tokens: Tensor) -> int:
+    """Greedy tokens up to the first that rounding could turn; returns how many were compared."""
+    expected, compared = reference.tensor(f"{name}/tokens"), 0
+    for row, margins in enumerate(reference.arrays[f"{name}/margin"]):
+        close = np.flatnonzero(margins <= SURE)
+        sure = int(close[0]) if len(close) else len(margins)
+        assert torch.equal(tokens[row, :sure], expected[row, :sure]), name
+        compared += sure
+    return compared
+
+
+def check_images(reference: Reference, images: Tensor, bound: float) -> float:
+    """Decoded images (B, 3, H, W): values, or a grid and a crop of large ones; means and stds."""
+    if "decode/image" in reference.arrays:
+        views = {"decode/image": images}
+    else:
+        size = images.shape[-1]
+        middle = slice(size // 2 - 16, size // 2 + 16)
+        views = {
+            "decode/image_grid": images[..., ::8, ::8],
+            "decode/image_crop": images[..., middle, middle],
+        }
+    apart = max(
+        check_close(view, reference.tensor(name), bound, name) for name, view in views.items()
+    )
+    whole = 1e-5 if bound == 5e-5 else 5e-5
+    summaries: dict[str, Any] = {
+        "decode/image_mean": images.double().mean((2, 3)),
+        "decode/image_std": images.double().std((2, 3), correction=0),
+    }
+    for name, found in summaries.items():
+        check_close(found, reference.tensor(name), whole, name)
+    return apart
+
+
+def check_levels(reference: Reference, levels: Tensor) -> float:
+    """uint8 images (B, H, W, 3); returns the share of values that are equal."""
+    assert levels.dtype == torch.uint8
+    apart = np.abs(levels.numpy().astype(int) - reference.arrays["decode/image_uint8"])
+    assert apart.max() <= 1
+    equal = float((apart == 0).mean())
+    assert equal >= 0.999
+    return equal
+
+
+def check_codes(reference: Reference, codes: Tensor, expected: str, margin: str) -> int:
+    """Codes where the margin is beyond rounding; returns how many were compared."""
+    sure = reference.tensor(margin) > SURE
+    assert torch.equal(codes[sure], reference.tensor(expected)[sure])
+    return int(sure.sum())

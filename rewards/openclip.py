@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.errors import CheckpointError
 from cluster.tensors import PACKAGE, load_strict, locate
-from rewards.torchvision_ops import ensure_torchvision
+from cluster.torchvision_ops import ensure_torchvision
 
 LOCAL_DIR = "local-dir:"
 DIRECTORY_CONFIG = "open_clip_config.json"

@@ -22,10 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig, VQTokenizer
 from cluster.tensors import write_tensors
+from cluster.torchvision_ops import ensure_torchvision
 from learner.miniature import training
 from learner.miniature.data import CLASS_NAMES, IMAGE_SIZE, captions, digits, to_pixels
 from rewards.convnet import ConvNetConfig
-from rewards.torchvision_ops import ensure_torchvision
 
 NETWORKS = Path(__file__).parent / "networks"
 VOCABULARY = "vocabulary.txt.gz"

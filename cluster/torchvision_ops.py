@@ -2,8 +2,8 @@
 
 The registry's torchvision is a CUDA build. Beside a CPU-only torch its compiled operators cannot be
 loaded, and its Python part then fails because it registers derivatives for operators that nobody
-declared. Declaring the two it needs is enough for everything that open_clip and timm use. Where the
-real operators load, this does nothing.
+declared. Declaring the two it needs is enough for everything that open_clip, timm and transformers'
+text models use. Where the real operators load, this does nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OPERATORS = ("nms", "qnms")
 
 @functools.cache
 def ensure_torchvision() -> torch.library.Library | None:
-    """Call before the first import of open_clip, timm or torchvision.
+    """Call before the first import of open_clip, timm, transformers or torchvision.
 
     Returns:
         The library that holds the declarations (cached: it must stay alive), or None where the real

@@ -1,0 +1,52 @@
+"""What the small commands of this package show while they count towards a total."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINES_WITHOUT_TERMINAL = 10
+
+
+@contextmanager
+def counting(task: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar with a rate on stderr; without a terminal, as in a job's log, a few lines.
+
+    Yields:
+        A function to call with each number of units done.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    start, done, told = time.monotonic(), 0, 0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(task, total=total, rate="")
+
+        def advance(count: int) -> None:
+            nonlocal done, told
+            done += count
+            rate = f"{done / max(time.monotonic() - start, 1e-9):.3g} {unit}/s"
+            progress.update(bar, completed=done, rate=rate)
+            lines = done * LINES_WITHOUT_TERMINAL // max(total, 1)
+            if not console.is_terminal and lines > told:
+                told = lines
+                console.print(f"{task} {done}/{total}  {rate}", highlight=False, soft_wrap=True)
+
+        yield advance

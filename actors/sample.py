@@ -1,0 +1,281 @@
+"""Sample images of a policy: `python -m actors.sample --classes 0,1,2`.
+
+Image i shows condition i mod C of C conditions and is drawn from uniforms of its own, a function of
+(seed, i): more images of the same conditions leave the first ones as they are, and neither --batch
+nor the machine changes what is asked for (numerically, logits of another batch size may differ in
+their last bits). Conditions alternate so that any stretch of the .npz has its share of each, which
+evaluators that score stretches (Inception Score) take for granted.
+
+Shapes: N images, B batch, T tokens, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from actors.caption_files import read_caption_features, read_captions
+from actors.captions import (
+    DTYPES,
+    FAILED,
+    INTERRUPTED,
+    REFUSED,
+    CaptionEncoder,
+    resolve_device,
+)
+from actors.console import counting
+from actors.decode import decode_tokens, rollout_uniforms
+from actors.models.base import Policy
+from actors.models.loading import load_decoder, load_policy
+from actors.models.vq import VQDecoder
+from actors.sample_files import ContactSheet, NpzWriter, PngWriter
+from actors.sample_source import SampleConfig, Source, check, find_source
+from actors.steps import Workspace
+from cluster.errors import ConfigError, TesseraError
+from cluster.messages import Condition, RequestKey, SamplingSpec
+
+STREAM = "sample"
+PER_CONDITION = 4
+ALL = "all"
+
+
+@torch.inference_mode()
+def decode_batch(
+    policy: Policy,
+    decoder: VQDecoder,
+    conditions: Sequence[Condition],
+    spec: SamplingSpec,
+    uniforms: np.ndarray,
+    workspace: Workspace,
+) -> np.ndarray:
+    """One condition and one row of uniforms (B, T) an image -> (B, H, W, 3) uint8."""
+    encoded = policy.encode(conditions)
+    draws = torch.from_numpy(uniforms).to(encoded.values.device)
+    decoded = decode_tokens(policy, encoded, draws, spec, workspace)
+    return decoder.pixels(policy.codes(decoded.tokens)).cpu().numpy()
+
+
+def sample_images(
+    policy: Policy,
+    decoder: VQDecoder,
+    conditions: Sequence[Condition],
+    spec: SamplingSpec,
+    *,
+    num_images: int,
+    seed: int,
+    batch: int,
+) -> Iterator[np.ndarray]:
+    """Images of the conditions, round and round, in batches.
+
+    Args:
+        conditions: image i shows number i mod len(conditions).
+        seed: with the image's number it determines its uniforms.
+        batch: images decoded at once; no part of the result.
+
+    Yields:
+        (B, H, W, 3) uint8, B = batch but for the last.
+
+    Raises:
+        DataError: a condition does not fit the policy.
+        ConfigError: guidance with a policy that has no unconditional branch.
+    """
+    workspace = Workspace(policy)
+    for first in range(0, num_images, batch):
+        numbers = range(first, min(first + batch, num_images))
+        uniforms = [
+            rollout_uniforms(seed, RequestKey(STREAM, 0, number), 1, policy.num_tokens)
+            for number in numbers
+        ]
+        shown = [conditions[number % len(conditions)] for number in numbers]
+        yield decode_batch(policy, decoder, shown, spec, np.concatenate(uniforms), workspace)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that sampling needs, loaded and checked before a file is written."""
+
+    config: SampleConfig
+    source: Source
+    policy: Policy
+    decoder: VQDecoder
+    conditions: list[Condition]
+    num_images: int
+    device: str
+
+
+def prepare(config: SampleConfig) -> Plan:
+    """Check the options against each other and against the models.
+
+    Raises:
+        TesseraError: what is wrong, and what to do.
+    """
+    check(config)
+    source, device = find_source(config), resolve_device(config.device)
+    dtype = _dtype(config.dtype, device)
+    policy = load_policy(source.policy, device=device, dtype=dtype)
+    decoder = load_decoder(source.tokenizer, device=device)
+    codes = decoder.config.codebook_size
+    if policy.vocab_size != codes:
+        raise ConfigError(
+            f"the policy draws from {policy.vocab_size} codes, but the tokenizer "
+            f"{source.tokenizer.checkpoint} has {codes}: name the policy's with --tokenizer"
+        )
+    conditions = read_conditions(config, policy, device, dtype)
+    for first in range(0, len(conditions), config.batch):
+        encoded = policy.encode(conditions[first : first + config.batch])
+        if source.spec.guided_sampling:
+            policy.null_conditions(encoded)
+    each = config.per_condition or PER_CONDITION
+    num_images = config.num_images or each * len(conditions)
+    return Plan(config, source, policy, decoder, conditions, num_images, device)
+
+
+def read_conditions(
+    config: SampleConfig, policy: Policy, device: str, dtype: torch.dtype
+) -> list[Condition]:
+    """The conditions asked for, captions with their features.
+
+    Raises:
+        ConfigError: the policy takes none, or others.
+        DataError: a file of captions cannot be read.
+    """
+    architecture = policy.config.to_dict()
+    if architecture.get("condition", "class") != "class":  # taming's faces: nothing to ask for
+        if config.classes or config.captions:
+            raise ConfigError(
+                "this policy is unconditional: say --num-images, without --classes or --captions"
+            )
+        return [Condition(text="")]
+    if config.captions is None:
+        return class_conditions(config.classes or ALL, policy)
+    if config.captions.suffix == ".parquet":
+        return read_caption_features(config.captions)
+    if not architecture.get("caption_dim"):  # known before gigabytes of encoder are loaded
+        raise ConfigError("--captions needs a caption-conditional policy: this one takes --classes")
+    texts = read_captions(config.captions)
+    encoder = CaptionEncoder(
+        config.encoder, device=device, dtype=dtype, max_tokens=architecture["caption_tokens"]
+    )
+    return [Condition(text=text, features=rows) for text, rows in zip(texts, encoder(texts))]
+
+
+def class_conditions(classes: str, policy: Policy) -> list[Condition]:
+    """Conditions of "207,360" or "all".
+
+    Raises:
+        ConfigError: not numbers; or all of a policy that has no classes.
+    """
+    if classes == ALL:
+        architecture = policy.config.to_dict()
+        count = 0 if architecture.get("caption_dim") else architecture.get("num_classes", 0)
+        if not count:
+            raise ConfigError("this policy has no classes: name its conditions with --captions")
+        indices = list(range(count))
+    else:
+        try:
+            indices = [int(part) for part in classes.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f"--classes takes indices separated by commas, or all; found {classes!r}"
+            ) from None
+    return [Condition(text=f"class {index}", class_index=index) for index in indices]
+
+
+def write(plan: Plan) -> None:
+    """Sample, and write everything. samples.json comes last: with it, the directory is whole."""
+    config, out = plan.config, plan.config.out
+    out.mkdir(parents=True, exist_ok=True)
+    sheet = ContactSheet(len(plan.conditions), plan.num_images)
+    writers: list[ContactSheet | PngWriter | NpzWriter] = [sheet]
+    start = time.monotonic()
+    with ExitStack() as stack:
+        if config.png:
+            writers.append(stack.enter_context(PngWriter(out / "images", plan.conditions)))
+        if config.npz:
+            npz = NpzWriter(config.npz, plan.num_images, _labels(plan))
+            writers.append(stack.enter_context(npz))
+        advance = stack.enter_context(counting("sampling", plan.num_images, "images"))
+        batches = sample_images(
+            plan.policy,
+            plan.decoder,
+            plan.conditions,
+            plan.source.spec,
+            num_images=plan.num_images,
+            seed=config.seed,
+            batch=config.batch,
+        )
+        for images in batches:
+            for writer in writers:
+                writer.write(images)
+            advance(len(images))
+    sheet.save(out / "grid.png")
+    record = describe(plan) | {"seconds": round(time.monotonic() - start, 3)}
+    (out / "samples.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """What was sampled, for samples.json: enough to sample it again."""
+    config, source = plan.config, plan.source
+    return {
+        "policy": dataclasses.asdict(source.policy),
+        "tokenizer": dataclasses.asdict(source.tokenizer),
+        "run": str(config.run) if config.run else None,
+        "step": source.step,
+        "spec": dataclasses.asdict(source.spec),
+        "seed": config.seed,
+        "batch": config.batch,
+        "device": plan.device,
+        "dtype": str(_dtype(config.dtype, plan.device)).removeprefix("torch."),
+        "num_images": plan.num_images,
+        "order": "image i shows condition i modulo the number of conditions",
+        "conditions": [
+            {"text": condition.text, "class_index": condition.class_index}
+            for condition in plan.conditions
+        ],
+        "npz": str(config.npz) if config.npz else None,
+    }
+
+
+def _labels(plan: Plan) -> list[int] | None:
+    classes = [c.class_index for c in plan.conditions if c.class_index is not None]
+    if len(classes) < len(plan.conditions):
+        return None
+    return [classes[number % len(classes)] for number in range(plan.num_images)]
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    config = tyro.cli(SampleConfig, args=arguments, prog="python -m actors.sample")
+    status = REFUSED  # nothing is written before everything is loaded and checked
+    try:
+        plan = prepare(config)
+        status = FAILED
+        write(plan)
+    except (TesseraError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return status
+    except KeyboardInterrupt:
+        print("stopped; without a samples.json, a directory is not whole", file=sys.stderr)
+        return INTERRUPTED
+    print(f"{plan.num_images} images of {len(plan.conditions)} conditions: {config.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

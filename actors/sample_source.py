@@ -1,0 +1,266 @@
+"""The options of `actors.sample`, and what they say to sample from: a checkpoint, or a run.
+
+A run directory is read as files: `config.yaml` says which policy, tokenizer and sampling spec, and
+`checkpoints/step_NNNNNN/policy.safetensors` holds the tuned weights. The learner is not needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from actors.captions import DEFAULT_ENCODER, DType
+from actors.models.loading import PolicyConfig, TokenizerConfig
+from actors.models.zoo import MODELS
+from cluster.errors import ConfigError
+from cluster.messages import SamplingSpec
+
+CONFIG = "config.yaml"
+POLICY_FILE = "policy.safetensors"
+STEP = re.compile(r"step_(\d+)")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Sample images for classes or captions, from a checkpoint or from a run.
+
+    Without a checkpoint or a run: the miniature's base policy, handwritten digits.
+    """
+
+    out: Path = Path("samples")
+    """New directory for grid.png, images/*.png and samples.json."""
+    classes: str = ""
+    """Class indices, as in 207,360, or all."""
+    captions: Path | None = None
+    """Text file with a caption a line, or a Parquet file that actors.captions wrote."""
+    num_images: int | None = None
+    """Images in all, spread evenly over the conditions (classes: all, if none are named)."""
+    per_condition: int | None = None
+    """Images of each condition, where --num-images is not given; 4 if neither is."""
+    checkpoint: str = ""
+    """Policy: a file, or the name of an official one."""
+    architecture: str = ""
+    """Architecture of a checkpoint whose file does not say."""
+    ema: bool = False
+    """The averaged weights of a trainer's checkpoint instead of the current ones."""
+    tokenizer: str = ""
+    """Tokenizer of the policy's codes: a file, or the name of an official one. Default: the run's,
+    else the one that belongs to a policy with a name, else the miniature's."""
+    tokenizer_architecture: str = ""
+    """Architecture of a tokenizer whose file does not say."""
+    run: Path | None = None
+    """Run directory: its newest tuned policy, its tokenizer and its sampling spec."""
+    step: int | None = None
+    """With --run: the checkpoint of this step instead of the newest."""
+    base: bool = False
+    """With --run: the policy that the run started from."""
+    cfg_scale: float | None = None
+    """Classifier-free guidance; 1 is none. Default: the run's, else 1."""
+    temperature: float | None = None
+    """Divides the logits. Default: the run's, else 1."""
+    top_k: int | None = None
+    """Keep the k most likely tokens, 0 all. Default: the run's, else 0."""
+    top_p: float | None = None
+    """Keep the most likely tokens up to probability p. Default: the run's, else 1."""
+    seed: int = 0
+    batch: int = 32
+    """Images decoded at once."""
+    encoder: str = DEFAULT_ENCODER
+    """Text encoder for a text file of captions."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    dtype: DType = "auto"
+    """Of policy and text encoder; auto is bfloat16 on a GPU and float32 on a CPU."""
+    npz: Path | None = None
+    """Write all images to one .npz, too: arr_0 (N, H, W, 3) uint8, as the ADM evaluator reads."""
+    png: bool = True
+    """Write each image to images/."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A policy, the tokenizer for its codes, and how it is meant to be sampled."""
+
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    spec: SamplingSpec = dataclasses.field(default_factory=SamplingSpec)
+    step: int | None = None
+    """Iterations of a run that the policy has behind it; None outside of a run."""
+
+
+def check(config: SampleConfig) -> None:
+    """What can be said of the options alone.
+
+    Raises:
+        ConfigError: they contradict each other, or would overwrite something.
+    """
+    for name in ("batch", "num_images", "per_condition"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be >= 1, found {value}")
+    if config.seed < 0:
+        raise ConfigError(f"--seed must be >= 0, found {config.seed}")
+    if config.num_images is not None and config.per_condition is not None:
+        raise ConfigError("--num-images and --per-condition exclude each other: give one")
+    if config.classes and config.captions:
+        raise ConfigError("--classes and --captions exclude each other: give one")
+    if not config.classes and not config.captions and config.num_images is None:
+        raise ConfigError(
+            "what should be shown? --classes 0,1,2 or --classes all or --captions FILE"
+        )
+    if config.run and (config.checkpoint or config.architecture or config.ema):
+        raise ConfigError("--run brings its own policy: leave --checkpoint and its options out")
+    if config.tokenizer_architecture and not config.tokenizer:
+        raise ConfigError("--tokenizer-architecture says nothing without --tokenizer")
+    if not config.run and (config.step is not None or config.base):
+        raise ConfigError("--step and --base need a --run to choose from")
+    if config.base and config.step is not None:
+        raise ConfigError("--base and --step exclude each other: the base policy has no steps")
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise ConfigError(f"--out {config.out} is not empty: name another directory")
+    if config.npz and config.npz.exists():
+        raise ConfigError(f"--npz {config.npz} exists: name another file, or remove it first")
+
+
+def find_source(config: SampleConfig) -> Source:
+    """Policy, tokenizer and spec that the options ask for.
+
+    Raises:
+        ConfigError: see `run_source`; or an impossible sampling value.
+    """
+    if config.run:
+        source = run_source(config.run, config.step, config.base)
+    else:
+        checkpoint = config.checkpoint or PolicyConfig().checkpoint
+        policy = PolicyConfig(
+            checkpoint=checkpoint, architecture=config.architecture, ema=config.ema
+        )
+        source = Source(policy=policy, tokenizer=own_tokenizer(policy))
+    if config.tokenizer:
+        tokenizer = TokenizerConfig(
+            checkpoint=config.tokenizer, architecture=config.tokenizer_architecture
+        )
+        source = dataclasses.replace(source, tokenizer=tokenizer)
+    spec = with_guidance(
+        source.spec,
+        cfg_scale=config.cfg_scale,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+    return dataclasses.replace(source, spec=spec)
+
+
+def own_tokenizer(policy: PolicyConfig) -> TokenizerConfig:
+    """The tokenizer that belongs to a policy with a name, or lies in its file (taming); else the
+    miniature's."""
+    if policy.architecture.endswith((".yaml", ".yml")):
+        return TokenizerConfig(checkpoint=policy.checkpoint, architecture=policy.architecture)
+    model = MODELS.get(policy.checkpoint) or MODELS.get(policy.architecture)
+    if model is None or not model.tokenizer:
+        return TokenizerConfig()
+    if model.tokenizer == policy.architecture:
+        return TokenizerConfig(checkpoint=policy.checkpoint, architecture=policy.architecture)
+    return TokenizerConfig(checkpoint=model.tokenizer)
+
+
+def run_source(run: Path, step: int | None = None, base: bool = False) -> Source:
+    """What a run tuned.
+
+    Args:
+        step: the checkpoint to take; None takes the newest.
+        base: the policy that the run started from.
+
+    Raises:
+        ConfigError: not a run directory, no such checkpoint, or a section of its configuration that
+            this version does not understand.
+    """
+    file = run.expanduser() / CONFIG
+    values = _read_yaml(file)
+    policy = build(PolicyConfig, _section(values, "policy", file), f"{file}: policy")
+    tokenizer = build(TokenizerConfig, _section(values, "tokenizer", file), f"{file}: tokenizer")
+    spec = build(SamplingSpec, _section(values, "sampling", file), f"{file}: sampling")
+    if base:
+        return Source(policy=policy, tokenizer=tokenizer, spec=spec, step=0)
+    found = _checkpoint(run.expanduser(), step)
+    # Its header carries the architecture, so nothing else of the base policy's section counts.
+    tuned = PolicyConfig(checkpoint=str(found / POLICY_FILE))
+    return Source(policy=tuned, tokenizer=tokenizer, spec=spec.learned(), step=_number(found))
+
+
+def with_guidance(spec: SamplingSpec, **changes: float | int | None) -> SamplingSpec:
+    """A spec with some of its numbers changed (None leaves one as it is), and the guidance that its
+    scale asks for: none at 1, else guided.
+
+    Raises:
+        ConfigError: an impossible value.
+    """
+    values = dataclasses.asdict(spec) | {k: v for k, v in changes.items() if v is not None}
+    values["guidance"] = "none" if values["cfg_scale"] == 1 else "guided"
+    return build(SamplingSpec, values, "sampling")
+
+
+def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A configuration of plain values.
+
+    Raises:
+        ConfigError: an unknown field, or a value that the configuration refuses.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(values.keys() - names)
+    if unknown:
+        raise ConfigError(f"{where}: field {unknown[0]!r} is unknown: there are {sorted(names)}")
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _checkpoint(run: Path, step: int | None) -> Path:
+    folders = [
+        path for path in (run / "checkpoints").glob("step_*") if (path / POLICY_FILE).is_file()
+    ]
+    steps = {_number(path): path for path in folders if STEP.fullmatch(path.name)}
+    if not steps:
+        raise ConfigError(
+            f"{run} has no checkpoint yet (checkpoints/step_*/{POLICY_FILE}); --base samples the "
+            "policy that the run started from"
+        )
+    if step is None:
+        return steps[max(steps)]
+    if step not in steps:
+        kept = ", ".join(str(number) for number in sorted(steps))
+        raise ConfigError(f"{run} keeps no checkpoint of step {step}: there are {kept}")
+    return steps[step]
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("_")[2])
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{file.parent} is not a run directory: no readable {CONFIG}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = " ".join(str(error).split())
+        raise ConfigError(f"{file} is not valid YAML: {first}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must be a mapping of fields, found {type(values).__name__}")
+    return values
+
+
+def _section(values: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
+    section = values.get(name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{file}: {name} must be a mapping, found {type(section).__name__}")
+    return section

@@ -1,0 +1,323 @@
+"""Official checkpoint files: `python -m actors.weights list | fetch | convert | export`.
+
+`fetch` brings a named model from the hub, `convert` turns an official file into a safetensors file
+that carries its architecture, `export` writes a policy, tuned or not, in the official layout, which
+the official sampling scripts load. Official -> convert -> export gives every tensor back bit by
+bit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from torch import Tensor
+
+from actors.hub import UnreachableError, fetch
+from actors.models.loading import check_fit, count_parameters
+from actors.models.official import SUFFIXES
+from actors.models.sources import (
+    Architecture,
+    Source,
+    architecture_from,
+    kind_of,
+    official_tensors,
+    policy_architecture,
+    tokenizer_architecture,
+)
+from actors.models.taming import TamingConfig
+from actors.models.taming_files import official_policy_tensors, read_project
+from actors.models.vq import VQConfig
+from actors.models.zoo import MODELS, Kind, NamedModel, named, weights_directory
+from cluster.errors import CheckpointError, ConfigError, TesseraError
+from cluster.tensors import read_config, read_tensors, write_tensors
+
+FAILED = 1
+REFUSED = 2  # as for any bad command line
+INTERRUPTED = 130
+
+POLICY_FILE = "policy.safetensors"  # of a checkpoint directory
+CODEBOOK_USED = "quantize.codebook_used"
+CODEBOOK_USED_SIZE = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchCommand:
+    """Bring a named model from the Hugging Face hub, resumed and verified."""
+
+    name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
+    """Name of the model; `list` shows them."""
+    directory: str = ""
+    """Where to; empty is $TESSERA_WEIGHTS or ~/.cache/tessera, where names are looked up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListCommand:
+    """Show the named models."""
+
+    directory: str = ""
+    """Where to look for fetched files; empty is $TESSERA_WEIGHTS or ~/.cache/tessera."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertCommand:
+    """Turn an official file into a safetensors file that carries its architecture."""
+
+    source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
+    """Official file (.pt .pth .ckpt .bin), or the name of a fetched model."""
+    target: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="TARGET")]]
+    """File to write, *.safetensors."""
+    architecture: str = ""
+    """Name of a model, taming's *-project.yaml, or a .json of the fields."""
+    ema: bool = False
+    """Take the trainer's moving average of the weights."""
+    part: Literal["auto", "policy", "tokenizer"] = "auto"
+    """taming's policy files hold a tokenizer, too; auto takes the policy."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """Of the tensors in the target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Write a policy or tokenizer in the official layout, for the official scripts."""
+
+    source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
+    """Safetensors file, checkpoint directory, or run directory (its newest checkpoint)."""
+    target: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="TARGET")]]
+    """File to write, *.pt or *.ckpt."""
+    layout: Literal["official", "fsdp"] = "official"
+    """official: {"model": tensors}, taming {"state_dict": tensors}; fsdp: the bare tensors, for
+    --from-fsdp."""
+    base: str = ""
+    """taming: the official file that the policy came from; its tokenizer goes into the target."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    commands: dict[type, Callable[[Any], None]] = {
+        FetchCommand: run_fetch,
+        ListCommand: run_list,
+        ConvertCommand: run_convert,
+        ExportCommand: run_export,
+    }
+    command: Any = tyro.cli(
+        Annotated[FetchCommand, tyro.conf.subcommand("fetch")]
+        | Annotated[ListCommand, tyro.conf.subcommand("list")]
+        | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
+        | Annotated[ExportCommand, tyro.conf.subcommand("export")],
+        args=arguments,
+        prog="python -m actors.weights",
+        description=__doc__,
+    )
+    try:
+        commands[type(command)](command)
+    except (ConfigError, UnreachableError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it can", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def run_fetch(command: FetchCommand) -> None:
+    """See `actors.hub.fetch`."""
+    fetch(named(command.name), _directory(command.directory), print)
+
+
+def _directory(given: str) -> Path:
+    return Path(given).expanduser() if given else weights_directory()
+
+
+def run_list(command: ListCommand) -> None:
+    """Print the table of models."""
+    directory = _directory(command.directory)
+    table = Table(title=f"files in {directory}", title_justify="left")
+    for column in ("name", "kind", "parameters", "fp32", "grid", "tokenizer", "file"):
+        right = column in ("parameters", "fp32")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for model in MODELS.values():
+        table.add_row(model.name, model.kind, *_sizes(model, directory), _state(model, directory))
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def run_convert(command: ConvertCommand) -> None:
+    """Official file to safetensors."""
+    source = Source.of(command.source, command.architecture, command.ema)
+    if not source.official:
+        raise ConfigError(f"{command.source} is no official file ({' '.join(SUFFIXES)})")
+    if command.target.suffix != ".safetensors":
+        raise ConfigError(f"{command.target}: expected a name that ends in .safetensors")
+    kind: Kind = kind_of(source) if command.part == "auto" else command.part
+    of_kind = {"policy": policy_architecture, "tokenizer": tokenizer_architecture}
+    architecture: Architecture = of_kind[kind](source)
+    with _fresh(command.target) as partial:
+        tensors = official_tensors(source, architecture)
+        check_fit(tensors, architecture, source)
+        if command.dtype != "keep":
+            dtype = getattr(torch, command.dtype)
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        write_tensors(partial, tensors, architecture.to_dict())
+    _report(command.target, tensors)
+
+
+def run_export(command: ExportCommand) -> None:
+    """Safetensors to an official layout."""
+    source = newest_policy(command.source)
+    if command.target.suffix not in SUFFIXES:
+        raise ConfigError(f"{command.target}: expected a name that ends in {' '.join(SUFFIXES)}")
+    header = read_config(source)
+    kind: Kind = "tokenizer" if header.get("family") == "llamagen-vq" else "policy"
+    architecture = architecture_from(header, str(source), kind)
+    taming = isinstance(architecture, TamingConfig)
+    if not taming and command.base:
+        raise ConfigError(f"base is for taming's policies, but {source} is none: leave it empty")
+    if taming and command.layout != "official":
+        raise ConfigError("taming's scripts read no other layout than the official one")
+    with _fresh(command.target) as partial:
+        tensors = read_tensors(source)
+        check_fit(tensors, architecture, Source(file=str(source)))
+        tensors = official_names(tensors, architecture, command.base)
+        torch.save(_laid_out(tensors, command.layout, taming), partial)
+    _report(command.target, tensors)
+
+
+def official_names(
+    tensors: dict[str, Tensor], architecture: Architecture, base: str = ""
+) -> dict[str, Tensor]:
+    """Tensors under our names -> the whole state dict of the official module.
+
+    Args:
+        base: official taming file, whose other parts (VQGAN, permuter) are taken along.
+
+    Raises:
+        CheckpointError: the base is of another architecture.
+        ConfigError: there is no official layout that holds them.
+    """
+    if isinstance(architecture, TamingConfig):
+        named_officially = official_policy_tensors(tensors, architecture)
+        if not base:
+            return named_officially
+        whole = Source.of(base).open().tensors
+        for name, tensor in named_officially.items():
+            if name not in whole or whole[name].shape != tensor.shape:
+                found = tuple(whole[name].shape) if name in whole else "nothing"
+                raise CheckpointError(
+                    f"{base}: expected {name!r} of shape {tuple(tensor.shape)}, found {found}: the "
+                    "base is of another policy"
+                )
+        ours = {name: named_officially[name] for name in named_officially if _is_weight(name)}
+        return whole | ours
+    if isinstance(architecture, VQConfig):
+        if architecture.pixel_rule == "taming":
+            raise ConfigError("a VQGAN is not tuned here: use the official file it came from")
+        # A buffer of usage counts that the official tokenizer has and loads strictly.
+        return {CODEBOOK_USED: torch.zeros(CODEBOOK_USED_SIZE), **tensors}
+    return tensors
+
+
+def newest_policy(path: Path) -> Path:
+    """The policy's file behind a file, a checkpoint directory or a run directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if path.is_file():
+        return path
+    if (path / POLICY_FILE).is_file():
+        return path / POLICY_FILE
+    steps = {
+        int(found[1]): place
+        for place in path.glob(f"checkpoints/step_*/{POLICY_FILE}")
+        if (found := re.fullmatch(r"step_(\d+)", place.parent.name))
+    }
+    if not steps:
+        raise ConfigError(
+            f"{path}: expected a safetensors file, a checkpoint directory with {POLICY_FILE}, or a "
+            f"run directory with checkpoints/step_*/{POLICY_FILE}"
+        )
+    return steps[max(steps)]
+
+
+def _is_weight(name: str) -> bool:
+    return name.startswith("transformer.") and not name.endswith(".attn.mask")
+
+
+def _laid_out(tensors: dict[str, Tensor], layout: str, taming: bool) -> dict[str, Any]:
+    if taming:
+        return {"state_dict": tensors, "global_step": 0}  # its scripts print the step
+    return tensors if layout == "fsdp" else {"model": tensors}
+
+
+@contextmanager
+def _fresh(target: Path) -> Iterator[Path]:
+    """A file to write, which becomes `target` when it is whole; never over an existing one."""
+    if target.exists():
+        raise ConfigError(f"{target} exists and is not overwritten; name another file")
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, target)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the latter two: a full disk
+        raise CheckpointError(f"{target}: not written ({error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _report(target: Path, tensors: dict[str, Tensor]) -> None:
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    size = _human(target.stat().st_size)
+    print(f"{target}: {len(tensors)} tensors, {', '.join(dtypes)}, {size}")
+
+
+def _sizes(model: NamedModel, directory: Path) -> tuple[str, str, str, str]:
+    """Parameters, size in fp32, grid and tokenizer."""
+    architecture: Architecture | None = model.architecture
+    place = model.project_place(directory)
+    if model.project and place.is_file():
+        project = read_project(place)
+        architecture = project.policy if model.kind == "policy" else project.tokenizer
+    if architecture is None:
+        return "?", "?", "?", model.tokenizer
+    count = count_parameters(architecture)
+    if isinstance(architecture, VQConfig):
+        grid = f"1/{architecture.downsampling}"
+    else:
+        grid = f"{architecture.grid}x{architecture.grid}"
+    return f"{count / 1e6:,.0f} M", _human(4 * count), grid, model.tokenizer
+
+
+def _state(model: NamedModel, directory: Path) -> str:
+    if not model.file:
+        return "none published"
+    if all((directory / name).is_file() for name in model.files):
+        return f"{model.file}, {_human(model.place(directory).stat().st_size)}"
+    return "to be placed by hand" if model.project else "not fetched"
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

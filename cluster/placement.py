@@ -36,9 +36,10 @@ def place(plan: FleetPlan, cpus: float, gpus: float) -> list[Placement]:
     wanted_gpus = sum(role.count * role.resources.num_gpus for role in plan.roles)
     share = min(1.0, math.floor((cpus - fixed) / max(sharing, 1) * 100) / 100)
     if fixed > cpus or (sharing and share < SMALLEST_SHARE):
+        asked = f"{fixed:g} CPUs are asked for by name, and " if fixed else ""
         raise ConfigError(
-            f"the fleet asks for {fixed:g} CPUs and {sharing} workers share the rest, but there "
-            f"are {cpus:g}: ask for fewer workers or fewer CPUs each"
+            f"the fleet does not fit {cpus:g} CPUs: {asked}{sharing} workers would share the rest, "
+            f"less than {SMALLEST_SHARE:g} each; ask for fewer workers, or fewer CPUs by name"
         )
     if wanted_gpus > gpus:
         raise ConfigError(

@@ -62,6 +62,7 @@ def write_tensors(
     """Write a safetensors file whose header carries `config` (JSON)."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, os.fspath(path), metadata={CONFIG_KEY: json.dumps(dict(config))})
+    os.chmod(path, 0o644)  # safetensors writes files that nobody else may read
 
 
 def load_strict(

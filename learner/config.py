@@ -40,7 +40,8 @@ class EvaluationConfig:
     """The judge's exam: before and after training."""
 
     num_images: Annotated[int, Field(ge=0)] = 1000
-    """Images of each row of the table, spread evenly over the classes; 0 skips the exam."""
+    """Images of each row of the table, the same number of each class (rounded up); 0 skips the
+    exam."""
     cfg_scales: tuple[Annotated[float, Field(gt=1)], ...] = (1.5, 2.0)
     """Guidance scales at which the base policy is examined beside no guidance."""
     images: str = "digits:held-out"
@@ -103,16 +104,10 @@ class RunConfig:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
-        rollouts = self.groups_per_iteration * self.rollouts_per_group
         if self.rewards.loo_fid.seed_images < 2 * self.rollouts_per_group:
             raise ValueError(
                 f"rewards.loo_fid.seed_images must be at least {2 * self.rollouts_per_group} (two "
                 f"groups), found {self.rewards.loo_fid.seed_images}"
-            )
-        if self.learner.microbatch > rollouts:
-            raise ValueError(
-                f"learner.microbatch must be at most the {rollouts} rollouts of an iteration, "
-                f"found {self.learner.microbatch}"
             )
 
     def fleet_plan(self) -> FleetPlan:
@@ -168,7 +163,7 @@ def _forbid_unknown(kind: type, done: set[type]) -> None:
     if kind in done or not dataclasses.is_dataclass(kind):
         return
     done.add(kind)
-    kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    kind.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
     for item in dataclasses.fields(kind):
         default = item.default_factory() if callable(item.default_factory) else item.default
         _forbid_unknown(type(default), done)
@@ -192,6 +187,54 @@ def validate(values: Mapping[str, Any], source: str) -> RunConfig:
     except ValidationError as error:
         lines = [_explain(item, values) for item in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+MAY_CHANGE = (
+    "num_samplers",
+    "num_reward_servers",
+    "iterations",
+    "timeout_s",
+    "max_restarts",
+    "max_failed_share",
+    "sampler.num_",
+    "reward.num_",
+    "learner.num_",
+    "learner.microbatch",
+    "output.",
+    "evaluation.",
+    "ray.",
+)
+"""Beginnings of the fields that a resumed run may set anew: they change how it is carried out, not
+what it computes. (More iterations stretch the learning rate's schedule.)"""
+
+
+def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
+    """Refuse to go on with a run under a configuration that makes it another run.
+
+    Raises:
+        ConfigError: names the fields, with both values.
+    """
+    before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
+    changed = [
+        f"{name} ({before[name]} in the run, {value} now)"
+        for name, value in after.items()
+        if value != before[name] and not name.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume continues the same run, and cannot change {', '.join(changed)}: leave it "
+            "out, or start a new run"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

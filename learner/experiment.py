@@ -16,11 +16,10 @@ from learner.loop import Iteration, prepare, set_reference, train
 from learner.metrics import Recorder
 from learner.progress import RunConsole
 from learner.report import write_report
-from learner.rundir import RunDirectory
+from learner.rundir import BEFORE_AFTER, RunDirectory
 
 BASE_GALLERY = "base.png"
 TUNED_GALLERY = "tuned.png"
-BEFORE_AFTER = "before_after.png"
 
 
 class Experiment:
@@ -42,15 +41,18 @@ class Experiment:
     def run(self) -> bool:
         """Everything; False if the run was asked to stop before its end."""
         self._console.say(f"run directory: {self._run.path}")
+        stage = "before training"
         try:
-            done = self._train(self._begin())
+            first = self._begin()
+            stage = "after training, in the last exam"
+            done = self._train(first)
             if done == self._config.iterations:
                 self._finish()
                 return True
             self._checkpoint(done)
             stopped = f"after {done} of {self._config.iterations} iterations"
-        except StopRequestedError:  # in an exam: before training, or after its last checkpoint
-            stopped = "before or after training, in an exam"
+        except StopRequestedError:  # training itself ends without it
+            stopped = stage
         self._console.say(
             f"stopped {stopped}; go on with\n"
             f"  python -m learner.run --resume --run-dir {self._run.path}"
@@ -113,6 +115,7 @@ class Experiment:
         """Fill one row of the table, once."""
         if not self._config.evaluation.num_images or row.name in self._rows:
             return
+        self._console.say(f"examining: {row.name}")
         if self._real is None:
             self._real = evaluate.real_features(self._config, self._fleet)
         self._rows[row.name] = evaluate.examine(self._config, self._fleet, row.spec, self._real)

@@ -36,7 +36,9 @@ class OptimizerConfig(Resources):
     lr: float = 1e-5
     """Peak learning rate, > 0."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's averages of the gradient and of its square, in [0, 1)."""
     weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, >= 0."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     decay_from: float = 0.5
@@ -44,12 +46,17 @@ class OptimizerConfig(Resources):
     final_lr: float = 0.05
     """Share of the peak learning rate that is left at the end, in [0, 1]."""
     microbatch: int = 32
-    """Rollouts in one forward pass; gradients accumulate over the batch."""
+    """Most rollouts in one forward pass; gradients accumulate over the batch."""
 
     def __post_init__(self) -> None:
         Resources.__post_init__(self)
-        if self.lr <= 0 or self.max_grad_norm <= 0:
+        if not (self.lr > 0 and self.max_grad_norm > 0):
             raise ValueError("lr and max_grad_norm must be > 0")
+        if not (all(0 <= beta < 1 for beta in self.betas) and self.weight_decay >= 0):
+            raise ValueError(
+                f"betas must be in [0, 1) and weight_decay >= 0, found {self.betas} and "
+                f"{self.weight_decay}"
+            )
         if not (0 <= self.decay_from <= 1 and 0 <= self.final_lr <= 1):
             raise ValueError("decay_from and final_lr are shares, in [0, 1]")
         if self.microbatch < 1:

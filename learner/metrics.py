@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.errors import DataError
 from cluster.messages import ScoredGroup, Span
 from learner.advantage import Advantages
 from learner.rundir import RunDirectory
@@ -96,8 +97,22 @@ def _trace_events(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Rows of a metrics file. A last line that a crash cut short is left out.
+
+    Raises:
+        DataError: another line is not JSON.
+    """
+    text = path.read_text() if path.is_file() else ""
+    whole, _, _ = text.rpartition("\n")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {number}: not JSON ({error}); repair or remove the line"
+            ) from error
+    return rows
 
 
 def repeatable(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,9 +25,8 @@ FIGURES = {
     "hps": "reward/hps",
     "FID": "fid/ema",
     "entropy": "policy/entropy",
-    "img/s": "time/images_per_s",
 }
-"""Shown name -> metric."""
+"""Shown name -> metric; img/s follows, a mean over the last iterations."""
 COLUMNS = {
     "FID↓": "fid",
     "dens.↑": "density",
@@ -40,8 +40,11 @@ COLUMNS = {
 """Heading of the table -> metric of the exam."""
 LEGEND = """  FID, density, coverage, precision, recall: against held-out images, in a judge's
   features; class: share the judge reads as the class asked for; CLIP: a second one,
-  never rewarded"""
+  never rewarded; entr.: mean entropy of the policy's tokens, nats"""
 LINES_WITHOUT_TERMINAL = 20
+RATE_WINDOW = 20  # iterations
+NARROW = 110  # columns; below, the bar gives way to figures
+REST = 36  # columns of everything but bar and figures
 
 
 class RunConsole:
@@ -50,9 +53,11 @@ class RunConsole:
     def __init__(self, iterations: int) -> None:
         self._console = Console()
         self._iterations = iterations
+        self._bar = 10 if self._console.width < NARROW else 24
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW)
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=self._bar),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
@@ -87,9 +92,14 @@ class RunConsole:
     def update(self, row: Mapping[str, Any]) -> None:
         """One iteration's metrics."""
         done = row["iteration"] + 1
-        figures = "  ".join(f"{name} {row[key]:.3g}" for name, key in FIGURES.items())
+        seconds = row["time/iteration"]
+        self._recent.append((seconds, row["time/images_per_s"] * seconds))
+        rate = sum(images for _, images in self._recent) / sum(s for s, _ in self._recent)
+        parts = [f"{name} {row[key]:.3g}" for name, key in FIGURES.items()] + [f"img/s {rate:.3g}"]
+        figures = "  ".join(parts)
         if self._task is not None:
-            self._progress.update(self._task, completed=done, figures=figures)
+            fitting = fit(parts, self._console.width - REST - self._bar)
+            self._progress.update(self._task, completed=done, figures=fitting)
         every = max(1, self._iterations // LINES_WITHOUT_TERMINAL)
         if not self._console.is_terminal and (done % every == 0 or done == self._iterations):
             self.say(f"iteration {done}/{self._iterations}  {figures}")
@@ -104,3 +114,14 @@ class RunConsole:
             table.add_row(name, *(f"{metrics[key]:.2f}" for key in COLUMNS.values()))
         self._console.print(table)
         self.say(LEGEND)
+
+
+def fit(parts: Sequence[str], columns: int) -> str:
+    """As many parts as fit, first ones first."""
+    text = ""
+    for part in parts:
+        longer = f"{text}  {part}" if text else part
+        if len(longer) > columns:
+            break
+        text = longer
+    return text

@@ -6,6 +6,7 @@ import base64
 import importlib.resources
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -13,7 +14,7 @@ import jinja2
 from learner.config import RunConfig, dump
 from learner.metrics import read_metrics
 from learner.progress import COLUMNS
-from learner.rundir import RunDirectory
+from learner.rundir import BEFORE_AFTER, RunDirectory
 
 PANELS: dict[str, dict[str, str]] = {
     "rewards (mean score)": {"CLIP": "reward/clip", "preference": "reward/hps"},
@@ -38,9 +39,15 @@ def write_report(
         rows=rows,
         columns=COLUMNS,
         plot=base64.b64encode(curves(read_metrics(run.metrics))).decode(),
+        gallery=_encoded(run.gallery / BEFORE_AFTER),
         config=dump(config),
     )
     run.report.write_text(page)
+
+
+def _encoded(path: Path) -> str:
+    """A file as base64: the page then can be moved alone."""
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
 
 
 def curves(metrics: list[dict[str, Any]]) -> bytes:

@@ -16,10 +16,19 @@ from typing import Annotated
 
 import tyro
 
-from cluster.errors import TesseraError
+from actors.models.loading import load_policy
+from cluster.errors import ConfigError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
 from cluster.placement import Placement, place
-from learner.config import DEFAULT_PRESET, RunConfig, dump, load_preset, to_dict, validate
+from learner.config import (
+    DEFAULT_PRESET,
+    RunConfig,
+    check_resume,
+    dump,
+    load_preset,
+    to_dict,
+    validate,
+)
 from learner.experiment import Experiment
 from learner.progress import RunConsole
 from learner.rundir import RunDirectory
@@ -70,7 +79,7 @@ class StopFlag:
         if self._set:
             raise KeyboardInterrupt
         self._set = True
-        self._say("stopping at the next safe point, with a checkpoint; once more to stop at once")
+        self._say("stopping at the next safe point; once more to stop at once")
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -94,13 +103,18 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunDi
     command, _ = tyro.cli(Command, args=arguments, return_unknown_args=True, add_help=False)
     resumed = RunDirectory.existing(command.run_dir) if command.resume else None
     base = resumed.read_config() if resumed else load_preset(command.preset)
-    parsed = tyro.cli(
-        Arguments,
-        args=arguments,
-        default=Arguments(command=command, run=base),
-        prog="python -m learner.run",
-    )
+    try:
+        parsed = tyro.cli(
+            Arguments,
+            args=arguments,
+            default=Arguments(command=command, run=base),
+            prog="python -m learner.run",
+        )
+    except ValueError as error:  # what a dataclass says of its own fields
+        raise ConfigError(f"command line: {error}") from None
     config = validate(to_dict(parsed.run), "command line")
+    if resumed:
+        check_resume(base, config)
     return parsed.command, config, resumed
 
 
@@ -111,21 +125,33 @@ def main(arguments: list[str] | None = None) -> int:
         if command.dry_run:
             return dry_run(config)
         run = resumed or RunDirectory.create(command.run_dir, config)
-    except TesseraError as error:
+    except (TesseraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     with RunConsole(config.iterations) as console:
         stop = StopFlag(console.say)
         try:
+            console.say(starting(command, config))
             with stop.installed(), open_fleet(command, config, stop) as fleet:
                 return 0 if Experiment(config, run, fleet, console, stop).run() else INTERRUPTED
         except TesseraError as error:
             console.say(f"error: {error}")
-            console.say(f"what was kept is in {run.path}; --resume --run-dir goes on from there")
+            console.say(run.farewell())
             return FAILED
         except KeyboardInterrupt:
-            console.say(f"stopped at once; what was kept is in {run.path}")
+            console.say(f"stopped at once; {run.farewell()}")
             return INTERRUPTED
+
+
+def starting(command: Command, config: RunConfig) -> str:
+    """What is about to be started, for the seconds that this takes."""
+    if command.inline:
+        return "starting: every role in this process"
+    samplers, servers = config.num_samplers, config.num_reward_servers
+    return (
+        f"starting: {samplers} sampler{'s' * (samplers > 1)}, {servers} reward "
+        f"server{'s' * (servers > 1)}, a moments server and a learner, on Ray"
+    )
 
 
 @contextmanager
@@ -151,6 +177,7 @@ def dry_run(config: RunConfig) -> int:
     """Print what would run, and where on this machine."""
     from cluster.runtime import local_resources
 
+    load_policy(config.policy, weights=False)  # the architecture: a missing file shows here
     cpus, gpus = local_resources()
     print(dump(config))
     print(f"# placement on this machine ({cpus:g} CPUs, {gpus:g} GPUs)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cluster.errors import ConfigError
 from learner.config import RunConfig, dump, load_file
 
 CONFIG = "config.yaml"
+BEFORE_AFTER = "before_after.png"
 RAY_PACKAGES = "runtime_resources"
 
 
@@ -44,10 +46,13 @@ class RunDirectory:
         """
         path = Path(run_dir).expanduser() if run_dir else _new_name()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(
-                f"--run-dir {path} is not empty: add --resume to continue the run in it, or name "
-                "another directory"
-            )
+            if (path / CONFIG).is_file():
+                raise ConfigError(
+                    f"--run-dir {path} is not empty: add --resume to continue the run in it, or "
+                    "name another directory"
+                )
+            what = "not empty, and holds no run" if path.is_dir() else "a file"
+            raise ConfigError(f"--run-dir {path} is {what}: name another directory")
         run = cls(path)
         for folder in (run.checkpoints, run.rollouts, run.gallery, run.tensorboard):
             folder.mkdir(parents=True)
@@ -71,6 +76,19 @@ class RunDirectory:
         if not (path / CONFIG).is_file():
             raise ConfigError(f"nothing to resume: {path.absolute()} has no {CONFIG}")
         return cls(path)
+
+    def farewell(self) -> str:
+        """What a run that ends early leaves, in a sentence. A run that has not kept anything worth
+        having leaves nothing, so that no later --resume finds it."""
+        if any(self.checkpoints.glob("step_*")) or self.evaluation.is_file():
+            return (
+                f"what was kept is in {self.path}; go on with\n"
+                f"  python -m learner.run --resume --run-dir {self.path}"
+            )
+        if not any(file.is_file() for file in self.path.rglob("*") if file.name != CONFIG):
+            shutil.rmtree(self.path)
+            return "nothing was kept"
+        return f"what was kept is in {self.path}"
 
     def read_config(self) -> RunConfig:
         return load_file(self.path / CONFIG)

@@ -47,6 +47,12 @@ class TextImageModel:
                 self.model = open_clip.create_model(name, device=device)
             else:
                 name, options = model, {}
+                if not pretrained:
+                    raise CheckpointError(
+                        f"open_clip model {model!r} needs weights: set pretrained to one of its "
+                        f"tags ({', '.join(open_clip.list_pretrained_tags_by_model(model)) or '-'})"
+                        " or to a checkpoint file"
+                    )
                 file = pretrained if pretrained and _is_file(pretrained) else None
                 tag = None if file else pretrained
                 self.model = open_clip.create_model(name, pretrained=tag, device=device)

@@ -29,9 +29,9 @@ from scipy import stats
 
 from cluster.fleet import InlineFleet
 from learner import evaluate
-from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
+from learner.config import DEFAULT_PRESET, RunConfig, load_preset, validate
 from learner.loop import prepare, train
-from learner.miniature.build import BuildConfig, Builder
+from learner.miniature.build import BuildConfig, Builder, with_networks
 from learner.progress import COLUMNS
 
 BASE, GUIDED, BOTH = "base", "base, CFG 2", "instance + LOO-FID"
@@ -43,24 +43,24 @@ ARMS: dict[str, dict[str, Any]] = {
     "both + entropy": {"entropy": {"controller": "target"}},
 }
 """Arm -> what differs from the preset."""
-SPACES = {**COLUMNS, "pixel FID↓": "second/fid", "pixel cov.↑": "second/coverage"}
+SPACES = {
+    **COLUMNS,
+    "pixel FID↓": "second/fid",
+    "pixel cov.↑": "second/coverage",
+    "pixel rec.↑": "second/recall",
+}
 """Heading -> metric: the judge's features, and raw pixels, in which nothing was learned."""
+DIVERSITY = ("coverage", "recall", "second/fid", "second/coverage", "second/recall")
 COMPARISONS = (
-    (BOTH, GUIDED, ("fid", "accuracy", "density", "coverage", "second/fid", "second/coverage")),
-    (
-        "instance only",
-        BASE,
-        ("accuracy", "fid", "coverage", "recall", "second/fid", "second/coverage"),
-    ),
-    (
-        BOTH,
-        "instance only",
-        ("accuracy", "fid", "coverage", "recall", "second/fid", "second/coverage"),
-    ),
+    (BOTH, GUIDED, ("fid", "accuracy", "density", *DIVERSITY)),
+    ("instance only", BASE, ("accuracy", "fid", *DIVERSITY)),
+    (BOTH, "instance only", ("accuracy", "fid", *DIVERSITY)),
+    (BOTH, BASE, DIVERSITY),
 )
 """Which policy is compared with which, and in what."""
 LOWER_IS_BETTER = ("fid", "second/fid")
-WIDTH = 168  # columns of the table where there is no terminal
+WIDTH = 180  # columns of the table where there is no terminal
+PLOT_COLUMNS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,19 +148,8 @@ def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
 def arm_config(config: ArmsConfig, seed: int, changes: Mapping[str, Any]) -> RunConfig:
     """The miniature preset with a seed's networks and an arm's changes."""
     folder = networks_of(config, seed)
-    networks: dict[str, Any] = {
-        "seed": seed,
-        "iterations": config.iterations,
-        "policy": {"checkpoint": str(folder / "policy.safetensors")},
-        "tokenizer": {"checkpoint": str(folder / "tokenizer.safetensors")},
-        "rewards": {
-            "clip": {"model": str(folder / "clip")},
-            "hps": {"model": str(folder / "preference")},
-            "features": {"checkpoint": str(folder / "features.safetensors")},
-        },
-        "learner": {"num_threads": 1},
-    }
-    values = merge(merge(to_dict(load_preset(DEFAULT_PRESET)), networks), changes)
+    mine = {"seed": seed, "iterations": config.iterations, "learner": {"num_threads": 1}}
+    values = merge(merge(with_networks(folder), mine), changes)
     return validate(values, f"arm of seed {seed}")
 
 
@@ -245,16 +234,16 @@ def plot(results: Results, path: Path) -> None:
     """Every metric as points (seeds) with mean and interval."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 6), layout="constrained")
+    figure = Figure(figsize=(17, 6), layout="constrained")
     for index, (heading, key) in enumerate(SPACES.items()):
-        axes = figure.add_subplot(2, 5, index + 1)
+        axes = figure.add_subplot(2, PLOT_COLUMNS, index + 1)
         for row, metrics in enumerate(results.values()):
             values = metrics[key]
             axes.plot(values, np.full(len(values), row), "o", color="tab:blue", alpha=0.35)
             axes.errorbar(values.mean(), row, xerr=interval(values), fmt="D", color="black")
         axes.set_title(heading)
         axes.set_yticks(
-            range(len(results)), list(results) if index % 5 == 0 else [""] * len(results)
+            range(len(results)), list(results) if index % PLOT_COLUMNS == 0 else [""] * len(results)
         )
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import tyro
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -23,12 +25,15 @@ from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig, VQTokenizer
 from cluster.tensors import write_tensors
 from cluster.torchvision_ops import ensure_torchvision
+from learner.config import DEFAULT_PRESET, load_preset, to_dict
 from learner.miniature import training
 from learner.miniature.data import CLASS_NAMES, IMAGE_SIZE, captions, digits, to_pixels
 from rewards.convnet import ConvNetConfig
 
 NETWORKS = Path(__file__).parent / "networks"
 VOCABULARY = "vocabulary.txt.gz"
+PRESET = "miniature.yaml"
+INTERRUPTED = 130
 TOKENIZER = VQConfig(
     channels=32,
     multipliers=(1, 1),
@@ -57,8 +62,8 @@ STEPS = {
 class BuildConfig:
     """Build the miniature's networks."""
 
-    out: Path = NETWORKS
-    """Where to write them; the default replaces the shipped ones."""
+    out: Path = Path("networks")
+    """Directory to write them to, with a preset that uses them (miniature.yaml)."""
     seed: int = 0
     """Every network's seed is derived from this one."""
     judge_seed: int = 20250
@@ -181,14 +186,39 @@ def open_clip_config(width: int, depth: int, heads: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def with_networks(folder: Path) -> dict[str, Any]:
+    """The miniature's configuration, plain values, with the networks of a folder. The judge stays
+    the shipped one."""
+    values = to_dict(load_preset(DEFAULT_PRESET))
+    values["policy"]["checkpoint"] = str(folder / "policy.safetensors")
+    values["tokenizer"]["checkpoint"] = str(folder / "tokenizer.safetensors")
+    values["rewards"]["clip"]["model"] = str(folder / "clip")
+    values["rewards"]["hps"]["model"] = str(folder / "preference")
+    values["rewards"]["features"]["checkpoint"] = str(folder / "features.safetensors")
+    return values
+
+
+def main() -> int:
+    """Returns the exit status."""
     config = tyro.cli(BuildConfig, description=__doc__)
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn()) as progress:
-        Builder(config, progress).build()
+    try:
+        with Progress(*columns, TimeElapsedColumn()) as progress:
+            Builder(config, progress).build()
+    except KeyboardInterrupt:
+        print(f"stopped: {config.out} is not whole", file=sys.stderr)
+        return INTERRUPTED
+    preset = config.out / PRESET
+    preset.write_text(yaml.safe_dump(with_networks(config.out.absolute()), sort_keys=False))
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
-    Console().print(f"wrote {size / 1e6:.1f} MB to {config.out}")
+    Console().print(
+        f"wrote {size / 1e6:.1f} MB to {config.out}; use them with\n"
+        f"  python -m learner.run --preset {preset}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

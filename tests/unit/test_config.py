@@ -6,7 +6,15 @@ import pytest
 import yaml
 
 from cluster.errors import ConfigError
-from learner.config import RunConfig, dump, load_file, load_preset, to_dict, validate
+from learner.config import (
+    RunConfig,
+    check_resume,
+    dump,
+    load_file,
+    load_preset,
+    to_dict,
+    validate,
+)
 from learner.run import parse
 
 
@@ -23,7 +31,9 @@ from learner.run import parse
         ({"entropy": {"controller": "tarket"}}, "'none', 'fixed' or 'target', found 'tarket'"),
         ({"rewards": {"loo_fid": {"decay": 1.0}}}, "decay must be in [0, 1), found 1.0"),
         ({"rewards": {"loo_fid": {"seed_images": 8}}}, "at least 32 (two groups), found 8"),
-        ({"learner": {"microbatch": 500}}, "at most the 160 rollouts of an iteration, found 500"),
+        ({"learner": {"lr": float("nan")}}, "learner.lr should be a finite number"),
+        ({"loss": {"kl_coef": float("inf")}}, "loss.kl_coef should be a finite number"),
+        ({"learner": {"betas": (0.9, 2.0)}}, "betas must be in [0, 1)"),
         ({"evaluation": {"cfg_scales": [0.5]}}, "cfg_scales.0 should be greater than 1"),
     ],
 )
@@ -100,3 +110,37 @@ def test_help_names_every_group(capsys: pytest.CaptureFixture[str]) -> None:
         "--dry-run --inline --rewards.clip.weight"
     )
     assert [option for option in options.split() if option not in text] == []
+
+
+def test_batches_may_shrink_below_the_microbatch() -> None:
+    _, config, _ = parse(["--rollouts-per-group", "4", "--groups-per-iteration", "2"])
+    assert config.learner.microbatch > config.rollouts_per_group * config.groups_per_iteration
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rollouts-per-group", "1"], "greater than or equal to 2, found 1"),
+        (["--learner.lr", "inf"], "learner.lr should be a finite number"),
+        (["--rewards.loo-fid.seed-images", "0"], "seed_images must be at least 32"),
+    ],
+)
+def test_impossible_values_on_the_command_line_are_one_line(
+    arguments: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"command line: .*{message}"):
+        parse(arguments)
+
+
+def test_resume_may_change_how_a_run_is_carried_out_but_not_what_it_computes() -> None:
+    saved = load_preset("miniature")
+
+    def changed(**changes: object) -> RunConfig:
+        return validate({**to_dict(saved), **changes}, "test")
+
+    check_resume(saved, changed(num_samplers=7, iterations=500, output={"checkpoint_every": 3}))
+    with pytest.raises(ConfigError, match=r"cannot change seed \(0 in the run, 5 now\)"):
+        check_resume(saved, changed(seed=5))
+    learner = {**to_dict(saved)["learner"], "lr": 0.5, "num_threads": 9}
+    with pytest.raises(ConfigError, match=r"cannot change learner\.lr \(0\.00012 in the run"):
+        check_resume(saved, changed(learner=learner))

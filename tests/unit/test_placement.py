@@ -51,7 +51,10 @@ def test_gpus_choose_the_device() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (plan(learner=Resources(num_cpus=4)), "asks for 4 CPUs and 4 workers share the rest"),
+        (
+            plan(learner=Resources(num_cpus=4)),
+            "4 CPUs are asked for by name, and 4 workers would share the rest",
+        ),
         (plan(samplers=500), "ask for fewer workers"),
         (plan(sampler=Resources(num_gpus=1)), "asks for 2 GPUs, but there are 0"),
     ],

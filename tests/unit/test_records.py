@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError, ConfigError, DataError
 from cluster.messages import Span
 from learner import checkpoint, rundir
 from learner.advantage import group_advantages
@@ -32,8 +32,22 @@ def test_a_used_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty: add --resume"):
         new_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is not empty"):
+    with pytest.raises(ConfigError, match="is a file: name another directory"):
         new_run(tmp_path / "file")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="is not empty, and holds no run: name another"):
+        new_run(tmp_path / "other")
+
+
+def test_a_run_that_kept_nothing_leaves_nothing(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    assert run.farewell() == "nothing was kept"
+    assert not run.path.exists()
+    run = new_run(tmp_path / "run")
+    run.write_evaluation({"base": {"fid": 1.0}})
+    assert f"--resume --run-dir {run.path}" in run.farewell()
+    assert run.evaluation.is_file()
 
 
 def test_resume_finds_the_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +94,25 @@ def test_a_resumed_run_has_every_row_once(tmp_path: Path) -> None:
     events = json.loads(run.trace.read_text())
     assert len([event for event in events if event["ph"] == "M"]) == 1
     assert len([event for event in events if event["ph"] == "X"]) == 8
+
+
+def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    recorder = Recorder(run, 0, rollouts=False)
+    for iteration in range(3):
+        record(recorder, iteration)
+    recorder.close()
+    with run.metrics.open("a") as file:
+        file.write('{"iter')
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [0, 1, 2]
+    resumed = Recorder(run, 3, rollouts=False)
+    record(resumed, 3)
+    resumed.close()
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [0, 1, 2, 3]
+    lines = run.metrics.read_text().splitlines()
+    run.metrics.write_text("\n".join([lines[0], "{", *lines[2:]]) + "\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: not JSON"):
+        read_metrics(run.metrics)
 
 
 def test_rollouts_have_everything(tmp_path: Path) -> None:

@@ -183,7 +183,8 @@ def test_a_checkpoint_file_for_a_named_model_is_loaded_strictly(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ClipConfig(model="ViT-X-99"), "'ViT-X-99' cannot be loaded"),
+        (ClipConfig(model="ViT-X-99", pretrained="openai"), "'ViT-X-99' cannot be loaded"),
+        (ClipConfig(model="ViT-B-32"), r"'ViT-B-32' needs weights: .*openai.* checkpoint file"),
         (ClipConfig(model="ViT-B-32", pretrained="/nowhere/x.pt"), "/nowhere/x.pt: no such file"),
         (ClipConfig(model="package://learner.miniature/networks/none"), "no such directory"),
     ],

@@ -38,10 +38,12 @@ def policy(reference: Reference) -> LlamaGen:
         num_layers=model["n_layer"],
         num_heads=model["n_head"],
         grid=round(model["block_size"] ** 0.5),
-        vocab_size=model["vocab_size"],
+        vocab_size=model.get("vocab_size", 16384),
         num_classes=model.get("num_classes", 1000),
-        caption_dim=model["caption_dim"] if model["model_type"] == "t2i" else 0,
+        caption_dim=model.get("caption_dim", 2048) if model.get("model_type") == "t2i" else 0,
         caption_tokens=model.get("cls_token_num", 120),
+        norm_eps=model.get("norm_eps", 1e-5),
+        rope_base=model.get("rope_base", 10000.0),
     )
     policy = LlamaGen(config)
     load_strict(policy, reference.state(), reference.path.name)

@@ -31,7 +31,7 @@ from actors.caption_files import (
     read_captions,
     write_caption_features,
 )
-from actors.console import counting
+from cluster.console import counting
 from cluster.errors import ConfigError, TesseraError
 from cluster.torchvision_ops import ensure_torchvision
 

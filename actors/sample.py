@@ -33,7 +33,6 @@ from actors.captions import (
     CaptionEncoder,
     resolve_device,
 )
-from actors.console import counting
 from actors.decode import decode_tokens, rollout_uniforms
 from actors.models.base import Policy
 from actors.models.loading import load_decoder, load_policy
@@ -41,6 +40,7 @@ from actors.models.vq import VQDecoder
 from actors.sample_files import ContactSheet, NpzWriter, PngWriter
 from actors.sample_source import SampleConfig, Source, check, find_source
 from actors.steps import Workspace
+from cluster.console import counting
 from cluster.errors import ConfigError, TesseraError
 from cluster.messages import Condition, RequestKey, SamplingSpec
 

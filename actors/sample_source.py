@@ -7,6 +7,8 @@ A run directory is read as files: `config.yaml` says which policy, tokenizer and
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +73,7 @@ class SampleConfig:
     top_p: float | None = None
     """Keep the most likely tokens up to probability p. Default: the run's, else 1."""
     seed: int = 0
+    """Of all random numbers; image i depends on it and on i alone."""
     batch: int = 32
     """Images decoded at once."""
     encoder: str = DEFAULT_ENCODER
@@ -80,7 +83,8 @@ class SampleConfig:
     dtype: DType = "auto"
     """Of policy and text encoder; auto is bfloat16 on a GPU and float32 on a CPU."""
     npz: Path | None = None
-    """Write all images to one .npz, too: arr_0 (N, H, W, 3) uint8, as the ADM evaluator reads."""
+    """Write all images to one .npz, too, as the ADM evaluator reads them: arr_0 (N, H, W, 3) uint8,
+    and arr_1 (N,) the classes."""
     png: bool = True
     """Write each image to images/."""
 
@@ -106,8 +110,12 @@ def check(config: SampleConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be >= 1, found {value}")
-    if config.seed < 0:
-        raise ConfigError(f"--seed must be >= 0, found {config.seed}")
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(f"--seed must be in [0, 2^63), found {config.seed}")
+    for name in ("cfg_scale", "temperature", "top_p"):
+        value = getattr(config, name)
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"--{name.replace('_', '-')} must be finite, found {value}")
     if config.num_images is not None and config.per_condition is not None:
         raise ConfigError("--num-images and --per-condition exclude each other: give one")
     if config.classes and config.captions:
@@ -126,8 +134,16 @@ def check(config: SampleConfig) -> None:
         raise ConfigError("--base and --step exclude each other: the base policy has no steps")
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise ConfigError(f"--out {config.out} is not empty: name another directory")
-    if config.npz and config.npz.exists():
-        raise ConfigError(f"--npz {config.npz} exists: name another file, or remove it first")
+    if config.npz:
+        _check_npz(config.npz.absolute(), config.out.absolute())
+
+
+def _check_npz(npz: Path, out: Path) -> None:
+    if npz.exists() or npz == out:
+        raise ConfigError(f"--npz {npz} exists or is --out: name another file")
+    parent = next(folder for folder in npz.parents if folder.exists())
+    if out not in npz.parents and not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ConfigError(f"--npz {npz}: cannot write to {parent}")
 
 
 def find_source(config: SampleConfig) -> Source:
@@ -143,7 +159,13 @@ def find_source(config: SampleConfig) -> Source:
         policy = PolicyConfig(
             checkpoint=checkpoint, architecture=config.architecture, ema=config.ema
         )
-        source = Source(policy=policy, tokenizer=own_tokenizer(policy))
+        own = own_tokenizer(policy)
+        if own is None and not config.tokenizer:
+            raise ConfigError(
+                f"{checkpoint} does not say which tokenizer its codes belong to: name it with "
+                "--tokenizer"
+            )
+        source = Source(policy=policy, tokenizer=own or TokenizerConfig())
     if config.tokenizer:
         tokenizer = TokenizerConfig(
             checkpoint=config.tokenizer, architecture=config.tokenizer_architecture
@@ -159,14 +181,16 @@ def find_source(config: SampleConfig) -> Source:
     return dataclasses.replace(source, spec=spec)
 
 
-def own_tokenizer(policy: PolicyConfig) -> TokenizerConfig:
-    """The tokenizer that belongs to a policy with a name, or lies in its file (taming); else the
-    miniature's."""
+def own_tokenizer(policy: PolicyConfig) -> TokenizerConfig | None:
+    """The tokenizer that belongs to a policy with a name, lies in its file (taming), or is the
+    miniature's; None if nothing says."""
+    if policy.checkpoint == PolicyConfig().checkpoint:
+        return TokenizerConfig()
     if policy.architecture.endswith((".yaml", ".yml")):
         return TokenizerConfig(checkpoint=policy.checkpoint, architecture=policy.architecture)
     model = MODELS.get(policy.checkpoint) or MODELS.get(policy.architecture)
     if model is None or not model.tokenizer:
-        return TokenizerConfig()
+        return None
     if model.tokenizer == policy.architecture:
         return TokenizerConfig(checkpoint=policy.checkpoint, architecture=policy.architecture)
     return TokenizerConfig(checkpoint=model.tokenizer)

@@ -93,7 +93,15 @@ class MomentsRole(Protocol):
 
     def seed(self, features: np.ndarray) -> float: ...
 
-    def commit(self, iteration: int, features: np.ndarray, valid: np.ndarray) -> Any: ...
+    def commit(
+        self,
+        iteration: int,
+        features: np.ndarray,
+        valid: np.ndarray,
+        *,
+        run: str = "",
+        classes: np.ndarray | None = None,
+    ) -> Any: ...
 
     def state(self) -> bytes: ...
 

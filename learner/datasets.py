@@ -12,6 +12,7 @@ from rewards.base import check_images
 
 DIGITS = "digits:"
 SAMPLES_KEY = "arr_0"  # as the ADM evaluator's sample batches name it
+LABELS_KEY = "arr_1"
 
 
 def load_images(source: str) -> np.ndarray:
@@ -36,3 +37,19 @@ def load_images(source: str) -> np.ndarray:
         raise DataError(f"{source}: not a readable .npz file ({error})") from error
     check_images(images)
     return images
+
+
+def load_labels(source: str) -> np.ndarray:
+    """Classes (N,) int64 of the images of `load_images`.
+
+    Raises:
+        DataError: no such set, or a file that has none.
+    """
+    if source.startswith(DIGITS):
+        from learner.miniature.data import digits
+
+        return digits(source.removeprefix(DIGITS))[1].astype(np.int64)
+    with np.load(locate(source), allow_pickle=False) as file:
+        if LABELS_KEY not in file:
+            raise DataError(f"{source}: needs the classes as {LABELS_KEY!r}, found {file.files}")
+        return file[LABELS_KEY].astype(np.int64)

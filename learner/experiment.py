@@ -11,8 +11,9 @@ from cluster.fleet import Fleet, StopRequestedError
 from learner import evaluate
 from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
 from learner.config import RunConfig
+from learner.distribution import RewardSpace, set_reference
 from learner.gallery import sample_gallery, save_sheet, save_side_by_side
-from learner.loop import Iteration, prepare, set_reference, train
+from learner.loop import Iteration, prepare, train
 from learner.metrics import Recorder
 from learner.progress import RunConsole
 from learner.report import write_report
@@ -37,6 +38,7 @@ class Experiment:
         self._console, self._should_stop = console, should_stop
         self._rows = run.read_evaluation()
         self._real: dict[str, np.ndarray] | None = None
+        self._space = RewardSpace()
 
     def run(self) -> bool:
         """Everything; False if the run was asked to stop before its end."""
@@ -61,17 +63,21 @@ class Experiment:
 
     def _train(self, first: int) -> int:
         """The main loop, with its records; returns how many iterations are done."""
-        config, console = self._config, self._console
-        recorder = Recorder(self._run, first, rollouts=config.output.rollouts)
+        config, console, run = self._config, self._console, self._run
+        recorder = Recorder(run, first, rollouts=config.output.rollouts)
         console.start(first)
 
         def after(done: Iteration) -> None:
             recorder.record(done.row, done.groups, done.advantages, done.spans)
+            for line in done.advice:
+                console.say(f"note: {line}")
             console.update(done.row)
             self._keep(done.row["iteration"] + 1)
 
         try:
-            return train(config, self._fleet, first, after, self._should_stop)
+            return train(
+                config, self._fleet, self._space, first, after, self._should_stop, run.path.name
+            )
         finally:
             recorder.close()
 
@@ -79,7 +85,7 @@ class Experiment:
         """Bring the fleet to where training starts; returns the first iteration."""
         if self._run.read_config() != self._config:
             self._run.write_config(self._config)
-        set_reference(self._config, self._fleet)
+        self._space = set_reference(self._config, self._fleet)
         if any(self._run.checkpoints.glob("step_*")):
             checkpoint = newest_checkpoint(self._run.checkpoints, self._console.say)
             restore(checkpoint, self._fleet)
@@ -87,7 +93,7 @@ class Experiment:
             self._console.say(f"resumed from {checkpoint.path.name}")
             return checkpoint.step
         self._fleet.broadcast()
-        base = prepare(self._config, self._fleet)
+        base = prepare(self._config, self._fleet, self._space)
         self._console.say(
             f"base policy: FID {base['fid']:.3f} in the reward's features, "
             f"entropy {base['entropy']:.3f} nats a token"

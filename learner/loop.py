@@ -16,9 +16,8 @@ from learner.advantage import Advantages, group_advantages
 from learner.batch import make_batch
 from learner.conditions import ConditionStream
 from learner.config import RunConfig
-from learner.datasets import load_images
+from learner.distribution import RewardSpace
 from learner.learner import StepReport
-from rewards.fid import Reference
 from rewards.moments_server import DistributionReward
 
 LOO_FID = "loo_fid"
@@ -33,18 +32,24 @@ class Iteration:
     groups: Sequence[ScoredGroup]
     advantages: Advantages
     spans: tuple[Span, ...]
+    advice: tuple[str, ...] = ()
+    """What is wrong with the settings, and what to change; said once."""
 
 
 def train(
     config: RunConfig,
     fleet: Fleet,
+    space: RewardSpace,
     first: int,
     after: Callable[[Iteration], None],
     should_stop: Callable[[], bool],
+    run: str = "",
 ) -> int:
     """Iterate from `first` to the end, or until a stop is asked for.
 
     Args:
+        space: of the distribution reward, as `set_reference` gave it.
+        run: name of the run, the other half of a commit's key.
         after: called with every finished iteration (records, checkpoints, progress).
 
     Returns:
@@ -61,7 +66,8 @@ def train(
         except StopRequestedError:
             return iteration
         check_failures(groups, config.max_failed_share)
-        answer = fleet.moments.commit(iteration, *_features(groups))
+        features, valid, classes = _features(groups, space)
+        answer = fleet.moments.commit(iteration, features, valid, run=run, classes=classes)
         distribution = {LOO_FID: answer.rewards.reshape(len(groups), -1)}
         advantages = group_advantages(groups, distribution, config.rewards.terms())
         report = fleet.learner.step(make_batch(iteration, groups, advantages))
@@ -70,36 +76,24 @@ def train(
         spans = _spans(groups, answer, report, Span("driver", "broadcast", learned, time.time()))
         row = _row(iteration, version, groups, answer, advantages, report, fleet)
         row |= _times(spans, started, groups)
-        after(Iteration(row, groups, advantages, spans))
+        after(Iteration(row, groups, advantages, spans, answer.warnings))
         if should_stop():
             return iteration + 1
     return config.iterations
 
 
-def prepare(config: RunConfig, fleet: Fleet) -> dict[str, float]:
-    """Before the first iteration: real images' moments, and from images of the base policy the
-    start of the moving average and the entropy that controllers are anchored to."""
-    set_reference(config, fleet)
+def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, float]:
+    """Before the first iteration: from images of the base policy, the start of the moments'
+    history and the entropy that controllers are anchored to."""
     conditions, size = config.conditions.conditions(), config.rollouts_per_group
     groups = -(-config.rewards.loo_fid.seed_images // size)
     asked = [conditions[index % len(conditions)] for index in range(groups)]
     seeds = fleet.collect(fleet.submit(_requests(config, asked, "moments", 0)))
     check_failures(seeds, config.max_failed_share)
-    features, valid = _features(seeds)
+    features, valid, _ = _features(seeds, space)
     entropy = float(np.mean([group.rollouts.entropies.mean() for group in seeds]))
     fleet.learner.start(entropy)
     return {"fid": fleet.moments.seed(features[valid]), "entropy": entropy}
-
-
-def set_reference(config: RunConfig, fleet: Fleet) -> None:
-    """Give the moments server the real images' moments, in the reward's feature space."""
-    source, fingerprint = config.rewards.loo_fid.reference, fleet.fingerprint("rewards")
-    if source.endswith(".npz"):
-        reference = Reference.from_npz(source)
-    else:
-        features = fleet.features(load_images(source), "rewards")[MAIN_SPACE]
-        reference = Reference.from_features(features, fingerprint)
-    fleet.moments.set_reference(reference, fingerprint)
 
 
 def check_failures(groups: Sequence[ScoredGroup], allowed: float) -> None:
@@ -134,10 +128,17 @@ def _requests(
     ]
 
 
-def _features(groups: Sequence[ScoredGroup]) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, D) and validity (N,) of a batch, in the order of its groups."""
+def _features(
+    groups: Sequence[ScoredGroup], space: RewardSpace
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features (N, D) in the reward's space, validity (N,) and classes (N,; -1 of captions) of a
+    batch, in the order of its groups."""
     features = np.concatenate([group.scores.features[MAIN_SPACE] for group in groups])
-    return features, np.concatenate([group.scores.valid for group in groups])
+    valid = np.concatenate([group.scores.valid for group in groups])
+    asked = [group.rollouts.request.condition.class_index for group in groups]
+    each = [-1 if index is None else index for index in asked]
+    classes = np.repeat(each, [group.rollouts.request.num_rollouts for group in groups])
+    return space(features, classes), valid, classes
 
 
 def _spans(
@@ -165,7 +166,12 @@ def _row(
         "fid/ema": answer.fid,
         "fid/batch": answer.batch_fid,
         "fid/effective_size": answer.effective_size,
-        "fid/positive_share": float((rewards[LOO_FID][advantages.valid] > 0).mean()),
+        "fid/gap": answer.gap,
+        "fid/bias": answer.bias,
+        "fid/lag": answer.lag,
+        "fid/positive_share": answer.positive_share,
+        "fid/between_classes": answer.between_classes,
+        "fid/within_classes": answer.within_classes,
         "images/failed": int((~advantages.valid).sum()),
         "groups/flat": advantages.flat_groups,
         **report.metrics,

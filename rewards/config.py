@@ -43,6 +43,13 @@ class LooFidTerm(MomentsConfig, RewardTerm):
     """Real images' moments: an .npz file with mu and sigma, or "digits:train" to compute them."""
     seed_images: int = 1000
     """Images of the base policy that start the moving average; at least two groups' worth."""
+    joint: bool = False
+    """Conditional LOO-FID: of features joined with the class that was asked for, so that an image
+    counts for its class alone."""
+    joint_weight: float = 0.0
+    """Factor of the class embeddings; 0 lets them vary as much as the features."""
+    joint_dim: int = 0
+    """Dimensions of the class embeddings; 0 is one for each class."""
 
 
 @dataclass(frozen=True, kw_only=True)

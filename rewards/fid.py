@@ -23,6 +23,7 @@ from cluster.tensors import locate
 from rewards.moments import Moments
 
 NOISE_MARGIN = 4.0
+NOISE_ULPS = 50  # at most; symmetric eigensolvers stay within some sqrt(D)
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,18 @@ def covariance_factor(cov: np.ndarray) -> np.ndarray:
 
 
 def significant(values: np.ndarray) -> np.ndarray:
-    """Mask of eigenvalues of a covariance that stand above rounding noise.
+    """Mask of eigenvalues (D,) of a covariance that stand above rounding noise."""
+    return values > noise(values, NOISE_MARGIN)
 
-    The true ones are not negative, so the most negative computed one shows how large the noise is.
+
+def noise(values: np.ndarray, margin: float = 1.0) -> float:
+    """Size of the rounding error in computed eigenvalues (D,) of a covariance.
+
+    The true ones are not negative, so the most negative computed one shows how large the noise is,
+    times a margin; but never less than the eigensolver's own error.
     """
-    floor = len(values) * np.finfo(np.float64).eps * max(values.max(initial=0), 0)
-    return values > max(floor, -NOISE_MARGIN * values.min(initial=0))
+    ulps = min(len(values), NOISE_ULPS) * np.finfo(np.float64).eps
+    return float(max(ulps * values.max(initial=0), -margin * values.min(initial=0)))
 
 
 def frechet_distance(

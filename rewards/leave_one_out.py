@@ -5,193 +5,269 @@ With EMA moments M before the batch and a decay b, E(u) = b M + (1 - b) u mixes 
     r_i = F(E(batch without i)) - F(E(batch))          > 0: the image helps
 
 Leaving one image out of the mixture is a rank-one change of its covariance. All N rewards therefore
-follow from one eigendecomposition and a quadrature whose nodes all images share; nothing is
+follow from one eigendecomposition and quadratures whose nodes all images share; nothing is
 approximated. Moments are population moments (divided by N); `ddof` cancels to first order in r_i.
 
-Shapes: N images, D dimensions, R rank, Q quadrature nodes.
+Shapes: N images, D dimensions, R rank.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import scipy.linalg
-import scipy.special
+import torch
+from torch import Tensor
 
 from cluster.errors import DataError
-from rewards.fid import Reference, distance_to_reference, significant
+from rewards.diagonal import Mode, diagonal_rewards
+from rewards.fid import NOISE_MARGIN, Reference, covariance_factor, noise, significant
 from rewards.moments import Moments, check_features
+from rewards.root_trace import Mixture, fall_of_lightening, falls
 
-TOLERANCE = 1e-13  # relative, of the quadrature
-LOSES_RANK = 1e-13  # 1 - h below this: the image alone spans a direction
+Covariance = Literal["full", "diagonal"]
+Method = Literal["exact", "influence"]
+
+BUDGET = 1.5e-7  # of the rewards' standard deviation: the error at which squares give way to data
+SOLVER_ULPS = 5  # error of the eigensolver, measured up to D = 2048
 
 
 def leave_one_out_fid(
-    features: np.ndarray, moments: Moments, reference: Reference, decay: float
+    features: np.ndarray,
+    moments: Moments,
+    reference: Reference,
+    decay: float,
+    *,
+    covariance: Covariance = "full",
+    method: Method = "exact",
+    mode: Mode = "ema_loo",
+    device: str = "cpu",
 ) -> tuple[np.ndarray, float]:
-    """Exact leave-one-out rewards with the full covariance.
+    """Leave-one-out rewards of a batch.
 
     Args:
         features: (N, D), N >= 2, of the batch.
         moments: EMA state before this batch; not changed.
         reference: real images' moments in the same feature space.
         decay: the history's weight b in [0, 1); 0 judges the batch alone.
+        covariance: "full" is the Fréchet distance; "diagonal" (2603.23086's code) compares standard
+            deviations of single features, needs far fewer images, and is blind to correlations.
+        method: of the full covariance: "exact" is the definition, "influence" its first order in
+            the weight of an image, for comparison; it saves nothing.
+        mode: of the diagonal form: "ema_loo" is the definition above, "loo_batch" the same with
+            decay 0, "ema_scalar" gives every image the fall of the FID that the batch brings.
+        device: where to compute, as torch names it; float64 everywhere.
 
     Returns:
         rewards (N,) float64, in FID units, positive where the image helps, and the FID of the
-        mixture with every image.
+        mixture with every image. The exact rewards are within 1e-6 of their own standard deviation,
+        also where covariances are singular or of condition 1e14.
 
     Raises:
         DataError: fewer than two images, or dimensions that differ.
+        ValueError: decay or an option out of range.
+    """
+    x = check_batch(features, moments.dim, reference.dim, decay)
+    if covariance == "diagonal":
+        if method != "exact":
+            raise ValueError(
+                "the diagonal form is exact: method 'influence' needs covariance 'full'"
+            )
+        return diagonal_rewards(x, moments, reference, decay, mode)
+    if covariance != "full" or method not in ("exact", "influence"):
+        raise ValueError(f"unknown covariance or method: {covariance!r}, {method!r}")
+    if mode != "ema_loo":
+        raise ValueError(f"mode {mode!r} needs covariance 'diagonal'")
+    scene = _Scene.of(x, moments, reference, decay, torch.device(device))
+    if method == "influence":
+        return _influence(scene)
+    if decay == 0 and len(x) <= scene.factor.shape[1]:
+        return _exact(scene, _from_data(scene))
+    mixture, uncertainty = _from_squares(scene)
+    rewards, fid = _exact(scene, mixture)
+    if (uncertainty.cpu().numpy() > BUDGET * rewards.std()).any():
+        return _exact(scene, _from_data(scene))
+    return rewards, fid
+
+
+def check_batch(features: np.ndarray, dim: int, reference_dim: int, decay: float) -> np.ndarray:
+    """Features (N, D) as float64, fit for leaving one out.
+
+    Raises:
+        DataError: fewer than two images, or dimensions that differ.
+        ValueError: decay out of range.
     """
     x = check_features(features)
-    count, dim = x.shape
-    if count < 2:
-        raise DataError(f"leave-one-out needs at least 2 images, found {count}")
-    if not dim == moments.dim == reference.dim:
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be in [0, 1), found {decay}")
+    if len(x) < 2:
+        raise DataError(f"leave-one-out needs at least 2 images, found {len(x)}")
+    if not x.shape[1] == dim == reference_dim:
         raise DataError(
-            f"features have {dim} dimensions, moments {moments.dim}, the reference "
-            f"{reference.dim}: all three must come from the same extractor"
+            f"features have {x.shape[1]} dimensions, moments {dim}, the reference "
+            f"{reference_dim}: all three must come from the same extractor"
         )
-    after = moments.update(x, decay)
-    fid = distance_to_reference(after.mean, after.cov, reference)
-
-    # The mixture in which every image has the weight it keeps when another one is left out: taking
-    # one away then is exactly rank one (notes on the algebra in rewards/README.md).
-    share = (1 - decay) / (count - 1)
-    total = 1 + share
-    batch = Moments.from_features(x)
-    mean = (decay * moments.mean + share * count * batch.mean) / total
-    cov = _weighted_cov(moments, decay / total, batch, share * count / total)
-    deviations = x - mean
-
-    roots, projected = _root_spectrum(total * cov, reference.factor, deviations)
-    root_trace = np.sqrt(roots).sum()
-    drop = _root_trace_drop(share * total * projected**2, roots)
-
-    gap = mean - reference.mu
-    squares = np.einsum("nd,nd->n", deviations, deviations)
-    without = (
-        gap @ gap
-        - 2 * share * (deviations @ gap)
-        + share**2 * squares
-        + total * np.trace(cov)
-        - share * total * squares
-        + np.trace(reference.sigma)
-        - 2 * (root_trace - drop)
-    )
-    return without - fid, fid
+    return x
 
 
-def _weighted_cov(a: Moments, share_a: float, b: Moments, share_b: float) -> np.ndarray:
-    gap = b.mean - a.mean
-    return share_a * a.cov + share_b * b.cov + share_a * share_b * np.outer(gap, gap)
-
-
-def _root_spectrum(
-    cov: np.ndarray, factor: np.ndarray, deviations: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues l (R,) of L' cov L above noise, and the deviations in that basis, (N, R)."""
-    values, vectors = scipy.linalg.eigh(factor.T @ cov @ factor)
-    keep = significant(values)
-    return values[keep], deviations @ (factor @ vectors[:, keep])
-
-
-def _root_trace_drop(updates: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """How much the trace of the square root falls when each rank-one part is taken away.
-
-    For A = diag(values) and A_i = A - z_i z_i' with updates = z_i^2 elementwise,
-
-        tr sqrt(A) - tr sqrt(A_i) = -(1/pi) int_0^inf log(1 - g_i(t)) dt,
-        g_i(t) = sum_k updates_ik / (values_k + t^2).
-
-    All terms of g are positive, so nothing cancels however small the drop is. Where an image all
-    but spans a direction of its own, the smallest eigenvalue m of A_i nears zero and the integrand
-    turns singular; the factor (m + t^2) / (l + t^2) is then integrated in closed form, to
-    sqrt l - sqrt m.
-
-    Args:
-        updates: (N, R) >= 0.
-        values: (R,) > 0, ascending.
-
-    Returns:
-        (N,) >= 0.
+@dataclass(frozen=True, slots=True)
+class _Scene:
+    """The input as tensors, and the mixture in which every image has the weight that it keeps when
+    another one is left out: taking one away then is exactly rank one (rewards/README.md).
     """
-    if not len(values):
-        return np.zeros(len(updates))
-    updates = np.minimum(updates, values)  # a theorem, up to rounding
-    nodes, weights = _nodes(float(values[0]), float(values[-1]))
-    squares = nodes**2
-    inverse = 1 / (values[:, None] + squares)  # (R, Q)
-    ratios = updates / values
-    at_zero = np.minimum(ratios.sum(1), 1.0)
-    logs = np.log1p(-np.minimum(updates @ inverse, 0.5))
-    closed = np.zeros(len(updates))
 
-    large = at_zero > 0.5
-    if large.any():
-        rest = 1 - at_zero[large]
-        rest[rest < LOSES_RANK] = 0.0
-        complement = rest[:, None] + ratios[large] @ (squares * inverse)  # 1 - g, no cancellation
-        smallest = _smallest_root(updates[large], values)
-        lowest = values[0]
-        factor = (smallest[:, None] - lowest) / (lowest + squares)  # log1p: (m + t^2) / (l + t^2)
-        logs[large] = np.log(complement) - np.log1p(factor)
-        closed[large] = np.sqrt(lowest) - np.sqrt(smallest)
-    return closed - logs @ weights / math.pi
+    x: Tensor  # (N, D)
+    old_mean: Tensor  # (D,)
+    old_cov: Tensor  # (D, D)
+    factor: Tensor  # (D, R), L with L L' the reference's covariance
+    mean: Tensor  # (D,) of the mixture
+    decay: float
+    distances: Tensor  # (N,) |x_i - mu_r|^2
+    old_distance: float  # the history's mean of the same
+    reference_trace: float
+
+    @classmethod
+    def of(
+        cls,
+        x: np.ndarray,
+        moments: Moments,
+        reference: Reference,
+        decay: float,
+        device: torch.device,
+    ) -> _Scene:
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.tensor(array, dtype=torch.float64, device=device)
+
+        batch, mu = tensor(x), tensor(reference.mu)
+        share = (1 - decay) / (len(x) - 1)
+        # About the reference's mean: far from the origin nothing is lost.
+        history = tensor(moments.mean - reference.mu)
+        shifted = batch - mu
+        return cls(
+            x=shifted,
+            old_mean=history,
+            old_cov=tensor(moments.cov),
+            factor=tensor(reference.factor),
+            mean=(decay * history + share * shifted.sum(0)) / (1 + share),
+            decay=decay,
+            distances=(shifted**2).sum(1),
+            old_distance=float(np.trace(moments.cov)) + float(history @ history),
+            reference_trace=float(np.trace(reference.sigma)),
+        )
+
+    @property
+    def share(self) -> float:
+        """Each image's weight."""
+        return (1 - self.decay) / (len(self.x) - 1)
+
+    @property
+    def projected(self) -> Tensor:
+        """L'(x_i - m), (N, R)."""
+        return (self.x - self.mean) @ self.factor
 
 
-def _smallest_root(updates: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Smallest eigenvalue of diag(values) - z z': the root of 1 = sum_k updates_k / (values_k - m).
+def _exact(scene: _Scene, mixture: Mixture) -> tuple[np.ndarray, float]:
+    """Rewards and FID. F is linear in the moments but for the trace of the root:
 
-    In [0, values[0]]. The sum rises with m, so bisection cannot fail; it runs on sqrt(m), which the
-    caller needs to full accuracy.
+    F = E|x - mu_r|^2 + tr S_r - 2 tr (L' cov L)^(1/2).
     """
-    ceiling = values[0]
-    low, high = np.zeros(len(updates)), np.full(len(updates), math.sqrt(ceiling))
-    full = 1 - (updates / values).sum(1) < LOSES_RANK
-    for _ in range(60):
-        middle = (low + high) / 2
-        with np.errstate(divide="ignore", invalid="ignore"):
-            terms = np.where(updates > 0, updates / (values - middle[:, None] ** 2), 0.0)
-        above = ~(terms.sum(1) < 1)
-        high, low = np.where(above, middle, high), np.where(above, low, middle)
-    return np.where(full, 0.0, low**2)
+    common = fall_of_lightening(mixture)
+    rewards = mixture.share * (scene.distances.mean() - scene.distances)
+    rewards += 2 * (falls(mixture) - common)
+    root_trace = mixture.values.sqrt().sum() - common
+    return rewards.cpu().numpy(), _fid(scene, root_trace)
 
 
-def _nodes(smallest: float, largest: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes t and weights (Q,) with int_0^inf f(t) dt ~ sum w f(t) for f analytic off i[sqrt l].
+def _fid(scene: _Scene, root_trace: Tensor) -> float:
+    batch = (1 - scene.decay) * scene.distances.mean().item()
+    linear = scene.decay * scene.old_distance + batch + scene.reference_trace
+    return max(linear - 2 * root_trace.item(), 0.0)
 
-    Midpoint rule in the Jacobi elliptic variable t = sqrt(smallest) sc(u | 1 - smallest/largest),
-    u in (0, K) (Hale, Higham, Trefethen 2008, method 3). Error about
-    exp(-2 pi^2 Q / (log(largest/smallest) + 6)).
+
+def _from_squares(scene: _Scene) -> tuple[Mixture, Tensor]:
+    """The mixture by the eigendecomposition of L' cov L, and the uncertainty (N,) of each fall.
+
+    Fast; but squares put what is small beside the largest eigenvalue's rounding error v. A shift
+    of A by v moves a fall by at most v/4 sum_k share W z_k^2 l_k^(-3/2) / rest, and by at most
+    sqrt(m + v) - sqrt(m) with the least eigenvalue m that a missing image leaves; directions lost
+    in the noise are worth its root.
     """
-    smallest = min(smallest, largest * (1 - 1e-9))
-    ratio = smallest / largest
-    count = math.ceil((6 - math.log(ratio)) * -math.log(TOLERANCE) / (2 * math.pi**2))
-    count += count % 2
-    quarter = scipy.special.ellipkm1(ratio)
-    u = (np.arange(count // 2) + 0.5) * quarter / count
-    sc, slope = _sc(u, ratio)
-    # The upper half mirrors the lower: sc(K - u) = 1 / (sqrt(ratio) sc(u)), accurate where a direct
-    # evaluation near K would have lost the argument.
-    low, high = math.sqrt(smallest) * sc, math.sqrt(largest) / sc
-    step = quarter / count
-    weights_low = math.sqrt(smallest) * slope * step
-    weights_high = math.sqrt(largest) * slope / sc**2 * step
-    return np.concatenate([low, high]), np.concatenate([weights_low, weights_high])
+    projected = scene.projected
+    history = (scene.old_mean - scene.mean) @ scene.factor
+    squares = scene.decay * (scene.factor.T @ (scene.old_cov @ scene.factor))
+    squares += scene.decay * torch.outer(history, history)
+    squares += scene.share * projected.T @ projected
+    spectrum, vectors = torch.linalg.eigh((squares + squares.T) / 2)
+    keep = significant(spectrum.cpu().numpy())
+    lost = len(keep) - int(keep.sum())
+    values = spectrum[torch.from_numpy(keep).to(spectrum.device)]
+    vectors = vectors[:, lost:]
+    scores = scene.share**0.5 * (projected @ vectors) / values.sqrt()
+    total = 1 + scene.share
+    weights = total * scores**2
+    mixture = Mixture(values, scores, (1 - weights.sum(1)).clamp(min=0, max=1), scene.share)
+
+    floor = noise(spectrum.cpu().numpy(), NOISE_MARGIN)
+    uncertainty = torch.full_like(mixture.rest, 3 * scene.share * (lost * floor) ** 0.5)
+    if len(values):
+        error = SOLVER_ULPS * torch.finfo(values.dtype).eps * values[-1]
+        left = values[0] * mixture.rest
+        shift = error / 4 * (weights @ values.rsqrt()) / mixture.rest
+        uncertainty += 2 * torch.minimum(shift, (left + error).sqrt() - left.sqrt())
+    return mixture, uncertainty
 
 
-def _sc(u: np.ndarray, complement: float) -> tuple[np.ndarray, np.ndarray]:
-    """sc(u | m) = sn/cn and its derivative dn/cn^2, m = 1 - complement."""
-    if complement > 1e-10:
-        sn, cn, dn, _ = scipy.special.ellipj(u, 1 - complement)
-        return sn / cn, dn / cn**2
-    # First order in 1 - m (Abramowitz & Stegun 16.15): the library routine cannot hold 1 - 1e-11.
-    tanh, sech, product = np.tanh(u), 1 / np.cosh(u), np.sinh(u) * np.cosh(u)
-    quarter = complement / 4
-    sn = tanh + quarter * (product - u) * sech**2
-    cn = sech - quarter * (product - u) * tanh * sech
-    dn = sech + quarter * (product + u) * tanh * sech
-    return sn / cn, dn / cn**2
+def _from_data(scene: _Scene) -> Mixture:
+    """The mixture by singular values of a square root F of A, F'F = A: several times slower, right
+    where `_from_squares` is not.
+
+    F has a row for each direction of the history, the shift of its mean, and each image. Its rows
+    have a known null vector q, as deviations from the mixture's mean sum to zero; a reflection that
+    turns q into the row of the shift removes both. What an image has outside the range then tells
+    how near it is to spanning a direction of its own: a length, so accurate where 1 - h is not.
+    """
+    count, total = len(scene.x), 1 + scene.share
+    projected = scene.projected
+    q_old, q_new = (scene.decay / total) ** 0.5, (scene.share / total) ** 0.5
+    shift = scene.decay**0.5 * (scene.old_mean - scene.mean) @ scene.factor
+    rows = scene.share**0.5 * projected - q_new / (1 + q_old) * shift
+    if scene.decay:
+        root = torch.from_numpy(covariance_factor(scene.old_cov.cpu().numpy())).to(rows)
+        rows = torch.cat([scene.decay**0.5 * root.T @ scene.factor, rows])
+    left, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
+    floor = max(rows.shape) * torch.finfo(rows.dtype).eps * sizes.max().item() if len(sizes) else 0
+    rank = int((sizes > floor).sum())
+    left, sizes = left[:, :rank].flip(1), sizes[:rank].flip(0)
+
+    unit = rows.new_zeros(len(rows), count)
+    unit[len(rows) - count :] = torch.eye(count, out=rows.new_empty(count, count))
+    unit[len(rows) - count :] -= q_new**2 / (1 + q_old)
+    scores = left.T @ unit
+    outside = unit - left @ scores
+    outside -= left @ (left.T @ outside)  # twice is enough
+    rest = (total * (outside**2).sum(0)).clamp(max=1)
+    return Mixture(sizes**2, scores.T, rest, scene.share)
+
+
+def _influence(scene: _Scene) -> tuple[np.ndarray, float]:
+    """First order in an image's weight, about the mixture E(u) with every image:
+
+    r_i = share (mean_j q(x_j) - q(x_i)),   q(x) = |x - mu_r|^2 - (x - m)' K (x - m),
+    K = L (L' cov L)^(-1/2) L'.
+
+    The rewards of a batch sum to zero.
+    """
+    weight = (1 - scene.decay) / len(scene.x)
+    mean = scene.decay * scene.old_mean + weight * scene.x.sum(0)
+    projected = (scene.x - mean) @ scene.factor
+    history = (scene.old_mean - mean) @ scene.factor
+    squares = scene.decay * (scene.factor.T @ (scene.old_cov @ scene.factor))
+    squares += scene.decay * torch.outer(history, history) + weight * projected.T @ projected
+    values, vectors = torch.linalg.eigh((squares + squares.T) / 2)
+    keep = torch.from_numpy(significant(values.cpu().numpy())).to(values.device)
+    roots = values[keep].sqrt()
+    slopes = ((projected @ vectors[:, keep]) ** 2) @ (1 / roots)
+    q = scene.distances - slopes
+    rewards = scene.share * (q.mean() - q)
+    return rewards.cpu().numpy(), _fid(scene, roots.sum())

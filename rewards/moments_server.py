@@ -1,9 +1,16 @@
-"""The moments-server role: one owner of the EMA moments, which commits every iteration once."""
+"""The moments-server role: one owner of the history's moments, which commits every iteration once.
+
+The history is an exponential average or a sliding window; either counts for an effective number of
+images (`rewards.moments`), which is what `window` sets.
+
+Shapes: N images, D feature dimensions.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import msgpack
 import numpy as np
@@ -11,22 +18,69 @@ from threadpoolctl import threadpool_limits
 
 from cluster.errors import CheckpointError, DataError
 from cluster.messages import Span
+from rewards.diagnostics import (
+    bias_constant,
+    class_statistics,
+    diagonal_distance,
+    short_window_warning,
+)
+from rewards.diagonal import Mode
 from rewards.fid import Reference, distance_to_reference
-from rewards.leave_one_out import leave_one_out_fid
-from rewards.moments import Moments
+from rewards.leave_one_out import Covariance, Method, leave_one_out_fid
+from rewards.moments import Moments, SlidingWindow, decay_for, effective_images
 
 
 @dataclass(frozen=True, kw_only=True)
 class MomentsConfig:
-    """The moving average behind the leave-one-out FID."""
+    """The history behind the leave-one-out FID."""
 
     decay: float = 0.5
     """Weight of the history in each update, [0, 1). Long against the bias of few images, short
-    against the policy's drift: watch fid/ema beside fid/batch."""
+    against the policy's drift: watch fid/ema beside fid/batch. Not used where window is set."""
+    window: float = 0.0
+    """The same as an effective number of images, whatever an iteration's size; with the full
+    covariance at least 2, better 5, for each feature dimension. 0: what decay comes to."""
+    kind: Literal["ema", "sliding"] = "ema"
+    """ema: exponential average. sliding: the newest images, all of one weight; forgets at once what
+    left the window, and keeps the features of the whole window in memory."""
+    covariance: Covariance = "full"
+    """full: the FID. diagonal: variances alone, for windows too short for the full covariance."""
+    method: Method = "exact"
+    """Of the full covariance. exact: the definition. influence: its first order, to compare."""
+    mode: Mode = "ema_loo"
+    """Of the diagonal covariance. ema_loo: images are left out of history and batch together.
+    loo_batch: of the batch alone. ema_scalar: one reward for the whole batch."""
 
     def __post_init__(self) -> None:
+        if self.covariance == "full" and self.mode != "ema_loo":
+            raise ValueError(f"mode {self.mode!r} needs covariance=diagonal")
+        if self.covariance == "diagonal" and self.method != "exact":
+            raise ValueError(f"method {self.method!r} needs covariance=full")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), found {self.decay}")
+        if not 0 <= self.window < float("inf"):
+            raise ValueError(
+                f"window must be a number of images, or 0 for decay; found {self.window}"
+            )
+
+    def effective_images(self, batch: float) -> float:
+        """What the history comes to hold, with so many images an iteration."""
+        return self.window or effective_images(self.decay, batch)
+
+    def decay_at(self, batch: int) -> float:
+        """The exponential average's decay for an iteration of so many images.
+
+        Raises:
+            DataError: the window is shorter than the iteration.
+        """
+        if not self.window:
+            return self.decay
+        try:
+            return decay_for(self.window, batch)
+        except ValueError as error:
+            raise DataError(
+                f"{error}: set window to at least the images of an iteration ({batch})"
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,23 +96,64 @@ class DistributionReward:
     """FID of this iteration's images alone; far above `fid` with few images, but free of lag."""
     effective_size: float
     """How many images' worth of information the mixture holds."""
+    bias: float = 0.0
+    """About how much of `fid` is there because images are few: `diagnostics.bias_constant` over
+    the effective size, at most `fid`. Too low where the images are fewer than 2 D."""
+    batch_bias: float = 0.0
+    """The same of `batch_fid`."""
+    positive_share: float = float("nan")
+    """Share of the valid images whose reward is positive."""
+    class_rewards: dict[int, float] | None = None
+    """Class -> mean reward of its valid images; None where no classes were given."""
+    between_classes: float = float("nan")
+    """Standard deviation of the classes' mean rewards: what group normalisation takes away."""
+    within_classes: float = float("nan")
+    """Root mean square deviation of rewards from their class's mean: what it leaves."""
+    warnings: tuple[str, ...] = ()
+    """What is wrong with the settings and what to change; told with the first answer only."""
     spans: tuple[Span, ...] = ()
+
+    @property
+    def gap(self) -> float:
+        """`batch_fid` less `fid`: bias of the smaller set, less what the history lags behind."""
+        return self.batch_fid - self.fid
+
+    @property
+    def lag(self) -> float:
+        """`fid` less `batch_fid`, each without its bias: above 0 the policy is better than its
+        history, and a shorter window would follow it closer. As rough as the bias estimates."""
+        return (self.fid - self.bias) - (self.batch_fid - self.batch_bias)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One iteration's part in the history."""
+
+    before: Moments
+    """What the leave-one-out mixes the batch with."""
+    share: float
+    """How much of the mixture is history."""
+    after: Moments | SlidingWindow
+    """The history with the batch in it."""
 
 
 class MomentsServer:
-    """Holds reference and EMA moments.
+    """Holds reference and history.
 
-    A commit is keyed by its iteration: repeating the last one returns the same answer and changes
-    nothing, so a caller that lost the answer may ask again.
+    A commit is keyed by run and iteration: repeating the last one returns the same answer and
+    changes nothing, so a caller that lost the answer may ask again, also after a `restore`.
     """
 
     def __init__(self, config: MomentsConfig, name: str = "moments-server") -> None:
         self.name = name
-        self._decay = config.decay
+        self._config = config
         self._reference: Reference | None = None
-        self._moments: Moments | None = None
-        self._committed = -1  # the last iteration whose images are in the moments
+        self._bias_constant: float | None = None
+        self._history: Moments | SlidingWindow | None = None
+        self._run: str | None = None  # whose images are in the history; None: nobody's yet
+        self._key: tuple[str, int] | None = None  # the last commit
         self._answer: DistributionReward | None = None
+        self._warned = False
 
     def set_reference(self, reference: Reference, fingerprint: str) -> None:
         """Set the real images' moments.
@@ -71,71 +166,214 @@ class MomentsServer:
                 f"the reference was made with features {reference.fingerprint!r}, but the reward "
                 f"servers use {fingerprint!r}: build the reference again with this network"
             )
-        self._reference = reference
+        self._reference, self._bias_constant = reference, None
 
     def seed(self, features: np.ndarray) -> float:
-        """Start the moving average from images of the base policy, (N, D); returns their FID."""
-        with threadpool_limits(1):
-            self._moments = Moments.from_features(features)
-            return self._fid(self._moments)
+        """Start the history from images of the base policy, (N, D); returns their FID.
 
-    def commit(self, iteration: int, features: np.ndarray, valid: np.ndarray) -> DistributionReward:
-        """Judge one iteration's images and take them into the moving average, once.
+        With N = 0 it starts empty, and the answer is NaN: the first iteration is then judged by
+        itself, and an exponential average is debiased while it fills up.
+        """
+        sliding = self._config.kind == "sliding"
+        self._run, self._key, self._answer, self._warned = None, None, None, False
+        with threadpool_limits(1):
+            if features.ndim == 2 and len(features) == 0:
+                self._history = SlidingWindow() if sliding else Moments.empty(features.shape[1])
+                return float("nan")
+            moments = Moments.from_features(features)
+            self._history = SlidingWindow().push(features, len(features)) if sliding else moments
+            return self._fid(moments)
+
+    def commit(
+        self,
+        iteration: int,
+        features: np.ndarray,
+        valid: np.ndarray,
+        *,
+        run: str = "",
+        classes: np.ndarray | None = None,
+    ) -> DistributionReward:
+        """Judge one iteration's images and take them into the history, once.
 
         Args:
             iteration: must follow the last one, or repeat it.
             features: (N, D) float32.
             valid: (N,) bool; images that failed are left out of rewards and moments.
+            run: whose iteration it is. A history serves one run: the first commit after `seed` or
+                `restore` binds it.
+            classes: (N,) int, for the diagnostics by class.
 
         Raises:
-            DataError: an iteration out of order, or fewer than two valid images.
+            DataError: another run's history, an iteration out of order, a repetition with another
+                number of images, a window shorter than the iteration, or fewer than two valid
+                images.
         """
         start = time.time()
-        if self._answer is not None and iteration == self._committed:
-            return self._answer
-        if iteration <= self._committed:
-            raise DataError(
-                f"iteration {iteration} comes after {self._committed} was committed: "
-                "moments cannot go back"
-            )
-        if self._moments is None or self._reference is None:
+        classes = None if classes is None else np.asarray(classes)
+        repeated = self._repeated(run, iteration, len(features))
+        if repeated is not None:
+            return repeated
+        if self._history is None or self._reference is None:
             raise DataError("the moments server needs a reference and seeded moments first")
         used = features[valid]
         rewards = np.full(len(features), np.nan)
         # One thread: the last bits of a product then do not depend on where the server runs.
         with threadpool_limits(1):
-            rewards[valid], fid = leave_one_out_fid(
-                used, self._moments, self._reference, self._decay
-            )
-            moments = self._moments.update(used, self._decay)
+            step = self._step(self._history, used)
+            rewards[valid], fid = self._judge(self._reference, step, used)
             batch_fid = self._fid(Moments.from_features(used))
-        self._moments, self._committed = moments, iteration
-        self._answer = DistributionReward(
+            size = step.after.effective_size
+            bias, batch_bias = self._bias(size, fid), self._bias(len(used), batch_fid)
+        statistics = {} if classes is None else class_statistics(rewards, classes)
+        answer = DistributionReward(
             iteration=iteration,
             rewards=rewards,
             fid=fid,
             batch_fid=batch_fid,
-            effective_size=moments.effective_size,
+            effective_size=size,
+            bias=bias,
+            batch_bias=batch_bias,
+            positive_share=float((rewards[valid] > 0).mean()),
+            warnings=self._warnings(len(used)),
             spans=(Span(self.name, "moments", start, time.time()),),
+            **statistics,
         )
-        return self._answer
+        # All at once and last: a commit that failed has left no trace.
+        self._history, self._answer = step.after, answer
+        self._run, self._key, self._warned = run, (run, iteration), True
+        return answer
 
     def state(self) -> bytes:
-        """Everything a checkpoint needs: moments, and the iteration they were committed for."""
-        if self._moments is None:
+        """Everything a checkpoint needs: the history, the key it was committed under, the answer.
+
+        Raises:
+            DataError: there is no history yet.
+        """
+        if self._history is None:
             raise DataError("the moments server has no moments yet")
-        return msgpack.packb({"moments": self._moments.to_bytes(), "iteration": self._committed})
+        run, iteration = self._key or ("", -1)
+        fields: dict[str, Any] = {"iteration": iteration, "run": run}
+        if isinstance(self._history, Moments):
+            fields["moments"] = self._history.to_bytes()
+        else:
+            fields["window"] = [pack_array(batch) for batch in self._history.batches]
+        if self._answer is not None:
+            answer = asdict(self._answer)
+            # Times of the clock, and what depends on what was said before: the same state would not
+            # be the same bytes.
+            del answer["spans"], answer["warnings"]
+            fields["answer"] = answer | {"rewards": pack_array(self._answer.rewards)}
+        return msgpack.packb(fields)
 
     def restore(self, state: bytes) -> None:
-        """Inverse of `state`; the next commit must be a later iteration."""
+        """Inverse of `state`; the next commit repeats the last one or is a later iteration.
+
+        Raises:
+            CheckpointError: not such a state, or of the other kind of history.
+        """
         try:
-            fields = msgpack.unpackb(state)
-            iteration, moments = int(fields["iteration"]), Moments.from_bytes(fields["moments"])
-        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+            fields = msgpack.unpackb(state, strict_map_key=False)
+            key = (fields.get("run", ""), int(fields["iteration"]))  # version 0.1 had no runs
+            found = "sliding" if "window" in fields else "ema"
+            history = _unpack_history(fields)
+            answer = _unpack_answer(fields.get("answer"))
+        except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
             raise CheckpointError(f"this is no state of a moments server: {error}") from error
-        self._moments, self._committed, self._answer = moments, iteration, None
+        if found != self._config.kind:
+            raise CheckpointError(
+                f"the stored history is of kind {found!r}, the configuration asks for "
+                f"{self._config.kind!r}: go on with kind={found}"
+            )
+        self._history, self._answer = history, answer
+        self._run, self._key = None, key if key[1] >= 0 else None
+
+    def _repeated(self, run: str, iteration: int, count: int) -> DistributionReward | None:
+        """The stored answer if this commit was made before; None if it is new and in order."""
+        if self._run is not None and self._run != run:
+            raise DataError(
+                f"the moments belong to run {self._run!r}, but run {run!r} commits to them: each "
+                "run needs a moments server of its own"
+            )
+        if self._key is None or self._key[0] != run or iteration > self._key[1]:
+            return None
+        if iteration < self._key[1] or self._answer is None:
+            raise DataError(
+                f"iteration {iteration} comes after {self._key[1]} was committed: "
+                "moments cannot go back"
+            )
+        if len(self._answer.rewards) != count:
+            raise DataError(
+                f"iteration {iteration} was committed with {len(self._answer.rewards)} images, "
+                f"and comes again with {count}"
+            )
+        return self._answer
+
+    def _step(self, history: Moments | SlidingWindow, used: np.ndarray) -> _Step:
+        decay = self._config.decay_at(len(used))  # refuses a window that is too short
+        if isinstance(history, Moments):
+            share = history.history_share(decay)
+            return _Step(history.normalised(), share, history.update(used, decay))
+        after = history.push(used, self._config.effective_images(len(used)))
+        older = SlidingWindow(after.batches[:-1])
+        if not older.batches:
+            return _Step(Moments.empty(used.shape[1]), 0.0, after)
+        return _Step(older.moments(), 1 - len(used) / after.effective_size, after)
+
+    def _judge(
+        self, reference: Reference, step: _Step, used: np.ndarray
+    ) -> tuple[np.ndarray, float]:
+        """Rewards of the images (N, D), and the FID of their mixture with the history."""
+        config = self._config
+        rewards, fid = leave_one_out_fid(
+            used,
+            step.before,
+            reference,
+            step.share,
+            covariance=config.covariance,
+            method=config.method,
+            mode=config.mode,
+        )
+        if config.mode == "loo_batch":  # it answers with the batch's
+            fid = self._fid(step.before.update(used, step.share))
+        return rewards, fid
+
+    def _bias(self, images: float, fid: float) -> float:
+        if self._bias_constant is None and self._reference is not None:
+            self._bias_constant = bias_constant(self._reference, self._config.covariance)
+        return min((self._bias_constant or 0.0) / images, fid)
+
+    def _warnings(self, batch: int) -> tuple[str, ...]:
+        if self._warned or self._reference is None or self._config.covariance != "full":
+            return ()
+        warning = short_window_warning(self._config.effective_images(batch), self._reference)
+        return (warning,) if warning else ()
 
     def _fid(self, moments: Moments) -> float:
         if self._reference is None:
             raise DataError("the moments server needs a reference first")
-        return distance_to_reference(moments.mean, moments.cov, self._reference)
+        full = self._config.covariance == "full"
+        distance = distance_to_reference if full else diagonal_distance
+        return distance(moments.mean, moments.cov, self._reference)
+
+
+def pack_array(array: np.ndarray) -> dict[str, Any]:
+    """An array as msgpack can hold it."""
+    return {"dtype": array.dtype.str, "shape": array.shape, "data": array.tobytes()}
+
+
+def unpack_array(fields: dict[str, Any]) -> np.ndarray:
+    """Inverse of `pack_array`."""
+    flat = np.frombuffer(fields["data"], dtype=np.dtype(fields["dtype"]))
+    return flat.reshape(fields["shape"]).copy()
+
+
+def _unpack_history(fields: dict[str, Any]) -> Moments | SlidingWindow:
+    if "window" in fields:
+        return SlidingWindow(tuple(unpack_array(batch) for batch in fields["window"]))
+    return Moments.from_bytes(fields["moments"])
+
+
+def _unpack_answer(fields: dict[str, Any] | None) -> DistributionReward | None:
+    if fields is None:
+        return None
+    return DistributionReward(**(fields | {"rewards": unpack_array(fields["rewards"])}))

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from cluster.fleet import Fleet
 from learner.config import RunConfig, load_preset, to_dict, validate
+from learner.distribution import set_reference
 from learner.loop import Iteration, prepare, train
 from learner.metrics import read_metrics, repeatable
 
@@ -48,8 +49,9 @@ def run_training(config: RunConfig, fleet: Fleet) -> list[Iteration]:
     """The main loop alone, its iterations kept in memory."""
     iterations: list[Iteration] = []
     fleet.broadcast()
-    prepare(config, fleet)
-    train(config, fleet, 0, iterations.append, lambda: False)
+    space = set_reference(config, fleet)
+    prepare(config, fleet, space)
+    train(config, fleet, space, 0, iterations.append, lambda: False)
     return iterations
 
 

@@ -172,7 +172,7 @@ def _load(file: Path, *, mmap: bool) -> Any:
         raise CheckpointError(_refusal(file, str(error))) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(
-            f"{file}: not a whole PyTorch checkpoint ({_first_line(error)}); fetch it again"
+            f"{file}: not a whole PyTorch checkpoint; was it cut short? Fetch it again"
         ) from error
 
 
@@ -180,19 +180,14 @@ def _refusal(file: Path, message: str) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", message)
     if found is None:
         return (
-            f"{file}: not a checkpoint that can be read without running code in it "
-            f"({_first_line(message)}); fetch it again, or use another file"
+            f"{file}: not a checkpoint that can be read without running code in it; fetch it "
+            "again, or use another file"
         )
     return (
         f"{file}: expected tensors in plain containers, found a pickled {found.group(1)}, which is "
         "refused because it could run code. If you trust the file, save its weights alone, "
         'torch.save({"model": state_dict}, PATH), where it was made'
     )
-
-
-def _first_line(error: object) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(". ")
 
 
 def _weights(file: Path, content: Any, ema: bool) -> Mapping[str, Tensor]:

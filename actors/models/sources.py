@@ -234,10 +234,9 @@ def _which_architecture(source: Source, kind: Kind) -> str:
         advice = f"width, depth and vocabulary are those of {', '.join(names)}"
     else:
         advice = f"no named {kind} has its width, depth and vocabulary; give a .json of the fields"
-    return (
-        f"{source.file} is an official file, which does not say its number of heads and its grid: "
-        f"set architecture; {advice}"
-    )
+    lacks = "its number of heads and its grid" if kind == "policy" else "its architecture"
+    option = "architecture" if kind == "policy" else "the tokenizer's architecture"
+    return f"{source.file} is an official file, which does not say {lacks}: set {option}; {advice}"
 
 
 def _refuse_contradiction(source: Source, file: OfficialFile, architecture: Architecture) -> None:

@@ -30,17 +30,23 @@ from scipy import stats
 from cluster.fleet import InlineFleet
 from learner import evaluate
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, validate
+from learner.distribution import set_reference
 from learner.loop import prepare, train
 from learner.miniature.build import BuildConfig, Builder, with_networks
 from learner.progress import COLUMNS
 
 BASE, GUIDED, BOTH = "base", "base, CFG 2", "instance + LOO-FID"
+JOINT = "joint LOO-FID only"
+JOINTLY = {"loo_fid": {"joint": True}}
 INSTANCE_OFF = {"clip": {"weight": 0.0}, "hps": {"weight": 0.0}}
 ARMS: dict[str, dict[str, Any]] = {
     "instance only": {"rewards": {"loo_fid": {"weight": 0.0}}},
     "LOO-FID only": {"rewards": INSTANCE_OFF},
     BOTH: {},
     "both + entropy": {"entropy": {"controller": "target"}},
+    JOINT: {"rewards": {**INSTANCE_OFF, **JOINTLY}},
+    "instance + joint": {"rewards": JOINTLY},
+    "instance + joint + entropy": {"rewards": JOINTLY, "entropy": {"controller": "target"}},
 }
 """Arm -> what differs from the preset."""
 SPACES = {
@@ -56,6 +62,8 @@ COMPARISONS = (
     ("instance only", BASE, ("accuracy", "fid", *DIVERSITY)),
     (BOTH, "instance only", ("accuracy", "fid", *DIVERSITY)),
     (BOTH, BASE, DIVERSITY),
+    (JOINT, "LOO-FID only", ("accuracy", "fid", "density", *DIVERSITY)),
+    ("instance + joint", BOTH, ("accuracy", "fid", "density", *DIVERSITY)),
 )
 """Which policy is compared with which, and in what."""
 LOWER_IS_BETTER = ("fid", "second/fid")
@@ -138,8 +146,9 @@ def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
                 for row in evaluate.base_rows(run)
             }
         else:
-            prepare(run, fleet)
-            train(run, fleet, 0, lambda _: None, lambda: False)
+            space = set_reference(run, fleet)
+            prepare(run, fleet, space)
+            train(run, fleet, space, 0, lambda _: None, lambda: False)
             row = evaluate.tuned_row(run)
             rows = {arm: evaluate.examine(run, fleet, row.spec, real)}
     result.write_text(json.dumps(rows))

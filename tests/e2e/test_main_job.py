@@ -13,10 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from actors.models.taming import TamingConfig, TamingGPT
 from cluster.fleet import InlineFleet
+from cluster.tensors import read_tensors, write_tensors
 from learner.experiment import Experiment
 from learner.progress import COLUMNS, RunConsole
 from learner.run import INTERRUPTED, REFUSED, main
@@ -202,3 +205,34 @@ def test_ctrl_c_writes_a_checkpoint_and_leaves_no_process(tmp_path: Path) -> Non
     assert f"stopped after {done} of 2000 iterations" in text
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
+
+
+def test_a_taming_policy_is_tuned_by_the_same_program(tmp_path: Path) -> None:
+    """Another family of models, and another order of tokens."""
+    torch.manual_seed(0)
+    architecture = TamingConfig(
+        dim=32, num_layers=1, num_heads=2, vocab_size=64, block_size=16, grid=4, num_classes=10,
+        permuter="ZCurve",
+    )  # fmt: skip
+    policy = TamingGPT(architecture)
+    file = tmp_path / "policy.safetensors"
+    write_tensors(file, policy.state_dict(), architecture.to_dict())
+    run = tmp_path / "run"
+    status = main([
+        *flags(), "--inline", "--run-dir", str(run), "--policy.checkpoint", str(file),
+        "--evaluation.cfg-scales",
+    ])  # fmt: skip
+    assert status == 0
+    for row, _ in recorded(run):
+        assert row["policy/ratio"] == pytest.approx(1, abs=1e-4)
+    tuned = read_tensors(run / "checkpoints" / "step_000004" / "policy.safetensors")
+    assert not torch.equal(tuned["head.weight"], policy.head.weight)
+
+
+def test_samplers_may_compute_in_bf16(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--inline", "--run-dir", str(run), "--evaluation.num-images", "0"]
+    assert main([*flags(), *options, "--sampler.dtype", "bfloat16"]) == 0
+    for row, _ in recorded(run):
+        assert 1e-4 < row["policy/logprob_gap"] < 1
+        assert row["policy/ratio"] == pytest.approx(1, abs=0.05)

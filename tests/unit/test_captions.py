@@ -298,6 +298,7 @@ def test_captions_are_sampled_from_text_as_from_features(tmp_path: Path, encoder
     for source in (text, features):
         npz = tmp_path / f"{source.stem}.npz"
         options = ["--checkpoint", policy, "--captions", source, "--encoder", encoder_path]
+        options += ["--tokenizer", TokenizerConfig().checkpoint]
         options += ["--out", tmp_path / source.stem, "--npz", npz, "--device", "cpu"]
         assert sample.main(list(map(str, options))) == 0
         images.append(np.load(npz)["arr_0"])

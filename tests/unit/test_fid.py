@@ -5,9 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.errors import DataError
-from rewards.fid import Reference, covariance_factor, distance_to_reference, frechet_distance
+from rewards.fid import (
+    Reference,
+    covariance_factor,
+    distance_to_reference,
+    frechet_distance,
+    noise,
+    significant,
+)
 
 
 def gaussian(dim: int, seed: int, rank: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -22,9 +31,40 @@ def textbook(mu_a, cov_a, mu_b, cov_b) -> float:
     return float((mu_a - mu_b) @ (mu_a - mu_b) + np.trace(cov_a + cov_b - 2 * root))
 
 
-def test_agrees_with_the_usual_formula() -> None:
-    a, b = gaussian(12, 0), gaussian(12, 1)
+@pytest.mark.parametrize("dim", [2, 12, 64])
+def test_agrees_with_the_usual_formula(dim: int) -> None:
+    a, b = gaussian(dim, 0), gaussian(dim, 1)
     assert frechet_distance(*a, *b) == pytest.approx(textbook(*a, *b), rel=1e-8)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    ranks=st.tuples(st.integers(0, 8), st.integers(0, 8)),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+)
+def test_a_real_number_on_singular_covariances(
+    seed: int, ranks: tuple[int, int], scale: float
+) -> None:
+    """Down to rank 0, where `sqrtm` warns and answers with complex numbers or NaN."""
+    generator = np.random.default_rng(seed)
+    covs = []
+    for rank in ranks:
+        root = generator.normal(size=(8, rank))
+        covs.append(scale * root @ root.T)
+    distance = frechet_distance(np.zeros(8), covs[0], np.ones(8), covs[1])
+    assert isinstance(distance, float)
+    assert np.isfinite(distance)
+    # tr S_a + tr S_b bounds the traces' part; it is never below zero.
+    bound = 8 + np.trace(covs[0]) + np.trace(covs[1])
+    assert 8 * (1 - 1e-9) - 1e-6 * scale <= distance <= bound * (1 + 1e-12)
+
+
+def test_noise_does_not_count_as_variance() -> None:
+    values = np.array([-3e-15, 0.0, 2e-16, 1e-14, 1e-9, 1.0])
+    assert significant(values).tolist() == [False, False, False, False, True, True]
+    assert not significant(np.zeros(3)).any()
+    assert noise(values) == pytest.approx(3e-15)
 
 
 def test_is_symmetric_and_zero_on_itself() -> None:

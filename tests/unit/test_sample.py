@@ -206,6 +206,7 @@ def test_a_run_is_sampled_as_it_was_trained(tmp_path: Path, run_dir: Path) -> No
     by_file = run_sample(
         tmp_path / "file",
         *("--checkpoint", run_dir / "checkpoints/step_000100/policy.safetensors"),
+        *("--tokenizer", TokenizerConfig().checkpoint),
         *("--temperature", 0.9, "--top-k", 8, "--classes", "all"),
     )
     assert np.array_equal(np.stack(list(pngs(by_file).values())), images[0])
@@ -222,7 +223,12 @@ def test_captions_of_a_caption_conditional_policy(tmp_path: Path) -> None:
     write_caption_features(tmp_path / "f.parquet", ["a cat", "two dogs"], features)
     out = run_sample(
         tmp_path / "out",
-        *("--checkpoint", tmp_path / "t2i.safetensors"),
+        *(
+            "--checkpoint",
+            tmp_path / "t2i.safetensors",
+            "--tokenizer",
+            TokenizerConfig().checkpoint,
+        ),
         *("--captions", tmp_path / "f.parquet", "--per-condition", 2, "--cfg-scale", 2),
         *("--npz", tmp_path / "s.npz"),
     )
@@ -238,7 +244,8 @@ def test_tokenizers_that_belong_to_policies() -> None:
     assert own_tokenizer(copy) == TokenizerConfig(checkpoint="llamagen-vq-16-t2i")
     taming = PolicyConfig(checkpoint="cin.ckpt", architecture="cin-project.yaml")
     assert own_tokenizer(taming).checkpoint == "cin.ckpt"
-    assert own_tokenizer(PolicyConfig(checkpoint="x.safetensors")) == TokenizerConfig()
+    assert own_tokenizer(PolicyConfig()) == TokenizerConfig()
+    assert own_tokenizer(PolicyConfig(checkpoint="x.safetensors")) is None
 
 
 @pytest.mark.parametrize(
@@ -251,11 +258,18 @@ def test_tokenizers_that_belong_to_policies() -> None:
         (["--classes", "0", "--num-images", "3", "--per-condition", "1"], "exclude each other"),
         (["--classes", "0", "--batch", "0"], "--batch must be >= 1, found 0"),
         (["--classes", "0", "--per-condition", "0"], "--per-condition must be >= 1"),
-        (["--classes", "0", "--seed", "-1"], "--seed must be >= 0"),
+        (["--classes", "0", "--seed", "-1"], "--seed must be in [0, 2^63), found -1"),
+        (["--classes", "0", "--seed", str(2**63)], "--seed must be in [0, 2^63)"),
+        (["--classes", "0", "--cfg-scale", "inf"], "--cfg-scale must be finite"),
+        (["--classes", "0", "--checkpoint", "p.safetensors"], "name it with --tokenizer"),
+        (["--classes", "0", "--npz", "/nowhere/x/s.npz", "--out", "/nowhere/x/s.npz"], "is --out"),
         (["--classes", "0", "--temperature", "0"], "temperature must be > 0"),
         (["--classes", "0", "--top-p", "1.5"], "top_p must be in (0, 1]"),
         (["--classes", "0", "--device", "toaster"], "device 'toaster'"),
-        (["--classes", "0", "--checkpoint", "/nowhere/p.safetensors"], "no such file"),
+        (
+            ["--classes=0", "--tokenizer", POLICY, "--checkpoint", "/nowhere/p.safetensors"],
+            "no such file",
+        ),
         (["--classes", "0", "--tokenizer", "/nowhere/t.safetensors"], "no such file"),
         (["--classes", "0", "--tokenizer", POLICY], "expected a 'llamagen-vq'"),
         (["--captions", "/nowhere/captions.txt"], "needs a caption-conditional policy"),
@@ -265,7 +279,7 @@ def test_tokenizers_that_belong_to_policies() -> None:
         (["--classes", "0", "--run", "RUN", "--checkpoint", "x"], "--run brings its own policy"),
         (["--classes", "0", "--run", "RUN", "--step", "70"], "no checkpoint of step 70: there are"),
         (["--classes", "0", "--run", "RUN", "--base", "--step", "50"], "exclude each other"),
-        (["--classes", "0", "--npz", "RUN/config.yaml"], "exists: name another file"),
+        (["--classes", "0", "--npz", "RUN/config.yaml"], "exists or is --out: name another file"),
         (["--classes", "0", "--tokenizer-architecture", "x"], "without --tokenizer"),
     ],
 )
@@ -302,6 +316,7 @@ def test_a_tokenizer_of_another_size_is_refused(
     config = LlamaGenConfig(dim=16, num_layers=1, num_heads=2, grid=2, vocab_size=9)
     write_tensors(tmp_path / "p.safetensors", LlamaGen(config).state_dict(), config.to_dict())
     options = ["--out", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "p.safetensors")]
+    options += ["--tokenizer", TokenizerConfig().checkpoint]
     assert main([*options, "--classes", "0"]) == 2
     assert "draws from 9 codes" in capsys.readouterr().err
 
@@ -315,6 +330,7 @@ def test_guidance_needs_a_null_condition(
     )
     write_tensors(tmp_path / "p.safetensors", TamingGPT(config).state_dict(), config.to_dict())
     options = ["--checkpoint", str(tmp_path / "p.safetensors"), "--classes", "all"]
+    options += ["--tokenizer", TokenizerConfig().checkpoint]
     assert main([*options, "--out", str(tmp_path / "out"), "--cfg-scale", "1.5"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "out").exists()
@@ -336,6 +352,7 @@ def test_unconditional_policies_take_no_conditions(
     )
     write_tensors(tmp_path / "p.safetensors", TamingGPT(config).state_dict(), config.to_dict())
     options = ["--checkpoint", str(tmp_path / "p.safetensors"), "--num-images", "3"]
+    options += ["--tokenizer", TokenizerConfig().checkpoint]
     out = run_sample(tmp_path / "out", *options)
     assert list(pngs(out)) == ["000000.png", "000001.png", "000002.png"]
     assert main([*options, "--out", str(tmp_path / "no"), "--classes", "1"]) == 2

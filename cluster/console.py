@@ -1,4 +1,4 @@
-"""What the small commands of this package show while they count towards a total."""
+"""What a command shows while it counts towards a total."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ LINES_WITHOUT_TERMINAL = 10
 
 
 @contextmanager
-def counting(task: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def counting(task: str, total: int, unit: str, first: int = 0) -> Iterator[Callable[[int], None]]:
     """A bar with a rate on stderr; without a terminal, as in a job's log, a few lines.
+
+    Args:
+        first: units done by an earlier call of the program; they count, but not in the rate.
 
     Yields:
         A function to call with each number of units done.
@@ -35,14 +38,15 @@ def counting(task: str, total: int, unit: str) -> Iterator[Callable[[int], None]
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    start, done, told = time.monotonic(), 0, 0
+    start, done = time.monotonic(), first
+    told = done * LINES_WITHOUT_TERMINAL // max(total, 1)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(task, total=total, rate="")
+        bar = progress.add_task(task, total=total, completed=first, rate="")
 
         def advance(count: int) -> None:
             nonlocal done, told
             done += count
-            rate = f"{done / max(time.monotonic() - start, 1e-9):.3g} {unit}/s"
+            rate = f"{(done - first) / max(time.monotonic() - start, 1e-9):.3g} {unit}/s"
             progress.update(bar, completed=done, rate=rate)
             lines = done * LINES_WITHOUT_TERMINAL // max(total, 1)
             if not console.is_terminal and lines > told:

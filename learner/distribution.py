@@ -1,0 +1,79 @@
+"""The space in which the distribution reward compares images, and the reference in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.errors import ConfigError
+from cluster.fleet import Fleet
+from cluster.messages import MAIN_SPACE
+from learner.config import RunConfig
+from learner.datasets import load_images, load_labels
+from rewards.fid import Reference
+from rewards.joint import class_table, equal_trace_weight, joint_features
+from rewards.moments import Moments
+from rewards.reference import read_stored
+
+
+@dataclass(frozen=True)
+class RewardSpace:
+    """Features alone, or joined with the class that was asked for (conditional LOO-FID)."""
+
+    table: np.ndarray | None = None
+    """(C, E) embedding of each class; None: features alone."""
+    weight: float = 0.0
+    """Factor of the embeddings."""
+
+    def __call__(self, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """Features (N, D) and classes (N,) -> (N, D) or (N, D + E)."""
+        if self.table is None:
+            return features
+        return joint_features(features, self.table[classes], self.weight)
+
+
+def set_reference(config: RunConfig, fleet: Fleet) -> RewardSpace:
+    """Give the moments server the real images' moments; returns the space they are in.
+
+    Raises:
+        DataError: unreadable or unsuitable reference, or another feature network's.
+        ConfigError: a file without joint moments, where these are asked for.
+    """
+    term, fingerprint = config.rewards.loo_fid, fleet.fingerprint("rewards")
+    if term.reference.endswith(".npz"):
+        space, reference = _stored(config)
+    else:
+        features = fleet.features(load_images(term.reference), "rewards")[MAIN_SPACE]
+        classes = np.zeros(len(features), int)
+        space = RewardSpace()
+        if term.joint:
+            classes = load_labels(term.reference)
+            space = _joint_space(config, features, classes)
+        reference = Reference.from_features(space(features, classes), fingerprint)
+    fleet.moments.set_reference(reference, fingerprint)
+    return space
+
+
+def _stored(config: RunConfig) -> tuple[RewardSpace, Reference]:
+    term = config.rewards.loo_fid
+    stored = read_stored(term.reference, joint=term.joint)
+    if not term.joint:
+        return RewardSpace(), stored.reference
+    classes = len(config.conditions.names)
+    if stored.class_table is None or len(stored.class_table) != classes:
+        found = 0 if stored.class_table is None else len(stored.class_table)
+        raise ConfigError(
+            f"{term.reference} has joint moments of {found} classes, but the conditions are "
+            f"{classes}: build it again with `python -m rewards.reference --joint`"
+        )
+    return RewardSpace(stored.class_table, stored.weight), stored.reference
+
+
+def _joint_space(config: RunConfig, features: np.ndarray, classes: np.ndarray) -> RewardSpace:
+    term = config.rewards.loo_fid
+    table = class_table(len(config.conditions.names), term.joint_dim)
+    weight = term.joint_weight or equal_trace_weight(
+        Moments.from_features(features).cov, Moments.from_features(table[classes]).cov
+    )
+    return RewardSpace(table, weight)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.errors import ConfigError, DataError
+from cluster.messages import MAIN_SPACE
+from learner.config import RunConfig
+from learner.datasets import load_labels
+from learner.distribution import RewardSpace, set_reference
+from rewards.fid import Reference
+from rewards.moments import Moments
+from tests.small_run import small_config
+
+DIM, CLASSES = 3, 10
+
+
+class Bench:
+    """The part of a fleet that a reference needs: features are the images' mean colours."""
+
+    def __init__(self) -> None:
+        self.moments = self
+        self.reference: Reference | None = None
+
+    def fingerprint(self, panel: str) -> str:
+        return "colours"
+
+    def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]:
+        brightness = images.mean((1, 2, 3))
+        return {MAIN_SPACE: np.stack([brightness, brightness**2, images[:, 0, 0, 0]], 1)}
+
+    def set_reference(self, reference: Reference, fingerprint: str) -> None:
+        assert fingerprint == "colours"
+        self.reference = reference
+
+
+def config(**loo_fid: Any) -> RunConfig:
+    return small_config(rewards={"loo_fid": loo_fid})
+
+
+def set_on(bench: Bench, run: RunConfig) -> RewardSpace:
+    return set_reference(run, bench)  # type: ignore[arg-type]
+
+
+def test_features_alone() -> None:
+    bench = Bench()
+    space = set_on(bench, config())
+    features = np.ones((4, DIM))
+    assert space(features, np.arange(4)) is features
+    assert bench.reference is not None
+    assert bench.reference.dim == DIM
+    assert bench.reference.fingerprint == "colours"
+
+
+def test_joint_features_of_equal_trace() -> None:
+    bench = Bench()
+    space = set_on(bench, config(joint=True))
+    assert bench.reference is not None
+    assert bench.reference.dim == DIM + CLASSES
+    traces = np.diag(bench.reference.sigma)
+    assert traces[:DIM].sum() == pytest.approx(traces[DIM:].sum())
+    joint = space(np.zeros((2, DIM)), np.array([0, 9]))
+    assert joint.shape == (2, DIM + CLASSES)
+    assert joint[0, DIM] == pytest.approx(space.weight * 0.9)
+    assert (space(np.zeros((2, DIM)), np.array([3, 3]))[0] == joint[0]).sum() < DIM + CLASSES
+
+
+def test_weight_and_dimensions_can_be_chosen() -> None:
+    bench = Bench()
+    space = set_on(bench, config(joint=True, joint_weight=2.5, joint_dim=4))
+    assert space.weight == 2.5
+    assert bench.reference is not None
+    assert bench.reference.dim == DIM + 4
+
+
+def test_a_file_without_joint_moments_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "reference.npz"
+    moments = Moments.from_features(np.random.default_rng(0).normal(size=(50, DIM)))
+    np.savez(file, mu=moments.mean, sigma=moments.cov)
+    assert set_on(Bench(), config(reference=str(file))) == RewardSpace()
+    with pytest.raises((ConfigError, DataError), match="joint"):
+        set_on(Bench(), config(reference=str(file), joint=True))
+
+
+def test_labels_go_with_images(tmp_path: Path) -> None:
+    assert len(load_labels("digits:train")) == 1000
+    file = tmp_path / "samples.npz"
+    np.savez(file, arr_0=np.zeros((3, 8, 8, 3), np.uint8), arr_1=np.array([2, 0, 1]))
+    assert load_labels(str(file)).tolist() == [2, 0, 1]
+    np.savez(file, arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    with pytest.raises(DataError, match="needs the classes as 'arr_1'"):
+        load_labels(str(file))

@@ -11,7 +11,6 @@ Shapes: N images, D feature dimensions.
 from __future__ import annotations
 
 import os
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +18,6 @@ import numpy as np
 import scipy.linalg
 
 from cluster.errors import DataError
-from cluster.tensors import locate
 from rewards.moments import Moments
 
 NOISE_MARGIN = 4.0
@@ -67,25 +65,11 @@ class Reference:
 
     @classmethod
     def from_npz(cls, path: str | os.PathLike[str]) -> Reference:
-        """Reference from a file with arrays `mu` and `sigma`, as FID tools write them.
+        """Reference from a file with arrays `mu` and `sigma`, as FID tools write them; see
+        `rewards.reference.read_reference`."""
+        from rewards.reference import read_reference  # which builds on this module
 
-        Raises:
-            DataError: not such a file, or what it holds is no mean and covariance.
-        """
-        try:
-            with np.load(locate(path), allow_pickle=False) as file:
-                if "mu" not in file or "sigma" not in file:
-                    raise DataError(
-                        f"{path}: needs arrays 'mu' and 'sigma', found {sorted(file.files)}"
-                    )
-                mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-                print_ = str(file["fingerprint"]) if "fingerprint" in file else ""
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            raise DataError(f"{path}: not a readable .npz file ({error})") from error
-        try:
-            return cls(mu, sigma, print_)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
+        return read_reference(path)
 
 
 def covariance_factor(cov: np.ndarray) -> np.ndarray:

@@ -58,6 +58,10 @@ class Fleet(Protocol):
         """Names the feature network of a panel."""
         ...
 
+    def refresh_moments(self) -> None:
+        """Let the moments server prepare for the next commit, without waiting for it."""
+        ...
+
     def broadcast(self) -> int: ...
 
     def __enter__(self) -> Self: ...
@@ -119,6 +123,9 @@ class InlineFleet:
 
     def fingerprint(self, panel: str) -> str:
         return self._server.fingerprint(panel)
+
+    def refresh_moments(self) -> None:
+        self.moments.refresh()
 
     def broadcast(self) -> int:
         return self._sampler.load_weights(self.learner.snapshot())

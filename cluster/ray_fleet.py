@@ -100,6 +100,7 @@ class RayFleet:
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._plan, self._should_stop = plan, should_stop
+        self._refresh: Any = None  # the moments server's work of the iteration before
         self._placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
         self._learner, self._moments = self._start(plan.learner), self._start(plan.moments_server)
         self._samplers = [self._start(plan.sampler, i) for i in range(plan.sampler.count)]
@@ -156,6 +157,11 @@ class RayFleet:
 
     def fingerprint(self, panel: str) -> str:
         return RemoteRole(self._servers[0], self._plan.timeout_s).fingerprint(panel)
+
+    def refresh_moments(self) -> None:
+        if self._refresh is not None:  # long done: a commit came after it
+            answer(self._refresh, f"{self._moments.name}.refresh", self._plan.timeout_s)
+        self._refresh = self._moments.handle.refresh.remote()
 
     def broadcast(self) -> int:
         """Publish the learner's weights once, and have every sampler take them up."""

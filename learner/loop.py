@@ -68,6 +68,7 @@ def train(
         check_failures(groups, config.max_failed_share)
         features, valid, classes = _features(groups, space)
         answer = fleet.moments.commit(iteration, features, valid, run=run, classes=classes)
+        fleet.refresh_moments()
         distribution = {LOO_FID: answer.rewards.reshape(len(groups), -1)}
         advantages = group_advantages(groups, distribution, config.rewards.terms())
         report = fleet.learner.step(make_batch(iteration, groups, advantages))
@@ -93,7 +94,9 @@ def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, fl
     features, valid, _ = _features(seeds, space)
     entropy = float(np.mean([group.rollouts.entropies.mean() for group in seeds]))
     fleet.learner.start(entropy)
-    return {"fid": fleet.moments.seed(features[valid]), "entropy": entropy}
+    fid = fleet.moments.seed(features[valid])
+    fleet.refresh_moments()
+    return {"fid": fid, "entropy": entropy}
 
 
 def check_failures(groups: Sequence[ScoredGroup], allowed: float) -> None:

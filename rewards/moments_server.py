@@ -26,20 +26,24 @@ from rewards.diagnostics import (
 )
 from rewards.diagonal import Mode
 from rewards.fid import Reference, distance_to_reference
+from rewards.history_basis import HistoryBasis
 from rewards.leave_one_out import Covariance, Method, leave_one_out_fid
 from rewards.moments import Moments, SlidingWindow, decay_for, effective_images
+
+PER_DIMENSION = 5  # effective images: the rewards then correlate .99 with those of endless ones
+FOR_VARIANCES = 1000  # effective images; each variance is then known to 5 %
 
 
 @dataclass(frozen=True, kw_only=True)
 class MomentsConfig:
     """The history behind the leave-one-out FID."""
 
-    decay: float = 0.5
+    decay: float | None = None
     """Weight of the history in each update, [0, 1). Long against the bias of few images, short
-    against the policy's drift: watch fid/ema beside fid/batch. Not used where window is set."""
+    against the policy's drift: watch fid/ema beside fid/batch. None: what window comes to."""
     window: float = 0.0
-    """The same as an effective number of images, whatever an iteration's size; with the full
-    covariance at least 2, better 5, for each feature dimension. 0: what decay comes to."""
+    """The same as an effective number of images, whatever an iteration's size; goes before decay.
+    0 and no decay: 5 images for each feature dimension with the full covariance, else 1,000."""
     kind: Literal["ema", "sliding"] = "ema"
     """ema: exponential average. sliding: the newest images, all of one weight; forgets at once what
     left the window, and keeps the features of the whole window in memory."""
@@ -47,6 +51,10 @@ class MomentsConfig:
     """full: the FID. diagonal: variances alone, for windows too short for the full covariance."""
     method: Method = "exact"
     """Of the full covariance. exact: the definition. influence: its first order, to compare."""
+    rebuild_every: int = 0
+    """Iterations from one decomposition of the history to the next, which is made while samplers
+    sample; in between, the old one serves exactly. 0: a new one inside every commit, which is as
+    quick up to a few hundred dimensions. Only for exact rewards with an exponential average."""
     mode: Mode = "ema_loo"
     """Of the diagonal covariance. ema_loo: images are left out of history and batch together.
     loo_batch: of the batch alone. ema_scalar: one reward for the whole batch."""
@@ -56,27 +64,33 @@ class MomentsConfig:
             raise ValueError(f"mode {self.mode!r} needs covariance=diagonal")
         if self.covariance == "diagonal" and self.method != "exact":
             raise ValueError(f"method {self.method!r} needs covariance=full")
-        if not 0 <= self.decay < 1:
+        if self.rebuild_every < 0:
+            raise ValueError(f"rebuild_every must be >= 0, found {self.rebuild_every}")
+        if self.decay is not None and not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), found {self.decay}")
         if not 0 <= self.window < float("inf"):
             raise ValueError(
                 f"window must be a number of images, or 0 for decay; found {self.window}"
             )
 
-    def effective_images(self, batch: float) -> float:
+    def effective_images(self, batch: float, dim: int) -> float:
         """What the history comes to hold, with so many images an iteration."""
-        return self.window or effective_images(self.decay, batch)
+        if self.window:
+            return self.window
+        if self.decay is not None:
+            return effective_images(self.decay, batch)
+        return max(PER_DIMENSION * dim if self.covariance == "full" else FOR_VARIANCES, batch)
 
-    def decay_at(self, batch: int) -> float:
+    def decay_at(self, batch: int, dim: int) -> float:
         """The exponential average's decay for an iteration of so many images.
 
         Raises:
             DataError: the window is shorter than the iteration.
         """
-        if not self.window:
+        if not self.window and self.decay is not None:
             return self.decay
         try:
-            return decay_for(self.window, batch)
+            return decay_for(self.effective_images(batch, dim), batch)
         except ValueError as error:
             raise DataError(
                 f"{error}: set window to at least the images of an iteration ({batch})"
@@ -154,6 +168,10 @@ class MomentsServer:
         self._key: tuple[str, int] | None = None  # the last commit
         self._answer: DistributionReward | None = None
         self._warned = False
+        self._base: Moments | None = None  # the history that was decomposed last
+        self._basis: HistoryBasis | None = None
+        self._pending: tuple[np.ndarray, ...] = ()  # batches since then, each with _pending_share
+        self._pending_share = 0.0
 
     def set_reference(self, reference: Reference, fingerprint: str) -> None:
         """Set the real images' moments.
@@ -166,7 +184,7 @@ class MomentsServer:
                 f"the reference was made with features {reference.fingerprint!r}, but the reward "
                 f"servers use {fingerprint!r}: build the reference again with this network"
             )
-        self._reference, self._bias_constant = reference, None
+        self._reference, self._bias_constant, self._basis = reference, None, None
 
     def seed(self, features: np.ndarray) -> float:
         """Start the history from images of the base policy, (N, D); returns their FID.
@@ -176,6 +194,7 @@ class MomentsServer:
         """
         sliding = self._config.kind == "sliding"
         self._run, self._key, self._answer, self._warned = None, None, None, False
+        self._rebase(None)
         with threadpool_limits(1):
             if features.ndim == 2 and len(features) == 0:
                 self._history = SlidingWindow() if sliding else Moments.empty(features.shape[1])
@@ -239,9 +258,22 @@ class MomentsServer:
             **statistics,
         )
         # All at once and last: a commit that failed has left no trace.
+        self._follow(used, step.share)
         self._history, self._answer = step.after, answer
         self._run, self._key, self._warned = run, (run, iteration), True
         return answer
+
+    def refresh(self) -> None:
+        """Decompose the history if it is time to; call it after `seed` and `commit`, when nobody
+        waits for an answer. The rewards depend on it in their last digits only."""
+        every, history = self._config.rebuild_every, self._history
+        exact = self._config.covariance == "full" and self._config.method == "exact"
+        if not (every and exact and isinstance(history, Moments) and history.weight):
+            return
+        if self._base is None or len(self._pending) >= every:
+            self._rebase(history.normalised())
+            with threadpool_limits(1):
+                self._current_basis()
 
     def state(self) -> bytes:
         """Everything a checkpoint needs: the history, the key it was committed under, the answer.
@@ -257,6 +289,10 @@ class MomentsServer:
             fields["moments"] = self._history.to_bytes()
         else:
             fields["window"] = [pack_array(batch) for batch in self._history.batches]
+        if self._base is not None:  # so that a resumed run continues bit for bit
+            fields["base"] = self._base.to_bytes()
+            fields["pending"] = [pack_array(batch) for batch in self._pending]
+            fields["pending_share"] = self._pending_share
         if self._answer is not None:
             answer = asdict(self._answer)
             # Times of the clock, and what depends on what was said before: the same state would not
@@ -277,6 +313,8 @@ class MomentsServer:
             found = "sliding" if "window" in fields else "ema"
             history = _unpack_history(fields)
             answer = _unpack_answer(fields.get("answer"))
+            base = Moments.from_bytes(fields["base"]) if "base" in fields else None
+            pending = tuple(unpack_array(batch) for batch in fields.get("pending", ()))
         except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
             raise CheckpointError(f"this is no state of a moments server: {error}") from error
         if found != self._config.kind:
@@ -285,6 +323,8 @@ class MomentsServer:
                 f"{self._config.kind!r}: go on with kind={found}"
             )
         self._history, self._answer = history, answer
+        self._rebase(base)
+        self._pending, self._pending_share = pending, fields.get("pending_share", 0.0)
         self._run, self._key = None, key if key[1] >= 0 else None
 
     def _repeated(self, run: str, iteration: int, count: int) -> DistributionReward | None:
@@ -309,11 +349,13 @@ class MomentsServer:
         return self._answer
 
     def _step(self, history: Moments | SlidingWindow, used: np.ndarray) -> _Step:
-        decay = self._config.decay_at(len(used))  # refuses a window that is too short
+        decay = self._config.decay_at(
+            len(used), used.shape[1]
+        )  # refuses a window that is too short
         if isinstance(history, Moments):
             share = history.history_share(decay)
             return _Step(history.normalised(), share, history.update(used, decay))
-        after = history.push(used, self._config.effective_images(len(used)))
+        after = history.push(used, self._config.effective_images(*used.shape))
         older = SlidingWindow(after.batches[:-1])
         if not older.batches:
             return _Step(Moments.empty(used.shape[1]), 0.0, after)
@@ -323,7 +365,10 @@ class MomentsServer:
         self, reference: Reference, step: _Step, used: np.ndarray
     ) -> tuple[np.ndarray, float]:
         """Rewards of the images (N, D), and the FID of their mixture with the history."""
-        config = self._config
+        config, basis = self._config, self._current_basis()
+        steady = not self._pending or self._pending_share == step.share
+        if basis is not None and steady and basis.fits(self._pending, used, step.share):
+            return basis.leave_one_out(self._pending, used, step.share)
         rewards, fid = leave_one_out_fid(
             used,
             step.before,
@@ -337,6 +382,23 @@ class MomentsServer:
             fid = self._fid(step.before.update(used, step.share))
         return rewards, fid
 
+    def _rebase(self, base: Moments | None) -> None:
+        self._base, self._basis, self._pending = base, None, ()
+
+    def _current_basis(self) -> HistoryBasis | None:
+        if self._basis is None and self._base is not None and self._reference is not None:
+            self._basis = HistoryBasis.of(self._base, self._reference)
+        return self._basis
+
+    def _follow(self, used: np.ndarray, share: float) -> None:
+        """Remember a committed batch beside the decomposition that does not know it."""
+        if self._base is None:
+            return
+        if self._pending and share != self._pending_share:  # of another size: start anew
+            self._rebase(None)
+            return
+        self._pending, self._pending_share = (*self._pending, used), share
+
     def _bias(self, images: float, fid: float) -> float:
         if self._bias_constant is None and self._reference is not None:
             self._bias_constant = bias_constant(self._reference, self._config.covariance)
@@ -345,7 +407,8 @@ class MomentsServer:
     def _warnings(self, batch: int) -> tuple[str, ...]:
         if self._warned or self._reference is None or self._config.covariance != "full":
             return ()
-        warning = short_window_warning(self._config.effective_images(batch), self._reference)
+        images = self._config.effective_images(batch, self._reference.dim)
+        warning = short_window_warning(images, self._reference)
         return (warning,) if warning else ()
 
     def _fid(self, moments: Moments) -> float:

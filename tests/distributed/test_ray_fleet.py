@@ -37,6 +37,20 @@ def test_equals_inline_bit_for_bit(
         assert fingerprint(run_training(config, fleet)) == inline
 
 
+def test_moments_prepared_off_the_critical_path_are_the_same(ray_session: RaySession) -> None:
+    """The joint space, whose history has full rank only with enough seed images."""
+    config = small_config(
+        num_samplers=2,
+        rewards={
+            "loo_fid": {"joint": True, "joint_dim": 4, "seed_images": 200, "rebuild_every": 2}
+        },
+    )
+    with InlineFleet(config.fleet_plan()) as fleet:
+        expected = fingerprint(run_training(config, fleet))
+    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+        assert fingerprint(run_training(config, fleet)) == expected
+
+
 @pytest.mark.parametrize("role", ["sampler", "reward_server"])
 def test_a_killed_worker_is_replaced_and_nothing_changes(
     ray_session: RaySession, inline: list[tuple], role: str

@@ -11,6 +11,7 @@ import pytest
 from cluster.errors import CheckpointError, DataError
 from rewards.diagnostics import bias_constant, diagonal_distance
 from rewards.fid import Reference, distance_to_reference
+from rewards.history_basis import HistoryBasis
 from rewards.leave_one_out import leave_one_out_fid
 from rewards.moments import Moments
 from rewards.moments_server import MomentsConfig, MomentsServer
@@ -21,7 +22,7 @@ def features(count: int, seed: int) -> np.ndarray:
 
 
 def make_server(*, seeded: bool = True, **settings: Any) -> MomentsServer:
-    server = MomentsServer(MomentsConfig(**settings))
+    server = MomentsServer(MomentsConfig(**{"decay": 0.5, **settings}))
     server.set_reference(Reference.from_features(features(100, 0), "net"), "net")
     if seeded:
         server.seed(features(60, 1))
@@ -142,7 +143,7 @@ def test_a_commit_that_failed_leaves_no_trace(server: MomentsServer) -> None:
 
 def test_a_window_is_a_decay(server: MomentsServer) -> None:
     """12 images and decay .5 hold 36 effective images."""
-    assert MomentsConfig(decay=0.5).effective_images(12) == pytest.approx(36)
+    assert MomentsConfig(decay=0.5).effective_images(12, 4) == pytest.approx(36)
     windowed = make_server(window=36)
     for iteration in range(3):
         x = features(12, iteration + 2)
@@ -270,6 +271,7 @@ def test_the_diagonal_form(mode) -> None:
     ("settings", "message"),
     [
         ({"decay": 1.0}, r"decay must be in \[0, 1\), found 1.0"),
+        ({"rebuild_every": -1}, "rebuild_every must be >= 0, found -1"),
         ({"window": -1.0}, "window must be a number of images, or 0 for decay; found -1"),
         ({"mode": "loo_batch"}, "mode 'loo_batch' needs covariance=diagonal"),
         ({"covariance": "diagonal", "method": "influence"}, "needs covariance=full"),
@@ -301,3 +303,90 @@ def test_it_needs_reference_and_seed() -> None:
 def test_foreign_state_is_refused(server: MomentsServer) -> None:
     with pytest.raises(CheckpointError, match="no state of a moments server"):
         server.restore(b"\x01")
+
+
+def test_the_default_window_follows_images_and_dimensions() -> None:
+    config = MomentsConfig()
+    assert config.effective_images(128, 2048) == 5 * 2048
+    assert config.decay_at(128, 2048) == pytest.approx((10240 - 128) / (10240 + 128))
+    assert config.effective_images(128, 4) == 128  # never less than an iteration
+    assert config.decay_at(128, 4) == 0
+    assert MomentsConfig(covariance="diagonal").effective_images(128, 2048) == 1000
+
+
+WIDE = 64
+BATCHES = [np.random.default_rng(seed).normal(size=(5, WIDE)) for seed in range(20, 28)]
+
+
+def wide_server(rebuild_every: int, seed: bool = True) -> MomentsServer:
+    generator = np.random.default_rng(0)
+    mixing = generator.normal(size=(WIDE, WIDE)) / 8
+    server = MomentsServer(MomentsConfig(decay=0.9, rebuild_every=rebuild_every))
+    reference = Reference.from_features(generator.normal(size=(400, WIDE)) @ mixing, "net")
+    server.set_reference(reference, "net")
+    if seed:
+        server.seed(generator.normal(size=(300, WIDE)))
+        server.refresh()
+    return server
+
+
+def commit_wide(server: MomentsServer, iteration: int, count: int = 5) -> np.ndarray:
+    x = BATCHES[iteration][:count]
+    rewards = server.commit(iteration, x, np.ones(count, bool)).rewards
+    server.refresh()
+    return rewards
+
+
+@pytest.mark.parametrize("rebuild_every", [1, 3])
+def test_an_old_decomposition_serves_exactly(
+    rebuild_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    original = HistoryBasis.leave_one_out
+
+    def counting(self, pending, x, decay):
+        used.append(len(pending))
+        return original(self, pending, x, decay)
+
+    monkeypatch.setattr(HistoryBasis, "leave_one_out", counting)
+    plain, reusing = wide_server(0), wide_server(rebuild_every)
+    for iteration in range(6):
+        expected = commit_wide(plain, iteration)
+        found = commit_wide(reusing, iteration)
+        assert np.abs(found - expected).max() <= 1e-6 * expected.std()
+    assert used == [iteration % rebuild_every for iteration in range(6)]
+
+
+def test_a_batch_of_another_weight_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = MomentsServer(MomentsConfig(window=400, rebuild_every=3))
+    plain = MomentsServer(MomentsConfig(window=400))
+    for each in (server, plain):
+        each.set_reference(
+            Reference.from_features(np.random.default_rng(0).normal(size=(400, WIDE))), ""
+        )
+        each.seed(np.random.default_rng(1).normal(size=(300, WIDE)))
+        each.refresh()
+    for iteration, count in enumerate([5, 5, 4, 4, 5, 5, 5]):  # as when images fail
+        expected = commit_wide(plain, iteration, count)
+        found = commit_wide(server, iteration, count)
+        assert np.abs(found - expected).max() <= 1e-6 * expected.std()
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_a_restored_server_continues_bit_for_bit(after: int) -> None:
+    server = wide_server(3)
+    for iteration in range(after):
+        commit_wide(server, iteration)
+    restored = wide_server(3, seed=False)
+    restored.restore(server.state())
+    for iteration in range(after, 6):
+        assert np.array_equal(commit_wide(restored, iteration), commit_wide(server, iteration))
+    assert restored.state() == server.state()
+
+
+def test_refreshing_twice_changes_nothing() -> None:
+    server = wide_server(2)
+    commit_wide(server, 0)
+    state = server.state()
+    server.refresh()
+    assert server.state() == state

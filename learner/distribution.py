@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from cluster.fleet import Fleet
 from cluster.messages import MAIN_SPACE
 from learner.config import RunConfig
@@ -27,9 +27,18 @@ class RewardSpace:
     """Factor of the embeddings."""
 
     def __call__(self, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        """Features (N, D) and classes (N,) -> (N, D) or (N, D + E)."""
+        """Features (N, D) and classes (N,; -1 of captions) -> (N, D) or (N, D + E).
+
+        Raises:
+            DataError: joint features of an image that was asked for by a caption.
+        """
         if self.table is None:
             return features
+        if (classes < 0).any():
+            raise DataError(
+                "rewards.loo_fid.joint joins features with classes, but a condition is a caption "
+                "without a class: set joint to false"
+            )
         return joint_features(features, self.table[classes], self.weight)
 
 

@@ -9,7 +9,7 @@ from rewards.clip import ClipConfig
 from rewards.combine import Normalisation, RewardTerm
 from rewards.features import FeaturesConfig
 from rewards.hpsv2 import HpsConfig
-from rewards.moments_server import MomentsConfig
+from rewards.moments_config import MomentsConfig
 
 SECOND_SPACE = "second"
 NETWORKS = "package://learner.miniature/networks"

@@ -12,6 +12,7 @@ import numpy as np
 from cluster.errors import DataError
 from rewards.fid import Reference
 
+LAG_SHARE, LAG_COMMITS = 0.5, 10  # how far behind, for how long, the history may stay
 NEEDED_PER_DIMENSION = 2  # effective images: below, leave-one-out rewards are mostly bias
 
 
@@ -62,6 +63,16 @@ def short_window_warning(effective: float, reference: Reference) -> str:
         f"dimensions: below {needed} the leave-one-out rewards are mostly the bias of few images. "
         f"Set a window of {needed} or more, draw more images an iteration, choose features of "
         "fewer dimensions, or covariance=diagonal"
+    )
+
+
+def lag_warning(fid: float, batch_fid: float) -> str:
+    """What to say about a history that stays behind the policy."""
+    return (
+        f"the history lags behind the policy: for {LAG_COMMITS} iterations more than "
+        f"{LAG_SHARE:.0%} of its FID (now {fid:.3g}) was not in the newest images (now "
+        f"{batch_fid:.3g}, with the bias of few), so rewards speak of an older policy. Lower the "
+        "learning rate, draw more images an iteration, or shorten the window"
     )
 
 

@@ -9,8 +9,8 @@ Shapes: N images, D feature dimensions.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -19,82 +19,19 @@ from threadpoolctl import threadpool_limits
 from cluster.errors import CheckpointError, DataError
 from cluster.messages import Span
 from rewards.diagnostics import (
+    LAG_COMMITS,
+    LAG_SHARE,
     bias_constant,
     class_statistics,
     diagonal_distance,
+    lag_warning,
     short_window_warning,
 )
-from rewards.diagonal import Mode
 from rewards.fid import Reference, distance_to_reference
 from rewards.history_basis import HistoryBasis
-from rewards.leave_one_out import Covariance, Method, leave_one_out_fid
-from rewards.moments import Moments, SlidingWindow, decay_for, effective_images
-
-PER_DIMENSION = 5  # effective images: the rewards then correlate .99 with those of endless ones
-FOR_VARIANCES = 1000  # effective images; each variance is then known to 5 %
-
-
-@dataclass(frozen=True, kw_only=True)
-class MomentsConfig:
-    """The history behind the leave-one-out FID."""
-
-    decay: float | None = None
-    """Weight of the history in each update, [0, 1). Long against the bias of few images, short
-    against the policy's drift: watch fid/ema beside fid/batch. None: what window comes to."""
-    window: float = 0.0
-    """The same as an effective number of images, whatever an iteration's size; goes before decay.
-    0 and no decay: 5 images for each feature dimension with the full covariance, else 1,000."""
-    kind: Literal["ema", "sliding"] = "ema"
-    """ema: exponential average. sliding: the newest images, all of one weight; forgets at once what
-    left the window, and keeps the features of the whole window in memory."""
-    covariance: Covariance = "full"
-    """full: the FID. diagonal: variances alone, for windows too short for the full covariance."""
-    method: Method = "exact"
-    """Of the full covariance. exact: the definition. influence: its first order, to compare."""
-    rebuild_every: int = 0
-    """Iterations from one decomposition of the history to the next, which is made while samplers
-    sample; in between, the old one serves exactly. 0: a new one inside every commit, which is as
-    quick up to a few hundred dimensions. Only for exact rewards with an exponential average."""
-    mode: Mode = "ema_loo"
-    """Of the diagonal covariance. ema_loo: images are left out of history and batch together.
-    loo_batch: of the batch alone. ema_scalar: one reward for the whole batch."""
-
-    def __post_init__(self) -> None:
-        if self.covariance == "full" and self.mode != "ema_loo":
-            raise ValueError(f"mode {self.mode!r} needs covariance=diagonal")
-        if self.covariance == "diagonal" and self.method != "exact":
-            raise ValueError(f"method {self.method!r} needs covariance=full")
-        if self.rebuild_every < 0:
-            raise ValueError(f"rebuild_every must be >= 0, found {self.rebuild_every}")
-        if self.decay is not None and not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), found {self.decay}")
-        if not 0 <= self.window < float("inf"):
-            raise ValueError(
-                f"window must be a number of images, or 0 for decay; found {self.window}"
-            )
-
-    def effective_images(self, batch: float, dim: int) -> float:
-        """What the history comes to hold, with so many images an iteration."""
-        if self.window:
-            return self.window
-        if self.decay is not None:
-            return effective_images(self.decay, batch)
-        return max(PER_DIMENSION * dim if self.covariance == "full" else FOR_VARIANCES, batch)
-
-    def decay_at(self, batch: int, dim: int) -> float:
-        """The exponential average's decay for an iteration of so many images.
-
-        Raises:
-            DataError: the window is shorter than the iteration.
-        """
-        if not self.window and self.decay is not None:
-            return self.decay
-        try:
-            return decay_for(self.effective_images(batch, dim), batch)
-        except ValueError as error:
-            raise DataError(
-                f"{error}: set window to at least the images of an iteration ({batch})"
-            ) from None
+from rewards.leave_one_out import leave_one_out_fid
+from rewards.moments import Moments, SlidingWindow
+from rewards.moments_config import MomentsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +61,7 @@ class DistributionReward:
     within_classes: float = float("nan")
     """Root mean square deviation of rewards from their class's mean: what it leaves."""
     warnings: tuple[str, ...] = ()
-    """What is wrong with the settings and what to change; told with the first answer only."""
+    """What is wrong with the settings and what to change; each is told once."""
     spans: tuple[Span, ...] = ()
 
     @property
@@ -167,7 +104,8 @@ class MomentsServer:
         self._run: str | None = None  # whose images are in the history; None: nobody's yet
         self._key: tuple[str, int] | None = None  # the last commit
         self._answer: DistributionReward | None = None
-        self._warned = False
+        self._warned = False  # of a short window
+        self._lagging = 0  # commits in a row
         self._base: Moments | None = None  # the history that was decomposed last
         self._basis: HistoryBasis | None = None
         self._pending: tuple[np.ndarray, ...] = ()  # batches since then, each with _pending_share
@@ -194,6 +132,7 @@ class MomentsServer:
         """
         sliding = self._config.kind == "sliding"
         self._run, self._key, self._answer, self._warned = None, None, None, False
+        self._lagging = 0
         self._rebase(None)
         with threadpool_limits(1):
             if features.ndim == 2 and len(features) == 0:
@@ -253,14 +192,14 @@ class MomentsServer:
             bias=bias,
             batch_bias=batch_bias,
             positive_share=float((rewards[valid] > 0).mean()),
-            warnings=self._warnings(len(used)),
             spans=(Span(self.name, "moments", start, time.time()),),
             **statistics,
         )
         # All at once and last: a commit that failed has left no trace.
+        answer = replace(answer, warnings=self._warnings(answer, len(used)))
         self._follow(used, step.share)
         self._history, self._answer = step.after, answer
-        self._run, self._key, self._warned = run, (run, iteration), True
+        self._run, self._key = run, (run, iteration)
         return answer
 
     def refresh(self) -> None:
@@ -404,12 +343,18 @@ class MomentsServer:
             self._bias_constant = bias_constant(self._reference, self._config.covariance)
         return min((self._bias_constant or 0.0) / images, fid)
 
-    def _warnings(self, batch: int) -> tuple[str, ...]:
-        if self._warned or self._reference is None or self._config.covariance != "full":
-            return ()
-        images = self._config.effective_images(batch, self._reference.dim)
-        warning = short_window_warning(images, self._reference)
-        return (warning,) if warning else ()
+    def _warnings(self, answer: DistributionReward, batch: int) -> tuple[str, ...]:
+        """What has not been said yet."""
+        found: list[str] = []
+        full = self._config.covariance == "full"
+        if full and not self._warned and self._reference is not None:
+            images = self._config.effective_images(batch, self._reference.dim)
+            found.append(short_window_warning(images, self._reference))
+        self._warned = True
+        self._lagging = self._lagging + 1 if answer.lag > LAG_SHARE * answer.fid else 0
+        if self._lagging == LAG_COMMITS:
+            found.append(lag_warning(answer.fid, answer.batch_fid))
+        return tuple(text for text in found if text)
 
     def _fid(self, moments: Moments) -> float:
         if self._reference is None:

@@ -68,6 +68,12 @@ def test_joint_features_of_equal_trace() -> None:
     assert (space(np.zeros((2, DIM)), np.array([3, 3]))[0] == joint[0]).sum() < DIM + CLASSES
 
 
+def test_captions_have_no_class_to_join() -> None:
+    space = set_on(Bench(), config(joint=True))
+    with pytest.raises(DataError, match="a condition is a caption"):
+        space(np.zeros((2, DIM)), np.array([1, -1]))
+
+
 def test_weight_and_dimensions_can_be_chosen() -> None:
     bench = Bench()
     space = set_on(bench, config(joint=True, joint_weight=2.5, joint_dim=4))

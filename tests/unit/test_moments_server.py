@@ -14,7 +14,8 @@ from rewards.fid import Reference, distance_to_reference
 from rewards.history_basis import HistoryBasis
 from rewards.leave_one_out import leave_one_out_fid
 from rewards.moments import Moments
-from rewards.moments_server import MomentsConfig, MomentsServer
+from rewards.moments_config import MomentsConfig
+from rewards.moments_server import MomentsServer
 
 
 def features(count: int, seed: int) -> np.ndarray:
@@ -390,3 +391,13 @@ def test_refreshing_twice_changes_nothing() -> None:
     state = server.state()
     server.refresh()
     assert server.state() == state
+
+
+def test_a_lag_that_stays_is_told_once() -> None:
+    """The policy jumps to the reference; the history remembers what it was."""
+    server = make_server(decay=0.99, seeded=False)
+    server.seed(features(400, 1) * 9)
+    told = [server.commit(i, features(40, 100 + i), np.ones(40, bool)).warnings for i in range(25)]
+    assert [i for i, warnings in enumerate(told) if warnings] == [9]
+    assert "the history lags behind the policy: for 10 iterations" in told[9][0]
+    assert "shorten the window" in told[9][0]

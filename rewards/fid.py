@@ -18,6 +18,7 @@ import numpy as np
 import scipy.linalg
 
 from cluster.errors import DataError
+from rewards.base import FeatureExtractor
 from rewards.moments import Moments
 
 NOISE_MARGIN = 4.0
@@ -62,6 +63,14 @@ class Reference:
         """Reference of (N, D) features."""
         moments = Moments.from_features(features)
         return cls(moments.mean, moments.cov, fingerprint)
+
+    @classmethod
+    def from_images(
+        cls, images: np.ndarray, extractor: FeatureExtractor, batch: int = 256
+    ) -> Reference:
+        """Reference of (N, H, W, 3) uint8 images in memory, `batch` at a time through a network."""
+        parts = [extractor(images[at : at + batch]) for at in range(0, len(images), batch)]
+        return cls.from_features(np.concatenate(parts), extractor.fingerprint)
 
     @classmethod
     def from_npz(cls, path: str | os.PathLike[str]) -> Reference:

@@ -22,9 +22,28 @@ from torch import Tensor
 
 from cluster.errors import DataError
 from rewards.diagonal import Mode, diagonal_rewards
-from rewards.fid import NOISE_MARGIN, Reference, covariance_factor, noise, significant
+from rewards.fid import (
+    NOISE_MARGIN,
+    Reference,
+    covariance_factor,
+    frechet_distance,
+    noise,
+    significant,
+)
+from rewards.joint import joint_features
 from rewards.moments import Moments, check_features
 from rewards.root_trace import Mixture, fall_of_lightening, falls
+
+__all__ = [
+    "Covariance",
+    "Method",
+    "Moments",
+    "Reference",
+    "frechet_distance",
+    "joint_features",
+    "leave_one_out_fid",
+]
+"""All that a call needs, from one place."""
 
 Covariance = Literal["full", "diagonal"]
 Method = Literal["exact", "influence"]

@@ -127,3 +127,17 @@ def test_bad_reference_files_are_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match="not a readable"):
         Reference.from_npz(file)
+
+
+def test_reference_of_images_in_memory() -> None:
+    class Brightness:
+        fingerprint = "brightness"
+
+        def __call__(self, images: np.ndarray) -> np.ndarray:
+            return images.reshape(len(images), -1)[:, :3].astype(np.float32)
+
+    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
+    reference = Reference.from_images(images, Brightness(), batch=7)
+    whole = Reference.from_features(Brightness()(images))
+    assert reference.fingerprint == "brightness"
+    np.testing.assert_allclose(reference.sigma, whole.sigma)

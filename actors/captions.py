@@ -31,7 +31,7 @@ from actors.caption_files import (
     read_captions,
     write_caption_features,
 )
-from cluster.console import counting
+from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, TesseraError
 from cluster.torchvision_ops import ensure_torchvision
 
@@ -47,9 +47,6 @@ MAX_TOKENS = 120
 REMEMBERED = 1024  # captions: about 160 MB of flan-t5-xl's features
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-FAILED = 1
-REFUSED = 2  # as for any bad command line
-INTERRUPTED = 130
 
 _QUOTES = str.maketrans({**dict.fromkeys("`´¨«»“”", '"'), **dict.fromkeys("‘’", "'")})
 _SYMBOLS = re.compile(r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+")  # each run of them is a space

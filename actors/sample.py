@@ -27,9 +27,6 @@ import tyro
 from actors.caption_files import read_caption_features, read_captions
 from actors.captions import (
     DTYPES,
-    FAILED,
-    INTERRUPTED,
-    REFUSED,
     CaptionEncoder,
     resolve_device,
 )
@@ -40,7 +37,7 @@ from actors.models.vq import VQDecoder
 from actors.sample_files import ContactSheet, NpzWriter, PngWriter
 from actors.sample_source import SampleConfig, Source, check, find_source
 from actors.steps import Workspace
-from cluster.console import counting
+from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, TesseraError
 from cluster.messages import Condition, RequestKey, SamplingSpec
 

@@ -78,9 +78,7 @@ class StaticStep:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, tokens: Tensor, uniforms: Tensor, place: int) -> Drawn:
-        self._tokens.copy_(tokens)
-        self._uniforms.copy_(uniforms)
-        self._place.fill_(place)
+        self.load(tokens, uniforms, place)
         if self._graph is None or self._drawn is None:
             return self._run()
         self._graph.replay()

@@ -40,12 +40,9 @@ from actors.models.taming import TamingConfig
 from actors.models.taming_files import official_policy_tensors, read_project
 from actors.models.vq import VQConfig
 from actors.models.zoo import MODELS, Kind, NamedModel, named, weights_directory
+from cluster.console import FAILED, INTERRUPTED, REFUSED
 from cluster.errors import CheckpointError, ConfigError, TesseraError
 from cluster.tensors import read_config, read_tensors, write_tensors
-
-FAILED = 1
-REFUSED = 2  # as for any bad command line
-INTERRUPTED = 130
 
 POLICY_FILE = "policy.safetensors"  # of a checkpoint directory
 CODEBOOK_USED = "quantize.codebook_used"

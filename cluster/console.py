@@ -1,4 +1,4 @@
-"""What a command shows while it counts towards a total."""
+"""What commands have in common: exit statuses, and a bar that counts towards a total."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+FAILED = 1  # exit statuses of every command
+REFUSED = 2  # as for any bad command line
+INTERRUPTED = 130  # asked to stop, as shells count it
 
 LINES_WITHOUT_TERMINAL = 10
 

@@ -189,6 +189,15 @@ def validate(values: Mapping[str, Any], source: str) -> RunConfig:
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries: `changes` over `base`."""
+    merged = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        merged[key] = merge(base[key], value) if nested else value
+    return merged
+
+
 MAY_CHANGE = (
     "num_samplers",
     "num_reward_servers",

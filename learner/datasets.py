@@ -9,10 +9,9 @@ import numpy as np
 from cluster.errors import DataError
 from cluster.tensors import locate
 from rewards.base import check_images
+from rewards.reference_images import CLASSES, SAMPLES
 
 DIGITS = "digits:"
-SAMPLES_KEY = "arr_0"  # as the ADM evaluator's sample batches name it
-LABELS_KEY = "arr_1"
 
 
 def load_images(source: str) -> np.ndarray:
@@ -28,13 +27,7 @@ def load_images(source: str) -> np.ndarray:
             return digits(source.removeprefix(DIGITS))[0]
         except ValueError as error:
             raise DataError(f"images {source!r}: {error}") from None
-    try:
-        with np.load(locate(source), allow_pickle=False) as file:
-            if SAMPLES_KEY not in file:
-                raise DataError(f"{source}: needs an array {SAMPLES_KEY!r}, found {file.files}")
-            images = file[SAMPLES_KEY]
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise DataError(f"{source}: not a readable .npz file ({error})") from error
+    images = _array(source, SAMPLES, "an array")
     check_images(images)
     return images
 
@@ -49,7 +42,14 @@ def load_labels(source: str) -> np.ndarray:
         from learner.miniature.data import digits
 
         return digits(source.removeprefix(DIGITS))[1].astype(np.int64)
-    with np.load(locate(source), allow_pickle=False) as file:
-        if LABELS_KEY not in file:
-            raise DataError(f"{source}: needs the classes as {LABELS_KEY!r}, found {file.files}")
-        return file[LABELS_KEY].astype(np.int64)
+    return _array(source, CLASSES, "the classes as").astype(np.int64)
+
+
+def _array(source: str, key: str, what: str) -> np.ndarray:
+    try:
+        with np.load(locate(source), allow_pickle=False) as file:
+            if key not in file:
+                raise DataError(f"{source}: needs {what} {key!r}, found {file.files}")
+            return file[key]
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise DataError(f"{source}: not a readable .npz file ({error})") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def base_rows(config: RunConfig) -> list[Row]:
     rows = [Row("base", spec)]
     if spec.guidance == "none":
         rows += [
-            Row(f"base, CFG {scale:g}", _guided(spec, scale))
+            Row(f"base, CFG {scale:g}", replace(spec, cfg_scale=scale, guidance="guided"))
             for scale in config.evaluation.cfg_scales
         ]
     return rows
@@ -45,16 +45,6 @@ def base_rows(config: RunConfig) -> list[Row]:
 def tuned_row(config: RunConfig) -> Row:
     """The tuned policy, sampled as it was trained."""
     return Row(TUNED, config.sampling.learned())
-
-
-def _guided(spec: SamplingSpec, scale: float) -> SamplingSpec:
-    return SamplingSpec(
-        temperature=spec.temperature,
-        top_k=spec.top_k,
-        top_p=spec.top_p,
-        cfg_scale=scale,
-        guidance="guided",
-    )
 
 
 def real_features(config: RunConfig, fleet: Fleet) -> dict[str, np.ndarray]:

@@ -232,10 +232,10 @@ class Learner:
             rows = slice(at, at + size)
             tokens, behaviour, advantages = (
                 torch.from_numpy(array[rows]).to(self._device)
-                for array in (batch.tokens.astype("int64"), batch.behaviour, batch.advantages)
+                for array in (batch.tokens, batch.behaviour, batch.advantages)
             )
             conditions = self._policy.encode(batch.conditions[rows])
-            yield tokens, conditions, behaviour, advantages
+            yield tokens.long(), conditions, behaviour, advantages
 
     def _steer_entropy(self, entropy: float) -> None:
         if self._config.entropy.controller == "target":

@@ -16,7 +16,8 @@ from typing import Annotated
 
 import tyro
 
-from actors.models.loading import load_policy
+from actors.models.loading import check_policy
+from cluster.console import FAILED, INTERRUPTED, REFUSED
 from cluster.errors import ConfigError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
 from cluster.placement import Placement, place
@@ -32,10 +33,6 @@ from learner.config import (
 from learner.experiment import Experiment
 from learner.progress import RunConsole
 from learner.rundir import RunDirectory
-
-FAILED = 1
-REFUSED = 2  # as for any bad command line
-INTERRUPTED = 130  # asked to stop, as shells count it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +174,7 @@ def dry_run(config: RunConfig) -> int:
     """Print what would run, and where on this machine."""
     from cluster.runtime import local_resources
 
-    load_policy(config.policy, weights=False)  # the architecture: a missing file shows here
+    check_policy(config.policy)  # a missing file shows here
     cpus, gpus = local_resources()
     print(dump(config))
     print(f"# placement on this machine ({cpus:g} CPUs, {gpus:g} GPUs)")

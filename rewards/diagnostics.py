@@ -41,17 +41,6 @@ def bias_constant(reference: Reference, covariance: str = "full") -> float:
     return float(values.sum() + (pairs.sum() + np.trace(pairs)) / 2)
 
 
-def diagonal_distance(mean: np.ndarray, cov: np.ndarray, reference: Reference) -> float:
-    """Fréchet distance of the diagonal Gaussians: |mean - mu|^2 + sum (sqrt c_k - sqrt s_k)^2.
-
-    Args:
-        mean: (D,); cov: (D, D), of which the diagonal counts.
-    """
-    gap = mean - reference.mu
-    spread = np.sqrt(np.diag(cov).clip(0)) - np.sqrt(np.diag(reference.sigma).clip(0))
-    return float(gap @ gap + spread @ spread)
-
-
 def short_window_warning(effective: float, reference: Reference) -> str:
     """What to say about a history of so many effective images; empty if they are enough."""
     dim = reference.factor.shape[1]

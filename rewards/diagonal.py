@@ -39,7 +39,7 @@ def diagonal_rewards(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, found {mode!r}")
-    target = reference.mu, np.sqrt(np.maximum(reference.sigma.diagonal(), 0))
+    target = _target(reference)
     past = moments.mean, np.maximum(moments.cov.diagonal(), 0)
     kept = 0.0 if mode == "loo_batch" else decay
     mean, variance = x.mean(0), x.var(0)
@@ -52,6 +52,16 @@ def diagonal_rewards(
     without = np.maximum(variance - deviations**2 / (count - 1), 0) * (count / (count - 1))
     left = _mix(*past, kept, mean - deviations / (count - 1), without)
     return _distance(*left, *target) - fid, fid
+
+
+def diagonal_distance(mean: np.ndarray, cov: np.ndarray, reference: Reference) -> float:
+    """F of a mean (D,) and the diagonal of a covariance (D, D)."""
+    return float(_distance(mean, np.maximum(cov.diagonal(), 0), *_target(reference)))
+
+
+def _target(reference: Reference) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviations of the reference, (D,) each."""
+    return reference.mu, np.sqrt(np.maximum(reference.sigma.diagonal(), 0))
 
 
 def _mix(

@@ -19,7 +19,7 @@ import scipy.linalg
 
 from cluster.errors import DataError
 from rewards.base import FeatureExtractor
-from rewards.moments import Moments
+from rewards.moments import Moments, check_features
 
 NOISE_MARGIN = 4.0
 NOISE_ULPS = 50  # at most; symmetric eigensolvers stay within some sqrt(D)
@@ -115,6 +115,21 @@ def distance_to_reference(mean: np.ndarray, cov: np.ndarray, reference: Referenc
     """`frechet_distance` to a reference, whose factor is computed once."""
     trace = float(np.trace(reference.sigma))
     return _distance(mean, cov, reference.mu, trace, reference.factor)
+
+
+def features_to_reference(features: np.ndarray, reference: Reference) -> float:
+    """`distance_to_reference` of the moments of (N, D) features, without their covariance.
+
+    With X the centred features, tr sqrt(L' X'X L / N) is the sum of the singular values of X L over
+    sqrt N: O(N D^2) for few images, where the covariance's decomposition costs O(D^3).
+    """
+    x = check_features(features)
+    mean = x.mean(0)
+    centred = x - mean
+    roots = scipy.linalg.svdvals(centred @ reference.factor) if reference.factor.size else 0.0
+    root_trace = float(np.sum(roots)) / len(x) ** 0.5
+    gap, trace = mean - reference.mu, float((centred**2).sum()) / len(x)
+    return max(float(gap @ gap + trace + np.trace(reference.sigma) - 2 * root_trace), 0.0)
 
 
 def _distance(

@@ -23,11 +23,11 @@ from rewards.diagnostics import (
     LAG_SHARE,
     bias_constant,
     class_statistics,
-    diagonal_distance,
     lag_warning,
     short_window_warning,
 )
-from rewards.fid import Reference, distance_to_reference
+from rewards.diagonal import diagonal_distance
+from rewards.fid import Reference, distance_to_reference, features_to_reference
 from rewards.history_basis import HistoryBasis
 from rewards.leave_one_out import leave_one_out_fid
 from rewards.moments import Moments, SlidingWindow
@@ -179,7 +179,7 @@ class MomentsServer:
         with threadpool_limits(1):
             step = self._step(self._history, used)
             rewards[valid], fid = self._judge(self._reference, step, used)
-            batch_fid = self._fid(Moments.from_features(used))
+            batch_fid = self._batch_fid(self._reference, used)
             size = step.after.effective_size
             bias, batch_bias = self._bias(size, fid), self._bias(len(used), batch_fid)
         statistics = {} if classes is None else class_statistics(rewards, classes)
@@ -288,9 +288,7 @@ class MomentsServer:
         return self._answer
 
     def _step(self, history: Moments | SlidingWindow, used: np.ndarray) -> _Step:
-        decay = self._config.decay_at(
-            len(used), used.shape[1]
-        )  # refuses a window that is too short
+        decay = self._config.decay_at(*used.shape)  # refuses a window that is too short
         if isinstance(history, Moments):
             share = history.history_share(decay)
             return _Step(history.normalised(), share, history.update(used, decay))
@@ -355,6 +353,11 @@ class MomentsServer:
         if self._lagging == LAG_COMMITS:
             found.append(lag_warning(answer.fid, answer.batch_fid))
         return tuple(text for text in found if text)
+
+    def _batch_fid(self, reference: Reference, used: np.ndarray) -> float:
+        if self._config.covariance == "full":  # no decomposition while somebody waits
+            return features_to_reference(used, reference)
+        return self._fid(Moments.from_features(used))
 
     def _fid(self, moments: Moments) -> float:
         if self._reference is None:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import tyro
 
-from cluster.console import counting
+from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, DataError, TesseraError
 from rewards.base import FeatureExtractor
 from rewards.features import FeaturesConfig, load_features
@@ -36,7 +36,6 @@ from rewards.joint import class_table
 from rewards.reference_images import ImageSource, open_source, stack
 from rewards.reference_sums import Conditions, Part, ReferenceSums
 
-FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 AHEAD = 3  # batches in flight for each process
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cluster.fleet import Fleet
-from learner.config import RunConfig, load_preset, to_dict, validate
+from learner.config import RunConfig, load_preset, merge, to_dict, validate
 from learner.distribution import set_reference
 from learner.loop import Iteration, prepare, train
 from learner.metrics import read_metrics, repeatable
@@ -27,13 +27,6 @@ OPTIONS = {
 
 def small_config(**changes: Any) -> RunConfig:
     return validate(merge(merge(to_dict(load_preset("miniature")), OPTIONS), changes), "test")
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return base | {
-        key: merge(base[key], value) if isinstance(value, dict) else value
-        for key, value in changes.items()
-    }
 
 
 def flags(options: dict[str, Any] = OPTIONS, prefix: str = "--") -> list[str]:

@@ -95,6 +95,15 @@ def load_policy(
     return policy.eval().requires_grad_(False)
 
 
+def check_policy(config: PolicyConfig) -> None:
+    """Refuse a policy whose architecture cannot be found or built; takes no memory for weights.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_policy` with weights=False.
+    """
+    _weightless(policy_architecture(Source.of(config.checkpoint, config.architecture, config.ema)))
+
+
 def load_decoder(config: TokenizerConfig, *, device: str | torch.device = "cpu") -> VQDecoder:
     """Build the decoding half of a tokenizer and load its weights, fp32, in eval mode."""
     return _load_tokenizer(VQDecoder, config, device)

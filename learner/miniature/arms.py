@@ -29,7 +29,7 @@ from scipy import stats
 
 from cluster.fleet import InlineFleet
 from learner import evaluate
-from learner.config import DEFAULT_PRESET, RunConfig, load_preset, validate
+from learner.config import DEFAULT_PRESET, RunConfig, load_preset, merge, validate
 from learner.distribution import set_reference
 from learner.loop import prepare, train
 from learner.miniature.build import BuildConfig, Builder, with_networks
@@ -160,15 +160,6 @@ def arm_config(config: ArmsConfig, seed: int, changes: Mapping[str, Any]) -> Run
     mine = {"seed": seed, "iterations": config.iterations, "learner": {"num_threads": 1}}
     values = merge(merge(with_networks(folder), mine), changes)
     return validate(values, f"arm of seed {seed}")
-
-
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries: `changes` over `base`."""
-    merged = dict(base)
-    for key, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
-        merged[key] = merge(base[key], value) if nested else value
-    return merged
 
 
 def networks_of(config: ArmsConfig, seed: int) -> Path:

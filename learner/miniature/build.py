@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig, VQTokenizer
+from cluster.console import INTERRUPTED
 from cluster.tensors import write_tensors
 from cluster.torchvision_ops import ensure_torchvision
 from learner.config import DEFAULT_PRESET, load_preset, to_dict
@@ -33,7 +34,6 @@ from rewards.convnet import ConvNetConfig
 NETWORKS = Path(__file__).parent / "networks"
 VOCABULARY = "vocabulary.txt.gz"
 PRESET = "miniature.yaml"
-INTERRUPTED = 130
 TOKENIZER = VQConfig(
     channels=32,
     multipliers=(1, 1),

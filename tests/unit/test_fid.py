@@ -13,10 +13,12 @@ from rewards.fid import (
     Reference,
     covariance_factor,
     distance_to_reference,
+    features_to_reference,
     frechet_distance,
     noise,
     significant,
 )
+from rewards.moments import Moments
 
 
 def gaussian(dim: int, seed: int, rank: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -141,3 +143,14 @@ def test_reference_of_images_in_memory() -> None:
     whole = Reference.from_features(Brightness()(images))
     assert reference.fingerprint == "brightness"
     np.testing.assert_allclose(reference.sigma, whole.sigma)
+
+
+@pytest.mark.parametrize(("count", "real"), [(300, 200), (12, 200), (300, 10), (1, 200)])
+def test_distance_of_features_is_that_of_their_moments(count: int, real: int) -> None:
+    generator = np.random.default_rng(count)
+    mixing = generator.normal(size=(24, 24))
+    x = generator.normal(size=(count, 24)) @ mixing
+    reference = Reference.from_features(generator.normal(size=(real, 24)) @ mixing + 1)
+    moments = Moments.from_features(x)
+    expected = distance_to_reference(moments.mean, moments.cov, reference)
+    assert features_to_reference(x, reference) == pytest.approx(expected, rel=1e-7)

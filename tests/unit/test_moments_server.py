@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cluster.errors import CheckpointError, DataError
-from rewards.diagnostics import bias_constant, diagonal_distance
+from rewards.diagnostics import bias_constant
+from rewards.diagonal import diagonal_distance
 from rewards.fid import Reference, distance_to_reference
 from rewards.history_basis import HistoryBasis
 from rewards.leave_one_out import leave_one_out_fid

@@ -7,7 +7,6 @@ bytes a number, which the file's compression takes away: nothing would be gained
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import DataError
+from cluster.files import replacing
 from cluster.messages import Condition
 
 ROW_GROUP = 64  # captions: at most 63 MB of flan-t5-xl's features in memory at a time
@@ -58,22 +58,19 @@ def write_caption_features(
     Raises:
         DataError: an array is not (n, D) of finite floats, or there are more of one than the other.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     pairs = enumerate(zip_longest(texts, features))
-    try:
-        with pq.ParquetWriter(
+    with (
+        replacing(path) as partial,
+        pq.ParquetWriter(
             partial,
             SCHEMA,
             compression="zstd",
             use_dictionary=False,
             use_byte_stream_split=["features.list.element"],
-        ) as writer:
-            while rows := [_row(path, at, *pair) for at, pair in islice(pairs, ROW_GROUP)]:
-                writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        ) as writer,
+    ):
+        while rows := [_row(path, at, *pair) for at, pair in islice(pairs, ROW_GROUP)]:
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
 
 
 def iterate_caption_features(path: Path) -> Iterator[Condition]:

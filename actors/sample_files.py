@@ -120,6 +120,24 @@ def _save(image: np.ndarray, path: Path) -> None:
     Image.fromarray(image).save(path, compress_level=1)
 
 
+class Grid:
+    """Images of one size in rows and columns, small ones enlarged to be seen."""
+
+    def __init__(self, rows: int, columns: int, height: int, width: int, smallest: int) -> None:
+        """height, width: of an image, pixels; smallest: least side of a cell, pixels."""
+        self._scale = max(1, -(-smallest // min(height, width)))
+        self._height, self._width = height * self._scale, width * self._scale
+        shape = (rows * (self._height + GAP) + GAP, columns * (self._width + GAP) + GAP, 3)
+        self.pixels = np.full(shape, BACKGROUND, np.uint8)
+
+    def put(self, row: int, column: int, image: np.ndarray) -> None:
+        """Show an image (H, W, 3) uint8."""
+        top = GAP + row * (self._height + GAP)
+        left = GAP + column * (self._width + GAP)
+        large = image.repeat(self._scale, 0).repeat(self._scale, 1)
+        self.pixels[top : top + self._height, left : left + self._width] = large
+
+
 class ContactSheet:
     """The first images of the first conditions, one row a condition."""
 
@@ -127,25 +145,21 @@ class ContactSheet:
         self._num_conditions = num_conditions
         self._rows = min(num_conditions, num_images, MAX_ROWS)
         self._columns = min(-(-num_images // num_conditions), MAX_COLUMNS)
-        self._sheet: np.ndarray | None = None
+        self._grid: Grid | None = None
         self._seen = 0
 
     def write(self, images: np.ndarray) -> None:
         """Append images (B, H, W, 3) uint8."""
-        scale = max(1, -(-SMALLEST_CELL // min(images.shape[1:3])))
-        height, width = (side * scale + GAP for side in images.shape[1:3])
-        if self._sheet is None:
-            shape = (self._rows * height + GAP, self._columns * width + GAP, 3)
-            self._sheet = np.full(shape, BACKGROUND, np.uint8)
+        if self._grid is None:
+            _, height, width, _ = images.shape
+            self._grid = Grid(self._rows, self._columns, height, width, SMALLEST_CELL)
         for image in images:
             column, row = divmod(self._seen, self._num_conditions)
             self._seen += 1
             if row < self._rows and column < self._columns:
-                top, left = GAP + row * height, GAP + column * width
-                cell = image.repeat(scale, 0).repeat(scale, 1)
-                self._sheet[top : top + height - GAP, left : left + width - GAP] = cell
+                self._grid.put(row, column, image)
 
     def save(self, path: Path) -> None:
         """Write what came so far; nothing if nothing came."""
-        if self._sheet is not None:
-            Image.fromarray(self._sheet).save(path)
+        if self._grid is not None:
+            Image.fromarray(self._grid.pixels).save(path)

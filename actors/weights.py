@@ -8,7 +8,6 @@ bit.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -42,6 +41,7 @@ from actors.models.vq import VQConfig
 from actors.models.zoo import MODELS, Kind, NamedModel, named, weights_directory
 from cluster.console import FAILED, INTERRUPTED, REFUSED
 from cluster.errors import CheckpointError, ConfigError, TesseraError
+from cluster.files import replacing
 from cluster.tensors import read_config, read_tensors, write_tensors
 
 POLICY_FILE = "policy.safetensors"  # of a checkpoint directory
@@ -266,15 +266,11 @@ def _fresh(target: Path) -> Iterator[Path]:
     """A file to write, which becomes `target` when it is whole; never over an existing one."""
     if target.exists():
         raise ConfigError(f"{target} exists and is not overwritten; name another file")
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, target)
+        with replacing(target) as partial:
+            yield partial
     except (OSError, RuntimeError, SafetensorError) as error:  # the latter two: a full disk
         raise CheckpointError(f"{target}: not written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _report(target: Path, tensors: dict[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from actors.sample_files import Grid
 from cluster.fleet import Fleet
 from cluster.messages import SampleRequest
 from learner.config import RunConfig
@@ -15,7 +16,6 @@ from learner.config import RunConfig
 SMALLEST_CELL = 32  # pixels: small images are enlarged to be seen
 LARGEST_SHEET = 1600  # pixels: large ones are reduced
 MAX_ROWS = 16
-GAP = 2
 MARGIN = 12
 TITLE = 20
 
@@ -39,16 +39,12 @@ def sample_gallery(config: RunConfig, fleet: Fleet) -> np.ndarray:
 
 def contact_sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Rows of images (K, H, W, 3) uint8 -> one image (R, C, 3) uint8."""
-    columns, height, width = len(rows[0]), *rows[0].shape[1:3]
-    enlarge = max(1, -(-SMALLEST_CELL // min(height, width)))
-    cell_height, cell_width = height * enlarge + GAP, width * enlarge + GAP
-    sheet = np.full((len(rows) * cell_height + GAP, columns * cell_width + GAP, 3), 32, np.uint8)
+    columns, height, width, _ = rows[0].shape
+    grid = Grid(len(rows), columns, height, width, SMALLEST_CELL)
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
-            large = image.repeat(enlarge, 0).repeat(enlarge, 1)
-            top, left = GAP + row * cell_height, GAP + column * cell_width
-            sheet[top : top + cell_height - GAP, left : left + cell_width - GAP] = large
-    return sheet
+            grid.put(row, column, image)
+    return grid.pixels
 
 
 def save_sheet(sheet: np.ndarray, path: Path) -> None:

@@ -7,12 +7,12 @@ checkpoints/step_*/  rollouts/*.parquet  gallery/*.png  tensorboard/
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
 
 from cluster.errors import ConfigError
+from cluster.files import replacing
 from learner.config import RunConfig, dump, load_file
 
 CONFIG = "config.yaml"
@@ -101,9 +101,8 @@ class RunDirectory:
         return json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
 
     def write_evaluation(self, rows: dict[str, dict[str, float]]) -> None:
-        temporary = self.evaluation.with_suffix(".tmp")
-        temporary.write_text(json.dumps(rows, indent=2) + "\n")
-        os.replace(temporary, self.evaluation)
+        with replacing(self.evaluation) as partial:
+            partial.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def default_root() -> Path:

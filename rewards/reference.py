@@ -21,6 +21,7 @@ import numpy as np
 import scipy.linalg
 
 from cluster.errors import DataError
+from cluster.files import replacing
 from cluster.tensors import locate
 from rewards.fid import Reference
 from rewards.reference_images import read_header
@@ -138,16 +139,10 @@ def write_reference(
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """An .npz file, renamed into place when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _open(path: str | os.PathLike[str]) -> Any:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-Normalisation = Literal["group", "batch"]
+Normalisation = Literal["group", "batch", "anchored"]
 EPSILON = 1e-4  # added to a group's deviation, as in the public code of 2603.23086
 ROUNDING = 1e-9
 
@@ -25,11 +25,26 @@ class RewardTerm:
     weight: float = 1.0
     """Factor of the normalised reward; 0 logs it and learns nothing from it."""
     normalise: Normalisation = "group"
-    """group: by the deviation within the group. batch: by the deviation over the batch."""
+    """group: by the deviation within the group. batch: by the deviation over the batch.
+    anchored: by the deviation that the base policy showed within its groups."""
+    limit: float = 0.0
+    """Largest normalised reward, in deviations; 0 is no limit."""
 
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise ValueError(f"weight must be >= 0, found {self.weight}")
+        if self.limit < 0:
+            raise ValueError(f"limit must be >= 0 (0 is no limit), found {self.limit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerTerm(RewardTerm):
+    """The part of a reward that a scorer gives."""
+
+    enabled: bool = True
+    """Whether the scorer is there at all; weight 0 keeps it for the records alone."""
+    pool: str = ""
+    """Reward servers that run the scorer: a name of reward_pools; empty is the main pool."""
 
 
 def normalise_scores(scores: np.ndarray, valid: np.ndarray, how: Normalisation) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rewards.classifier import ClassifierConfig
 from rewards.clip import ClipConfig
-from rewards.combine import Normalisation, RewardTerm
+from rewards.combine import Normalisation, RewardTerm, ScorerTerm
 from rewards.features import FeaturesConfig
 from rewards.hpsv2 import HpsConfig
 from rewards.moments_config import MomentsConfig
@@ -16,7 +16,7 @@ NETWORKS = "package://learner.miniature/networks"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipTerm(ClipConfig, RewardTerm):
+class ClipTerm(ClipConfig, ScorerTerm):
     """Text-image score."""
 
     weight: float = 1.0
@@ -24,7 +24,7 @@ class ClipTerm(ClipConfig, RewardTerm):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HpsTerm(HpsConfig, RewardTerm):
+class HpsTerm(HpsConfig, ScorerTerm):
     """Preference score."""
 
     weight: float = 0.5

@@ -18,7 +18,7 @@ from typing import NewType, Protocol, Self
 import numpy as np
 
 from cluster.errors import TesseraError
-from cluster.messages import SampleRequest, ScoredGroup
+from cluster.messages import SampleRequest, ScoredGroup, merge_scores
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, SamplerRole
 
 Ticket = NewType("Ticket", int)
@@ -88,7 +88,10 @@ class InlineFleet:
         self.learner: LearnerRole = build(role="learner")  # type: ignore[assignment]
         self.moments: MomentsRole = build(role="moments_server")  # type: ignore[assignment]
         self._sampler: SamplerRole = build(role="sampler")  # type: ignore[assignment]
-        self._server: RewardServerRole = build(role="reward_server")  # type: ignore[assignment]
+        self._plan = plan
+        self._servers: dict[str, RewardServerRole] = {
+            role.name: role.factory(role.config, name=role.worker_name(0)) for role in plan.servers
+        }
         self._submitted: dict[Ticket, list[SampleRequest]] = {}
         self._tickets = 0
 
@@ -110,19 +113,22 @@ class InlineFleet:
             if self._should_stop():
                 raise StopRequestedError("stopped while sampling")
             rollouts, images = self._sampler.sample(request)
-            groups.append(
-                ScoredGroup(rollouts=rollouts, scores=self._server.score(request, images))
-            )
+            judges = self._plan.judges(request.panel)
+            parts = [self._servers[role.name].score(request, images) for role in judges]
+            groups.append(ScoredGroup(rollouts=rollouts, scores=merge_scores(parts)))
         return groups
 
     def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
         return [self._sampler.sample(request)[1] for request in requests]
 
     def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]:
-        return self._server.features(images, panel)
+        return self._feature_server(panel).features(images, panel)
 
     def fingerprint(self, panel: str) -> str:
-        return self._server.fingerprint(panel)
+        return self._feature_server(panel).fingerprint(panel)
+
+    def _feature_server(self, panel: str) -> RewardServerRole:
+        return self._servers[self._plan.feature_server(panel).name]
 
     def refresh_moments(self) -> None:
         self.moments.refresh()

@@ -9,6 +9,7 @@ Shapes: K rollouts in a group, T tokens in a rollout, D feature dimensions, H an
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -167,6 +168,54 @@ class GroupScores:
     def valid(self) -> np.ndarray:
         """(K,) bool: which images were scored."""
         return np.array([error is None for error in self.errors], dtype=bool)
+
+
+def merge_scores(parts: Sequence[GroupScores]) -> GroupScores:
+    """What several servers, each with other scorers, say of one group's images.
+
+    Args:
+        parts: of the same group, in a fixed order: an image's error is that of the first part that
+            has one. An image that any part failed on carries no number at all.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    by_image = zip(*(part.errors for part in parts), strict=True)
+    errors = tuple(next((error for error in row if error), None) for row in by_image)
+    failed = np.array([error is not None for error in errors], dtype=bool)
+
+    def merged(columns: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        found = {name: values.copy() for column in columns for name, values in column.items()}
+        for values in found.values():
+            values[failed] = np.nan
+        return found
+
+    return GroupScores(
+        key=parts[0].key,
+        scores=merged(part.scores for part in parts),
+        features=merged(part.features for part in parts),
+        errors=errors,
+        spans=tuple(span for part in parts for span in part.spans),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStats:
+    """What a reward server did so far."""
+
+    requests: int = 0
+    """Answered requests."""
+    images: int = 0
+    failed: int = 0
+    """Images that were answered with an error."""
+    batches: int = 0
+    """Runs of the scorers; images / batches is the mean batch."""
+    queued_images: int = 0
+    """Images that wait now."""
+    wait_mean_s: float = 0.0
+    """Seconds from a request's arrival to its scoring, over the newest requests."""
+    wait_p95_s: float = 0.0
+    busy_s: float = 0.0
+    """Seconds in which scorers ran."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,21 @@ Roles are plain classes built as `factory(config, name=...)`. The same classes r
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from cluster.messages import GroupScores, RolloutGroup, SampleRequest, WeightSnapshot
+from cluster.messages import (
+    GroupScores,
+    RolloutGroup,
+    SampleRequest,
+    ServerStats,
+    WeightSnapshot,
+)
+from cluster.scaling import AutoscaleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +56,26 @@ class Role:
     config: Any
     resources: Resources
     count: int = 1
+    depth: int = 2
+    """Requests that one worker has in hand: with 2, the next is there when one ends; more let it
+    work on several together."""
+    concurrency: int = 1
+    """Threads in which one worker answers; with 1, it answers in order."""
+    autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
+    panels: tuple[str, ...] = ()
+    """Of a further pool of reward servers: the panels that it has a part in."""
+    feature_panels: tuple[str, ...] = ()
+    """Of a further pool of reward servers: the panels whose feature network it runs."""
+    runtime_env: Mapping[str, Any] | None = None
+    """Ray runtime environment of its workers, where it is another than the driver's."""
+
+    @property
+    def most(self) -> int:
+        """The largest number of workers that scaling comes to by itself."""
+        return max(self.count, self.autoscale.max)
 
     def worker_name(self, index: int) -> str:
-        return self.name if self.count == 1 else f"{self.name}-{index}"
+        return self.name if self.most == 1 and index == 0 else f"{self.name}-{index}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +84,11 @@ class FleetPlan:
 
     sampler: Role
     reward_server: Role
+    """The main pool: whatever panel is asked for, it has a part in."""
     moments_server: Role
     learner: Role
+    reward_pools: tuple[Role, ...] = ()
+    """Further reward servers, with other scorers."""
     timeout_s: float = 600.0
     """Longest wait for any one answer; past it the run stops and says who did not answer."""
     max_restarts: int = 3
@@ -69,7 +96,21 @@ class FleetPlan:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        return (self.learner, self.moments_server, self.sampler, self.reward_server)
+        return (self.learner, self.moments_server, self.sampler, *self.servers)
+
+    @property
+    def servers(self) -> tuple[Role, ...]:
+        """All pools of reward servers, in the order in which their scores are merged."""
+        return (self.reward_server, *self.reward_pools)
+
+    def judges(self, panel: str) -> tuple[Role, ...]:
+        """The pools that have a part in a panel, in the order of the merge."""
+        return (self.reward_server, *(role for role in self.reward_pools if panel in role.panels))
+
+    def feature_server(self, panel: str) -> Role:
+        """The pool that runs a panel's feature network."""
+        claims = (role for role in self.reward_pools if panel in role.feature_panels)
+        return next(claims, self.reward_server)
 
 
 class SamplerRole(Protocol):
@@ -84,6 +125,8 @@ class RewardServerRole(Protocol):
     def score(self, request: SampleRequest, images: np.ndarray) -> GroupScores: ...
 
     def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]: ...
+
+    def stats(self) -> ServerStats: ...
 
 
 class MomentsRole(Protocol):

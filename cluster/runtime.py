@@ -55,12 +55,26 @@ class RaySession:
         self.joined = bool(address)
 
     @property
+    def address(self) -> str:
+        """Where other processes reach this cluster, host:port."""
+        import ray
+
+        return str(ray.get_runtime_context().gcs_address)
+
+    @property
     def cpus(self) -> float:
         return self._available("CPU")
 
     @property
     def gpus(self) -> float:
         return self._available("GPU")
+
+    @property
+    def free_cpus(self) -> float:
+        """What nobody has reserved at this moment."""
+        import ray
+
+        return float(ray.available_resources().get("CPU", 0.0))
 
     def _available(self, kind: str) -> float:
         """On a cluster, what others have left; a private Ray is all ours."""

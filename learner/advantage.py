@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.messages import ScoredGroup
-from rewards.combine import RewardTerm, normalise_scores
+from rewards.combine import Combiner
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Advantages:
     """(P, K) bool: False where a scorer failed on the image."""
     rewards: dict[str, np.ndarray]
     """Reward name -> (P, K) raw values, NaN where not valid."""
+    normalised: dict[str, np.ndarray]
+    """Reward name -> (P, K) after normalisation and clipping, before the weight; 0 where not
+    valid."""
+    clipped: dict[str, float]
+    """Reward name -> share of images whose normalised reward was clipped; of those with a limit."""
     flat_groups: int
     """Groups in which every rollout got the same rewards: they teach nothing."""
 
@@ -34,27 +39,25 @@ class Advantages:
 def group_advantages(
     groups: Sequence[ScoredGroup],
     distribution: Mapping[str, np.ndarray],
-    terms: Mapping[str, RewardTerm],
+    combiner: Combiner,
 ) -> Advantages:
     """Advantages of a batch.
 
     Args:
         groups: P scored groups of K rollouts.
         distribution: reward name -> (P, K), what no single image has (the leave-one-out FID).
-        terms: reward name -> weight and normalisation; one for every reward.
+        combiner: has the weight and normalisation of every reward.
     """
     valid = np.stack([group.scores.valid for group in groups])
     names = groups[0].scores.scores.keys()
     rewards = {name: np.stack([group.scores.scores[name] for group in groups]) for name in names}
     rewards.update(distribution)
-    values = np.zeros(valid.shape)
-    for name, scores in rewards.items():
-        term = terms[name]
-        if term.weight:
-            values += term.weight * normalise_scores(scores, valid, term.normalise)
+    combined = combiner(rewards, valid)
     return Advantages(
-        values=values.astype(np.float32),
+        values=combined.values.astype(np.float32),
         valid=valid,
         rewards=rewards,
-        flat_groups=int((np.abs(values) < 1e-8).all(1).sum()),
+        normalised=combined.normalised,
+        clipped=combined.clipped,
+        flat_groups=int((np.abs(combined.values) < 1e-8).all(1).sum()),
     )

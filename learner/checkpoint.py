@@ -17,10 +17,12 @@ import msgpack
 
 from cluster.errors import CheckpointError
 from cluster.fleet import Fleet
+from rewards.combine import Combiner
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.msgpack"
 MOMENTS = "moments.msgpack"
+REWARDS = "rewards.msgpack"
 PREFIX = "step_"
 
 
@@ -33,7 +35,9 @@ class Checkpoint:
     """Iterations done; training goes on with this one."""
 
 
-def save_checkpoint(root: Path, step: int, fleet: Fleet, keep: int) -> Checkpoint:
+def save_checkpoint(
+    root: Path, step: int, fleet: Fleet, combiner: Combiner, keep: int
+) -> Checkpoint:
     """Write one checkpoint, and remove the oldest beyond `keep`.
 
     Raises:
@@ -52,6 +56,7 @@ def save_checkpoint(root: Path, step: int, fleet: Fleet, keep: int) -> Checkpoin
             "on storage that all nodes share"
         )
     (partial / MOMENTS).write_bytes(fleet.moments.state())
+    (partial / REWARDS).write_bytes(combiner.state())
     files = {file.name: _describe(file) for file in sorted(partial.iterdir())}
     manifest = {"format": FORMAT, "step": step, "files": files}
     (partial / MANIFEST).write_bytes(msgpack.packb(manifest))
@@ -96,10 +101,11 @@ def verify(path: Path) -> Checkpoint:
     return Checkpoint(path, step)
 
 
-def restore(checkpoint: Checkpoint, fleet: Fleet) -> None:
-    """Bring learner and moments server to the checkpoint's state."""
+def restore(checkpoint: Checkpoint, fleet: Fleet, combiner: Combiner) -> None:
+    """Bring learner, moments server and the rewards' anchors to the checkpoint's state."""
     fleet.learner.restore(checkpoint.path)
     fleet.moments.restore((checkpoint.path / MOMENTS).read_bytes())
+    combiner.restore((checkpoint.path / REWARDS).read_bytes())
 
 
 def _steps(root: Path) -> list[Path]:

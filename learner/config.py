@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import tyro
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -28,11 +29,18 @@ from learner.conditions import ConditionsConfig
 from learner.entropy import EntropyConfig
 from learner.learner import Learner, LearnerConfig, OptimizerConfig
 from learner.loss import LossConfig
-from rewards.config import JudgeConfig, RewardsConfig, RewardServerConfig
+from rewards.config import (
+    JudgeConfig,
+    RewardPool,
+    RewardsConfig,
+    RewardServerConfig,
+    RewardServerResources,
+)
 from rewards.moments_server import MomentsServer
-from rewards.reward_server import RewardServer
+from rewards.reward_server import REWARDS, RewardServer
 
 DEFAULT_PRESET = "miniature"
+CONTROL_THREADS = 2  # of a reward server: statistics and features beside the scoring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +105,9 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
     sampler: SamplerResources = field(default_factory=SamplerResources)
-    reward: Resources = field(default_factory=Resources)
+    reward: RewardServerResources = field(default_factory=RewardServerResources)
+    reward_pools: Annotated[dict[str, RewardPool], tyro.conf.Suppress] = field(default_factory=dict)
+    """Further reward servers by name, for scorers that name them as their pool; set in a YAML."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -109,6 +119,21 @@ class RunConfig:
                 f"rewards.loo_fid.seed_images must be at least {2 * self.rollouts_per_group} (two "
                 f"groups), found {self.rewards.loo_fid.seed_images}"
             )
+        self._check_pools()
+
+    def _check_pools(self) -> None:
+        used = set(self.rewards.pools().values()) - {""}
+        for what, pool in self.rewards.pools().items():
+            if pool and pool not in self.reward_pools:
+                there = ", ".join(self.reward_pools) or "none"
+                raise ValueError(
+                    f"{what} is to run in the pool {pool!r}, but reward_pools has {there}"
+                )
+        for pool in self.reward_pools:
+            if not pool.isidentifier() or pool == "server":
+                raise ValueError(f"reward_pools: {pool!r} is no name (letters, digits, _)")
+            if pool not in used:
+                raise ValueError(f"reward_pools: no scorer names {pool!r} as its pool")
 
     def fleet_plan(self) -> FleetPlan:
         """The roles of this run, with their configurations."""
@@ -116,12 +141,6 @@ class RunConfig:
             policy=self.policy,
             tokenizer=self.tokenizer,
             resources=self.sampler,
-        )
-        server = RewardServerConfig(
-            rewards=self.rewards,
-            judge=self.judge,
-            device=self.reward.device,
-            num_threads=self.reward.num_threads,
         )
         learner = LearnerConfig(
             policy=self.policy,
@@ -139,12 +158,10 @@ class RunConfig:
                 resources=self.sampler,
                 count=self.num_samplers,
             ),
-            reward_server=Role(
-                name="reward-server",
-                factory=RewardServer,
-                config=server,
-                resources=self.reward,
-                count=self.num_reward_servers,
+            reward_server=self._reward_role("", self.reward, self.num_reward_servers),
+            reward_pools=tuple(
+                self._reward_role(name, pool, pool.num_servers, pool.runtime_env)
+                for name, pool in self.reward_pools.items()
             ),
             moments_server=Role(
                 name="moments-server",
@@ -155,6 +172,37 @@ class RunConfig:
             learner=Role(name="learner", factory=Learner, config=learner, resources=self.learner),
             timeout_s=self.timeout_s,
             max_restarts=self.max_restarts,
+        )
+
+    def _reward_role(
+        self,
+        pool: str,
+        servers: RewardServerResources,
+        count: int,
+        runtime_env: Mapping[str, Any] | None = None,
+    ) -> Role:
+        """One pool of reward servers; the main one has no name, and judges the exams."""
+        depth = servers.depth(self.rollouts_per_group)
+        config = RewardServerConfig(
+            rewards=self.rewards,
+            judge=self.judge if self.evaluation.num_images and not pool else None,
+            pool=pool,
+            batching=servers.batching,
+            device=servers.device,
+            num_threads=servers.num_threads,
+        )
+        return Role(
+            name=f"reward-{pool or 'server'}",
+            factory=RewardServer,
+            config=config,
+            resources=servers,
+            count=servers.bounded(count) if servers.on else count,
+            depth=depth,
+            concurrency=depth + CONTROL_THREADS,
+            autoscale=servers,
+            panels=(REWARDS,) if pool else (),
+            feature_panels=(REWARDS,) if pool and pool == self.rewards.features_pool else (),
+            runtime_env=runtime_env,
         )
 
 
@@ -170,6 +218,7 @@ def _forbid_unknown(kind: type, done: set[type]) -> None:
 
 
 _forbid_unknown(RunConfig, set())
+_forbid_unknown(RewardPool, set())
 _ADAPTER = TypeAdapter(RunConfig)
 
 
@@ -207,6 +256,11 @@ MAY_CHANGE = (
     "max_failed_share",
     "sampler.num_",
     "reward.num_",
+    "reward.min",
+    "reward.max",
+    "reward.target_wait_s",
+    "reward.every_s",
+    "reward_pools.",
     "learner.num_",
     "learner.microbatch",
     "output.",
@@ -310,7 +364,8 @@ def _explain(item: Any, values: Mapping[str, Any]) -> str:
 def _nearest(path: list[str]) -> str:
     kind: Any = RunConfig()
     for part in path[:-1]:
-        kind = getattr(kind, part)
+        # the one mapping of named parts there is
+        kind = RewardPool() if isinstance(kind, Mapping) else getattr(kind, part)
     names = [item.name for item in dataclasses.fields(kind)]
     close = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else f": there are {', '.join(names)}"

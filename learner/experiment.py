@@ -18,6 +18,7 @@ from learner.metrics import Recorder
 from learner.progress import RunConsole
 from learner.report import write_report
 from learner.rundir import BEFORE_AFTER, RunDirectory
+from rewards.combine import Combiner
 
 BASE_GALLERY = "base.png"
 TUNED_GALLERY = "tuned.png"
@@ -39,6 +40,7 @@ class Experiment:
         self._rows = run.read_evaluation()
         self._real: dict[str, np.ndarray] | None = None
         self._space = RewardSpace()
+        self._combiner = Combiner(config.rewards.terms())
 
     def run(self) -> bool:
         """Everything; False if the run was asked to stop before its end."""
@@ -76,7 +78,14 @@ class Experiment:
 
         try:
             return train(
-                config, self._fleet, self._space, first, after, self._should_stop, run.path.name
+                config,
+                self._fleet,
+                self._space,
+                first,
+                after,
+                self._should_stop,
+                run.path.name,
+                self._combiner,
             )
         finally:
             recorder.close()
@@ -88,7 +97,7 @@ class Experiment:
         self._space = set_reference(self._config, self._fleet)
         if any(self._run.checkpoints.glob("step_*")):
             checkpoint = newest_checkpoint(self._run.checkpoints, self._console.say)
-            restore(checkpoint, self._fleet)
+            restore(checkpoint, self._fleet, self._combiner)
             self._fleet.broadcast()
             self._console.say(f"resumed from {checkpoint.path.name}")
             return checkpoint.step
@@ -115,7 +124,7 @@ class Experiment:
 
     def _checkpoint(self, done: int) -> None:
         keep = self._config.output.keep_checkpoints
-        save_checkpoint(self._run.checkpoints, done, self._fleet, keep)
+        save_checkpoint(self._run.checkpoints, done, self._fleet, self._combiner, keep)
 
     def _examine(self, row: evaluate.Row) -> None:
         """Fill one row of the table, once."""

@@ -18,9 +18,11 @@ from learner.conditions import ConditionStream
 from learner.config import RunConfig
 from learner.distribution import RewardSpace
 from learner.learner import StepReport
+from rewards.combine import Combiner
+from rewards.config import LOO_FID
 from rewards.moments_server import DistributionReward
 
-LOO_FID = "loo_fid"
+QUANTILES = {"p05": 0.05, "p95": 0.95}
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ def train(
     after: Callable[[Iteration], None],
     should_stop: Callable[[], bool],
     run: str = "",
+    combiner: Combiner | None = None,
 ) -> int:
     """Iterate from `first` to the end, or until a stop is asked for.
 
     Args:
         space: of the distribution reward, as `set_reference` gave it.
         run: name of the run, the other half of a commit's key.
+        combiner: of the rewards, with the anchors of a resumed run; None makes a new one.
         after: called with every finished iteration (records, checkpoints, progress).
 
     Returns:
@@ -58,6 +62,7 @@ def train(
     stream = ConditionStream(
         config.conditions.conditions(), config.groups_per_iteration, config.seed
     )
+    combiner = combiner or Combiner(config.rewards.terms())
     for iteration in range(first, config.iterations):
         started = time.time()
         try:
@@ -70,7 +75,7 @@ def train(
         answer = fleet.moments.commit(iteration, features, valid, run=run, classes=classes)
         fleet.refresh_moments()
         distribution = {LOO_FID: answer.rewards.reshape(len(groups), -1)}
-        advantages = group_advantages(groups, distribution, config.rewards.terms())
+        advantages = group_advantages(groups, distribution, combiner)
         report = fleet.learner.step(make_batch(iteration, groups, advantages))
         learned = time.time()
         version = fleet.broadcast()
@@ -136,12 +141,20 @@ def _features(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features (N, D) in the reward's space, validity (N,) and classes (N,; -1 of captions) of a
     batch, in the order of its groups."""
-    features = np.concatenate([group.scores.features[MAIN_SPACE] for group in groups])
+    features = concatenate_features([group.scores.features[MAIN_SPACE] for group in groups])
     valid = np.concatenate([group.scores.valid for group in groups])
     asked = [group.rollouts.request.condition.class_index for group in groups]
     each = [-1 if index is None else index for index in asked]
     classes = np.repeat(each, [group.rollouts.request.num_rollouts for group in groups])
     return space(features, classes), valid, classes
+
+
+def concatenate_features(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Features (K, D) of groups -> (N, D). A group of which no image could be scored has (K, 0),
+    and becomes NaN."""
+    dim = max(part.shape[1] for part in parts)
+    whole = [p if p.shape[1] == dim else np.full((len(p), dim), np.nan, p.dtype) for p in parts]
+    return np.concatenate(whole)
 
 
 def _spans(
@@ -166,6 +179,12 @@ def _row(
         "version": version,
         **{f"reward/{name}": float(np.nanmean(values)) for name, values in rewards.items()},
         **{f"reward_std/{name}": float(np.nanstd(values)) for name, values in rewards.items()},
+        **{
+            f"reward_{label}/{name}": float(np.nanquantile(values, share))
+            for label, share in QUANTILES.items()
+            for name, values in rewards.items()
+        },
+        **{f"reward_clipped/{name}": share for name, share in advantages.clipped.items()},
         "fid/ema": answer.fid,
         "fid/batch": answer.batch_fid,
         "fid/effective_size": answer.effective_size,

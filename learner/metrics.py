@@ -45,10 +45,22 @@ class Recorder:
         self._metrics.write(json.dumps(row) + "\n")
         for key, value in row.items():
             self._events.add_scalar(key, value, iteration)
+        self._histograms(advantages, iteration)
         if self._rollouts:
             table = rollout_table(iteration, groups, advantages)
             pq.write_table(table, rollout_file(self._run, iteration), compression="zstd")
         self._trace.add(spans)
+
+    def _histograms(self, advantages: Advantages, iteration: int) -> None:
+        """Raw and normalised rewards, and advantages, of the images that were scored."""
+        valid = advantages.valid
+        if not valid.any():
+            return
+        for name, values in advantages.rewards.items():
+            self._events.add_histogram(f"rewards/{name}", values[valid], iteration)
+            normalised = advantages.normalised[name][valid]
+            self._events.add_histogram(f"rewards_normalised/{name}", normalised, iteration)
+        self._events.add_histogram("rewards/advantage", advantages.values[valid], iteration)
 
     def close(self) -> None:
         self._metrics.close()

@@ -20,13 +20,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-FIGURES = {
-    "clip": "reward/clip",
-    "hps": "reward/hps",
-    "FID": "fid/ema",
-    "entropy": "policy/entropy",
-}
-"""Shown name -> metric; img/s follows, a mean over the last iterations."""
+from rewards.config import LOO_FID
+
+FIGURES = {"FID": "fid/ema", "entropy": "policy/entropy"}
+"""Shown name -> metric. The images' rewards come before, img/s after, a mean over the last
+iterations."""
+REWARD = "reward/"
 COLUMNS = {
     "FID↓": "fid",
     "dens.↑": "density",
@@ -95,7 +94,10 @@ class RunConsole:
         seconds = row["time/iteration"]
         self._recent.append((seconds, row["time/images_per_s"] * seconds))
         rate = sum(images for _, images in self._recent) / sum(s for s, _ in self._recent)
-        parts = [f"{name} {row[key]:.3g}" for name, key in FIGURES.items()] + [f"img/s {rate:.3g}"]
+        rewards = {k.removeprefix(REWARD): k for k in row if k.startswith(REWARD)}
+        rewards.pop(LOO_FID, None)
+        shown = {**rewards, **FIGURES}
+        parts = [f"{name} {row[key]:.3g}" for name, key in shown.items()] + [f"img/s {rate:.3g}"]
         figures = "  ".join(parts)
         if self._task is not None:
             fitting = fit(parts, self._console.width - REST - self._bar)
@@ -111,7 +113,8 @@ class RunConsole:
         for heading in COLUMNS:
             table.add_column(heading, justify="right", no_wrap=True)
         for name, metrics in rows.items():
-            table.add_row(name, *(f"{metrics[key]:.2f}" for key in COLUMNS.values()))
+            cells = (f"{metrics[k]:.2f}" if k in metrics else "-" for k in COLUMNS.values())
+            table.add_row(name, *cells)
         self._console.print(table)
         self.say(LEGEND)
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import base64
 import importlib.resources
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from learner.config import RunConfig, dump
+from learner.loop import QUANTILES
 from learner.metrics import read_metrics
 from learner.progress import COLUMNS
 from learner.rundir import BEFORE_AFTER, RunDirectory
+from rewards.config import LOO_FID
 
+REWARDS = "rewards of images (mean, and from the 5th to the 95th percentile)"
 PANELS: dict[str, dict[str, str]] = {
-    "rewards (mean score)": {"CLIP": "reward/clip", "preference": "reward/hps"},
+    REWARDS: {},
     "FID in the reward's features": {"moving average": "fid/ema", "batch": "fid/batch"},
     "policy entropy (nats)": {"entropy": "policy/entropy"},
     "gradient norm": {"gradient norm": "loss/grad_norm"},
@@ -45,6 +48,13 @@ def write_report(
     run.report.write_text(page)
 
 
+def image_rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the rewards that single images got: all but the distribution's."""
+    keys = metrics[0] if metrics else ()
+    names = [key.removeprefix("reward/") for key in keys if key.startswith("reward/")]
+    return [name for name in names if name != LOO_FID]
+
+
 def _encoded(path: Path) -> str:
     """A file as base64: the page then can be moved alone."""
     return base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
@@ -55,10 +65,15 @@ def curves(metrics: list[dict[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(2, 2).flat, PANELS.items()):
+    steps = [row["iteration"] for row in metrics]
+    panels = {**PANELS, REWARDS: {name: f"reward/{name}" for name in image_rewards(metrics)}}
+    for axes, (title, lines) in zip(figure.subplots(2, 2).flat, panels.items()):
         for label, key in lines.items():
-            axes.plot([row["iteration"] for row in metrics], [row[key] for row in metrics])
-            axes.lines[-1].set_label(label)
+            axes.plot(steps, [row[key] for row in metrics], label=label)
+            low, high = (key.replace("/", f"_{part}/", 1) for part in QUANTILES)
+            if metrics and low in metrics[0]:
+                band = ([row[low] for row in metrics], [row[high] for row in metrics])
+                axes.fill_between(steps, *band, color=axes.lines[-1].get_color(), alpha=0.15)
         axes.set_title(title)
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)

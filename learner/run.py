@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         stop = StopFlag(console.say)
         try:
             console.say(starting(command, config))
-            with stop.installed(), open_fleet(command, config, stop) as fleet:
+            with stop.installed(), open_fleet(command, config, run, console.say, stop) as fleet:
                 return 0 if Experiment(config, run, fleet, console, stop).run() else INTERRUPTED
         except TesseraError as error:
             console.say(f"error: {error}")
@@ -144,7 +144,8 @@ def starting(command: Command, config: RunConfig) -> str:
     """What is about to be started, for the seconds that this takes."""
     if command.inline:
         return "starting: every role in this process"
-    samplers, servers = config.num_samplers, config.num_reward_servers
+    plan = config.fleet_plan()
+    samplers, servers = plan.sampler.count, sum(role.count for role in plan.servers)
     return (
         f"starting: {samplers} sampler{'s' * (samplers > 1)}, {servers} reward "
         f"server{'s' * (servers > 1)}, a moments server and a learner, on Ray"
@@ -153,19 +154,26 @@ def starting(command: Command, config: RunConfig) -> str:
 
 @contextmanager
 def open_fleet(
-    command: Command, config: RunConfig, should_stop: Callable[[], bool]
+    command: Command,
+    config: RunConfig,
+    run: RunDirectory,
+    say: Callable[[str], None],
+    should_stop: Callable[[], bool],
 ) -> Iterator[Fleet]:
-    """The fleet that the command asks for, closed again at the end."""
+    """The fleet that the command asks for, closed again at the end. While it is there, the run
+    directory tells other commands where (`cluster.scale`)."""
     if command.inline:
         with InlineFleet(config.fleet_plan(), should_stop) as inline:
             yield inline
         return
+    from cluster.control import announced
     from cluster.ray_fleet import RayFleet
     from cluster.runtime import RaySession
 
     with (
         RaySession(config.ray) as session,
-        RayFleet(config.fleet_plan(), session, should_stop) as fleet,
+        RayFleet(config.fleet_plan(), session, should_stop, run=run.path.name, say=say) as fleet,
+        announced(run.path, session.address),
     ):
         yield fleet
 

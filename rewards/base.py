@@ -46,7 +46,7 @@ class FeatureExtractor(Protocol):
         ...
 
 
-class RowErrors(DataError):
+class RowErrors(DataError):  # noqa: N818 - it carries several
     """Some images (or their conditions) cannot be scored; the others can.
 
     Args:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.errors import DataError
 from cluster.messages import Condition
+from rewards.base import Images, RowErrors, by_size
 from rewards.convnet import load_convnet
 
 
@@ -17,7 +17,7 @@ class ClassifierConfig:
     """A classifier that judges whether an image shows its class."""
 
     checkpoint: str = "package://learner.miniature/networks/judge.safetensors"
-    """Safetensors file of a small convolutional network."""
+    """Safetensors file of a small convolutional network; empty: class accuracy is not judged."""
 
 
 class ClassifierAccuracy:
@@ -26,10 +26,24 @@ class ClassifierAccuracy:
     def __init__(self, config: ClassifierConfig, device: str = "cpu") -> None:
         self._network = load_convnet(config.checkpoint, device)
 
-    def __call__(self, images: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
-        """(N, S, S, 3) uint8 and N conditions -> (N,) float32."""
+    def __call__(self, images: Images, conditions: Sequence[Condition]) -> np.ndarray:
+        """N images (S, S, 3) uint8 and N conditions -> (N,) float32.
+
+        Raises:
+            RowErrors: a condition without a class, or with one that the classifier does not know.
+        """
+        known = self._network.config.num_classes
         wanted = [condition.class_index for condition in conditions]
-        if None in wanted:
-            raise DataError("class accuracy needs conditions with a class_index, found a caption")
-        predicted = self._network.run(images)[1].argmax(-1)
+        errors = {
+            row: "class accuracy needs a condition with a class_index, found a caption"
+            if index is None
+            else f"class accuracy knows the classes 0..{known - 1}, found {index}"
+            for row, index in enumerate(wanted)
+            if index is None or not 0 <= index < known
+        }
+        if errors:
+            raise RowErrors(errors)
+        predicted = np.empty(len(images), np.int64)
+        for rows, same in by_size(images):
+            predicted[rows] = self._network.run(same)[1].argmax(-1)
         return (predicted == np.array(wanted)).astype(np.float32)

@@ -1,17 +1,21 @@
 """From raw scores to one advantage an image: each reward normalised apart, then weighted.
 
 Rewards live on different scales (a cosine, an FID difference), so each is centred within its group
-and divided by a deviation before it is weighted: A = sum_r w_r z_r.
+and divided by a deviation before it is weighted: A = sum_r w_r clip(z_r).
 
 Shapes: P groups, K rollouts a group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import msgpack
 import numpy as np
+
+from cluster.errors import CheckpointError
 
 Normalisation = Literal["group", "batch", "anchored"]
 EPSILON = 1e-4  # added to a group's deviation, as in the public code of 2603.23086
@@ -25,10 +29,11 @@ class RewardTerm:
     weight: float = 1.0
     """Factor of the normalised reward; 0 logs it and learns nothing from it."""
     normalise: Normalisation = "group"
-    """group: by the deviation within the group. batch: by the deviation over the batch.
-    anchored: by the deviation that the base policy showed within its groups."""
+    """group: by the deviation within the group. batch: by the deviation over the batch. anchored:
+    by the deviation within groups of the first iteration, whose images are the base policy's: the
+    reward then loses its say as its differences vanish."""
     limit: float = 0.0
-    """Largest normalised reward, in deviations; 0 is no limit."""
+    """Largest normalised reward, in deviations; what is beyond is clipped. 0 is no limit."""
 
     def __post_init__(self) -> None:
         if self.weight < 0:
@@ -47,7 +52,98 @@ class ScorerTerm(RewardTerm):
     """Reward servers that run the scorer: a name of reward_pools; empty is the main pool."""
 
 
-def normalise_scores(scores: np.ndarray, valid: np.ndarray, how: Normalisation) -> np.ndarray:
+@dataclass(frozen=True)
+class Combined:
+    """Advantages of a batch, and how they came about."""
+
+    values: np.ndarray
+    """(P, K) float64: the advantages; 0 where not valid."""
+    normalised: dict[str, np.ndarray]
+    """Reward name -> (P, K), after normalisation and clipping, before the weight."""
+    clipped: dict[str, float]
+    """Reward name -> share of valid images whose normalised reward was clipped; of those with a
+    limit."""
+
+
+class Combiner:
+    """Combines a run's rewards. What `anchored` rewards are measured by is taken from the first
+    batch, and is part of a checkpoint.
+
+    Args:
+        terms: reward name -> its part.
+    """
+
+    def __init__(self, terms: Mapping[str, RewardTerm]) -> None:
+        self.terms = dict(terms)
+        self.anchors: dict[str, float] | None = None
+
+    def __call__(self, rewards: Mapping[str, np.ndarray], valid: np.ndarray) -> Combined:
+        """Rewards (P, K) by name, and which images have them (P, K) -> advantages."""
+        if self.anchors is None:
+            self.anchors = {name: spread_within(values, valid) for name, values in rewards.items()}
+        return combine_rewards(rewards, valid, self.terms, self.anchors)
+
+    def state(self) -> bytes:
+        """The anchors (msgpack)."""
+        return msgpack.packb({"anchors": self.anchors})
+
+    def restore(self, state: bytes) -> None:
+        """Inverse of `state`.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        try:
+            anchors = msgpack.unpackb(state)["anchors"]
+            self.anchors = None if anchors is None else {k: float(v) for k, v in anchors.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+            raise CheckpointError(f"the rewards' anchors cannot be read: {error}") from error
+
+
+def combine_rewards(
+    rewards: Mapping[str, np.ndarray],
+    valid: np.ndarray,
+    terms: Mapping[str, RewardTerm],
+    anchors: Mapping[str, float],
+) -> Combined:
+    """A = sum_r w_r clip(z_r, -limit_r, limit_r), see `normalise_scores`.
+
+    Args:
+        rewards: name -> (P, K), NaN where not valid.
+        valid: (P, K) bool.
+        terms: name -> weight, normalisation, limit; one for every reward.
+        anchors: name -> deviation, for rewards that are normalised by an anchor.
+    """
+    total = np.zeros(valid.shape)
+    normalised: dict[str, np.ndarray] = {}
+    clipped: dict[str, float] = {}
+    for name, scores in rewards.items():
+        term = terms[name]
+        z = normalise_scores(scores, valid, term.normalise, anchors.get(name, 0.0))
+        if term.limit:
+            clipped[name] = float((np.abs(z) > term.limit)[valid].mean()) if valid.any() else 0.0
+            z = z.clip(-term.limit, term.limit)
+        normalised[name] = z
+        if term.weight:
+            total += term.weight * z
+    return Combined(total, normalised, clipped)
+
+
+def spread_within(scores: np.ndarray, valid: np.ndarray) -> float:
+    """Deviation within groups, over all of them: sqrt of the mean square of what is left when each
+    group's mean is taken off. 0 where nothing is valid.
+
+    Args:
+        scores: (P, K).
+        valid: (P, K) bool.
+    """
+    centred = _centred(scores, valid)
+    return float(np.sqrt((centred[valid] ** 2).mean())) if valid.any() else 0.0
+
+
+def normalise_scores(
+    scores: np.ndarray, valid: np.ndarray, how: Normalisation, anchor: float = 0.0
+) -> np.ndarray:
     """Centre each group on its own mean, and scale.
 
     Args:
@@ -58,20 +154,25 @@ def normalise_scores(scores: np.ndarray, valid: np.ndarray, how: Normalisation) 
                     say, however small its differences are
             batch   divide by the deviation of all scores of the batch: groups keep their relative
                     weight, which suits a reward that is comparable across conditions (LOO-FID)
+            anchored  divide by `anchor`, the same throughout a run
+        anchor: a deviation, >= 0, in the unit of the scores.
 
     Returns:
         (P, K) float64. A group without differences gets zeros.
     """
-    values = np.where(valid, scores, np.nan).astype(np.float64)
-    counts = valid.sum(1, keepdims=True)
-    mean = np.nansum(values, 1, keepdims=True) / np.maximum(counts, 1)
-    centred = np.where(valid, values - mean, 0.0)
+    centred = _centred(scores, valid)
     if how == "group":
-        deviation = np.sqrt((centred**2).sum(1, keepdims=True) / np.maximum(counts, 1))
-        return centred / (deviation + EPSILON)
-    used = values[valid]
-    spread = np.std(used) if used.size else 0.0
+        counts = np.maximum(valid.sum(1, keepdims=True), 1)
+        return centred / (np.sqrt((centred**2).sum(1, keepdims=True) / counts) + EPSILON)
+    used = np.asarray(scores, np.float64)[valid]
+    spread = anchor if how == "anchored" else (np.std(used) if used.size else 0.0)
     # No absolute floor: leave-one-out rewards may be of any scale. Equal values differ by rounding.
     if spread <= ROUNDING * np.abs(used).max(initial=0.0):
         return np.zeros_like(centred)
     return centred / spread
+
+
+def _centred(scores: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    values = np.where(valid, scores, np.nan).astype(np.float64)
+    mean = np.nansum(values, 1, keepdims=True) / np.maximum(valid.sum(1, keepdims=True), 1)
+    return np.where(valid, values - mean, 0.0)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from cluster.roles import Resources
+from cluster.scaling import AutoscaleConfig
+from rewards.batcher import BatchingConfig
 from rewards.classifier import ClassifierConfig
 from rewards.clip import ClipConfig
 from rewards.combine import Normalisation, RewardTerm, ScorerTerm
+from rewards.extra import ExtraReward, parse_extra
 from rewards.features import FeaturesConfig
 from rewards.hpsv2 import HpsConfig
 from rewards.moments_config import MomentsConfig
 
+LOO_FID = "loo_fid"
+GPU_BATCH = 64  # images; ViT-H-14's activations in fp32 then take a few GiB
 SECOND_SPACE = "second"
 NETWORKS = "package://learner.miniature/networks"
 
@@ -38,7 +48,8 @@ class LooFidTerm(MomentsConfig, RewardTerm):
     weight: float = 4.0
     """Factor of the normalised reward; 0 logs it and learns nothing from it."""
     normalise: Normalisation = "batch"
-    """group: by the deviation within the group. batch: by the deviation over the batch."""
+    """group: by the deviation within the group. batch: by the deviation over the batch. anchored:
+    by the deviation within groups of the first iteration."""
     reference: str = "digits:train"
     """Real images' moments: an .npz file with mu and sigma, or "digits:train" to compute them."""
     seed_images: int = 1000
@@ -60,10 +71,37 @@ class RewardsConfig:
     hps: HpsTerm = field(default_factory=HpsTerm)
     loo_fid: LooFidTerm = field(default_factory=LooFidTerm)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    features_pool: str = ""
+    """Reward servers that run the feature network: a name of reward_pools; empty: the main pool."""
+    extra: tuple[str, ...] = ()
+    """Your own rewards, each written module:Class=weight[,option=value...] (rewards/README.md)."""
+
+    def __post_init__(self) -> None:
+        names = [extra.name for extra in self.extras()]
+        doubled = {name for name in names if names.count(name) > 1 or hasattr(self, name)}
+        if doubled:
+            raise ValueError(
+                f"extra: {sorted(doubled)} name more than one reward: add name=..., to tell them "
+                "apart"
+            )
+
+    def extras(self) -> list[ExtraReward]:
+        """The user's own rewards, parsed."""
+        return [parse_extra(text) for text in self.extra]
+
+    def scorers(self) -> dict[str, ScorerTerm]:
+        """Name of each enabled scorer -> its part, in the order of the records."""
+        shipped: dict[str, ScorerTerm] = {"clip": self.clip, "hps": self.hps}
+        terms = shipped | {extra.name: extra.term for extra in self.extras()}
+        return {name: term for name, term in terms.items() if term.enabled}
 
     def terms(self) -> dict[str, RewardTerm]:
         """Reward name -> its part in the advantage."""
-        return {"clip": self.clip, "hps": self.hps, "loo_fid": self.loo_fid}
+        return {**self.scorers(), LOO_FID: self.loo_fid}
+
+    def pools(self) -> dict[str, str]:
+        """What runs where: "features" or a scorer's name -> name of its pool."""
+        return {"features": self.features_pool} | {k: t.pool for k, t in self.scorers().items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +118,50 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardServerResources(Resources, BatchingConfig, AutoscaleConfig):
+    """What each reward server takes of its machine, how it batches, and how many there may be."""
+
+    def __post_init__(self) -> None:
+        for part in (Resources, BatchingConfig, AutoscaleConfig):
+            part.__post_init__(self)
+
+    def depth(self, group: int) -> int:
+        """Groups of so many images that one server has in hand: one batch that is scored, and one
+        that comes together meanwhile."""
+        batch = self.max_batch or (GPU_BATCH if self.num_gpus else group)
+        return 2 * -(-batch // group)
+
+    @property
+    def batching(self) -> BatchingConfig:
+        """With the automatic batch made a number; 0 is every request by itself."""
+        automatic = GPU_BATCH if self.num_gpus else 0
+        return BatchingConfig(
+            max_batch=self.max_batch or automatic,
+            max_wait_ms=self.max_wait_ms,
+            max_queued=self.max_queued,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardPool(RewardServerResources):
+    """Further reward servers, which run other scorers than the main pool."""
+
+    num_servers: Annotated[int, Field(ge=1, le=4096)] = 1
+    """How many of them."""
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
+    """Ray runtime environment of these servers (pip, conda, env_vars, py_modules), for scorers that
+    need other packages than the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardServerConfig:
-    """A reward server's panels and device."""
+    """What one reward server runs, and on what."""
 
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    judge: JudgeConfig | None = field(default_factory=JudgeConfig)
+    """None: this server judges no exams."""
+    pool: str = ""
+    """It runs the scorers of this pool."""
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
     device: str = "cpu"
     num_threads: int = 1

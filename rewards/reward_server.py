@@ -1,61 +1,95 @@
-"""The reward-server role: panels of scorers behind one object that answers requests."""
+"""The reward-server role: panels of scorers behind one object that answers many callers at once."""
 
 from __future__ import annotations
 
-import time
+import itertools
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from cluster.messages import MAIN_SPACE, GroupScores, SampleRequest, Span
+from cluster.errors import DataError
+from cluster.messages import (
+    MAIN_SPACE,
+    Condition,
+    GroupScores,
+    SampleRequest,
+    ServerStats,
+    Span,
+)
+from rewards.base import FeatureExtractor, Images, Scorer
+from rewards.batcher import Batcher
 from rewards.classifier import ClassifierAccuracy
 from rewards.clip import ClipReward
-from rewards.config import SECOND_SPACE, RewardServerConfig
+from rewards.config import SECOND_SPACE, JudgeConfig, RewardsConfig, RewardServerConfig
+from rewards.extra import load_extra
 from rewards.features import load_features
 from rewards.hpsv2 import HpsReward
-from rewards.panel import Panel
+from rewards.panel import Panel, PanelScores
+
+REWARDS, JUDGE = "rewards", "judge"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request's images, ready to be scored."""
+
+    images: Images
+    conditions: list[Condition]
 
 
 class RewardServer:
-    """Scores groups of images with the panel that their request names."""
+    """Scores groups of images with the panel that their request names.
+
+    `score` may be called from many threads: receiving and unpacking images, and packing the
+    answers, is done there, beside the one thread that runs the scorers on what has come together.
+    """
 
     def __init__(self, config: RewardServerConfig, name: str = "reward-server") -> None:
-        self.name = name
-        self._threads = config.num_threads
-        device, rewards, judge = config.device, config.rewards, config.judge
-        self._panels = {
-            "rewards": Panel(
-                {"clip": ClipReward(rewards.clip, device), "hps": HpsReward(rewards.hps, device)},
-                {MAIN_SPACE: load_features(rewards.features, device)},
-            ),
-            "judge": Panel(
-                {
-                    "clip": ClipReward(judge.clip, device),
-                    "accuracy": ClassifierAccuracy(judge.classifier, device),
-                },
-                {
-                    MAIN_SPACE: load_features(judge.features, device),
-                    SECOND_SPACE: load_features(judge.second, device),
-                },
-            ),
-        }
+        self.name, self._threads = name, config.num_threads
+        self._panels = build_panels(config, config.batching.max_batch or None)
+        self._failed = 0
+        self._counting = threading.Lock()
+        self._batcher: Batcher[Job, PanelScores] = Batcher(
+            self._judge_together,
+            max_batch=config.batching.max_batch,
+            max_wait_s=config.batching.max_wait_ms / 1000,
+            max_queued=config.batching.max_queued,
+            name=name,
+        )
+        torch.set_num_threads(self._threads)
+        for panel in self._panels.values():
+            panel.warm()
 
     def fingerprint(self, panel: str) -> str:
         """Which feature network the panel has in its main space."""
-        return self._panels[panel].extractors[MAIN_SPACE].fingerprint
+        return self._extractors(panel)[MAIN_SPACE].fingerprint
 
-    def score(self, request: SampleRequest, images: np.ndarray) -> GroupScores:
-        """Scores of one group's images (K, H, W, 3) uint8."""
-        start = time.time()
-        torch.set_num_threads(self._threads)
-        conditions = [request.condition] * len(images)
-        judged = self._panels[request.panel].judge(images, conditions)
+    def score(self, request: SampleRequest, images: Images) -> GroupScores:
+        """Scores of one group's images: K of them, (K, H, W, 3) uint8 or a list.
+
+        Raises:
+            DataError: no images, or no such panel here.
+            FleetError: the queue stays full.
+        """
+        self._panel(request.panel)
+        if not isinstance(images, np.ndarray):
+            images = [np.asarray(image) for image in images]
+        job = Job(images, [request.condition] * len(images))
+        judged, work = self._batcher.submit(job, max(len(images), 1), request.panel)
+        with self._counting:
+            self._failed += sum(error is not None for error in judged.errors)
+        spans = [Span(self.name, "queue", work.arrived, work.start)]
+        if work.first:  # one batch is one span, however many requests are in it
+            spans.append(Span(self.name, "score", work.start, work.end))
         return GroupScores(
             key=request.key,
             scores=judged.scores,
             features=judged.features,
             errors=judged.errors,
-            spans=(Span(self.name, "score", start, time.time()),),
+            spans=tuple(spans),
         )
 
     def features(self, images: np.ndarray, panel: str, batch: int = 256) -> dict[str, np.ndarray]:
@@ -64,5 +98,76 @@ class RewardServer:
         batches = [images[at : at + batch] for at in range(0, len(images), batch)]
         return {
             space: np.concatenate([extract(part) for part in batches])
-            for space, extract in self._panels[panel].extractors.items()
+            for space, extract in self._extractors(panel).items()
         }
+
+    def stats(self) -> ServerStats:
+        """What this server did so far."""
+        return replace(self._batcher.stats(), failed=self._failed)
+
+    def close(self) -> None:
+        """Fail what waits, and end the scoring thread."""
+        self._batcher.close()
+
+    def _panel(self, name: str) -> Panel:
+        if name not in self._panels:
+            raise DataError(
+                f"{self.name} has no panel {name!r}: it has {', '.join(self._panels) or 'none'}"
+            )
+        return self._panels[name]
+
+    def _extractors(self, panel: str) -> Mapping[str, FeatureExtractor]:
+        extractors = self._panel(panel).extractors
+        if MAIN_SPACE not in extractors:
+            raise DataError(f"{self.name} runs no feature network for the panel {panel!r}")
+        return extractors
+
+    def _judge_together(self, jobs: list[Job], panel: object) -> list[PanelScores]:
+        """In the scoring thread: all images of some requests at once."""
+        torch.set_num_threads(self._threads)
+        judge = self._panel(str(panel)).judge
+        if len(jobs) == 1:
+            return [judge(jobs[0].images, jobs[0].conditions)]
+        images = [image for job in jobs for image in job.images]
+        conditions = [condition for job in jobs for condition in job.conditions]
+        judged = judge(images, conditions)
+        sizes = [len(job.conditions) for job in jobs]
+        firsts = itertools.accumulate(sizes, initial=0)
+        return [judged.rows(first, size) for first, size in zip(firsts, sizes)]
+
+
+def build_panels(config: RewardServerConfig, max_batch: int | None) -> dict[str, Panel]:
+    """The panels of a server, with what its pool runs."""
+    panels = {REWARDS: _rewards_panel(config.rewards, config.pool, config.device, max_batch)}
+    if config.judge is not None:
+        panels[JUDGE] = _judge_panel(config.judge, config.device, max_batch)
+    return panels
+
+
+def _rewards_panel(config: RewardsConfig, pool: str, device: str, max_batch: int | None) -> Panel:
+    scorers: dict[str, Scorer] = {}
+    extras = {extra.name: extra for extra in config.extras()}
+    for name, term in config.scorers().items():
+        if term.pool != pool:
+            continue
+        if name in extras:
+            scorers[name] = load_extra(extras[name], device)
+        elif name == "clip":
+            scorers[name] = ClipReward(config.clip, device)
+        else:
+            scorers[name] = HpsReward(config.hps, device)
+    extractors: dict[str, FeatureExtractor] = {}
+    if config.features_pool == pool:
+        extractors[MAIN_SPACE] = load_features(config.features, device)
+    return Panel(scorers, extractors, max_batch)
+
+
+def _judge_panel(config: JudgeConfig, device: str, max_batch: int | None) -> Panel:
+    scorers: dict[str, Scorer] = {"clip": ClipReward(config.clip, device)}
+    if config.classifier.checkpoint:
+        scorers["accuracy"] = ClassifierAccuracy(config.classifier, device)
+    extractors = {
+        MAIN_SPACE: load_features(config.features, device),
+        SECOND_SPACE: load_features(config.second, device),
+    }
+    return Panel(scorers, extractors, max_batch)

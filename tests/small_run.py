@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,15 @@ def flags(options: dict[str, Any] = OPTIONS, prefix: str = "--") -> list[str]:
     return found
 
 
-def run_training(config: RunConfig, fleet: Fleet) -> list[Iteration]:
-    """The main loop alone, its iterations kept in memory."""
+def run_training(
+    config: RunConfig, fleet: Fleet, enough: Callable[[int], bool] = lambda done: False
+) -> list[Iteration]:
+    """The main loop alone, its iterations kept in memory; ends early after `enough` of them."""
     iterations: list[Iteration] = []
     fleet.broadcast()
     space = set_reference(config, fleet)
     prepare(config, fleet, space)
-    train(config, fleet, space, 0, iterations.append, lambda: False)
+    train(config, fleet, space, 0, iterations.append, lambda: enough(len(iterations)))
     return iterations
 
 

@@ -57,7 +57,8 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
 ) -> None:
     config = small_config(num_samplers=2, num_reward_servers=2)
     with RayFleet(config.fleet_plan(), ray_session) as fleet:
-        victims = fleet._samplers if role == "sampler" else fleet._servers
+        samplers, servers = fleet.pools
+        victims = (samplers if role == "sampler" else servers).workers
         submit, killed = fleet.submit, []
 
         def submit_then_kill(requests: Sequence[SampleRequest]) -> int:

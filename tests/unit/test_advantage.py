@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cluster.errors import CheckpointError
 from learner.advantage import group_advantages
 from learner.batch import make_batch
-from rewards.combine import EPSILON, RewardTerm, normalise_scores
+from rewards.combine import EPSILON, Combiner, RewardTerm, normalise_scores, spread_within
 from tests.unit.helpers import scored_group
 
 ALL = np.ones((2, 3), dtype=bool)
@@ -56,7 +57,7 @@ def test_rewards_are_normalised_apart_then_weighted() -> None:
         "hps": RewardTerm(weight=0.0),
         "loo_fid": RewardTerm(weight=4.0, normalise="batch"),
     }
-    found = group_advantages(groups, {"loo_fid": loo}, terms)
+    found = group_advantages(groups, {"loo_fid": loo}, Combiner(terms))
     clip = np.array([[0.1, 0.2, 0.3], [0.0, 0.4, 0.2]], np.float32)
     expected = normalise_scores(clip, ALL, "group") + 4 * normalise_scores(loo, ALL, "batch")
     np.testing.assert_allclose(found.values, expected, rtol=1e-6)
@@ -67,7 +68,7 @@ def test_rewards_are_normalised_apart_then_weighted() -> None:
 
 def test_flat_groups_are_counted() -> None:
     groups = [scored_group({"clip": [0.5, 0.5, 0.5]}), scored_group({"clip": [0.1, 0.2, 0.3]})]
-    assert group_advantages(groups, {}, {"clip": RewardTerm()}).flat_groups == 1
+    assert group_advantages(groups, {}, Combiner({"clip": RewardTerm()})).flat_groups == 1
 
 
 def test_failed_images_leave_the_training_batch() -> None:
@@ -75,7 +76,7 @@ def test_failed_images_leave_the_training_batch() -> None:
         scored_group({"clip": [0.1, np.nan, 0.3]}, group=0, errors=[None, "clip: boom", None]),
         scored_group({"clip": [0.0, 0.4, 0.2]}, group=1, version=4),
     ]
-    advantages = group_advantages(groups, {}, {"clip": RewardTerm()})
+    advantages = group_advantages(groups, {}, Combiner({"clip": RewardTerm()}))
     batch = make_batch(7, groups, advantages)
     assert batch.iteration == 7
     assert batch.tokens.shape == (5, 4)
@@ -84,3 +85,47 @@ def test_failed_images_leave_the_training_batch() -> None:
     np.testing.assert_array_equal(batch.tokens[:2], groups[0].rollouts.tokens[[0, 2]])
     np.testing.assert_array_equal(batch.advantages, advantages.values[advantages.valid])
     assert len(batch.specs) == 1
+
+
+def test_anchored_by_hand() -> None:
+    z = normalise_scores(SCORES, ALL, "anchored", anchor=5.0)
+    np.testing.assert_allclose(z, (SCORES - SCORES.mean(1, keepdims=True)) / 5)
+    assert normalise_scores(SCORES, ALL, "anchored", anchor=0.0).tolist() == [[0] * 3] * 2
+
+
+def test_spread_within_groups_by_hand() -> None:
+    """Deviations -1 0 1 and -10 -10 20: sqrt((2 + 600) / 6). A failed image does not count."""
+    assert spread_within(SCORES, ALL) == pytest.approx((602 / 6) ** 0.5)
+    padded = np.concatenate([SCORES, [[np.nan], [7.0]]], 1)
+    valid = np.concatenate([ALL, [[False], [False]]], 1)
+    assert spread_within(padded, valid) == spread_within(SCORES, ALL)
+    assert spread_within(SCORES, ~ALL) == 0
+
+
+def test_anchors_are_those_of_the_first_batch_and_survive_a_checkpoint() -> None:
+    terms = {"clip": RewardTerm(normalise="anchored", weight=2.0)}
+    combiner = Combiner(terms)
+    combiner({"clip": SCORES}, ALL)
+    resumed = Combiner(terms)
+    resumed.restore(combiner.state())
+    for each in (combiner, resumed):
+        later = each({"clip": SCORES / 10}, ALL)
+        centred = SCORES - SCORES.mean(1, keepdims=True)
+        np.testing.assert_allclose(
+            later.values, 2 * centred / 10 / spread_within(SCORES, ALL), atol=1e-12
+        )
+    assert Combiner(terms).anchors is None
+    with pytest.raises(CheckpointError, match="anchors cannot be read"):
+        Combiner(terms).restore(b"\x81")
+
+
+def test_a_limit_clips_the_normalised_reward_before_its_weight() -> None:
+    scores = np.array([[0.0, 0.0, 0.0, 4.0]])
+    z = normalise_scores(scores, np.ones((1, 4), bool), "group")
+    term = RewardTerm(weight=3.0, limit=1.0)
+    found = Combiner({"clip": term})({"clip": scores}, np.ones((1, 4), bool))
+    np.testing.assert_allclose(found.normalised["clip"], np.minimum(z, 1.0))
+    np.testing.assert_allclose(found.values, 3 * np.minimum(z, 1.0))
+    assert found.clipped == {"clip": 0.25}
+    with pytest.raises(ValueError, match="limit must be >= 0"):
+        RewardTerm(limit=-1.0)

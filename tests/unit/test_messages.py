@@ -1,8 +1,17 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from cluster.messages import Condition, GroupScores, RequestKey, SampleRequest, SamplingSpec
+from cluster.messages import (
+    Condition,
+    GroupScores,
+    RequestKey,
+    SampleRequest,
+    SamplingSpec,
+    Span,
+    merge_scores,
+)
 
 
 @pytest.mark.parametrize(
@@ -73,3 +82,40 @@ def test_valid_follows_from_errors() -> None:
         errors=(None, "clip: not finite", None),
     )
     assert scores.valid.tolist() == [True, False, True]
+
+
+def part(name: str, values: list[float], errors: list[str | None], space: str = "") -> GroupScores:
+    column = np.array(values, np.float32)
+    return GroupScores(
+        key=RequestKey("train", 0, 0),
+        scores={name: column},
+        features={space: column[:, None]} if space else {},
+        errors=tuple(errors),
+        spans=(Span(name, "score", 0.0, 1.0),),
+    )
+
+
+def test_scores_of_several_servers_are_merged() -> None:
+    merged = merge_scores(
+        [
+            part("clip", [1, np.nan, 3], [None, "clip: a", None], space="features"),
+            part("hps", [4, 5, np.nan], [None, None, "hps: b"]),
+        ]
+    )
+    assert merged.errors == (None, "clip: a", "hps: b")
+    assert list(merged.scores) == ["clip", "hps"]
+    for values in (*merged.scores.values(), merged.features["features"][:, 0]):
+        assert np.isnan(values[1:]).all()  # a failed image carries no number at all
+        assert np.isfinite(values[0])
+    assert [span.worker for span in merged.spans] == ["clip", "hps"]
+
+
+def test_the_first_part_with_an_error_has_the_say() -> None:
+    parts = [part("a", [np.nan], ["a: x"]), part("b", [np.nan], ["b: y"])]
+    assert merge_scores(parts).errors == ("a: x",)
+    assert merge_scores(parts[::-1]).errors == ("b: y",)
+
+
+def test_one_part_is_as_it_came() -> None:
+    one = part("a", [1.0], [None])
+    assert merge_scores([one]) is one

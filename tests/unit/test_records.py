@@ -18,7 +18,7 @@ from learner.config import RunConfig
 from learner.gallery import contact_sheet
 from learner.metrics import Recorder, Trace, read_metrics, repeatable
 from learner.rundir import RunDirectory
-from rewards.combine import RewardTerm
+from rewards.combine import Combiner, RewardTerm
 from tests.unit.helpers import scored_group
 
 
@@ -72,7 +72,7 @@ def test_results_of_a_job_do_not_go_where_ray_deletes(
 
 def record(recorder: Recorder, iteration: int) -> None:
     groups = [scored_group({"clip": [0.1, np.nan]}, errors=[None, "clip: boom"])]
-    advantages = group_advantages(groups, {}, {"clip": RewardTerm()})
+    advantages = group_advantages(groups, {}, Combiner({"clip": RewardTerm()}))
     row = {"iteration": iteration, "reward/clip": 0.1, "time/learn": 0.5}
     recorder.record(row, groups, advantages, [Span("learner", "learn", 1.0, 1.5)])
 
@@ -176,22 +176,30 @@ class FakeFleet:
         )
 
 
+def combiner(step: int = 0) -> Combiner:
+    made = Combiner({"clip": RewardTerm()})
+    made.anchors = {"clip": 0.1 + step}
+    return made
+
+
 def test_checkpoints_are_kept_newest_first_and_restored(tmp_path: Path) -> None:
     fleet = FakeFleet()
     for step in (10, 20, 30):
         fleet.content = f"weights {step}".encode()
-        checkpoint.save_checkpoint(tmp_path, step, fleet, keep=2)
+        checkpoint.save_checkpoint(tmp_path, step, fleet, combiner(step), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000020", "step_000030"]
     newest = checkpoint.newest_checkpoint(tmp_path, print)
     assert newest.step == 30
-    checkpoint.restore(newest, fleet)
+    resumed = Combiner({"clip": RewardTerm()})
+    checkpoint.restore(newest, fleet, resumed)
+    assert resumed.anchors == {"clip": 30.1}
     assert fleet.restored == {"learner": b"weights 30", "moments": b"moments"}
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest"])
 def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path: Path, damage: str) -> None:
     for step in (1, 2):
-        checkpoint.save_checkpoint(tmp_path, step, FakeFleet(), keep=5)
+        checkpoint.save_checkpoint(tmp_path, step, FakeFleet(), combiner(), keep=5)
     broken = tmp_path / "step_000002"
     file = broken / "policy.safetensors"
     match damage:
@@ -215,15 +223,15 @@ def test_what_was_half_written_is_not_seen(tmp_path: Path) -> None:
     (tmp_path / ".step_000009.partial").mkdir()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         checkpoint.newest_checkpoint(tmp_path, print)
-    checkpoint.save_checkpoint(tmp_path, 9, FakeFleet(), keep=1)
+    checkpoint.save_checkpoint(tmp_path, 9, FakeFleet(), combiner(), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000009"]
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
-    path = checkpoint.save_checkpoint(tmp_path, 1, FakeFleet(), keep=1).path
+    path = checkpoint.save_checkpoint(tmp_path, 1, FakeFleet(), combiner(), keep=1).path
     manifest = msgpack.unpackb((path / checkpoint.MANIFEST).read_bytes())
     (path / checkpoint.MANIFEST).write_bytes(msgpack.packb({**manifest, "format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99, expected 1"):
+    with pytest.raises(CheckpointError, match="has format 99, expected 2"):
         checkpoint.verify(path)
 
 

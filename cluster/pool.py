@@ -1,0 +1,140 @@
+"""The workers of one role: who serves, who is starting, who leaves. Decisions alone, no Ray.
+
+    starting --> serving --> draining --> gone
+        '--- lost ---'---------'
+
+A worker gets work only when it is ready; one that leaves finishes what it has in hand.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from cluster.roles import Role
+from cluster.scaling import LoadMeter
+
+
+class State(Enum):
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass(eq=False)
+class Worker:
+    """One actor of a role."""
+
+    role: Role
+    index: int
+    handle: Any
+    """Ray's actor handle: its methods are those of the role."""
+    ready: Any = None
+    """Reference that resolves when it can serve."""
+    addition: bool = False
+    """Started beyond what the run began with: if it cannot start, the run goes on without it."""
+    state: State = State.STARTING
+    busy: int = 0
+    """Requests it has in hand."""
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def name(self) -> str:
+        return self.role.worker_name(self.index)
+
+
+@dataclass
+class Waiting:
+    """One piece of work in a pool's queue."""
+
+    task: Any
+    since: float = field(default_factory=time.monotonic)
+
+
+class WorkerPool:
+    """The workers of a role, and the work that waits for them.
+
+    Args:
+        launch: starts one worker; called with its index and whether it is an addition.
+        stop: ends one worker at once.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        launch: Callable[[Role, int, bool], Worker],
+        stop: Callable[[Worker], None],
+    ) -> None:
+        self.role, self._launch, self._stop = role, launch, stop
+        self.workers = [launch(role, index, False) for index in range(role.count)]
+        self.waiting: deque[Waiting] = deque()
+        self.meter = LoadMeter(time.monotonic())
+
+    @property
+    def target(self) -> int:
+        """How many workers there are to be."""
+        return sum(worker.state is not State.DRAINING for worker in self.workers)
+
+    def of(self, state: State) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state is state]
+
+    def add(self, task: Any, *, front: bool = False) -> None:
+        """Queue a piece of work; at the front, if it was begun before."""
+        (self.waiting.appendleft if front else self.waiting.append)(Waiting(task))
+
+    def next(self) -> tuple[Waiting, Worker] | None:
+        """The next piece of work and the worker for it; None if there is no work, or no room."""
+        serving = self.of(State.SERVING)
+        if not self.waiting or not serving:
+            return None
+        worker = min(serving, key=lambda worker: (worker.busy, worker.index))
+        if worker.busy >= self.role.depth:
+            return None
+        return self.waiting.popleft(), worker
+
+    def scale(self, count: int) -> None:
+        """Come to `count` workers: those that were to leave stay first, then new ones start; those
+        that are still starting go first, then the newest."""
+        for worker in self.of(State.DRAINING)[: max(count - self.target, 0)]:
+            worker.state = State.SERVING
+        while self.target < count:
+            taken = {worker.index for worker in self.workers}
+            index = next(i for i in range(len(taken) + 1) if i not in taken)
+            self.workers.append(self._launch(self.role, index, True))
+        leaving = sorted(
+            self.of(State.STARTING) + self.of(State.SERVING),
+            key=lambda worker: (worker.state is State.STARTING, worker.index),
+        )[count:]
+        for worker in leaving:
+            if worker.state is State.STARTING:
+                self.drop(worker)
+            else:
+                worker.state = State.DRAINING
+        self.dismiss()
+
+    def dismiss(self) -> list[Worker]:
+        """End those that were to leave and have nothing in hand any more."""
+        done = [worker for worker in self.of(State.DRAINING) if worker.busy == 0]
+        for worker in done:
+            self.drop(worker)
+        return done
+
+    def drop(self, worker: Worker) -> None:
+        """End a worker at once."""
+        self.workers.remove(worker)
+        self._stop(worker)
+
+    def replace(self, worker: Worker) -> Worker | None:
+        """Put another in the place of a lost one; None if it was to leave, or is gone already."""
+        if worker not in self.workers:
+            return None
+        if worker.state is State.DRAINING:
+            self.workers.remove(worker)
+            return None
+        new = self._launch(self.role, worker.index, worker.addition)
+        self.workers[self.workers.index(worker)] = new
+        return new

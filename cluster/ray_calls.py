@@ -1,0 +1,53 @@
+"""Calls of Ray actors: every wait is bounded, and every error says who failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from cluster.errors import FleetError, TesseraError
+
+
+class RemoteRole:
+    """A single actor that is called like the object it holds."""
+
+    def __init__(self, handle: Any, name: str, timeout_s: float) -> None:
+        self._handle, self._name, self._timeout_s = handle, name, timeout_s
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            ref = getattr(self._handle, method).remote(*args, **kwargs)
+            return answer(ref, f"{self._name}.{method}", self._timeout_s)
+
+        return call
+
+
+def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
+    """The value of a reference, within bounded time, with errors that name who failed.
+
+    Raises:
+        RayActorError: the worker is gone (the caller may replace it).
+        TesseraError: what the worker itself raised.
+        FleetError: no answer in time, or an error of the worker's that is no `TesseraError`.
+    """
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except GetTimeoutError:
+        raise FleetError(
+            f"{what} did not answer within {timeout_s:g} s: is the cluster short of CPUs or GPUs, "
+            "or the worker stuck? (--timeout-s sets the bound)"
+        ) from None
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, TesseraError):
+            raise cause from None
+        raise FleetError(f"{what} failed:\n{error}") from None
+    except RayActorError as error:
+        if getattr(error, "actor_init_failed", False):
+            raise FleetError(f"{what} could not start:\n{error}") from None
+        raise
+    except RayError as error:
+        raise FleetError(f"{what}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,159 @@
+"""Change the number of workers of a running job.
+
+    python -m cluster.scale                          what there is
+    python -m cluster.scale --reward-servers 6       of the newest run under runs/
+    python -m cluster.scale --run NAME --samplers 8  of another one: a name, or its directory
+
+New workers serve once they are warm; those that leave finish what they have in hand.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from cluster.console import FAILED, INTERRUPTED, REFUSED
+from cluster.control import WHEREABOUTS, FleetStatus, find_control, whereabouts
+from cluster.errors import FleetError, TesseraError
+from cluster.ray_calls import answer
+from cluster.runtime import RayConfig, RaySession
+
+POLL_S = 0.5
+ANSWER_S = 30.0  # longest wait for the control actor itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Change the number of workers of a running job; without a number, show what there is."""
+
+    run: str = ""
+    """Name of the run, or its directory; empty takes the newest run under runs/, or the only one on
+    the cluster."""
+    address: str = ""
+    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS, else "auto"."""
+    samplers: int | None = None
+    """Samplers that there are to be."""
+    reward_servers: int | None = None
+    """Reward servers of the main pool that there are to be."""
+    pool: Annotated[dict[str, int], tyro.conf.UseAppendAction] | None = None
+    """Reward servers of further pools that there are to be: NAME NUMBER."""
+    timeout_s: float = 300.0
+    """Longest wait for the change to be carried out, seconds."""
+
+    def wanted(self) -> dict[str, int]:
+        """Role -> number of its workers."""
+        asked = {"sampler": self.samplers, "reward-server": self.reward_servers}
+        named = {f"reward-{name}": count for name, count in (self.pool or {}).items()}
+        return {role: count for role, count in (asked | named).items() if count is not None}
+
+
+def locate_run(run: str, address: str) -> tuple[str, str]:
+    """Name of the run (empty: the only one), and the address of its cluster.
+
+    Raises:
+        FleetError: the directory that was named holds no active run.
+    """
+    roots = [Path("runs"), Path.home() / "tessera-runs"]
+    if address:
+        return Path(run).name, address
+    if run:
+        places = [place for place in (Path(run), *(root / run for root in roots)) if place.is_dir()]
+        if places:
+            return whereabouts(places[0])
+        return run, os.environ.get("RAY_ADDRESS", "auto")
+    active = [file for root in roots for file in root.glob(f"*/{WHEREABOUTS}")]
+    if active and "RAY_ADDRESS" not in os.environ:
+        return whereabouts(max(active, key=lambda file: file.stat().st_mtime).parent)
+    return "", os.environ.get("RAY_ADDRESS", "auto")
+
+
+def scale(control: Any, wanted: Mapping[str, int], timeout_s: float) -> FleetStatus:
+    """Ask a run for numbers of workers, and wait until it has them.
+
+    Raises:
+        FleetError: refused, or not carried out in time.
+    """
+    numbers = [ask(control.ask.remote(role, count)) for role, count in wanted.items()]
+    deadline = time.monotonic() + timeout_s
+    while True:
+        status: FleetStatus = ask(control.status.remote())
+        refused = [why for number, why in status.refusals if number in numbers]
+        if refused:
+            raise FleetError("; ".join(refused))
+        if status.answered >= max(numbers) and settled(status, wanted):
+            return status
+        if time.monotonic() > deadline:
+            raise FleetError(
+                f"not carried out within {timeout_s:g} s: "
+                + ("; ".join(lines(status)) if status.answered else "the run did not answer")
+                + ". A run looks for wishes while it waits for groups; new workers wait for free "
+                "CPUs and GPUs"
+            )
+        time.sleep(POLL_S)
+
+
+def settled(status: FleetStatus, wanted: Mapping[str, int]) -> bool:
+    """Whether as many serve as were asked for, and none starts or leaves."""
+    pools = [status.pool(role) for role in wanted]
+    return all(
+        pool is not None and (pool.serving, pool.starting, pool.draining) == (pool.wanted, 0, 0)
+        for pool in pools
+    )
+
+
+def lines(status: FleetStatus) -> list[str]:
+    """One a role."""
+    return [
+        f"{pool.role}: {pool.serving} serving, {pool.starting} starting, {pool.draining} leaving, "
+        f"{pool.queued} groups waiting"
+        for pool in status.pools
+    ]
+
+
+def ask(ref: Any) -> Any:
+    """An answer of the control actor."""
+    from ray.exceptions import RayActorError
+
+    try:
+        return answer(ref, "the run's control actor", ANSWER_S)
+    except RayActorError:
+        raise FleetError("the run has ended") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    asked = tyro.cli(Arguments, args=arguments, prog="python -m cluster.scale")
+    wanted = asked.wanted()
+    if any(count < 1 for count in wanted.values()):
+        print(f"error: a role needs at least 1 worker, found {wanted}", file=sys.stderr)
+        return REFUSED
+    try:
+        run, address = locate_run(asked.run, asked.address)
+        with RaySession(RayConfig(address=address)):
+            name, control = find_control(run)
+            print(f"run {name}")
+            if wanted:
+                status = scale(control, wanted, asked.timeout_s)
+            else:
+                status = ask(control.status.remote())
+            print("\n".join(lines(status)))
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    # Imported under its own name, so that messages keep their modules on both sides.
+    from cluster.scale import main as imported_main
+
+    sys.exit(imported_main())

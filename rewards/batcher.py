@@ -1,0 +1,228 @@
+"""Requests of many callers, worked on together: a bounded queue, one working thread.
+
+A batch begins when enough has come together, or when its first request has waited long enough.
+While the thread works on one batch, callers prepare the next: whatever a caller does before and
+after its call is done beside the work.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from cluster.errors import FleetError
+from cluster.messages import ServerStats
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+NEWEST = 512  # requests whose waits the statistics describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchingConfig:
+    """When queued requests are worked on, and how many may queue."""
+
+    max_batch: int = 0
+    """Most images scored together, across requests. 0 is 64 on a GPU, and every request by itself
+    on a CPU, where larger batches are no faster, and a score then depends, to its last bit, on
+    nothing but its own request."""
+    max_wait_ms: float = 2.0
+    """Longest wait of a request for others to be scored together with, milliseconds."""
+    max_queued: int = 1024
+    """Images that may wait in one server; whoever brings more is held up until there is room."""
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 0:
+            raise ValueError(f"max_batch must be >= 0 (0 is automatic), found {self.max_batch}")
+        if not 0 <= self.max_wait_ms < float("inf"):
+            raise ValueError(f"max_wait_ms must be >= 0, found {self.max_wait_ms}")
+        if self.max_queued < 1:
+            raise ValueError(f"max_queued must be >= 1, found {self.max_queued}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """When a request was worked on; seconds since the epoch."""
+
+    arrived: float
+    start: float
+    end: float
+    first: bool
+    """Whether the request is the first of its batch: batches are counted by these."""
+
+
+@dataclass
+class Entry(Generic[Item, Result]):
+    """One request in the queue."""
+
+    item: Item
+    group: object
+    """Only entries of one group are worked on together."""
+    size: int
+    arrived: float = field(default_factory=time.time)
+    deadline: float = 0.0
+    """By `time.monotonic`: when it has waited long enough for others."""
+    future: Future[tuple[Result, Work]] = field(default_factory=Future)
+
+
+class Batcher(Generic[Item, Result]):
+    """Call `submit` from any number of threads; `work` runs in one thread of its own.
+
+    Args:
+        work: a list of items of one group, and that group -> their results, in order. An exception
+            fails the batch; its items are then tried one by one, so that only those fail that fail
+            alone.
+        max_batch: largest sum of sizes worked on together; 0 takes every item by itself. An item
+            larger than that goes alone.
+        max_wait_s: longest that the first item of a batch waits for others, seconds.
+        max_queued: largest sum of sizes that may wait; an item larger than that may wait alone.
+        patience_s: longest that a caller waits for room.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[list[Item], object], Sequence[Result]],
+        *,
+        max_batch: int,
+        max_wait_s: float,
+        max_queued: int,
+        patience_s: float = 600.0,
+        name: str = "batcher",
+    ) -> None:
+        self._work, self._name, self._patience_s = work, name, patience_s
+        self._max_batch, self._max_wait_s, self._max_queued = max_batch, max_wait_s, max_queued
+        self._queue: deque[Entry[Item, Result]] = deque()
+        self._queued = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._waits: deque[float] = deque(maxlen=NEWEST)
+        self._requests = self._images = self._batches = 0
+        self._busy_s = 0.0
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, item: Item, size: int, group: object = None) -> tuple[Result, Work]:
+        """Have an item worked on, and wait for its result.
+
+        Raises:
+            FleetError: closed, or no room in the queue for longer than `patience_s`.
+            Exception: whatever `work` raised for this item.
+        """
+        entry = Entry[Item, Result](item, group, size)
+        with self._changed:
+            room = self._changed.wait_for(
+                lambda: self._closed or self._room(size), self._patience_s
+            )
+            if self._closed:
+                raise FleetError(f"{self._name} is closed")
+            if not room:
+                raise FleetError(
+                    f"{self._name}: {self._queued} images wait already (max_queued "
+                    f"{self._max_queued}), and there was no room for {size} more within "
+                    f"{self._patience_s:g} s: start more servers, or ask for less at a time"
+                )
+            entry.arrived = time.time()
+            entry.deadline = time.monotonic() + self._max_wait_s
+            self._queue.append(entry)
+            self._queued += size
+            self._changed.notify_all()
+        return entry.future.result()
+
+    def stats(self) -> ServerStats:
+        """Counters so far; `failed` is for the caller to know."""
+        with self._changed:
+            waits = sorted(self._waits)
+            return ServerStats(
+                requests=self._requests,
+                images=self._images,
+                batches=self._batches,
+                queued_images=self._queued,
+                wait_mean_s=sum(waits) / len(waits) if waits else 0.0,
+                wait_p95_s=waits[int(0.95 * (len(waits) - 1))] if waits else 0.0,
+                busy_s=self._busy_s,
+            )
+
+    def close(self) -> None:
+        """Refuse new items, and fail those that wait."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _room(self, size: int) -> bool:
+        return not self._queue or self._queued + size <= self._max_queued
+
+    def _serve(self) -> None:
+        while batch := self._next():
+            start = time.time()
+            results = self._results(batch)
+            end = time.time()
+            with self._changed:
+                self._batches += 1
+                self._busy_s += end - start
+                self._requests += len(batch)
+                self._images += sum(entry.size for entry in batch)
+                self._waits.extend(start - entry.arrived for entry in batch)
+            for index, (entry, result) in enumerate(zip(batch, results, strict=True)):
+                if isinstance(result, BaseException):
+                    entry.future.set_exception(result)
+                else:
+                    entry.future.set_result((result, Work(entry.arrived, start, end, index == 0)))
+
+    def _results(self, batch: list[Entry[Item, Result]]) -> list[Result | BaseException]:
+        try:
+            results = list(self._work([entry.item for entry in batch], batch[0].group))
+            if len(results) != len(batch):
+                raise FleetError(f"{self._name}: {len(results)} results of {len(batch)} requests")
+            return [*results]
+        except Exception as error:  # it becomes the answer of the request that it belongs to
+            if len(batch) == 1:
+                return [error]
+            return [self._results([entry])[0] for entry in batch]
+
+    def _next(self) -> list[Entry[Item, Result]]:
+        """The next batch, in order of arrival; empty when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._queue)
+            if self._queue and self._max_batch:
+                deadline = self._queue[0].deadline
+                while not self._closed and self._ready_size() < self._max_batch:
+                    left = deadline - time.monotonic()
+                    if left <= 0 or not self._changed.wait(left):
+                        break
+            if self._closed:
+                self._fail_waiting()
+                return []
+            batch = self._take()
+            self._queued -= sum(entry.size for entry in batch)
+            self._changed.notify_all()
+            return batch
+
+    def _ready_size(self) -> int:
+        group = self._queue[0].group
+        return sum(entry.size for entry in self._queue if entry.group == group)
+
+    def _take(self) -> list[Entry[Item, Result]]:
+        first = self._queue.popleft()
+        batch, size = [first], first.size
+        left: deque[Entry[Item, Result]] = deque()
+        for entry in self._queue:
+            if entry.group == first.group and size + entry.size <= self._max_batch:
+                batch.append(entry)
+                size += entry.size
+            else:
+                left.append(entry)
+        self._queue = left
+        return batch
+
+    def _fail_waiting(self) -> None:
+        while self._queue:
+            entry = self._queue.popleft()
+            entry.future.set_exception(FleetError(f"{self._name} was closed"))
+        self._queued = 0

@@ -1,0 +1,290 @@
+"""Reward servers on real Ray: any number, any batching, deaths, pools, environments, scaling."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.control import Control, FleetStatus, find_control
+from cluster.errors import FleetError, TesseraError
+from cluster.fleet import InlineFleet
+from cluster.pool import State, Waiting, Worker, WorkerPool
+from cluster.ray_fleet import RayFleet
+from cluster.runtime import RaySession
+from cluster.scale import scale
+from learner.loop import Iteration
+from tests.small_run import run_training, small_config
+
+SLOW = "tests.stand_ins:Brightness=0.3,seconds=0.15"
+TOGETHER = {"max_batch": 16, "max_wait_ms": 30.0}
+
+
+def rewards_of(iterations: list[Iteration]) -> dict[str, np.ndarray]:
+    names = iterations[0].advantages.rewards
+    return {
+        name: np.stack([done.advantages.rewards[name] for done in iterations]) for name in names
+    }
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[Iteration]:
+    config = small_config(rewards={"extra": [SLOW.replace("0.15", "0.0")]})
+    with InlineFleet(config.fleet_plan()) as fleet:
+        return run_training(config, fleet)
+
+
+class KillsInMidBatch(RayFleet):
+    """Kills the reward server that gets the first group of iteration 1, while it scores."""
+
+    victims: list[int]
+
+    def _send(self, pool: WorkerPool, waiting: Waiting, worker: Worker) -> None:
+        super()._send(pool, waiting, worker)
+        asked = waiting.task.request
+        first = (asked.stream, asked.iteration) == ("train", 1) and not self.victims
+        if first and pool is not self._samplers:
+            pid = ray.get(worker.handle.__ray_call__.remote(lambda _: os.getpid()))
+            time.sleep(0.05)  # of the scorer's .15 s
+            os.kill(pid, signal.SIGKILL)
+            self.victims.append(pid)
+
+
+@pytest.mark.parametrize(("servers", "kill"), [(1, True), (2, True), (4, False)])
+def test_rewards_do_not_depend_on_how_many_there_are_or_who_dies(
+    ray_session: RaySession, alone: list[Iteration], servers: int, kill: bool
+) -> None:
+    """Batching across groups, so that the last bits of a score are not bound to be the same."""
+    options = {"num_reward_servers": servers, "reward": TOGETHER, "rewards": {"extra": [SLOW]}}
+    config = small_config(num_samplers=2, **options)
+    kind = KillsInMidBatch if kill else RayFleet
+    with kind(config.fleet_plan(), ray_session) as fleet:
+        fleet.victims = []
+        commits: list[int] = []
+        moments = fleet.moments
+
+        class Counting:
+            def __getattr__(self, name: str) -> Any:
+                if name == "commit":
+                    return lambda iteration, *rest, **options: (
+                        commits.append(iteration),
+                        moments.commit(iteration, *rest, **options),
+                    )[1]
+                return getattr(moments, name)
+
+        type(fleet).moments = property(lambda self: Counting())
+        try:
+            done = run_training(config, fleet)
+        finally:
+            del type(fleet).moments
+            RayFleet.moments = MOMENTS
+        assert fleet.restarts == len(fleet.victims) == int(kill)
+    assert commits == [0, 1, 2, 3]
+    expected, found = rewards_of(alone), rewards_of(done)
+    worst = {name: np.abs(found[name] - expected[name]).max() for name in expected}
+    print(f"servers {servers}, kill {kill}: largest differences {worst}")
+    assert max(worst.values()) <= 1e-6
+    for ours, theirs in zip(done, alone):
+        assert ours.row["fid/ema"] == pytest.approx(theirs.row["fid/ema"], abs=1e-5)
+        assert ours.row["fid/effective_size"] == theirs.row["fid/effective_size"]
+
+
+MOMENTS = RayFleet.moments
+
+
+def test_pools_with_an_environment_of_their_own_give_the_same_scores(
+    ray_session: RaySession, tmp_path: Path
+) -> None:
+    """A scorer whose module only one pool can import."""
+    (tmp_path / "only_there.py").write_text(
+        "import numpy as np\n"
+        "class Redness:\n"
+        "    def __init__(self, device): self.device = device\n"
+        "    def __call__(self, images, conditions):\n"
+        "        return np.array([i[..., 0].mean() for i in images], np.float32)\n"
+    )
+    environment = {"env_vars": {"PYTHONPATH": str(tmp_path), "WHO": "7"}}
+    config = small_config(
+        iterations=1,
+        rewards={
+            "hps": {"pool": "apart"},
+            "extra": [
+                "only_there:Redness=0.1,pool=apart",
+                "tests.stand_ins:Environment=0,variable=WHO,pool=apart",
+            ],
+        },
+        reward_pools={"apart": {"num_servers": 2, "runtime_env": environment}},
+        evaluation={"num_images": 0},
+    )
+    plain = small_config(iterations=1, evaluation={"num_images": 0})
+    with InlineFleet(plain.fleet_plan()) as fleet:
+        expected = rewards_of(run_training(plain, fleet))
+    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+        assert [len(pool.workers) for pool in fleet.pools] == [2, 1, 2]
+        done = run_training(config, fleet)
+    found = rewards_of(done)
+    assert list(found) == ["clip", "hps", "redness", "environment", "loo_fid"]
+    assert (found["environment"] == 7).all()
+    for name in ("clip", "hps", "loo_fid"):
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_a_scorer_that_its_server_cannot_import_is_named(ray_session: RaySession) -> None:
+    config = small_config(rewards={"extra": ["only_there:Redness=0.1"]})
+    with (
+        pytest.raises(TesseraError, match=r"only_there:Redness cannot be imported where reward"),
+        RayFleet(config.fleet_plan(), ray_session),
+    ):
+        pass
+
+
+class Background:
+    """Runs the training in a thread, so that the test can act meanwhile."""
+
+    def __init__(self, config: Any, fleet: RayFleet) -> None:
+        self.done: list[Iteration] = []
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(config, fleet))
+        self._thread.start()
+
+    def _run(self, config: Any, fleet: RayFleet) -> None:
+        try:
+            self.done = run_training(config, fleet, lambda done: self.stop.is_set())
+        except BaseException as error:
+            self.error = error
+
+    def finish(self) -> list[Iteration]:
+        self.stop.set()
+        self._thread.join(240)
+        assert not self._thread.is_alive()
+        if self.error:
+            raise self.error
+        return self.done
+
+
+def status_of(control: Any) -> FleetStatus:
+    return ray.get(control.status.remote())
+
+
+def test_scaling_by_hand_while_it_runs(ray_session: RaySession) -> None:
+    """Up and down, samplers and servers: same rewards, servers warm before they serve."""
+    extra = ["tests.stand_ins:Brightness=0.3,seconds=0.1,warm_seconds=1.0"]
+    config = small_config(iterations=400, rewards={"extra": extra})
+    said: list[str] = []
+    with RayFleet(config.fleet_plan(), ray_session, run="by-hand", say=said.append) as fleet:
+        running = Background(config, fleet)
+        name, control = find_control("")
+        assert name == "by-hand"
+        status = scale(control, {"reward-server": 3, "sampler": 3}, timeout_s=60)
+        assert [pool.serving for pool in status.pools] == [3, 3]
+        status = scale(control, {"reward-server": 1, "sampler": 1}, timeout_s=60)
+        assert [pool.serving for pool in status.pools] == [1, 1]
+        with pytest.raises(FleetError, match="no role 'judge': there are sampler, reward-server"):
+            scale(control, {"judge": 1}, timeout_s=60)
+        with pytest.raises(FleetError, match=r"must be in 1\.\.4096, found 0"):
+            scale(control, {"sampler": 0}, timeout_s=60)
+        done = running.finish()
+        assert fleet.restarts == 0
+    quick = small_config(iterations=400, rewards={"extra": ["tests.stand_ins:Brightness=0.3"]})
+    with InlineFleet(quick.fleet_plan()) as inline:
+        expected = rewards_of(run_training(quick, inline, lambda count: count == len(done)))
+    found = rewards_of(done)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+    assert "reward-server: 1 -> 3 workers, as asked for" in said
+    assert any("serves" in line for line in said)
+
+
+def test_a_name_is_taken_once_and_given_back(ray_session: RaySession) -> None:
+    config = small_config()
+    with (
+        RayFleet(config.fleet_plan(), ray_session, run="twice"),
+        pytest.raises(FleetError, match="a run named 'twice' is active on this cluster already"),
+        RayFleet(config.fleet_plan(), ray_session, run="twice"),
+    ):
+        pass
+    with RayFleet(config.fleet_plan(), ray_session, run="twice"):  # free again
+        pass
+
+
+def test_waiting_groups_bring_more_servers_and_idle_ones_leave(ray_session: RaySession) -> None:
+    extra = ["tests.stand_ins:Brightness=0.3,seconds=0.4"]
+    auto = {"max": 3, "target_wait_s": 0.2, "every_s": 1.0}
+    config = small_config(
+        iterations=6, groups_per_iteration=8, rewards={"extra": extra}, reward=auto
+    )
+    said: list[str] = []
+    with RayFleet(config.fleet_plan(), ray_session, say=said.append) as fleet:
+        run_training(config, fleet)
+        servers = fleet.pools[1]
+        grown = len(servers.of(State.SERVING))
+        assert grown > 1, said
+        servers.meter.restart(time.monotonic() - 10)  # ten seconds without work
+        fleet._steward.tend(0)
+        assert len(servers.of(State.SERVING)) == grown - 1
+    assert any("workers (work waited" in line for line in said)
+
+
+def test_an_addition_that_cannot_start_does_not_end_the_run(
+    ray_session: RaySession, tmp_path: Path
+) -> None:
+    (tmp_path / "fragile.py").write_text(
+        "import os, pathlib\n"
+        "import numpy as np\n"
+        "class Once:\n"
+        "    def __init__(self, device):\n"
+        "        mark = pathlib.Path(os.environ['MARK'])\n"
+        "        if mark.exists(): raise RuntimeError('no second one')\n"
+        "        mark.touch()\n"
+        "    def __call__(self, images, conditions):\n"
+        "        return np.zeros(len(images), np.float32)\n"
+    )
+    environment = {"env_vars": {"PYTHONPATH": str(tmp_path), "MARK": str(tmp_path / "mark")}}
+    config = small_config(
+        iterations=3,
+        rewards={"extra": ["fragile:Once=0.1,pool=apart"]},
+        reward_pools={"apart": {"runtime_env": environment}},
+    )
+    said: list[str] = []
+    with RayFleet(config.fleet_plan(), ray_session, say=said.append) as fleet:
+        fleet.pools[2].scale(2)
+        done = run_training(config, fleet)
+        deadline = time.monotonic() + 30
+        while fleet.pools[2].of(State.STARTING) and time.monotonic() < deadline:
+            fleet._wait()
+        assert len(fleet.pools[2].workers) == 1
+    assert len(done) == 3
+    assert any("going on without reward-apart-1" in line for line in said), said
+
+
+def test_bad_images_are_answered_with_errors_and_the_server_lives(ray_session: RaySession) -> None:
+    from tests.unit.helpers import request
+
+    config = small_config(evaluation={"num_images": 0})
+    good = np.full((8, 8, 3), 200, np.uint8)
+    bad = [good, good[:1, :1], good[..., :1], good.astype(np.float32), good * np.nan, good]
+    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+        worker = fleet.pools[1].workers[0]
+        scores = ray.get(worker.handle.score.remote(request(rollouts=6), bad), timeout=60)
+        with pytest.raises(Exception, match="non-empty"):
+            ray.get(worker.handle.score.remote(request(), good[None][:0]), timeout=60)
+        again = ray.get(worker.handle.score.remote(request(rollouts=1), good[None]), timeout=60)
+    assert [error is None for error in scores.errors] == [True, False, False, False, False, True]
+    right = scores.scores["clip"][[0, 5]]
+    np.testing.assert_allclose(right, again.scores["clip"][0], atol=1e-6)
+
+
+def test_the_control_actor_passes_wishes_once() -> None:
+    control = Control()
+    assert [control.ask("sampler", 2), control.ask("reward-server", 4)] == [1, 2]
+    wishes = control.exchange(FleetStatus(restarts=3))
+    assert [(wish.role, wish.count) for wish in wishes] == [("sampler", 2), ("reward-server", 4)]
+    assert control.exchange(FleetStatus()) == []

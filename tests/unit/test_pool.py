@@ -1,0 +1,153 @@
+"""The life of workers, without Ray: handles are names."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.pool import State, Worker, WorkerPool
+from cluster.roles import Resources, Role
+from cluster.scaling import AutoscaleConfig
+
+
+class Pool:
+    """A pool whose workers start and stop on paper."""
+
+    def __init__(self, count: int = 2, depth: int = 2, **options: object) -> None:
+        role = Role(
+            name="server",
+            factory=object,
+            config=None,
+            resources=Resources(),
+            count=count,
+            depth=depth,
+            **options,
+        )
+        self.started: list[str] = []
+        self.stopped: list[str] = []
+        self.pool = WorkerPool(role, self._launch, lambda worker: self.stopped.append(worker.name))
+        self.serve()
+
+    def _launch(self, role: Role, index: int, addition: bool) -> Worker:
+        worker = Worker(role, index, handle=f"{role.name}-{index}", addition=addition)
+        self.started.append(worker.name)
+        return worker
+
+    def serve(self) -> None:
+        for worker in self.pool.of(State.STARTING):
+            worker.state = State.SERVING
+
+    def names(self, state: State) -> list[str]:
+        return [worker.name for worker in self.pool.of(state)]
+
+
+def take(pool: WorkerPool) -> tuple[str, str] | None:
+    picked = pool.next()
+    if picked is None:
+        return None
+    waiting, worker = picked
+    worker.busy += 1
+    return waiting.task, worker.name
+
+
+def test_the_least_busy_gets_the_work_up_to_its_depth() -> None:
+    made = Pool()
+    for task in "abcde":
+        made.pool.add(task)
+    taken = [take(made.pool) for _ in range(5)]
+    assert taken == [
+        ("a", "server-0"),
+        ("b", "server-1"),
+        ("c", "server-0"),
+        ("d", "server-1"),
+        None,
+    ]
+    assert [waiting.task for waiting in made.pool.waiting] == ["e"]
+
+
+def test_work_that_was_begun_goes_first() -> None:
+    made = Pool()
+    made.pool.add("new")
+    made.pool.add("again", front=True)
+    assert take(made.pool) == ("again", "server-0")
+
+
+def test_new_workers_get_nothing_before_they_serve() -> None:
+    made = Pool(count=1, depth=1)
+    made.pool.scale(3)
+    assert made.names(State.STARTING) == ["server-1", "server-2"]
+    assert made.pool.target == 3
+    for task in "ab":
+        made.pool.add(task)
+    assert take(made.pool) == ("a", "server")
+    assert take(made.pool) is None
+    made.serve()
+    assert take(made.pool) == ("b", "server-1")
+
+
+def test_those_that_leave_finish_first() -> None:
+    made = Pool(count=3)
+    for task in "abc":
+        made.pool.add(task)
+        take(made.pool)
+    made.pool.scale(1)
+    assert made.names(State.SERVING) == ["server-0"]
+    assert made.names(State.DRAINING) == ["server-1", "server-2"]
+    assert made.stopped == []
+    made.pool.add("d")
+    assert take(made.pool) == ("d", "server-0")  # nothing new for those that leave
+    made.pool.workers[2].busy = 0
+    assert [worker.name for worker in made.pool.dismiss()] == ["server-2"]
+    assert made.stopped == ["server-2"]
+    assert made.names(State.DRAINING) == ["server-1"]
+
+
+def test_the_idle_leave_at_once_and_the_starting_go_first() -> None:
+    made = Pool(count=2)
+    made.pool.scale(4)
+    made.pool.scale(1)
+    assert made.stopped == ["server-2", "server-3", "server-1"]
+    assert [worker.name for worker in made.pool.workers] == ["server-0"]
+
+
+def test_who_was_to_leave_stays_when_more_are_wanted() -> None:
+    made = Pool(count=2)
+    made.pool.workers[1].busy = 1
+    made.pool.scale(1)
+    made.pool.scale(3)
+    assert made.names(State.SERVING) == ["server-0", "server-1"]
+    assert made.names(State.STARTING) == ["server-2"]
+    assert made.stopped == []
+
+
+def test_numbers_that_became_free_are_used_again() -> None:
+    made = Pool(count=3)
+    made.pool.drop(made.pool.workers[1])
+    made.pool.scale(4)
+    assert made.started == ["server-0", "server-1", "server-2", "server-1", "server-3"]
+
+
+def test_a_lost_worker_is_replaced_once() -> None:
+    made = Pool(count=2)
+    lost = made.pool.workers[0]
+    new = made.pool.replace(lost)
+    assert new is not None
+    assert (new.index, new.state) == (0, State.STARTING)
+    assert made.pool.replace(lost) is None  # another call of the same worker failed, too
+    assert len(made.pool.workers) == 2
+
+
+def test_a_lost_worker_that_was_to_leave_is_gone() -> None:
+    made = Pool(count=2)
+    made.pool.workers[1].busy = 1
+    made.pool.scale(1)
+    assert made.pool.replace(made.pool.workers[1]) is None
+    assert [worker.name for worker in made.pool.workers] == ["server-0"]
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "names"),
+    [(1, 0, ["server"]), (2, 0, ["server-0", "server-1"]), (1, 3, ["server-0"])],
+)
+def test_names(count: int, most: int, names: list[str]) -> None:
+    made = Pool(count=count, autoscale=AutoscaleConfig(max=most))
+    assert made.started == names

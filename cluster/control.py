@@ -7,6 +7,7 @@ The run asks it, whenever it waits for groups, what is wanted, and tells it what
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from cluster.files import replacing
 NAMESPACE = "tessera"
 PREFIX = "fleet:"
 WHEREABOUTS = "fleet.json"
+AUTH_MODE, TOKEN = "RAY_AUTH_MODE", "token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +89,10 @@ class Control:
 def announced(directory: Path, address: str) -> Iterator[None]:
     """While the block runs, a file in the run's directory says which cluster it is on."""
     file = directory / WHEREABOUTS
+    token = os.environ.get(AUTH_MODE) == TOKEN  # Ray says so once it has turned it on
     with replacing(file) as partial:
-        partial.write_text(json.dumps({"run": directory.name, "address": address}) + "\n")
+        found = {"run": directory.name, "address": address, "token_authentication": token}
+        partial.write_text(json.dumps(found) + "\n")
     try:
         yield
     finally:
@@ -96,7 +100,9 @@ def announced(directory: Path, address: str) -> Iterator[None]:
 
 
 def whereabouts(directory: Path) -> tuple[str, str]:
-    """Name of the run in a directory, and the address of its cluster.
+    """Name of the run in a directory, and the address of its cluster. Where that asks for a token,
+    this process will show the user's (Ray would not by itself, for a cluster named by address);
+    Ray must not have been imported yet.
 
     Raises:
         FleetError: nothing runs there, or the file is damaged.
@@ -104,6 +110,8 @@ def whereabouts(directory: Path) -> tuple[str, str]:
     file = directory / WHEREABOUTS
     try:
         found = json.loads(file.read_text())
+        if found["token_authentication"]:
+            os.environ.setdefault(AUTH_MODE, TOKEN)
         return str(found["run"]), str(found["address"])
     except FileNotFoundError:
         raise FleetError(f"{directory} holds no active run (no {WHEREABOUTS} in it)") from None

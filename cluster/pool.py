@@ -110,10 +110,7 @@ class WorkerPool:
             key=lambda worker: (worker.state is State.STARTING, worker.index),
         )[count:]
         for worker in leaving:
-            if worker.state is State.STARTING:
-                self.drop(worker)
-            else:
-                worker.state = State.DRAINING
+            worker.state = State.DRAINING
         self.dismiss()
 
     def dismiss(self) -> list[Worker]:

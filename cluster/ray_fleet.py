@@ -65,8 +65,8 @@ class RayFleet:
         self._snapshot: ray.ObjectRef | None = None
         self._placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
         self._learner, self._moments = self._launch(plan.learner), self._launch(plan.moments_server)
-        self._samplers = WorkerPool(plan.sampler, self._launch, _kill)
-        self._servers = {r.name: WorkerPool(r, self._launch, _kill) for r in plan.servers}
+        self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
+        self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
         self._steward = Steward(self.pools, run, say)
         self._calls: dict[ray.ObjectRef, Call] = {}
         self._answers: dict[Ticket, Answers] = {}
@@ -168,9 +168,14 @@ class RayFleet:
             ready = handle.load_weights.remote(self._snapshot)  # it serves with the weights only
         return Worker(role, index, handle, ready, addition)
 
+    def _dismiss(self, worker: Worker) -> None:
+        ray.kill(worker.handle)
+        if worker.state is State.DRAINING:
+            self._say(f"{worker.name} has left")
+
     def _end(self) -> None:
         for worker in self._all():
-            _kill(worker)
+            ray.kill(worker.handle)
         self._steward.end()
 
     def _all(self) -> list[Worker]:
@@ -344,7 +349,3 @@ class RayFleet:
                 return getattr(remote, method)(*args)
             except RayActorError:
                 self._lost(pool, worker)
-
-
-def _kill(worker: Worker) -> None:
-    ray.kill(worker.handle)

@@ -22,7 +22,6 @@ import tyro
 from cluster.console import FAILED, INTERRUPTED, REFUSED
 from cluster.control import WHEREABOUTS, FleetStatus, find_control, whereabouts
 from cluster.errors import FleetError, TesseraError
-from cluster.ray_calls import answer
 from cluster.runtime import RayConfig, RaySession
 
 POLL_S = 0.5
@@ -120,6 +119,8 @@ def lines(status: FleetStatus) -> list[str]:
 def ask(ref: Any) -> Any:
     """An answer of the control actor."""
     from ray.exceptions import RayActorError
+
+    from cluster.ray_calls import answer
 
     try:
         return answer(ref, "the run's control actor", ANSWER_S)

@@ -51,8 +51,7 @@ class Steward:
         """Let those go that have finished; decide by queue wait; speak to the control actor."""
         now = time.monotonic()
         for pool in self._pools.values():
-            for worker in pool.dismiss():
-                self._say(f"{worker.name} has left")
+            pool.dismiss()
             self._scale_by_wait(pool, now)
         if self._control is None or self._exchange is not None or now - self._spoken < EXCHANGE_S:
             return

@@ -1,0 +1,58 @@
+"""`python -m cluster.scale` beside a running job, as a user types it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from cluster.control import WHEREABOUTS
+from tests.small_run import flags
+
+START_S = 120.0
+SLOW = "tests.stand_ins:Brightness=0.2,seconds=0.2"
+
+
+def scale(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cluster.scale", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=START_S)
+
+
+def test_a_running_job_is_scaled_from_another_shell(tmp_path: Path) -> None:
+    run, log = tmp_path / "night", tmp_path / "console"
+    options = [*flags(), "--iterations", "5000", "--evaluation.num-images", "0"]
+    command = [sys.executable, "-m", "learner.run", *options, "--run-dir", str(run)]
+    with log.open("w") as console:
+        job = subprocess.Popen([*command, "--rewards.extra", SLOW], stdout=console, stderr=console)
+    try:
+        deadline = time.monotonic() + START_S
+        while not (run / WHEREABOUTS).is_file():
+            assert job.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        grown = scale("--run", str(run), "--reward-servers", "2", "--samplers", "3")
+        assert grown.returncode == 0, grown.stderr + log.read_text()
+        assert "sampler: 3 serving, 0 starting, 0 leaving" in grown.stdout
+        assert "reward-server: 2 serving" in grown.stdout
+        shown = scale("--run", str(run))
+        assert "run night\nsampler: 3 serving" in shown.stdout
+        unknown = scale("--run", str(run), "--pool", "other", "2")
+        assert unknown.returncode == 1
+        assert unknown.stderr == (
+            "error: no role 'reward-other': there are sampler, reward-server\n"
+        )
+        job.send_signal(signal.SIGINT)
+        assert job.wait(60) == 130
+    finally:
+        if job.poll() is None:
+            for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+                process.kill()
+    assert not (run / WHEREABOUTS).exists()
+    assert "reward-server: 1 -> 2 workers, as asked for" in log.read_text()
+    ended = scale("--run", str(run), "--samplers", "1")
+    assert ended.returncode == 1
+    assert "holds no active run (no fleet.json in it)" in ended.stderr

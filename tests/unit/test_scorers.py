@@ -18,7 +18,6 @@ from rewards.classifier import ClassifierAccuracy, ClassifierConfig
 from rewards.clip import ClipConfig, ClipReward
 from rewards.features import FeaturesConfig, load_features
 from rewards.hpsv2 import HpsConfig, HpsReward
-from rewards.openclip import TextImageModel
 
 CONDITIONS = [Condition(text=text, class_index=index) for index, text in enumerate(captions())]
 
@@ -75,12 +74,13 @@ def test_scores_do_not_depend_on_the_batch(clip: ClipReward, held_out) -> None:
 
 
 def test_texts_are_encoded_once() -> None:
-    model = TextImageModel(ClipConfig().model, "", "cpu")
+    clip = ClipReward(ClipConfig())
     calls = []
-    encode = model.model.encode_text
-    model.model.encode_text = lambda tokens: calls.append(len(tokens)) or encode(tokens)
-    model.text_features(["a", "b", "a"])
-    model.text_features(["b", "c"])
+    encode = clip._model.model.encode_text
+    clip._model.model.encode_text = lambda tokens: calls.append(len(tokens)) or encode(tokens)
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    clip(images, [CONDITIONS[0], CONDITIONS[1], CONDITIONS[0]])
+    clip(images, [CONDITIONS[1], CONDITIONS[2], CONDITIONS[2]])
     assert calls == [2, 1]
 
 

@@ -58,11 +58,11 @@ class TextImageModel:
         options = {"precision": precision, "device": device}
         try:
             name, kwargs, file = _source(model, pretrained)
-            tag = pretrained if pretrained and file is None else None
+            tag = None if file else pretrained or None
             with _loading_from(file):
                 self.model = open_clip.create_model(name, pretrained=tag, **options)
             if file is not None:
-                _load_file(self.model, locate(file), pretrained)
+                _load_file(self.model, file, pretrained)
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(f"open_clip model {model!r} cannot be loaded: {error}") from error
         self.model.eval().requires_grad_(False)
@@ -153,7 +153,7 @@ def is_own_source(model: str) -> bool:
     return model.startswith(HUB) or _directory(model) is not None
 
 
-def _source(model: str, pretrained: str) -> tuple[str, dict[str, str], str | None]:
+def _source(model: str, pretrained: str) -> tuple[str, dict[str, str], Path | None]:
     """open_clip's name, options of its tokenizer, and the checkpoint file if it is one."""
     import open_clip
 
@@ -174,7 +174,7 @@ def _source(model: str, pretrained: str) -> tuple[str, dict[str, str], str | Non
             f"({', '.join(tags) or '-'}) or to a checkpoint file"
         )
     if _is_file(pretrained):
-        return model, {}, pretrained
+        return model, {}, locate(pretrained)
     _check_activation(model, pretrained)
     return model, {}, None
 
@@ -193,7 +193,7 @@ def _check_activation(model: str, tag: str) -> None:
 
 
 @contextlib.contextmanager
-def _loading_from(file: str | None) -> Iterator[None]:
+def _loading_from(file: Path | None) -> Iterator[None]:
     """Without open_clip's warning of random weights, where a file replaces them at once."""
 
     def keep(record: logging.LogRecord) -> bool:

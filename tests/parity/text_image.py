@@ -102,7 +102,9 @@ def pairs() -> list[tuple[np.ndarray, str]]:
     return [(image, prompt) for prompt in PROMPTS for image in images]
 
 
-def prepare_package(architecture: str, config_folder: Path | None, cache: Path) -> Any:
+def prepare_package(
+    architecture: str, config_folder: Path | None, cache: Path, device: str = "cpu"
+) -> Any:
     """hpsv2.img_score with its model in place, so that it downloads nothing."""
     fork = import_hpsv2()
     module = import_hpsv2("hpsv2.img_score")
@@ -112,10 +114,11 @@ def prepare_package(architecture: str, config_folder: Path | None, cache: Path) 
         architecture,
         None,
         precision="amp",
-        device=module.device,
+        device=device,
         light_augmentation=True,
         output_dict=True,
     )
+    module.device = device
     module.model_dict.update(model=model, preprocess_val=transform)
     module.root_path = str(cache)  # it makes this folder
     return module

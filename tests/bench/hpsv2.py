@@ -14,7 +14,6 @@ fp32 on a CPU, fp16 autocast on a GPU. The ratio of fp32 with fp32 stands beside
 
 from __future__ import annotations
 
-import gc
 import os
 import tempfile
 import time
@@ -114,8 +113,6 @@ def run_ours(
     scorer = HpsReward(config, options.device)
     conditions = [Condition(text=PROMPT)] * len(images)
     seconds, scores = fastest(lambda: scorer(images, conditions), options.repeats)
-    del scorer
-    gc.collect()
     return Run(seconds / len(images), scores, os.getloadavg()[0])
 
 

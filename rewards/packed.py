@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+MIN_WEIGHTS = 1 << 16  # of a layer; below, the call costs more than it saves
+
+
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference: the weight lies in oneDNN's blocked layout."""
 
@@ -54,7 +57,7 @@ class PackedAttention(nn.Module):
 
 
 def pack_blocks(model: nn.Module, block_type: type[nn.Module]) -> int:
-    """Replace the attention and the linear layers of every self-attention block, in place.
+    """Replace the attention and the linear layers of self-attention blocks, in place.
 
     Args:
         model: in eval mode, on the CPU; afterwards it serves under `torch.inference_mode` only,
@@ -62,7 +65,8 @@ def pack_blocks(model: nn.Module, block_type: type[nn.Module]) -> int:
         block_type: open_clip's `ResidualAttentionBlock`.
 
     Returns:
-        Number of blocks packed; 0 where this machine's oneDNN cannot compute in the model's dtype.
+        Number of blocks packed: not small ones, and none where this machine's oneDNN cannot
+        compute in the model's dtype.
     """
     blocks: list[Any] = [
         block for block in model.modules() if type(block) is block_type and _plain(block)
@@ -89,4 +93,5 @@ def _plain(block: Any) -> bool:
         and attention.bias_k is None
         and not attention.add_zero_attn
         and not hasattr(block, "ln_1_kv")
+        and block.mlp.c_fc.weight.numel() >= MIN_WEIGHTS
     )

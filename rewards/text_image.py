@@ -85,8 +85,7 @@ class TextFeatures:
         for start in range(0, len(sentences), TEXT_BATCH):
             batch = sentences[start : start + TEXT_BATCH]
             encoded.update(zip(batch, self._encode(batch)))
-        means = {text: torch.stack([encoded[s] for s in text]).mean(0) for text in texts}
-        return {text: F.normalize(mean, dim=-1) for text, mean in means.items()}
+        return {text: _mean([encoded[sentence] for sentence in text]) for text in texts}
 
 
 class TextImageScorer:
@@ -164,19 +163,21 @@ class TextImageScorer:
 
     @torch.inference_mode()
     def _encode(self, images: Images) -> Tensor:
-        """(N, E) unit rows. Images of all sizes become one batch once they are preprocessed."""
-        count = len(images)
-        shape = (count, 3, *self._model.image_size)
-        pixels = torch.empty(shape, device=self._model.device)
-        for rows, same in by_size(images):
-            for start in range(0, len(rows), self._batch):
-                part = slice(start, start + self._batch)
-                pixels[torch.from_numpy(rows[part])] = self.preprocess(same[part])
-        parts = [
-            self._model.encode_images(pixels[start : start + self._batch])
-            for start in range(0, count, self._batch)
-        ]
+        """(N, E) unit rows. Images of all sizes share a forward pass once they are preprocessed."""
+        parts = []
+        for start in range(0, len(images), self._batch):
+            batch = images[start : start + self._batch]
+            shape = (len(batch), 3, *self._model.image_size)
+            pixels = torch.empty(shape, device=self._model.device)
+            for rows, same in by_size(batch):
+                pixels[torch.from_numpy(rows)] = self.preprocess(same)
+            parts.append(self._model.encode_images(pixels))
         return torch.cat(parts)
+
+
+def _mean(rows: list[Tensor]) -> Tensor:
+    """The direction of several unit rows together."""
+    return rows[0] if len(rows) == 1 else F.normalize(torch.stack(rows).mean(0), dim=-1)
 
 
 def to_device(images: np.ndarray, device: torch.device) -> Tensor:

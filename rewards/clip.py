@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from cluster.messages import Condition
-from rewards.openclip import TextImageModel
+from cluster.errors import ConfigError
+from rewards.openclip import Precision, TextImageModel
+from rewards.pixels import Preprocess, fault, preprocess
+from rewards.prompts import PromptConfig
+from rewards.text_image import TextImageScorer, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,31 +22,41 @@ class ClipConfig:
     """CLIP score through open_clip."""
 
     model: str = "package://learner.miniature/networks/clip"
-    """open_clip model name, or a directory with open_clip_config.json and weights."""
+    """open_clip model name, hf-hub:owner/name, or a directory with open_clip_config.json and
+    weights."""
     pretrained: str = ""
-    """open_clip pretrained tag or a checkpoint file; empty for a directory."""
+    """open_clip pretrained tag or a checkpoint file (.pt, .safetensors); empty for a directory and
+    for hf-hub models."""
+    precision: Precision = "fp32"
+    """bf16: linear maps and convolutions in bf16, which is faster where the hardware has it."""
+    preprocessing: Literal["device", "host"] = "device"
+    """device: whole batches where the model is, the same pixels as the model's own transform.
+    host: that transform, image by image; slower, for transforms that device refuses."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    batch_size: int = 0
+    """Images of one forward pass; 0 is 8 on a CPU and 64 on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 0:
+            raise ConfigError(f"batch_size must be >= 0 (0 chooses), found {self.batch_size}")
 
 
-class ClipReward:
-    """Cosine of image and text features, no logit scale: about [-1, 1], higher is better.
-
-    Preprocessing is the model's own transform. An image that already has the model's size needs no
-    resampling, and takes a path without PIL that gives the same pixels.
-    """
+class ClipReward(TextImageScorer):
+    """Cosine of image and text features, no logit scale: about [-1, 1], higher is better."""
 
     def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
-        self._model = TextImageModel(config.model, config.pretrained, device)
-        self._transform = self._model.transform()
-        self._mean, self._std = self._model.mean_std()
-
-    def __call__(self, images: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
-        """(N, H, W, 3) uint8 and N conditions -> (N,) float32."""
-        texts = [condition.text for condition in conditions]
-        return self._model.cosine(self.preprocess(images), texts).numpy()
+        model = TextImageModel(config.model, config.pretrained, device, config.precision)
+        super().__init__(model, config.prompts, config.batch_size)
+        self._transform = model.transform() if config.preprocessing == "host" else None
+        self._pixels = None if self._transform else Preprocess.of(model.preprocess_config)
 
     def preprocess(self, images: np.ndarray) -> Tensor:
-        """(N, H, W, 3) uint8 -> (N, 3, S, S) fp32, normalised."""
-        if images.shape[1:3] == (self._model.image_size, self._model.image_size):
-            pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-            return (pixels.float() / 255 - self._mean) / self._std
-        return torch.stack([self._transform(Image.fromarray(image)) for image in images])
+        """(n, H, W, 3) uint8 -> (n, 3, h, w) fp32 on the device: the model's own transform."""
+        if self._pixels is not None:
+            return preprocess(to_device(images, self._model.device), self._pixels)
+        assert self._transform is not None
+        done = [self._transform(Image.fromarray(image)) for image in images]
+        return torch.stack(done).to(self._model.device)
+
+    def size_fault(self, height: int, width: int) -> str | None:
+        return None if self._pixels is None else fault(height, width, self._pixels)

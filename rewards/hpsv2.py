@@ -1,22 +1,29 @@
 """HPSv2: a CLIP model fine-tuned on human preferences (Wu et al. 2023, 2306.09341).
 
 The checkpoints (v2.0, v2.1) fit open_clip's ViT-H-14 exactly. What differs from plain CLIP is the
-preprocessing, whose order is kept here: to float first, longest side to the model's size (bicubic
-on the float tensor, antialiased), zero padding *before* normalisation.
+preprocessing, whose order is kept: to float first, longest side to the model's size (bicubic on the
+float tensor, antialiased), zero padding *before* normalisation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.messages import Condition
-from rewards.openclip import TextImageModel
+from cluster.errors import CheckpointError, ConfigError
+from rewards.hpsv2_package import PackageModel
+from rewards.openclip import Precision, TextImageModel, is_own_source
+from rewards.pixels import Preprocess, fit_floats, longest_size, normalise, too_narrow
+from rewards.prompts import PromptConfig
+from rewards.text_image import TextImageScorer, to_device
+
+REPOSITORY = "xswu/HPSv2"
+PUBLISHED = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+"""Version -> file in the Hugging Face repository."""
+ARCHITECTURE = "ViT-H-14"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,37 +33,95 @@ class HpsConfig:
     model: str = "package://learner.miniature/networks/preference"
     """ViT-H-14 for the published checkpoints, or a directory in open_clip's layout."""
     pretrained: str = ""
-    """The HPSv2 checkpoint file (HPS_v2_compressed.pt, HPS_v2.1_compressed.pt)."""
+    """v2.0 or v2.1: the published checkpoint, from the Hugging Face hub or its cache. Or a
+    checkpoint file of that layout."""
+    backend: Literal["open_clip", "package"] = "open_clip"
+    """open_clip: the checkpoint in open_clip's model. package: the hpsv2 package's own model and
+    transform (needs the extra tessera-rl[hpsv2])."""
+    precision: Precision = "fp32"
+    """bf16: linear maps and convolutions in bf16, which is faster where the hardware has it."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    batch_size: int = 0
+    """Images of one forward pass; 0 is 8 on a CPU and 64 on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 0:
+            raise ConfigError(f"batch_size must be >= 0 (0 chooses), found {self.batch_size}")
+        if self.pretrained in PUBLISHED and self.model.startswith("package://"):
+            raise ConfigError(
+                f"pretrained {self.pretrained!r} is a checkpoint of {ARCHITECTURE}: set model to "
+                f"{ARCHITECTURE}, found {self.model!r}"
+            )
 
 
-class HpsReward:
+class HpsReward(TextImageScorer):
     """Cosine of image and text features of the preference model; higher is preferred."""
 
     def __init__(self, config: HpsConfig, device: str = "cpu") -> None:
-        self._model = TextImageModel(config.model, config.pretrained, device)
-        self._mean, self._std = self._model.mean_std()
-
-    def __call__(self, images: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
-        """(N, H, W, 3) uint8 and N conditions -> (N,) float32."""
-        texts = [condition.text for condition in conditions]
-        return self._model.cosine(self.preprocess(images), texts).numpy()
+        checkpoint = config.pretrained
+        if checkpoint in PUBLISHED:
+            checkpoint = fetch_published(checkpoint)
+        model: TextImageModel | PackageModel
+        if config.backend == "package":
+            if is_own_source(config.model) or not checkpoint:
+                raise ConfigError(
+                    f"backend 'package' needs the name of an architecture ({ARCHITECTURE}) as "
+                    f"model and a checkpoint as pretrained, found {config.model!r} and "
+                    f"{config.pretrained!r}"
+                )
+            model = PackageModel(config.model, checkpoint, device, config.precision)
+            self._constants = None
+        else:
+            model = TextImageModel(config.model, checkpoint, device, config.precision)
+            transform = Preprocess.of(model.preprocess_config)
+            self._constants = transform.mean, transform.std
+        height, width = model.image_size
+        if height != width:
+            raise CheckpointError(
+                f"{config.model} takes {height} x {width} images; HPSv2's preprocessing is for "
+                "square ones"
+            )
+        self._size = height
+        self._package = model if isinstance(model, PackageModel) else None
+        super().__init__(model, config.prompts, config.batch_size)
 
     def preprocess(self, images: np.ndarray) -> Tensor:
-        """(N, H, W, 3) uint8 -> (N, 3, S, S) fp32, normalised."""
-        pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 255
-        pixels = _fit(pixels, self._model.image_size)
-        return (pixels - self._mean) / self._std
+        """(n, H, W, 3) uint8 -> (n, 3, S, S) fp32 on the device, normalised."""
+        if self._package is not None:
+            return self._package.preprocess(images)
+        assert self._constants is not None
+        pixels = fit_floats(to_device(images, self._model.device), self._size)
+        return normalise(pixels, *self._constants)
+
+    def size_fault(self, height: int, width: int) -> str | None:
+        if min(longest_size(height, width, self._size)) < 1:
+            return too_narrow(height, width, self._size)
+        if self._package is not None and max(height, width) == self._size and height != width:
+            return (
+                f"the hpsv2 package does not pad an image of {height} x {width} pixels, whose "
+                f"longer side is {self._size} already, and its model then refuses it: set backend "
+                "to open_clip"
+            )
+        return None
 
 
-def _fit(pixels: Tensor, size: int) -> Tensor:
-    """Longest side to `size`, then zero padding to a centred square; (N, 3, H, W)."""
-    height, width = pixels.shape[-2:]
-    scale = size / max(height, width)
-    if scale != 1:
-        new = (round(height * scale), round(width * scale))
-        pixels = F.interpolate(
-            pixels, size=new, mode="bicubic", align_corners=False, antialias=True
-        )
-    rows, columns = size - pixels.shape[-2], size - pixels.shape[-1]
-    top, left = rows // 2, columns // 2
-    return F.pad(pixels, (left, columns - left, top, rows - top))
+def fetch_published(version: str) -> str:
+    """The path of a published checkpoint in the hub's cache, where it is put if it is missing.
+
+    Raises:
+        CheckpointError: it is not there and the hub cannot be reached; says what to place where.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    file = PUBLISHED[version]
+    # The library's HTTP client differs between its versions; this base is its transport error.
+    unreachable: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
+    try:
+        return huggingface_hub.hf_hub_download(REPOSITORY, file)
+    except unreachable as error:
+        raise CheckpointError(
+            f"HPSv2 {version}: {file} is not in the Hugging Face cache and was not fetched "
+            f"({type(error).__name__}). With access to the hub, run: hf download {REPOSITORY} "
+            f"{file}; without, copy the file to this machine and set pretrained to its path"
+        ) from None

@@ -1,102 +1,219 @@
-"""Text-image models of open_clip: loading, cached text features, cosine scores.
-
-`ClipReward` and `HpsReward` differ in weights and in preprocessing; what they share is here.
-"""
+"""Text-image models of open_clip: loading with every check, unit features of images and texts."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.errors import CheckpointError
 from cluster.tensors import PACKAGE, load_strict, locate
 from cluster.torchvision_ops import ensure_torchvision
+from rewards.packed import pack_blocks
 
+Precision = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOCAL_DIR = "local-dir:"
+HUB = "hf-hub:"
 DIRECTORY_CONFIG = "open_clip_config.json"
+_STATE = "state_dict"
+_PARALLEL = "module."  # prefix of names in files written by data-parallel training
 
 
 class TextImageModel:
-    """A CLIP-like model in eval mode, fp32.
+    """A CLIP-like model in eval mode.
 
     Args:
-        model: an open_clip name ("ViT-L-14"), or a directory in open_clip's layout
-            (`open_clip_config.json` and `open_clip_model.safetensors`), as a path or `package://`.
-        pretrained: for a name: open_clip's pretrained tag, or a checkpoint file. Empty for a
-            directory, which holds its own weights.
+        model: an open_clip name ("ViT-L-14-quickgelu"), "hf-hub:owner/name", or a directory in
+            open_clip's layout (`open_clip_config.json` and weights), as a path or `package://`.
+        pretrained: for a name: open_clip's pretrained tag, or a checkpoint file (.pt,
+            .safetensors). Empty for the others, which come with their weights.
+        precision: bf16 is open_clip's: linear maps and convolutions in bf16, normalisations and
+            what this class returns in fp32.
 
     Raises:
-        CheckpointError: unknown name, missing file, or weights that do not fit.
+        CheckpointError: unknown name, missing file, weights that do not fit, or weights that were
+            trained with another activation than the model has.
     """
 
-    def __init__(self, model: str, pretrained: str, device: str) -> None:
+    def __init__(
+        self, model: str, pretrained: str, device: str, precision: Precision = "fp32"
+    ) -> None:
         ensure_torchvision()
         import open_clip
 
-        self.device = device
-        directory = _directory(model)
+        self.device = torch.device(device)
+        self.dtype = DTYPES[precision]
+        options = {"precision": precision, "device": device}
         try:
-            if directory is not None:
-                name, options = f"{LOCAL_DIR}{directory}", _tokenizer_options(directory)
-                self.model = open_clip.create_model(name, device=device)
-            else:
-                name, options = model, {}
-                if not pretrained:
-                    raise CheckpointError(
-                        f"open_clip model {model!r} needs weights: set pretrained to one of its "
-                        f"tags ({', '.join(open_clip.list_pretrained_tags_by_model(model)) or '-'})"
-                        " or to a checkpoint file"
-                    )
-                file = pretrained if pretrained and _is_file(pretrained) else None
-                tag = None if file else pretrained
-                self.model = open_clip.create_model(name, pretrained=tag, device=device)
-                if file is not None:
-                    state = open_clip.factory.load_state_dict(str(locate(file)), weights_only=True)
-                    load_strict(self.model, state, file)
-        except (RuntimeError, ValueError, FileNotFoundError, OSError) as error:
+            name, kwargs, file = _source(model, pretrained)
+            tag = None if file else pretrained or None
+            with _loading_from(file):
+                self.model = open_clip.create_model(name, pretrained=tag, **options)
+            if file is not None:
+                _load_file(self.model, file, pretrained)
+        except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(f"open_clip model {model!r} cannot be loaded: {error}") from error
         self.model.eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(name, **options)
-        self._text: dict[str, Tensor] = {}
+        if self.device.type == "cpu":
+            pack_blocks(self.model, open_clip.transformer.ResidualAttentionBlock)
+        self.tokenizer = open_clip.get_tokenizer(name, **kwargs)
 
     @property
-    def image_size(self) -> int:
-        """Side of the square the image tower takes, pixels."""
+    def image_size(self) -> tuple[int, int]:
+        """Height and width that the image tower takes, pixels."""
         size = self.model.visual.image_size
-        return size if isinstance(size, int) else size[0]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def preprocess_config(self) -> dict[str, Any]:
+        """open_clip's description of the model's transform."""
+        return self.model.visual.preprocess_cfg
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """The model's own evaluation transform: PIL image -> (3, S, S) fp32."""
+        """The model's own evaluation transform: PIL image -> (3, h, w) fp32, on the host."""
         import open_clip
 
-        config = open_clip.transform.PreprocessCfg(**self.model.visual.preprocess_cfg)
+        config = open_clip.transform.PreprocessCfg(**self.preprocess_config)
         return open_clip.transform.image_transform_v2(config, is_train=False)
 
-    def mean_std(self) -> tuple[Tensor, Tensor]:
-        """Normalisation constants, (3, 1, 1) fp32 each, for pixels in [0, 1]."""
-        config = self.model.visual.preprocess_cfg
-        return torch.tensor(config["mean"]).view(3, 1, 1), torch.tensor(config["std"]).view(3, 1, 1)
+    @torch.inference_mode()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(N, 3, h, w) normalised pixels on the device -> (N, E) fp32 unit rows."""
+        return F.normalize(self.model.encode_image(pixels.to(self.dtype)).float(), dim=-1)
 
     @torch.inference_mode()
-    def cosine(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-        """Cosine of each image with its text: (N, 3, S, S) normalised, N texts -> (N,) fp32."""
-        image = F.normalize(self.model.encode_image(pixels.to(self.device)), dim=-1)
-        return (image * self.text_features(texts)).sum(-1).float().cpu()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> (N, E) fp32 unit rows; texts longer than the model's context are cut."""
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
-    @torch.inference_mode()
-    def text_features(self, texts: Sequence[str]) -> Tensor:
-        """(N, E) unit rows, encoded once for each distinct text."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._text]
-        if new:
-            encoded = self.model.encode_text(self.tokenizer(new).to(self.device))
-            self._text.update(zip(new, F.normalize(encoded, dim=-1)))
-        return torch.stack([self._text[text] for text in texts])
+    def token_counts(self, text: str) -> tuple[int, int]:
+        """Tokens of a text with those that mark start and end, and how many the model reads."""
+        tokenizer = self.tokenizer
+        if hasattr(tokenizer, "encode"):  # open_clip's own
+            return len(tokenizer.encode(text)) + 2, tokenizer.context_length
+        from open_clip import tokenizer as cleaning
+
+        if hasattr(tokenizer, "clean_fn"):
+            text = tokenizer.clean_fn(text)
+        else:  # SigLIP's
+            text = cleaning.canonicalize_text(cleaning.basic_clean(text))
+        if getattr(tokenizer, "tokenizer_mode", "") == "clips":
+            tokens = tokenizer.tokenizer(text, add_special_tokens=False).input_ids
+            return len(tokens) + 3, tokenizer.context_length
+        return len(tokenizer.tokenizer(text).input_ids), tokenizer.context_length
+
+
+def read_checkpoint(file: Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint file, on the CPU: a state dict, alone or under "state_dict".
+
+    Files of torch are mapped rather than read, so that a large one is in memory but once.
+
+    Raises:
+        CheckpointError: not a file of tensors alone.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # Files older than torch's zip format cannot be mapped.
+        mapped = zipfile.is_zipfile(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{file}: not a checkpoint of tensors alone, or damaged ({_first_line(error)}); "
+            "expected a .safetensors file, or a .pt file with a state dict that torch loads with "
+            "weights_only"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get(_STATE), dict):
+        state = state[_STATE]
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise CheckpointError(
+            f'{file}: expected a state dict, alone or under "{_STATE}", found '
+            f"{type(state).__name__}"
+        )
+    if all(name.startswith(_PARALLEL) for name in state):
+        state = {name.removeprefix(_PARALLEL): tensor for name, tensor in state.items()}
+    return state
+
+
+def is_own_source(model: str) -> bool:
+    """Whether a model's name stands for weights, too: a directory, or a model on the hub."""
+    return model.startswith(HUB) or _directory(model) is not None
+
+
+def _source(model: str, pretrained: str) -> tuple[str, dict[str, str], Path | None]:
+    """open_clip's name, options of its tokenizer, and the checkpoint file if it is one."""
+    import open_clip
+
+    if is_own_source(model):
+        if pretrained:
+            raise CheckpointError(
+                f"{model} comes with its own weights, so pretrained must be empty, found "
+                f"{pretrained!r}; for other weights set model to an open_clip name"
+            )
+        directory = _directory(model)
+        if directory is None:
+            return model, {}, None
+        return f"{LOCAL_DIR}{directory}", _tokenizer_options(directory), None
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if not pretrained:
+        raise CheckpointError(
+            f"open_clip model {model!r} needs weights: set pretrained to one of its tags "
+            f"({', '.join(tags) or '-'}) or to a checkpoint file"
+        )
+    if _is_file(pretrained):
+        return model, {}, locate(pretrained)
+    _check_activation(model, pretrained)
+    return model, {}, None
+
+
+def _check_activation(model: str, tag: str) -> None:
+    """open_clip only warns where weights were trained with QuickGELU and the model has GELU."""
+    import open_clip
+
+    trained = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False)
+    architecture = open_clip.get_model_config(model) or {}
+    if trained and not architecture.get("quick_gelu", False):
+        raise CheckpointError(
+            f"open_clip's {tag!r} weights of {model} were trained with another activation "
+            f"(QuickGELU), and would score wrongly: set model to {model}-quickgelu"
+        )
+
+
+@contextlib.contextmanager
+def _loading_from(file: Path | None) -> Iterator[None]:
+    """Without open_clip's warning of random weights, where a file replaces them at once."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return file is None or not record.getMessage().startswith("No pretrained weights loaded")
+
+    logger = logging.getLogger()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _load_file(model: torch.nn.Module, file: Path, name: str) -> None:
+    import open_clip.factory as factory
+
+    state = factory.convert_state_dict(model, read_checkpoint(file))
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = factory.convert_to_custom_text_state_dict(state)
+    load_strict(model, state, name)
 
 
 def _directory(model: str) -> Path | None:
@@ -117,3 +234,7 @@ def _tokenizer_options(directory: Path) -> dict[str, str]:
     if "bpe_path" not in options:
         return {}
     return {"bpe_path": str(directory / options["bpe_path"])}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,12 @@ from PIL import Image
 from cluster.errors import CheckpointError, DataError
 from cluster.messages import Condition
 from learner.miniature.data import captions, digits
-from rewards.base import check_images
+from rewards.base import RowErrors, check_images
 from rewards.classifier import ClassifierAccuracy, ClassifierConfig
 from rewards.clip import ClipConfig, ClipReward
 from rewards.features import FeaturesConfig, load_features
 from rewards.hpsv2 import HpsConfig, HpsReward
-from rewards.openclip import TextImageModel
+from rewards.prompts import PromptConfig
 
 CONDITIONS = [Condition(text=text, class_index=index) for index, text in enumerate(captions())]
 
@@ -75,13 +76,65 @@ def test_scores_do_not_depend_on_the_batch(clip: ClipReward, held_out) -> None:
 
 
 def test_texts_are_encoded_once() -> None:
-    model = TextImageModel(ClipConfig().model, "", "cpu")
+    clip = ClipReward(ClipConfig())
     calls = []
-    encode = model.model.encode_text
-    model.model.encode_text = lambda tokens: calls.append(len(tokens)) or encode(tokens)
-    model.text_features(["a", "b", "a"])
-    model.text_features(["b", "c"])
+    encode = clip._model.model.encode_text
+    clip._model.model.encode_text = lambda tokens: calls.append(len(tokens)) or encode(tokens)
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    clip(images, [CONDITIONS[0], CONDITIONS[1], CONDITIONS[0]])
+    clip(images, [CONDITIONS[1], CONDITIONS[2], CONDITIONS[2]])
     assert calls == [2, 1]
+
+
+def test_images_of_several_sizes_come_back_in_order(clip: ClipReward) -> None:
+    generator = np.random.default_rng(0)
+    sizes = [(8, 8), (13, 9), (8, 8), (4, 40), (13, 9)]
+    images = [generator.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    for scorer in (clip, HpsReward(HpsConfig())):
+        alone = [float(scorer([image], [c])[0]) for image, c in zip(images, CONDITIONS)]
+        np.testing.assert_allclose(scorer(images, CONDITIONS[:5]), alone, atol=1e-5)
+        assert np.ptp(alone) > 1e-2
+
+
+def test_images_may_lie_in_read_only_memory(clip: ClipReward) -> None:
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    images.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip(images, CONDITIONS[:2])
+
+
+def test_open_clips_transform_on_the_host_gives_the_same_scores(clip: ClipReward) -> None:
+    host = ClipReward(ClipConfig(preprocessing="host"))
+    images = np.random.default_rng(0).integers(0, 256, (4, 30, 20, 3), np.uint8)
+    assert torch.equal(host.preprocess(images), clip.preprocess(images))
+    scores = clip(images, CONDITIONS[:4])
+    np.testing.assert_allclose(host(images, CONDITIONS[:4]), scores, atol=1e-6)
+
+
+def test_bf16_digits_score_alike(clip: ClipReward, held_out) -> None:
+    images, conditions = held_out
+    for scorer, config in ((clip, ClipConfig), (HpsReward(HpsConfig()), HpsConfig)):
+        half = ClipReward if config is ClipConfig else HpsReward
+        scores = half(config(precision="bf16"))(images, conditions)
+        apart = np.abs(scores - scorer(images, conditions))
+        assert 0 < apart.max() < 0.03
+        assert apart.mean() < 0.005
+
+
+def test_warming_up_scores_something(clip: ClipReward) -> None:
+    ClipReward(ClipConfig()).warm()
+    imagenet = PromptConfig(classes="imagenet", templates=("a {}",), long_captions="truncate")
+    HpsReward(HpsConfig(prompts=imagenet)).warm()
+
+
+def test_preference_names_images_too_narrow_to_score(held_out) -> None:
+    hps = HpsReward(HpsConfig())
+    images = [np.zeros((8, 8, 3), np.uint8), np.zeros((2, 90, 3), np.uint8)]
+    with pytest.raises(RowErrors) as caught:
+        hps(images, CONDITIONS[:2])
+    assert list(caught.value.errors) == [1]
+    assert "2 x 90 pixels is too narrow" in caught.value.errors[1]
 
 
 def test_preference_prefers_clean_digits(held_out) -> None:
@@ -187,6 +240,8 @@ def test_a_checkpoint_file_for_a_named_model_is_loaded_strictly(tmp_path: Path) 
         (ClipConfig(model="ViT-B-32"), r"'ViT-B-32' needs weights: .*openai.* checkpoint file"),
         (ClipConfig(model="ViT-B-32", pretrained="/nowhere/x.pt"), "/nowhere/x.pt: no such file"),
         (ClipConfig(model="package://learner.miniature/networks/none"), "no such directory"),
+        (ClipConfig(pretrained="openai"), "comes with its own weights, .* found 'openai'"),
+        (ClipConfig(model="ViT-B-32", pretrained="openai"), "set model to ViT-B-32-quickgelu"),
     ],
 )
 def test_models_that_cannot_be_loaded_are_named(config: ClipConfig, message: str) -> None:

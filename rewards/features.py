@@ -143,8 +143,8 @@ def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
         embed, preprocess = network, _on(device, settings)
     else:
         tower = ClipTower(config.model, config.checkpoint, device)
-        digest, prepared = weights_digest(tower.visual), tower.fingerprint
-        network, embed, preprocess = tower.network, tower, tower.preprocess
+        digest, prepared = weights_digest(tower.visual), tower.settings.fingerprint
+        network, embed, preprocess = tower.network, tower, _on(device, tower.settings)
     return NetworkFeatures(
         network,
         embed,

@@ -5,22 +5,18 @@ Shapes: N images, S the side the network takes, D feature dimensions.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, ConfigError
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.openclip import TextImageModel
-from rewards.resize import centre_crop, normalise, resize_antialiased, shortest_side
+from rewards.resize import KERNELS, centre_crop, normalise, resize_pil, shortest_side
 from rewards.weight_files import brief, given, read_state
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -29,13 +25,17 @@ CLIP = "ViT-B-32-quickgelu"  # CLIP-FID's (Kynkäänniemi et al. 2023, 2203.0602
 CLIP_TAG = "openai"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What an image goes through before a vision transformer: shorter side to `scale`, as PIL
-    resizes; the middle of it; channels normalised."""
+    """What an image goes through before a vision transformer: resized as PIL does it, the middle
+    cut out, channels normalised."""
 
     size: int
+    """Side of the square that the network takes, pixels."""
     scale: int
+    """The shorter side after resizing."""
+    squash: bool
+    """Both sides become `scale`, whatever the image's shape."""
     mode: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -43,12 +43,15 @@ class Preprocessing:
     @property
     def fingerprint(self) -> str:
         numbers = ",".join(f"{value:g}" for value in (*self.mean, *self.std))
-        return f"{self.mode}{self.scale}-crop{self.size}-{numbers}"
+        fit = "squash" if self.squash else "fit"
+        return f"{self.mode}-{fit}{self.scale}-crop{self.size}-{numbers}"
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N, 3, size, size) fp32."""
-        shape = shortest_side(images.shape[-2], images.shape[-1], self.scale)
-        pixels = centre_crop(resize_antialiased(images, shape, self.mode), self.size)
+        shape = (self.scale, self.scale)
+        if not self.squash:
+            shape = shortest_side(images.shape[-2], images.shape[-1], self.scale)
+        pixels = centre_crop(resize_pil(images, shape, self.mode), self.size)
         return normalise(pixels / 255, self.mean, self.std)
 
 
@@ -73,8 +76,8 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
 
     model = model or DINOV2
     if not timm.is_model(model):
-        close = timm.list_models(f"*{model.partition('.')[0]}*")[:3] or timm.list_models("*dinov2*")
-        raise ConfigError(f"model: timm has no {model!r}; it has {', '.join(close)}")
+        close = difflib.get_close_matches(model.partition(".")[0], timm.list_models())
+        raise ConfigError(f"model: timm has no {model!r}; close are {', '.join(close) or 'none'}")
     settings = _settings(timm.get_pretrained_cfg(model), model)
     overlay: dict[str, Any] = {}
     if given(checkpoint):
@@ -97,10 +100,26 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
 
 
 def _settings(config: Any, model: str) -> Preprocessing:
-    if config is None or config.interpolation not in ("bicubic", "bilinear"):
-        raise ConfigError(f"model: {model!r} has no preprocessing that is known here")
-    scale = math.floor(DINOV2_SIZE / (config.crop_pct or 1.0))
-    return Preprocessing(DINOV2_SIZE, scale, config.interpolation, config.mean, config.std)
+    """From timm's description of a model."""
+    if config is None:
+        raise ConfigError(f"model: timm has no weights of {model!r}: choose one that it lists")
+    _check_known(model, config.interpolation, config.crop_mode, ("center", "squash"))
+    return Preprocessing(
+        size=DINOV2_SIZE,
+        scale=math.floor(DINOV2_SIZE / config.crop_pct),
+        squash=config.crop_mode == "squash",
+        mode=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+    )
+
+
+def _check_known(model: str, mode: str, fit: str, fits: tuple[str, ...]) -> None:
+    if mode not in KERNELS or fit not in fits:
+        raise ConfigError(
+            f"model: {model!r} takes images resized by {mode!r}, {fit!r}; known here are "
+            f"{' and '.join(KERNELS)}, {' and '.join(fits)}: choose another model"
+        )
 
 
 def _unloadable(model: str, checkpoint: str, error: Exception) -> str:
@@ -127,21 +146,28 @@ class ClipTower:
 
     def __init__(self, model: str, checkpoint: str, device: str) -> None:
         pretrained = checkpoint if given(checkpoint) else "" if model else CLIP_TAG
-        loaded = TextImageModel(model or CLIP, pretrained, device)
+        try:
+            loaded = TextImageModel(model or CLIP, pretrained, device)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; for features, the tag or file goes into `checkpoint`: without a network "
+                "a file that was fetched elsewhere"
+            ) from error
         self.network: Any = loaded.model
         self.visual: nn.Module = loaded.model.visual
-        self._transform: Callable[[Any], Tensor] = loaded.transform()
-        self._settings: Mapping[str, Any] = loaded.model.visual.preprocess_cfg
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the preprocessing."""
-        text = json.dumps(dict(self._settings), sort_keys=True, default=list)
-        return f"transform:{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-    def preprocess(self, images: np.ndarray) -> Tensor:
-        """(N, H, W, 3) uint8 -> (N, 3, S, S) fp32, by the model's own transform."""
-        return torch.stack([self._transform(Image.fromarray(image)) for image in images])
+        options: Mapping[str, Any] = loaded.model.visual.preprocess_cfg
+        _check_known(
+            model or CLIP, options["interpolation"], options["resize_mode"], ("shortest", "squash")
+        )
+        self.settings = Preprocessing(
+            size=loaded.image_size,
+            scale=loaded.image_size,
+            squash=options["resize_mode"] == "squash",
+            mode=options["interpolation"],
+            mean=tuple(options["mean"]),
+            std=tuple(options["std"]),
+        )
 
     def __call__(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) fp32 -> (N, D)."""
         return self.network.encode_image(pixels)

@@ -77,12 +77,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 def oracle(weights: str) -> nn.Module:
     """torch-fidelity's extractor. Only it loads plain names strictly, counters or not."""
     ensure_torchvision()
-    extractors = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     file = Path(weights).with_name("with-counters.pth")
     network = FidInception()
     inception.load_network(network, inception.read_state(weights), weights)
     torch.save(network.state_dict(), file)
-    return extractors.FeatureExtractorInceptionV3(
+    return FeatureExtractorInceptionV3(
         "oracle", ["2048", "logits"], feature_extractor_weights_path=str(file)
     )
 
@@ -169,7 +170,9 @@ def test_resize_by_hand() -> None:
 )
 def test_fid_equals_torch_fidelity(dims: int, count: int, extract: NetworkFeatures) -> None:
     """Of two sets of images: our features and our distance, their distance of the same features."""
-    metric = pytest.importorskip("torch_fidelity.metric_fid")
+    ensure_torchvision()
+    from torch_fidelity import metric_fid as metric
+
     sets = [extract(pictures(size, count))[:, :dims] for size in ((48, 48), (32, 56))]
     moments = [metric.fid_features_to_statistics(torch.from_numpy(part)) for part in sets]
     expected = metric.fid_statistics_to_metric(*moments, verbose=False)

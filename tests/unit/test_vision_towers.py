@@ -92,6 +92,19 @@ def test_dinov2_takes_mixed_sizes_and_bf16(weights: Path, plain: nn.Module) -> N
     assert rough.fingerprint == f"{exact.fingerprint}-bf16"
 
 
+def test_dinov2_files_of_its_authors(weights: Path, tmp_path: Path) -> None:
+    """They carry a mask token, for training."""
+    state = torch.load(weights, weights_only=True) | {"mask_token": torch.zeros(1, 384)}
+    torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
+    prints = {
+        load_features(
+            FeaturesConfig(network="dinov2", model=SMALL, checkpoint=str(file))
+        ).fingerprint
+        for file in (weights, tmp_path / "dinov2_vits14_pretrain.pth")
+    }
+    assert len(prints) == 1
+
+
 def test_dinov2_files_that_do_not_fit(weights: Path, tmp_path: Path) -> None:
     state = torch.load(weights, weights_only=True)
     del state["norm.weight"]

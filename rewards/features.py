@@ -138,9 +138,8 @@ def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
         digest, prepared = weights_digest(network), "antialias299-imagenet"
         preprocess = _on(device, torchvision_pixels)
     elif config.network == "dinov2":
-        network, settings = load_dinov2(config.model, config.checkpoint)
-        digest, prepared = weights_digest(network), settings.fingerprint
-        embed, preprocess = network, _on(device, settings)
+        network, settings, digest = load_dinov2(config.model, config.checkpoint)
+        embed, prepared, preprocess = network, settings.fingerprint, _on(device, settings)
     else:
         tower = ClipTower(config.model, config.checkpoint, device)
         digest, prepared = weights_digest(tower.visual), tower.settings.fingerprint

@@ -17,7 +17,7 @@ from cluster.errors import CheckpointError, ConfigError
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.openclip import TextImageModel
 from rewards.resize import KERNELS, centre_crop, normalise, resize_pil, shortest_side
-from rewards.weight_files import brief, given, read_state
+from rewards.weight_files import brief, given, read_state, weights_digest
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224  # pixels a side, as in Stein et al. 2023; the weights were made with 518
@@ -55,7 +55,7 @@ class Preprocessing:
         return normalise(pixels / 255, self.mean, self.std)
 
 
-def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Preprocessing]:
+def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Preprocessing, str]:
     """A vision transformer of timm whose output is its features, (N, D), on the CPU.
 
     DINOv2's (Oquab et al. 2023, 2304.07193) are the class token after the last norm. Position
@@ -67,36 +67,43 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
         checkpoint: .safetensors or .pth, of timm or of DINOv2's authors; empty or "published"
             fetches timm's.
 
+    Returns:
+        The network, what it takes, and the weights' digest: before resampling, whose last bits
+        may differ between machines.
+
     Raises:
-        ConfigError: no model of that name, or one that does not fit here.
+        ConfigError: no vision transformer of that name, or one whose preprocessing is not known.
         CheckpointError: no such file, no network, or the file of another model.
     """
     ensure_torchvision()
     import timm
+    from timm.models import is_model_in_modules
 
     model = model or DINOV2
-    if not timm.is_model(model):
-        close = difflib.get_close_matches(model.partition(".")[0], timm.list_models())
-        raise ConfigError(f"model: timm has no {model!r}; close are {', '.join(close) or 'none'}")
-    settings = _settings(timm.get_pretrained_cfg(model), model)
+    name = model.partition(".")[0]
+    if not is_model_in_modules(name, {"vision_transformer"}):
+        close = difflib.get_close_matches(name, timm.list_models(module="vision_transformer"))
+        raise ConfigError(
+            f"model: {model!r} is none of timm's vision transformers; close are "
+            f"{', '.join(close) or 'none'}"
+        )
+    try:
+        settings = _settings(timm.get_pretrained_cfg(model), model)
+    except RuntimeError as error:  # a tag, after the dot, that is not there
+        tags = ", ".join(timm.list_models(f"{name}.*", pretrained=True)) or "none"
+        raise ConfigError(f"model: {model!r}: {brief(error)}; timm has {tags}") from error
     overlay: dict[str, Any] = {}
     if given(checkpoint):
         overlay = {"state_dict": read_state(checkpoint)}
     try:
-        network = timm.create_model(
-            model,
-            pretrained=True,
-            pretrained_cfg_overlay=overlay,
-            num_classes=0,
-            img_size=DINOV2_SIZE,
+        network: Any = timm.create_model(
+            model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0
         )
-    except TypeError as error:  # img_size is for transformers alone
-        raise ConfigError(
-            f"model: {model!r} is no vision transformer of a chosen image size ({brief(error)})"
-        ) from error
     except Exception as error:  # of the hub, of the network, of a misfit: timm passes on any
         raise CheckpointError(_unloadable(model, checkpoint, error)) from error
-    return network, settings
+    digest = weights_digest(network)
+    network.set_input_size((DINOV2_SIZE, DINOV2_SIZE))
+    return network, settings, digest
 
 
 def _settings(config: Any, model: str) -> Preprocessing:

@@ -115,9 +115,15 @@ def test_dinov2_files_that_do_not_fit(weights: Path, tmp_path: Path) -> None:
 
 
 def test_models_that_are_not_there() -> None:
-    with pytest.raises(ConfigError, match="timm has no 'vit_smal_patch14_dinov2'; close are vit_s"):
+    with pytest.raises(
+        ConfigError, match=r"'vit_smal_patch14_dinov2' is none of .*; close are vit_s"
+    ):
         load_features(FeaturesConfig(network="dinov2", model="vit_smal_patch14_dinov2"))
-    with pytest.raises(ConfigError, match=r"'resnet50\.a1_in1k' is no vision transformer"):
+    with pytest.raises(
+        ConfigError, match=r"Invalid pretrained tag .* timm has vit_small_p.*lvd142m"
+    ):
+        load_features(FeaturesConfig(network="dinov2", model="vit_small_patch14_dinov2.nope"))
+    with pytest.raises(ConfigError, match=r"'resnet50\.a1_in1k' is none of timm's vision transf"):
         load_features(FeaturesConfig(network="dinov2", model="resnet50.a1_in1k"))
     with pytest.raises(
         CheckpointError, match=r"'ViT-L-14' needs weights: .*goes into `checkpoint`"

@@ -15,8 +15,9 @@ from torch import nn
 from cluster.errors import CheckpointError, ConfigError
 from cluster.tensors import locate
 from cluster.torchvision_ops import ensure_torchvision
+from rewards import vision_towers
 from rewards.features import FeaturesConfig, load_features
-from rewards.resize import centre_crop, resize_pil, shortest_side, to_device
+from rewards.resize import centre_crop, resize_fixed_point, resize_pil, shortest_side, to_device
 from tests.unit.test_inception import pictures
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
@@ -75,6 +76,16 @@ def test_dinov2_equals_plain_timm(size: tuple[int, int], weights: Path, plain: n
     ours, theirs = extract(images), plain_timm(plain, list(images))
     assert theirs.std(0).mean() > 0.05
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_dinov2_as_a_gpu_prepares_images(
+    weights: Path, plain: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision_towers, "resize_pil", resize_fixed_point)
+    images = pictures((130, 90))
+    extract = load_features(FeaturesConfig(network="dinov2", model=SMALL, checkpoint=str(weights)))
+    theirs = plain_timm(plain, list(images))
+    np.testing.assert_allclose(extract(images), theirs, rtol=0, atol=1e-4)
 
 
 def test_dinov2_takes_mixed_sizes_and_bf16(weights: Path, plain: nn.Module) -> None:
@@ -198,8 +209,9 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 def assert_resized_as_pil_does(before: tuple[int, int], size: tuple[int, int], mode: str) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*before, 3)).astype(np.uint8)
     theirs = np.asarray(Image.fromarray(image).resize(size[::-1], FILTERS[mode]))
-    ours = resize_pil(to_device(image[None], "cpu"), size, mode)[0]
-    np.testing.assert_array_equal(ours.permute(1, 2, 0).numpy(), theirs, f"{before} to {size}")
+    for resize in (resize_pil, resize_fixed_point):  # the latter is what GPUs run
+        ours = resize(to_device(image[None], "cpu"), size, mode)[0]
+        np.testing.assert_array_equal(ours.permute(1, 2, 0).numpy(), theirs, f"{before} to {size}")
 
 
 def test_sizes_and_crops_are_torchvisions() -> None:

@@ -1,0 +1,180 @@
+"""DINOv2 and CLIP as feature spaces: a second opinion beside Inception's.
+
+Shapes: N images, S the side the network takes, D feature dimensions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from cluster.errors import CheckpointError, ConfigError
+from cluster.torchvision_ops import ensure_torchvision
+from rewards.openclip import TextImageModel
+from rewards.resize import KERNELS, centre_crop, normalise, resize_pil, shortest_side
+from rewards.weight_files import brief, given, read_state, weights_digest
+
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+DINOV2_SIZE = 224  # pixels a side, as in Stein et al. 2023; the weights were made with 518
+CLIP = "ViT-B-32-quickgelu"  # CLIP-FID's (Kynkäänniemi et al. 2023, 2203.06026), with these weights
+CLIP_TAG = "openai"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What an image goes through before a vision transformer: resized as PIL does it, the middle
+    cut out, channels normalised."""
+
+    size: int
+    """Side of the square that the network takes, pixels."""
+    scale: int
+    """The shorter side after resizing."""
+    squash: bool
+    """Both sides become `scale`, whatever the image's shape."""
+    mode: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        numbers = ",".join(f"{value:g}" for value in (*self.mean, *self.std))
+        fit = "squash" if self.squash else "fit"
+        return f"{self.mode}-{fit}{self.scale}-crop{self.size}-{numbers}"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 -> (N, 3, size, size) fp32."""
+        shape = (self.scale, self.scale)
+        if not self.squash:
+            shape = shortest_side(images.shape[-2], images.shape[-1], self.scale)
+        pixels = centre_crop(resize_pil(images, shape, self.mode), self.size)
+        return normalise(pixels / 255, self.mean, self.std)
+
+
+def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Preprocessing, str]:
+    """A vision transformer of timm whose output is its features, (N, D), on the CPU.
+
+    DINOv2's (Oquab et al. 2023, 2304.07193) are the class token after the last norm. Position
+    embeddings made for another image size are resampled once, by timm (bicubic, antialiased); the
+    authors' own code resamples a little differently, so that features agree to some digits only.
+
+    Args:
+        model: a timm name; empty is `DINOV2`.
+        checkpoint: .safetensors or .pth, of timm or of DINOv2's authors; empty or "published"
+            fetches timm's.
+
+    Returns:
+        The network, what it takes, and the weights' digest: before resampling, whose last bits
+        may differ between machines.
+
+    Raises:
+        ConfigError: no vision transformer of that name, or one whose preprocessing is not known.
+        CheckpointError: no such file, no network, or the file of another model.
+    """
+    ensure_torchvision()
+    import timm
+    from timm.models import is_model_in_modules
+
+    model = model or DINOV2
+    name = model.partition(".")[0]
+    if not is_model_in_modules(name, {"vision_transformer"}):
+        close = difflib.get_close_matches(name, timm.list_models(module="vision_transformer"))
+        raise ConfigError(
+            f"model: {model!r} is none of timm's vision transformers; close are "
+            f"{', '.join(close) or 'none'}"
+        )
+    try:
+        settings = _settings(timm.get_pretrained_cfg(model), model)
+    except RuntimeError as error:  # a tag, after the dot, that is not there
+        tags = ", ".join(timm.list_models(f"{name}.*", pretrained=True)) or "none"
+        raise ConfigError(f"model: {model!r}: {brief(error)}; timm has {tags}") from error
+    overlay: dict[str, Any] = {}
+    if given(checkpoint):
+        overlay = {"state_dict": read_state(checkpoint)}
+    try:
+        network: Any = timm.create_model(
+            model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0
+        )
+    except Exception as error:  # of the hub, of the network, of a misfit: timm passes on any
+        raise CheckpointError(_unloadable(model, checkpoint, error)) from error
+    digest = weights_digest(network)
+    network.set_input_size((DINOV2_SIZE, DINOV2_SIZE))
+    return network, settings, digest
+
+
+def _settings(config: Any, model: str) -> Preprocessing:
+    """From timm's description of a model."""
+    if config is None:
+        raise ConfigError(f"model: timm has no weights of {model!r}: choose one that it lists")
+    _check_known(model, config.interpolation, config.crop_mode, ("center", "squash"))
+    return Preprocessing(
+        size=DINOV2_SIZE,
+        scale=math.floor(DINOV2_SIZE / config.crop_pct),
+        squash=config.crop_mode == "squash",
+        mode=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+    )
+
+
+def _check_known(model: str, mode: str, fit: str, fits: tuple[str, ...]) -> None:
+    if mode not in KERNELS or fit not in fits:
+        raise ConfigError(
+            f"model: {model!r} takes images resized by {mode!r}, {fit!r}; known here are "
+            f"{' and '.join(KERNELS)}, {' and '.join(fits)}: choose another model"
+        )
+
+
+def _unloadable(model: str, checkpoint: str, error: Exception) -> str:
+    if given(checkpoint):
+        return f"{checkpoint} does not fit timm's {model!r}: {brief(error)}"
+    return (
+        f"timm's weights of {model!r} cannot be fetched ({brief(error)}): without a network, fetch "
+        f"model.safetensors of timm/{model} from the Hugging Face hub elsewhere, and name the file "
+        "in `checkpoint`"
+    )
+
+
+class ClipTower:
+    """An open_clip model's image features, (N, D), not normalised, as CLIP-FID takes them.
+
+    Args:
+        model: an open_clip name or a directory in its layout; empty is `CLIP`.
+        checkpoint: a pretrained tag or a file, for a name; empty or "published" is `CLIP_TAG` for
+            the default model.
+
+    Raises:
+        CheckpointError: unknown name, no such file, no network, or weights that do not fit.
+    """
+
+    def __init__(self, model: str, checkpoint: str, device: str) -> None:
+        pretrained = checkpoint if given(checkpoint) else "" if model else CLIP_TAG
+        try:
+            loaded = TextImageModel(model or CLIP, pretrained, device)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; for features, the tag or file goes into `checkpoint`: without a network "
+                "a file that was fetched elsewhere"
+            ) from error
+        self.network: Any = loaded.model
+        self.visual: nn.Module = loaded.model.visual
+        options: Mapping[str, Any] = loaded.model.visual.preprocess_cfg
+        _check_known(
+            model or CLIP, options["interpolation"], options["resize_mode"], ("shortest", "squash")
+        )
+        self.settings = Preprocessing(
+            size=loaded.image_size,
+            scale=loaded.image_size,
+            squash=options["resize_mode"] == "squash",
+            mode=options["interpolation"],
+            mean=tuple(options["mean"]),
+            std=tuple(options["std"]),
+        )
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) fp32 -> (N, D)."""
+        return self.network.encode_image(pixels)

@@ -1,0 +1,226 @@
+"""DINOv2 against plain timm, CLIP against plain open_clip, resizing against PIL."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from cluster.errors import CheckpointError, ConfigError
+from cluster.tensors import locate
+from cluster.torchvision_ops import ensure_torchvision
+from rewards import vision_towers
+from rewards.features import FeaturesConfig, load_features
+from rewards.resize import centre_crop, resize_fixed_point, resize_pil, shortest_side, to_device
+from tests.unit.test_inception import pictures
+
+SMALL = "vit_small_patch14_dinov2.lvd142m"
+SIZES = [(224, 224), (256, 256), (90, 130), (2, 2)]
+MINIATURE_CLIP = "package://learner.miniature/networks/clip"
+
+
+def randomise(network: nn.Module) -> nn.Module:
+    """Weights under which attention is uneven, and every block changes the class token."""
+    torch.manual_seed(0)
+    for name, parameter in network.named_parameters():
+        if name.endswith("gamma"):  # layer scale, which begins at 1e-5
+            parameter.data.fill_(0.5)
+        elif parameter.ndim > 1 and "embed.proj" not in name:
+            parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as timm publishes them: position embeddings for 518 pixels."""
+    ensure_torchvision()
+    import timm
+
+    network = randomise(timm.create_model(SMALL, num_classes=0))
+    file = tmp_path_factory.mktemp("weights") / "dinov2.pth"
+    torch.save(network.state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def plain(weights: Path) -> nn.Module:
+    """A network that resamples its position embeddings for every image, not when it is loaded."""
+    import timm
+
+    network = timm.create_model(SMALL, num_classes=0, dynamic_img_size=True)
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    return network.eval()
+
+
+def plain_timm(network: nn.Module, images: list[np.ndarray]) -> np.ndarray:
+    """Image by image, with PIL, and the class token taken by hand."""
+    from timm.data import create_transform, resolve_data_config
+
+    options = resolve_data_config({}, model=network) | {"input_size": (3, 224, 224)}
+    transform = create_transform(**options)
+    pixels = torch.stack([transform(Image.fromarray(image)) for image in images])
+    with torch.no_grad():
+        return network.forward_features(pixels)[:, 0].numpy()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dinov2_equals_plain_timm(size: tuple[int, int], weights: Path, plain: nn.Module) -> None:
+    images = pictures(size)
+    extract = load_features(FeaturesConfig(network="dinov2", model=SMALL, checkpoint=str(weights)))
+    ours, theirs = extract(images), plain_timm(plain, list(images))
+    assert theirs.std(0).mean() > 0.05
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_dinov2_as_a_gpu_prepares_images(
+    weights: Path, plain: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision_towers, "resize_pil", resize_fixed_point)
+    images = pictures((130, 90))
+    extract = load_features(FeaturesConfig(network="dinov2", model=SMALL, checkpoint=str(weights)))
+    theirs = plain_timm(plain, list(images))
+    np.testing.assert_allclose(extract(images), theirs, rtol=0, atol=1e-4)
+
+
+def test_dinov2_takes_mixed_sizes_and_bf16(weights: Path, plain: nn.Module) -> None:
+    images = [pictures(size)[0] for size in ((90, 130), (64, 64), (90, 130))]
+    images[2] = images[2][::-1].copy()
+    options = {"network": "dinov2", "model": SMALL, "checkpoint": str(weights), "batch": 2}
+    theirs = plain_timm(plain, images)
+    exact = load_features(FeaturesConfig(**options))
+    np.testing.assert_allclose(exact(images), theirs, rtol=0, atol=1e-4)
+    rough = load_features(FeaturesConfig(**options, precision="bf16"))
+    values = rough(images)
+    assert values.dtype == np.float32
+    error = np.abs(values - theirs).mean() / theirs.std(0).mean()
+    assert 1e-4 < error < 0.1
+    assert rough.fingerprint == f"{exact.fingerprint}-bf16"
+
+
+def test_dinov2_files_of_its_authors(weights: Path, tmp_path: Path) -> None:
+    """They carry a mask token, for training."""
+    state = torch.load(weights, weights_only=True) | {"mask_token": torch.zeros(1, 384)}
+    torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
+    prints = {
+        load_features(
+            FeaturesConfig(network="dinov2", model=SMALL, checkpoint=str(file))
+        ).fingerprint
+        for file in (weights, tmp_path / "dinov2_vits14_pretrain.pth")
+    }
+    assert len(prints) == 1
+
+
+def test_dinov2_files_that_do_not_fit(weights: Path, tmp_path: Path) -> None:
+    state = torch.load(weights, weights_only=True)
+    del state["norm.weight"]
+    torch.save(state, tmp_path / "cut.pth")
+    config = FeaturesConfig(network="dinov2", model=SMALL, checkpoint=str(tmp_path / "cut.pth"))
+    with pytest.raises(CheckpointError, match=rf"cut\.pth does not fit timm's '{SMALL}'.*norm\.w"):
+        load_features(config)
+
+
+def test_models_that_are_not_there() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'vit_smal_patch14_dinov2' is none of .*; close are vit_s"
+    ):
+        load_features(FeaturesConfig(network="dinov2", model="vit_smal_patch14_dinov2"))
+    with pytest.raises(
+        ConfigError, match=r"Invalid pretrained tag .* timm has vit_small_p.*lvd142m"
+    ):
+        load_features(FeaturesConfig(network="dinov2", model="vit_small_patch14_dinov2.nope"))
+    with pytest.raises(ConfigError, match=r"'resnet50\.a1_in1k' is none of timm's vision transf"):
+        load_features(FeaturesConfig(network="dinov2", model="resnet50.a1_in1k"))
+    with pytest.raises(
+        CheckpointError, match=r"'ViT-L-14' needs weights: .*goes into `checkpoint`"
+    ):
+        load_features(FeaturesConfig(network="clip", model="ViT-L-14"))
+
+
+@pytest.mark.parametrize("network", ["dinov2", "clip"])
+def test_without_a_network(network: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    model = SMALL if network == "dinov2" else ""
+    with pytest.raises(CheckpointError, match="`checkpoint`"):
+        load_features(FeaturesConfig(network=network, model=model))  # type: ignore[arg-type]
+
+
+def clip_directory(folder: Path, resize_mode: str) -> Path:
+    """The miniature's CLIP with another way of resizing."""
+    directory = shutil.copytree(locate(MINIATURE_CLIP, directory=True), folder / resize_mode)
+    config = json.loads((directory / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["resize_mode"] = resize_mode
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (13, 9)])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_clip_equals_plain_open_clip(
+    size: tuple[int, int], resize_mode: str, tmp_path: Path
+) -> None:
+    """CLIP's image features are not of unit length: their length tells images apart, too."""
+    import open_clip
+
+    directory = clip_directory(tmp_path, resize_mode)
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{directory}")
+    images = pictures(size, 3)
+    with torch.no_grad():
+        pixels = torch.stack([transform(Image.fromarray(image)) for image in images])
+        theirs = model.eval().encode_image(pixels).numpy()
+    ours = load_features(FeaturesConfig(network="clip", model=str(directory), batch=2))(images)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    assert theirs.std(0).mean() > 1e-2
+    assert np.abs(np.linalg.norm(theirs, axis=1) - 1).min() > 0.05
+
+
+def test_unknown_ways_of_resizing_are_refused(tmp_path: Path) -> None:
+    directory = clip_directory(tmp_path, "longest")
+    with pytest.raises(ConfigError, match=r"'longest'; known here are .* shortest and squash"):
+        load_features(FeaturesConfig(network="clip", model=str(directory)))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(256, 256), (90, 130), (500, 31), (2, 2), (1000, 700)])
+def test_resizing_is_pils(size: tuple[int, int], mode: str) -> None:
+    assert_resized_as_pil_does(size, shortest_side(*size, 224), mode)
+
+
+def test_resizing_is_pils_for_any_shape() -> None:
+    """Shapes on both sides of where Pillow changes the order of the passes."""
+    generator = np.random.default_rng(0)
+    for number, (*before, height, width) in enumerate(generator.integers(2, 40, (300, 4)).tolist()):
+        assert_resized_as_pil_does(tuple(before), (height, width), list(FILTERS)[number % 2])
+    for width in (15, 16, 17):  # the height shrinks by 8: more than, just, less than twice as much
+        assert_resized_as_pil_does((30, 20), (22, width), "bicubic")
+
+
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def assert_resized_as_pil_does(before: tuple[int, int], size: tuple[int, int], mode: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*before, 3)).astype(np.uint8)
+    theirs = np.asarray(Image.fromarray(image).resize(size[::-1], FILTERS[mode]))
+    for resize in (resize_pil, resize_fixed_point):  # the latter is what GPUs run
+        ours = resize(to_device(image[None], "cpu"), size, mode)[0]
+        np.testing.assert_array_equal(ours.permute(1, 2, 0).numpy(), theirs, f"{before} to {size}")
+
+
+def test_sizes_and_crops_are_torchvisions() -> None:
+    ensure_torchvision()
+    from torchvision.transforms import v2
+
+    for height, width in ((300, 301), (224, 500), (31, 500), (500, 31), (2, 3)):
+        image = Image.new("RGB", (width, height))
+        assert v2.Resize(224)(image).size[::-1] == shortest_side(height, width, 224)
+    for height, width in ((225, 227), (224, 331), (300, 224)):
+        pixels = torch.arange(height * width).view(1, 1, height, width)
+        assert torch.equal(centre_crop(pixels, 224), v2.CenterCrop(224)(pixels))

@@ -21,7 +21,8 @@ PILLOW = int(PIL.__version__.partition(".")[0])
 
 def to_device(images: np.ndarray, device: str) -> Tensor:
     """(N, H, W, 3) uint8 -> (N, 3, H, W) uint8 on a device."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+    whole = np.require(images, requirements=["C", "W"])  # what a process was sent is read-only
+    return torch.from_numpy(whole).to(device).permute(0, 3, 1, 2)
 
 
 def resize_tensorflow(images: Tensor, size: int) -> Tensor:

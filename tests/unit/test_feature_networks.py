@@ -255,6 +255,16 @@ def test_batches_and_order_change_nothing(files: dict[str, str]) -> None:
     np.testing.assert_allclose(together(images[::-1]), expected[::-1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
+def test_read_only_and_strided_images(files: dict[str, str]) -> None:
+    """As they come from another process, and out of a larger array."""
+    extract, images = load_features(config("clip", files)), pictures((8, 8), 4)
+    expected = extract(images)
+    images.flags.writeable = False
+    np.testing.assert_array_equal(extract(images), expected)
+    np.testing.assert_allclose(extract(images[::2]), expected[::2], atol=1e-6)
+
+
 def test_every_network_can_be_warmed(files: dict[str, str]) -> None:
     extractor = load_features(config("clip", files))
     assert isinstance(extractor, NetworkFeatures)

@@ -28,6 +28,7 @@ from learner.conditions import ConditionsConfig
 from learner.entropy import EntropyConfig
 from learner.learner import Learner, LearnerConfig, OptimizerConfig
 from learner.loss import LossConfig
+from learner.real_tokens import RealTokensConfig
 from rewards.config import JudgeConfig, RewardsConfig, RewardServerConfig
 from rewards.moments_server import MomentsServer
 from rewards.reward_server import RewardServer
@@ -74,6 +75,8 @@ class RunConfig:
     """Sampler actors."""
     num_reward_servers: Annotated[int, Field(ge=1, le=4096)] = 1
     """Reward-server actors."""
+    num_learners: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Learner actors: a data-parallel group; each takes its part of an iteration's rollouts."""
     iterations: Annotated[int, Field(ge=1)] = 200
     """Learning iterations."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -96,6 +99,7 @@ class RunConfig:
     learner: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    real: RealTokensConfig = field(default_factory=RealTokensConfig)
     sampler: SamplerResources = field(default_factory=SamplerResources)
     reward: Resources = field(default_factory=Resources)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -125,11 +129,14 @@ class RunConfig:
         )
         learner = LearnerConfig(
             policy=self.policy,
+            tokenizer=self.tokenizer,
             optimizer=self.learner,
             loss=self.loss,
             entropy=self.entropy,
+            real=self.real,
             spec=self.sampling,
             iterations=self.iterations,
+            timeout_s=self.timeout_s,
         )
         return FleetPlan(
             sampler=Role(
@@ -152,7 +159,13 @@ class RunConfig:
                 config=self.rewards.loo_fid,
                 resources=Resources(),
             ),
-            learner=Role(name="learner", factory=Learner, config=learner, resources=self.learner),
+            learner=Role(
+                name="learner",
+                factory=Learner,
+                config=learner,
+                resources=self.learner,
+                count=self.num_learners,
+            ),
             timeout_s=self.timeout_s,
             max_restarts=self.max_restarts,
         )
@@ -201,6 +214,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 MAY_CHANGE = (
     "num_samplers",
     "num_reward_servers",
+    "num_learners",
     "iterations",
     "timeout_s",
     "max_restarts",
@@ -209,6 +223,8 @@ MAY_CHANGE = (
     "reward.num_",
     "learner.num_",
     "learner.microbatch",
+    "learner.checkpointing",
+    "learner.reference_device",
     "output.",
     "evaluation.",
     "ray.",

@@ -28,7 +28,7 @@ from learner.run import parse
         ({"learner": {"lr": "fast"}}, "learner.lr should be a valid number"),
         ({"learner": {"lr": -1.0}}, "learner lr and max_grad_norm must be > 0"),
         ({"sampling": {"top_p": 2.0}}, r"sampling top_p must be in (0, 1], found 2.0"),
-        ({"entropy": {"controller": "tarket"}}, "'none', 'fixed' or 'target', found 'tarket'"),
+        ({"entropy": {"controller": "tarket"}}, "'fixed', 'target' or 'paper', found 'tarket'"),
         ({"rewards": {"loo_fid": {"decay": 1.0}}}, "decay must be in [0, 1), found 1.0"),
         ({"rewards": {"loo_fid": {"seed_images": 8}}}, "at least 32 (two groups), found 8"),
         ({"learner": {"lr": float("nan")}}, "learner.lr should be a finite number"),

@@ -112,8 +112,9 @@ def test_gradients_of_parts_add_up(policy_file: str) -> None:
     gradients = []
     for microbatch in (8, 1):
         learner = make(policy_file, optimizer=OptimizerConfig(lr=1e-2, microbatch=microbatch))
-        learner._accumulate(batch_of(learner))
-        parts = [p.grad.flatten() for p in learner._policy.parameters()]
+        prepared, _ = learner._passes.prepare(batch_of(learner), proximal=False)
+        learner._accumulate(prepared, 8)
+        parts = [p.grad.flatten() for p in learner._policy.module.parameters()]
         gradients.append(torch.cat(parts))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)
 

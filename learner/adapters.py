@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, ConfigError
+from cluster.torchvision_ops import ensure_torchvision
 
 ADAPTER = "default"
 MARK = "lora_"
@@ -50,6 +51,7 @@ class Adapters:
     """
 
     def __init__(self, policy: nn.Module, config: LoraConfig, seed: int = 0) -> None:
+        ensure_torchvision()  # peft imports transformers, and that torchvision
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
 

@@ -260,7 +260,7 @@ class Learner:
             logprobs, _ = self._policy.logprobs(here, given, SamplingSpec())
             loss = cross_entropy(logprobs) * (len(here) / len(tokens))
             (loss * self._config.real.weight).backward()
-            sum_of_parts += float(loss)
+            sum_of_parts += float(loss.detach())
         return self._peers.sums([sum_of_parts])[0]
 
     def _metrics(self, found: dict[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from cluster.errors import FleetError, TesseraError
 from cluster.fleet import StopRequestedError, Ticket
+from cluster.learner_group import LearnerGroup
 from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ScoredGroup
 from cluster.placement import Placement, place
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
@@ -102,7 +103,8 @@ class RayFleet:
         self._plan, self._should_stop = plan, should_stop
         self._refresh: Any = None  # the moments server's work of the iteration before
         self._placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
-        self._learner, self._moments = self._start(plan.learner), self._start(plan.moments_server)
+        self._learners = [self._start(plan.learner, i) for i in range(plan.learner.count)]
+        self._learner, self._moments = self._learners[0], self._start(plan.moments_server)
         self._samplers = [self._start(plan.sampler, i) for i in range(plan.sampler.count)]
         self._servers = [
             self._start(plan.reward_server, i) for i in range(plan.reward_server.count)
@@ -118,6 +120,8 @@ class RayFleet:
         try:
             for worker in self._all():
                 answer(worker.handle.__ray_ready__.remote(), worker.name, self._plan.timeout_s)
+            if len(self._learners) > 1:
+                self._group().meet()
         except BaseException:  # whatever ends the start, the others must not stay behind
             self._end()
             raise
@@ -137,7 +141,17 @@ class RayFleet:
 
     @property
     def learner(self) -> LearnerRole:
+        if len(self._learners) > 1:
+            return self._group()
         return cast(LearnerRole, RemoteRole(self._learner, self._plan.timeout_s))
+
+    def _group(self) -> LearnerGroup:
+        return LearnerGroup(
+            [worker.handle for worker in self._learners],
+            [worker.name for worker in self._learners],
+            answer,
+            self._plan.timeout_s,
+        )
 
     @property
     def moments(self) -> MomentsRole:
@@ -191,7 +205,7 @@ class RayFleet:
             ray.kill(worker.handle)
 
     def _all(self) -> list[Worker]:
-        return [self._learner, self._moments, *self._samplers, *self._servers]
+        return [*self._learners, self._moments, *self._samplers, *self._servers]
 
     def _submit(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
         self._tickets += 1

@@ -145,9 +145,11 @@ def starting(command: Command, config: RunConfig) -> str:
     if command.inline:
         return "starting: every role in this process"
     samplers, servers = config.num_samplers, config.num_reward_servers
+    learners = config.num_learners
     return (
         f"starting: {samplers} sampler{'s' * (samplers > 1)}, {servers} reward "
-        f"server{'s' * (servers > 1)}, a moments server and a learner, on Ray"
+        f"server{'s' * (servers > 1)}, a moments server and "
+        f"{f'{learners} learners' if learners > 1 else 'a learner'}, on Ray"
     )
 
 

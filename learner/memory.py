@@ -71,8 +71,8 @@ def learner_memory(
     times_d, times_f = BODY[precision]
     layer = positions * (times_d * architecture.dim + times_f * architecture.hidden_dim)
     layers = architecture.num_layers
-    kept = layers * layer
-    casts = BF16 * parameters if precision == "bf16" else 0
+    kept = float(layers * layer)
+    casts = float(BF16 * parameters) if precision == "bf16" else 0.0
     if checkpointing:
         kept = layers * positions * LAYER_INPUT * architecture.dim + layer
         casts = casts / layers  # a layer's casts live as long as its activations

@@ -54,7 +54,7 @@ def test_activations_are_what_autograd_keeps(precision: str, checkpointing: bool
     if checkpointing:  # the layer that is computed again is not there yet
         whole = learner_memory(SMALL, microbatch=rows, precision=precision, checkpointing=False)
         last = LAST_NORM * rows * SMALL.num_tokens * SMALL.dim
-        expected -= (whole.activations - last) / SMALL.num_layers
+        expected -= (whole.activations - last) / SMALL.num_layers + found.casts
     measured = kept_bytes(SMALL, rows, precision, checkpointing)
     assert measured == pytest.approx(expected, rel=0.06)
 

@@ -1,7 +1,7 @@
-"""How much memory one LlamaGen learner takes: arithmetic alone.
+"""How much memory one learner takes: arithmetic alone.
 
 Weights, gradients and optimizer are exact. Activations are what autograd keeps, counted in
-`actors.models.llamagen` (a test compares them with what it really keeps). What a step holds for a
+`actors.models` (a test compares them with what it really keeps). What a step holds for a
 moment while it computes logits' gradients is an estimate.
 
 Units: bytes; d width, f hidden width, V vocabulary, T tokens, B rollouts of a microbatch.
@@ -15,11 +15,17 @@ from typing import Literal
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.loading import count_parameters
+from actors.models.sources import PolicyArchitecture
+from actors.models.taming import TamingConfig
 
 FP32, BF16 = 4, 2
-BODY = {"bf16": (34, 8), "fp32": (48, 16)}
+BODY: dict[type, dict[str, tuple[int, int]]] = {
+    LlamaGenConfig: {"bf16": (34, 8), "fp32": (48, 16)},
+    TamingConfig: {"bf16": (40, 0), "fp32": (64, 0)},  # f = 4 d is in the first
+}
 """Kept activations of a layer, bytes a token: times d, and times f."""
-LAST_NORM = 14  # bytes a token and unit of width
+LAST_NORM: dict[type, int] = {LlamaGenConfig: 14, TamingConfig: 8}
+"""Kept by the last norm, bytes a token and unit of width."""
 LAYER_INPUT = 4  # bytes a token and unit of width: the residual stream is fp32 in both precisions
 LOGITS_KEPT = 8  # log-probabilities, and probabilities for the entropy's gradient; fp32
 LOGITS_MOMENT = 14  # two fp32 gradients, and the logits' own in bf16 and fp32
@@ -47,7 +53,7 @@ class LearnerMemory:
 
 
 def learner_memory(
-    architecture: LlamaGenConfig,
+    architecture: PolicyArchitecture,
     *,
     microbatch: int,
     precision: Literal["fp32", "bf16"] = "bf16",
@@ -68,8 +74,9 @@ def learner_memory(
     parameters = count_parameters(architecture)
     rows = microbatch * (2 if guided else 1)
     positions = rows * architecture.num_tokens
-    times_d, times_f = BODY[precision]
-    layer = positions * (times_d * architecture.dim + times_f * architecture.hidden_dim)
+    times_d, times_f = BODY[type(architecture)][precision]
+    hidden = 0 if isinstance(architecture, TamingConfig) else architecture.hidden_dim
+    layer = positions * (times_d * architecture.dim + times_f * hidden)
     layers = architecture.num_layers
     kept = float(layers * layer)
     casts = float(BF16 * parameters) if precision == "bf16" else 0.0
@@ -85,6 +92,20 @@ def learner_memory(
         exchange=FP32 * parameters / learners if learners > 1 else 0,
         reference=FP32 * parameters if reference else 0,
         casts=casts,
-        activations=kept + LAST_NORM * positions * architecture.dim,
+        activations=kept + LAST_NORM[type(architecture)] * positions * architecture.dim,
         logits=(LOGITS_KEPT + moment) * values,
     )
+
+
+def sampler_memory(
+    architecture: PolicyArchitecture,
+    *,
+    rollouts: int,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    guided: bool = False,
+) -> float:
+    """Bytes of a sampler that decodes a group of so many rollouts: weights and KV cache."""
+    width = FP32 if dtype == "float32" else BF16
+    rows = rollouts * (2 if guided else 1)
+    cache = 2 * architecture.num_layers * rows * architecture.num_tokens * architecture.dim
+    return width * (count_parameters(architecture) + cache)

@@ -8,22 +8,26 @@ import pytest
 import torch
 
 from actors.decode import token_logprobs
-from actors.models.base import Conditions
-from actors.models.llamagen import LlamaGen, LlamaGenConfig
-from actors.models.loading import count_parameters
+from actors.models.llamagen import LlamaGenConfig
+from actors.models.loading import build_policy, count_parameters, module_of
+from actors.models.sources import PolicyArchitecture
+from actors.models.taming import TamingConfig
 from actors.models.zoo import named
-from cluster.messages import SamplingSpec
-from learner.memory import LAST_NORM, LOGITS_KEPT, learner_memory
+from cluster.messages import Condition, SamplingSpec
+from learner.memory import LAST_NORM, LOGITS_KEPT, learner_memory, sampler_memory
 
 SMALL = LlamaGenConfig(
     dim=128, num_layers=4, num_heads=2, grid=12, vocab_size=1024, num_classes=10
 )  # fmt: skip
+TAMING = TamingConfig(
+    dim=128, num_layers=4, num_heads=2, grid=12, vocab_size=1024, num_classes=10, block_size=144
+)  # fmt: skip
 GB = 1e9
 
 
-def kept_bytes(config: LlamaGenConfig, rows: int, precision: str, checkpointing: bool) -> int:
+def kept_bytes(config: PolicyArchitecture, rows: int, precision: str, checkpointing: bool) -> int:
     """Storage that autograd holds between forward and backward, but for the weights."""
-    policy = LlamaGen(config)
+    policy = module_of(config).requires_grad_(True)
     policy.checkpointing = checkpointing
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -35,7 +39,7 @@ def kept_bytes(config: LlamaGenConfig, rows: int, precision: str, checkpointing:
         return tensor
 
     tokens = torch.zeros(rows, config.num_tokens, dtype=torch.long)
-    given = Conditions(torch.zeros(rows, dtype=torch.long))
+    given = policy.encode([Condition(text="", class_index=0)] * rows)
     bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), bf16:
         logprobs, entropies = token_logprobs(policy, tokens, given, SamplingSpec())
@@ -44,18 +48,23 @@ def kept_bytes(config: LlamaGenConfig, rows: int, precision: str, checkpointing:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@pytest.mark.parametrize("policy", [SMALL, TAMING], ids=["llamagen", "taming"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_keeps(precision: str, checkpointing: bool) -> None:
+def test_activations_are_what_autograd_keeps(
+    policy: PolicyArchitecture, precision: str, checkpointing: bool
+) -> None:
     rows = 8
-    found = learner_memory(SMALL, microbatch=rows, precision=precision, checkpointing=checkpointing)
-    logits = LOGITS_KEPT * rows * SMALL.num_tokens * SMALL.vocab_size
+    found = learner_memory(
+        policy, microbatch=rows, precision=precision, checkpointing=checkpointing
+    )
+    logits = LOGITS_KEPT * rows * policy.num_tokens * policy.vocab_size
     expected = found.activations + logits + found.casts
     if checkpointing:  # the layer that is computed again is not there yet
-        whole = learner_memory(SMALL, microbatch=rows, precision=precision, checkpointing=False)
-        last = LAST_NORM * rows * SMALL.num_tokens * SMALL.dim
-        expected -= (whole.activations - last) / SMALL.num_layers + found.casts
-    measured = kept_bytes(SMALL, rows, precision, checkpointing)
+        whole = learner_memory(policy, microbatch=rows, precision=precision, checkpointing=False)
+        last = LAST_NORM[type(policy)] * rows * policy.num_tokens * policy.dim
+        expected -= (whole.activations - last) / policy.num_layers + found.casts
+    measured = kept_bytes(policy, rows, precision, checkpointing)
     assert measured == pytest.approx(expected, rel=0.06)
 
 
@@ -100,3 +109,13 @@ def test_more_rollouts_of_a_pass_take_more() -> None:
     totals = [learner_memory(SMALL, microbatch=size).total for size in (1, 2, 4)]
     assert totals == sorted(totals)
     assert dataclasses.asdict(learner_memory(SMALL, microbatch=1)).keys() >= {"casts", "logits"}
+
+
+@pytest.mark.parametrize("policy", [SMALL, TAMING], ids=["llamagen", "taming"])
+def test_a_sampler_has_weights_and_a_cache(policy: PolicyArchitecture) -> None:
+    module = build_policy(policy)
+    weights = sum(p.nbytes for p in module.parameters())
+    cache = module.allocate(6).cache.nbytes
+    assert sampler_memory(policy, rollouts=6) == weights + cache
+    assert sampler_memory(policy, rollouts=3, guided=True) == weights + cache
+    assert sampler_memory(policy, rollouts=6, dtype="bfloat16") == (weights + cache) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +120,22 @@ def test_a_sampler_has_weights_and_a_cache(policy: PolicyArchitecture) -> None:
     assert sampler_memory(policy, rollouts=6) == weights + cache
     assert sampler_memory(policy, rollouts=3, guided=True) == weights + cache
     assert sampler_memory(policy, rollouts=6, dtype="bfloat16") == (weights + cache) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "microbatch", "guided"),
+    [
+        ("llamagen-xxl-256", 16, False),
+        ("llamagen-xxl-256", 16, True),
+        ("llamagen-xxl-256", 144, False),
+        ("llamagen-xxl-384", 16, False),
+    ],
+)
+def test_the_table_in_the_readme(name: str, microbatch: int, guided: bool) -> None:
+    found = learner_memory(named(name).architecture, microbatch=microbatch, guided=guided)
+    cells = (
+        found.weights, found.gradients, found.optimizer, found.reference, found.activations,
+        found.logits,
+    )  # fmt: skip
+    row = " | ".join(f"{value / GB:.1f}" for value in cells)
+    assert f"| {row} | **{found.total / GB:.1f}** |" in Path("learner/README.md").read_text()

@@ -108,6 +108,11 @@ class RunConfig:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
+        if self.num_learners > 1 and 0 < self.learner.num_gpus < 1:
+            raise ValueError(
+                f"{self.num_learners} learners need a GPU each (NCCL lets no two share one): set "
+                f"learner.num_gpus to 1, found {self.learner.num_gpus:g}"
+            )
         if self.rewards.loo_fid.seed_images < 2 * self.rollouts_per_group:
             raise ValueError(
                 f"rewards.loo_fid.seed_images must be at least {2 * self.rollouts_per_group} (two "

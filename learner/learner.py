@@ -35,6 +35,10 @@ STATE_FILE = "learner.msgpack"
 OF_THE_ACTOR = ("entropy", "mismatch_kl", "logprob_gap", "reference_kl")
 """Statistics of the policy that drew the rollouts: of the first pass, before its first update."""
 
+LEARNED = ("surrogate", "entropy", "reference_kl", "real_ce", "grad_norm")
+"""What must be finite. The others compare with the sampler: where filters round differently, a
+token that was drawn may have probability 0 here, which has no gradient and is seen in them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
@@ -170,7 +174,10 @@ class Learner:
         self._optimizer.load(read_tensors(optimizer), str(optimizer))
         state = msgpack.unpackb((directory / STATE_FILE).read_bytes())
         self.version = state["version"]
-        self._entropy = EntropyState(**state["entropy"])
+        if "entropy" in state:
+            self._entropy = EntropyState(**state["entropy"])
+        else:  # of the first version, which kept the coefficient alone
+            self._entropy = EntropyState(state["entropy_coef"])
         self._base_entropy = state["base_entropy"]
         return self.version
 
@@ -210,7 +217,7 @@ class Learner:
         if self._real is not None:
             stats["real_ce"] = self._learn_from_real(batch.iteration, update)
         stats["grad_norm"] = self._optimizer.reduce()
-        if not all(math.isfinite(value) for value in stats.values()):
+        if not all(math.isfinite(stats[name]) for name in LEARNED if name in stats):
             self._optimizer.zero_grad()
             found = ", ".join(f"{name} {value:g}" for name, value in stats.items())
             raise LearningError(

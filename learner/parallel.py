@@ -111,7 +111,14 @@ def join(
     try:
         store = store or dist.TCPStore(host, int(port), size, is_master=False, timeout=timeout)
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=torch.device("cuda", 0) if device == "cuda" else None,  # Ray shows it one
+        )
         dist.barrier()
     except (RuntimeError, ValueError) as error:
         raise FleetError(

@@ -33,6 +33,7 @@ from learner.run import parse
         ({"rewards": {"loo_fid": {"seed_images": 8}}}, "at least 32 (two groups), found 8"),
         ({"learner": {"lr": float("nan")}}, "learner.lr should be a finite number"),
         ({"loss": {"kl_coef": float("inf")}}, "loss.kl_coef should be a finite number"),
+        ({"num_learners": 2, "learner": {"num_gpus": 0.5}}, "2 learners need a GPU each"),
         ({"learner": {"betas": (0.9, 2.0)}}, "betas must be in [0, 1)"),
         ({"evaluation": {"cfg_scales": [0.5]}}, "cfg_scales.0 should be greater than 1"),
     ],

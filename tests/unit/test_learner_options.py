@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from cluster.tensors import read_tensors
 from learner.adapters import LoraConfig
 from learner.batch import TrainingBatch
 from learner.entropy import EntropyConfig
-from learner.learner import Learner, OptimizerConfig
+from learner.learner import STATE_FILE, Learner, OptimizerConfig
 from learner.loss import LossConfig
 from learner.passes import cut
 from learner.trained import POLICY_FILE
@@ -322,3 +323,37 @@ def test_adapters_go_on_bitwise_after_a_restore(policy_file: str, tmp_path: Path
 def test_adapters_of_layers_that_are_not_there_are_refused(policy_file: str) -> None:
     with pytest.raises(ConfigError, match=r"lora\.targets \['nope'\]"):
         make(policy_file, optimizer=options(lora=LoraConfig(rank=2, targets=("nope",))))
+
+
+@pytest.mark.parametrize("adamw", ["fused", "foreach"])
+def test_every_implementation_of_adamw_steps_alike(policy_file: str, adamw: str) -> None:
+    plain = make(policy_file, optimizer=options(lr=1e-4))
+    other = make(policy_file, optimizer=options(lr=1e-4, adamw=adamw))
+    for iteration in range(3):
+        batch = batch_of(plain, iteration)
+        plain.step(batch)
+        other.step(batch)
+    torch.testing.assert_close(weights(other), weights(plain), rtol=0, atol=1e-6)
+
+
+def test_states_of_the_first_version_are_read(policy_file: str, tmp_path: Path) -> None:
+    learner = make(policy_file, entropy=EntropyConfig(controller="target", coef=0.01))
+    learner.start(2.9)
+    learner.save(tmp_path)
+    state = {"version": 7, "entropy_coef": 0.03, "base_entropy": 2.9}
+    (tmp_path / STATE_FILE).write_bytes(msgpack.packb(state))
+    assert learner.restore(tmp_path) == 7
+    assert learner.step(batch_of(learner)).metrics["policy/entropy_coef"] == 0.03
+
+
+def test_a_token_that_the_learners_filter_drops_is_seen_but_stops_nothing(policy_file: str) -> None:
+    """A sampler that rounds otherwise may draw it: probability 0 here, ratio 0, no gradient."""
+    spec = SamplingSpec(top_k=3)
+    learner = make(policy_file, spec=spec)
+    batch = batch_of(learner, spec=spec)
+    policy = tiny_policy()
+    logits = policy(torch.from_numpy(batch.tokens).long(), policy.encode(batch.conditions))
+    batch.tokens[0, 8] = int(logits[0, 8].argmin())
+    metrics = learner.step(batch).metrics
+    assert metrics["policy/logprob_gap"] == math.inf
+    assert torch.isfinite(weights(learner)).all()

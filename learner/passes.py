@@ -36,7 +36,7 @@ class Prepared:
     behaviour: Tensor
     """(B, T)"""
     advantages: Tensor
-    """(B,), or (B, T) where each token has its own"""
+    """(B,), or (B, 1) or (B, T) with KL in the reward"""
     proximal: Tensor | None = None
     """(B, T) logprobs before the first update."""
     reference: Tensor | None = None
@@ -84,7 +84,7 @@ class Passes:
         """
         rows, total = self._peers.rows(len(batch.tokens)), len(batch.tokens)
         tokens, behaviour, advantages = (
-            torch.from_numpy(array[rows]).to(self._policy.device)
+            torch.tensor(array[rows], device=self._policy.device)  # arrays may be read-only
             for array in (batch.tokens, batch.behaviour, batch.advantages)
         )
         prepared = Prepared(

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from cluster.fleet import InlineFleet
-from cluster.messages import SamplingSpec
+from cluster.messages import MAIN_SPACE, SampleRequest, SamplingSpec
 from learner.checkpoint import MOMENTS, restore, save_checkpoint
 from learner.learner import Learner, OptimizerConfig
 from learner.loss import LossConfig, clipped_surrogate
@@ -137,16 +137,19 @@ def test_8_real_and_generated_images_take_one_path() -> None:
     config = small_config()
     with InlineFleet(config.fleet_plan()) as fleet:
         fleet.broadcast()
-        images = fleet._sampler.sample(_request(config))[1]
-        scored = fleet._server.score(_request(config), images).features["features"]
-        built = fleet.features(images, "rewards")["features"]
-    np.testing.assert_array_equal(scored, built)
-
-
-def _request(config):
-    from learner.loop import _requests
-
-    return _requests(config, config.conditions.conditions()[:1], "train", 0)[0]
+        asked = SampleRequest(
+            stream="train",
+            iteration=0,
+            group=0,
+            condition=config.conditions.conditions()[0],
+            num_rollouts=6,
+            seed=0,
+            spec=config.sampling,
+        )
+        (group,) = fleet.collect(fleet.submit([asked]))
+        (images,) = fleet.sample_images([asked])
+        built = fleet.features(images, "rewards")[MAIN_SPACE]
+    np.testing.assert_array_equal(group.scores.features[MAIN_SPACE], built)
 
 
 def test_9_moments_are_in_the_checkpoint(tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def test_two_learners_of_eight_are_one_of_sixteen(
     with RayFleet(config.fleet_plan(), ray_session) as fleet:
         found = run_training(config, fleet)
         assert_equal(published(fleet), weights)
-        save_checkpoint(tmp_path, 4, fleet, keep=1)
+        saved = save_checkpoint(tmp_path, 4, fleet, keep=1)
+        assert fleet.learner.restore(saved.path) == 4
+        assert_equal(published(fleet), weights)
         workers = {span.worker for span in found[0].spans if span.phase == "learn"}
     assert workers == {"learner-0", "learner-1"}
     for ours, theirs in zip(found, iterations):

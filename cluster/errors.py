@@ -19,3 +19,7 @@ class FleetError(TesseraError):
 
 class DataError(TesseraError):
     """Images, conditions or scores are not what they should be."""
+
+
+class LearningError(TesseraError):
+    """A learning step came to numbers that are not finite; the weights are those before it."""

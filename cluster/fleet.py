@@ -17,7 +17,7 @@ from typing import NewType, Protocol, Self
 
 import numpy as np
 
-from cluster.errors import TesseraError
+from cluster.errors import ConfigError, TesseraError
 from cluster.messages import SampleRequest, ScoredGroup, merge_scores
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, SamplerRole
 
@@ -84,6 +84,11 @@ class InlineFleet:
             spec = getattr(plan, role)
             return spec.factory(spec.config, name=spec.worker_name(index))
 
+        if plan.learner.count > 1:
+            raise ConfigError(
+                f"{plan.learner.count} learners compute in processes of their own: leave --inline "
+                "out, or set --num-learners 1"
+            )
         self._should_stop = should_stop
         self.learner: LearnerRole = build(role="learner")  # type: ignore[assignment]
         self.moments: MomentsRole = build(role="moments_server")  # type: ignore[assignment]

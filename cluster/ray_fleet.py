@@ -19,6 +19,7 @@ from ray.exceptions import RayActorError
 
 from cluster.errors import FleetError
 from cluster.fleet import StopRequestedError, Ticket
+from cluster.learner_group import LearnerGroup
 from cluster.messages import SampleRequest, ScoredGroup, Span
 from cluster.placement import Placement, place
 from cluster.pool import State, Waiting, Worker, WorkerPool
@@ -64,7 +65,8 @@ class RayFleet:
         self._refresh: Any = None  # the moments server's work of the iteration before
         self._snapshot: ray.ObjectRef | None = None
         self._placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
-        self._learner, self._moments = self._launch(plan.learner), self._launch(plan.moments_server)
+        self._learners = [self._launch(plan.learner, i) for i in range(plan.learner.count)]
+        self._learner, self._moments = self._learners[0], self._launch(plan.moments_server)
         self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
         self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
         self._steward = Steward(self.pools, run, say)
@@ -79,6 +81,8 @@ class RayFleet:
             for worker in self._all():
                 answer(worker.ready, worker.name, self._plan.timeout_s)
                 worker.state = State.SERVING
+            if len(self._learners) > 1:
+                self._group().meet()
         except BaseException:  # whatever ends the start, the others must not stay behind
             self._end()
             raise
@@ -103,8 +107,18 @@ class RayFleet:
 
     @property
     def learner(self) -> LearnerRole:
+        if len(self._learners) > 1:
+            return self._group()
         worker = self._learner
         return cast(LearnerRole, RemoteRole(worker.handle, worker.name, self._plan.timeout_s))
+
+    def _group(self) -> LearnerGroup:
+        return LearnerGroup(
+            [worker.handle for worker in self._learners],
+            [worker.name for worker in self._learners],
+            answer,
+            self._plan.timeout_s,
+        )
 
     @property
     def moments(self) -> MomentsRole:
@@ -180,7 +194,7 @@ class RayFleet:
 
     def _all(self) -> list[Worker]:
         pooled = (worker for pool in self.pools for worker in pool.workers)
-        return [self._learner, self._moments, *pooled]
+        return [*self._learners, self._moments, *pooled]
 
     def _submit(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
         self._tickets += 1

@@ -2,41 +2,100 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from cluster.errors import DataError
 from cluster.messages import Condition
+from learner.caption_conditions import caption_conditions
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+IMAGENET = "imagenet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionsConfig:
-    """The classes of the policy, in the order of its class table, and the words for them."""
+    """The classes of the policy, in the order of its class table, and the words for them; or a file
+    of captions."""
 
-    names: tuple[str, ...] = DIGITS
-    """One name a class."""
+    names: tuple[str, ...] | Literal["imagenet"] = DIGITS
+    """One name a class; imagenet is open_clip's thousand."""
     template: str = "a photo of the digit {}"
     """Text of a class; {} takes its name."""
+    classes: tuple[int, ...] = ()
+    """Classes that are asked for, by index; empty is all of them."""
+    captions: str = ""
+    """Captions in place of classes: a .txt file, one a line, or a .parquet file with a column text
+    and, for caption-conditional policies, features (or as `python -m actors.captions` has it)."""
+    encoder: str = ""
+    """T5 model (folder or name) that encodes captions whose file has no features, when the run
+    starts."""
 
     def __post_init__(self) -> None:
         if not self.names:
             raise ValueError("names must hold at least one class")
         if "{}" not in self.template:
             raise ValueError(f"template must contain {{}} for the name, found {self.template!r}")
+        if self.captions and self.classes:
+            raise ValueError("captions have no classes: leave classes empty, or captions")
+        if len(set(self.classes)) < len(self.classes) or min(self.classes, default=0) < 0:
+            raise ValueError(f"classes must be distinct and >= 0, found {self.classes}")
+        if not self.all_of_imagenet and max(self.classes, default=0) >= len(self.names):
+            raise ValueError(
+                f"classes reach to {max(self.classes)}, but names has {len(self.names)}: "
+                f"0 to {len(self.names) - 1}"
+            )
+
+    @property
+    def all_of_imagenet(self) -> bool:
+        """Whether the names are a known list rather than written out."""
+        return self.names in (IMAGENET, (IMAGENET,))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name a class of the policy, asked for or not."""
+        return imagenet_names() if self.all_of_imagenet else tuple(self.names)
 
     def conditions(self) -> list[Condition]:
-        """Every condition there is."""
-        return [
-            Condition(text=self.template.format(name), class_index=index)
-            for index, name in enumerate(self.names)
-        ]
+        """Every condition there is to draw from.
+
+        Raises:
+            DataError: the file of captions cannot be read, or a class is not there.
+        """
+        return list(_conditions(self))
+
+
+@functools.lru_cache(maxsize=4)
+def _conditions(config: ConditionsConfig) -> Sequence[Condition]:
+    """Read once: a file may be long, and its features are compared by nobody."""
+    if config.captions:
+        return caption_conditions(config.captions, config.encoder)
+    names = config.class_names
+    if max(config.classes, default=0) >= len(names):
+        raise DataError(f"conditions.classes: {max(config.classes)} is not below {len(names)}")
+    return [
+        Condition(text=config.template.format(names[index]), class_index=index)
+        for index in config.classes or range(len(names))
+    ]
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """ImageNet's thousand classes in words, one each, as open_clip has them."""
+    from cluster.torchvision_ops import ensure_torchvision
+
+    ensure_torchvision()
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return tuple(IMAGENET_CLASSNAMES)
 
 
 class ConditionStream:
-    """Draws conditions in epochs: each class once, in a new order, before any comes again.
+    """Draws conditions in epochs: each once, in a new order, before any comes again.
 
     Which conditions an iteration gets is a function of (seed, iteration) alone: there is no cursor
     that a resumed run could lose.
@@ -44,6 +103,7 @@ class ConditionStream:
 
     def __init__(self, conditions: list[Condition], per_iteration: int, seed: int) -> None:
         self._conditions, self._per_iteration, self._seed = conditions, per_iteration, seed
+        self._latest: tuple[int, np.ndarray] = -1, np.empty(0, np.int64)
 
     def draw(self, iteration: int) -> list[Condition]:
         """The conditions of one iteration."""
@@ -52,6 +112,12 @@ class ConditionStream:
 
     def _at(self, position: int) -> Condition:
         epoch, place = divmod(position, len(self._conditions))
-        key = [self._seed, zlib.crc32(b"conditions")]
-        generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, epoch]))
-        return self._conditions[int(generator.permutation(len(self._conditions))[place])]
+        return self._conditions[int(self._order(epoch)[place])]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Of one epoch; the last one asked for is kept, for files may be long."""
+        if self._latest[0] != epoch:
+            key = [self._seed, zlib.crc32(b"conditions")]
+            generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, epoch]))
+            self._latest = epoch, generator.permutation(len(self._conditions))
+        return self._latest[1]

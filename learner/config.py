@@ -29,6 +29,7 @@ from learner.conditions import ConditionsConfig
 from learner.entropy import EntropyConfig
 from learner.learner import Learner, LearnerConfig, OptimizerConfig
 from learner.loss import LossConfig
+from learner.real_tokens import RealTokensConfig
 from rewards.config import (
     JudgeConfig,
     RewardPool,
@@ -82,6 +83,8 @@ class RunConfig:
     """Sampler actors."""
     num_reward_servers: Annotated[int, Field(ge=1, le=4096)] = 1
     """Reward-server actors."""
+    num_learners: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Learner actors: a data-parallel group; each takes its part of an iteration's rollouts."""
     iterations: Annotated[int, Field(ge=1)] = 200
     """Learning iterations."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -104,6 +107,7 @@ class RunConfig:
     learner: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    real: RealTokensConfig = field(default_factory=RealTokensConfig)
     sampler: SamplerResources = field(default_factory=SamplerResources)
     reward: RewardServerResources = field(default_factory=RewardServerResources)
     reward_pools: Annotated[dict[str, RewardPool], tyro.conf.Suppress] = field(default_factory=dict)
@@ -114,6 +118,11 @@ class RunConfig:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
+        if self.num_learners > 1 and 0 < self.learner.num_gpus < 1:
+            raise ValueError(
+                f"{self.num_learners} learners need a GPU each (NCCL lets no two share one): set "
+                f"learner.num_gpus to 1, found {self.learner.num_gpus:g}"
+            )
         if self.rewards.loo_fid.seed_images < 2 * self.rollouts_per_group:
             raise ValueError(
                 f"rewards.loo_fid.seed_images must be at least {2 * self.rollouts_per_group} (two "
@@ -144,11 +153,14 @@ class RunConfig:
         )
         learner = LearnerConfig(
             policy=self.policy,
+            tokenizer=self.tokenizer,
             optimizer=self.learner,
             loss=self.loss,
             entropy=self.entropy,
+            real=self.real,
             spec=self.sampling,
             iterations=self.iterations,
+            timeout_s=self.timeout_s,
         )
         return FleetPlan(
             sampler=Role(
@@ -169,7 +181,13 @@ class RunConfig:
                 config=self.rewards.loo_fid,
                 resources=Resources(),
             ),
-            learner=Role(name="learner", factory=Learner, config=learner, resources=self.learner),
+            learner=Role(
+                name="learner",
+                factory=Learner,
+                config=learner,
+                resources=self.learner,
+                count=self.num_learners,
+            ),
             timeout_s=self.timeout_s,
             max_restarts=self.max_restarts,
         )
@@ -250,6 +268,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 MAY_CHANGE = (
     "num_samplers",
     "num_reward_servers",
+    "num_learners",
     "iterations",
     "timeout_s",
     "max_restarts",
@@ -263,6 +282,8 @@ MAY_CHANGE = (
     "reward_pools.",
     "learner.num_",
     "learner.microbatch",
+    "learner.checkpointing",
+    "learner.reference_device",
     "output.",
     "evaluation.",
     "ray.",

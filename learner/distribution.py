@@ -69,7 +69,7 @@ def _stored(config: RunConfig) -> tuple[RewardSpace, Reference]:
     stored = read_stored(term.reference, joint=term.joint)
     if not term.joint:
         return RewardSpace(), stored.reference
-    classes = len(config.conditions.names)
+    classes = len(config.conditions.class_names)
     if stored.class_table is None or len(stored.class_table) != classes:
         found = 0 if stored.class_table is None else len(stored.class_table)
         raise ConfigError(
@@ -81,7 +81,7 @@ def _stored(config: RunConfig) -> tuple[RewardSpace, Reference]:
 
 def _joint_space(config: RunConfig, features: np.ndarray, classes: np.ndarray) -> RewardSpace:
     term = config.rewards.loo_fid
-    table = class_table(len(config.conditions.names), term.joint_dim)
+    table = class_table(len(config.conditions.class_names), term.joint_dim)
     weight = term.joint_weight or equal_trace_weight(
         Moments.from_features(features).cov, Moments.from_features(table[classes]).cov
     )

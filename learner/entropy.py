@@ -1,48 +1,132 @@
-"""How strongly entropy is rewarded: fixed, or steered towards the base policy's own entropy."""
+"""How strongly entropy is rewarded: fixed, or steered towards the base policy's own entropy.
+
+A controller is a pure function from its state and what was measured to its next state. Entropies
+are exact means over tokens, in nats, of the distribution whose logprobs are learned.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+# Constants of the public code of 2603.23086.
+PAPER_COEF = 2.2e-3
+PAPER_LOWEST, PAPER_HIGHEST = 7e-5, 4e-3
+PAPER_SHARPNESS = 3.0
+PAPER_DEAD_ZONE = 0.015
+PAPER_WARM_UP, PAPER_DECAY = 0.05, 0.85
+PAPER_TARGET = 0.78
+
+STEERED = ("target", "paper")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyConfig:
     """The entropy bonus."""
 
-    controller: Literal["none", "fixed", "target"] = "none"
+    controller: Literal["none", "fixed", "target", "paper"] = "none"
     """none: no bonus. fixed: `coef` throughout. target: raise the coefficient while the policy's
-    entropy is below the base policy's measured entropy, lower it while above."""
+    entropy is below the base policy's measured entropy, lower it while above. paper: the formula of
+    the public code of 2603.23086, its constants included."""
     coef: float = 0.0
     """The coefficient, or where the target controller starts; >= 0."""
     gain: float = 0.1
     """Target controller: change of the coefficient per relative entropy gap and iteration."""
     max_coef: float = 0.05
     """Target controller: the coefficient's ceiling."""
+    damping: float = 0.0
+    """Target controller: weight of the past in the moving average of the entropy that it looks at,
+    in [0, 1); 0 looks at the last iteration alone."""
+    target: float = 0.0
+    """Entropy aimed at, as a share of ln(vocabulary), in [0, 1); 0 is the base policy's own, as
+    measured. The public code has 0.78 for LlamaGen-L."""
 
     def __post_init__(self) -> None:
         if min(self.coef, self.gain, self.max_coef) < 0:
             raise ValueError("coef, gain and max_coef of the entropy bonus must be >= 0")
+        if not (0 <= self.damping < 1 and 0 <= self.target < 1):
+            raise ValueError(
+                f"damping and target must be in [0, 1), found {self.damping} and {self.target}"
+            )
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base policy's entropy must be known."""
+        return self.controller in STEERED and self.target == 0
 
 
-def initial_coefficient(config: EntropyConfig) -> float:
-    """The coefficient of the first iteration."""
-    return 0.0 if config.controller == "none" else config.coef
+@dataclass(frozen=True)
+class EntropyState:
+    """What a controller carries from one iteration to the next."""
+
+    coefficient: float
+    average: float | None = None
+    """Moving average of the entropy, nats; None before the first."""
 
 
-def next_coefficient(
-    config: EntropyConfig, coefficient: float, entropy: float, base_entropy: float
-) -> float:
-    """The coefficient of the next iteration.
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a controller is told after an iteration."""
+
+    entropy: float
+    """Mean token entropy of the policy that acted, nats."""
+    base_entropy: float | None
+    """That of the base policy, measured before training, nats."""
+    vocab_size: int
+    progress: float
+    """Share of training that is done when the next iteration begins, [0, 1]."""
+
+
+def initial_state(config: EntropyConfig) -> EntropyState:
+    """The state of the first iteration."""
+    if config.controller == "none":
+        return EntropyState(0.0)
+    if config.controller == "paper":
+        return EntropyState(paper_coefficient(0.0, 0.0))
+    return EntropyState(config.coef)
+
+
+def next_state(config: EntropyConfig, state: EntropyState, found: Measured) -> EntropyState:
+    """The state of the next iteration.
 
     target: clip(coefficient + gain (H0 - H) / H0, 0, max_coef), anchored to the base policy's
-    entropy H0 as in AER (2510.10959).
+    entropy H0 as in AER (2510.10959); H is damped, see `EntropyConfig`.
+
+    Raises:
+        ValueError: the target is the base policy's entropy, which was not given.
+    """
+    if config.controller not in STEERED:
+        return state
+    scale = math.log(found.vocab_size)
+    target = config.target * scale if config.target else found.base_entropy
+    if target is None:
+        raise ValueError("this controller needs the base policy's entropy")
+    if config.controller == "paper":
+        return EntropyState(paper_coefficient((target - found.entropy) / scale, found.progress))
+    average = found.entropy
+    if state.average is not None and config.damping:
+        average = config.damping * state.average + (1 - config.damping) * found.entropy
+    gap = (target - average) / target
+    coefficient = min(max(state.coefficient + config.gain * gap, 0.0), config.max_coef)
+    return EntropyState(coefficient, average)
+
+
+def paper_coefficient(gap: float, progress: float) -> float:
+    """The public code's coefficient (2603.23086; read from the code, the paper may differ):
+
+        e = target - H / ln V
+        clamp(2.2e-3 s(p) (exp(3 e) if |e| > .015 else 1), 7e-5, 4e-3)
+
+    s rises linearly to 1 at p = .05, stays, and falls as a cosine from p = .85 to 0 at the end.
 
     Args:
-        entropy: mean token entropy of this iteration, nats.
-        base_entropy: that of the base policy, measured before training, nats.
+        gap: e, in units of ln V.
+        progress: p, share of training done.
     """
-    if config.controller != "target":
-        return coefficient
-    gap = (base_entropy - entropy) / base_entropy
-    return min(max(coefficient + config.gain * gap, 0.0), config.max_coef)
+    scale = min(progress / PAPER_WARM_UP, 1.0)
+    if progress > PAPER_DECAY:
+        done = min((progress - PAPER_DECAY) / (1 - PAPER_DECAY), 1.0)
+        scale = 0.5 * (1 + math.cos(math.pi * done))
+    sharp = math.exp(PAPER_SHARPNESS * gap) if abs(gap) > PAPER_DEAD_ZONE else 1.0
+    return min(max(PAPER_COEF * scale * sharp, PAPER_LOWEST), PAPER_HIGHEST)

@@ -3,72 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgpack
+import numpy as np
 import torch
-from torch import Tensor
 
-from actors.decode import token_logprobs
-from actors.models.base import Conditions
-from actors.models.loading import PolicyConfig, PolicyModule, load_policy
-from cluster.errors import CheckpointError, FleetError
+from actors.models.loading import PolicyConfig, TokenizerConfig
+from cluster.errors import FleetError, LearningError
 from cluster.messages import SamplingSpec, Span, WeightSnapshot
-from cluster.roles import Resources
-from cluster.tensors import load_strict, read_tensors, write_tensors
+from cluster.tensors import read_tensors, write_tensors
 from cluster.weights import pack_weights
 from learner.batch import TrainingBatch
-from learner.entropy import EntropyConfig, initial_coefficient, next_coefficient
-from learner.loss import LossConfig, LossStats, grpo_loss
+from learner.entropy import EntropyConfig, EntropyState, Measured, initial_state, next_state
+from learner.loss import LossConfig, grpo_loss
+from learner.optimizer import OptimizerConfig, ShardedAdamW
+from learner.parallel import Peers, join, open_meeting
+from learner.passes import Passes, Prepared, Sums, cut
+from learner.real_tokens import RealTokens, RealTokensConfig, cross_entropy
+from learner.trained import POLICY_FILE, TrainedPolicy
 
-POLICY_FILE = "policy.safetensors"
+__all__ = ["POLICY_FILE", "Learner", "LearnerConfig", "OptimizerConfig", "StepReport"]
+
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "learner.msgpack"
+OF_THE_ACTOR = ("entropy", "mismatch_kl", "logprob_gap", "reference_kl")
+"""Statistics of the policy that drew the rollouts: of the first pass, before its first update."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(Resources):
-    """AdamW, its schedule, and the learner's resources."""
-
-    lr: float = 1e-5
-    """Peak learning rate, > 0."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of AdamW's averages of the gradient and of its square, in [0, 1)."""
-    weight_decay: float = 0.01
-    """AdamW's decoupled weight decay, >= 0."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    decay_from: float = 0.5
-    """Share of the iterations after which the learning rate falls linearly, in [0, 1]."""
-    final_lr: float = 0.05
-    """Share of the peak learning rate that is left at the end, in [0, 1]."""
-    microbatch: int = 32
-    """Most rollouts in one forward pass; gradients accumulate over the batch."""
-
-    def __post_init__(self) -> None:
-        Resources.__post_init__(self)
-        if not (self.lr > 0 and self.max_grad_norm > 0):
-            raise ValueError("lr and max_grad_norm must be > 0")
-        if not (all(0 <= beta < 1 for beta in self.betas) and self.weight_decay >= 0):
-            raise ValueError(
-                f"betas must be in [0, 1) and weight_decay >= 0, found {self.betas} and "
-                f"{self.weight_decay}"
-            )
-        if not (0 <= self.decay_from <= 1 and 0 <= self.final_lr <= 1):
-            raise ValueError("decay_from and final_lr are shares, in [0, 1]")
-        if self.microbatch < 1:
-            raise ValueError(f"microbatch must be >= 1, found {self.microbatch}")
-
-    def lr_at(self, iteration: int, iterations: int) -> float:
-        """Learning rate of one iteration: flat, then linear to final_lr."""
-        progress = iteration / max(iterations - 1, 1)
-        if progress <= self.decay_from or self.decay_from == 1:
-            return self.lr
-        fallen = (progress - self.decay_from) / (1 - self.decay_from)
-        return self.lr * (1 - (1 - self.final_lr) * fallen)
+LEARNED = ("surrogate", "entropy", "reference_kl", "real_ce", "grad_norm")
+"""What must be finite. The others compare with the sampler: where filters round differently, a
+token that was drawn may have probability 0 here, which has no gradient and is seen in them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +45,17 @@ class LearnerConfig:
     """What a learner is built from."""
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Encodes real images, where these are learned from."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    real: RealTokensConfig = field(default_factory=RealTokensConfig)
     spec: SamplingSpec = field(default_factory=SamplingSpec)
     iterations: int = 1
     max_staleness: int = 0
+    timeout_s: float = 600.0
+    """Longest wait for the other learners of a group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,77 +69,96 @@ class StepReport:
 
 
 class Learner:
-    """Holds fp32 weights and optimizer; every answer is plain data."""
+    """Holds fp32 weights and optimizer; every answer is plain data.
+
+    Several make a group: each is told its place (`meet`, `join`), and then all are asked the same
+    questions with the same arguments, at the same time. The first one's answers count.
+    """
 
     def __init__(self, config: LearnerConfig, name: str = "learner") -> None:
         self.name, self._config = name, config
-        self._device = config.optimizer.device
         self.version = 0
-        self._policy = load_policy(config.policy, device=self._device).requires_grad_(True)
-        self._reference: PolicyModule | None = None
-        if config.loss.kl_coef > 0:
-            self._reference = load_policy(config.policy, device=self._device)
-        self._optimizer = torch.optim.AdamW(
-            self._policy.parameters(),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
+        self._policy = TrainedPolicy(
+            config.policy, config.optimizer, reference=config.loss.kl_coef > 0
         )
+        self._real: RealTokens | None = None
+        if config.real.weight:
+            self._real = RealTokens(config.real, self._policy.module, config.tokenizer)
         self._base_entropy: float | None = None
-        self._entropy_coef = initial_coefficient(config.entropy)
+        self._entropy = initial_state(config.entropy)
+        self._store: Any = None
+        self._take_place(Peers(device=config.optimizer.device))
+
+    def meet(self, host: str, size: int) -> str:
+        """Open the meeting point of a group of `size` learners on this machine; returns its
+        address."""
+        self._store, address = open_meeting(host, size)
+        return address
+
+    def join(self, rank: int, size: int, address: str) -> None:
+        """Take a place in a group; returns when every learner is there.
+
+        Raises:
+            FleetError: not all came in time.
+        """
+        device, timeout_s = self._config.optimizer.device, self._config.timeout_s
+        self._take_place(join(rank, size, address, device, timeout_s, self._store))
+
+    def _take_place(self, peers: Peers) -> None:
+        config, self._peers = self._config, peers
+        self._optimizer = ShardedAdamW(self._policy.module, config.optimizer, peers)
+        self._passes = Passes(
+            self._policy, config.loss, config.spec, config.optimizer.microbatch, peers
+        )
 
     def start(self, base_entropy: float) -> None:
         """Tell the base policy's mean token entropy (nats), which controllers are anchored to."""
-        self._base_entropy = base_entropy
+        if self._config.spec.learned() == self._config.spec:
+            self._base_entropy = base_entropy
+        # Else what was sampled is not what is learned: the first step measures it.
 
     def snapshot(self) -> WeightSnapshot:
         """The current weights, packed for samplers."""
         torch.set_num_threads(self._config.optimizer.num_threads)
-        return pack_weights(self._policy.state_dict(), self.version)
+        return pack_weights(self._policy.weights(), self.version)
 
     def step(self, batch: TrainingBatch) -> StepReport:
-        """One optimizer step on one iteration's rollouts.
+        """Learn from one iteration's rollouts: one optimizer step, or as many as are configured.
 
         Raises:
             FleetError: rollouts drawn under another sampling spec, or too stale.
+            LearningError: the loss or its gradient is not finite; that step was not taken.
         """
         start = time.time()
-        torch.set_num_threads(self._config.optimizer.num_threads)
+        options = self._config.optimizer
+        torch.set_num_threads(options.num_threads)
         staleness = self._check(batch)
-        lr = self._config.optimizer.lr_at(batch.iteration, self._config.iterations)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.zero_grad(set_to_none=True)
-        stats = self._accumulate(batch)
-        limit = self._config.optimizer.max_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), limit)
-        self._optimizer.step()
+        prepared, before = self._passes.prepare(batch, proximal=options.minibatches > 1)
+        lr = options.lr_at(batch.iteration, self._config.iterations)
+        steps = [
+            self._update(batch, prepared, rows, update, lr) for update, rows in self._cuts(batch)
+        ]
         self.version += 1
-        metrics = {
-            "policy/entropy": stats["entropy"],
-            "policy/entropy_coef": self._entropy_coef,
-            "policy/mismatch_kl": stats["mismatch_kl"],
-            "policy/reference_kl": stats["reference_kl"],
-            "policy/logprob_gap": stats["logprob_gap"],
-            "policy/ratio": stats["ratio"],
-            "policy/clip_fraction": stats["clip_fraction"],
-            "policy/staleness": float(staleness),
-            "loss/surrogate": stats["surrogate"],
-            "loss/grad_norm": float(grad_norm),
-            "loss/lr": lr,
-        }
-        self._steer_entropy(stats["entropy"])
+        # The first steps of the first pass see the policy that acted, or nearly so.
+        acted = _mean(steps[: options.minibatches], OF_THE_ACTOR) | before
+        others = [name for name in steps[0] if name not in acted]
+        metrics = self._metrics(acted | _mean(steps, others))
+        metrics |= {"policy/staleness": float(staleness), "loss/lr": lr}
+        self._steer_entropy(batch.iteration, acted["entropy"])
         span = Span(self.name, "learn", start, time.time())
         return StepReport(version=self.version, metrics=metrics, spans=(span,))
 
     def save(self, directory: Path) -> None:
-        """Write policy, optimizer and counters into an existing directory."""
-        config = self._policy.config.to_dict()
-        write_tensors(directory / POLICY_FILE, self._policy.state_dict(), config)
-        write_tensors(directory / OPTIMIZER_FILE, dict(self._optimizer_tensors()), {})
+        """Write policy, optimizer and counters into an existing directory. Complete, and the same
+        whatever the number of learners."""
+        optimizer = self._optimizer.tensors()
+        if not self._peers.first:
+            return
+        self._policy.save(directory)
+        write_tensors(directory / OPTIMIZER_FILE, optimizer, {})
         state = {
             "version": self.version,
-            "entropy_coef": self._entropy_coef,
+            "entropy": dataclasses.asdict(self._entropy),
             "base_entropy": self._base_entropy,
         }
         (directory / STATE_FILE).write_bytes(msgpack.packb(state))
@@ -176,12 +169,15 @@ class Learner:
         Raises:
             CheckpointError: a file is missing, damaged or of another model.
         """
-        policy_file, optimizer_file = directory / POLICY_FILE, directory / OPTIMIZER_FILE
-        load_strict(self._policy, read_tensors(policy_file), str(policy_file))
-        self._load_optimizer(read_tensors(optimizer_file), str(optimizer_file))
+        self._policy.restore(directory)
+        optimizer = directory / OPTIMIZER_FILE
+        self._optimizer.load(read_tensors(optimizer), str(optimizer))
         state = msgpack.unpackb((directory / STATE_FILE).read_bytes())
         self.version = state["version"]
-        self._entropy_coef = state["entropy_coef"]
+        if "entropy" in state:
+            self._entropy = EntropyState(**state["entropy"])
+        else:  # of the first version, which kept the coefficient alone
+            self._entropy = EntropyState(state["entropy_coef"])
         self._base_entropy = state["base_entropy"]
         return self.version
 
@@ -199,73 +195,107 @@ class Learner:
             )
         return staleness
 
-    def _accumulate(self, batch: TrainingBatch) -> dict[str, float]:
-        """Gradients of the whole batch, microbatch by microbatch; returns its mean statistics."""
-        config, total = self._config, len(batch.tokens)
-        sums: dict[str, float] = {}
-        for tokens, conditions, behaviour, advantages in self._microbatches(batch):
-            share = len(tokens) / total
-            logprobs, entropies = token_logprobs(self._policy, tokens, conditions, config.spec)
-            reference = None
-            if self._reference is not None:
-                with torch.no_grad():
-                    reference, _ = token_logprobs(self._reference, tokens, conditions, config.spec)
+    def _cuts(self, batch: TrainingBatch) -> list[tuple[int, np.ndarray]]:
+        """The rows of each optimizer step, numbered."""
+        options = self._config.optimizer
+        every = [
+            rows
+            for epoch in range(options.updates_per_iteration)
+            for rows in cut(len(batch.tokens), options.minibatches, batch.iteration, epoch)
+        ]
+        return list(enumerate(every))
+
+    def _update(
+        self, batch: TrainingBatch, prepared: Prepared, rows: np.ndarray, update: int, lr: float
+    ) -> dict[str, float]:
+        """One optimizer step on `rows` of the whole batch; returns its statistics."""
+        self._optimizer.zero_grad()
+        mine = self._peers.rows(len(batch.tokens))
+        here = rows[(rows >= mine.start) & (rows < mine.stop)] - mine.start
+        part = prepared if len(here) == len(prepared) else prepared[here]
+        stats = self._accumulate(part, len(rows))
+        if self._real is not None:
+            stats["real_ce"] = self._learn_from_real(batch.iteration, update)
+        stats["grad_norm"] = self._optimizer.reduce()
+        if not all(math.isfinite(stats[name]) for name in LEARNED if name in stats):
+            self._optimizer.zero_grad()
+            found = ", ".join(f"{name} {value:g}" for name, value in stats.items())
+            raise LearningError(
+                f"iteration {batch.iteration}, update {update}: the loss or its gradient is not "
+                f"finite ({found}). This step was not taken. A lower learner.lr or narrower clips "
+                "help where logprobs have run away; filters (top_k, top_p) give -inf where learner "
+                "and sampler round differently"
+            )
+        self._optimizer.step(lr)
+        return stats
+
+    def _accumulate(self, part: Prepared, total: int) -> dict[str, float]:
+        """Gradients of this learner's part of `total` rollouts, microbatch by microbatch; returns
+        the mean statistics of them all."""
+        config, sums = self._config, Sums()
+        in_loss = config.loss.kl_coef > 0 and config.loss.kl_in == "loss"
+        for rows in part.microbatches(config.optimizer.microbatch):
+            share = len(rows) / total
+            logprobs, entropies = self._policy.logprobs(
+                rows.tokens, self._passes.conditions(rows), config.spec
+            )
             loss, stats = grpo_loss(
                 logprobs,
                 entropies,
-                behaviour,
-                advantages,
-                reference,
-                self._entropy_coef,
+                rows.behaviour,
+                rows.advantages,
+                rows.reference if in_loss else None,
+                self._entropy.coefficient,
                 config.loss,
+                old=rows.proximal if config.loss.ratio_to == "proximal" else None,
+                weights=rows.weights,
             )
             (loss * share).backward()
-            _gather(sums, stats, share)
-        return sums
+            sums.add(stats, share)
+        return sums.total(self._peers)
 
-    def _microbatches(
-        self, batch: TrainingBatch
-    ) -> Iterator[tuple[Tensor, Conditions, Tensor, Tensor]]:
-        """Tokens, conditions, behaviour logprobs and advantages, a microbatch at a time."""
-        size = self._config.optimizer.microbatch
-        for at in range(0, len(batch.tokens), size):
-            rows = slice(at, at + size)
-            tokens, behaviour, advantages = (
-                torch.from_numpy(array[rows]).to(self._device)
-                for array in (batch.tokens, batch.behaviour, batch.advantages)
+    def _learn_from_real(self, iteration: int, update: int) -> float:
+        """Add the gradient of the cross-entropy on real tokens; returns its mean, nats."""
+        assert self._real is not None
+        tokens, conditions = self._real.draw(iteration, update)
+        mine = self._peers.rows(len(tokens))
+        size, sum_of_parts = self._config.optimizer.microbatch, 0.0
+        for at in range(mine.start, mine.stop, size):
+            rows = slice(at, min(at + size, mine.stop))
+            given = self._policy.module.encode(conditions[rows])
+            here = torch.from_numpy(tokens[rows]).to(self._policy.device)
+            logprobs, _ = self._policy.logprobs(here, given, SamplingSpec())
+            loss = cross_entropy(logprobs) * (len(here) / len(tokens))
+            (loss * self._config.real.weight).backward()
+            sum_of_parts += float(loss.detach())
+        return self._peers.sums([sum_of_parts])[0]
+
+    def _metrics(self, found: dict[str, float]) -> dict[str, float]:
+        """Names under which the records keep what a step found."""
+        names = {name: f"policy/{name}" for name in found}
+        names |= {name: f"loss/{name}" for name in ("surrogate", "grad_norm", "real_ce")}
+        metrics = {names[name]: value for name, value in found.items()}
+        return metrics | {"policy/entropy_coef": self._entropy.coefficient}
+
+    def _steer_entropy(self, iteration: int, entropy: float) -> None:
+        config = self._config
+        differs = config.spec.learned() != config.spec
+        if self._base_entropy is None and differs and self.version == 1:
+            self._base_entropy = entropy  # the first rollouts are the base policy's
+        if config.entropy.needs_base and self._base_entropy is None:
+            raise FleetError(
+                f"the {config.entropy.controller} entropy controller needs the base policy's "
+                "entropy: call start() before the first step"
             )
-            conditions = self._policy.encode(batch.conditions[rows])
-            yield tokens.long(), conditions, behaviour, advantages
-
-    def _steer_entropy(self, entropy: float) -> None:
-        if self._config.entropy.controller == "target":
-            if self._base_entropy is None:
-                raise FleetError("the target entropy controller needs the base policy's entropy")
-            self._entropy_coef = next_coefficient(
-                self._config.entropy, self._entropy_coef, entropy, self._base_entropy
-            )
-
-    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """AdamW's state under the names of the parameters."""
-        for name, parameter in self._policy.named_parameters():
-            for key, tensor in self._optimizer.state[parameter].items():
-                yield f"{key}/{name}", tensor
-
-    def _load_optimizer(self, tensors: dict[str, Tensor], source: str) -> None:
-        parameters = dict(self._policy.named_parameters())
-        for full, tensor in tensors.items():
-            key, _, name = full.partition("/")
-            if name not in parameters or tensor.shape not in ((), parameters[name].shape):
-                raise CheckpointError(f"{source}: optimizer state {full!r} fits no parameter")
-            device = "cpu" if tensor.ndim == 0 else self._device
-            self._optimizer.state[parameters[name]][key] = tensor.to(device)
+        found = Measured(
+            entropy=entropy,
+            base_entropy=self._base_entropy,
+            vocab_size=self._policy.module.vocab_size,
+            progress=(iteration + 1) / max(config.iterations, 1),
+        )
+        self._entropy = next_state(config.entropy, self._entropy, found)
 
 
-def _gather(sums: dict[str, float], stats: LossStats, share: float) -> None:
-    """Add a microbatch's statistics: means weighted by its share, the maximum as it is."""
-    for item in dataclasses.fields(stats):
-        value = float(getattr(stats, item.name))
-        if item.name == "logprob_gap":
-            sums[item.name] = max(sums.get(item.name, 0.0), value)
-        else:
-            sums[item.name] = sums.get(item.name, 0.0) + share * value
+def _mean(steps: Sequence[dict[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """Mean of each of some statistics over optimizer steps."""
+    return {name: sum(step[name] for step in steps) / len(steps) for name in names}

@@ -16,7 +16,6 @@ from typing import Annotated
 
 import tyro
 
-from actors.models.loading import check_policy
 from cluster.console import FAILED, INTERRUPTED, REFUSED
 from cluster.errors import ConfigError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
@@ -32,6 +31,7 @@ from learner.config import (
 )
 from learner.experiment import Experiment
 from learner.progress import RunConsole
+from learner.readiness import lacking
 from learner.rundir import RunDirectory
 
 
@@ -146,9 +146,11 @@ def starting(command: Command, config: RunConfig) -> str:
         return "starting: every role in this process"
     plan = config.fleet_plan()
     samplers, servers = plan.sampler.count, sum(role.count for role in plan.servers)
+    learners = plan.learner.count
     return (
         f"starting: {samplers} sampler{'s' * (samplers > 1)}, {servers} reward "
-        f"server{'s' * (servers > 1)}, a moments server and a learner, on Ray"
+        f"server{'s' * (servers > 1)}, a moments server and "
+        f"{f'{learners} learners' if learners > 1 else 'a learner'}, on Ray"
     )
 
 
@@ -179,14 +181,18 @@ def open_fleet(
 
 
 def dry_run(config: RunConfig) -> int:
-    """Print what would run, and where on this machine."""
+    """Print what would run, where on this machine, and what is not there yet."""
     from cluster.runtime import local_resources
 
-    check_policy(config.policy)  # a missing file shows here
+    wanting = lacking(config)
     cpus, gpus = local_resources()
     print(dump(config))
     print(f"# placement on this machine ({cpus:g} CPUs, {gpus:g} GPUs)")
-    for line in placement_lines(place(config.fleet_plan(), cpus, gpus)):
+    try:
+        lines = placement_lines(place(config.fleet_plan(), cpus, gpus))
+    except ConfigError as error:  # a dry run is made on a laptop, too, for a cluster
+        lines = [f"does not fit: {error}"]
+    for line in (*lines, *wanting):
         print(f"#   {line}")
     return 0
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from actors.models.base import DecodeState, Window
 
@@ -66,6 +67,14 @@ class Linear(nn.Linear):
             and self.weight.numel() >= MIN_PACKED_WEIGHTS
             and torch.backends.mkldnn.is_available()
         )
+
+
+def run_block(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
+    """A block's output. With checkpointing, its activations are not kept but computed again in the
+    backward pass; there is no randomness in it to repeat."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
 
 
 def allocate_cache(

@@ -20,13 +20,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.models.base import Conditions, DecodeState, Window, class_of
-from actors.models.layers import Linear, allocate_cache, cached_attention
+from actors.models.layers import Linear, allocate_cache, cached_attention, run_block
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
 
@@ -113,7 +114,9 @@ class Attention(nn.Module):
 
     def values(self, x: Tensor) -> Tensor:
         """Values (..., dim) alone: all that a condition token gives to others."""
-        return F.linear(x, self.wqkv.weight[-x.shape[-1] :])
+        if isinstance(self.wqkv, Linear):
+            return F.linear(x, self.wqkv.weight[-x.shape[-1] :])
+        return self.wqkv(x)[..., -x.shape[-1] :]  # an adapter is around it
 
 
 class FeedForward(nn.Module):
@@ -140,10 +143,10 @@ class Block(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         attend: Attend,
-        caption: CaptionRows | None,
+        caption: Tensor | None,
     ) -> Tensor:
-        shared = None if caption is None else caption.advance(self)
-        x = x + self.attention(self.attention_norm(x), rope, attend, shared)
+        """caption: of this layer, from `CaptionRows.advance`."""
+        x = x + self.attention(self.attention_norm(x), rope, attend, caption)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -194,8 +197,8 @@ class CaptionRows:
         self._mask = mask.unsqueeze(-1).float()
         self._counts = self._mask.cumsum(1).clamp(min=1)
 
-    def advance(self, block: Block) -> Tensor:
-        """Take the captions through a block; returns the mean of their values there, (B, dim)."""
+    def advance(self, block: Any) -> Tensor:
+        """Take the captions through a `Block`; returns the mean of their values there, (B, dim)."""
         values = block.attention.values(block.attention_norm(self._rows))
         sums = (values.float() * self._mask).cumsum(1)
         means = (sums / self._counts).type_as(values)
@@ -210,6 +213,7 @@ class LlamaGen(nn.Module):
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # of `forward`: the learner's choice, see `run_block`
         embedding = CaptionEmbedding if config.caption_dim else ClassEmbedding
         self.cls_embedding: ClassEmbedding | CaptionEmbedding = embedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
@@ -279,7 +283,8 @@ class LlamaGen(nn.Module):
 
         rope = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
         for layer in self.layers:
-            x = layer(x, rope, attend, caption)
+            shared = caption.advance(layer) if caption else None
+            x = run_block(layer, self.checkpointing, x, rope, attend, shared)
         return self._logits(x)
 
     def allocate(self, rows: int, dtype: torch.dtype | None = None) -> DecodeState:
@@ -318,7 +323,7 @@ class LlamaGen(nn.Module):
             def attend(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = cache) -> Tensor:
                 return cached_attention(query, key, value, cache, window)
 
-            x = layer(x, rope, attend, caption)
+            x = layer(x, rope, attend, caption.advance(layer) if caption else None)
         state.position += 1
         return self._logits(x[:, -1])
 

@@ -24,7 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.models.base import Conditions, DecodeState, Window, class_of
-from actors.models.layers import Linear, allocate_cache, cached_attention, write_cache
+from actors.models.layers import (
+    Linear,
+    allocate_cache,
+    cached_attention,
+    run_block,
+    write_cache,
+)
 from actors.models.permuters import inverse, permutation
 from cluster.errors import ConfigError
 from cluster.messages import Condition
@@ -163,6 +169,7 @@ class TamingGPT(nn.Module):
     def __init__(self, config: TamingConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # of `forward`: the learner's choice, see `run_block`
         self.tok_emb = nn.Embedding(config.vocab_size, config.dim)
         self.pos_emb = nn.Parameter(torch.zeros(1, config.block_size, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -218,7 +225,7 @@ class TamingGPT(nn.Module):
         attend = self._attend_within(sequence.shape[1])
         x = self._embed(sequence, 0)
         for block in self.blocks:
-            x = block(x, attend)
+            x = run_block(block, self.checkpointing, x, attend)
         return self._logits(x[:, conditions.values.shape[1] - 1 :])
 
     def allocate(self, rows: int, dtype: torch.dtype | None = None) -> DecodeState:

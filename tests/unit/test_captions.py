@@ -346,3 +346,15 @@ def test_an_incomplete_encoder_is_refused(encoder_path: str, tmp_path: Path) -> 
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="1 tensors are missing, the first is 'encoder"):
         CaptionEncoder(str(tmp_path))
+
+
+def test_a_run_may_encode_its_captions_itself(encoder_path: str, tmp_path: Path) -> None:
+    from learner.conditions import ConditionsConfig
+
+    (tmp_path / "captions.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    config = ConditionsConfig(captions=str(tmp_path / "captions.txt"), encoder=encoder_path)
+    found = config.conditions()
+    for condition, text, wanted in zip(found, TEXTS, reference(encoder_path, TEXTS), strict=True):
+        assert condition.text == text
+        assert np.abs(condition.features - wanted).max() <= 1e-5
+    assert config.conditions()[0].features is found[0].features  # encoded once

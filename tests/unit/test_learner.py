@@ -4,63 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from actors.decode import decode_tokens, rollout_uniforms
 from actors.models.loading import PolicyConfig, load_policy
 from cluster.errors import CheckpointError, FleetError
-from cluster.messages import Condition, RequestKey, SamplingSpec
+from cluster.messages import SamplingSpec
 from cluster.tensors import write_tensors
-from cluster.weights import load_weights
-from learner.batch import TrainingBatch
 from learner.entropy import EntropyConfig
-from learner.learner import OPTIMIZER_FILE, Learner, LearnerConfig, OptimizerConfig
+from learner.learner import OPTIMIZER_FILE, OptimizerConfig
 from learner.loss import LossConfig
 from tests.unit.helpers import TINY, tiny_policy
+from tests.unit.learner_cases import batch_of, logprobs_of, make, tiny_policy_file, weights
 
 
 @pytest.fixture
 def policy_file(tmp_path: Path) -> str:
-    file = tmp_path / "policy.safetensors"
-    write_tensors(file, tiny_policy().state_dict(), TINY.to_dict())
-    return str(file)
-
-
-def make(policy_file: str, **changes: object) -> Learner:
-    fields: dict = {
-        "policy": PolicyConfig(checkpoint=policy_file),
-        "optimizer": OptimizerConfig(lr=1e-2, microbatch=8),
-        "iterations": 10,
-        **changes,
-    }
-    return Learner(LearnerConfig(**fields))
-
-
-def batch_of(
-    learner: Learner, iteration: int = 0, rows: int = 8, spec: SamplingSpec | None = None
-) -> TrainingBatch:
-    """Rollouts that the learner's own weights have drawn, with made-up advantages."""
-    spec = spec or SamplingSpec()
-    policy = tiny_policy()
-    load_weights(policy, learner.snapshot())
-    draws = rollout_uniforms(3, RequestKey("train", iteration, 0), rows, TINY.num_tokens)
-    asked = tuple(Condition(text="", class_index=row % TINY.num_classes) for row in range(rows))
-    decoded = decode_tokens(policy, policy.encode(asked), torch.from_numpy(draws), spec)
-    return TrainingBatch(
-        iteration=iteration,
-        tokens=decoded.tokens.numpy().astype(np.int32),
-        behaviour=decoded.logprobs.numpy(),
-        conditions=asked,
-        advantages=np.linspace(-1, 1, rows).astype(np.float32),
-        versions=np.full(rows, learner.version),
-        specs=(spec,),
-    )
-
-
-def weights(learner: Learner) -> torch.Tensor:
-    return torch.from_numpy(learner.snapshot().buffer.copy()).view(torch.float32)
+    return tiny_policy_file(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -84,17 +44,6 @@ def test_a_step_raises_what_had_positive_advantage(policy_file: str) -> None:
     assert gain[-1] > 0 > gain[0]
 
 
-def logprobs_of(learner: Learner, batch: TrainingBatch) -> np.ndarray:
-    from actors.decode import token_logprobs
-
-    policy = tiny_policy()
-    load_weights(policy, learner.snapshot())
-    tokens = torch.from_numpy(batch.tokens).long()
-    return token_logprobs(policy, tokens, policy.encode(batch.conditions), SamplingSpec())[
-        0
-    ].numpy()
-
-
 @pytest.mark.parametrize("microbatch", [1, 3, 4])
 def test_accumulation_equals_one_batch_over_five_steps(policy_file: str, microbatch: int) -> None:
     """Adam's scaling enlarges rounding where a gradient is all but zero, hence the wider bound."""
@@ -112,8 +61,9 @@ def test_gradients_of_parts_add_up(policy_file: str) -> None:
     gradients = []
     for microbatch in (8, 1):
         learner = make(policy_file, optimizer=OptimizerConfig(lr=1e-2, microbatch=microbatch))
-        learner._accumulate(batch_of(learner))
-        parts = [p.grad.flatten() for p in learner._policy.parameters()]
+        prepared, _ = learner._passes.prepare(batch_of(learner), proximal=False)
+        learner._accumulate(prepared, 8)
+        parts = [p.grad.flatten() for p in learner._policy.module.parameters()]
         gradients.append(torch.cat(parts))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)
 

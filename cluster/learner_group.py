@@ -1,0 +1,88 @@
+"""Several learner actors that look like one: every question goes to all, at the same time.
+
+They compute together (`torch.distributed` inside the role); a question that only some were asked
+would leave the others waiting, so all are asked, and the first failure ends the wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from cluster.errors import FleetError
+
+Answer = Callable[[Any, str, float], Any]
+"""(reference, what it is of, longest wait) -> value; `cluster.ray_fleet.answer`."""
+POLL_S = 0.5
+
+
+class LearnerGroup:
+    """A `LearnerRole` made of several actors. The first one writes and publishes."""
+
+    def __init__(
+        self, handles: Sequence[Any], names: Sequence[str], answer: Answer, timeout_s: float
+    ) -> None:
+        self._handles, self._names = list(handles), list(names)
+        self._answer, self._timeout_s = answer, timeout_s
+
+    def meet(self) -> None:
+        """Have the learners find each other; the first one's node is the meeting point.
+
+        Raises:
+            FleetError: not all came in time.
+        """
+        first, size = self._handles[0], len(self._handles)
+        host = self._ask(first.__ray_call__.remote(lambda _: ray.util.get_node_ip_address()), 0)
+        address = self._ask(first.meet.remote(host, size), 0)
+        self._together([h.join.remote(rank, size, address) for rank, h in enumerate(self._handles)])
+
+    def snapshot(self) -> Any:
+        return self._ask(self._handles[0].snapshot.remote(), 0)
+
+    def start(self, base_entropy: float) -> None:
+        self._all("start", base_entropy)
+
+    def step(self, batch: Any) -> Any:
+        """Each learner takes its own part of the batch, which lies once on each node."""
+        reports = self._all("step", ray.put(batch))
+        spans = tuple(span for report in reports for span in report.spans)
+        return dataclasses.replace(reports[0], spans=spans)
+
+    def save(self, directory: Any) -> None:
+        self._all("save", directory)
+
+    def restore(self, directory: Any) -> int:
+        return self._all("restore", directory)[0]
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return self._together([getattr(h, method).remote(*arguments) for h in self._handles])
+
+    def _together(self, refs: Sequence[ray.ObjectRef]) -> list[Any]:
+        """The answers, in order; the first failure is raised at once, whoever it is of."""
+        waiting, values = {ref: rank for rank, ref in enumerate(refs)}, [None] * len(refs)
+        started = time.monotonic()
+        while waiting:
+            for ref in ray.wait(list(waiting), num_returns=1, timeout=POLL_S)[0]:
+                rank = waiting.pop(ref)
+                values[rank] = self._ask(ref, rank)
+            if waiting and time.monotonic() - started > self._timeout_s:
+                late = ", ".join(self._names[rank] for rank in waiting.values())
+                raise FleetError(
+                    f"no answer for {self._timeout_s:g} s from {late}: look at their logs, or "
+                    "raise --timeout-s if a step may take that long"
+                )
+        return values
+
+    def _ask(self, ref: ray.ObjectRef, rank: int) -> Any:
+        try:
+            return self._answer(ref, self._names[rank], self._timeout_s)
+        except ray.exceptions.RayActorError as error:
+            raise FleetError(
+                f"{self._names[rank]} was lost, and the other learners cannot go on without it: "
+                "look at its log for the reason (out of memory?), then go on with --resume\n"
+                f"{error}"
+            ) from error

@@ -1,0 +1,171 @@
+"""Any preset at reduced width, with random weights: the same classes and settings, small shapes.
+
+For tests and benches. Policy and tokenizer are of the preset's family; scorers are the miniature's,
+and the features those of a small random network, unless they are kept as the preset names them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from actors.caption_files import write_caption_features
+from actors.models.llamagen import LlamaGenConfig
+from actors.models.loading import module_of
+from actors.models.sources import PolicyArchitecture
+from actors.models.taming import TamingConfig
+from actors.models.vq import VQConfig, VQTokenizer
+from actors.models.zoo import MODELS
+from cluster.tensors import write_tensors
+from learner.conditions import IMAGENET
+from learner.config import RunConfig, merge, validate
+from rewards.config import RewardsConfig
+from rewards.convnet import ConvNet, ConvNetConfig
+
+CAPTIONS = ("a cat", "two dogs", "red")
+CIN = TamingConfig(
+    dim=1536, num_layers=48, num_heads=24, vocab_size=16384, block_size=256, grid=16,
+    num_classes=1000,
+)  # fmt: skip
+"""cin_transformer's project file is not shipped; these sizes give its 1.4B parameters."""
+TAMING_VQ = VQConfig(codebook_dim=256, normalise=False, pixel_rule="taming")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """What is made smaller; 0 keeps a size."""
+
+    width: int = 32
+    layers: int = 2
+    grid: int = 4
+    vocab: int = 64
+    channels: int = 32
+    """Of the tokenizer, a multiple of 32."""
+    pixels_per_token: int = 2
+
+
+SMALL = Reduction()
+FULL = Reduction(width=0, layers=0, grid=0, vocab=0, channels=0, pixels_per_token=0)
+
+
+def presets() -> list[str]:
+    """Names of the shipped presets."""
+    folder = importlib.resources.files("learner").joinpath("presets")
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+
+
+def values_of(preset: str) -> dict[str, Any]:
+    """A preset as it is written."""
+    file = importlib.resources.files("learner").joinpath("presets", f"{preset}.yaml")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def random_run(
+    preset: str,
+    folder: Path,
+    reduction: Reduction = SMALL,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    scorers: bool = True,
+) -> RunConfig:
+    """A configuration that runs without a download; its files are written into `folder`.
+
+    Args:
+        scorers: put small scorers in the place of the preset's.
+    """
+    values = values_of(preset)
+    policy, tokenizer = architectures(values, reduction)
+    torch.manual_seed(0)
+    files = {"policy": module_of(policy), "tokenizer": VQTokenizer(tokenizer)}
+    for name, module in files.items():
+        file = folder / f"{name}.safetensors"
+        write_tensors(file, module.state_dict(), module.config.to_dict())
+        values[name] = {"checkpoint": str(file)}
+    if values.get("conditions", {}).get("captions"):
+        assert isinstance(policy, LlamaGenConfig)
+        values["conditions"]["captions"] = str(_captions(folder, policy))
+    if scorers:
+        side = policy.grid * tokenizer.downsampling
+        values["rewards"] = _small_scorers(values.get("rewards", {}), folder, side)
+        if values.get("conditions", {}).get("names") == IMAGENET:  # too long for the small scorers
+            short = {"names": [str(index) for index in range(1000)], "template": "{}"}
+            values["conditions"] |= short
+    return validate(merge(values, changes or {}), f"{preset}, reduced")
+
+
+def architectures(
+    values: Mapping[str, Any], reduction: Reduction
+) -> tuple[PolicyArchitecture, VQConfig]:
+    """Those of a preset's policy and tokenizer, made smaller."""
+    model = MODELS.get(values.get("policy", {}).get("checkpoint", ""))
+    if model is None:  # the miniature: already small
+        policy: PolicyArchitecture = LlamaGenConfig(
+            dim=96, num_layers=4, num_heads=4, grid=4, vocab_size=64, num_classes=10
+        )
+        tokenizer = VQConfig(channels=32, multipliers=(1, 1), codebook_size=64)
+    elif isinstance(model.architecture, LlamaGenConfig):
+        policy = model.architecture
+        named = MODELS[model.tokenizer].architecture
+        assert isinstance(named, VQConfig)
+        tokenizer = named
+    else:
+        policy, tokenizer = CIN, TAMING_VQ
+    return _smaller(policy, tokenizer, reduction)
+
+
+def _smaller(
+    policy: PolicyArchitecture, tokenizer: VQConfig, to: Reduction
+) -> tuple[PolicyArchitecture, VQConfig]:
+    grid = to.grid or policy.grid
+    vocab = to.vocab or policy.vocab_size
+    if isinstance(policy, TamingConfig):
+        vocab = max(vocab, policy.num_classes)  # classes are rows of the token table
+    changes: dict[str, Any] = {"grid": grid, "vocab_size": vocab}
+    if to.width:
+        changes |= {"dim": to.width, "num_heads": max(1, to.width // 16)}
+    if to.layers:
+        changes |= {"num_layers": to.layers}
+    if isinstance(policy, TamingConfig):
+        changes |= {"block_size": grid * grid}
+    elif policy.caption_dim and to.width:
+        changes |= {"caption_dim": 16, "caption_tokens": 8}
+    shape: dict[str, Any] = {"codebook_size": vocab}
+    if to.channels:
+        shape |= {"channels": to.channels, "z_channels": 32, "num_res_blocks": 1}
+    if to.pixels_per_token:
+        shape |= {"multipliers": (1,) * to.pixels_per_token}
+    return dataclasses.replace(policy, **changes), dataclasses.replace(tokenizer, **shape)
+
+
+def _captions(folder: Path, policy: LlamaGenConfig) -> Path:
+    """Captions with random features, of several lengths."""
+    generator = np.random.default_rng(0)
+    shapes = [(1 + at * 2, policy.caption_dim) for at in range(len(CAPTIONS))]
+    features = [generator.normal(size=shape).astype(np.float32) for shape in shapes]
+    write_caption_features(folder / "captions.parquet", CAPTIONS, features)
+    return folder / "captions.parquet"
+
+
+def _small_scorers(rewards: Mapping[str, Any], folder: Path, side: int) -> dict[str, Any]:
+    """The preset's weights and forms, with the miniature's scorers and a random feature network
+    for images of `side` pixels."""
+    shipped = RewardsConfig()
+    config = ConvNetConfig(image_size=side, channels=(8, 16, 16), num_classes=10)
+    network = ConvNet(config)
+    file = folder / "features.safetensors"
+    write_tensors(file, network.state_dict(), config.to_dict())
+    reference = folder / "reference.npz"
+    np.savez(reference, mu=np.zeros(config.dim), sigma=np.eye(config.dim))
+    found = {name: dict(rewards.get(name, {})) for name in ("clip", "hps", "loo_fid")}
+    for name, scorer in (("clip", shipped.clip), ("hps", shipped.hps)):
+        found[name] |= {"model": scorer.model, "pretrained": scorer.pretrained}
+    found["loo_fid"] |= {"reference": str(reference)}
+    return {**found, "features": {"network": "convnet", "checkpoint": str(file)}}

@@ -24,6 +24,7 @@ from cluster.messages import MAIN_SPACE, SampleRequest, SamplingSpec
 from learner.checkpoint import MOMENTS, restore, save_checkpoint
 from learner.learner import Learner, OptimizerConfig
 from learner.loss import LossConfig, clipped_surrogate
+from rewards.combine import Combiner
 from rewards.fid import frechet_distance
 from rewards.moments import Moments
 from tests.small_run import run_training, small_config
@@ -156,9 +157,10 @@ def test_9_moments_are_in_the_checkpoint(tmp_path: Path) -> None:
     config = small_config(iterations=1)
     with InlineFleet(config.fleet_plan()) as fleet:
         run_training(config, fleet)
-        saved = save_checkpoint(tmp_path, 1, fleet, keep=1)
+        combiner = Combiner(config.rewards.terms())
+        saved = save_checkpoint(tmp_path, 1, fleet, combiner, keep=1)
         assert (saved.path / MOMENTS).stat().st_size > 0
         state = fleet.moments.state()
     with InlineFleet(config.fleet_plan()) as fresh:
-        restore(saved, fresh)
+        restore(saved, fresh, combiner)
         assert fresh.moments.state() == state

@@ -316,7 +316,7 @@ SUBMIT = reference_build.ProcessPoolExecutor.submit
 
 def test_a_terminated_command_goes_on(tmp_path: Path) -> None:
     """The real command, with processes, ended by SIGTERM half-way."""
-    images = np.random.default_rng(0).integers(0, 256, (100_000, 8, 8, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (40_000, 8, 8, 3), dtype=np.uint8)
     np.save(tmp_path / "s.npy", images)
     out = tmp_path / "ref.npz"
     command = [sys.executable, "-m", "rewards.reference", "--images", str(tmp_path / "s.npy")]
@@ -334,8 +334,8 @@ def test_a_terminated_command_goes_on(tmp_path: Path) -> None:
     assert "Traceback" not in told
     with np.load(partial) as file:
         cursor = int(file["cursor"])
-        assert 0 < cursor < 100_000
+        assert 0 < cursor < 40_000
     again = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert f"going on from image {cursor}" in again.stderr
-    assert read_stored(out).images == 100_000
+    assert read_stored(out).images == 40_000

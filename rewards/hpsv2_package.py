@@ -47,6 +47,7 @@ def import_hpsv2(name: str = "hpsv2.src.open_clip") -> Any:
     if importlib.util.find_spec("hpsv2") is None:
         raise ConfigError(f"the hpsv2 package is not installed: pip install '{EXTRA}'")
     with _importing, warnings.catch_warnings(), _vocabulary(), _turtle():
+        warnings.simplefilter("ignore")  # deprecated imports, which nobody here can change
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:

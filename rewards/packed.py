@@ -52,8 +52,17 @@ class PackedAttention(nn.Module):
         rows, length, width = query.shape
         split = self.project_in(query).view(rows, length, 3, self.heads, width // self.heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        mixed = _attend(q, k, v, attn_mask)
         return self.project_out(mixed.transpose(1, 2).reshape(rows, length, width)), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, H, L, E) three times -> (N, H, L, E)."""
+    if query.dtype == torch.float32:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    # In bf16 oneDNN's products take half the time of torch's fused kernel for a CPU.
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    return (logits if mask is None else logits + mask).softmax(-1) @ value
 
 
 def pack_blocks(model: nn.Module, block_type: type[nn.Module]) -> int:

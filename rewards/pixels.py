@@ -172,8 +172,8 @@ def _window(full: int, target: int) -> tuple[int, int, int, int]:
 def first_axis(height: int, width: int, new_height: int, new_width: int, filtering: Filter) -> int:
     """Which side this machine's Pillow resizes first: 0 the height, 1 the width.
 
-    Up to version 12 it is always the width. Version 13 starts with the height where that shrinks
-    enough; where it does not shrink at all, the width comes first in every version.
+    For long it was always the width. Newer versions (13 is one) start with the height where that
+    shrinks much more than the width; where it does not shrink, the width still comes first.
 
     Raises:
         CheckpointError: neither order gives Pillow's pixels.

@@ -26,9 +26,7 @@ from learner.optimizer import OptimizerConfig, ShardedAdamW
 from learner.parallel import Peers, join, open_meeting
 from learner.passes import Passes, Prepared, Sums, cut
 from learner.real_tokens import RealTokens, RealTokensConfig, cross_entropy
-from learner.trained import POLICY_FILE, TrainedPolicy
-
-__all__ = ["POLICY_FILE", "Learner", "LearnerConfig", "OptimizerConfig", "StepReport"]
+from learner.trained import TrainedPolicy
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "learner.msgpack"

@@ -223,4 +223,5 @@ def cut(total: int, parts: int, seed: int, iteration: int, epoch: int) -> Sequen
         return [np.arange(total)]
     key = [seed, zlib.crc32(b"minibatches")]
     generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, epoch, iteration]))
-    return [np.sort(part) for part in np.array_split(generator.permutation(total), parts)]
+    pieces = np.array_split(generator.permutation(total), parts)
+    return [np.sort(piece) for piece in pieces if len(piece)]

@@ -65,6 +65,7 @@ def test_minibatches_cover_every_rollout_once_and_are_drawn_anew() -> None:
     assert [part.tolist() for part in again] == [part.tolist() for part in first]
     other = cut(10, 3, seed=2, iteration=4, epoch=0)
     assert [part.tolist() for part in other] != [part.tolist() for part in first]
+    assert [len(part) for part in cut(2, 3, 0, 0, 0)] == [1, 1]
     assert cut(10, 1, 0, 0, 0)[0].tolist() == list(range(10))
 
 

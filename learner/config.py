@@ -159,6 +159,7 @@ class RunConfig:
             entropy=self.entropy,
             real=self.real,
             spec=self.sampling,
+            seed=self.seed,
             iterations=self.iterations,
             timeout_s=self.timeout_s,
         )

@@ -26,9 +26,7 @@ from learner.optimizer import OptimizerConfig, ShardedAdamW
 from learner.parallel import Peers, join, open_meeting
 from learner.passes import Passes, Prepared, Sums, cut
 from learner.real_tokens import RealTokens, RealTokensConfig, cross_entropy
-from learner.trained import POLICY_FILE, TrainedPolicy
-
-__all__ = ["POLICY_FILE", "Learner", "LearnerConfig", "OptimizerConfig", "StepReport"]
+from learner.trained import TrainedPolicy
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "learner.msgpack"
@@ -52,6 +50,8 @@ class LearnerConfig:
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
     real: RealTokensConfig = field(default_factory=RealTokensConfig)
     spec: SamplingSpec = field(default_factory=SamplingSpec)
+    seed: int = 0
+    """The run's."""
     iterations: int = 1
     max_staleness: int = 0
     timeout_s: float = 600.0
@@ -79,11 +79,14 @@ class Learner:
         self.name, self._config = name, config
         self.version = 0
         self._policy = TrainedPolicy(
-            config.policy, config.optimizer, reference=config.loss.kl_coef > 0
+            config.policy,
+            config.optimizer,
+            reference=config.loss.kl_coef > 0,
+            seed=config.seed,
         )
         self._real: RealTokens | None = None
         if config.real.weight:
-            self._real = RealTokens(config.real, self._policy.module, config.tokenizer)
+            self._real = RealTokens(config.real, self._policy.module, config.tokenizer, config.seed)
         self._base_entropy: float | None = None
         self._entropy = initial_state(config.entropy)
         self._store: Any = None
@@ -201,7 +204,9 @@ class Learner:
         every = [
             rows
             for epoch in range(options.updates_per_iteration)
-            for rows in cut(len(batch.tokens), options.minibatches, batch.iteration, epoch)
+            for rows in cut(
+                len(batch.tokens), options.minibatches, self._config.seed, batch.iteration, epoch
+            )
         ]
         return list(enumerate(every))
 

@@ -216,11 +216,12 @@ class Sums:
         return found | {"logprob_gap": peers.largest([largest])[0]}
 
 
-def cut(total: int, parts: int, iteration: int, epoch: int) -> Sequence[np.ndarray]:
+def cut(total: int, parts: int, seed: int, iteration: int, epoch: int) -> Sequence[np.ndarray]:
     """Rows of the minibatches of one pass over `total` rollouts: one is all of them in order, more
-    are drawn anew for each pass, a function of (iteration, pass) alone."""
+    are drawn anew for each pass, a function of (seed, iteration, pass) alone."""
     if parts == 1:
         return [np.arange(total)]
-    key = [zlib.crc32(b"minibatches"), 0]
+    key = [seed, zlib.crc32(b"minibatches")]
     generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, epoch, iteration]))
-    return [np.sort(part) for part in np.array_split(generator.permutation(total), parts)]
+    pieces = np.array_split(generator.permutation(total), parts)
+    return [np.sort(piece) for piece in pieces if len(piece)]

@@ -64,16 +64,18 @@ class RealTokens:
     """
 
     def __init__(
-        self, config: RealTokensConfig, policy: Policy, tokenizer: TokenizerConfig
+        self, config: RealTokensConfig, policy: Policy, tokenizer: TokenizerConfig, seed: int = 0
     ) -> None:
+        """seed: the run's."""
         tokens, classes = _load(config.source, policy, tokenizer)
         _check(config.source, tokens, classes, policy)
-        self.tokens, self.classes, self._size = tokens, classes, config.batch
+        self.tokens, self.classes = tokens, classes
+        self._size, self._seed = config.batch, seed
 
     def draw(self, iteration: int, update: int) -> tuple[np.ndarray, tuple[Condition, ...]]:
         """Tokens (B, T) int64 and conditions of one optimizer step, drawn with replacement: a
-        function of (iteration, update) alone, so a resumed run goes on with the same ones."""
-        key = [zlib.crc32(b"real tokens"), 0]
+        function of (seed, iteration, update) alone, so a resumed run goes on with the same ones."""
+        key = [self._seed, zlib.crc32(b"real tokens")]
         generator = np.random.Generator(
             np.random.Philox(key=key, counter=[0, 0, update, iteration])
         )

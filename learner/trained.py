@@ -28,12 +28,20 @@ class TrainedPolicy:
     dropout belongs to pre-training alone, so every pass gives the same logprobs as the sampler.
     """
 
-    def __init__(self, config: PolicyConfig, options: OptimizerConfig, *, reference: bool) -> None:
-        """reference: whether `reference_logprobs` will be asked for."""
+    def __init__(
+        self, config: PolicyConfig, options: OptimizerConfig, *, reference: bool, seed: int = 0
+    ) -> None:
+        """
+        Args:
+            reference: whether `reference_logprobs` will be asked for.
+            seed: the run's; adapters start from it.
+        """
         self._options, self.device = options, options.device
         self.module = load_policy(config, device=self.device).requires_grad_(True)
         self.module.checkpointing = options.checkpointing
-        self._adapters = Adapters(self.module, options.lora) if options.lora.rank else None
+        self._adapters: Adapters | None = None
+        if options.lora.rank:
+            self._adapters = Adapters(self.module, options.lora, seed)
         self._reference: PolicyModule | None = None
         if reference and self._adapters is None:
             kept = self.device if options.reference_device == "learner" else "cpu"

@@ -57,13 +57,16 @@ def test_schedules() -> None:
 
 
 def test_minibatches_cover_every_rollout_once_and_are_drawn_anew() -> None:
-    first, second = (cut(10, 3, iteration=4, epoch=epoch) for epoch in (0, 1))
+    first, second = (cut(10, 3, seed=1, iteration=4, epoch=epoch) for epoch in (0, 1))
     assert [len(part) for part in first] == [4, 3, 3]
     assert sorted(np.concatenate(first).tolist()) == list(range(10))
     assert [part.tolist() for part in first] != [part.tolist() for part in second]
-    again = cut(10, 3, iteration=4, epoch=0)
+    again = cut(10, 3, seed=1, iteration=4, epoch=0)
     assert [part.tolist() for part in again] == [part.tolist() for part in first]
-    assert cut(10, 1, 0, 0)[0].tolist() == list(range(10))
+    other = cut(10, 3, seed=2, iteration=4, epoch=0)
+    assert [part.tolist() for part in other] != [part.tolist() for part in first]
+    assert [len(part) for part in cut(2, 3, 0, 0, 0)] == [1, 1]
+    assert cut(10, 1, 0, 0, 0)[0].tolist() == list(range(10))
 
 
 def test_two_updates_are_two_steps_on_the_same_rollouts(policy_file: str) -> None:
@@ -86,7 +89,7 @@ def test_minibatches_are_steps_on_parts(policy_file: str) -> None:
     by_hand = make(policy_file, max_staleness=1)
     batch = batch_of(parts)
     metrics = parts.step(batch).metrics
-    for rows in cut(8, 2, batch.iteration, 0):
+    for rows in cut(8, 2, 0, batch.iteration, 0):
         fields = ("tokens", "behaviour", "advantages", "versions")
         part = {name: getattr(batch, name)[rows] for name in fields}
         asked = tuple(batch.conditions[row] for row in rows)

@@ -13,7 +13,7 @@ import yaml
 from cluster.fleet import InlineFleet
 from cluster.weights import unpack_weights
 from learner.config import RunConfig, load_preset
-from learner.run import main
+from learner.run import REFUSED, main
 from rewards.features import FeaturesConfig
 from tests.reduced import SMALL, architectures, presets, random_run, values_of
 from tests.small_run import run_training
@@ -136,3 +136,10 @@ def test_the_papers_settings_are_the_public_codes() -> None:
     assert (loss.clip_low, loss.clip_high) == (0.2, 0.2)
     assert (loss.kl_coef, loss.kl_estimator, loss.kl_level) == (3.0, "k3", "sequence")
     assert config.rewards.loo_fid.decay == 0.5
+
+
+def test_a_dry_run_still_refuses_a_policy_of_ones_own_that_is_not_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--dry-run", "--policy.checkpoint", "nowhere.safetensors"]) == REFUSED
+    assert "nowhere.safetensors: no such file" in capsys.readouterr().err

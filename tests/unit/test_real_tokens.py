@@ -30,10 +30,9 @@ def npz(tmp_path: Path) -> str:
     return str(tmp_path / "real.npz")
 
 
-def load(source: str, **changes: object) -> RealTokens:
-    return RealTokens(
-        RealTokensConfig(weight=0.1, source=source, **changes), tiny_policy(), TokenizerConfig()
-    )
+def load(source: str, seed: int = 0, **changes: object) -> RealTokens:
+    config = RealTokensConfig(weight=0.1, source=source, **changes)
+    return RealTokens(config, tiny_policy(), TokenizerConfig(), seed)
 
 
 def test_cross_entropy_by_hand() -> None:
@@ -49,12 +48,13 @@ def test_tokens_of_npz_and_parquet(npz: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(real.classes, CLASSES)
 
 
-def test_draws_are_a_function_of_iteration_and_update(npz: str) -> None:
+def test_draws_are_a_function_of_seed_iteration_and_update(npz: str) -> None:
     tokens, conditions = load(npz, batch=4).draw(3, 1)
     again = load(npz, batch=4).draw(3, 1)
     np.testing.assert_array_equal(tokens, again[0])
     assert conditions == again[1]
     assert not np.array_equal(load(npz, batch=4).draw(3, 0)[0], tokens)
+    assert not np.array_equal(load(npz, seed=1, batch=4).draw(3, 1)[0], tokens)
     for row, condition in zip(tokens, conditions):
         at = [index for index in range(6) if (TOKENS[index] == row).all()]
         assert CLASSES[at[0]] == condition.class_index

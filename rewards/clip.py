@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cluster.errors import ConfigError
 from rewards.openclip import Precision, TextImageModel
-from rewards.pixels import Preprocess, fault, preprocess
+from rewards.pixels import Preprocess, fault, preprocess, to_device
 from rewards.prompts import PromptConfig
-from rewards.text_image import TextImageScorer, to_device
+from rewards.text_image import TextImageScorer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from rewards.inception import (
     torchvision_pixels,
 )
 from rewards.network_features import NetworkFeatures, Precision, each_size
-from rewards.resize import to_device
+from rewards.pixels import Preprocess, preprocess, to_device
 from rewards.vision_towers import ClipTower, load_dinov2
 from rewards.weight_files import given, weights_digest
 
@@ -132,22 +132,22 @@ def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
     if config.network == "inception":
         network = inception = load_fid_inception(config.checkpoint)
         digest, prepared = weights_digest(network), "tensorflow299"
-        embed, preprocess = lambda pixels: inception(pixels)[0], _on(device, fid_pixels)
+        embed, prepare = lambda pixels: inception(pixels)[0], _on(device, fid_pixels)
     elif config.network == "torchvision-inception":
         network = embed = load_torchvision_inception(config.checkpoint)
         digest, prepared = weights_digest(network), "antialias299-imagenet"
-        preprocess = _on(device, torchvision_pixels)
+        prepare = _on(device, torchvision_pixels)
     elif config.network == "dinov2":
         network, settings, digest = load_dinov2(config.model, config.checkpoint)
-        embed, prepared, preprocess = network, settings.fingerprint, _on(device, settings)
+        embed, prepared, prepare = network, settings.fingerprint, _as_trained(device, settings)
     else:
         tower = ClipTower(config.model, config.checkpoint, device)
         digest, prepared = weights_digest(tower.visual), tower.settings.fingerprint
-        network, embed, preprocess = tower.network, tower, _on(device, tower.settings)
+        network, embed, prepare = tower.network, tower, _as_trained(device, tower.settings)
     return NetworkFeatures(
         network,
         embed,
-        preprocess,
+        prepare,
         f"{config.network}-{digest}-{prepared}",
         device=device,
         batch=config.batch,
@@ -156,5 +156,10 @@ def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
 
 
 def _on(device: str, prepare: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], Tensor]:
-    """A preprocessing of tensors, for arrays."""
-    return lambda images: prepare(to_device(images, device))
+    """A preprocessing of (n, 3, H, W) uint8 tensors, for arrays."""
+    return lambda images: prepare(to_device(images, device).permute(0, 3, 1, 2))
+
+
+def _as_trained(device: str, settings: Preprocess) -> Callable[[np.ndarray], Tensor]:
+    """The transform that a vision transformer was trained with, for arrays."""
+    return lambda images: preprocess(to_device(images, device), settings)

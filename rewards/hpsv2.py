@@ -16,9 +16,9 @@ from torch import Tensor
 from cluster.errors import CheckpointError, ConfigError
 from rewards.hpsv2_package import PackageModel
 from rewards.openclip import Precision, TextImageModel, is_own_source
-from rewards.pixels import Preprocess, fit_floats, longest_size, normalise, too_narrow
+from rewards.pixels import Preprocess, fit_floats, longest_size, normalise, to_device, too_narrow
 from rewards.prompts import PromptConfig
-from rewards.text_image import TextImageScorer, to_device
+from rewards.text_image import TextImageScorer
 
 REPOSITORY = "xswu/HPSv2"
 PUBLISHED = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.torchvision_ops import ensure_torchvision
-from rewards.resize import normalise, resize_tensorflow
+from rewards.pixels import normalise
+from rewards.resize import resize_tensorflow
 from rewards.weight_files import load_network, read_state, weights_file
 
 SIZE = 299

@@ -41,6 +41,8 @@ class TextImageModel:
             .safetensors). Empty for the others, which come with their weights.
         precision: bf16 is open_clip's: linear maps and convolutions in bf16, normalisations and
             what this class returns in fp32.
+        pack: on a CPU, lay the transformer's weights out for speed; the model is then for
+            inference alone, and its weights cannot be read any more.
 
     Raises:
         CheckpointError: unknown name, missing file, weights that do not fit, or weights that were
@@ -48,7 +50,13 @@ class TextImageModel:
     """
 
     def __init__(
-        self, model: str, pretrained: str, device: str, precision: Precision = "fp32"
+        self,
+        model: str,
+        pretrained: str,
+        device: str,
+        precision: Precision = "fp32",
+        *,
+        pack: bool = True,
     ) -> None:
         ensure_torchvision()
         import open_clip
@@ -66,7 +74,7 @@ class TextImageModel:
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(f"open_clip model {model!r} cannot be loaded: {error}") from error
         self.model.eval().requires_grad_(False)
-        if self.device.type == "cpu":
+        if pack and self.device.type == "cpu":
             pack_blocks(self.model, open_clip.transformer.ResidualAttentionBlock)
         self.tokenizer = open_clip.get_tokenizer(name, **kwargs)
 

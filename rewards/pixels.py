@@ -42,7 +42,7 @@ _KNOWN = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_c
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """An open_clip model's evaluation transform."""
+    """The evaluation transform of an open_clip model, or of one of timm's."""
 
     size: tuple[int, int]
     """Height and width that the model takes, pixels."""
@@ -55,6 +55,17 @@ class Preprocess:
     interpolation: Filter = "bicubic"
     fill: int = 0
     """Value of padded pixels before normalisation, 0 to 255."""
+    scale: int = 0
+    """Side that resizing aims at, of a square that is then cropped to `size`; 0 is `size`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that changes the pixels."""
+        numbers = ",".join(f"{value:g}" for value in (*self.mean, *self.std))
+        sides = "x".join(str(side) for side in self.size)
+        padding = f"-fill{self.fill}" if self.resize_mode == "longest" else ""
+        way = f"{self.interpolation}-{self.resize_mode}{self.scale or ''}{padding}"
+        return f"{way}-{sides}-{numbers}"
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Preprocess:
@@ -100,6 +111,11 @@ def preprocess(images: Tensor, config: Preprocess) -> Tensor:
     """
     pixels = fit(images.permute(0, 3, 1, 2), config)
     return normalise(pixels.float() / 255, config.mean, config.std)
+
+
+def to_device(images: np.ndarray, device: str | torch.device) -> Tensor:
+    """(n, H, W, 3) uint8 on a device; copied, because the array may be read-only shared memory."""
+    return torch.tensor(images, device=device)
 
 
 def fault(height: int, width: int, config: Preprocess) -> str | None:
@@ -150,9 +166,9 @@ def scaled_size(height: int, width: int, config: Preprocess) -> tuple[int, int]:
     integer), and as open_clip's `ResizeKeepRatio` for others (both sides are rounded).
     """
     if config.resize_mode == "squash":
-        return config.size
+        return (config.scale, config.scale) if config.scale else config.size
     if config.resize_mode == "shortest" and config.size[0] == config.size[1]:
-        size = config.size[0]
+        size = config.scale or config.size[0]
         longer = int(size * max(height, width) / min(height, width))
         return (longer, size) if width <= height else (size, longer)
     ratios = height / config.size[0], width / config.size[1]

@@ -180,10 +180,5 @@ def _mean(rows: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else F.normalize(torch.stack(rows).mean(0), dim=-1)
 
 
-def to_device(images: np.ndarray, device: torch.device) -> Tensor:
-    """(n, H, W, 3) uint8 on a device; copied, because the array may be read-only shared memory."""
-    return torch.tensor(images, device=device)
-
-
 def _shortened(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from cluster.errors import CheckpointError, ConfigError
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.openclip import TextImageModel
-from rewards.resize import KERNELS, centre_crop, normalise, resize_pil, shortest_side
+from rewards.pixels import SUPPORT, Preprocess, ResizeMode
 from rewards.weight_files import brief, given, read_state, weights_digest
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -25,37 +23,7 @@ CLIP = "ViT-B-32-quickgelu"  # CLIP-FID's (Kynkäänniemi et al. 2023, 2203.0602
 CLIP_TAG = "openai"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """What an image goes through before a vision transformer: resized as PIL does it, the middle
-    cut out, channels normalised."""
-
-    size: int
-    """Side of the square that the network takes, pixels."""
-    scale: int
-    """The shorter side after resizing."""
-    squash: bool
-    """Both sides become `scale`, whatever the image's shape."""
-    mode: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def fingerprint(self) -> str:
-        numbers = ",".join(f"{value:g}" for value in (*self.mean, *self.std))
-        fit = "squash" if self.squash else "fit"
-        return f"{self.mode}-{fit}{self.scale}-crop{self.size}-{numbers}"
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 -> (N, 3, size, size) fp32."""
-        shape = (self.scale, self.scale)
-        if not self.squash:
-            shape = shortest_side(images.shape[-2], images.shape[-1], self.scale)
-        pixels = centre_crop(resize_pil(images, shape, self.mode), self.size)
-        return normalise(pixels / 255, self.mean, self.std)
-
-
-def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Preprocessing, str]:
+def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Preprocess, str]:
     """A vision transformer of timm whose output is its features, (N, D), on the CPU.
 
     DINOv2's (Oquab et al. 2023, 2304.07193) are the class token after the last norm. Position
@@ -106,27 +74,25 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
     return network, settings, digest
 
 
-def _settings(config: Any, model: str) -> Preprocessing:
+def _settings(config: Any, model: str) -> Preprocess:
     """From timm's description of a model."""
     if config is None:
         raise ConfigError(f"model: timm has no weights of {model!r}: choose one that it lists")
-    _check_known(model, config.interpolation, config.crop_mode, ("center", "squash"))
-    return Preprocessing(
-        size=DINOV2_SIZE,
-        scale=math.floor(DINOV2_SIZE / config.crop_pct),
-        squash=config.crop_mode == "squash",
-        mode=config.interpolation,
-        mean=config.mean,
-        std=config.std,
-    )
-
-
-def _check_known(model: str, mode: str, fit: str, fits: tuple[str, ...]) -> None:
-    if mode not in KERNELS or fit not in fits:
+    ways: dict[str, ResizeMode] = {"center": "shortest", "squash": "squash"}
+    if config.interpolation not in SUPPORT or config.crop_mode not in ways:
         raise ConfigError(
-            f"model: {model!r} takes images resized by {mode!r}, {fit!r}; known here are "
-            f"{' and '.join(KERNELS)}, {' and '.join(fits)}: choose another model"
+            f"model: {model!r} takes images resized by {config.interpolation!r}, "
+            f"{config.crop_mode!r}; known here are {' and '.join(SUPPORT)}, {' and '.join(ways)}: "
+            "choose another model"
         )
+    return Preprocess(
+        size=(DINOV2_SIZE, DINOV2_SIZE),
+        scale=math.floor(DINOV2_SIZE / config.crop_pct),
+        resize_mode=ways[config.crop_mode],
+        interpolation=config.interpolation,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+    )
 
 
 def _unloadable(model: str, checkpoint: str, error: Exception) -> str:
@@ -154,7 +120,7 @@ class ClipTower:
     def __init__(self, model: str, checkpoint: str, device: str) -> None:
         pretrained = checkpoint if given(checkpoint) else "" if model else CLIP_TAG
         try:
-            loaded = TextImageModel(model or CLIP, pretrained, device)
+            loaded = TextImageModel(model or CLIP, pretrained, device, pack=False)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}; for features, the tag or file goes into `checkpoint`: without a network "
@@ -162,18 +128,7 @@ class ClipTower:
             ) from error
         self.network: Any = loaded.model
         self.visual: nn.Module = loaded.model.visual
-        options: Mapping[str, Any] = loaded.model.visual.preprocess_cfg
-        _check_known(
-            model or CLIP, options["interpolation"], options["resize_mode"], ("shortest", "squash")
-        )
-        self.settings = Preprocessing(
-            size=loaded.image_size,
-            scale=loaded.image_size,
-            squash=options["resize_mode"] == "squash",
-            mode=options["interpolation"],
-            mean=tuple(options["mean"]),
-            std=tuple(options["std"]),
-        )
+        self.settings = Preprocess.of(loaded.preprocess_config)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) fp32 -> (N, D)."""

@@ -1,4 +1,4 @@
-"""DINOv2 against plain timm, CLIP against plain open_clip, resizing against PIL."""
+"""DINOv2 against plain timm, CLIP against plain open_clip."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from torch import nn
 from cluster.errors import CheckpointError, ConfigError
 from cluster.tensors import locate
 from cluster.torchvision_ops import ensure_torchvision
-from rewards import vision_towers
 from rewards.features import FeaturesConfig, load_features
-from rewards.resize import centre_crop, resize_fixed_point, resize_pil, shortest_side, to_device
 from tests.unit.test_inception import pictures
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
@@ -76,16 +74,6 @@ def test_dinov2_equals_plain_timm(size: tuple[int, int], weights: Path, plain: n
     ours, theirs = extract(images), plain_timm(plain, list(images))
     assert theirs.std(0).mean() > 0.05
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
-
-
-def test_dinov2_as_a_gpu_prepares_images(
-    weights: Path, plain: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vision_towers, "resize_pil", resize_fixed_point)
-    images = pictures((130, 90))
-    extract = load_features(FeaturesConfig(network="dinov2", model=SMALL, checkpoint=str(weights)))
-    theirs = plain_timm(plain, list(images))
-    np.testing.assert_allclose(extract(images), theirs, rtol=0, atol=1e-4)
 
 
 def test_dinov2_takes_mixed_sizes_and_bf16(weights: Path, plain: nn.Module) -> None:
@@ -163,7 +151,7 @@ def clip_directory(folder: Path, resize_mode: str) -> Path:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (13, 9)])
-@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
 def test_clip_equals_plain_open_clip(
     size: tuple[int, int], resize_mode: str, tmp_path: Path
 ) -> None:
@@ -180,47 +168,3 @@ def test_clip_equals_plain_open_clip(
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     assert theirs.std(0).mean() > 1e-2
     assert np.abs(np.linalg.norm(theirs, axis=1) - 1).min() > 0.05
-
-
-def test_unknown_ways_of_resizing_are_refused(tmp_path: Path) -> None:
-    directory = clip_directory(tmp_path, "longest")
-    with pytest.raises(ConfigError, match=r"'longest'; known here are .* shortest and squash"):
-        load_features(FeaturesConfig(network="clip", model=str(directory)))
-
-
-@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("size", [(256, 256), (90, 130), (500, 31), (2, 2), (1000, 700)])
-def test_resizing_is_pils(size: tuple[int, int], mode: str) -> None:
-    assert_resized_as_pil_does(size, shortest_side(*size, 224), mode)
-
-
-def test_resizing_is_pils_for_any_shape() -> None:
-    """Shapes on both sides of where Pillow changes the order of the passes."""
-    generator = np.random.default_rng(0)
-    for number, (*before, height, width) in enumerate(generator.integers(2, 40, (300, 4)).tolist()):
-        assert_resized_as_pil_does(tuple(before), (height, width), list(FILTERS)[number % 2])
-    for width in (15, 16, 17):  # the height shrinks by 8: more than, just, less than twice as much
-        assert_resized_as_pil_does((30, 20), (22, width), "bicubic")
-
-
-FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
-def assert_resized_as_pil_does(before: tuple[int, int], size: tuple[int, int], mode: str) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (*before, 3)).astype(np.uint8)
-    theirs = np.asarray(Image.fromarray(image).resize(size[::-1], FILTERS[mode]))
-    for resize in (resize_pil, resize_fixed_point):  # the latter is what GPUs run
-        ours = resize(to_device(image[None], "cpu"), size, mode)[0]
-        np.testing.assert_array_equal(ours.permute(1, 2, 0).numpy(), theirs, f"{before} to {size}")
-
-
-def test_sizes_and_crops_are_torchvisions() -> None:
-    ensure_torchvision()
-    from torchvision.transforms import v2
-
-    for height, width in ((300, 301), (224, 500), (31, 500), (500, 31), (2, 3)):
-        image = Image.new("RGB", (width, height))
-        assert v2.Resize(224)(image).size[::-1] == shortest_side(height, width, 224)
-    for height, width in ((225, 227), (224, 331), (300, 224)):
-        pixels = torch.arange(height * width).view(1, 1, height, width)
-        assert torch.equal(centre_crop(pixels, 224), v2.CenterCrop(224)(pixels))

@@ -183,12 +183,17 @@ def _source(model: str, pretrained: str) -> tuple[str, dict[str, str], Path | No
         )
     if _is_file(pretrained):
         return model, {}, locate(pretrained)
-    _check_activation(model, pretrained)
+    check_activation(model, pretrained)
     return model, {}, None
 
 
-def _check_activation(model: str, tag: str) -> None:
-    """open_clip only warns where weights were trained with QuickGELU and the model has GELU."""
+def check_activation(model: str, tag: str) -> None:
+    """open_clip only warns where weights were trained with QuickGELU and the model has GELU.
+
+    Raises:
+        CheckpointError: names the model that has the right activation.
+    """
+    ensure_torchvision()
     import open_clip
 
     trained = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False)

@@ -10,11 +10,13 @@ import pytest
 import torch
 import yaml
 
+from cluster.errors import CheckpointError
 from cluster.fleet import InlineFleet
 from cluster.weights import unpack_weights
 from learner.config import RunConfig, load_preset
 from learner.run import REFUSED, main
 from rewards.features import FeaturesConfig
+from rewards.openclip import check_activation
 from tests.reduced import SMALL, architectures, presets, random_run, values_of
 from tests.small_run import run_training
 
@@ -117,6 +119,15 @@ def test_the_reduced_policy_is_of_the_presets_family(name: str) -> None:
     assert type(policy).__name__.startswith("Taming") == (name == "vqgan-imagenet")
     assert tokenizer.codebook_size == policy.vocab_size
     assert bool(getattr(policy, "caption_dim", 0)) == (name == "llamagen-t2i")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_clip_weights_have_the_activation_they_were_trained_with(name: str) -> None:
+    clip = load_preset(name).rewards.clip
+    if clip.pretrained:
+        check_activation(clip.model, clip.pretrained)
+        with pytest.raises(CheckpointError, match="trained with another activation"):
+            check_activation(clip.model.removesuffix("-quickgelu"), clip.pretrained)
 
 
 def test_the_papers_settings_are_the_public_codes() -> None:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 MIN_WEIGHTS = 1 << 16  # of a layer; below, the call costs more than it saves
 
 

@@ -35,10 +35,10 @@ def options(**changes: object) -> OptimizerConfig:
     return OptimizerConfig(**{"lr": 1e-2, "microbatch": 8, **changes})
 
 
-def off_policy(learner: Learner, spread: float = 0.8) -> TrainingBatch:
+def off_policy(learner: Learner, iteration: int = 0, rows: int = 8) -> TrainingBatch:
     """A batch whose behaviour logprobs differ from the learner's, token by token."""
-    batch = batch_of(learner)
-    noise = np.random.default_rng(0).normal(0, spread, batch.behaviour.shape)
+    batch = batch_of(learner, iteration, rows)
+    noise = np.random.default_rng(iteration).normal(0, 0.8, batch.behaviour.shape)
     return dataclasses.replace(batch, behaviour=batch.behaviour + noise.astype(np.float32))
 
 

@@ -360,3 +360,12 @@ def test_a_token_that_the_learners_filter_drops_is_seen_but_stops_nothing(policy
     metrics = learner.step(batch).metrics
     assert metrics["policy/logprob_gap"] == math.inf
     assert torch.isfinite(weights(learner)).all()
+
+
+def test_adapters_without_their_package_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'tessera-rl\[lora\]'"):
+        LoraConfig(rank=1)
+    LoraConfig(rank=0)  # nothing is needed for nothing

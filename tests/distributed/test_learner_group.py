@@ -19,6 +19,7 @@ from cluster.weights import unpack_weights
 from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
 from learner.config import RunConfig
 from learner.loop import Iteration
+from rewards.combine import Combiner
 from tests.small_run import run_training, small_config
 
 ROUNDING = 1e-6
@@ -55,7 +56,7 @@ def test_two_learners_of_eight_are_one_of_sixteen(
     with RayFleet(config.fleet_plan(), ray_session) as fleet:
         found = run_training(config, fleet)
         assert_equal(published(fleet), weights)
-        saved = save_checkpoint(tmp_path, 4, fleet, keep=1)
+        saved = save_checkpoint(tmp_path, 4, fleet, Combiner({}), keep=1)
         assert fleet.learner.restore(saved.path) == 4
         assert_equal(published(fleet), weights)
         workers = {span.worker for span in found[0].spans if span.phase == "learn"}
@@ -65,7 +66,7 @@ def test_two_learners_of_eight_are_one_of_sixteen(
             assert ours.row[name] == pytest.approx(theirs.row[name], rel=1e-4), name
     # Complete, and independent of who wrote it: one learner goes on from it.
     with InlineFleet(config_of().fleet_plan()) as one:
-        restore(newest_checkpoint(tmp_path, print), one)
+        restore(newest_checkpoint(tmp_path, print), one, Combiner({}))
         assert_equal(published(one), weights)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cluster.fleet import Fleet, StopRequestedError
+from cluster.fleet import Fleet, InlineFleet, StopRequestedError
 from learner import evaluate
 from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
 from learner.config import RunConfig
@@ -162,7 +162,8 @@ class Experiment:
         if self._rows:
             self._console.table(self._rows)
         if self._shares:
-            advice = bottleneck(self._shares, self._config.max_staleness)
+            inline = isinstance(self._fleet, InlineFleet)
+            advice = bottleneck(self._shares, self._config.max_staleness, inline=inline)
             self._console.timeline(self._shares, advice)
         write_report(self._run, self._config, self._rows)
         self._console.say(

@@ -16,13 +16,14 @@ from cluster.messages import Span
 DRIVER = "driver"
 WAIT = "wait_"  # beginning of phases in which the driver waits for a role
 QUEUE = "queue"  # work that waits inside a worker
+PUBLISHING = "broadcast"  # others work
 FULL = 0.8
 """Busy share from which on a role is said to bound the run."""
 FLAGS = {
     "sampler": "--num-samplers",
     "reward-server": "--num-reward-servers",
     "learner": "--num-learners",
-    "moments-server": "--rewards.loo-fid.method influence (first order, without a decomposition)",
+    "moments-server": "--rewards.loo-fid.rebuild-every 10, with a long history",
     DRIVER: "--output.no-rollouts, or a larger --output.checkpoint-every",
 }
 """Role -> the option that gives it more, or less to do."""
@@ -30,7 +31,7 @@ FLAGS = {
 
 def works(span: Span) -> bool:
     """Whether a worker works in a phase, rather than waits."""
-    return span.phase != QUEUE and not span.phase.startswith(WAIT)
+    return span.phase not in (QUEUE, PUBLISHING) and not span.phase.startswith(WAIT)
 
 
 class Stopwatch:
@@ -129,10 +130,16 @@ def flag_of(role: str) -> str:
     return FLAGS.get(role, f"num_servers of reward_pools.{pool}, in the YAML")
 
 
-def bottleneck(shares: Sequence[RoleUse], max_staleness: int) -> str:
-    """What bounds the run, and which option would move it. Empty if nothing was seen."""
+def bottleneck(shares: Sequence[RoleUse], max_staleness: int, *, inline: bool = False) -> str:
+    """What bounds the run, and which option would move it. Empty if nothing was seen.
+
+    Args:
+        inline: every role is in one process.
+    """
     if not shares:
         return ""
+    if inline:
+        return "bottleneck: one process does everything in turn: leave --inline out"
     top = max(shares, key=lambda use: use.busy)
     if top.busy >= FULL:
         many = "s were" if top.workers > 1 else " was"

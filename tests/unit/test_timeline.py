@@ -25,7 +25,7 @@ def test_shares_by_hand() -> None:
     assert found["reward-server"].busy == pytest.approx(0.2)  # waiting in a queue is no work
     assert found["learner"].idle == pytest.approx(0.8)
     assert "driver" not in found
-    assert [use.role for use in usage.shares()][0] == "sampler"
+    assert usage.shares()[0].role == "sampler"
 
 
 def test_overlapping_spans_of_a_worker_count_once() -> None:
@@ -57,14 +57,20 @@ def test_the_bottleneck_and_its_flag(shares: list, staleness: int, text: str) ->
     assert text in bottleneck([RoleUse(*share) for share in shares], staleness)
 
 
+def test_one_process_is_its_own_bottleneck() -> None:
+    assert "leave --inline out" in bottleneck([RoleUse("sampler", 1, 0.9)], 0, inline=True)
+    assert bottleneck([], 0) == ""
+
+
 def test_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
     from learner.run import main
 
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for flag in ("--num-samplers", "--num-reward-servers", "--num-learners", "--max-staleness",
-                 "--rewards.loo-fid.method", "no-rollouts", "--output.checkpoint-every"):  # fmt: skip
+    flags = ["--num-samplers", "--num-reward-servers", "--num-learners", "--max-staleness"]
+    output = ["no-rollouts", "--output.checkpoint-every"]
+    for flag in (*flags, *output, "--rewards.loo-fid.rebuild-every"):
         assert flag in text, flag
 
 

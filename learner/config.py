@@ -93,6 +93,9 @@ class RunConfig:
     """Conditions an iteration draws (P)."""
     rollouts_per_group: Annotated[int, Field(ge=2)] = 16
     """Rollouts of each condition (K)."""
+    max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
+    """Iterations that sampling is ahead of learning (S): rollouts are S updates old. 0: on-policy;
+    with 1, samplers and reward servers work while the learner learns."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Longest wait for any one answer of a worker, seconds."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
@@ -161,6 +164,7 @@ class RunConfig:
             spec=self.sampling,
             seed=self.seed,
             iterations=self.iterations,
+            max_staleness=self.max_staleness,
             timeout_s=self.timeout_s,
         )
         return FleetPlan(

@@ -18,7 +18,7 @@ from typing import NewType, Protocol, Self
 import numpy as np
 
 from cluster.errors import ConfigError, TesseraError
-from cluster.messages import SampleRequest, ScoredGroup, merge_scores
+from cluster.messages import SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, SamplerRole
 
 Ticket = NewType("Ticket", int)
@@ -90,6 +90,7 @@ class InlineFleet:
                 "out, or set --num-learners 1"
             )
         self._should_stop = should_stop
+        self._base: WeightSnapshot | None = None
         self.learner: LearnerRole = build(role="learner")  # type: ignore[assignment]
         self.moments: MomentsRole = build(role="moments_server")  # type: ignore[assignment]
         self._sampler: SamplerRole = build(role="sampler")  # type: ignore[assignment]
@@ -139,4 +140,7 @@ class InlineFleet:
         self.moments.refresh()
 
     def broadcast(self) -> int:
-        return self._sampler.load_weights(self.learner.snapshot())
+        if not self._plan.adapters_alone:
+            return self._sampler.load_weights(self.learner.snapshot())
+        self._base = self._base or self.learner.base_snapshot()
+        return self._sampler.load_weights(self.learner.adapter_snapshot(), self._base)

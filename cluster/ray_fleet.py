@@ -23,6 +23,7 @@ from cluster.learner_group import LearnerGroup
 from cluster.messages import SampleRequest, ScoredGroup, Span
 from cluster.placement import Placement, place
 from cluster.pool import State, Waiting, Worker, WorkerPool
+from cluster.publisher import publisher_of
 from cluster.ray_calls import RemoteRole, answer
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
@@ -63,8 +64,8 @@ class RayFleet:
     ) -> None:
         self._plan, self._session, self._should_stop, self._say = plan, session, should_stop, say
         self._refresh: Any = None  # the moments server's work of the iteration before
-        self._snapshot: ray.ObjectRef | None = None
         self._placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
+        self._weights = publisher_of(plan, session, say)
         self._learners = [self._launch(plan.learner, i) for i in range(plan.learner.count)]
         self._learner, self._moments = self._learners[0], self._launch(plan.moments_server)
         self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
@@ -148,8 +149,17 @@ class RayFleet:
     def broadcast(self) -> int:
         """Publish the learner's weights once, and have every sampler take them up. Samplers that
         are still starting are not waited for: they serve once they have them."""
-        self._snapshot = self._learner.handle.snapshot.remote()
-        loading = {w.handle.load_weights.remote(self._snapshot): w for w in self._samplers.workers}
+        handles = [worker.handle for worker in self._samplers.workers]
+        self._weights.publish(self._learner.handle, handles)
+        try:
+            return self._load_weights()
+        except FleetError as error:
+            if not self._weights.fall_back(error):
+                raise
+            return self._load_weights()
+
+    def _load_weights(self) -> int:
+        loading = {self._weights.load(w.handle): w for w in self._samplers.workers}
         version = -1
         for ref, worker in loading.items():
             if worker.state is State.STARTING:
@@ -161,7 +171,7 @@ class RayFleet:
                 self._lost(self._samplers, worker)
         if version < 0:  # every sampler was lost
             worker = self._await_worker(self._samplers)
-            probe = worker.handle.load_weights.remote(self._snapshot)
+            probe = self._weights.load(worker.handle)
             version = answer(probe, f"{worker.name}.load_weights", self._plan.timeout_s)
         return version
 
@@ -175,11 +185,13 @@ class RayFleet:
             options["max_concurrency"] = role.concurrency
         if role.runtime_env:
             options["runtime_env"] = dict(role.runtime_env)
+        if role in (self._plan.learner, self._plan.sampler):
+            options |= self._weights.actor_options()
         actor = ray.remote(role.factory).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         ready = handle.__ray_ready__.remote()
-        if role is self._plan.sampler and self._snapshot is not None:
-            ready = handle.load_weights.remote(self._snapshot)  # it serves with the weights only
+        if role is self._plan.sampler and self._weights.published:
+            ready = self._weights.load(handle)  # it serves with the weights only
         return Worker(role, index, handle, ready, addition)
 
     def _dismiss(self, worker: Worker) -> None:

@@ -25,6 +25,7 @@ from cluster.errors import ConfigError
 from cluster.messages import SamplingSpec
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.runtime import RayConfig
+from cluster.transports import WeightsConfig
 from learner.conditions import ConditionsConfig
 from learner.entropy import EntropyConfig
 from learner.learner import Learner, LearnerConfig, OptimizerConfig
@@ -115,6 +116,7 @@ class RunConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
@@ -162,6 +164,7 @@ class RunConfig:
             seed=self.seed,
             iterations=self.iterations,
             timeout_s=self.timeout_s,
+            wire_dtype=self.weights.wire(self.sampler.dtype),
         )
         return FleetPlan(
             sampler=Role(
@@ -191,6 +194,8 @@ class RunConfig:
             ),
             timeout_s=self.timeout_s,
             max_restarts=self.max_restarts,
+            transport=self.weights.transport,
+            adapters_alone=self.learner.lora.rank > 0,
         )
 
     def _reward_role(
@@ -287,6 +292,7 @@ MAY_CHANGE = (
     "learner.reference_device",
     "output.",
     "evaluation.",
+    "weights.transport",
     "ray.",
 )
 """Beginnings of the fields that a resumed run may set anew: they change how it is carried out, not

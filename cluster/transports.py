@@ -25,7 +25,6 @@ class DeviceTransport:
     ray_name: str
     group: bool = False
     """Sender and receivers must form a group beforehand, which nobody can join later."""
-    device: str = "cuda"
 
 
 DEVICE_TRANSPORTS = {

@@ -310,7 +310,7 @@ def _layout(
             )
         entries.append({"name": name, "dtype": label, "shape": list(tensor.shape), "at": offset})
         offset += math.ceil(tensor.numel() * kind.itemsize / ALIGNMENT) * ALIGNMENT
-    return entries, offset
+    return entries, max(offset, ALIGNMENT)  # numpy and torch are odd about empty memory
 
 
 def _view(flat: Tensor, entry: Mapping[str, Any]) -> Tensor:

@@ -57,9 +57,11 @@ class Publisher:
     def published(self) -> bool:
         return self._learner is not None
 
-    def actor_options(self) -> dict[str, Any]:
-        """Ray options of learner and samplers."""
-        return {"enable_tensor_transport": True} if self._device else {}
+    def actor_class(self, factory: Callable[..., Any]) -> Any:
+        """Ray's actor class of a learner or sampler."""
+        if self._device:  # an option of the class: `.options` leaves it out without a word
+            return ray.remote(enable_tensor_transport=True)(factory)
+        return ray.remote(factory)
 
     def publish(self, learner: Any, samplers: Sequence[Any] = ()) -> None:
         """Ask the learner (an actor's handle) for its weights, without waiting for them.

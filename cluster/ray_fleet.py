@@ -185,9 +185,9 @@ class RayFleet:
             options["max_concurrency"] = role.concurrency
         if role.runtime_env:
             options["runtime_env"] = dict(role.runtime_env)
-        if role in (self._plan.learner, self._plan.sampler):
-            options |= self._weights.actor_options()
-        actor = ray.remote(role.factory).options(**options)
+        concerned = role.name in (self._plan.learner.name, self._plan.sampler.name)
+        wrap = self._weights.actor_class if concerned else ray.remote
+        actor = wrap(role.factory).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         ready = handle.__ray_ready__.remote()
         if role is self._plan.sampler and self._weights.published:

@@ -33,7 +33,7 @@ WAIT_S = 120.0
 
 
 def layers(value: float) -> torch.nn.Module:
-    return torch.nn.ParameterList(torch.full((SIDE, SIDE), value) for _ in range(4))
+    return torch.nn.ParameterList(torch.full((SIDE, SIDE), float(value)) for _ in range(4))
 
 
 class SmallLearner:
@@ -80,8 +80,8 @@ class SmallSampler:
 
 
 @contextmanager
-def actors(*kinds: type, **options: Any) -> Iterator[list[Any]]:
-    handles = [ray.remote(kind).options(num_cpus=0.1, **options).remote() for kind in kinds]
+def actors(publisher: Publisher, *kinds: type) -> Iterator[list[Any]]:
+    handles = [publisher.actor_class(k).options(num_cpus=0.1).remote() for k in kinds]
     try:
         yield handles
     finally:
@@ -99,8 +99,8 @@ def values(sampler: Any) -> list[float]:
 
 
 def test_a_snapshot_outlives_the_learner(ray_session: RaySession) -> None:
-    with actors(SmallLearner, SmallSampler, SmallSampler) as (learner, first, second):
-        publisher = Publisher(OBJECT_STORE)
+    publisher = Publisher(OBJECT_STORE)
+    with actors(publisher, SmallLearner, SmallSampler, SmallSampler) as (learner, first, second):
         publisher.publish(learner)
         assert loaded(publisher, first) == [1]
         os.kill(answer(learner.pid.remote(), "pid", WAIT_S), signal.SIGKILL)
@@ -111,8 +111,8 @@ def test_a_snapshot_outlives_the_learner(ray_session: RaySession) -> None:
 
 
 def test_an_in_place_write_reaches_nobody_else(ray_session: RaySession) -> None:
-    with actors(SmallLearner, *[SmallSampler] * 3) as (learner, writer, other, late):
-        publisher = Publisher(OBJECT_STORE)
+    publisher = Publisher(OBJECT_STORE)
+    with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, writer, other, late):
         publisher.publish(learner)
         assert loaded(publisher, writer, other) == [1, 1]
         answer(writer.write_in_place.remote(), "write", WAIT_S)
@@ -152,7 +152,6 @@ def test_a_sampler_that_dies_in_its_load_harms_nobody(
 
 
 def test_adapters_alone_give_the_same_run_as_in_one_process(ray_session: RaySession) -> None:
-    pytest.importorskip("peft")
     config = small_config(num_samplers=2, iterations=2, learner={"lora": {"rank": 2}})
     assert config.fleet_plan().adapters_alone
     with InlineFleet(config.fleet_plan()) as fleet:
@@ -164,8 +163,7 @@ def test_adapters_alone_give_the_same_run_as_in_one_process(ray_session: RaySess
 def test_a_transport_that_cannot_run_is_replaced_and_said(ray_session: RaySession) -> None:
     said: list[str] = []
     plan = small_config(weights={"transport": "nccl"}).fleet_plan()
-    publisher = publishing.publisher_of(plan, ray_session, said.append)
-    assert publisher.actor_options() == {}
+    publishing.publisher_of(plan, ray_session, said.append)
     assert said == [
         "weights.transport nccl cannot run, going on with object-store: the learner must have a "
         "GPU (num_gpus is 0); samplers must have a GPU (num_gpus is 0)"
@@ -182,8 +180,7 @@ def over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_group_transport_brings_the_weights(ray_session: RaySession, over_gloo: None) -> None:
     said: list[str] = []
     publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
-    options = publisher.actor_options()
-    with actors(SmallLearner, *[SmallSampler] * 3, **options) as (learner, first, second, late):
+    with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, first, second, late):
         for version in (1, 2):
             publisher.publish(learner, [first, second])
             assert loaded(publisher, first, second) == [version] * 2
@@ -201,7 +198,7 @@ def test_a_group_transport_brings_the_weights(ray_session: RaySession, over_gloo
 def test_a_failed_transport_falls_back_once(ray_session: RaySession, over_gloo: None) -> None:
     said: list[str] = []
     publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
-    with actors(SmallLearner, SmallSampler, **publisher.actor_options()) as (learner, sampler):
+    with actors(publisher, SmallLearner, SmallSampler) as (learner, sampler):
         publisher.publish(learner, [sampler])
         assert publisher.fall_back(CheckpointError("snapshot 1 is damaged"))
         assert not publisher.fall_back(CheckpointError("snapshot 1 is damaged"))

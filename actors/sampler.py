@@ -49,17 +49,22 @@ class Sampler:
         self._decoder = load_decoder(config.tokenizer, device=self._device)
         self._workspace = Workspace(self._policy)
 
-    def load_weights(self, snapshot: WeightSnapshot) -> int:
+    def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
         """Take up a snapshot; returns its version.
 
+        Args:
+            base: the full snapshot that `snapshot` builds upon, where it does.
+
         Raises:
-            CheckpointError: damaged, older than what is held, or of another architecture.
+            CheckpointError: damaged, older than what is held, of another base or architecture. What
+                was held before is still there.
         """
         if snapshot.version < self.version:
             raise CheckpointError(
                 f"{self.name} holds version {self.version} and refuses the older {snapshot.version}"
             )
-        load_weights(self._policy, snapshot)
+        torch.set_num_threads(self._threads)
+        load_weights(self._policy, snapshot, base)
         self.version = snapshot.version
         return self.version
 

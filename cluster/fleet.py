@@ -19,7 +19,7 @@ from typing import NewType, Protocol, Self
 import numpy as np
 
 from cluster.errors import ConfigError, TesseraError
-from cluster.messages import SampleRequest, ScoredGroup, merge_scores
+from cluster.messages import SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, SamplerRole
 
 Ticket = NewType("Ticket", int)
@@ -95,6 +95,7 @@ class InlineFleet:
                 "out, or set --num-learners 1"
             )
         self._should_stop = should_stop
+        self._base: WeightSnapshot | None = None
         self.learner: LearnerRole = build(role="learner")  # type: ignore[assignment]
         self.moments: MomentsRole = build(role="moments_server")  # type: ignore[assignment]
         self._sampler: SamplerRole = build(role="sampler")  # type: ignore[assignment]
@@ -153,4 +154,8 @@ class InlineFleet:
     def broadcast(self) -> None:
         for ticket in list(self._submitted):  # to be drawn with the weights of before
             self._done[ticket] = self._work(ticket, finish=True)
-        self._sampler.load_weights(self.learner.snapshot())
+        if self._plan.adapters_alone:
+            self._base = self._base or self.learner.base_snapshot()
+            self._sampler.load_weights(self.learner.adapter_snapshot(), self._base)
+        else:
+            self._sampler.load_weights(self.learner.snapshot())

@@ -48,8 +48,14 @@ class LearnerGroup:
         address = self._ask(first.meet.remote(host, size), 0)
         self._together([h.join.remote(rank, size, address) for rank, h in enumerate(self._handles)])
 
-    def snapshot(self) -> Any:
-        return self._ask(self._handles[0].snapshot.remote(), 0)
+    def snapshot(self, on_device: bool = False) -> Any:
+        return self._ask(self._handles[0].snapshot.remote(on_device), 0)
+
+    def base_snapshot(self) -> Any:
+        return self._ask(self._handles[0].base_snapshot.remote(), 0)
+
+    def adapter_snapshot(self) -> Any:
+        return self._ask(self._handles[0].adapter_snapshot.remote(), 0)
 
     def start(self, base_entropy: float) -> None:
         self._all("start", base_entropy)

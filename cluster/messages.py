@@ -228,13 +228,16 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSnapshot:
-    """A state dict on the wire: see `cluster.weights`."""
+    """A state dict on the wire, or what changed of one: see `cluster.weights`."""
 
     version: int
     manifest: bytes
-    """msgpack: names, dtypes, shapes, offsets, checksum."""
+    """msgpack: names, dtypes, shapes, offsets, base, checksums."""
     buffer: np.ndarray = field(repr=False)
-    """(n,) uint8, every tensor 64-byte aligned. Read-only where it lies in shared memory."""
+    """(n,) uint8, every tensor 64-byte aligned. Read-only where it lies in shared memory. Over a
+    GPU transport it is a tensor of the same kind on the device."""
+    base: int | None = None
+    """Version of the full snapshot that this one builds upon; None is a full one."""
 
     @property
     def nbytes(self) -> int:

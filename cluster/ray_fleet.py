@@ -18,12 +18,13 @@ import ray
 from ray.exceptions import RayActorError
 
 from cluster.editions import Editions
-from cluster.errors import FleetError
+from cluster.errors import FleetError, TesseraError
 from cluster.fleet import StopRequestedError, Ticket
 from cluster.learner_group import LearnerGroup
 from cluster.messages import SampleRequest, ScoredGroup, Span
 from cluster.placement import Placement, place
 from cluster.pool import State, Waiting, Worker, WorkerPool
+from cluster.publisher import Published, publisher_of
 from cluster.ray_calls import RemoteRole, answer, too_late
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
@@ -69,6 +70,7 @@ class RayFleet:
         self._loads: dict[ray.ObjectRef, Worker] = {}
         self._calls: dict[ray.ObjectRef, Call] = {}
         self._placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
+        self._weights = publisher_of(plan, session, say)
         self._learners = [self._launch(plan.learner, i) for i in range(plan.learner.count)]
         self._learner, self._moments = self._learners[0], self._launch(plan.moments_server)
         self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
@@ -158,9 +160,34 @@ class RayFleet:
 
     def broadcast(self) -> None:
         """Publish the learner's weights once. What is submitted from now on is drawn with them;
-        each sampler takes them up when it has no older work to begin. Nobody is waited for."""
-        self._editions.publish(self._learner.handle.snapshot.remote())
+        each sampler takes them up when it has no older work to begin. Nobody is waited for, but by
+        transports between GPUs, which move the weights while learner and samplers hold still."""
+        self._editions.publish(self._publish())
+        if self._weights.on_device:
+            self._hand_over()
         self._catch_up()
+
+    def _publish(self) -> Published:
+        samplers = [worker.handle for worker in self._samplers.workers]
+        return self._weights.publish(self._learner.handle, samplers)
+
+    def _hand_over(self) -> None:
+        """Have every serving sampler take up the newest weights now; by the object store after all,
+        if the transport fails."""
+        newest = self._editions.newest
+        loading = {self._load(w, newest): w for w in self._samplers.of(State.SERVING)}
+        for ref, worker in loading.items():
+            try:
+                answer(ref, f"{worker.name}.load_weights", self._plan.timeout_s)
+            except RayActorError:
+                self._supervisor.lost(self._samplers, worker)
+            except TesseraError as error:
+                if not self._weights.fall_back(error):
+                    raise
+                self._editions.amend(self._publish())
+                for each in loading.values():
+                    each.edition = 0  # and so takes them up again
+                return
 
     def _launch(self, role: Role, index: int = 0, addition: bool = False) -> Worker:
         placement = self._placements[role.name]
@@ -172,7 +199,9 @@ class RayFleet:
             options["max_concurrency"] = role.concurrency
         if role.runtime_env:
             options["runtime_env"] = dict(role.runtime_env)
-        actor = ray.remote(role.factory).options(**options)
+        concerned = role.name in (self._plan.learner.name, self._plan.sampler.name)
+        wrap = self._weights.actor_class if concerned else ray.remote
+        actor = wrap(role.factory).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         worker = Worker(role, index, handle, handle.__ray_ready__.remote(), addition)
         if role is self._plan.sampler and self._editions.newest:
@@ -182,7 +211,7 @@ class RayFleet:
 
     def _load(self, worker: Worker, edition: int) -> ray.ObjectRef:
         worker.edition = edition
-        return worker.handle.load_weights.remote(self._editions[edition])
+        return self._weights.load(worker.handle, self._editions[edition])
 
     def _needed(self) -> Iterator[int]:
         """Editions of the groups that wait for a sampler, or are with one."""

@@ -93,6 +93,12 @@ class FleetPlan:
     """Longest wait for any one answer; past it the run stops and says who did not answer."""
     max_restarts: int = 3
     """How many lost workers are replaced before the run stops."""
+    max_staleness: int = 0
+    """How many updates older than the learner's the weights of rollouts may be."""
+    transport: str = "object-store"
+    """How weights reach the samplers: see `cluster.transports`."""
+    adapters_alone: bool = False
+    """The learner trains adapters: after the frozen weights, they alone travel."""
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -114,7 +120,7 @@ class FleetPlan:
 
 
 class SamplerRole(Protocol):
-    def load_weights(self, snapshot: WeightSnapshot) -> int: ...
+    def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int: ...
 
     def sample(self, request: SampleRequest) -> tuple[RolloutGroup, np.ndarray]: ...
 
@@ -156,7 +162,11 @@ class MomentsRole(Protocol):
 class LearnerRole(Protocol):
     """Answers are of `learner.learner`; this package does not import them."""
 
-    def snapshot(self) -> WeightSnapshot: ...
+    def snapshot(self, on_device: bool = False) -> WeightSnapshot: ...
+
+    def base_snapshot(self) -> WeightSnapshot: ...
+
+    def adapter_snapshot(self) -> WeightSnapshot: ...
 
     def start(self, base_entropy: float) -> None: ...
 

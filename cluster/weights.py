@@ -3,24 +3,32 @@
 One contiguous buffer goes through an object store zero-copy, whatever the dtypes (numpy has no
 bfloat16), and needs no pickle of tensors. `load_weights` copies *into* the receiving module's own
 tensors: the shared buffer is never aliased, so an in-place update cannot reach another process.
+
+A snapshot is full, or holds low-rank adapters alone: then it names the full snapshot (its base)
+whose weights W become W + scale B A.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
-import zlib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 import numpy as np
 import torch
+from torch import Tensor
 
 from cluster.errors import CheckpointError
 from cluster.messages import WeightSnapshot
 
 ALIGNMENT = 64  # bytes; what vector loads and pinned copies like best
-FORMAT = 1
+BLOCK = 1 << 16  # bytes that share one sum of the checksum
+FORMAT = 2
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -31,102 +39,317 @@ DTYPES = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
+UNREADABLE = (ValueError, KeyError, TypeError, msgpack.UnpackException)
 
 
-def pack_weights(state: Mapping[str, torch.Tensor], version: int) -> WeightSnapshot:
-    """Copy a state dict into one aligned buffer.
+class Packer:
+    """Packs state dicts into buffers that it uses again, once nobody else holds them: the first
+    touch of fresh memory costs more than the copy.
 
     Args:
-        state: tensor name -> tensor, any device, any dtype of `DTYPES`.
-        version: policy version of the snapshot.
+        dtype: of floating-point tensors on the wire; None leaves each as it is.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
+        self._entries: list[dict[str, Any]] = []
+        self._buffers: list[np.ndarray] = []
+
+    def __call__(
+        self,
+        state: Mapping[str, Tensor],
+        version: int,
+        *,
+        config: Mapping[str, Any] | None = None,
+        device: str = "",
+        **more: Any,
+    ) -> WeightSnapshot:
+        """Copy a state dict into one aligned buffer.
+
+        Args:
+            state: tensor name -> tensor, any device, any dtype of `DTYPES`.
+            version: policy version of the snapshot.
+            config: architecture of the module, compared where it is loaded.
+            device: leave the buffer there, as a tensor; empty is host memory.
+            more: further entries of the manifest.
+
+        Raises:
+            CheckpointError: a tensor has a dtype that cannot travel.
+        """
+        entries, nbytes = _layout(state, self._dtype)
+        if device:
+            flat: Any = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            buffer = flat
+        else:
+            buffer = self._free_buffer(entries, nbytes)
+            flat = torch.from_numpy(buffer)
+        with torch.no_grad():
+            for entry, tensor in zip(entries, state.values()):
+                _view(flat, entry).copy_(tensor)
+        body = {
+            "version": version,
+            "base": None,
+            "config": dict(config or {}),
+            "nbytes": nbytes,
+            "checksum": checksum(flat),
+            "tensors": entries,
+            **more,
+        }
+        base = body["base"] and body["base"]["version"]
+        return WeightSnapshot(version=version, manifest=_seal(body), buffer=buffer, base=base)
+
+    def _free_buffer(self, entries: list[dict[str, Any]], nbytes: int) -> np.ndarray:
+        """A view of a buffer that has no other views: whoever holds a snapshot keeps its own."""
+        if entries != self._entries:  # else the gaps between tensors are zeros already
+            self._entries, self._buffers = entries, []
+        for index in range(len(self._buffers)):
+            if sys.getrefcount(self._buffers[index]) == 2:  # the list, and the call's argument
+                return self._buffers[index][:]
+        self._buffers.append(np.zeros(nbytes, dtype=np.uint8))
+        return self._buffers[-1][:]
+
+
+def pack_weights(
+    state: Mapping[str, Tensor], version: int, dtype: torch.dtype | None = None
+) -> WeightSnapshot:
+    """A full snapshot in a buffer of its own; see `Packer`."""
+    return Packer(dtype)(state, version)
+
+
+def pack_adapters(
+    pairs: Mapping[str, tuple[Tensor, Tensor, float]], version: int, base: SnapshotName
+) -> WeightSnapshot:
+    """A snapshot of low-rank adapters alone.
+
+    Args:
+        pairs: name of a weight (out, in) -> A (rank, in), B (out, rank), scale: it becomes
+            W + scale B A.
+        base: names the full snapshot of the weights that they belong to.
+    """
+    state: dict[str, Tensor] = {}
+    for name, (a, b, _) in pairs.items():
+        state |= {f"{name}.A": a, f"{name}.B": b}
+    return Packer()(
+        state,
+        version,
+        base=dataclasses.asdict(base),
+        scales={name: float(scale) for name, (_, _, scale) in pairs.items()},
+    )
+
+
+@dataclass(frozen=True)
+class SnapshotName:
+    """Which snapshot: policies with the same weights have the same name."""
+
+    version: int
+    digest: bytes
+    """Of its manifest, which has the buffer's checksum."""
+
+    def __str__(self) -> str:
+        return f"version {self.version} ({self.digest.hex()[:8]})"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A snapshot that was checked: its tensors are views of the buffer, not to be written to."""
+
+    name: SnapshotName
+    config: Mapping[str, Any]
+    base: SnapshotName | None
+    scales: Mapping[str, float]
+    tensors: dict[str, Tensor]
+
+
+def open_snapshot(snapshot: WeightSnapshot) -> Opened:
+    """Check a snapshot, whole.
 
     Raises:
-        CheckpointError: a tensor has a dtype that cannot travel.
+        CheckpointError: manifest or buffer are damaged, do not belong together, or are of another
+            format.
     """
-    entries: list[dict[str, Any]] = []
-    offset = 0
-    for name, tensor in state.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise CheckpointError(
-                f"weight {name!r} has dtype {dtype}, which a snapshot cannot carry; "
-                f"expected one of {', '.join(DTYPES)}"
-            )
-        nbytes = tensor.numel() * tensor.element_size()
-        entries.append({"name": name, "dtype": dtype, "shape": list(tensor.shape), "at": offset})
-        offset += math.ceil(nbytes / ALIGNMENT) * ALIGNMENT
-    buffer = np.zeros(offset, dtype=np.uint8)
-    flat = torch.from_numpy(buffer)
-    for entry, tensor in zip(entries, state.values()):
-        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        flat[entry["at"] : entry["at"] + raw.numel()].copy_(raw)
-    manifest = {
-        "format": FORMAT,
-        "version": version,
-        "tensors": entries,
-        "nbytes": offset,
-        "crc32": zlib.crc32(buffer.data),
-    }
-    return WeightSnapshot(version=version, manifest=msgpack.packb(manifest), buffer=buffer)
+    body, digest = _unseal(snapshot)
+    nbytes, buffer = int(snapshot.buffer.nbytes), snapshot.buffer
+    if body["nbytes"] != nbytes or body["version"] != snapshot.version:
+        raise CheckpointError(
+            f"snapshot {snapshot.version}: manifest speaks of version {body['version']} with "
+            f"{body['nbytes']} bytes, found {nbytes} bytes"
+        )
+    flat = buffer if isinstance(buffer, Tensor) else _tensor(buffer)
+    if checksum(flat) != body["checksum"]:
+        raise CheckpointError(
+            f"snapshot {snapshot.version} is damaged: checksum does not match; it must be sent anew"
+        )
+    return Opened(
+        name=SnapshotName(snapshot.version, digest),
+        config=body["config"],
+        base=SnapshotName(**body["base"]) if body["base"] else None,
+        scales=body.get("scales", {}),
+        tensors={entry["name"]: _view(flat, entry) for entry in body["tensors"]},
+    )
 
 
-def unpack_weights(snapshot: WeightSnapshot) -> dict[str, torch.Tensor]:
+def unpack_weights(snapshot: WeightSnapshot) -> dict[str, Tensor]:
     """A state dict whose tensors are fresh copies of the snapshot's.
 
     Raises:
         CheckpointError: the buffer does not match its manifest (length or checksum).
     """
-    return {name: view.clone() for name, view in _views(snapshot)}
+    return {name: view.clone() for name, view in open_snapshot(snapshot).tensors.items()}
 
 
-def load_weights(module: torch.nn.Module, snapshot: WeightSnapshot) -> None:
+@torch.no_grad()
+def load_weights(
+    module: torch.nn.Module, snapshot: WeightSnapshot, base: WeightSnapshot | None = None
+) -> None:
     """Copy a snapshot into a module's own parameters and persistent buffers, in place.
 
     Everything is checked before the first tensor is touched, so a refused snapshot changes nothing.
 
+    Args:
+        base: the full snapshot that `snapshot` builds upon, where it does.
+
     Raises:
-        CheckpointError: damaged snapshot, or one of another architecture (names or shapes differ).
+        CheckpointError: damaged snapshot, another base than it builds upon, or one of another
+            architecture (names, shapes or configuration differ).
     """
-    own, views = module.state_dict(), dict(_views(snapshot))
+    opened = open_snapshot(snapshot)
+    full = opened if opened.base is None else _base_of(opened, base)
+    own = module.state_dict()
+    _check_architecture(module, own, full)
+    pairs = {} if full is opened else _pairs(opened, own)
+    for name, view in full.tensors.items():
+        target = own[name]
+        if name in pairs:
+            a, b, scale = pairs[name]
+            update = (b.to(target.device) @ a.to(target.device)) * scale
+            target.copy_(view.to(target.device) + update.to(view.dtype))
+        else:
+            target.copy_(view)
+
+
+def checksum(flat: Tensor) -> bytes:
+    """16 bytes that change with any flipped bit, missing block or exchanged blocks of a flat uint8
+    tensor whose length is a multiple of 8.
+
+    64-bit words are added up in blocks, and the sums are hashed: at the speed of memory, several
+    times that of a CRC. Words that change places inside a block go unnoticed."""
+    words = flat.view(torch.int64)
+    per_block = BLOCK // words.element_size()
+    whole = len(words) // per_block * per_block
+    sums = [words[:whole].view(-1, per_block).sum(1), words[whole:].sum().view(1)]
+    return _hash(torch.cat(sums).cpu().numpy().tobytes())
+
+
+def _base_of(opened: Opened, base: WeightSnapshot | None) -> Opened:
+    what = f"snapshot {opened.name.version} builds upon {opened.base}"
+    if base is None:
+        raise CheckpointError(f"{what}, and came without it: the full snapshot must come first")
+    full = open_snapshot(base)
+    if full.name != opened.base:
+        raise CheckpointError(f"{what}, but was given the wrong base: {full.name}")
+    return full
+
+
+def _check_architecture(module: torch.nn.Module, own: Mapping[str, Tensor], full: Opened) -> None:
+    views = full.tensors
+    other = f"snapshot {full.name.version} is of another architecture: "
     missing, unexpected = own.keys() - views.keys(), views.keys() - own.keys()
     if missing or unexpected:
         raise CheckpointError(
-            f"snapshot {snapshot.version} is of another architecture: "
-            f"missing {sorted(missing)[:3] or 'none'}, "
+            f"{other}missing {sorted(missing)[:3] or 'none'}, "
             f"unexpected {sorted(unexpected)[:3] or 'none'}"
         )
     for name, view in views.items():
         if own[name].shape != view.shape:
             raise CheckpointError(
-                f"snapshot {snapshot.version} is of another architecture: {name!r} has shape "
-                f"{tuple(view.shape)}, expected {tuple(own[name].shape)}"
+                f"{other}{name!r} has shape {tuple(view.shape)}, expected {tuple(own[name].shape)}"
             )
-    for name, view in views.items():
-        own[name].copy_(view)
+    expected = architecture(module)
+    if not (expected and full.config):
+        return
+    for key in expected.keys() | full.config.keys():  # what no shape shows: heads, rotary base
+        if expected.get(key) != full.config.get(key):
+            raise CheckpointError(
+                f"{other}{key} is {full.config.get(key)!r}, expected {expected.get(key)!r}"
+            )
 
 
-def _views(snapshot: WeightSnapshot) -> Iterator[tuple[str, torch.Tensor]]:
-    manifest = msgpack.unpackb(snapshot.manifest)
-    buffer = snapshot.buffer
-    if manifest["format"] != FORMAT:
+def architecture(module: torch.nn.Module) -> dict[str, Any]:
+    """A policy's configuration, as a manifest has it; empty for modules without one."""
+    config: Any = getattr(module, "config", None)
+    return msgpack.unpackb(msgpack.packb(config.to_dict())) if config is not None else {}
+
+
+def _pairs(opened: Opened, own: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    found = {}
+    for name, scale in opened.scales.items():
+        a, b = opened.tensors[f"{name}.A"], opened.tensors[f"{name}.B"]
+        if name not in own or own[name].shape != (len(b), a.shape[1]):
+            raise CheckpointError(
+                f"snapshot {opened.name.version} has an adapter of {name!r} for a weight of shape "
+                f"{(len(b), a.shape[1])}, expected "
+                f"{tuple(own[name].shape) if name in own else 'no such weight'}"
+            )
+        found[name] = (a, b, scale)
+    return found
+
+
+def _layout(
+    state: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> tuple[list[dict[str, Any]], int]:
+    """Where each tensor goes, and the length of the whole in bytes."""
+    entries: list[dict[str, Any]] = []
+    offset = 0
+    for name, tensor in state.items():
+        kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        label = str(kind).removeprefix("torch.")
+        if label not in DTYPES:
+            raise CheckpointError(
+                f"weight {name!r} has dtype {label}, which a snapshot cannot carry; "
+                f"expected one of {', '.join(DTYPES)}"
+            )
+        entries.append({"name": name, "dtype": label, "shape": list(tensor.shape), "at": offset})
+        offset += math.ceil(tensor.numel() * kind.itemsize / ALIGNMENT) * ALIGNMENT
+    return entries, max(offset, ALIGNMENT)  # numpy and torch are odd about empty memory
+
+
+def _view(flat: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    dtype = DTYPES[entry["dtype"]]
+    nbytes = math.prod(entry["shape"]) * dtype.itemsize
+    return flat[entry["at"] : entry["at"] + nbytes].view(dtype).view(entry["shape"])
+
+
+def _seal(body: Mapping[str, Any]) -> bytes:
+    packed = msgpack.packb(body)
+    return msgpack.packb({"format": FORMAT, "body": packed, "digest": _hash(packed)})
+
+
+def _unseal(snapshot: WeightSnapshot) -> tuple[dict[str, Any], bytes]:
+    """The manifest's body and digest."""
+    try:
+        sealed = msgpack.unpackb(snapshot.manifest)
+        found, packed, digest = sealed["format"], sealed["body"], sealed["digest"]
+        intact = _hash(packed) == digest
+    except UNREADABLE:
+        intact, found = False, FORMAT
+    if found != FORMAT:
         raise CheckpointError(
-            f"snapshot {snapshot.version} has format {manifest['format']}, expected {FORMAT}"
+            f"snapshot {snapshot.version} has format {found}, expected {FORMAT}: learner and "
+            "samplers run different versions of Tessera"
         )
-    if manifest["nbytes"] != buffer.nbytes or manifest["version"] != snapshot.version:
+    if not intact:
         raise CheckpointError(
-            f"snapshot {snapshot.version}: manifest speaks of version {manifest['version']} with "
-            f"{manifest['nbytes']} bytes, found {buffer.nbytes} bytes"
+            f"snapshot {snapshot.version} is damaged: its manifest cannot be read; it must be sent "
+            "anew"
         )
-    if zlib.crc32(buffer.data) != manifest["crc32"]:
-        raise CheckpointError(f"snapshot {snapshot.version} is damaged: checksum does not match")
-    for entry in manifest["tensors"]:
-        dtype = DTYPES[entry["dtype"]]
-        nbytes = math.prod(entry["shape"]) * dtype.itemsize
-        raw = buffer[entry["at"] : entry["at"] + nbytes]
-        yield entry["name"], _tensor(raw).view(dtype).view(entry["shape"])
+    return msgpack.unpackb(packed), digest
 
 
-def _tensor(raw: np.ndarray) -> torch.Tensor:
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _tensor(raw: np.ndarray) -> Tensor:
     """A tensor over `raw`, read-only or not: torch has no read-only tensors and would warn."""
     return torch.from_numpy(raw if raw.flags.writeable else np.asarray(_OnlyRead(raw)))
 

@@ -1,7 +1,8 @@
 """LoRA through `peft` (Hu et al. 2021, 2106.09685): small trained matrices beside frozen weights.
 
-Samplers load whole weights, so snapshots carry them merged: W + (alpha / rank) B A. Checkpoints
-keep the adapters apart as well, from which training goes on.
+Samplers are given the frozen weights once and then the adapters of each version, and compute
+W + (alpha / rank) B A themselves. Checkpoints keep the merged weights, and the adapters apart, from
+which training goes on.
 """
 
 from __future__ import annotations
@@ -81,19 +82,34 @@ class Adapters:
                 layer.enable_adapters(True)
 
     @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
-        """State dict of a plain policy: adapters added into the weights they belong to."""
+    def plain(self, *, merged: bool = True) -> dict[str, Tensor]:
+        """State dict of a plain policy: adapters added into the weights they belong to, or left
+        out."""
         layers = dict(self._policy.named_modules())
         plain: dict[str, Tensor] = {}
         for name, tensor in self._policy.state_dict().items():
             if MARK in name:
                 continue
             owner, _, leaf = name.rpartition(".")
-            if owner.endswith(BASE) and leaf == "weight":
+            if merged and owner.endswith(BASE) and leaf == "weight":
                 layer: Any = layers[owner.removesuffix(BASE)]
                 tensor = tensor + layer.get_delta_weight(ADAPTER).to(tensor)
             plain[name.replace(BASE, "")] = tensor
         return plain
+
+    @torch.no_grad()
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Name of a plain policy's weight W -> A, B and scale: with its adapter it is
+        W + scale B A."""
+        return {
+            f"{name}.weight": (
+                layer.lora_A[ADAPTER].weight,
+                layer.lora_B[ADAPTER].weight,
+                layer.scaling[ADAPTER],
+            )
+            for name, layer in self._policy.named_modules()
+            if hasattr(layer, "lora_A")
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """The adapters alone."""

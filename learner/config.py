@@ -25,6 +25,7 @@ from cluster.errors import ConfigError
 from cluster.messages import SamplingSpec
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.runtime import RayConfig
+from cluster.transports import WeightsConfig
 from learner.conditions import ConditionsConfig
 from learner.entropy import EntropyConfig
 from learner.learner import Learner, LearnerConfig, OptimizerConfig
@@ -118,6 +119,7 @@ class RunConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
@@ -166,6 +168,7 @@ class RunConfig:
             iterations=self.iterations,
             max_staleness=self.max_staleness,
             timeout_s=self.timeout_s,
+            wire_dtype=self.weights.wire(self.sampler.dtype),
         )
         return FleetPlan(
             sampler=Role(
@@ -195,6 +198,9 @@ class RunConfig:
             ),
             timeout_s=self.timeout_s,
             max_restarts=self.max_restarts,
+            max_staleness=self.max_staleness,
+            transport=self.weights.transport,
+            adapters_alone=self.learner.lora.rank > 0,
         )
 
     def _reward_role(
@@ -268,62 +274,6 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         nested = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
         merged[key] = merge(base[key], value) if nested else value
     return merged
-
-
-MAY_CHANGE = (
-    "num_samplers",
-    "num_reward_servers",
-    "num_learners",
-    "iterations",
-    "timeout_s",
-    "max_restarts",
-    "max_failed_share",
-    "sampler.num_",
-    "reward.num_",
-    "reward.min",
-    "reward.max",
-    "reward.target_wait_s",
-    "reward.every_s",
-    "reward_pools.",
-    "learner.num_",
-    "learner.microbatch",
-    "learner.checkpointing",
-    "learner.reference_device",
-    "output.",
-    "evaluation.",
-    "ray.",
-)
-"""Beginnings of the fields that a resumed run may set anew: they change how it is carried out, not
-what it computes. (More iterations stretch the learning rate's schedule.)"""
-
-
-def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
-    """Refuse to go on with a run under a configuration that makes it another run.
-
-    Raises:
-        ConfigError: names the fields, with both values.
-    """
-    before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
-    changed = [
-        f"{name} ({before[name]} in the run, {value} now)"
-        for name, value in after.items()
-        if value != before[name] and not name.startswith(MAY_CHANGE)
-    ]
-    if changed:
-        raise ConfigError(
-            f"--resume continues the same run, and cannot change {', '.join(changed)}: leave it "
-            "out, or start a new run"
-        )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 import numpy as np
@@ -18,7 +18,7 @@ from actors.models.loading import PolicyConfig, TokenizerConfig
 from cluster.errors import FleetError, LearningError
 from cluster.messages import SamplingSpec, Span, WeightSnapshot
 from cluster.tensors import read_tensors, write_tensors
-from cluster.weights import pack_weights
+from cluster.weights import Packer, SnapshotName, open_snapshot, pack_adapters
 from learner.batch import TrainingBatch
 from learner.entropy import EntropyConfig, EntropyState, Measured, initial_state, next_state
 from learner.loss import LossConfig, grpo_loss
@@ -56,6 +56,8 @@ class LearnerConfig:
     max_staleness: int = 0
     timeout_s: float = 600.0
     """Longest wait for the other learners of a group."""
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of floating-point weights in snapshots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,8 @@ class Learner:
         self._base_entropy: float | None = None
         self._entropy = initial_state(config.entropy)
         self._store: Any = None
+        self._pack = Packer(getattr(torch, config.wire_dtype))
+        self._base: SnapshotName | None = None  # of the frozen weights, where adapters are trained
         self._take_place(Peers(device=config.optimizer.device))
 
     def meet(self, host: str, size: int) -> str:
@@ -120,10 +124,29 @@ class Learner:
             self._base_entropy = base_entropy
         # Else what was sampled is not what is learned: the first step measures it.
 
-    def snapshot(self) -> WeightSnapshot:
-        """The current weights, packed for samplers."""
+    def snapshot(self, on_device: bool = False) -> WeightSnapshot:
+        """The current weights, packed for samplers; adapters merged in.
+
+        Args:
+            on_device: leave the buffer where the weights are, as a tensor.
+        """
         torch.set_num_threads(self._config.optimizer.num_threads)
-        return pack_weights(self._policy.weights(), self.version)
+        weights, config = self._policy.weights(), self._policy.module.config.to_dict()
+        device = self._policy.device if on_device else ""
+        return self._pack(weights, self.version, config=config, device=device)
+
+    def base_snapshot(self) -> WeightSnapshot:
+        """The frozen weights that adapters belong to, in full precision; of version 0, since the
+        base policy is what they are."""
+        torch.set_num_threads(self._config.optimizer.num_threads)
+        config = self._policy.module.config.to_dict()
+        return Packer()(self._policy.frozen_weights(), 0, config=config)
+
+    def adapter_snapshot(self) -> WeightSnapshot:
+        """The current adapters, which build upon `base_snapshot`."""
+        if self._base is None:
+            self._base = open_snapshot(self.base_snapshot()).name
+        return pack_adapters(self._policy.adapters(), self.version, self._base)
 
     def step(self, batch: TrainingBatch) -> StepReport:
         """Learn from one iteration's rollouts: one optimizer step, or as many as are configured.

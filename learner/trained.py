@@ -78,7 +78,17 @@ class TrainedPolicy:
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict of a plain policy, adapters merged in."""
-        return dict(self.module.state_dict()) if not self._adapters else self._adapters.merged()
+        return dict(self.module.state_dict()) if not self._adapters else self._adapters.plain()
+
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """The state dict of the plain policy that adapters belong to."""
+        assert self._adapters is not None
+        return self._adapters.plain(merged=False)
+
+    def adapters(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """See `Adapters.pairs`."""
+        assert self._adapters is not None
+        return self._adapters.pairs()
 
     def save(self, directory: Path) -> None:
         """Write the policy, and its adapters where it has some."""

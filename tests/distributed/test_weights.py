@@ -1,0 +1,206 @@
+"""Weights on their way through a real object store: who may die, and what nobody may touch."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from cluster import publisher as publishing
+from cluster.errors import CheckpointError
+from cluster.fleet import InlineFleet
+from cluster.messages import SampleRequest, WeightSnapshot
+from cluster.publisher import Publisher
+from cluster.ray_calls import answer
+from cluster.ray_fleet import RayFleet
+from cluster.roles import FleetPlan, Resources, Role
+from cluster.runtime import RaySession
+from cluster.transports import OBJECT_STORE, DeviceTransport
+from cluster.weights import Packer, load_weights
+from tests.distributed.test_ray_fleet import Echo, requests
+from tests.small_run import fingerprint, run_training, small_config
+
+SIDE = 512  # 1 MiB a layer: too large to travel inside Ray's own messages
+WAIT_S = 120.0
+
+
+def layers(value: float) -> torch.nn.Module:
+    return torch.nn.ParameterList(torch.full((SIDE, SIDE), float(value)) for _ in range(4))
+
+
+class SmallLearner:
+    """Publishes weights whose every value is the version."""
+
+    def __init__(self, config: object = None, name: str = "learner") -> None:
+        self._pack, self.version = Packer(), 0
+
+    def snapshot(self, on_device: bool = False) -> WeightSnapshot:
+        self.version += 1
+        state = layers(self.version).state_dict()
+        return self._pack(state, self.version, device="cpu" if on_device else "")
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class SmallSampler:
+    """Holds the weights it was last given. `config` names a file: the first sampler-0 dies in the
+    middle of its load, and leaves the file."""
+
+    def __init__(self, config: str = "", name: str = "sampler") -> None:
+        self._module, self._config, self._name = layers(-1), config, name
+
+    def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
+        if self._config and self._name == "sampler-0" and not Path(self._config).exists():
+            Path(self._config).touch()
+            half = dict(list(layers(7).state_dict().items())[:2])
+            self._module.load_state_dict(half, strict=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        load_weights(self._module, snapshot)
+        return snapshot.version
+
+    def write_in_place(self) -> None:
+        with torch.no_grad():
+            for parameter in self._module.parameters():
+                parameter.add_(1)
+
+    def values(self) -> list[float]:
+        return sorted({float(value) for p in self._module.parameters() for value in p.unique()})
+
+    def sample(self, request: SampleRequest) -> tuple[str, np.ndarray]:
+        return self._name, np.array(self.values())
+
+
+@contextmanager
+def actors(publisher: Publisher, *kinds: type) -> Iterator[list[Any]]:
+    handles = [publisher.actor_class(k).options(num_cpus=0.1).remote() for k in kinds]
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            ray.kill(handle)
+
+
+def loaded(publisher: Publisher, *samplers: Any) -> list[int]:
+    refs = [publisher.load(sampler) for sampler in samplers]
+    return [answer(ref, "load", WAIT_S) for ref in refs]
+
+
+def values(sampler: Any) -> list[float]:
+    return answer(sampler.values.remote(), "values", WAIT_S)
+
+
+def test_a_snapshot_outlives_the_learner(ray_session: RaySession) -> None:
+    publisher = Publisher(OBJECT_STORE)
+    with actors(publisher, SmallLearner, SmallSampler, SmallSampler) as (learner, first, second):
+        publisher.publish(learner)
+        assert loaded(publisher, first) == [1]
+        os.kill(answer(learner.pid.remote(), "pid", WAIT_S), signal.SIGKILL)
+        with pytest.raises(ray.exceptions.RayActorError):
+            answer(learner.pid.remote(), "pid", WAIT_S)
+        assert loaded(publisher, second) == [1]
+        assert values(second) == [1.0]
+
+
+def test_an_in_place_write_reaches_nobody_else(ray_session: RaySession) -> None:
+    publisher = Publisher(OBJECT_STORE)
+    with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, writer, other, late):
+        publisher.publish(learner)
+        assert loaded(publisher, writer, other) == [1, 1]
+        answer(writer.write_in_place.remote(), "write", WAIT_S)
+        assert values(writer) == [2.0]
+        assert values(other) == [1.0]
+        assert loaded(publisher, late) == [1]  # checks the sums of the shared copy again
+        assert values(late) == [1.0]
+
+
+def small_plan(folder: Path) -> FleetPlan:
+    def role(name: str, factory: type, config: object = "", count: int = 1) -> Role:
+        resources = Resources(num_cpus=0.1)
+        return Role(name=name, factory=factory, config=config, resources=resources, count=count)
+
+    return FleetPlan(
+        sampler=role("sampler", SmallSampler, str(folder / "died"), 2),
+        reward_server=role("reward-server", Echo),
+        moments_server=role("moments-server", Echo),
+        learner=role("learner", SmallLearner),
+        timeout_s=WAIT_S,
+        max_restarts=1,
+    )
+
+
+def test_a_sampler_that_dies_in_its_load_harms_nobody(
+    ray_session: RaySession, tmp_path: Path
+) -> None:
+    with RayFleet(small_plan(tmp_path), ray_session) as fleet:
+        assert fleet.broadcast() == 1
+        assert (tmp_path / "died").exists()
+        images = fleet.sample_images(requests(6))
+        assert [image.tolist() for image in images] == [[1.0]] * 6
+        assert fleet.restarts == 1
+        assert fleet.broadcast() == 2
+        images = fleet.sample_images(requests(6))
+        assert [image.tolist() for image in images] == [[2.0]] * 6
+
+
+def test_adapters_alone_give_the_same_run_as_in_one_process(ray_session: RaySession) -> None:
+    config = small_config(num_samplers=2, iterations=2, learner={"lora": {"rank": 2}})
+    assert config.fleet_plan().adapters_alone
+    with InlineFleet(config.fleet_plan()) as fleet:
+        expected = fingerprint(run_training(config, fleet))
+    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+        assert fingerprint(run_training(config, fleet)) == expected
+
+
+def test_a_transport_that_cannot_run_is_replaced_and_said(ray_session: RaySession) -> None:
+    said: list[str] = []
+    plan = small_config(weights={"transport": "nccl"}).fleet_plan()
+    publishing.publisher_of(plan, ray_session, said.append)
+    assert said == [
+        "weights.transport nccl cannot run, going on with object-store: the learner must have a "
+        "GPU (num_gpus is 0); samplers must have a GPU (num_gpus is 0)"
+    ]
+
+
+@pytest.fixture
+def over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo stands in for nccl: Ray treats both alike, and gloo needs no GPU."""
+    there = {**publishing.DEVICE_TRANSPORTS, "gloo": DeviceTransport("gloo", group=True)}
+    monkeypatch.setattr(publishing, "DEVICE_TRANSPORTS", there)
+
+
+def test_a_group_transport_brings_the_weights(ray_session: RaySession, over_gloo: None) -> None:
+    said: list[str] = []
+    publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
+    with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, first, second, late):
+        for version in (1, 2):
+            publisher.publish(learner, [first, second])
+            assert loaded(publisher, first, second) == [version] * 2
+            assert values(first) == values(second) == [float(version)]
+        assert not said
+        assert loaded(publisher, late) == [3]  # the stand-in counts every snapshot
+        assert said == [
+            "weights.transport gloo failed, going on with object-store: a sampler came later, and "
+            "the group cannot grow"
+        ]
+        publisher.publish(learner, [first, second, late])
+        assert loaded(publisher, first, second, late) == [4] * 3
+
+
+def test_a_failed_transport_falls_back_once(ray_session: RaySession, over_gloo: None) -> None:
+    said: list[str] = []
+    publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
+    with actors(publisher, SmallLearner, SmallSampler) as (learner, sampler):
+        publisher.publish(learner, [sampler])
+        assert publisher.fall_back(CheckpointError("snapshot 1 is damaged"))
+        assert not publisher.fall_back(CheckpointError("snapshot 1 is damaged"))
+        assert len(said) == 1
+        assert loaded(publisher, sampler) == [2]

@@ -1,0 +1,115 @@
+"""What a sampler takes up, what it refuses, and what the learner sends it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.models.loading import PolicyConfig
+from actors.sampler import Sampler, SamplerConfig, SamplerResources
+from cluster.errors import CheckpointError
+from cluster.weights import Packer, load_weights, pack_weights, unpack_weights
+from learner.adapters import LoraConfig
+from learner.learner import Learner
+from learner.optimizer import OptimizerConfig
+from tests.unit.helpers import TINY, random_policy, tiny_policy
+from tests.unit.learner_cases import batch_of, make, tiny_policy_file
+
+
+def sampler(policy_file: str, dtype: str = "float32") -> Sampler:
+    resources = SamplerResources(dtype=dtype)  # type: ignore[arg-type]
+    config = SamplerConfig(policy=PolicyConfig(checkpoint=policy_file), resources=resources)
+    return Sampler(config, "sampler-1")
+
+
+def held(role: Sampler) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in role._policy.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_what_is_refused_leaves_the_sampler_as_it_was(tmp_path: Path) -> None:
+    role = sampler(tiny_policy_file(tmp_path))
+    good = tiny_policy(1).state_dict()
+    assert role.load_weights(pack_weights(good, 4)) == 4
+    assert role.load_weights(pack_weights(good, 4)) == 4  # a retry
+
+    corrupt = pack_weights(tiny_policy(2).state_dict(), 5)
+    corrupt.buffer[100] ^= 4
+    larger = random_policy(dataclasses.replace(TINY, dim=64))
+    adapters = dataclasses.replace(lora_learner(tmp_path).adapter_snapshot(), version=5)
+    refused = {
+        "sampler-1 holds version 4 and refuses the older 3": pack_weights(good, 3),
+        "snapshot 5 is damaged": corrupt,
+        "snapshot 5 is of another architecture": pack_weights(larger.state_dict(), 5),
+        "num_heads is 1, expected 2": Packer()(good, 5, config={**TINY.to_dict(), "num_heads": 1}),
+        "manifest speaks of version 0": adapters,
+    }
+    for message, snapshot in refused.items():
+        with pytest.raises(CheckpointError, match=message):
+            role.load_weights(snapshot)
+        assert role.version == 4
+        assert same(held(role), good)
+
+
+def lora_learner(folder: Path) -> Learner:
+    lora = LoraConfig(rank=2)
+    return make(tiny_policy_file(folder), optimizer=OptimizerConfig(lr=1e-2, lora=lora))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_at_the_sampler_are_the_merged_weights(tmp_path: Path, dtype: str) -> None:
+    """Bit for bit: the base is in full precision, and rounded after the sum."""
+    learner = lora_learner(tmp_path)
+    base = learner.base_snapshot()
+    assert same(unpack_weights(base), tiny_policy().state_dict())
+    ours, merged = (sampler(tiny_policy_file(tmp_path), dtype) for _ in range(2))
+    for iteration in range(3):
+        learner.step(batch_of(learner, iteration))
+        adapters = learner.adapter_snapshot()
+        assert adapters.base == 0
+        assert ours.load_weights(adapters, base) == learner.version
+        merged.load_weights(learner.snapshot())
+        assert same(held(ours), held(merged))
+    late = sampler(tiny_policy_file(tmp_path), dtype)
+    with pytest.raises(CheckpointError, match=r"builds upon version 0 .* full snapshot must come"):
+        late.load_weights(adapters)
+    assert late.load_weights(adapters, base) == learner.version
+    assert same(held(late), held(ours))
+
+
+def test_a_restored_learner_sends_the_adapters_that_it_saved(tmp_path: Path) -> None:
+    learner = lora_learner(tmp_path)
+    for iteration in range(2):
+        learner.step(batch_of(learner, iteration))
+    learner.save(tmp_path)
+    again = lora_learner(tmp_path)
+    assert again.restore(tmp_path) == 2
+    assert np.array_equal(again.base_snapshot().buffer, learner.base_snapshot().buffer)
+    one, other = again.adapter_snapshot(), learner.adapter_snapshot()
+    assert (one.manifest, one.buffer.tobytes()) == (other.manifest, other.buffer.tobytes())
+
+
+def test_bf16_on_the_wire_is_what_bf16_samplers_would_round_to(tmp_path: Path) -> None:
+    file = tiny_policy_file(tmp_path)
+    exact, rounded = make(file), make(file, wire_dtype="bfloat16")
+    assert rounded.snapshot().nbytes < 0.6 * exact.snapshot().nbytes
+    one, other = sampler(file, "bfloat16"), sampler(file, "bfloat16")
+    one.load_weights(exact.snapshot())
+    other.load_weights(rounded.snapshot())
+    assert same(held(one), held(other))
+
+
+def test_a_buffer_left_on_the_device_loads_alike(tmp_path: Path) -> None:
+    learner, policy = make(tiny_policy_file(tmp_path)), tiny_policy(1)
+    snapshot = learner.snapshot(on_device=True)
+    assert isinstance(snapshot.buffer, torch.Tensor)
+    assert snapshot.manifest == learner.snapshot().manifest
+    load_weights(policy, snapshot)
+    assert same(dict(policy.state_dict()), dict(tiny_policy().state_dict()))

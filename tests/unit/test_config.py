@@ -8,13 +8,13 @@ import yaml
 from cluster.errors import ConfigError
 from learner.config import (
     RunConfig,
-    check_resume,
     dump,
     load_file,
     load_preset,
     to_dict,
     validate,
 )
+from learner.resuming import check_resume
 from learner.run import parse
 
 

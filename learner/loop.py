@@ -93,7 +93,7 @@ def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, fl
     history and the entropy that controllers are anchored to."""
     conditions, size = config.conditions.conditions(), config.rollouts_per_group
     groups = -(-config.rewards.loo_fid.seed_images // size)
-    asked = [conditions[index % len(conditions)] for index in range(groups)]
+    asked = spread(conditions, groups)
     seeds = fleet.collect(fleet.submit(_requests(config, asked, "moments", 0)))
     check_failures(seeds, config.max_failed_share)
     features, valid, _ = _features(seeds, space)
@@ -102,6 +102,13 @@ def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, fl
     fid = fleet.moments.seed(features[valid])
     fleet.refresh_moments()
     return {"fid": fid, "entropy": entropy}
+
+
+def spread(conditions: Sequence[Condition], count: int) -> list[Condition]:
+    """So many conditions: one after the other, again and again; or, if there are more conditions
+    than that, evenly from the first to the last."""
+    step = max(len(conditions) / count, 1.0)
+    return [conditions[int(index * step) % len(conditions)] for index in range(count)]
 
 
 def check_failures(groups: Sequence[ScoredGroup], allowed: float) -> None:

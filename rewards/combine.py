@@ -17,7 +17,7 @@ import numpy as np
 
 from cluster.errors import CheckpointError
 
-Normalisation = Literal["group", "batch", "anchored"]
+Normalisation = Literal["group", "batch", "anchored", "centred"]
 EPSILON = 1e-4  # added to a group's deviation, as in the public code of 2603.23086
 ROUNDING = 1e-9
 
@@ -31,7 +31,7 @@ class RewardTerm:
     normalise: Normalisation = "group"
     """group: by the deviation within the group. batch: by the deviation over the batch. anchored:
     by the deviation within groups of the first iteration, whose images are the base policy's: the
-    reward then loses its say as its differences vanish."""
+    reward then loses its say as its differences vanish. centred: not divided (Dr.GRPO)."""
     limit: float = 0.0
     """Largest normalised reward, in deviations; what is beyond is clipped. 0 is no limit."""
 
@@ -155,12 +155,16 @@ def normalise_scores(
             batch   divide by the deviation of all scores of the batch: groups keep their relative
                     weight, which suits a reward that is comparable across conditions (LOO-FID)
             anchored  divide by `anchor`, the same throughout a run
+            centred   do not divide (Dr.GRPO, 2503.20783): groups weigh what their differences are,
+                    in the score's own unit
         anchor: a deviation, >= 0, in the unit of the scores.
 
     Returns:
         (P, K) float64. A group without differences gets zeros.
     """
     centred = _centred(scores, valid)
+    if how == "centred":
+        return centred
     if how == "group":
         counts = np.maximum(valid.sum(1, keepdims=True), 1)
         return centred / (np.sqrt((centred**2).sum(1, keepdims=True) / counts) + EPSILON)

@@ -49,7 +49,7 @@ class LooFidTerm(MomentsConfig, RewardTerm):
     """Factor of the normalised reward; 0 logs it and learns nothing from it."""
     normalise: Normalisation = "batch"
     """group: by the deviation within the group. batch: by the deviation over the batch. anchored:
-    by the deviation within groups of the first iteration."""
+    by the deviation within groups of the first iteration. centred: not divided."""
     reference: str = "digits:train"
     """Real images' moments: an .npz file with mu and sigma, or "digits:train" to compute them."""
     seed_images: int = 1000

@@ -11,13 +11,13 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from cluster.errors import ConfigError
 from rewards.base import Scorer
-from rewards.combine import ScorerTerm
+from rewards.combine import Normalisation, ScorerTerm
 
 SYNTAX = "module:Class=weight[,option=value...]"
 PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -95,8 +95,8 @@ def load_extra(extra: ExtraReward, device: str) -> Scorer:
 
 def _term(text: str, values: Mapping[str, Any]) -> ScorerTerm:
     normalise = values.get("normalise", "group")
-    if normalise not in ("group", "batch", "anchored"):
-        raise ValueError(f"{text!r}: normalise must be group, batch or anchored")
+    if normalise not in get_args(Normalisation):
+        raise ValueError(f"{text!r}: normalise must be one of {', '.join(get_args(Normalisation))}")
     return ScorerTerm(**{**values, "pool": str(values.get("pool", ""))})
 
 

@@ -28,9 +28,10 @@ from PIL import Image
 from torch import Tensor
 
 from cluster.errors import CheckpointError, ConfigError
-from cluster.tensors import load_strict, locate
+from cluster.tensors import load_strict
 from cluster.torchvision_ops import ensure_torchvision
-from rewards.openclip import DTYPES, Precision, read_checkpoint
+from rewards.openclip import DTYPES, Precision
+from rewards.weight_files import read_state
 
 EXTRA = "tessera-rl[hpsv2]"
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
@@ -122,7 +123,7 @@ class PackageModel:
             )
         except RuntimeError as error:
             raise CheckpointError(f"hpsv2 model {model!r} cannot be made: {error}") from error
-        load_strict(self.model, read_checkpoint(locate(checkpoint)), checkpoint)
+        load_strict(self.model, read_state(checkpoint), checkpoint)
         self.model.eval().requires_grad_(False)
         self._tokenize = fork.get_tokenizer(model)
         self._encode = fork.tokenizer._tokenizer.encode

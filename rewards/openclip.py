@@ -5,30 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.errors import CheckpointError
 from cluster.tensors import PACKAGE, load_strict, locate
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.packed import pack_blocks
+from rewards.weight_files import read_state
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOCAL_DIR = "local-dir:"
 HUB = "hf-hub:"
 DIRECTORY_CONFIG = "open_clip_config.json"
-_STATE = "state_dict"
-_PARALLEL = "module."  # prefix of names in files written by data-parallel training
 
 
 class TextImageModel:
@@ -124,38 +119,6 @@ class TextImageModel:
         return len(tokenizer.tokenizer(text).input_ids), tokenizer.context_length
 
 
-def read_checkpoint(file: Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint file, on the CPU: a state dict, alone or under "state_dict".
-
-    Files of torch are mapped rather than read, so that a large one is in memory but once.
-
-    Raises:
-        CheckpointError: not a file of tensors alone.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        # Files older than torch's zip format cannot be mapped.
-        mapped = zipfile.is_zipfile(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(
-            f"{file}: not a checkpoint of tensors alone, or damaged ({_first_line(error)}); "
-            "expected a .safetensors file, or a .pt file with a state dict that torch loads with "
-            "weights_only"
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get(_STATE), dict):
-        state = state[_STATE]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError(
-            f'{file}: expected a state dict, alone or under "{_STATE}", found '
-            f"{type(state).__name__}"
-        )
-    if all(name.startswith(_PARALLEL) for name in state):
-        state = {name.removeprefix(_PARALLEL): tensor for name, tensor in state.items()}
-    return state
-
-
 def is_own_source(model: str) -> bool:
     """Whether a model's name stands for weights, too: a directory, or a model on the hub."""
     return model.startswith(HUB) or _directory(model) is not None
@@ -223,7 +186,7 @@ def _loading_from(file: Path | None) -> Iterator[None]:
 def _load_file(model: torch.nn.Module, file: Path, name: str) -> None:
     import open_clip.factory as factory
 
-    state = factory.convert_state_dict(model, read_checkpoint(file))
+    state = factory.convert_state_dict(model, read_state(str(file)))
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = factory.convert_to_custom_text_state_dict(state)
     load_strict(model, state, name)
@@ -247,7 +210,3 @@ def _tokenizer_options(directory: Path) -> dict[str, str]:
     if "bpe_path" not in options:
         return {}
     return {"bpe_path": str(directory / options["bpe_path"])}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cluster.tensors import load_strict, locate
 
 PUBLISHED = "published"
 WRAPPERS = ("state_dict", "model")  # keys under which training programs keep the tensors
+PARALLEL = "module."  # before every name, in files of data-parallel training
 COUNTER = "num_batches_tracked"  # of batch norm: means nothing here, and some files lack it
 TOLD = 300  # characters of another library's error that are worth repeating
 
@@ -67,6 +69,9 @@ def published_file(url: str) -> Path:
 def read_state(path: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors or PyTorch file, on the CPU; nothing is unpickled.
 
+    PyTorch's are mapped rather than read, so that a large one is in memory but once; names lose the
+    prefix of data-parallel training.
+
     Raises:
         CheckpointError: no such file, damaged, or something other than tensors in it.
     """
@@ -74,7 +79,8 @@ def read_state(path: str) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(file)  # files older than torch's zip format cannot be
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}): fetch it again"
@@ -94,6 +100,8 @@ def read_state(path: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: expected a state dict, names and tensors, found {_describe(state)}"
         )
+    if all(name.startswith(PARALLEL) for name in state):
+        return {name.removeprefix(PARALLEL): tensor for name, tensor in state.items()}
     return dict(state)
 
 

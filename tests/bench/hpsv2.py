@@ -155,8 +155,9 @@ def report(options: Options, best: dict[str, Run]) -> None:
         table.add_column(heading, justify="right" if heading else "left")
     for name, run in best.items():
         apart = np.abs(run.scores - theirs.scores).max()
+        name = name if run is theirs else f"HpsReward, {name}"
         table.add_row(
-            name if run is theirs else f"HpsReward, {name}", f"{run.seconds:.3f}", f"{1 / run.seconds:.2f}",
+            name, f"{run.seconds:.3f}", f"{1 / run.seconds:.2f}",
             f"{theirs.seconds / run.seconds:.1f}", f"{apart:.1e}", f"{run.load:.1f}",
         )  # fmt: skip
     Console(width=100).print(table)

@@ -16,7 +16,6 @@ from cluster.fleet import InlineFleet
 from cluster.ray_fleet import RayFleet
 from cluster.runtime import RaySession
 from cluster.weights import unpack_weights
-from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
 from learner.config import RunConfig
 from learner.loop import Iteration
 from tests.small_run import run_training, small_config
@@ -55,8 +54,8 @@ def test_two_learners_of_eight_are_one_of_sixteen(
     with RayFleet(config.fleet_plan(), ray_session) as fleet:
         found = run_training(config, fleet)
         assert_equal(published(fleet), weights)
-        saved = save_checkpoint(tmp_path, 4, fleet, keep=1)
-        assert fleet.learner.restore(saved.path) == 4
+        fleet.learner.save(tmp_path)
+        assert fleet.learner.restore(tmp_path) == 4
         assert_equal(published(fleet), weights)
         workers = {span.worker for span in found[0].spans if span.phase == "learn"}
     assert workers == {"learner-0", "learner-1"}
@@ -65,7 +64,7 @@ def test_two_learners_of_eight_are_one_of_sixteen(
             assert ours.row[name] == pytest.approx(theirs.row[name], rel=1e-4), name
     # Complete, and independent of who wrote it: one learner goes on from it.
     with InlineFleet(config_of().fleet_plan()) as one:
-        restore(newest_checkpoint(tmp_path, print), one)
+        assert one.learner.restore(tmp_path) == 4
         assert_equal(published(one), weights)
 
 

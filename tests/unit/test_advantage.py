@@ -93,6 +93,11 @@ def test_anchored_by_hand() -> None:
     assert normalise_scores(SCORES, ALL, "anchored", anchor=0.0).tolist() == [[0] * 3] * 2
 
 
+def test_centred_by_hand() -> None:
+    z = normalise_scores(SCORES, ALL, "centred")
+    np.testing.assert_allclose(z, [[-1, 0, 1], [-10, -10, 20]])
+
+
 def test_spread_within_groups_by_hand() -> None:
     """Deviations -1 0 1 and -10 -10 20: sqrt((2 + 600) / 6). A failed image does not count."""
     assert spread_within(SCORES, ALL) == pytest.approx((602 / 6) ** 0.5)

@@ -47,7 +47,7 @@ def test_without_a_weight_it_counts_once() -> None:
         ("a:B=much", "the weight must be a number, found 'much'"),
         ("a:B=true", "the weight must be a number"),
         ("a:B=-1", "weight must be >= 0, found -1"),
-        ("a:B=1,normalise=z", "normalise must be group, batch or anchored"),
+        ("a:B=1,normalise=z", "normalise must be one of group, batch, anchored, centred"),
         ("a:B=1,odd", "expected option=value, found 'odd'"),
     ],
 )

@@ -35,10 +35,10 @@ def options(**changes: object) -> OptimizerConfig:
     return OptimizerConfig(**{"lr": 1e-2, "microbatch": 8, **changes})
 
 
-def off_policy(learner: Learner, spread: float = 0.8) -> TrainingBatch:
+def off_policy(learner: Learner, iteration: int = 0, rows: int = 8) -> TrainingBatch:
     """A batch whose behaviour logprobs differ from the learner's, token by token."""
-    batch = batch_of(learner)
-    noise = np.random.default_rng(0).normal(0, spread, batch.behaviour.shape)
+    batch = batch_of(learner, iteration, rows)
+    noise = np.random.default_rng(iteration).normal(0, 0.8, batch.behaviour.shape)
     return dataclasses.replace(batch, behaviour=batch.behaviour + noise.astype(np.float32))
 
 
@@ -360,3 +360,12 @@ def test_a_token_that_the_learners_filter_drops_is_seen_but_stops_nothing(policy
     metrics = learner.step(batch).metrics
     assert metrics["policy/logprob_gap"] == math.inf
     assert torch.isfinite(weights(learner)).all()
+
+
+def test_adapters_without_their_package_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'tessera-rl\[lora\]'"):
+        LoraConfig(rank=1)
+    LoraConfig(rank=0)  # nothing is needed for nothing

@@ -21,11 +21,14 @@ from tests.unit.test_learner_options import off_policy
 from tests.unit.test_real_tokens import CLASSES, TOKENS
 
 STEPS = 5
+MASKED = LossConfig(ratio_to="proximal", mask_low=0.6, mask_high=1.8)
+WEIGHTED = LossConfig(aggregation="sequence-ratio", ratio_to="proximal", importance_cap=1.1)
 CASES = {
     "plain": {"rows": 8},
     "uneven": {"rows": 7},
     "fewer rollouts than learners": {"rows": 1},
-    "masked": {"rows": 6, "loss": LossConfig(ratio_to="proximal", mask_low=0.6, mask_high=1.8)},
+    "masked": {"rows": 6, "loss": MASKED, "stale": True},
+    "weighted": {"rows": 5, "loss": WEIGHTED, "stale": True},
     "kl reward": {"rows": 5, "loss": LossConfig(kl_coef=0.5, kl_in="reward")},
     "two updates of two parts": {"rows": 7, "updates": 2, "parts": 2},
     "real": {"rows": 5, "real": 0.3},
@@ -46,9 +49,9 @@ def learner_of(folder: Path, case: dict, microbatch: int = 8) -> Learner:
 
 
 def train(learner: Learner, case: dict) -> list[dict[str, float]]:
-    """Five steps on what the learner itself draws."""
-    rows = case["rows"]
-    return [learner.step(batch_of(learner, at, rows)).metrics for at in range(STEPS)]
+    """Five steps on what the learner itself draws; stale, if its logprobs say otherwise."""
+    draw = off_policy if case.get("stale") else batch_of
+    return [learner.step(draw(learner, at, case["rows"])).metrics for at in range(STEPS)]
 
 
 def member(rank: int, size: int, addresses: list[str], folder: Path) -> None:
@@ -85,6 +88,8 @@ def member(rank: int, size: int, addresses: list[str], folder: Path) -> None:
     owned = sum(p.numel() for p in learner._optimizer._adamw.param_groups[0]["params"])
     results["owned"] = owned
     (folder / f"{size}-{rank}.json").write_text(json.dumps(results))
+    torch.distributed.barrier()  # nobody leaves while another still reads from it
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ class Publisher:
     def actor_class(self, factory: Callable[..., Any]) -> Any:
         """Ray's actor class of a learner or sampler."""
         if self._device:  # an option of the class: `.options` leaves it out without a word
-            return ray.remote(enable_tensor_transport=True)(factory)
+            return ray.remote(enable_tensor_transport=True)(factory)  # type: ignore[call-overload]
         return ray.remote(factory)
 
     def publish(self, learner: Any, samplers: Sequence[Any] = ()) -> None:

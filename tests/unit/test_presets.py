@@ -13,6 +13,7 @@ import yaml
 from cluster.errors import CheckpointError
 from cluster.fleet import InlineFleet
 from learner.config import RunConfig, load_preset
+from learner.learner import Learner
 from learner.run import REFUSED, main
 from rewards.features import FeaturesConfig
 from rewards.openclip import check_activation

@@ -2,11 +2,12 @@
 
     submit(requests) -> ticket          ask for groups, to be sampled and scored
     collect(ticket) -> [ScoredGroup]    wait for them, in the order of the requests
-    broadcast() -> version              the learner's weights to every sampler
+    broadcast()                         the learner's weights to every sampler
     learner, moments                    the two roles that exist once
 
-Whatever happens below this surface (which sampler drew a group, in what order they came in), the
-same requests give the same groups.
+A group is drawn with the weights of the last broadcast before it was asked for. Whatever happens
+below this surface (which sampler drew a group, in what order they came in), the same requests give
+the same groups.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Fleet(Protocol):
 
     def submit(self, requests: Sequence[SampleRequest]) -> Ticket: ...
 
-    def collect(self, ticket: Ticket) -> list[ScoredGroup]: ...
+    def collect(self, ticket: Ticket, *, finish: bool = False) -> list[ScoredGroup]:
+        """Raises StopRequestedError when a stop is asked for meanwhile, unless told to `finish`."""
+        ...
 
     def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
         """Images (K, H, W, 3) uint8 of each request, unscored: for galleries, not for training."""
@@ -62,7 +65,9 @@ class Fleet(Protocol):
         """Let the moments server prepare for the next commit, without waiting for it."""
         ...
 
-    def broadcast(self) -> int: ...
+    def broadcast(self) -> None:
+        """Publish the learner's weights. Nobody waits until every sampler has them."""
+        ...
 
     def __enter__(self) -> Self: ...
 
@@ -99,6 +104,7 @@ class InlineFleet:
             role.name: role.factory(role.config, name=role.worker_name(0)) for role in plan.servers
         }
         self._submitted: dict[Ticket, list[SampleRequest]] = {}
+        self._done: dict[Ticket, list[ScoredGroup]] = {}
         self._tickets = 0
 
     def __enter__(self) -> Self:
@@ -113,15 +119,21 @@ class InlineFleet:
         self._submitted[ticket] = list(requests)
         return ticket
 
-    def collect(self, ticket: Ticket) -> list[ScoredGroup]:
+    def collect(self, ticket: Ticket, *, finish: bool = False) -> list[ScoredGroup]:
+        if ticket not in self._done:
+            self._done[ticket] = self._work(ticket, finish)
+        return self._done.pop(ticket)
+
+    def _work(self, ticket: Ticket, finish: bool) -> list[ScoredGroup]:
         groups = []
-        for request in self._submitted.pop(ticket):
-            if self._should_stop():
+        for request in self._submitted[ticket]:
+            if self._should_stop() and not finish:
                 raise StopRequestedError("stopped while sampling")
             rollouts, images = self._sampler.sample(request)
             judges = self._plan.judges(request.panel)
             parts = [self._servers[role.name].score(request, images) for role in judges]
             groups.append(ScoredGroup(rollouts=rollouts, scores=merge_scores(parts)))
+        del self._submitted[ticket]
         return groups
 
     def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
@@ -139,8 +151,11 @@ class InlineFleet:
     def refresh_moments(self) -> None:
         self.moments.refresh()
 
-    def broadcast(self) -> int:
+    def broadcast(self) -> None:
+        for ticket in list(self._submitted):  # to be drawn with the weights of before
+            self._done[ticket] = self._work(ticket, finish=True)
         if not self._plan.adapters_alone:
-            return self._sampler.load_weights(self.learner.snapshot())
+            self._sampler.load_weights(self.learner.snapshot())
+            return
         self._base = self._base or self.learner.base_snapshot()
-        return self._sampler.load_weights(self.learner.adapter_snapshot(), self._base)
+        self._sampler.load_weights(self.learner.adapter_snapshot(), self._base)

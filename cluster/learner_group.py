@@ -16,7 +16,10 @@ import ray
 from cluster.errors import FleetError
 
 Answer = Callable[[Any, str, float], Any]
-"""(reference, what it is of, longest wait) -> value; `cluster.ray_fleet.answer`."""
+"""(reference, what it is of, longest wait) -> value; `cluster.ray_calls.answer`."""
+Attend = Callable[[Sequence[Any], float], Sequence[Any]]
+"""(references, longest wait) -> one of them that is there, if any; what the fleet does meanwhile is
+its own affair."""
 POLL_S = 0.5
 
 
@@ -24,9 +27,14 @@ class LearnerGroup:
     """A `LearnerRole` made of several actors. The first one writes and publishes."""
 
     def __init__(
-        self, handles: Sequence[Any], names: Sequence[str], answer: Answer, timeout_s: float
+        self,
+        handles: Sequence[Any],
+        names: Sequence[str],
+        answer: Answer,
+        timeout_s: float,
+        attend: Attend,
     ) -> None:
-        self._handles, self._names = list(handles), list(names)
+        self._handles, self._names, self._attend = list(handles), list(names), attend
         self._answer, self._timeout_s = answer, timeout_s
 
     def meet(self) -> None:
@@ -72,7 +80,7 @@ class LearnerGroup:
         waiting, values = {ref: rank for rank, ref in enumerate(refs)}, [None] * len(refs)
         started = time.monotonic()
         while waiting:
-            for ref in ray.wait(list(waiting), num_returns=1, timeout=POLL_S)[0]:
+            for ref in self._attend(list(waiting), POLL_S):
                 rank = waiting.pop(ref)
                 values[rank] = self._ask(ref, rank)
             if waiting and time.monotonic() - started > self._timeout_s:

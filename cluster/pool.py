@@ -40,6 +40,8 @@ class Worker:
     state: State = State.STARTING
     busy: int = 0
     """Requests it has in hand."""
+    edition: int = 0
+    """Of a sampler: the weights it was sent last (`cluster.editions`). It never goes back."""
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -52,6 +54,8 @@ class Waiting:
     """One piece of work in a pool's queue."""
 
     task: Any
+    edition: int = 0
+    """Weights that it needs; of samplers' work."""
     since: float = field(default_factory=time.monotonic)
 
 
@@ -82,16 +86,24 @@ class WorkerPool:
     def of(self, state: State) -> list[Worker]:
         return [worker for worker in self.workers if worker.state is state]
 
-    def add(self, task: Any, *, front: bool = False) -> None:
-        """Queue a piece of work; at the front, if it was begun before."""
-        (self.waiting.appendleft if front else self.waiting.append)(Waiting(task))
+    def add(self, task: Any, *, front: bool = False, edition: int = 0) -> None:
+        """Queue a piece of work; at the front of its edition, if it was begun before. Editions are
+        queued in order."""
+        place = len(self.waiting)
+        if front:
+            later = (i for i, other in enumerate(self.waiting) if other.edition >= edition)
+            place = next(later, place)
+        self.waiting.insert(place, Waiting(task, edition))
 
     def next(self) -> tuple[Waiting, Worker] | None:
         """The next piece of work and the worker for it; None if there is no work, or no room."""
-        serving = self.of(State.SERVING)
-        if not self.waiting or not serving:
+        if not self.waiting:
             return None
-        worker = min(serving, key=lambda worker: (worker.busy, worker.index))
+        edition = self.waiting[0].edition
+        able = [worker for worker in self.of(State.SERVING) if worker.edition <= edition]
+        if not able:
+            return None
+        worker = min(able, key=lambda worker: (worker.busy, worker.index))
         if worker.busy >= self.role.depth:
             return None
         return self.waiting.popleft(), worker
@@ -124,6 +136,18 @@ class WorkerPool:
         """End a worker at once."""
         self.workers.remove(worker)
         self._stop(worker)
+
+    def turn_back(self) -> Worker | None:
+        """Where the next piece of work needs weights that every worker has left behind, because
+        whoever was to do it is gone: put a new worker in the place of an idle one."""
+        coming = self.of(State.SERVING) + self.of(State.STARTING)
+        if not self.waiting or any(w.edition <= self.waiting[0].edition for w in coming):
+            return None
+        idle = next((w for w in self.of(State.SERVING) if w.busy == 0), None)
+        if idle is None:  # all are busy: they get nothing new, so that one soon is not
+            return None
+        self._stop(idle)
+        return self.replace(idle)
 
     def replace(self, worker: Worker) -> Worker | None:
         """Put another in the place of a lost one; None if it was to leave, or is gone already."""

@@ -25,8 +25,35 @@ from cluster.transports import (
 )
 
 
+class Published:
+    """The weights of one broadcast."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        learner: Any,
+        *,
+        snapshot: ray.ObjectRef | None = None,
+        base: ray.ObjectRef | None = None,
+        on_device: ray.ObjectRef | None = None,
+    ) -> None:
+        self._publisher, self._learner = publisher, learner
+        self._snapshot, self._base, self._on_device = snapshot, base, on_device
+
+    def load(self, sampler: Any) -> ray.ObjectRef:
+        """Have a sampler (an actor's handle) take them up, with their base where they build upon
+        one: whether the sampler is new makes no difference."""
+        if self._on_device is not None and self._publisher.reaches(sampler):
+            return sampler.load_weights.remote(self._on_device)
+        if self._snapshot is None:  # where the learner went on meanwhile, these are newer
+            self._snapshot = self._learner.snapshot.remote()
+        if self._base is not None:
+            return sampler.load_weights.remote(self._snapshot, self._base)
+        return sampler.load_weights.remote(self._snapshot)
+
+
 class Publisher:
-    """References to what the learner published last.
+    """Takes the learner's weights to where samplers find them.
 
     Args:
         transport: one that can run here: "object-store", or a key of `DEVICE_TRANSPORTS`.
@@ -47,15 +74,8 @@ class Publisher:
         self._name, self._say, self._timeout_s = transport, say, timeout_s
         self._device: DeviceTransport | None = DEVICE_TRANSPORTS.get(transport)
         self._adapters_alone = adapters_alone
-        self._learner: Any = None
-        self._members: set[Any] = set()
-        self._snapshot: ray.ObjectRef | None = None
         self._base: ray.ObjectRef | None = None
-        self._on_device: ray.ObjectRef | None = None
-
-    @property
-    def published(self) -> bool:
-        return self._learner is not None
+        self._members: set[Any] = set()
 
     def actor_class(self, factory: Callable[..., Any]) -> Any:
         """Ray's actor class of a learner or sampler."""
@@ -63,46 +83,37 @@ class Publisher:
             return ray.remote(enable_tensor_transport=True)(factory)  # type: ignore[call-overload]
         return ray.remote(factory)
 
-    def publish(self, learner: Any, samplers: Sequence[Any] = ()) -> None:
+    def publish(self, learner: Any, samplers: Sequence[Any] = ()) -> Published:
         """Ask the learner (an actor's handle) for its weights, without waiting for them.
 
         Args:
             samplers: that exist now, for transports that need a group.
         """
-        self._learner, self._snapshot, self._on_device = learner, None, None
         if self._adapters_alone:
             self._base = self._base or learner.base_snapshot.remote()
-            self._snapshot = learner.adapter_snapshot.remote()
-        elif self._device and self._gathered(learner, samplers):
+            adapters = learner.adapter_snapshot.remote()
+            return Published(self, learner, snapshot=adapters, base=self._base)
+        if self._device and self._gathered(learner, samplers):
             call = learner.snapshot.options(tensor_transport=self._device.ray_name)
-            self._on_device = call.remote(on_device=True)
-        else:
-            self._snapshot = learner.snapshot.remote()
+            return Published(self, learner, on_device=call.remote(on_device=True))
+        return Published(self, learner, snapshot=learner.snapshot.remote())
 
-    def load(self, sampler: Any) -> ray.ObjectRef:
-        """Have a sampler (an actor's handle) take up what was published last, and its base where it
-        builds upon one: whether the sampler is new makes no difference."""
-        if self._on_device is not None:
-            if not self._members or sampler in self._members:
-                return sampler.load_weights.remote(self._on_device)
-            self._give_up("a sampler came later, and the group cannot grow")
-        if self._snapshot is None:
-            self._snapshot = self._learner.snapshot.remote()
-        if self._base is not None:
-            return sampler.load_weights.remote(self._snapshot, self._base)
-        return sampler.load_weights.remote(self._snapshot)
+    def reaches(self, sampler: Any) -> bool:
+        """Whether a sampler gets weights from the learner's GPU: those that came after a group was
+        formed do not."""
+        return self._device is not None and (not self._device.group or sampler in self._members)
 
     def fall_back(self, error: TesseraError) -> bool:
         """After a failed load: go on with the object store, and say so. False if that is what
         failed."""
-        if self._on_device is None:
+        if self._device is None:
             return False
         self._give_up(str(error).partition("\n")[0])
         return True
 
     def _give_up(self, reason: str) -> None:
         self._say(f"weights.transport {self._name} failed, going on with {OBJECT_STORE}: {reason}")
-        self._device, self._on_device = None, None
+        self._device = None
 
     def _gathered(self, learner: Any, samplers: Sequence[Any]) -> bool:
         """Whether the group that the transport needs is there."""

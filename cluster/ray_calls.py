@@ -12,17 +12,36 @@ from cluster.errors import FleetError, TesseraError
 
 
 class RemoteRole:
-    """A single actor that is called like the object it holds."""
+    """A single actor that is called like the object it holds.
 
-    def __init__(self, handle: Any, name: str, timeout_s: float) -> None:
+    Args:
+        wait: how an answer is waited for: (reference, what it is of, longest wait) -> value; None
+            is `answer`, during which the caller does nothing else.
+    """
+
+    def __init__(
+        self,
+        handle: Any,
+        name: str,
+        timeout_s: float,
+        wait: Callable[[Any, str, float], Any] | None = None,
+    ) -> None:
         self._handle, self._name, self._timeout_s = handle, name, timeout_s
+        self._wait = wait or answer
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             ref = getattr(self._handle, method).remote(*args, **kwargs)
-            return answer(ref, f"{self._name}.{method}", self._timeout_s)
+            return self._wait(ref, f"{self._name}.{method}", self._timeout_s)
 
         return call
+
+
+def too_late(what: str, timeout_s: float) -> FleetError:
+    return FleetError(
+        f"{what} did not answer within {timeout_s:g} s: is the cluster short of CPUs or GPUs, "
+        "or the worker stuck? (--timeout-s sets the bound)"
+    )
 
 
 def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
@@ -36,10 +55,7 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
     try:
         return ray.get(ref, timeout=timeout_s)
     except GetTimeoutError:
-        raise FleetError(
-            f"{what} did not answer within {timeout_s:g} s: is the cluster short of CPUs or GPUs, "
-            "or the worker stuck? (--timeout-s sets the bound)"
-        ) from None
+        raise too_late(what, timeout_s) from None
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, TesseraError):

@@ -17,17 +17,19 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
-from cluster.errors import FleetError
+from cluster.editions import Editions
+from cluster.errors import FleetError, TesseraError
 from cluster.fleet import StopRequestedError, Ticket
 from cluster.learner_group import LearnerGroup
 from cluster.messages import SampleRequest, ScoredGroup, Span
 from cluster.placement import Placement, place
 from cluster.pool import State, Waiting, Worker, WorkerPool
 from cluster.publisher import publisher_of
-from cluster.ray_calls import RemoteRole, answer
+from cluster.ray_calls import RemoteRole, answer, too_late
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
 from cluster.steward import Steward
+from cluster.supervisor import Supervisor
 from cluster.tickets import Answers, GroupOnTheWay
 
 POLL_S = 0.5  # how often a wait looks for a request to stop
@@ -64,17 +66,19 @@ class RayFleet:
     ) -> None:
         self._plan, self._session, self._should_stop, self._say = plan, session, should_stop, say
         self._refresh: Any = None  # the moments server's work of the iteration before
+        self._editions = Editions()
+        self._loads: dict[ray.ObjectRef, Worker] = {}
+        self._calls: dict[ray.ObjectRef, Call] = {}
         self._placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
         self._weights = publisher_of(plan, session, say)
         self._learners = [self._launch(plan.learner, i) for i in range(plan.learner.count)]
         self._learner, self._moments = self._learners[0], self._launch(plan.moments_server)
         self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
         self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
+        self._supervisor = Supervisor(plan, self.pools, say)
         self._steward = Steward(self.pools, run, say)
-        self._calls: dict[ray.ObjectRef, Call] = {}
         self._answers: dict[Ticket, Answers] = {}
         self._tickets = 0
-        self.restarts = 0
 
     def __enter__(self) -> Self:
         try:
@@ -103,6 +107,10 @@ class RayFleet:
         return [self._samplers, *self._servers.values()]
 
     @property
+    def restarts(self) -> int:
+        return self._supervisor.restarts
+
+    @property
     def placements(self) -> list[Placement]:
         return list(self._placements.values())
 
@@ -111,26 +119,30 @@ class RayFleet:
         if len(self._learners) > 1:
             return self._group()
         worker = self._learner
-        return cast(LearnerRole, RemoteRole(worker.handle, worker.name, self._plan.timeout_s))
+        return cast(LearnerRole, self._remote(worker))
+
+    def _remote(self, worker: Worker) -> RemoteRole:
+        return RemoteRole(worker.handle, worker.name, self._plan.timeout_s, self._answer)
 
     def _group(self) -> LearnerGroup:
         return LearnerGroup(
             [worker.handle for worker in self._learners],
             [worker.name for worker in self._learners],
-            answer,
+            self._answer,
             self._plan.timeout_s,
+            self._attend,
         )
 
     @property
     def moments(self) -> MomentsRole:
         worker = self._moments
-        return cast(MomentsRole, RemoteRole(worker.handle, worker.name, self._plan.timeout_s))
+        return cast(MomentsRole, self._remote(worker))
 
     def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
         return self._submit(requests, scored=True)
 
-    def collect(self, ticket: Ticket) -> list[ScoredGroup]:
-        return self._collect(ticket)
+    def collect(self, ticket: Ticket, *, finish: bool = False) -> list[ScoredGroup]:
+        return self._collect(ticket, finish=finish)
 
     def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
         return self._collect(self._submit(requests, scored=False))
@@ -143,37 +155,15 @@ class RayFleet:
 
     def refresh_moments(self) -> None:
         if self._refresh is not None:  # long done: a commit came after it
-            answer(self._refresh, f"{self._moments.name}.refresh", self._plan.timeout_s)
+            self._answer(self._refresh, f"{self._moments.name}.refresh", self._plan.timeout_s)
         self._refresh = self._moments.handle.refresh.remote()
 
-    def broadcast(self) -> int:
-        """Publish the learner's weights once, and have every sampler take them up. Samplers that
-        are still starting are not waited for: they serve once they have them."""
+    def broadcast(self) -> None:
+        """Publish the learner's weights once. What is submitted from now on is drawn with them;
+        each sampler takes them up when it has no older work to begin. Nobody is waited for."""
         handles = [worker.handle for worker in self._samplers.workers]
-        self._weights.publish(self._learner.handle, handles)
-        try:
-            return self._load_weights()
-        except FleetError as error:
-            if not self._weights.fall_back(error):
-                raise
-            return self._load_weights()
-
-    def _load_weights(self) -> int:
-        loading = {self._weights.load(w.handle): w for w in self._samplers.workers}
-        version = -1
-        for ref, worker in loading.items():
-            if worker.state is State.STARTING:
-                worker.ready = ref
-                continue
-            try:
-                version = answer(ref, f"{worker.name}.load_weights", self._plan.timeout_s)
-            except RayActorError:
-                self._lost(self._samplers, worker)
-        if version < 0:  # every sampler was lost
-            worker = self._await_worker(self._samplers)
-            probe = self._weights.load(worker.handle)
-            version = answer(probe, f"{worker.name}.load_weights", self._plan.timeout_s)
-        return version
+        self._editions.publish(self._weights.publish(self._learner.handle, handles))
+        self._catch_up()
 
     def _launch(self, role: Role, index: int = 0, addition: bool = False) -> Worker:
         placement = self._placements[role.name]
@@ -189,10 +179,34 @@ class RayFleet:
         wrap = self._weights.actor_class if concerned else ray.remote
         actor = wrap(role.factory).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
-        ready = handle.__ray_ready__.remote()
-        if role is self._plan.sampler and self._weights.published:
-            ready = self._weights.load(handle)  # it serves with the weights only
-        return Worker(role, index, handle, ready, addition)
+        worker = Worker(role, index, handle, handle.__ray_ready__.remote(), addition)
+        if role is self._plan.sampler and self._editions.newest:
+            # it serves with weights only: the oldest that somebody waits for, as it never goes back
+            worker.ready = self._load(worker, self._editions.oldest(self._needed()))
+        return worker
+
+    def _load(self, worker: Worker, edition: int) -> ray.ObjectRef:
+        worker.edition = edition
+        return self._editions[edition].load(worker.handle)
+
+    def _needed(self) -> Iterator[int]:
+        """Editions of the groups that wait for a sampler, or are with one."""
+        yield from (waiting.edition for waiting in self._samplers.waiting)
+        yield from (c.group.edition for c in self._calls.values() if c.pool is self._samplers)
+
+    def _catch_up(self) -> None:
+        """Send the newest weights to samplers that have nothing older to begin."""
+        if self._samplers.waiting:
+            return
+        for worker in self._samplers.workers:
+            if worker.edition == self._editions.newest or worker.state is State.DRAINING:
+                continue
+            loaded = self._load(worker, self._editions.newest)
+            if worker.state is State.STARTING:
+                worker.ready = loaded
+            else:
+                self._loads[loaded] = worker
+        self._editions.oldest(self._needed())
 
     def _dismiss(self, worker: Worker) -> None:
         ray.kill(worker.handle)
@@ -214,19 +228,19 @@ class RayFleet:
         answers = self._answers[ticket] = Answers([None] * len(requests))
         for position, request in enumerate(requests):
             judges = tuple(role.name for role in self._plan.judges(request.panel)) if scored else ()
-            self._samplers.add(GroupOnTheWay(answers, position, request, judges))
+            edition = self._editions.newest
+            group = GroupOnTheWay(answers, position, request, judges, edition)
+            self._samplers.add(group, edition=edition)
         self._dispatch()
         return ticket
 
-    def _collect(self, ticket: Ticket) -> list[Any]:
+    def _collect(self, ticket: Ticket, *, finish: bool = False) -> list[Any]:
         answers = self._answers[ticket]
         progress = time.monotonic()
         while answers.missing:
-            if self._should_stop():
+            if self._should_stop() and not finish:
                 raise StopRequestedError("stopped while sampling")
-            self._steward.tend(self.restarts)
-            self._dispatch()
-            if self._wait():
+            if self._turn():
                 progress = time.monotonic()
             elif time.monotonic() - progress > self._plan.timeout_s:
                 busy = ", ".join(sorted({call.worker.name for call in self._calls.values()}))
@@ -236,34 +250,65 @@ class RayFleet:
                 )
         return self._answers.pop(ticket).results
 
-    def _wait(self) -> bool:
-        """Take the next thing that happens; False if nothing did."""
-        starting = {worker.ready: (pool, worker) for pool, worker in self._starting()}
-        refs = [*self._calls, *starting, *self._steward.refs()]
-        ready, _ = ray.wait(refs, num_returns=1, timeout=POLL_S) if refs else ([], [])
+    def _attend(self, refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
+        """Wait until one of some answers is there, and keep groups moving meanwhile; returns it,
+        or nothing if the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            self._turn(refs, left)
+            ready, _ = ray.wait(list(refs), num_returns=1, timeout=0)
+            if ready:
+                return ready
+        return []
+
+    def _answer(self, ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
+        """`ray_calls.answer`, while groups move on."""
+        if not self._attend([ref], timeout_s):
+            raise too_late(what, timeout_s)
+        return answer(ref, what, timeout_s)
+
+    def _turn(self, others: Sequence[ray.ObjectRef] = (), timeout_s: float = POLL_S) -> bool:
+        """Hand out what there is to do, and take the next thing that happens; False if none of the
+        fleet's own did. `others` end the wait, and are left to the caller."""
+        self._steward.tend(self.restarts)
+        self._dispatch()
+        starting = {worker.ready: (pool, worker) for pool, worker in self._supervisor.starting()}
+        refs = [*others, *self._calls, *self._loads, *starting, *self._steward.refs()]
+        timeout_s = min(timeout_s, POLL_S)
+        ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s) if refs else ([], [])
         if not refs:
-            time.sleep(POLL_S)
+            time.sleep(timeout_s)
+        moved = False
         for ref in ready:
             if ref in self._calls:
                 self._advance(ref)
+            elif ref in self._loads:
+                self._loaded(ref)
             elif ref in starting:
-                self._started(*starting[ref])
-            else:
+                self._supervisor.started(*starting[ref])
+            elif ref in self._steward.refs():
                 self._steward.heard(ref)
-                return False
-        self._give_up_on_late_additions()
-        return bool(ready)
+                continue
+            else:
+                continue
+            moved = True
+        self._supervisor.give_up_on_late_additions()
+        return moved
 
     def _dispatch(self) -> None:
         """Hand waiting work to the least busy worker of the role that it needs."""
         for pool in self.pools:
             while picked := pool.next():
                 self._send(pool, *picked)
+        self._samplers.turn_back()
+        self._catch_up()
 
     def _send(self, pool: WorkerPool, waiting: Waiting, worker: Worker) -> None:
         group: GroupOnTheWay = waiting.task
         worker.busy += 1
         if pool is self._samplers:
+            if worker.edition < group.edition:
+                self._loads[self._load(worker, group.edition)] = worker
             call = worker.handle.sample.options(num_returns=2)
             ref, group.images = call.remote(group.request)
         else:
@@ -281,8 +326,9 @@ class RayFleet:
             if pool is self._samplers and not group.judges:
                 images = answer(group.images, f"{worker.name} images", self._plan.timeout_s)
         except RayActorError:
-            self._lost(pool, worker)
-            pool.add(group, front=True)
+            again = group.edition if pool is self._samplers else 0
+            pool.add(group, front=True, edition=again)
+            self._supervisor.lost(pool, worker)
             return
         self._measure(call, getattr(value, "spans", ()))
         if pool is not self._samplers:
@@ -295,83 +341,32 @@ class RayFleet:
             group.answers.put(group.position, images)
         pool.dismiss()
 
+    def _loaded(self, ref: ray.ObjectRef) -> None:
+        """A sampler took up weights, or says why not."""
+        worker = self._loads.pop(ref)
+        try:
+            answer(ref, f"{worker.name}.load_weights", self._plan.timeout_s)
+        except RayActorError:
+            self._supervisor.lost(self._samplers, worker)
+        except TesseraError as error:
+            if not self._weights.fall_back(error):
+                raise
+            ray.kill(worker.handle)  # what it has in hand, it would draw with older weights
+            self._supervisor.lost(self._samplers, worker)
+
     def _measure(self, call: Call, spans: Sequence[Span]) -> None:
         meter = call.pool.meter
         queued = sum(span.seconds for span in spans if span.phase == "queue")
         meter.waited(call.waited_s + queued)
         meter.worked(sum(span.seconds for span in spans if span.phase in WORK))
 
-    def _starting(self) -> Iterator[tuple[WorkerPool, Worker]]:
-        for pool in self.pools:
-            for worker in pool.of(State.STARTING):
-                yield pool, worker
-
-    def _started(self, pool: WorkerPool, worker: Worker) -> None:
-        """A worker says that it is ready, or why it will never be."""
-        try:
-            answer(worker.ready, worker.name, self._plan.timeout_s)
-        except RayActorError:
-            self._lost(pool, worker)
-            return
-        except FleetError as error:
-            if not (worker.addition and pool.of(State.SERVING)):
-                raise
-            pool.drop(worker)
-            self._say(f"going on without {worker.name}: {error}")
-            return
-        worker.state = State.SERVING
-        if worker.addition:
-            self._say(f"{worker.name} serves")
-
-    def _give_up_on_late_additions(self) -> None:
-        for pool, worker in list(self._starting()):
-            late = time.monotonic() - worker.since > self._plan.timeout_s
-            if late and worker.addition and pool.of(State.SERVING):
-                pool.drop(worker)
-                self._say(
-                    f"going on without {worker.name}: it did not start within "
-                    f"{self._plan.timeout_s:g} s; is the cluster short of CPUs or GPUs?"
-                )
-
-    def _lost(self, pool: WorkerPool, worker: Worker) -> None:
-        """Start another worker in the place of a lost one; a sampler gets the weights first."""
-        if worker not in pool.workers or worker.state is State.DRAINING:
-            pool.replace(worker)
-            return
-        if self.restarts >= self._plan.max_restarts:
-            raise FleetError(
-                f"{worker.name} was lost, and {self._plan.max_restarts} lost workers were already "
-                "replaced: look at its log for the reason (out of memory?), or raise --max-restarts"
-            )
-        self.restarts += 1
-        pool.replace(worker)
-        self._say(
-            f"{worker.name} was lost; its work is asked for again, and another takes its place "
-            f"({self.restarts} of at most {self._plan.max_restarts})"
-        )
-
-    def _await_worker(self, pool: WorkerPool) -> Worker:
-        """One that serves, once there is one."""
-        deadline = time.monotonic() + self._plan.timeout_s
-        while not pool.of(State.SERVING):
-            starting = pool.of(State.STARTING)
-            left = deadline - time.monotonic()
-            ready, _ = ray.wait([w.ready for w in starting], num_returns=1, timeout=max(left, 0))
-            if not ready:
-                raise FleetError(
-                    f"no {pool.role.name} was ready within {self._plan.timeout_s:g} s: is the "
-                    "cluster short of CPUs or GPUs? (--timeout-s sets the bound)"
-                )
-            self._started(pool, next(w for w in starting if w.ready == ready[0]))
-        return pool.of(State.SERVING)[0]
-
     def _ask_server(self, panel: str, method: str, *args: Any) -> Any:
         """Ask any server that has a panel's feature network; another one, if it is lost."""
         pool = self._servers[self._plan.feature_server(panel).name]
         while True:
-            worker = self._await_worker(pool)
+            worker = self._supervisor.await_worker(pool)
             remote = RemoteRole(worker.handle, worker.name, self._plan.timeout_s)
             try:
                 return getattr(remote, method)(*args)
             except RayActorError:
-                self._lost(pool, worker)
+                self._supervisor.lost(pool, worker)

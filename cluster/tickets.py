@@ -18,6 +18,8 @@ class GroupOnTheWay:
     request: SampleRequest
     judges: tuple[str, ...]
     """Pools that score it, in the order of the merge; none for galleries, which want images."""
+    edition: int = 0
+    """Weights that it is drawn with: those that were published last when it was asked for."""
     rollouts: RolloutGroup | None = None
     images: Any = None
     """Reference to the images; they stay in the object store."""

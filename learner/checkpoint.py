@@ -17,12 +17,14 @@ import msgpack
 
 from cluster.errors import CheckpointError
 from cluster.fleet import Fleet
+from learner.pipeline import Pipeline
 from rewards.combine import Combiner
 
 FORMAT = 2
 MANIFEST = "manifest.msgpack"
 MOMENTS = "moments.msgpack"
 REWARDS = "rewards.msgpack"
+GROUPS = "groups.msgpack"
 PREFIX = "step_"
 
 
@@ -36,9 +38,13 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: Path, step: int, fleet: Fleet, combiner: Combiner, keep: int
+    root: Path, step: int, fleet: Fleet, combiner: Combiner, keep: int, groups: bytes = b""
 ) -> Checkpoint:
     """Write one checkpoint, and remove the oldest beyond `keep`.
+
+    Args:
+        groups: that were drawn with older weights (`Pipeline.state`); a resumed run could not draw
+            them again.
 
     Raises:
         CheckpointError: the learner's files did not arrive here.
@@ -57,6 +63,8 @@ def save_checkpoint(
         )
     (partial / MOMENTS).write_bytes(fleet.moments.state())
     (partial / REWARDS).write_bytes(combiner.state())
+    if groups:
+        (partial / GROUPS).write_bytes(groups)
     files = {file.name: _describe(file) for file in sorted(partial.iterdir())}
     manifest = {"format": FORMAT, "step": step, "files": files}
     (partial / MANIFEST).write_bytes(msgpack.packb(manifest))
@@ -101,11 +109,16 @@ def verify(path: Path) -> Checkpoint:
     return Checkpoint(path, step)
 
 
-def restore(checkpoint: Checkpoint, fleet: Fleet, combiner: Combiner) -> None:
-    """Bring learner, moments server and the rewards' anchors to the checkpoint's state."""
+def restore(
+    checkpoint: Checkpoint, fleet: Fleet, combiner: Combiner, pipeline: Pipeline | None = None
+) -> None:
+    """Bring learner, moments server, the rewards' anchors and the groups on their way to the
+    checkpoint's state."""
     fleet.learner.restore(checkpoint.path)
     fleet.moments.restore((checkpoint.path / MOMENTS).read_bytes())
     combiner.restore((checkpoint.path / REWARDS).read_bytes())
+    if pipeline is not None and (checkpoint.path / GROUPS).is_file():
+        pipeline.restore((checkpoint.path / GROUPS).read_bytes())
 
 
 def _steps(root: Path) -> list[Path]:

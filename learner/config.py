@@ -94,6 +94,9 @@ class RunConfig:
     """Conditions an iteration draws (P)."""
     rollouts_per_group: Annotated[int, Field(ge=2)] = 16
     """Rollouts of each condition (K)."""
+    max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
+    """Iterations that sampling is ahead of learning (S): rollouts are S updates old. 0: on-policy;
+    with 1, samplers and reward servers work while the learner learns."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Longest wait for any one answer of a worker, seconds."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
@@ -149,9 +152,7 @@ class RunConfig:
     def fleet_plan(self) -> FleetPlan:
         """The roles of this run, with their configurations."""
         sampler = SamplerConfig(
-            policy=self.policy,
-            tokenizer=self.tokenizer,
-            resources=self.sampler,
+            policy=self.policy, tokenizer=self.tokenizer, resources=self.sampler
         )
         learner = LearnerConfig(
             policy=self.policy,
@@ -163,6 +164,7 @@ class RunConfig:
             spec=self.sampling,
             seed=self.seed,
             iterations=self.iterations,
+            max_staleness=self.max_staleness,
             timeout_s=self.timeout_s,
             wire_dtype=self.weights.wire(self.sampler.dtype),
         )
@@ -340,11 +342,8 @@ def load_preset(name: str) -> RunConfig:
         ConfigError: no such preset or file, or it does not validate.
     """
     folder = importlib.resources.files("learner").joinpath("presets")
-    shipped = sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in folder.iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    files = (entry.name for entry in folder.iterdir())
+    shipped = sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
     if name in shipped:
         return _from_yaml(folder.joinpath(f"{name}.yaml").read_text(), f"preset {name}")
     path = Path(name).expanduser()

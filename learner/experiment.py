@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cluster.fleet import Fleet, StopRequestedError
+from cluster.fleet import Fleet, InlineFleet, StopRequestedError
 from learner import evaluate
 from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
 from learner.config import RunConfig
@@ -15,9 +15,11 @@ from learner.distribution import RewardSpace, set_reference
 from learner.gallery import sample_gallery, save_sheet, save_side_by_side
 from learner.loop import Iteration, prepare, train
 from learner.metrics import Recorder
+from learner.pipeline import Pipeline
 from learner.progress import RunConsole
 from learner.report import write_report
 from learner.rundir import BEFORE_AFTER, RunDirectory
+from learner.timeline import RoleUse, bottleneck
 from rewards.combine import Combiner
 
 BASE_GALLERY = "base.png"
@@ -41,6 +43,8 @@ class Experiment:
         self._real: dict[str, np.ndarray] | None = None
         self._space = RewardSpace()
         self._combiner = Combiner(config.rewards.terms())
+        self._shares: list[RoleUse] = []
+        self._pipeline = Pipeline(config, fleet)
 
     def run(self) -> bool:
         """Everything; False if the run was asked to stop before its end."""
@@ -86,9 +90,11 @@ class Experiment:
                 self._should_stop,
                 run.path.name,
                 self._combiner,
+                self._pipeline,
             )
         finally:
             recorder.close()
+            self._shares = recorder.usage.shares()
 
     def _begin(self) -> int:
         """Bring the fleet to where training starts; returns the first iteration."""
@@ -97,7 +103,7 @@ class Experiment:
         self._space = set_reference(self._config, self._fleet)
         if any(self._run.checkpoints.glob("step_*")):
             checkpoint = newest_checkpoint(self._run.checkpoints, self._console.say)
-            restore(checkpoint, self._fleet, self._combiner)
+            restore(checkpoint, self._fleet, self._combiner, self._pipeline)
             self._fleet.broadcast()
             self._console.say(f"resumed from {checkpoint.path.name}")
             return checkpoint.step
@@ -123,8 +129,14 @@ class Experiment:
                 save_sheet(sheet, self._run.gallery / f"step_{done:06d}.png")
 
     def _checkpoint(self, done: int) -> None:
-        keep = self._config.output.keep_checkpoints
-        save_checkpoint(self._run.checkpoints, done, self._fleet, self._combiner, keep)
+        save_checkpoint(
+            self._run.checkpoints,
+            done,
+            self._fleet,
+            self._combiner,
+            self._config.output.keep_checkpoints,
+            self._pipeline.state(),
+        )
 
     def _examine(self, row: evaluate.Row) -> None:
         """Fill one row of the table, once."""
@@ -149,6 +161,10 @@ class Experiment:
         )
         if self._rows:
             self._console.table(self._rows)
+        if self._shares:
+            inline = isinstance(self._fleet, InlineFleet)
+            advice = bottleneck(self._shares, self._config.max_staleness, inline=inline)
+            self._console.timeline(self._shares, advice)
         write_report(self._run, self._config, self._rows)
         self._console.say(
             f"gallery: {gallery / BEFORE_AFTER}\nreport:  {self._run.report}\n"

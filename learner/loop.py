@@ -9,20 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from cluster.errors import DataError
+from cluster.errors import DataError, FleetError
 from cluster.fleet import Fleet, StopRequestedError
-from cluster.messages import MAIN_SPACE, Condition, SampleRequest, ScoredGroup, Span
+from cluster.messages import MAIN_SPACE, Condition, ScoredGroup, Span
 from learner.advantage import Advantages, group_advantages
 from learner.batch import make_batch
-from learner.conditions import ConditionStream
 from learner.config import RunConfig
 from learner.distribution import RewardSpace
-from learner.learner import StepReport
+from learner.pipeline import Pipeline, requests_for
+from learner.rows import all_spans, metrics_row, times
+from learner.timeline import Stopwatch
 from rewards.combine import Combiner
 from rewards.config import LOO_FID
 from rewards.moments_server import DistributionReward
-
-QUANTILES = {"p05": 0.05, "p95": 0.95}
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ def train(
     should_stop: Callable[[], bool],
     run: str = "",
     combiner: Combiner | None = None,
+    pipeline: Pipeline | None = None,
 ) -> int:
     """Iterate from `first` to the end, or until a stop is asked for.
 
@@ -54,35 +54,42 @@ def train(
         space: of the distribution reward, as `set_reference` gave it.
         run: name of the run, the other half of a commit's key.
         combiner: of the rewards, with the anchors of a resumed run; None makes a new one.
+        pipeline: with the groups that a resumed run had on their way; None makes a new one.
         after: called with every finished iteration (records, checkpoints, progress).
 
     Returns:
         How many iterations are done.
     """
-    stream = ConditionStream(
-        config.conditions.conditions(), config.groups_per_iteration, config.seed
-    )
     combiner = combiner or Combiner(config.rewards.terms())
+    pipeline, clock, ended = pipeline or Pipeline(config, fleet), Stopwatch(), time.time()
+    pipeline.begin(first)
     for iteration in range(first, config.iterations):
-        started = time.time()
         try:
-            ticket = fleet.submit(_requests(config, stream.draw(iteration), "train", iteration))
-            groups = fleet.collect(ticket)
+            with clock("wait_groups"):
+                groups = pipeline.take(iteration)
         except StopRequestedError:
             return iteration
         check_failures(groups, config.max_failed_share)
         features, valid, classes = _features(groups, space)
-        answer = fleet.moments.commit(iteration, features, valid, run=run, classes=classes)
+        with clock("wait_moments"):
+            answer = fleet.moments.commit(iteration, features, valid, run=run, classes=classes)
+        check_history(answer, iteration, config.max_staleness)
         fleet.refresh_moments()
         distribution = {LOO_FID: answer.rewards.reshape(len(groups), -1)}
         advantages = group_advantages(groups, distribution, combiner)
-        report = fleet.learner.step(make_batch(iteration, groups, advantages))
-        learned = time.time()
-        version = fleet.broadcast()
-        spans = _spans(groups, answer, report, Span("driver", "broadcast", learned, time.time()))
-        row = _row(iteration, version, groups, answer, advantages, report, fleet)
-        row |= _times(spans, started, groups)
-        after(Iteration(row, groups, advantages, spans, answer.warnings))
+        with clock("wait_learner"):
+            report = fleet.learner.step(make_batch(iteration, groups, advantages))
+        with clock("broadcast"):
+            fleet.broadcast()
+            pipeline.release(iteration)
+        spans = (*all_spans(groups, answer, report), *clock.take())
+        row = metrics_row(
+            iteration, config.max_staleness, groups, answer, advantages, report, fleet.restarts
+        )
+        row |= times(spans, ended, groups)
+        ended = time.time()
+        with clock("record"):
+            after(Iteration(row, groups, advantages, spans, answer.warnings))
         if should_stop():
             return iteration + 1
     return config.iterations
@@ -94,7 +101,7 @@ def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, fl
     conditions, size = config.conditions.conditions(), config.rollouts_per_group
     groups = -(-config.rewards.loo_fid.seed_images // size)
     asked = spread(conditions, groups)
-    seeds = fleet.collect(fleet.submit(_requests(config, asked, "moments", 0)))
+    seeds = fleet.collect(fleet.submit(requests_for(config, asked, "moments", 0)))
     check_failures(seeds, config.max_failed_share)
     features, valid, _ = _features(seeds, space)
     entropy = float(np.mean([group.rollouts.entropies.mean() for group in seeds]))
@@ -111,6 +118,21 @@ def spread(conditions: Sequence[Condition], count: int) -> list[Condition]:
     return [conditions[int(index * step) % len(conditions)] for index in range(count)]
 
 
+def check_history(answer: DistributionReward, iteration: int, max_staleness: int) -> None:
+    """Bound the age of the moments that judged, like that of the policy that drew.
+
+    Raises:
+        FleetError: the history lacks too many of the iterations before.
+    """
+    staleness = iteration - answer.version
+    if not 0 <= staleness <= max_staleness:
+        raise FleetError(
+            f"iteration {iteration} was judged with moments of {answer.version} iterations: "
+            f"staleness {staleness} is outside 0 to max_staleness {max_staleness}; was the moments "
+            "server restored from another checkpoint than the learner?"
+        )
+
+
 def check_failures(groups: Sequence[ScoredGroup], allowed: float) -> None:
     """Stop when too many images could not be scored: that is no accident any more.
 
@@ -124,23 +146,6 @@ def check_failures(groups: Sequence[ScoredGroup], allowed: float) -> None:
             f"{len(failed)} of {len(errors)} images could not be scored, more than the share "
             f"{allowed:g} (max_failed_share) allows; the first error: {failed[0]}"
         )
-
-
-def _requests(
-    config: RunConfig, conditions: Sequence[Condition], stream: str, iteration: int
-) -> list[SampleRequest]:
-    return [
-        SampleRequest(
-            stream=stream,
-            iteration=iteration,
-            group=group,
-            condition=condition,
-            num_rollouts=config.rollouts_per_group,
-            seed=config.seed,
-            spec=config.sampling,
-        )
-        for group, condition in enumerate(conditions)
-    ]
 
 
 def _features(
@@ -162,60 +167,3 @@ def concatenate_features(parts: Sequence[np.ndarray]) -> np.ndarray:
     dim = max(part.shape[1] for part in parts)
     whole = [p if p.shape[1] == dim else np.full((len(p), dim), np.nan, p.dtype) for p in parts]
     return np.concatenate(whole)
-
-
-def _spans(
-    groups: Sequence[ScoredGroup], answer: DistributionReward, report: StepReport, *more: Span
-) -> tuple[Span, ...]:
-    of_groups = (span for group in groups for span in (*group.rollouts.spans, *group.scores.spans))
-    return (*of_groups, *answer.spans, *report.spans, *more)
-
-
-def _row(
-    iteration: int,
-    version: int,
-    groups: Sequence[ScoredGroup],
-    answer: DistributionReward,
-    advantages: Advantages,
-    report: StepReport,
-    fleet: Fleet,
-) -> dict[str, Any]:
-    rewards = advantages.rewards
-    return {
-        "iteration": iteration,
-        "version": version,
-        **{f"reward/{name}": float(np.nanmean(values)) for name, values in rewards.items()},
-        **{f"reward_std/{name}": float(np.nanstd(values)) for name, values in rewards.items()},
-        **{
-            f"reward_{label}/{name}": float(np.nanquantile(values, share))
-            for label, share in QUANTILES.items()
-            for name, values in rewards.items()
-        },
-        **{f"reward_clipped/{name}": share for name, share in advantages.clipped.items()},
-        "fid/ema": answer.fid,
-        "fid/batch": answer.batch_fid,
-        "fid/effective_size": answer.effective_size,
-        "fid/gap": answer.gap,
-        "fid/bias": answer.bias,
-        "fid/lag": answer.lag,
-        "fid/positive_share": answer.positive_share,
-        "fid/between_classes": answer.between_classes,
-        "fid/within_classes": answer.within_classes,
-        "images/failed": int((~advantages.valid).sum()),
-        "groups/flat": advantages.flat_groups,
-        **report.metrics,
-        "fleet/restarts": fleet.restarts,
-    }
-
-
-def _times(
-    spans: Sequence[Span], started: float, groups: Sequence[ScoredGroup]
-) -> dict[str, float]:
-    """Seconds of each phase, added over workers, and the rate of the whole."""
-    seconds: dict[str, float] = {}
-    for span in spans:
-        key = f"time/{span.phase}"
-        seconds[key] = seconds.get(key, 0.0) + span.seconds
-    whole = time.time() - started
-    images = sum(group.rollouts.request.num_rollouts for group in groups)
-    return {**seconds, "time/iteration": whole, "time/images_per_s": images / whole}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pyarrow.parquet as pq
 from cluster.errors import DataError
 from cluster.messages import ScoredGroup, Span
 from learner.advantage import Advantages
+from learner.rows import staleness_of
 from learner.rundir import RunDirectory
+from learner.timeline import QUEUE, Usage
 
 UNREPEATABLE = ("time/", "fleet/")
 """Prefixes of metrics that differ between equal runs."""
@@ -32,6 +35,8 @@ class Recorder:
         self._metrics = run.metrics.open("a", buffering=1)
         self._events = SummaryWriter(str(run.tensorboard), purge_step=first or None)
         self._trace = Trace(run.trace, resume=first > 0)
+        self.usage = Usage(time.time())
+        """How much each role worked since now."""
 
     def record(
         self,
@@ -46,10 +51,17 @@ class Recorder:
         for key, value in row.items():
             self._events.add_scalar(key, value, iteration)
         self._histograms(advantages, iteration)
+        if "version" in row:
+            ages = staleness_of(groups, row["version"] - 1)
+            self._events.add_histogram("staleness/groups", ages, iteration)
         if self._rollouts:
-            table = rollout_table(iteration, groups, advantages)
+            moments = row.get("moments/version", 0)
+            table = rollout_table(iteration, groups, advantages, moments)
             pq.write_table(table, rollout_file(self._run, iteration), compression="zstd")
+        spans = tuple(spans)
+        self.usage.add(spans)
         self._trace.add(spans)
+        self._trace.idle({use.role: use.idle for use in self.usage.shares()})
 
     def _histograms(self, advantages: Advantages, iteration: int) -> None:
         """Raw and normalised rewards, and advantages, of the images that were scored."""
@@ -86,13 +98,21 @@ class Trace:
 
     def add(self, spans: Iterable[Span]) -> None:
         for span in spans:
-            row = self._rows.get(span.worker)
+            # what waits in a worker overlaps with what it does
+            name = f"{span.worker} {QUEUE}" if span.phase == QUEUE else span.worker
+            row = self._rows.get(name)
             if row is None:
-                row = self._rows[span.worker] = len(self._rows) + 1
-                label = {"name": "thread_name", "ph": "M", "args": {"name": span.worker}}
+                row = self._rows[name] = len(self._rows) + 1
+                label = {"name": "thread_name", "ph": "M", "args": {"name": name}}
                 self._write({**label, "pid": 1, "tid": row})
             times = {"ts": round(span.start * 1e6), "dur": round(span.seconds * 1e6)}
             self._write({"name": span.phase, "ph": "X", **times, "pid": 1, "tid": row})
+
+    def idle(self, shares: Mapping[str, float]) -> None:
+        """The idle share of every role so far: a curve each, beside the rows."""
+        values = {role: round(share, 4) for role, share in shares.items()}
+        event = {"name": "idle share", "ph": "C", "ts": round(time.time() * 1e6), "pid": 1}
+        self._write({**event, "args": values})
 
     def close(self) -> None:
         self._file.write("\n]\n" if self._separator == ",\n" else "[]\n")
@@ -137,9 +157,10 @@ def rollout_file(run: RunDirectory, iteration: int) -> Path:
 
 
 def rollout_table(
-    iteration: int, groups: Sequence[ScoredGroup], advantages: Advantages
+    iteration: int, groups: Sequence[ScoredGroup], advantages: Advantages, moments: int
 ) -> pa.Table:
-    """One row a rollout: identity, tokens, logprobs, spec, seed, version, every score."""
+    """One row a rollout: identity, tokens, logprobs, spec, seed, version of the policy and of the
+    moments that judged it, every score."""
     rows: dict[str, list[Any]] = {}
 
     def put(name: str, values: Iterable[Any]) -> None:
@@ -155,6 +176,7 @@ def rollout_table(
             "class_index": request.condition.class_index,
             "text": request.condition.text,
             "policy_version": rollouts.version,
+            "moments_version": moments,
             "temperature": spec.temperature,
             "top_k": spec.top_k,
             "top_p": spec.top_p,

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from learner.timeline import RoleUse
 from rewards.config import LOO_FID
 
 FIGURES = {"FID": "fid/ema", "entropy": "policy/entropy"}
@@ -105,6 +106,17 @@ class RunConsole:
         every = max(1, self._iterations // LINES_WITHOUT_TERMINAL)
         if not self._console.is_terminal and (done % every == 0 or done == self._iterations):
             self.say(f"iteration {done}/{self._iterations}  {figures}")
+
+    def timeline(self, shares: Sequence[RoleUse], bottleneck: str) -> None:
+        """How much each role worked, and what bounds the run."""
+        table = Table(title="Timeline (trace.json)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("role", no_wrap=True)
+        for heading in ("workers", "busy", "idle"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for use in shares:
+            table.add_row(use.role, str(use.workers), f"{use.busy:.0%}", f"{use.idle:.0%}")
+        self._console.print(table)
+        self.say(bottleneck)
 
     def table(self, rows: Mapping[str, Mapping[str, float]]) -> None:
         """The exam's results, one row a policy."""

@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 
 from learner.config import RunConfig, dump
-from learner.loop import QUANTILES
 from learner.metrics import read_metrics
 from learner.progress import COLUMNS
+from learner.rows import QUANTILES
 from learner.rundir import BEFORE_AFTER, RunDirectory
 from rewards.config import LOO_FID
 

@@ -47,6 +47,8 @@ class DistributionReward:
     """FID of this iteration's images alone; far above `fid` with few images, but free of lag."""
     effective_size: float
     """How many images' worth of information the mixture holds."""
+    version: int = 0
+    """The history that judged: iterations up to this one, itself left out; 0 is seed images."""
     bias: float = 0.0
     """About how much of `fid` is there because images are few: `diagnostics.bias_constant` over
     the effective size, at most `fid`. Too low where the images are fewer than 2 D."""
@@ -110,6 +112,7 @@ class MomentsServer:
         self._basis: HistoryBasis | None = None
         self._pending: tuple[np.ndarray, ...] = ()  # batches since then, each with _pending_share
         self._pending_share = 0.0
+        self._refreshed: tuple[Span, ...] = ()  # work that the next answer tells of
 
     def set_reference(self, reference: Reference, fingerprint: str) -> None:
         """Set the real images' moments.
@@ -189,14 +192,16 @@ class MomentsServer:
             fid=fid,
             batch_fid=batch_fid,
             effective_size=size,
+            version=self._key[1] + 1 if self._key else 0,
             bias=bias,
             batch_bias=batch_bias,
             positive_share=float((rewards[valid] > 0).mean()),
-            spans=(Span(self.name, "moments", start, time.time()),),
+            spans=(*self._refreshed, Span(self.name, "moments", start, time.time())),
             **statistics,
         )
         # All at once and last: a commit that failed has left no trace.
         answer = replace(answer, warnings=self._warnings(answer, len(used)))
+        self._refreshed = ()
         self._follow(used, step.share)
         self._history, self._answer = step.after, answer
         self._run, self._key = run, (run, iteration)
@@ -210,9 +215,11 @@ class MomentsServer:
         if not (every and exact and isinstance(history, Moments) and history.weight):
             return
         if self._base is None or len(self._pending) >= every:
+            start = time.time()
             self._rebase(history.normalised())
             with threadpool_limits(1):
                 self._current_basis()
+            self._refreshed = (Span(self.name, "decompose", start, time.time()),)
 
     def state(self) -> bytes:
         """Everything a checkpoint needs: the history, the key it was committed under, the answer.

@@ -49,6 +49,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "instance + joint + entropy": {"rewards": JOINTLY, "entropy": {"controller": "target"}},
 }
 """Arm -> what differs from the preset."""
+AHEAD = "both, one iteration ahead"
+FURTHER: dict[str, dict[str, Any]] = {
+    AHEAD: {"max_staleness": 1},
+    "both, two iterations ahead": {"max_staleness": 2},
+}
+"""Arms that run only if they are named."""
 SPACES = {
     **COLUMNS,
     "pixel FID↓": "second/fid",
@@ -64,8 +70,9 @@ COMPARISONS = (
     (BOTH, BASE, DIVERSITY),
     (JOINT, "LOO-FID only", ("accuracy", "fid", "density", *DIVERSITY)),
     ("instance + joint", BOTH, ("accuracy", "fid", "density", *DIVERSITY)),
+    (AHEAD, BOTH, ("accuracy", "fid", "density", *DIVERSITY)),
 )
-"""Which policy is compared with which, and in what."""
+"""Which policy is compared with which, and in what, if both were trained."""
 LOWER_IS_BETTER = ("fid", "second/fid")
 WIDTH = 180  # columns of the table where there is no terminal
 PLOT_COLUMNS = 6
@@ -79,10 +86,17 @@ class ArmsConfig:
     """Where results and rebuilt networks go."""
     seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
     """One repetition each."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Which, by name; there are "both, one iteration ahead" and "both, two iterations ahead", too."""
     iterations: int = load_preset(DEFAULT_PRESET).iterations
     """Learning iterations of each arm."""
     workers: int = 0
     """Processes at a time; 0 is one for each core."""
+
+    def __post_init__(self) -> None:
+        unknown = [arm for arm in self.arms if arm not in ARMS | FURTHER]
+        if unknown:
+            raise ValueError(f"no arms {unknown}: there are {', '.join(ARMS | FURTHER)}")
 
 
 def main() -> None:
@@ -108,7 +122,7 @@ def run_all(config: ArmsConfig, progress: Progress) -> None:
             (
                 "training arms",
                 run_arm,
-                [(config, seed, arm) for seed in config.seeds for arm in (BASE, *ARMS)],
+                [(config, seed, arm) for seed in config.seeds for arm in (BASE, *config.arms)],
             ),
         ):
             task = progress.add_task(title, total=len(arguments))
@@ -136,7 +150,7 @@ def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
     result = result_of(config, seed, arm)
     if result.is_file():
         return
-    run = arm_config(config, seed, ARMS.get(arm, {}))
+    run = arm_config(config, seed, (ARMS | FURTHER).get(arm, {}))
     with InlineFleet(run.fleet_plan()) as fleet:
         fleet.broadcast()
         real = evaluate.real_features(run, fleet)
@@ -178,7 +192,7 @@ Results = dict[str, dict[str, np.ndarray]]
 def collect(config: ArmsConfig) -> Results:
     """Everything measured, by policy and metric."""
     results: Results = {}
-    for arm in (BASE, *ARMS):
+    for arm in (BASE, *config.arms):
         seeds = [json.loads(result_of(config, seed, arm).read_text()) for seed in config.seeds]
         for name in seeds[0]:
             metrics = seeds[0][name]
@@ -215,6 +229,8 @@ def report(results: Results, console: Console) -> None:
         table.add_row(policy, *(f"{cell.mean():.2f}±{interval(cell):.2f}" for cell in cells))
     console.print(table)
     for policy, other, compared in COMPARISONS:
+        if not {policy, other} <= results.keys():
+            continue
         console.print(f"{policy}, against {other}:")
         for metric in compared:
             console.print(f"  {compare(results, policy, other, metric)}", highlight=False)

@@ -1,0 +1,258 @@
+"""Overlap of sampling, scoring and learning: roles of fixed cost on real Ray, the real main loop.
+
+python -m tests.bench.pipeline [--only speedup mixes samplers driver memory] [--seconds 2]
+
+Roles sleep a known time, so that the machine's cores do not bound the figure (a busy machine still
+wakes sleepers late). What is measured is what Tessera adds: loop, buffers, fleet, messages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+
+from cluster.messages import (
+    MAIN_SPACE,
+    GroupScores,
+    RolloutGroup,
+    SampleRequest,
+    Span,
+    WeightSnapshot,
+)
+from cluster.ray_fleet import RayFleet
+from cluster.roles import FleetPlan, Resources, Role
+from cluster.runtime import RayConfig, RaySession
+from learner.batch import TrainingBatch
+from learner.config import RunConfig
+from learner.distribution import RewardSpace
+from learner.learner import StepReport
+from learner.loop import Iteration, train
+from learner.metrics import Recorder
+from learner.rundir import RunDirectory
+from learner.timeline import Usage, bottleneck
+from rewards.moments_server import DistributionReward
+from tests.small_run import small_config
+
+ROLLOUTS, TOKENS, SIDE = 4, 64, 16
+PARTS = ("speedup", "mixes", "samplers", "driver", "memory")
+MIXES = {
+    "balanced": (1.0, 1.0, 1.0),
+    "sampling-bound": (1.0, 0.5, 0.5),
+    "scoring-bound": (0.5, 1.0, 0.5),
+    "learning-bound": (0.5, 0.5, 1.0),
+    "uneven": (0.9, 0.3, 1.0),
+}
+"""Seconds an iteration of sampling, scoring and learning, over those of the slowest."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of one worker: a group to sample, a group to score, an iteration to learn."""
+
+    sample: float = 0.0
+    score: float = 0.0
+    learn: float = 0.0
+
+
+class Timed:
+    """Every role, at a fixed cost."""
+
+    def __init__(self, config: float, name: str) -> None:
+        self.name, self._seconds, self._version, self._done = name, config, 0, 0
+
+    def _work(self, phase: str) -> tuple[Span, ...]:
+        start = time.time()
+        if self._seconds:
+            time.sleep(self._seconds)
+        return (Span(self.name, phase, start, time.time()),)
+
+    def load_weights(self, snapshot: WeightSnapshot) -> int:
+        self._version = snapshot.version
+        return self._version
+
+    def sample(self, request: SampleRequest) -> tuple[RolloutGroup, np.ndarray]:
+        spans = self._work("sample")
+        numbers = np.zeros((ROLLOUTS, TOKENS), np.float32)
+        group = RolloutGroup(
+            request=request,
+            version=self._version,
+            tokens=numbers.astype(np.int32),
+            logprobs=numbers,
+            entropies=numbers,
+            spans=spans,
+        )
+        return group, np.zeros((ROLLOUTS, SIDE, SIDE, 3), np.uint8)
+
+    def score(self, request: SampleRequest, images: np.ndarray) -> GroupScores:
+        return GroupScores(
+            key=request.key,
+            spans=self._work("score"),
+            scores={"clip": np.arange(ROLLOUTS, dtype=np.float32)},
+            features={MAIN_SPACE: np.zeros((ROLLOUTS, 8), np.float32)},
+            errors=(None,) * ROLLOUTS,
+        )
+
+    def commit(self, iteration: int, features: np.ndarray, valid: np.ndarray, **_: object):
+        self._done = iteration + 1
+        rewards = np.zeros(len(features))
+        sizes = {"fid": 0.0, "batch_fid": 0.0, "effective_size": 1.0, "version": iteration}
+        return DistributionReward(iteration=iteration, rewards=rewards, **sizes)
+
+    def refresh(self) -> None:
+        pass
+
+    def step(self, batch: TrainingBatch) -> StepReport:
+        spans = self._work("learn")
+        self._version += 1
+        return StepReport(version=self._version, metrics={}, spans=spans)
+
+    def snapshot(self) -> WeightSnapshot:
+        return WeightSnapshot(
+            version=self._version, manifest=b"", buffer=np.zeros(1 << 20, np.uint8)
+        )
+
+
+def plan(costs: Costs, samplers: int = 1) -> FleetPlan:
+    def role(name: str, seconds: float = 0.0, count: int = 1) -> Role:
+        resources = Resources(num_cpus=0.01)
+        return Role(name=name, factory=Timed, config=seconds, resources=resources, count=count)
+
+    return FleetPlan(
+        sampler=role("sampler", costs.sample, samplers),
+        reward_server=role("reward-server", costs.score),
+        moments_server=role("moments-server"),
+        learner=role("learner", costs.learn),
+    )
+
+
+def bench_config(staleness: int, iterations: int, groups: int) -> RunConfig:
+    return small_config(
+        max_staleness=staleness,
+        iterations=iterations,
+        groups_per_iteration=groups,
+        rollouts_per_group=ROLLOUTS,
+        rewards={"hps": {"enabled": False}},
+    )
+
+
+def run(
+    session: RaySession,
+    costs: Costs,
+    config: RunConfig,
+    samplers: int = 1,
+    after: Callable[[Iteration], None] = lambda _: None,
+    warm: int = 2,
+) -> tuple[float, str]:
+    """Seconds an iteration once `warm` are done, and what bounds the run."""
+    ends: list[float] = []
+    with RayFleet(plan(costs, samplers), session) as fleet:
+        fleet.broadcast()
+        usage = Usage(time.time())
+
+        def each(done: Iteration) -> None:
+            ends.append(time.perf_counter())
+            usage.add(done.spans)
+            after(done)
+
+        train(config, fleet, RewardSpace(), 0, each, lambda: False)
+    seconds = (ends[-1] - ends[warm - 1]) / (len(ends) - warm)
+    return seconds, bottleneck(usage.shares(), config.max_staleness)
+
+
+def mix(shares: tuple[float, float, float], seconds: float, groups: int) -> Costs:
+    sample, score, learn = (share * seconds for share in shares)
+    return Costs(sample / groups, score / groups, learn)
+
+
+def speedup(session: RaySession, seconds: float) -> None:
+    groups, costs = 20, mix(MIXES["balanced"], seconds, 20)
+    found = {}
+    for staleness in (0, 1, 2):
+        config = bench_config(staleness, 8, groups)
+        found[staleness], advice = run(session, costs, config, warm=2)
+        rate = groups * ROLLOUTS / found[staleness]
+        print(
+            f"S={staleness}: {rate:6.1f} images/s, {found[staleness]:.3f} s; {advice}", flush=True
+        )
+    print(f"RESULT pipeline.speedup_s1={found[0] / found[1]:.3f}")
+    print(f"RESULT pipeline.speedup_s2={found[0] / found[2]:.3f}")
+
+
+def mixes(session: RaySession, seconds: float) -> None:
+    lowest, groups = 1.0, 20
+    for name, shares in MIXES.items():
+        costs = mix(shares, seconds, groups)
+        took, advice = run(session, costs, bench_config(1, 8, groups), warm=2)
+        share = seconds / took
+        lowest = min(lowest, share)
+        print(f"{name:15s} {share:6.1%} of the slowest stage alone; {advice}", flush=True)
+    print(f"RESULT pipeline.of_slowest_stage={lowest:.3f}")
+
+
+def samplers(session: RaySession, seconds: float) -> None:
+    groups, costs = 32, Costs(sample=seconds / 4, learn=seconds / 10)
+    first, lowest = 0.0, 1.0
+    for count in (1, 2, 4, 8, 16):
+        iterations = 3 if count < 4 else 8
+        took, _ = run(session, costs, bench_config(1, iterations, groups), count, warm=1)
+        first = first or took
+        linear = first / (count * took)
+        lowest = min(lowest, linear)
+        print(f"{count:2d} samplers: {took:7.3f} s, {linear:6.1%} of linear", flush=True)
+    print(f"RESULT pipeline.linear_to_16={lowest:.3f}")
+
+
+def driver(session: RaySession, seconds: float) -> None:
+    groups, marks = 16, []
+
+    def after(done: Iteration) -> None:
+        marks.append((time.process_time(), time.perf_counter()))
+
+    run(session, Costs(), bench_config(1, 60, groups), after=after)
+    (cpu, wall), (cpu_end, wall_end) = marks[9], marks[-1]
+    count = groups * (len(marks) - 10)
+    print(f"RESULT pipeline.driver_cpu_ms_per_group={(cpu_end - cpu) / count * 1000:.2f}")
+    print(f"RESULT pipeline.wall_ms_per_group_at_no_cost={(wall_end - wall) / count * 1000:.2f}")
+
+
+def memory(session: RaySession, seconds: float) -> None:
+    process, sizes = psutil.Process(), []
+    config = bench_config(1, 1000, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder(RunDirectory.create(f"{folder}/run", config), 0, rollouts=True)
+
+        def after(done: Iteration) -> None:
+            recorder.record(done.row, done.groups, done.advantages, done.spans)
+            if (done.row["iteration"] + 1) % 100 == 0:
+                sizes.append(process.memory_info().rss / 2**20)
+
+        run(session, Costs(), config, after=after)
+        recorder.close()
+    print("driver, MiB after each 100 iterations: " + " ".join(f"{size:.1f}" for size in sizes))
+    print(f"RESULT pipeline.driver_growth_mib_200_to_1000={sizes[-1] - sizes[1]:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seconds", type=float, default=2.0, help="the slowest stage's, each time")
+    options = parser.parse_args()
+    parts = {
+        "speedup": speedup, "mixes": mixes, "samplers": samplers, "driver": driver, "memory": memory
+    }  # fmt: skip
+    with RaySession(RayConfig()) as session:
+        for name in options.only:
+            print(f"--- {name} (load {os.getloadavg()[0]:.1f})", flush=True)
+            parts[name](session, options.seconds)
+    print(f"load at the end: {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()

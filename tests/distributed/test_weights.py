@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import ray
 import torch
 
 from cluster import publisher as publishing
+from cluster import ray_fleet
 from cluster.errors import CheckpointError
 from cluster.fleet import InlineFleet
 from cluster.messages import SampleRequest, WeightSnapshot
@@ -203,3 +205,31 @@ def test_a_failed_transport_falls_back_once(ray_session: RaySession, over_gloo: 
         ]
         assert loaded(published, sampler) == [2]
         assert loaded(publisher.publish(learner, [sampler]), sampler) == [3]
+
+
+class Picky(SmallSampler):
+    """Refuses the first weights that come over a GPU transport, as if they were torn."""
+
+    def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
+        if isinstance(snapshot.buffer, torch.Tensor):
+            raise CheckpointError(f"snapshot {snapshot.version} is damaged")
+        return super().load_weights(snapshot, base)
+
+
+def test_a_fleet_goes_on_when_its_transport_fails(
+    ray_session: RaySession, over_gloo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
+    monkeypatch.setattr(ray_fleet, "publisher_of", lambda *_: publisher)
+    plan = small_plan(Path("/nonexistent"))
+    sampler = dataclasses.replace(plan.sampler, factory=Picky, config="", count=1)
+    plan = dataclasses.replace(plan, sampler=sampler)
+    with RayFleet(plan, ray_session) as fleet:
+        fleet.broadcast()
+        images = fleet.sample_images(requests(3))
+        assert [image.tolist() for image in images] == [[2.0]] * 3  # its second snapshot
+        assert fleet.restarts == 1
+    assert said == [
+        "weights.transport gloo failed, going on with object-store: snapshot 1 is damaged"
+    ]

@@ -31,6 +31,10 @@ class Editions:
         self._snapshots[self.newest] = snapshot
         return self.newest
 
+    def amend(self, snapshot: Any) -> None:
+        """The newest edition by another way: the same weights."""
+        self._snapshots[self.newest] = snapshot
+
     def oldest(self, needed: Iterable[int]) -> int:
         """The oldest edition that is needed, by groups that wait or are at work. Older ones are
         forgotten, and the object store may drop them."""

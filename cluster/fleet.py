@@ -154,8 +154,8 @@ class InlineFleet:
     def broadcast(self) -> None:
         for ticket in list(self._submitted):  # to be drawn with the weights of before
             self._done[ticket] = self._work(ticket, finish=True)
-        if not self._plan.adapters_alone:
+        if self._plan.adapters_alone:
+            self._base = self._base or self.learner.base_snapshot()
+            self._sampler.load_weights(self.learner.adapter_snapshot(), self._base)
+        else:
             self._sampler.load_weights(self.learner.snapshot())
-            return
-        self._base = self._base or self.learner.base_snapshot()
-        self._sampler.load_weights(self.learner.adapter_snapshot(), self._base)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -25,35 +26,19 @@ from cluster.transports import (
 )
 
 
+@dataclass(frozen=True)
 class Published:
-    """The weights of one broadcast."""
+    """References to one version of the weights."""
 
-    def __init__(
-        self,
-        publisher: Publisher,
-        learner: Any,
-        *,
-        snapshot: ray.ObjectRef | None = None,
-        base: ray.ObjectRef | None = None,
-        on_device: ray.ObjectRef | None = None,
-    ) -> None:
-        self._publisher, self._learner = publisher, learner
-        self._snapshot, self._base, self._on_device = snapshot, base, on_device
-
-    def load(self, sampler: Any) -> ray.ObjectRef:
-        """Have a sampler (an actor's handle) take them up, with their base where they build upon
-        one: whether the sampler is new makes no difference."""
-        if self._on_device is not None and self._publisher.reaches(sampler):
-            return sampler.load_weights.remote(self._on_device)
-        if self._snapshot is None:  # where the learner went on meanwhile, these are newer
-            self._snapshot = self._learner.snapshot.remote()
-        if self._base is not None:
-            return sampler.load_weights.remote(self._snapshot, self._base)
-        return sampler.load_weights.remote(self._snapshot)
+    snapshot: ray.ObjectRef | None
+    """In the object store; None where they stay on the learner's device."""
+    base: ray.ObjectRef | None = None
+    """What the snapshot builds upon."""
+    on_device: ray.ObjectRef | None = None
 
 
 class Publisher:
-    """Takes the learner's weights to where samplers find them.
+    """Has the learner publish its weights, and samplers take them up.
 
     Args:
         transport: one that can run here: "object-store", or a key of `DEVICE_TRANSPORTS`.
@@ -74,8 +59,14 @@ class Publisher:
         self._name, self._say, self._timeout_s = transport, say, timeout_s
         self._device: DeviceTransport | None = DEVICE_TRANSPORTS.get(transport)
         self._adapters_alone = adapters_alone
-        self._base: ray.ObjectRef | None = None
         self._members: set[Any] = set()
+        self._learner: Any = None
+        self._base: ray.ObjectRef | None = None
+
+    @property
+    def on_device(self) -> bool:
+        """Whether weights stay on the learner's device until samplers take them."""
+        return self._device is not None
 
     def actor_class(self, factory: Callable[..., Any]) -> Any:
         """Ray's actor class of a learner or sampler."""
@@ -89,23 +80,32 @@ class Publisher:
         Args:
             samplers: that exist now, for transports that need a group.
         """
+        self._learner = learner
         if self._adapters_alone:
             self._base = self._base or learner.base_snapshot.remote()
-            adapters = learner.adapter_snapshot.remote()
-            return Published(self, learner, snapshot=adapters, base=self._base)
+            return Published(learner.adapter_snapshot.remote(), self._base)
         if self._device and self._gathered(learner, samplers):
             call = learner.snapshot.options(tensor_transport=self._device.ray_name)
-            return Published(self, learner, on_device=call.remote(on_device=True))
-        return Published(self, learner, snapshot=learner.snapshot.remote())
+            return Published(None, on_device=call.remote(on_device=True))
+        return Published(learner.snapshot.remote())
 
-    def reaches(self, sampler: Any) -> bool:
-        """Whether a sampler gets weights from the learner's GPU: those that came after a group was
-        formed do not."""
-        return self._device is not None and (not self._device.group or sampler in self._members)
+    def load(self, sampler: Any, weights: Published) -> ray.ObjectRef:
+        """Have a sampler (an actor's handle) take up weights, and their base where they build upon
+        one: whether the sampler is new makes no difference. One that a device's group cannot take
+        in gets the learner's present weights through the object store, which are the same as long
+        as the learner waits for rollouts (device transports are for max_staleness 0 alone)."""
+        if weights.on_device is not None and (not self._members or sampler in self._members):
+            return sampler.load_weights.remote(weights.on_device)
+        snapshot = weights.snapshot
+        if snapshot is None:
+            snapshot = self._learner.snapshot.remote()
+        if weights.base is not None:
+            return sampler.load_weights.remote(snapshot, weights.base)
+        return sampler.load_weights.remote(snapshot)
 
     def fall_back(self, error: TesseraError) -> bool:
-        """After a failed load: go on with the object store, and say so. False if that is what
-        failed."""
+        """After a failed load: publish through the object store from now on, and say so. False if
+        that is what failed."""
         if self._device is None:
             return False
         self._give_up(str(error).partition("\n")[0])
@@ -142,7 +142,7 @@ def publisher_of(plan: FleetPlan, session: RaySession, say: Callable[[str], None
     run; says why."""
     transport = plan.transport
     here = Surroundings.of(plan.learner, plan.sampler, session.gpus, session.nodes)
-    reason = why_not(transport, here, plan.adapters_alone)
+    reason = why_not(transport, here, plan.adapters_alone, plan.max_staleness)
     if reason:
         say(f"weights.transport {transport} cannot run, going on with {OBJECT_STORE}: {reason}")
         transport = OBJECT_STORE

@@ -24,7 +24,7 @@ from cluster.learner_group import LearnerGroup
 from cluster.messages import SampleRequest, ScoredGroup, Span
 from cluster.placement import Placement, place
 from cluster.pool import State, Waiting, Worker, WorkerPool
-from cluster.publisher import publisher_of
+from cluster.publisher import Published, publisher_of
 from cluster.ray_calls import RemoteRole, answer, too_late
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
@@ -160,10 +160,34 @@ class RayFleet:
 
     def broadcast(self) -> None:
         """Publish the learner's weights once. What is submitted from now on is drawn with them;
-        each sampler takes them up when it has no older work to begin. Nobody is waited for."""
-        handles = [worker.handle for worker in self._samplers.workers]
-        self._editions.publish(self._weights.publish(self._learner.handle, handles))
+        each sampler takes them up when it has no older work to begin. Nobody is waited for, but by
+        transports between GPUs, which move the weights while learner and samplers hold still."""
+        self._editions.publish(self._publish())
+        if self._weights.on_device:
+            self._hand_over()
         self._catch_up()
+
+    def _publish(self) -> Published:
+        samplers = [worker.handle for worker in self._samplers.workers]
+        return self._weights.publish(self._learner.handle, samplers)
+
+    def _hand_over(self) -> None:
+        """Have every serving sampler take up the newest weights now; by the object store after all,
+        if the transport fails."""
+        newest = self._editions.newest
+        loading = {self._load(w, newest): w for w in self._samplers.of(State.SERVING)}
+        for ref, worker in loading.items():
+            try:
+                answer(ref, f"{worker.name}.load_weights", self._plan.timeout_s)
+            except RayActorError:
+                self._supervisor.lost(self._samplers, worker)
+            except TesseraError as error:
+                if not self._weights.fall_back(error):
+                    raise
+                self._editions.amend(self._publish())
+                for each in loading.values():
+                    each.edition = 0  # and so takes them up again
+                return
 
     def _launch(self, role: Role, index: int = 0, addition: bool = False) -> Worker:
         placement = self._placements[role.name]
@@ -187,7 +211,7 @@ class RayFleet:
 
     def _load(self, worker: Worker, edition: int) -> ray.ObjectRef:
         worker.edition = edition
-        return self._editions[edition].load(worker.handle)
+        return self._weights.load(worker.handle, self._editions[edition])
 
     def _needed(self) -> Iterator[int]:
         """Editions of the groups that wait for a sampler, or are with one."""
@@ -347,11 +371,6 @@ class RayFleet:
         try:
             answer(ref, f"{worker.name}.load_weights", self._plan.timeout_s)
         except RayActorError:
-            self._supervisor.lost(self._samplers, worker)
-        except TesseraError as error:
-            if not self._weights.fall_back(error):
-                raise
-            ray.kill(worker.handle)  # what it has in hand, it would draw with older weights
             self._supervisor.lost(self._samplers, worker)
 
     def _measure(self, call: Call, spans: Sequence[Span]) -> None:

@@ -93,6 +93,8 @@ class FleetPlan:
     """Longest wait for any one answer; past it the run stops and says who did not answer."""
     max_restarts: int = 3
     """How many lost workers are replaced before the run stops."""
+    max_staleness: int = 0
+    """How many updates older than the learner's the weights of rollouts may be."""
     transport: str = "object-store"
     """How weights reach the samplers: see `cluster.transports`."""
     adapters_alone: bool = False

@@ -77,12 +77,16 @@ class Surroundings:
         )
 
 
-def why_not(transport: str, here: Surroundings, adapters_alone: bool = False) -> str:
+def why_not(
+    transport: str, here: Surroundings, adapters_alone: bool = False, max_staleness: int = 0
+) -> str:
     """Why a transport cannot run; empty if it can."""
     if transport == OBJECT_STORE:
         return ""
     if adapters_alone:
         return "adapters travel alone, and are too small for it to matter"
+    if max_staleness:
+        return f"it moves the newest weights alone, and max_staleness {max_staleness} needs older"
     return "; ".join(_obstacles(transport, here))
 
 

@@ -152,7 +152,9 @@ class RunConfig:
     def fleet_plan(self) -> FleetPlan:
         """The roles of this run, with their configurations."""
         sampler = SamplerConfig(
-            policy=self.policy, tokenizer=self.tokenizer, resources=self.sampler
+            policy=self.policy,
+            tokenizer=self.tokenizer,
+            resources=self.sampler,
         )
         learner = LearnerConfig(
             policy=self.policy,
@@ -196,6 +198,7 @@ class RunConfig:
             ),
             timeout_s=self.timeout_s,
             max_restarts=self.max_restarts,
+            max_staleness=self.max_staleness,
             transport=self.weights.transport,
             adapters_alone=self.learner.lora.rank > 0,
         )
@@ -273,63 +276,6 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-MAY_CHANGE = (
-    "num_samplers",
-    "num_reward_servers",
-    "num_learners",
-    "iterations",
-    "timeout_s",
-    "max_restarts",
-    "max_failed_share",
-    "sampler.num_",
-    "reward.num_",
-    "reward.min",
-    "reward.max",
-    "reward.target_wait_s",
-    "reward.every_s",
-    "reward_pools.",
-    "learner.num_",
-    "learner.microbatch",
-    "learner.checkpointing",
-    "learner.reference_device",
-    "output.",
-    "evaluation.",
-    "weights.transport",
-    "ray.",
-)
-"""Beginnings of the fields that a resumed run may set anew: they change how it is carried out, not
-what it computes. (More iterations stretch the learning rate's schedule.)"""
-
-
-def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
-    """Refuse to go on with a run under a configuration that makes it another run.
-
-    Raises:
-        ConfigError: names the fields, with both values.
-    """
-    before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
-    changed = [
-        f"{name} ({before[name]} in the run, {value} now)"
-        for name, value in after.items()
-        if value != before[name] and not name.startswith(MAY_CHANGE)
-    ]
-    if changed:
-        raise ConfigError(
-            f"--resume continues the same run, and cannot change {', '.join(changed)}: leave it "
-            "out, or start a new run"
-        )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
-
-
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain values, ready for YAML."""
     return _ADAPTER.dump_python(config, mode="json")
@@ -342,8 +288,11 @@ def load_preset(name: str) -> RunConfig:
         ConfigError: no such preset or file, or it does not validate.
     """
     folder = importlib.resources.files("learner").joinpath("presets")
-    files = (entry.name for entry in folder.iterdir())
-    shipped = sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+    shipped = sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    )
     if name in shipped:
         return _from_yaml(folder.joinpath(f"{name}.yaml").read_text(), f"preset {name}")
     path = Path(name).expanduser()

@@ -23,7 +23,6 @@ from cluster.placement import Placement, place
 from learner.config import (
     DEFAULT_PRESET,
     RunConfig,
-    check_resume,
     dump,
     load_preset,
     to_dict,
@@ -32,6 +31,7 @@ from learner.config import (
 from learner.experiment import Experiment
 from learner.progress import RunConsole
 from learner.readiness import lacking
+from learner.resuming import check_resume
 from learner.rundir import RunDirectory
 
 

@@ -20,7 +20,7 @@ from cluster import ray_fleet
 from cluster.errors import CheckpointError
 from cluster.fleet import InlineFleet
 from cluster.messages import SampleRequest, WeightSnapshot
-from cluster.publisher import Published, Publisher
+from cluster.publisher import Publisher
 from cluster.ray_calls import answer
 from cluster.ray_fleet import RayFleet
 from cluster.roles import FleetPlan, Resources, Role
@@ -91,8 +91,8 @@ def actors(publisher: Publisher, *kinds: type) -> Iterator[list[Any]]:
             ray.kill(handle)
 
 
-def loaded(weights: Published, *samplers: Any) -> list[int]:
-    refs = [weights.load(sampler) for sampler in samplers]
+def loaded(publisher: Publisher, *samplers: Any) -> list[int]:
+    refs = [publisher.load(sampler) for sampler in samplers]
     return [answer(ref, "load", WAIT_S) for ref in refs]
 
 
@@ -103,24 +103,24 @@ def values(sampler: Any) -> list[float]:
 def test_a_snapshot_outlives_the_learner(ray_session: RaySession) -> None:
     publisher = Publisher(OBJECT_STORE)
     with actors(publisher, SmallLearner, SmallSampler, SmallSampler) as (learner, first, second):
-        published = publisher.publish(learner)
-        assert loaded(published, first) == [1]
+        publisher.publish(learner)
+        assert loaded(publisher, first) == [1]
         os.kill(answer(learner.pid.remote(), "pid", WAIT_S), signal.SIGKILL)
         with pytest.raises(ray.exceptions.RayActorError):
             answer(learner.pid.remote(), "pid", WAIT_S)
-        assert loaded(published, second) == [1]
+        assert loaded(publisher, second) == [1]
         assert values(second) == [1.0]
 
 
 def test_an_in_place_write_reaches_nobody_else(ray_session: RaySession) -> None:
     publisher = Publisher(OBJECT_STORE)
     with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, writer, other, late):
-        published = publisher.publish(learner)
-        assert loaded(published, writer, other) == [1, 1]
+        publisher.publish(learner)
+        assert loaded(publisher, writer, other) == [1, 1]
         answer(writer.write_in_place.remote(), "write", WAIT_S)
         assert values(writer) == [2.0]
         assert values(other) == [1.0]
-        assert loaded(published, late) == [1]  # checks the sums of the shared copy again
+        assert loaded(publisher, late) == [1]  # checks the sums of the shared copy again
         assert values(late) == [1.0]
 
 
@@ -143,12 +143,12 @@ def test_a_sampler_that_dies_in_its_load_harms_nobody(
     ray_session: RaySession, tmp_path: Path
 ) -> None:
     with RayFleet(small_plan(tmp_path), ray_session) as fleet:
-        fleet.broadcast()
-        images = fleet.sample_images(requests(6))
+        assert fleet.broadcast() == 1
         assert (tmp_path / "died").exists()
+        images = fleet.sample_images(requests(6))
         assert [image.tolist() for image in images] == [[1.0]] * 6
         assert fleet.restarts == 1
-        fleet.broadcast()
+        assert fleet.broadcast() == 2
         images = fleet.sample_images(requests(6))
         assert [image.tolist() for image in images] == [[2.0]] * 6
 
@@ -184,31 +184,32 @@ def test_a_group_transport_brings_the_weights(ray_session: RaySession, over_gloo
     publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
     with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, first, second, late):
         for version in (1, 2):
-            published = publisher.publish(learner, [first, second])
-            assert loaded(published, first, second) == [version] * 2
+            publisher.publish(learner, [first, second])
+            assert loaded(publisher, first, second) == [version] * 2
             assert values(first) == values(second) == [float(version)]
-        assert publisher.reaches(first)
-        assert not publisher.reaches(late)  # the group cannot grow
-        assert loaded(published, late) == [3]  # the stand-in counts every snapshot
         assert not said
+        assert loaded(publisher, late) == [3]  # the stand-in counts every snapshot
+        assert said == [
+            "weights.transport gloo failed, going on with object-store: a sampler came later, and "
+            "the group cannot grow"
+        ]
+        publisher.publish(learner, [first, second, late])
+        assert loaded(publisher, first, second, late) == [4] * 3
 
 
 def test_a_failed_transport_falls_back_once(ray_session: RaySession, over_gloo: None) -> None:
     said: list[str] = []
     publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
     with actors(publisher, SmallLearner, SmallSampler) as (learner, sampler):
-        published = publisher.publish(learner, [sampler])
+        publisher.publish(learner, [sampler])
         assert publisher.fall_back(CheckpointError("snapshot 1 is damaged"))
         assert not publisher.fall_back(CheckpointError("snapshot 1 is damaged"))
-        assert said == [
-            "weights.transport gloo failed, going on with object-store: snapshot 1 is damaged"
-        ]
-        assert loaded(published, sampler) == [2]
-        assert loaded(publisher.publish(learner, [sampler]), sampler) == [3]
+        assert len(said) == 1
+        assert loaded(publisher, sampler) == [2]
 
 
 class Picky(SmallSampler):
-    """Refuses the first weights that come over a GPU transport, as if they were torn."""
+    """Refuses weights that come over a GPU transport, as if they were torn."""
 
     def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
         if isinstance(snapshot.buffer, torch.Tensor):
@@ -216,20 +217,23 @@ class Picky(SmallSampler):
         return super().load_weights(snapshot, base)
 
 
-def test_a_fleet_goes_on_when_its_transport_fails(
-    ray_session: RaySession, over_gloo: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [SmallSampler, Picky])
+def test_a_fleet_over_a_group_transport(
+    ray_session: RaySession, over_gloo: None, monkeypatch: pytest.MonkeyPatch, kind: type
 ) -> None:
+    """It draws with the newest weights, and goes on when the transport fails."""
     said: list[str] = []
     publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
     monkeypatch.setattr(ray_fleet, "publisher_of", lambda *_: publisher)
-    plan = small_plan(Path("/nonexistent"))
-    sampler = dataclasses.replace(plan.sampler, factory=Picky, config="", count=1)
-    plan = dataclasses.replace(plan, sampler=sampler)
-    with RayFleet(plan, ray_session) as fleet:
-        fleet.broadcast()
-        images = fleet.sample_images(requests(3))
-        assert [image.tolist() for image in images] == [[2.0]] * 3  # its second snapshot
-        assert fleet.restarts == 1
-    assert said == [
-        "weights.transport gloo failed, going on with object-store: snapshot 1 is damaged"
-    ]
+    plan = small_plan(Path())
+    sampler = dataclasses.replace(plan.sampler, factory=kind, config="")
+    with RayFleet(dataclasses.replace(plan, sampler=sampler), ray_session) as fleet:
+        drawn = []
+        for _ in range(2):
+            fleet.broadcast()
+            drawn += [image.tolist() for image in fleet.sample_images(requests(4))]
+        assert fleet.restarts == 0
+    failed = ["weights.transport gloo failed, going on with object-store: snapshot 1 is damaged"]
+    assert said == (failed if kind is Picky else [])
+    first = 2.0 if kind is Picky else 1.0  # the stand-in's every snapshot is a version
+    assert drawn == [[first]] * 4 + [[first + 1]] * 4

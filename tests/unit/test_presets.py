@@ -12,8 +12,8 @@ import yaml
 
 from cluster.errors import CheckpointError
 from cluster.fleet import InlineFleet
+from cluster.weights import unpack_weights
 from learner.config import RunConfig, load_preset
-from learner.learner import Learner
 from learner.run import REFUSED, main
 from rewards.features import FeaturesConfig
 from rewards.openclip import check_activation
@@ -89,9 +89,9 @@ def test_dry_run(
 def test_two_iterations_at_reduced_width(name: str, tmp_path: Path) -> None:
     config = random_run(name, tmp_path, changes=CPU)
     with InlineFleet(config.fleet_plan()) as fleet:
-        before = weights_of(fleet)
+        before = unpack_weights(fleet.learner.snapshot())
         done = run_training(config, fleet)
-        after = weights_of(fleet)
+        after = unpack_weights(fleet.learner.snapshot())
     assert [iteration.row["version"] for iteration in done] == [1, 2]
     for iteration in done:
         lost = [name for name, value in iteration.row.items() if not math.isfinite(value)]
@@ -100,12 +100,6 @@ def test_two_iterations_at_reduced_width(name: str, tmp_path: Path) -> None:
         check_ratio(config, iteration.row)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) > 0.8 * len(before)
-
-
-def weights_of(fleet: InlineFleet) -> dict[str, torch.Tensor]:
-    """The learner's own: on their way to bf16 samplers small changes are rounded off."""
-    assert isinstance(fleet.learner, Learner)
-    return {name: t.clone() for name, t in fleet.learner._policy.weights().items()}
 
 
 def check_ratio(config: RunConfig, row: dict[str, float]) -> None:

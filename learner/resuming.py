@@ -1,0 +1,65 @@
+"""What a resumed run may do otherwise than the run it goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.errors import ConfigError
+from learner.config import RunConfig, to_dict
+
+MAY_CHANGE = (
+    "num_samplers",
+    "num_reward_servers",
+    "num_learners",
+    "iterations",
+    "timeout_s",
+    "max_restarts",
+    "max_failed_share",
+    "sampler.num_",
+    "reward.num_",
+    "reward.min",
+    "reward.max",
+    "reward.target_wait_s",
+    "reward.every_s",
+    "reward_pools.",
+    "learner.num_",
+    "learner.microbatch",
+    "learner.checkpointing",
+    "learner.reference_device",
+    "output.",
+    "evaluation.",
+    "weights.transport",
+    "ray.",
+)
+"""Beginnings of the fields that a resumed run may set anew: they change how it is carried out, not
+what it computes. (More iterations stretch the learning rate's schedule.)"""
+
+
+def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
+    """Refuse to go on with a run under a configuration that makes it another run.
+
+    Raises:
+        ConfigError: names the fields, with both values.
+    """
+    before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
+    changed = [
+        f"{name} ({before[name]} in the run, {value} now)"
+        for name, value in after.items()
+        if value != before[name] and not name.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume continues the same run, and cannot change {', '.join(changed)}: leave it "
+            "out, or start a new run"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found

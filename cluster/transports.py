@@ -2,7 +2,8 @@
 
 The object store is the default and the fallback: it needs nothing, and no worker's death harms it.
 The others leave the weights on the learner's GPU and move them from there (Ray Direct Transport,
-alpha in Ray 2.60). They are experimental: no machine with several GPUs has run them yet.
+alpha in Ray 2.60). They are experimental: no machine with GPUs has run them yet (README.md has what
+was tested without).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import ray
 import torch
 
 from cluster import publisher as publishing
+from cluster import ray_fleet
 from cluster.errors import CheckpointError
 from cluster.fleet import InlineFleet
 from cluster.messages import SampleRequest, WeightSnapshot
@@ -204,3 +206,34 @@ def test_a_failed_transport_falls_back_once(ray_session: RaySession, over_gloo: 
         assert not publisher.fall_back(CheckpointError("snapshot 1 is damaged"))
         assert len(said) == 1
         assert loaded(publisher, sampler) == [2]
+
+
+class Picky(SmallSampler):
+    """Refuses weights that come over a GPU transport, as if they were torn."""
+
+    def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
+        if isinstance(snapshot.buffer, torch.Tensor):
+            raise CheckpointError(f"snapshot {snapshot.version} is damaged")
+        return super().load_weights(snapshot, base)
+
+
+@pytest.mark.parametrize("kind", [SmallSampler, Picky])
+def test_a_fleet_over_a_group_transport(
+    ray_session: RaySession, over_gloo: None, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    """It draws with the newest weights, and goes on when the transport fails."""
+    said: list[str] = []
+    publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
+    monkeypatch.setattr(ray_fleet, "publisher_of", lambda *_: publisher)
+    plan = small_plan(Path())
+    sampler = dataclasses.replace(plan.sampler, factory=kind, config="")
+    with RayFleet(dataclasses.replace(plan, sampler=sampler), ray_session) as fleet:
+        drawn = []
+        for _ in range(2):
+            fleet.broadcast()
+            drawn += [image.tolist() for image in fleet.sample_images(requests(4))]
+        assert fleet.restarts == 0
+    failed = ["weights.transport gloo failed, going on with object-store: snapshot 1 is damaged"]
+    assert said == (failed if kind is Picky else [])
+    first = 2.0 if kind is Picky else 1.0  # the stand-in's every snapshot is a version
+    assert drawn == [[first]] * 4 + [[first + 1]] * 4

@@ -112,6 +112,7 @@ class InlineFleet:
 
     def __exit__(self, *_: object) -> None:
         self._submitted.clear()
+        self._done.clear()
 
     def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
         self._tickets += 1

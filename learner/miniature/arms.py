@@ -87,8 +87,7 @@ class ArmsConfig:
     seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
     """One repetition each."""
     arms: tuple[str, ...] = tuple(ARMS)
-    """Which, by name; there are "both, one iteration ahead" and "both, two iterations
-    ahead", too."""
+    """Which, by name; also "both, one iteration ahead" and "both, two iterations ahead"."""
     iterations: int = load_preset(DEFAULT_PRESET).iterations
     """Learning iterations of each arm."""
     workers: int = 0

@@ -142,6 +142,17 @@ def bench_config(staleness: int, iterations: int, groups: int) -> RunConfig:
     )
 
 
+@dataclass(frozen=True)
+class Timing:
+    """What a run took."""
+
+    seconds: float
+    """Of an iteration."""
+    slowest: float
+    """Of an iteration, in the slowest stage alone, as measured: sleepers wake late."""
+    advice: str
+
+
 def run(
     session: RaySession,
     costs: Costs,
@@ -149,9 +160,10 @@ def run(
     samplers: int = 1,
     after: Callable[[Iteration], None] = lambda _: None,
     warm: int = 2,
-) -> tuple[float, str]:
-    """Seconds an iteration once `warm` are done, and what bounds the run."""
+) -> Timing:
+    """Of the iterations once `warm` are done."""
     ends: list[float] = []
+    stages: list[dict[str, float]] = []
     with RayFleet(plan(costs, samplers), session) as fleet:
         fleet.broadcast()
         usage = Usage(time.time())
@@ -159,11 +171,18 @@ def run(
         def each(done: Iteration) -> None:
             ends.append(time.perf_counter())
             usage.add(done.spans)
+            stages.append(dict.fromkeys(("sample", "score", "learn"), 0.0))
+            for span in done.spans:
+                if span.phase in stages[-1]:
+                    stages[-1][span.phase] += span.seconds
             after(done)
 
         train(config, fleet, RewardSpace(), 0, each, lambda: False)
-    seconds = (ends[-1] - ends[warm - 1]) / (len(ends) - warm)
-    return seconds, bottleneck(usage.shares(), config.max_staleness)
+    count = len(ends) - warm
+    means = {name: sum(row[name] for row in stages[warm:]) / count for name in stages[0]}
+    slowest = max(means["sample"] / samplers, means["score"], means["learn"])
+    advice = bottleneck(usage.shares(), config.max_staleness)
+    return Timing((ends[-1] - ends[warm - 1]) / count, slowest, advice)
 
 
 def mix(shares: tuple[float, float, float], seconds: float, groups: int) -> Costs:
@@ -176,24 +195,30 @@ def speedup(session: RaySession, seconds: float) -> None:
     found = {}
     for staleness in (0, 1, 2):
         config = bench_config(staleness, 8, groups)
-        found[staleness], advice = run(session, costs, config, warm=2)
-        rate = groups * ROLLOUTS / found[staleness]
+        timing = run(session, costs, config)
+        found[staleness] = timing.seconds
+        rate = groups * ROLLOUTS / timing.seconds
         print(
-            f"S={staleness}: {rate:6.1f} images/s, {found[staleness]:.3f} s; {advice}", flush=True
+            f"S={staleness}: {rate:.1f} images/s, {timing.seconds:.3f} s; {timing.advice}",
+            flush=True,
         )
     print(f"RESULT pipeline.speedup_s1={found[0] / found[1]:.3f}")
     print(f"RESULT pipeline.speedup_s2={found[0] / found[2]:.3f}")
 
 
 def mixes(session: RaySession, seconds: float) -> None:
-    lowest, groups = 1.0, 20
+    lowest, lowest_measured, groups = 1.0, 1.0, 20
     for name, shares in MIXES.items():
-        costs = mix(shares, seconds, groups)
-        took, advice = run(session, costs, bench_config(1, 8, groups), warm=2)
-        share = seconds / took
-        lowest = min(lowest, share)
-        print(f"{name:15s} {share:6.1%} of the slowest stage alone; {advice}", flush=True)
+        timing = run(session, mix(shares, seconds, groups), bench_config(1, 8, groups))
+        share, measured = seconds / timing.seconds, timing.slowest / timing.seconds
+        lowest, lowest_measured = min(lowest, share), min(lowest_measured, measured)
+        print(
+            f"{name:15s} {share:6.1%} of what the slowest stage alone allows, {measured:6.1%} of "
+            f"what it took; {timing.advice}",
+            flush=True,
+        )
     print(f"RESULT pipeline.of_slowest_stage={lowest:.3f}")
+    print(f"RESULT pipeline.of_slowest_stage_as_measured={lowest_measured:.3f}")
 
 
 def samplers(session: RaySession, seconds: float) -> None:
@@ -201,7 +226,8 @@ def samplers(session: RaySession, seconds: float) -> None:
     first, lowest = 0.0, 1.0
     for count in (1, 2, 4, 8, 16):
         iterations = 3 if count < 4 else 8
-        took, _ = run(session, costs, bench_config(1, iterations, groups), count, warm=1)
+        config = bench_config(1, iterations, groups)
+        took = run(session, costs, config, count, warm=1).seconds
         first = first or took
         linear = first / (count * took)
         lowest = min(lowest, linear)

@@ -111,6 +111,39 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     assert (run.path / "evaluation.json").read_text() == (finished / "evaluation.json").read_text()
 
 
+def test_stopped_one_iteration_ahead_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    """The checkpoint has the groups that were drawn with weights which are gone."""
+    config = small_config(max_staleness=1, evaluation={"num_images": 0})
+    options = [*flags(), "--max-staleness", "1", "--evaluation.num-images", "0", "--inline"]
+    whole = tmp_path / "whole"
+    assert main([*options, "--run-dir", str(whole)]) == 0
+    run = RunDirectory.create(str(tmp_path / "run"), config)
+    seen: list[int] = []
+
+    class Counting(RunConsole):
+        def update(self, row) -> None:
+            seen.append(row["iteration"])
+
+    def stop() -> bool:
+        return len(seen) == 3
+
+    with Counting(4) as console, InlineFleet(config.fleet_plan(), stop) as fleet:
+        assert Experiment(config, run, fleet, console, stop).run() is False
+    assert (run.checkpoints / "step_000003" / "groups.msgpack").is_file()
+    assert main(["--resume", "--inline", "--run-dir", str(run.path)]) == 0
+    assert recorded(run.path) == recorded(whole)
+    versions = [set(table["policy_version"]) for _, table in recorded(whole)]
+    assert versions == [{0}, {0}, {1}, {2}]
+
+
+def test_a_run_cannot_change_how_far_ahead_it_is(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--resume", "--inline", "--max-staleness", "1", "--run-dir", str(finished)]
+    assert main(arguments) == REFUSED
+    assert "cannot change max_staleness (0 in the run, 1 now)" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,9 @@ from learner.group_files import pack_group, unpack_group
 from learner.loop import Iteration, check_history, prepare, train
 from learner.pipeline import Pipeline
 from rewards.combine import Combiner
-from rewards.moments_server import DistributionReward
+from rewards.fid import Reference
+from rewards.moments_config import MomentsConfig
+from rewards.moments_server import DistributionReward, MomentsServer
 from tests.small_run import fingerprint, run_training, small_config
 from tests.unit.helpers import request, scored_group
 
@@ -214,3 +216,24 @@ def test_a_stop_ends_the_wait_but_not_a_checkpoint() -> None:
         with pytest.raises(StopRequestedError):
             made.take(0)
         assert made.state() == b""
+
+
+def test_the_moments_server_tells_its_version_and_its_work_between_commits() -> None:
+    def features(seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).normal(size=(60, 4)).astype(np.float32)
+
+    def server() -> MomentsServer:
+        made = MomentsServer(MomentsConfig(decay=0.5, rebuild_every=1))
+        made.set_reference(Reference.from_features(features(0), "net"), "net")
+        return made
+
+    first, valid = server(), np.ones(60, bool)
+    first.seed(features(1))
+    first.refresh()
+    answer = first.commit(0, features(2), valid)
+    assert (answer.version, [span.phase for span in answer.spans]) == (0, ["decompose", "moments"])
+    answer = first.commit(1, features(3), valid)  # nobody refreshed
+    assert (answer.version, [span.phase for span in answer.spans]) == (1, ["moments"])
+    second = server()
+    second.restore(first.state())
+    assert second.commit(2, features(4), valid).version == 2

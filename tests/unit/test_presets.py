@@ -38,6 +38,7 @@ CPU = {
     "sampler": {"num_gpus": 0},
     "reward": {"num_gpus": 0},
     "rewards": {"loo_fid": {"seed_images": 24}},
+    "weights": {"dtype": "float32"},  # snapshots then show what the learner holds
 }
 
 

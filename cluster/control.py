@@ -114,7 +114,9 @@ def whereabouts(directory: Path) -> tuple[str, str]:
             os.environ.setdefault(AUTH_MODE, TOKEN)
         return str(found["run"]), str(found["address"])
     except FileNotFoundError:
-        raise FleetError(f"{directory} holds no active run (no {WHEREABOUTS} in it)") from None
+        raise FleetError(
+            f"no run is active in {directory}: it has ended, or was started with --inline"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FleetError(
             f"{file} cannot be read ({error}): name the cluster by --address"

@@ -33,8 +33,8 @@ class Arguments:
     """Change the number of workers of a running job; without a number, show what there is."""
 
     run: str = ""
-    """Name of the run, or its directory; empty takes the newest run under runs/, or the only one on
-    the cluster."""
+    """Name of the run, or its directory; empty takes the newest that is active under runs/, or the
+    only one on the cluster."""
     address: str = ""
     """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS, else "auto"."""
     samplers: int | None = None
@@ -111,7 +111,7 @@ def lines(status: FleetStatus) -> list[str]:
     """One a role."""
     return [
         f"{pool.role}: {pool.serving} serving, {pool.starting} starting, {pool.draining} leaving, "
-        f"{pool.queued} groups waiting"
+        f"{pool.queued} waiting for one"
         for pool in status.pools
     ]
 
@@ -132,19 +132,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     asked = tyro.cli(Arguments, args=arguments, prog="python -m cluster.scale")
     wanted = asked.wanted()
-    if any(count < 1 for count in wanted.values()):
-        print(f"error: a role needs at least 1 worker, found {wanted}", file=sys.stderr)
-        return REFUSED
+    for role, count in wanted.items():
+        if count < 1:
+            print(f"error: {role} needs at least 1 worker, found {count}", file=sys.stderr)
+            return REFUSED
     try:
         run, address = locate_run(asked.run, asked.address)
         with RaySession(RayConfig(address=address)):
             name, control = find_control(run)
-            print(f"run {name}")
             if wanted:
                 status = scale(control, wanted, asked.timeout_s)
             else:
                 status = ask(control.status.remote())
-            print("\n".join(lines(status)))
+            print("\n".join([f"run {name}", *lines(status)]))
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED

@@ -101,9 +101,9 @@ class Steward:
             return
         before = pool.target
         if before != wish.count:
+            self._say(f"{wish.role}: {before} -> {wish.count} workers, as asked for")
             pool.scale(wish.count)
             pool.meter.restart(time.monotonic())
-            self._say(f"{wish.role}: {before} -> {wish.count} workers, as asked for")
 
     def _pool(self, wish: Wish) -> WorkerPool:
         pool = self._pools.get(wish.role)
@@ -130,8 +130,8 @@ class Steward:
         wanted = desired_workers(auto, load)
         pool.meter.restart(now)
         if wanted != load.workers:
-            pool.scale(wanted)
             self._say(
                 f"{pool.role.name}: {load.workers} -> {wanted} workers (work waited "
                 f"{load.mean_wait_s:.2g} s on average, workers were busy {load.busy_share:.0%})"
             )
+            pool.scale(wanted)

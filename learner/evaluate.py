@@ -60,7 +60,7 @@ def examine(
     Returns:
         fid, density, coverage, precision, recall against `real` (of the judge's second space as
         "second/fid" and so on), one mean for each of the judge's scorers, and the mean token
-        entropy in nats.
+        entropy in nats; and of how many images.
 
     Raises:
         DataError: an image could not be judged.
@@ -79,7 +79,7 @@ def examine(
         scores = np.concatenate([group.scores.scores[name] for group in groups])
         metrics[name] = float(scores.mean())
     entropies = np.concatenate([group.rollouts.entropies for group in groups])
-    return metrics | {"entropy": float(entropies.mean())}
+    return metrics | {"entropy": float(entropies.mean()), "images": float(len(entropies))}
 
 
 def compare(generated: np.ndarray, real: np.ndarray, neighbours: int) -> dict[str, float]:

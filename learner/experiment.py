@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from cluster.fleet import Fleet, InlineFleet, StopRequestedError
+from cluster.messages import ScoredGroup
 from learner import evaluate
 from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
 from learner.config import RunConfig
@@ -24,6 +25,13 @@ from rewards.combine import Combiner
 
 BASE_GALLERY = "base.png"
 TUNED_GALLERY = "tuned.png"
+
+
+def first_failure(groups: Sequence[ScoredGroup]) -> str:
+    """How many images of an iteration were not scored, and why the first was not; or nothing."""
+    errors = [error for group in groups for error in group.scores.errors]
+    failed = [error for error in errors if error]
+    return f"{len(failed)} of {len(errors)}; the first: {failed[0]}" if failed else ""
 
 
 class Experiment:
@@ -73,7 +81,13 @@ class Experiment:
         recorder = Recorder(run, first, rollouts=config.output.rollouts)
         console.start(first)
 
+        told = False
+
         def after(done: Iteration) -> None:
+            nonlocal told
+            if not told and (fault := first_failure(done.groups)):
+                told = True
+                console.say(f"note: images without a score leave the iteration ({fault})")
             recorder.record(done.row, done.groups, done.advantages, done.spans)
             for line in done.advice:
                 console.say(f"note: {line}")

@@ -120,7 +120,9 @@ class RunConsole:
 
     def table(self, rows: Mapping[str, Mapping[str, float]]) -> None:
         """The exam's results, one row a policy."""
-        table = Table(title="Held-out judge", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        images = max((metrics.get("images", 0) for metrics in rows.values()), default=0)
+        title = f"Held-out judge, {images:g} images of each policy" if images else "Held-out judge"
+        table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("policy", no_wrap=True)
         for heading in COLUMNS:
             table.add_column(heading, justify="right", no_wrap=True)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from actors.models.loading import PolicyConfig, TokenizerConfig, check_policy
 from actors.models.zoo import MODELS
+from cluster.errors import ConfigError
 from learner.config import RunConfig
 from learner.datasets import DIGITS
+from rewards.extra import find_extra
 
 
 def lacking(config: RunConfig) -> list[str]:
@@ -28,6 +30,20 @@ def lacking(config: RunConfig) -> list[str]:
         known = not file or file.startswith((DIGITS, "package://"))
         if not known and not Path(file).expanduser().exists():
             lines.append(f"{field}: there is no {file}")
+    return lines + _rewards(config)
+
+
+def _rewards(config: RunConfig) -> list[str]:
+    """Rewards of the user's own that cannot be built as they are written; those of pools with a
+    runtime environment of their own cannot be known here."""
+    lines = []
+    for extra in config.rewards.extras():
+        pool = config.reward_pools.get(extra.term.pool)
+        if pool is None or not pool.runtime_env:
+            try:
+                find_extra(extra)
+            except ConfigError as error:
+                lines.append(str(error))
     return lines
 
 

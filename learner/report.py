@@ -18,7 +18,7 @@ from learner.rows import QUANTILES
 from learner.rundir import BEFORE_AFTER, RunDirectory
 from rewards.config import LOO_FID
 
-REWARDS = "rewards of images (mean, and from the 5th to the 95th percentile)"
+REWARDS = "rewards of images (mean, 5th to 95th percentile)"
 PANELS: dict[str, dict[str, str]] = {
     REWARDS: {},
     "FID in the reward's features": {"moving average": "fid/ema", "batch": "fid/batch"},

@@ -32,6 +32,10 @@ class ClipTerm(ClipConfig, ScorerTerm):
     weight: float = 1.0
     """Factor of the normalised reward; 0 logs it and learns nothing from it."""
 
+    def __post_init__(self) -> None:
+        ClipConfig.__post_init__(self)
+        ScorerTerm.__post_init__(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HpsTerm(HpsConfig, ScorerTerm):
@@ -39,6 +43,10 @@ class HpsTerm(HpsConfig, ScorerTerm):
 
     weight: float = 0.5
     """Factor of the normalised reward; 0 logs it and learns nothing from it."""
+
+    def __post_init__(self) -> None:
+        HpsConfig.__post_init__(self)
+        ScorerTerm.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,10 @@ class LooFidTerm(MomentsConfig, RewardTerm):
     """Factor of the class embeddings; 0 lets them vary as much as the features."""
     joint_dim: int = 0
     """Dimensions of the class embeddings; 0 is one for each class."""
+
+    def __post_init__(self) -> None:
+        MomentsConfig.__post_init__(self)
+        RewardTerm.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, get_args
 
 import yaml
@@ -54,15 +55,17 @@ def parse_extra(text: str) -> ExtraReward:
             raise ValueError(f"{text!r}: expected option=value, found {pair!r}")
         values[key.strip()] = value
     read = {key: yaml.safe_load(value) for key, value in values.items()}
-    if isinstance(read["weight"], bool) or not isinstance(read["weight"], int | float):
-        raise ValueError(f"{text!r}: the weight must be a number, found {weight!r}")
+    for key in ("weight", "limit"):
+        value = read.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise ValueError(f"{text!r}: the {key} must be a number, found {values[key]!r}")
     name = str(read.pop("name", _snake(path.rpartition(":")[2])))
     term = {key: read.pop(key) for key in ("weight", *OF_THE_TERM) if key in read}
     return ExtraReward(name=name, path=path, term=_term(text, term), options=read)
 
 
-def load_extra(extra: ExtraReward, device: str) -> Scorer:
-    """Import and build it.
+def find_extra(extra: ExtraReward) -> Callable[..., Any]:
+    """Import what builds it, without building it.
 
     Raises:
         ConfigError: it cannot be imported, is no class or function, or refuses its options.
@@ -78,13 +81,22 @@ def load_extra(extra: ExtraReward, device: str) -> Scorer:
             "its package installed there, or in the directory that the run was started from?"
         ) from error
     try:
-        inspect.signature(found).bind(device=device, **extra.options)
+        inspect.signature(found).bind(device="cpu", **extra.options)
     except TypeError as error:
         given = ", ".join(["device", *extra.options])
         raise ConfigError(
             f"rewards.extra: {extra.path} is called with ({given}) to build the scorer, but {error}"
         ) from error
-    scorer = found(device=device, **extra.options)
+    return found
+
+
+def load_extra(extra: ExtraReward, device: str) -> Scorer:
+    """Import and build it.
+
+    Raises:
+        ConfigError: see `find_extra`; or what it gives cannot be called.
+    """
+    scorer = find_extra(extra)(device=device, **extra.options)
     if not callable(scorer):
         raise ConfigError(
             f"rewards.extra: {extra.path} gives a {type(scorer).__name__}, which cannot be called "
@@ -97,7 +109,10 @@ def _term(text: str, values: Mapping[str, Any]) -> ScorerTerm:
     normalise = values.get("normalise", "group")
     if normalise not in get_args(Normalisation):
         raise ValueError(f"{text!r}: normalise must be one of {', '.join(get_args(Normalisation))}")
-    return ScorerTerm(**{**values, "pool": str(values.get("pool", ""))})
+    try:
+        return ScorerTerm(**{**values, "pool": str(values.get("pool", ""))})
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
 
 
 def _snake(name: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -73,7 +75,7 @@ class Panel:
 
         Raises:
             DataError: the batch as a whole is malformed.
-            Exception: of a scorer that fails on every image for a reason of its own.
+            WrongShapeError: a scorer's answer has another number of rows than it got images.
         """
         _check_batch(images, conditions)
         errors = [image_fault(image) for image in images]
@@ -161,10 +163,8 @@ def _attempt(
             rows = [row for index, row in enumerate(rows) if index not in error.errors]
         except WrongShapeError:
             raise
-        except Exception as error:  # a scorer may be anyone's code: its error becomes data
+        except Exception:  # a scorer may be anyone's code: its error becomes data
             alone, wrong = _one_by_one(score, rows, images, conditions)
-            if not alone:
-                raise error
             return alone, faults | wrong
     return {}, faults
 
@@ -180,8 +180,14 @@ def _one_by_one(
         except RowErrors as error:
             faults[row] = error.errors[0]
         except Exception as error:
-            faults[row] = f"{type(error).__name__}: {error}"
+            faults[row] = f"{type(error).__name__}: {error}{_place(error)}"
     return found, faults
+
+
+def _place(error: Exception) -> str:
+    """Where in somebody's file an error came from: whoever reads it sees no traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def _call(

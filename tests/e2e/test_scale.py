@@ -55,4 +55,4 @@ def test_a_running_job_is_scaled_from_another_shell(tmp_path: Path) -> None:
     assert "reward-server: 1 -> 2 workers, as asked for" in log.read_text()
     ended = scale("--run", str(run), "--samplers", "1")
     assert ended.returncode == 1
-    assert "holds no active run (no fleet.json in it)" in ended.stderr
+    assert f"no run is active in {run}: it has ended" in ended.stderr

@@ -13,6 +13,7 @@ import pytest
 from cluster.errors import ConfigError
 from cluster.messages import Condition
 from learner.config import load_preset, merge, to_dict, validate
+from learner.run import main
 from rewards.combine import ScorerTerm
 from rewards.config import RewardsConfig
 from rewards.extra import load_extra, parse_extra
@@ -46,7 +47,9 @@ def test_without_a_weight_it_counts_once() -> None:
         ("my-pkg:Aesthetic=1", "is written module:Class=weight"),
         ("a:B=much", "the weight must be a number, found 'much'"),
         ("a:B=true", "the weight must be a number"),
-        ("a:B=-1", "weight must be >= 0, found -1"),
+        ("a:B=.nan", "the weight must be a number, found '.nan'"),
+        ("a:B=1,limit=nan", "the limit must be a number, found 'nan'"),
+        ("a:B=-1", "'a:B=-1': weight must be >= 0, found -1"),
         ("a:B=1,normalise=z", "normalise must be one of group, batch, anchored, centred"),
         ("a:B=1,odd", "expected option=value, found 'odd'"),
     ],
@@ -111,3 +114,25 @@ def test_the_documented_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scores.shape == (2,)
     assert scores[0] == pytest.approx(0, abs=1e-6)
     assert scores[1] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("reward", "field"),
+    [("clip", "weight"), ("hps", "weight"), ("loo_fid", "weight"), ("clip", "limit")],
+)
+def test_every_reward_refuses_negative_weights_and_limits(reward: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} must be >= 0.*found -1"):
+        config(rewards={reward: {field: -1.0}})
+
+
+def test_a_dry_run_tells_of_rewards_that_cannot_be_built(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for text, told in {
+        "nowhere.at_all:Thing": "nowhere.at_all:Thing cannot be imported",
+        "tests.stand_ins:Brightness=1,shade=3": "called with (device, shade)",
+    }.items():
+        assert main(["--dry-run", "--rewards.extra", text]) == 0
+        assert told in capsys.readouterr().out
+    assert main(["--dry-run", "--rewards.extra", "tests.stand_ins:Brightness=1"]) == 0
+    assert "rewards.extra:" not in capsys.readouterr().out

@@ -137,8 +137,8 @@ class Bench:
         self.built = ray.get([s.memory.remote() for s in self.samplers])
 
     def ours(self) -> list[float]:
-        self._publisher.publish(self.learner)
-        return ray.get([self._publisher.load(sampler) for sampler in self.samplers])
+        weights = self._publisher.publish(self.learner)
+        return ray.get([self._publisher.load(sampler, weights) for sampler in self.samplers])
 
     def plain(self) -> list[float]:
         (ref,) = ray.get(self.learner.put.remote())

@@ -148,7 +148,9 @@ class RayFleet:
     def broadcast(self) -> int:
         """Publish the learner's weights once, and have every sampler take them up. Samplers that
         are still starting are not waited for: they serve once they have them."""
-        self._snapshot = self._learner.handle.snapshot.remote()
+        # All are asked: in a group, each has a part of the weights, and the first gives the whole.
+        snapshots = [worker.handle.snapshot.remote() for worker in self._learners]
+        self._snapshot = snapshots[0]
         loading = {w.handle.load_weights.remote(self._snapshot): w for w in self._samplers.workers}
         version = -1
         for ref, worker in loading.items():

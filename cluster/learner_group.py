@@ -49,13 +49,14 @@ class LearnerGroup:
         self._together([h.join.remote(rank, size, address) for rank, h in enumerate(self._handles)])
 
     def snapshot(self, on_device: bool = False) -> Any:
-        return self._ask(self._handles[0].snapshot.remote(on_device), 0)
+        """The first one's, like the others below; all give it their parts of the weights."""
+        return self._all("snapshot", on_device)[0]
 
     def base_snapshot(self) -> Any:
-        return self._ask(self._handles[0].base_snapshot.remote(), 0)
+        return self._all("base_snapshot")[0]
 
     def adapter_snapshot(self) -> Any:
-        return self._ask(self._handles[0].adapter_snapshot.remote(), 0)
+        return self._all("adapter_snapshot")[0]
 
     def start(self, base_entropy: float) -> None:
         self._all("start", base_entropy)

@@ -60,7 +60,7 @@ class Publisher:
         self._device: DeviceTransport | None = DEVICE_TRANSPORTS.get(transport)
         self._adapters_alone = adapters_alone
         self._members: set[Any] = set()
-        self._learner: Any = None
+        self._learners: Sequence[Any] = ()
         self._base: ray.ObjectRef | None = None
 
     @property
@@ -74,20 +74,26 @@ class Publisher:
             return ray.remote(enable_tensor_transport=True)(factory)  # type: ignore[call-overload]
         return ray.remote(factory)
 
-    def publish(self, learner: Any, samplers: Sequence[Any] = ()) -> Published:
-        """Ask the learner (an actor's handle) for its weights, without waiting for them.
+    def publish(self, learners: Sequence[Any], samplers: Sequence[Any] = ()) -> Published:
+        """Ask the learners (handles of actors) for their weights, without waiting for them.
 
         Args:
+            learners: the one there is; or all of a group, of whom the first one answers.
             samplers: that exist now, for transports that need a group.
         """
-        self._learner = learner
+        self._learners = learners
         if self._adapters_alone:
-            self._base = self._base or learner.base_snapshot.remote()
-            return Published(learner.adapter_snapshot.remote(), self._base)
-        if self._device and self._gathered(learner, samplers):
-            call = learner.snapshot.options(tensor_transport=self._device.ray_name)
+            self._base = self._base or self._asked("base_snapshot")
+            return Published(self._asked("adapter_snapshot"), self._base)
+        if self._device and self._gathered(learners[0], samplers):
+            call = learners[0].snapshot.options(tensor_transport=self._device.ray_name)
             return Published(None, on_device=call.remote(on_device=True))
-        return Published(learner.snapshot.remote())
+        return Published(self._asked("snapshot"))
+
+    def _asked(self, method: str) -> ray.ObjectRef:
+        """All are asked: in a group, each has a part of the weights; the first gives the whole."""
+        answers = [getattr(learner, method).remote() for learner in self._learners]
+        return answers[0]
 
     def load(self, sampler: Any, weights: Published) -> ray.ObjectRef:
         """Have a sampler (an actor's handle) take up weights, and their base where they build upon
@@ -98,7 +104,7 @@ class Publisher:
             return sampler.load_weights.remote(weights.on_device)
         snapshot = weights.snapshot
         if snapshot is None:
-            snapshot = self._learner.snapshot.remote()
+            snapshot = self._asked("snapshot")
         if weights.base is not None:
             return sampler.load_weights.remote(snapshot, weights.base)
         return sampler.load_weights.remote(snapshot)

@@ -168,8 +168,9 @@ class RayFleet:
         self._catch_up()
 
     def _publish(self) -> Published:
+        learners = [worker.handle for worker in self._learners]
         samplers = [worker.handle for worker in self._samplers.workers]
-        return self._weights.publish(self._learner.handle, samplers)
+        return self._weights.publish(learners, samplers)
 
     def _hand_over(self) -> None:
         """Have every serving sampler take up the newest weights now; by the object store after all,

@@ -60,6 +60,7 @@ class Surroundings:
     """Of one learner; 0 computes on the CPU."""
     sampler_gpus: float
     num_samplers: int
+    num_learners: int = 1
     gpus: float
     """Of the cluster."""
     nodes: int
@@ -69,6 +70,7 @@ class Surroundings:
     @classmethod
     def of(cls, learner: Role, sampler: Role, gpus: float, nodes: int) -> Surroundings:
         return cls(
+            num_learners=learner.count,
             learner_gpus=learner.resources.num_gpus,
             sampler_gpus=sampler.resources.num_gpus,
             num_samplers=sampler.most,
@@ -98,6 +100,8 @@ def _obstacles(transport: str, here: Surroundings) -> Sequence[str]:
             found.append(f"{who} must have a GPU (num_gpus is 0)")
     if found:
         return found
+    if here.num_learners > 1:
+        found.append(f"the weights are divided among {here.num_learners} learners")
     if transport == "nixl" and not here.nixl:
         found.append("the package is not there: pip install nixl, on every node")
     if transport == "nccl" and min(here.learner_gpus, here.sampler_gpus) < 1:

@@ -22,7 +22,7 @@ from cluster.weights import Packer, SnapshotName, open_snapshot, pack_adapters
 from learner.batch import TrainingBatch
 from learner.entropy import EntropyConfig, EntropyState, Measured, initial_state, next_state
 from learner.loss import LossConfig, grpo_loss
-from learner.optimizer import OptimizerConfig, ShardedAdamW
+from learner.optimizer import OptimizerConfig, PolicyAdamW
 from learner.parallel import Peers, join, open_meeting
 from learner.passes import Passes, Prepared, Sums, cut
 from learner.real_tokens import RealTokens, RealTokensConfig, cross_entropy
@@ -113,7 +113,8 @@ class Learner:
 
     def _take_place(self, peers: Peers) -> None:
         config, self._peers = self._config, peers
-        self._optimizer = ShardedAdamW(self._policy.module, config.optimizer, peers)
+        self._policy.join(peers)
+        self._optimizer = PolicyAdamW(self._policy.module, config.optimizer, peers)
         self._passes = Passes(
             self._policy, config.loss, config.spec, config.optimizer.microbatch, peers
         )
@@ -125,7 +126,9 @@ class Learner:
         # Else what was sampled is not what is learned: the first step measures it.
 
     def snapshot(self, on_device: bool = False) -> WeightSnapshot:
-        """The current weights, packed for samplers; adapters merged in.
+        """The current weights, packed for samplers; adapters merged in. Every learner of a group
+        must be asked, and the first one has them (the others' snapshots are empty); this holds for
+        all kinds of snapshots.
 
         Args:
             on_device: leave the buffer where the weights are, as a tensor.
@@ -178,9 +181,9 @@ class Learner:
         """Write policy, optimizer and counters into an existing directory. Complete, and the same
         whatever the number of learners."""
         optimizer = self._optimizer.tensors()
+        self._policy.save(directory)
         if not self._peers.first:
             return
-        self._policy.save(directory)
         write_tensors(directory / OPTIMIZER_FILE, optimizer, {})
         state = {
             "version": self.version,
@@ -241,10 +244,11 @@ class Learner:
         mine = self._peers.rows(len(batch.tokens))
         here = rows[(rows >= mine.start) & (rows < mine.stop)] - mine.start
         part = prepared if len(here) == len(prepared) else prepared[here]
-        stats = self._accumulate(part, len(rows))
+        most = self._peers.most(rows, len(batch.tokens))
+        stats = self._accumulate(part, len(rows), most)
         if self._real is not None:
             stats["real_ce"] = self._learn_from_real(batch.iteration, update)
-        stats["grad_norm"] = self._optimizer.reduce()
+        stats["grad_norm"] = self._optimizer.limit()
         if not all(math.isfinite(stats[name]) for name in LEARNED if name in stats):
             self._optimizer.zero_grad()
             found = ", ".join(f"{name} {value:g}" for name, value in stats.items())
@@ -257,12 +261,12 @@ class Learner:
         self._optimizer.step(lr)
         return stats
 
-    def _accumulate(self, part: Prepared, total: int) -> dict[str, float]:
+    def _accumulate(self, part: Prepared, total: int, most: int) -> dict[str, float]:
         """Gradients of this learner's part of `total` rollouts, microbatch by microbatch; returns
-        the mean statistics of them all."""
+        the mean statistics of them all. most: rollouts that one learner has of them."""
         config, sums = self._config, Sums()
         in_loss = config.loss.kl_coef > 0 and config.loss.kl_in == "loss"
-        for rows in part.microbatches(config.optimizer.microbatch):
+        for rows in self._passes.rounds(part, most):
             share = len(rows) / total
             logprobs, entropies = self._policy.logprobs(
                 rows.tokens, self._passes.conditions(rows), config.spec
@@ -296,6 +300,8 @@ class Learner:
             loss = cross_entropy(logprobs) * (len(here) / len(tokens))
             (loss * self._config.real.weight).backward()
             sum_of_parts += float(loss.detach())
+        most = self._peers.most(np.arange(len(tokens)), len(tokens))
+        self._passes.keep_up(mine.stop - mine.start, most, conditions[:1])
         return self._peers.sums([sum_of_parts])[0]
 
     def _metrics(self, found: dict[str, float]) -> dict[str, float]:

@@ -38,9 +38,10 @@ class LearnerMemory:
     weights: float
     gradients: float
     optimizer: float
-    """AdamW's two averages, this learner's share."""
-    exchange: float
-    """Flat buffer for one learner's share, where there are several."""
+    """AdamW's two averages."""
+    gathered: float
+    """Where there are several learners, which keep shares of the three above: whole weights and
+    gradients of the block in work and the one fetched ahead, and of what is outside of blocks."""
     reference: float
     casts: float
     """bf16 copies of weights that autocast keeps during a pass."""
@@ -68,7 +69,7 @@ def learner_memory(
     Args:
         microbatch: rollouts of one pass (B).
         reference: whether a frozen copy lies beside the policy.
-        learners: over how many the optimizer's state is divided.
+        learners: over how many weights, gradients and optimizer are divided.
         guided: logprobs of the guided mixture, which takes two rows a rollout.
     """
     parameters = count_parameters(architecture)
@@ -86,15 +87,23 @@ def learner_memory(
     values = microbatch * architecture.num_tokens * architecture.vocab_size
     moment = LOGITS_MOMENT * (2 if guided else 1)
     return LearnerMemory(
-        weights=FP32 * parameters,
-        gradients=FP32 * parameters,
+        weights=FP32 * parameters / learners,
+        gradients=FP32 * parameters / learners,
         optimizer=2 * FP32 * parameters / learners,
-        exchange=FP32 * parameters / learners if learners > 1 else 0,
+        gathered=_gathered(architecture, parameters) if learners > 1 else 0,
         reference=FP32 * parameters if reference else 0,
         casts=casts,
         activations=kept + LAST_NORM[type(architecture)] * positions * architecture.dim,
         logits=(LOGITS_KEPT + moment) * values,
     )
+
+
+def _gathered(architecture: PolicyArchitecture, parameters: int) -> float:
+    """Weights and gradients of two blocks, and of embeddings and output."""
+    one_less = dataclasses.replace(architecture, num_layers=architecture.num_layers - 1)
+    block = parameters - count_parameters(one_less)
+    outside = parameters - architecture.num_layers * block
+    return 2 * FP32 * (2 * block + outside)
 
 
 def sampler_memory(

@@ -1,11 +1,10 @@
-"""AdamW under a schedule, its state divided among the learners of a group (ZeRO stage 1)."""
+"""AdamW under a schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,6 @@ from cluster.errors import CheckpointError
 from cluster.roles import Resources
 from learner.adapters import LoraConfig
 from learner.parallel import Peers
-
-CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,35 +86,15 @@ class OptimizerConfig(Resources):
         return self.lr * (1 - (1 - self.final_lr) * fallen)
 
 
-def owners(sizes: Iterable[int], learners: int) -> list[int]:
-    """Which learner keeps each parameter's optimizer state: largest first, to whoever has least.
-
-    A function of the sizes alone, so every learner comes to the same answer.
-    """
-    sizes = list(sizes)
-    load, owner = [0] * learners, [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        owner[index] = min(range(learners), key=lambda rank: (load[rank], rank))
-        load[owner[index]] += sizes[index]
-    return owner
-
-
-class ShardedAdamW:
-    """AdamW over the trainable parameters of a policy that every learner of a group holds.
-
-    Each learner keeps the state of its own parameters alone: gradients are added up at a
-    parameter's owner, which steps it and gives the new value to the others. One learner is
-    PyTorch's AdamW and `clip_grad_norm_`, to the bit.
-    """
+class PolicyAdamW:
+    """AdamW over the trainable parameters of a policy, whole or divided among learners
+    (`Peers.divide`): the state lies where its parameter does."""
 
     def __init__(self, policy: nn.Module, config: OptimizerConfig, peers: Peers) -> None:
         self._named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self._limit, self._peers = config.max_grad_norm, peers
-        owner = owners((p.numel() for p in self._named.values()), peers.size)
-        self._owner = dict(zip(self._named, owner))
-        mine = [p for name, p in self._named.items() if self._owner[name] == peers.rank]
         self._adamw = torch.optim.AdamW(
-            [{"params": mine}],
+            self._named.values(),
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -125,58 +102,27 @@ class ShardedAdamW:
         )
 
     def zero_grad(self) -> None:
-        for parameter in self._named.values():
-            parameter.grad = None
+        self._adamw.zero_grad()
 
-    def reduce(self) -> float:
-        """Add gradients up over the learners, each parameter's at its owner; returns the norm of
-        the whole, before it is limited."""
-        if self._peers.size == 1:
-            return float(torch.nn.utils.clip_grad_norm_(self._named.values(), self._limit))
-        for rank, parameters in self._by_owner():
-            flat = torch.cat([_gradient(p).reshape(-1) for p in parameters])
-            self._peers.reduce_to(flat, rank)
-            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-                mine = rank == self._peers.rank
-                parameter.grad = part.view_as(parameter) if mine else None
-        gradients = [p.grad for p in self._named.values() if p.grad is not None]
-        squares = sum((g.double().square().sum().item() for g in gradients), 0.0)
-        norm = math.sqrt(self._peers.sums([squares])[0])
-        if norm > self._limit:
-            torch._foreach_mul_(gradients, self._limit / (norm + CLIP_EPSILON))
-        return norm
+    def limit(self) -> float:
+        """Scale gradients down to the configured norm; returns the norm before, of the whole."""
+        norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self._limit)
+        return float(norm if self._peers.size == 1 else cast(Any, norm).full_tensor())
 
     def step(self, lr: float) -> None:
-        """Step the own parameters, and exchange the new values."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
-        if self._peers.size > 1:
-            self._exchange()
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for rank, parameters in self._by_owner():
-            flat = torch.cat([p.reshape(-1) for p in parameters])
-            self._peers.copy_from(flat, rank)
-            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-                parameter.copy_(part.view_as(parameter))
-
-    def _by_owner(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
-        for rank in range(self._peers.size):
-            theirs = [p for name, p in self._named.items() if self._owner[name] == rank]
-            if theirs:
-                yield rank, theirs
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole state under the names of the parameters, on the CPU; every learner of a group
-        must call it, and the first one gets the answer (the others an empty one)."""
-        found: dict[str, Tensor] = {}
-        for name, parameter in self._named.items():
-            state = self._adamw.state.get(parameter, {})
-            for key, tensor in self._peers.bring_to_first(state, parameter, self._owner[name]):
-                found[f"{key}/{name}"] = tensor.cpu()
-        return found
+        """The whole state under the names of the parameters; every learner of a group must call
+        it, and the first one gets the answer (the others an empty one)."""
+        kept = {
+            f"{key}/{name}": tensor
+            for name, parameter in self._named.items()
+            for key, tensor in self._adamw.state.get(parameter, {}).items()
+        }
+        return {name: tensor.cpu() for name, tensor in self._peers.whole(kept).items()}
 
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
         """Inverse of `tensors`, whatever number of learners wrote it.
@@ -184,22 +130,17 @@ class ShardedAdamW:
         Raises:
             CheckpointError: a tensor belongs to no parameter.
         """
+        fused = self._adamw.param_groups[0]["fused"]
         for full, tensor in tensors.items():
             key, _, name = full.partition("/")
             parameter = self._named.get(name)
             if parameter is None or tensor.shape not in ((), parameter.shape):
                 raise CheckpointError(f"{source}: optimizer state {full!r} fits no parameter")
-            if self._owner[name] == self._peers.rank:
-                fused = self._adamw.param_groups[0]["fused"]
-                device = parameter.device if tensor.ndim or fused else "cpu"
-                self._adamw.state[parameter][key] = tensor.to(device)
+            tensor = tensor.to(parameter.device if tensor.ndim or fused else "cpu")
+            self._adamw.state[parameter][key] = self._peers.part_of(tensor, parameter)
 
 
 def _implementation(config: OptimizerConfig) -> dict[str, bool]:
     if config.adamw == "auto":
         return {"fused": True} if config.device == "cuda" else {"foreach": False}
     return {} if config.adamw == "plain" else {config.adamw: True}
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,24 +1,24 @@
 """Learners that share the work of one: who they are, and what they tell each other.
 
-Each holds the whole policy and computes gradients of its part of the rollouts. What is exchanged
-are sums, so that weights by rollouts stay exact whatever the sizes of the parts: with a batch of N,
-every part is divided by N, not by its own size.
+Each keeps a part of the policy's weights, gradients and optimizer state (PyTorch's FSDP2) and
+computes gradients of its part of the rollouts. What is exchanged are sums, so that weights by
+rollouts stay exact whatever the sizes of the parts: with a batch of N, every part is divided by N,
+not by its own size. A pass is common to all: its weights are gathered by every learner or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.errors import FleetError
-
-OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,15 @@ class Peers:
 
     def rows(self, total: int) -> slice:
         """This learner's part of `total` rows; parts differ by one at most, and may be empty."""
-        return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+        return self._part(self.rank, total)
+
+    def most(self, rows: np.ndarray, total: int) -> int:
+        """Most of these rows, of `total`, that one learner has."""
+        parts = [self._part(rank, total) for rank in range(self.size)]
+        return max(int(((rows >= part.start) & (rows < part.stop)).sum()) for part in parts)
+
+    def _part(self, rank: int, total: int) -> slice:
+        return slice(rank * total // self.size, (rank + 1) * total // self.size)
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Sum of each value over the learners."""
@@ -55,37 +63,48 @@ class Peers:
         dist.all_reduce(tensor, how)
         return tensor.tolist()
 
-    def reduce_to(self, tensor: Tensor, rank: int) -> None:
-        """Sum over the learners, in place, valid on `rank` alone."""
-        dist.reduce(tensor, rank)
-
-    def copy_from(self, tensor: Tensor, rank: int) -> None:
-        """The contents that `rank` has, in place."""
-        dist.broadcast(tensor, rank)
-
-    def bring_to_first(
-        self, state: Mapping[str, Tensor], like: Tensor, owner: int
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Optimizer state of one parameter, from its owner to the first learner."""
+    def divide(self, policy: nn.Module) -> None:
+        """Divide the weights of a policy among the learners (FSDP2), each block's and the rest's
+        apart: a pass gathers them, its backward adds gradients up at whoever has the part."""
         if self.size == 1:
-            yield from state.items()
             return
-        flag = torch.tensor([float(bool(state))], device=self.device)
-        dist.broadcast(flag, owner)
-        if not flag.item():
-            return
-        for key in OPTIMIZER_KEYS:
-            if self.rank == owner:
-                tensor = state[key].to(self.device)
-            else:
-                shape = () if key == "step" else like.shape
-                tensor = torch.empty(shape, device=self.device)
-            if owner and self.rank == owner:
-                dist.send(tensor, 0)
-            if owner and self.first:
-                dist.recv(tensor, owner)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+        mesh = init_device_mesh(self.device, (self.size,))
+        stacks = [child for child in policy.children() if isinstance(child, nn.ModuleList)]
+        for block in (block for stack in stacks for block in stack):
+            fully_shard(block, mesh=mesh)
+            if hasattr(block, "captions"):
+                register_fsdp_forward_method(block, "captions")
+        fully_shard(policy, mesh=mesh, reshard_after_forward=True)
+        for module in policy.modules():
+            if isinstance(module, FSDPModule):  # sums, as the rows' weights want it, not means
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # all that gloo has
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in full, on the CPU, from what each learner keeps of them; every learner of a
+        group must call it, and the first one gets the answer (the others an empty one). Alone, what
+        it was given."""
+        if self.size == 1:
+            return dict(tensors)
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if self.first:
-                yield key, tensor
+                found[name] = full.cpu()
+        return found
+
+    def part_of(self, tensor: Tensor, like: Tensor | None) -> Tensor:
+        """What this learner keeps of a full tensor: the part that it has of `like`."""
+        if self.size == 1 or like is None or not tensor.ndim:
+            return tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if not isinstance(like, DTensor):
+            return tensor
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def open_meeting(host: str, size: int) -> tuple[dist.TCPStore, str]:

@@ -72,6 +72,7 @@ class Passes:
         """size: most rollouts of one pass."""
         self._policy, self._loss, self._spec = policy, loss, spec
         self._size, self._peers = size, peers
+        self._known: tuple[Condition, ...] = ()  # to encode, for a learner without rollouts
 
     def prepare(self, batch: TrainingBatch, *, proximal: bool) -> tuple[Prepared, dict[str, float]]:
         """This learner's part of a batch.
@@ -83,6 +84,7 @@ class Passes:
             The part, and what its preparation says of the whole batch, for the metrics.
         """
         rows, total = self._peers.rows(len(batch.tokens)), len(batch.tokens)
+        self._known = batch.conditions[:1]
         tokens, behaviour, advantages = (
             torch.tensor(array[rows], device=self._policy.device)  # arrays may be read-only
             for array in (batch.tokens, batch.behaviour, batch.advantages)
@@ -95,7 +97,7 @@ class Passes:
         )
         metrics: dict[str, float] = {}
         if self._loss.kl_coef > 0:
-            prepared = dataclasses.replace(prepared, reference=self._reference(prepared))
+            prepared = dataclasses.replace(prepared, reference=self._reference(prepared, total))
         if proximal or self._loss.needs_proximal:
             prepared, metrics = self._with_proximal(prepared, total)
         if self._loss.kl_in == "reward" and self._loss.kl_coef > 0:
@@ -109,10 +111,26 @@ class Passes:
     def conditions(self, part: Prepared) -> Conditions:
         return self._policy.module.encode(part.conditions)
 
-    def _reference(self, prepared: Prepared) -> Tensor:
+    def rounds(self, part: Prepared, most: int) -> Iterator[Prepared]:
+        """Microbatches of this learner's part; most: rollouts that a learner has of it."""
+        yield from part.microbatches(self._size)
+        self.keep_up(len(part), most, self._known)
+
+    def keep_up(self, mine: int, most: int, known: Sequence[Condition]) -> None:
+        """Idle passes of a learner with `mine` rows, while another one has `most`."""
+        for _ in range(-(-most // self._size) - -(-mine // self._size)):
+            self._policy.idle_pass(known)
+
+    def _rounds(self, prepared: Prepared, total: int) -> Iterator[Prepared]:
+        return self.rounds(prepared, self._peers.most(np.arange(total), total))
+
+    @torch.no_grad()
+    def _reference(self, prepared: Prepared, total: int) -> Tensor:
         parts = [torch.empty_like(prepared.behaviour[:0])]
         with self._policy.reference() as module:
-            for part in prepared.microbatches(self._size):
+            shared = module is self._policy.module  # else it is whole, and each is on its own
+            rounds = self._rounds(prepared, total) if shared else prepared.microbatches(self._size)
+            for part in rounds:
                 given = self.conditions(part)
                 parts.append(
                     self._policy.reference_logprobs(module, part.tokens, given, self._spec)
@@ -123,7 +141,7 @@ class Passes:
     def _with_proximal(self, prepared: Prepared, total: int) -> tuple[Prepared, dict[str, float]]:
         """Logprobs before the update, and what they say of the policy that acted."""
         parts, entropy = [torch.empty_like(prepared.behaviour[:0])], 0.0
-        for part in prepared.microbatches(self._size):
+        for part in self._rounds(prepared, total):
             logprobs, entropies = self._policy.logprobs(
                 part.tokens, self.conditions(part), self._spec
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from actors.decode import token_logprobs
 from actors.models.base import Conditions
 from actors.models.loading import PolicyConfig, PolicyModule, load_policy
-from cluster.messages import SamplingSpec
+from cluster.messages import Condition, SamplingSpec
 from cluster.tensors import load_strict, read_tensors, write_tensors
 from learner.adapters import Adapters
 from learner.optimizer import OptimizerConfig
+from learner.parallel import Peers
 
 POLICY_FILE = "policy.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
@@ -36,7 +37,7 @@ class TrainedPolicy:
             reference: whether `reference_logprobs` will be asked for.
             seed: the run's; adapters start from it.
         """
-        self._options, self.device = options, options.device
+        self._options, self.device, self._peers = options, options.device, Peers()
         self.module = load_policy(config, device=self.device).requires_grad_(True)
         self.module.checkpointing = options.checkpointing
         self._adapters: Adapters | None = None
@@ -53,6 +54,22 @@ class TrainedPolicy:
         """Logprobs and entropies (B, T) fp32, with gradients; see `token_logprobs`."""
         with self._precision():
             return token_logprobs(self.module, tokens, conditions, spec)
+
+    def join(self, peers: Peers) -> None:
+        """Keep a part of the weights alone. The reference, where it is a copy, stays whole."""
+        peers.divide(self.module)
+        self._peers = peers
+
+    def idle_pass(self, conditions: Sequence[Condition]) -> None:
+        """Take part in a pass of the other learners, and add zero to the gradient.
+
+        Args:
+            conditions: one that the policy can encode.
+        """
+        tokens = torch.zeros(1, self.module.num_tokens, dtype=torch.long, device=self.device)
+        logprobs, _ = self.logprobs(tokens, self.module.encode(conditions), SamplingSpec())
+        if logprobs.requires_grad:
+            (0 * logprobs.sum()).backward()
 
     @contextmanager
     def reference(self) -> Iterator[PolicyModule]:
@@ -77,24 +94,34 @@ class TrainedPolicy:
             return token_logprobs(reference, tokens, conditions, spec)[0]
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict of a plain policy, adapters merged in."""
-        return dict(self.module.state_dict()) if not self._adapters else self._adapters.plain()
+        """The state dict of a plain policy, adapters merged in; every learner of a group must call
+        it, and the first one gets the answer (the others an empty one), here and below."""
+        plain = self._adapters.plain() if self._adapters else self.module.state_dict()
+        return self._peers.whole(plain)
 
     def frozen_weights(self) -> dict[str, Tensor]:
         """The state dict of the plain policy that adapters belong to."""
         assert self._adapters is not None
-        return self._adapters.plain(merged=False)
+        return self._peers.whole(self._adapters.plain(merged=False))
 
     def adapters(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         """See `Adapters.pairs`."""
         assert self._adapters is not None
-        return self._adapters.pairs()
+        pairs = self._adapters.pairs()
+        inner = self._peers.whole({name: a for name, (a, _, _) in pairs.items()})
+        outer = self._peers.whole({name: b for name, (_, b, _) in pairs.items()})
+        return {name: (inner[name], outer[name], pairs[name][2]) for name in inner}
 
     def save(self, directory: Path) -> None:
-        """Write the policy, and its adapters where it has some."""
-        write_tensors(directory / POLICY_FILE, self.weights(), self.module.config.to_dict())
-        if self._adapters:
-            write_tensors(directory / ADAPTERS_FILE, self._adapters.tensors(), {})
+        """Write the policy, and its adapters where it has some; every learner of a group must call
+        it, and the first one writes."""
+        weights = self.weights()
+        adapters = self._peers.whole(self._adapters.tensors()) if self._adapters else {}
+        if not self._peers.first:
+            return
+        write_tensors(directory / POLICY_FILE, weights, self.module.config.to_dict())
+        if adapters:
+            write_tensors(directory / ADAPTERS_FILE, adapters, {})
 
     def restore(self, directory: Path) -> None:
         """Inverse of `save`.
@@ -104,10 +131,15 @@ class TrainedPolicy:
         """
         if self._adapters:
             file = directory / ADAPTERS_FILE
-            self._adapters.load(read_tensors(file), str(file))
+            self._adapters.load(self._parts(file, self._adapters.tensors()), str(file))
         else:
             file = directory / POLICY_FILE
-            load_strict(self.module, read_tensors(file), str(file))
+            load_strict(self.module, self._parts(file, self.module.state_dict()), str(file))
+
+    def _parts(self, file: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this learner keeps of a file's tensors."""
+        found = read_tensors(file)
+        return {name: self._peers.part_of(found[name], own.get(name)) for name in found}
 
     def _precision(self) -> torch.autocast:
         bf16 = self._options.precision == "bf16"

@@ -149,6 +149,14 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), rope, attend, caption)
         return x + self.feed_forward(self.ffn_norm(x))
 
+    def captions(self, rows: Tensor, mask: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Captions' rows (U, C, dim) after this layer, and running means (U, C, dim) of their
+        values in it; mask and counts of tokens so far (U, C, 1)."""
+        values = self.attention.values(self.attention_norm(rows))
+        means = ((values.float() * mask).cumsum(1) / counts).type_as(values)
+        rows = rows + self.attention.wo(means)
+        return rows + self.feed_forward(self.ffn_norm(rows)), means
+
 
 class ClassEmbedding(nn.Module):
     """Class table; its last row is the null class that guidance and dropout use."""
@@ -199,11 +207,7 @@ class CaptionRows:
 
     def advance(self, block: Any) -> Tensor:
         """Take the captions through a `Block`; returns the mean of their values there, (B, dim)."""
-        values = block.attention.values(block.attention_norm(self._rows))
-        sums = (values.float() * self._mask).cumsum(1)
-        means = (sums / self._counts).type_as(values)
-        rows = self._rows + block.attention.wo(means)
-        self._rows = rows + block.feed_forward(block.ffn_norm(rows))
+        self._rows, means = block.captions(self._rows, self._mask, self._counts)
         return means[:, -1][self._index]
 
 

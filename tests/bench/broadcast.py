@@ -137,7 +137,7 @@ class Bench:
         self.built = ray.get([s.memory.remote() for s in self.samplers])
 
     def ours(self) -> list[float]:
-        weights = self._publisher.publish(self.learner)
+        weights = self._publisher.publish([self.learner])
         return ray.get([self._publisher.load(sampler, weights) for sampler in self.samplers])
 
     def plain(self) -> list[float]:

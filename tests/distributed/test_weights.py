@@ -103,7 +103,7 @@ def values(sampler: Any) -> list[float]:
 def test_a_snapshot_outlives_the_learner(ray_session: RaySession) -> None:
     publisher = Publisher(OBJECT_STORE)
     with actors(publisher, SmallLearner, SmallSampler, SmallSampler) as (learner, first, second):
-        weights = publisher.publish(learner)
+        weights = publisher.publish([learner])
         assert loaded(publisher, weights, first) == [1]
         os.kill(answer(learner.pid.remote(), "pid", WAIT_S), signal.SIGKILL)
         with pytest.raises(ray.exceptions.RayActorError):
@@ -115,7 +115,7 @@ def test_a_snapshot_outlives_the_learner(ray_session: RaySession) -> None:
 def test_an_in_place_write_reaches_nobody_else(ray_session: RaySession) -> None:
     publisher = Publisher(OBJECT_STORE)
     with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, writer, other, late):
-        weights = publisher.publish(learner)
+        weights = publisher.publish([learner])
         assert loaded(publisher, weights, writer, other) == [1, 1]
         answer(writer.write_in_place.remote(), "write", WAIT_S)
         assert values(writer) == [2.0]
@@ -184,13 +184,13 @@ def test_a_group_transport_brings_the_weights(ray_session: RaySession, over_gloo
     publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
     with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, first, second, late):
         for version in (1, 2):
-            weights = publisher.publish(learner, [first, second])
+            weights = publisher.publish([learner], [first, second])
             assert loaded(publisher, weights, first, second) == [version] * 2
             assert values(first) == values(second) == [float(version)]
         # Who came later, and the group cannot take in, is served by the object store. The stand-in
         # counts every snapshot as a version.
         assert loaded(publisher, weights, late) == [3]
-        weights = publisher.publish(learner, [first, second, late])
+        weights = publisher.publish([learner], [first, second, late])
         assert loaded(publisher, weights, first, second) == [4, 4]
         assert loaded(publisher, weights, late) == [5]
         assert not said
@@ -200,11 +200,11 @@ def test_a_failed_transport_falls_back_once(ray_session: RaySession, over_gloo: 
     said: list[str] = []
     publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
     with actors(publisher, SmallLearner, SmallSampler) as (learner, sampler):
-        publisher.publish(learner, [sampler])
+        publisher.publish([learner], [sampler])
         assert publisher.fall_back(CheckpointError("snapshot 1 is damaged"))
         assert not publisher.fall_back(CheckpointError("snapshot 1 is damaged"))
         assert len(said) == 1
-        assert loaded(publisher, publisher.publish(learner, [sampler]), sampler) == [2]
+        assert loaded(publisher, publisher.publish([learner], [sampler]), sampler) == [2]
 
 
 class Picky(SmallSampler):

@@ -71,6 +71,6 @@ def gradient(learner: Learner, batch: TrainingBatch) -> torch.Tensor:
     """Of the whole batch, before it is limited; all trained parameters in a row."""
     learner._optimizer.zero_grad()
     prepared, _ = learner._passes.prepare(batch, proximal=False)
-    learner._accumulate(prepared, len(batch.tokens))
+    learner._accumulate(prepared, len(batch.tokens), len(batch.tokens))
     trained = [p for p in learner._policy.module.parameters() if p.requires_grad]
     return torch.cat([p.grad.flatten().clone() for p in trained])

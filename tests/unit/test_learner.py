@@ -62,7 +62,7 @@ def test_gradients_of_parts_add_up(policy_file: str) -> None:
     for microbatch in (8, 1):
         learner = make(policy_file, optimizer=OptimizerConfig(lr=1e-2, microbatch=microbatch))
         prepared, _ = learner._passes.prepare(batch_of(learner), proximal=False)
-        learner._accumulate(prepared, 8)
+        learner._accumulate(prepared, 8, 8)
         parts = [p.grad.flatten() for p in learner._policy.module.parameters()]
         gradients.append(torch.cat(parts))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)

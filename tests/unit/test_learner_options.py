@@ -147,7 +147,7 @@ def test_masked_tokens_are_counted_and_have_no_say(policy_file: str) -> None:
     plain = make(policy_file)
     prepared, _ = plain._passes.prepare(batch, proximal=False)
     by_token = prepared.advantages[:, None] * kept / share
-    plain._accumulate(dataclasses.replace(prepared, advantages=by_token), 8)
+    plain._accumulate(dataclasses.replace(prepared, advantages=by_token), 8, 8)
     expected = torch.cat([p.grad.flatten() for p in plain._policy.module.parameters()])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 

@@ -77,7 +77,11 @@ def test_weights_and_optimizer_by_hand() -> None:
     )
     four = learner_memory(SMALL, microbatch=4, learners=4, reference=False)
     assert four.optimizer == one.optimizer / 4
-    assert (four.reference, one.exchange) == (0, 0)
+    assert (four.reference, one.gathered) == (0, 0)
+    d, f, layers = SMALL.dim, SMALL.hidden_dim, SMALL.num_layers
+    block = 4 * d * d + 3 * d * f + 2 * d
+    assert four.gathered == 2 * 4 * (2 * block + parameters - layers * block)
+    assert four.weights == one.weights / 4
 
 
 def test_guidance_doubles_rows_but_not_what_is_kept_of_the_mixture() -> None:

@@ -26,10 +26,12 @@ def test_the_largest_microbatch_is_the_last_that_fits() -> None:
     assert largest_microbatch(config, ARCHITECTURE, 1e3) == 0
 
 
-def test_learners_share_rollouts_and_optimizer() -> None:
+def test_learners_share_rollouts_weights_and_optimizer() -> None:
     one, two = config_of(), config_of(num_learners=2)
     assert rollouts_of(two) == 80
-    assert memory_of(two, ARCHITECTURE).optimizer == memory_of(one, ARCHITECTURE).optimizer / 2
+    alone, shared = memory_of(one, ARCHITECTURE), memory_of(two, ARCHITECTURE)
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(shared, name) == getattr(alone, name) / 2
 
 
 def test_a_reference_counts_where_there_is_one() -> None:

@@ -295,7 +295,8 @@ class RayFleet:
     def _turn(self, others: Sequence[ray.ObjectRef] = (), timeout_s: float = POLL_S) -> bool:
         """Hand out what there is to do, and take the next thing that happens; False if none of the
         fleet's own did. `others` end the wait, and are left to the caller."""
-        self._steward.tend(self.restarts)
+        # while the learner learns and nothing is on its way, idle workers are no surplus
+        self._steward.tend(self.restarts, decide=bool(self._calls) or not others)
         self._dispatch()
         starting = {worker.ready: (pool, worker) for pool, worker in self._supervisor.starting()}
         refs = [*others, *self._calls, *self._loads, *starting, *self._steward.refs()]

@@ -47,12 +47,14 @@ class Steward:
         """What to wait for, and bring to `heard`."""
         return [self._exchange] if self._exchange is not None else []
 
-    def tend(self, restarts: int) -> None:
-        """Let those go that have finished; decide by queue wait; speak to the control actor."""
+    def tend(self, restarts: int, *, decide: bool = True) -> None:
+        """Let those go that have finished; decide by queue wait, unless told that nobody has
+        anything to do just now; speak to the control actor."""
         now = time.monotonic()
         for pool in self._pools.values():
             pool.dismiss()
-            self._scale_by_wait(pool, now)
+            if decide:
+                self._scale_by_wait(pool, now)
         if self._control is None or self._exchange is not None or now - self._spoken < EXCHANGE_S:
             return
         self._spoken = now

@@ -201,9 +201,8 @@ class MomentsServer:
         )
         # All at once and last: a commit that failed has left no trace.
         answer = replace(answer, warnings=self._warnings(answer, len(used)))
-        self._refreshed = ()
         self._follow(used, step.share)
-        self._history, self._answer = step.after, answer
+        self._history, self._answer, self._refreshed = step.after, answer, ()
         self._run, self._key = run, (run, iteration)
         return answer
 

@@ -225,6 +225,9 @@ def test_waiting_groups_bring_more_servers_and_idle_ones_leave(ray_session: RayS
     with RayFleet(config.fleet_plan(), ray_session, say=said.append) as fleet:
         run_training(config, fleet)
         servers = fleet.pools[1]
+        deadline = time.monotonic() + 60
+        while servers.of(State.STARTING) and time.monotonic() < deadline:
+            fleet._turn()  # no decision is taken while one still starts
         grown = len(servers.of(State.SERVING))
         assert grown > 1, said
         servers.meter.restart(time.monotonic() - 10)  # ten seconds without work
@@ -259,7 +262,7 @@ def test_an_addition_that_cannot_start_does_not_end_the_run(
         done = run_training(config, fleet)
         deadline = time.monotonic() + 30
         while fleet.pools[2].of(State.STARTING) and time.monotonic() < deadline:
-            fleet._wait()
+            fleet._turn()
         assert len(fleet.pools[2].workers) == 1
     assert len(done) == 3
     assert any("going on without reward-apart-1" in line for line in said), said

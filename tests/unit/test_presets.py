@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import typing
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from cluster.fleet import InlineFleet
 from cluster.weights import unpack_weights
 from learner.config import RunConfig, load_preset
 from learner.run import REFUSED, main
-from rewards.features import FeaturesConfig
 from rewards.openclip import check_activation
 from tests.reduced import SMALL, architectures, presets, random_run, values_of
 from tests.small_run import run_training
@@ -29,7 +27,6 @@ NAMES = [
     "paper-llamagen-l-256",
     "vqgan-imagenet",
 ]
-NETWORKS = typing.get_args(typing.get_type_hints(FeaturesConfig)["network"])
 CPU = {
     "iterations": 2,
     "groups_per_iteration": 3,
@@ -44,13 +41,6 @@ CPU = {
 
 OF_CLASSES = ["fid/between_classes", "fid/within_classes"]
 """Metrics that are not defined for captions."""
-
-
-def has_network(preset: str) -> None:
-    """Skip a preset whose feature network this tree does not have."""
-    network = values_of(preset)["rewards"].get("features", {}).get("network", "convnet")
-    if network not in NETWORKS:
-        pytest.skip(f"features.network {network!r} is not in this tree yet")
 
 
 def test_these_are_the_presets() -> None:
@@ -73,7 +63,6 @@ def test_dry_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """On a machine without GPU, weights or references: says what it lacks, and ends well."""
-    has_network(name)
     monkeypatch.setenv("TESSERA_WEIGHTS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert main(["--preset", name, "--dry-run"]) == 0
@@ -133,7 +122,6 @@ def test_published_clip_weights_have_the_activation_they_were_trained_with(name:
 
 def test_the_papers_settings_are_the_public_codes() -> None:
     """Facts of the code, one by one (learner/presets/paper-llamagen-l-256.yaml)."""
-    has_network("paper-llamagen-l-256")
     config = load_preset("paper-llamagen-l-256")
     assert (config.iterations, config.groups_per_iteration, config.rollouts_per_group) == (
         600, 12, 12

@@ -15,6 +15,7 @@ from actors.models.loading import module_of
 from cluster.errors import FleetError
 from cluster.messages import SamplingSpec, WeightSnapshot
 from cluster.tensors import write_tensors
+from cluster.weights import open_snapshot
 from learner.adapters import LoraConfig
 from learner.learner import Learner, OptimizerConfig
 from learner.loss import LossConfig
@@ -84,7 +85,7 @@ def share_snapshots(learner: Learner) -> Learner:
 
     def of_the_first() -> WeightSnapshot:
         found = [own()]
-        assert bool(found[0].buffer.size) == learner._peers.first
+        assert bool(open_snapshot(found[0]).tensors) == learner._peers.first
         torch.distributed.broadcast_object_list(found, 0)
         return found[0]
 

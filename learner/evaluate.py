@@ -13,6 +13,7 @@ from cluster.fleet import Fleet
 from cluster.messages import MAIN_SPACE, SampleRequest, SamplingSpec
 from learner.config import RunConfig
 from learner.datasets import load_images
+from learner.loop import failures
 from rewards.fid import frechet_distance
 from rewards.fidelity import fidelity
 from rewards.moments import Moments
@@ -66,9 +67,9 @@ def examine(
         DataError: an image could not be judged.
     """
     groups = fleet.collect(fleet.submit(list(_requests(config, spec))))
-    errors = [error for group in groups for error in group.scores.errors if error]
-    if errors:
-        raise DataError(f"the judge failed on {len(errors)} images; the first: {errors[0]}")
+    failed, _ = failures(groups)
+    if failed:
+        raise DataError(f"the judge failed on {len(failed)} images; the first: {failed[0]}")
     metrics: dict[str, float] = {}
     for space, theirs in real.items():
         prefix = "" if space == MAIN_SPACE else f"{space}/"

@@ -14,7 +14,7 @@ from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
 from learner.config import RunConfig
 from learner.distribution import RewardSpace, set_reference
 from learner.gallery import sample_gallery, save_sheet, save_side_by_side
-from learner.loop import Iteration, prepare, train
+from learner.loop import Iteration, failures, prepare, train
 from learner.metrics import Recorder
 from learner.pipeline import Pipeline
 from learner.progress import RunConsole
@@ -29,9 +29,8 @@ TUNED_GALLERY = "tuned.png"
 
 def first_failure(groups: Sequence[ScoredGroup]) -> str:
     """How many images of an iteration were not scored, and why the first was not; or nothing."""
-    errors = [error for group in groups for error in group.scores.errors]
-    failed = [error for error in errors if error]
-    return f"{len(failed)} of {len(errors)}; the first: {failed[0]}" if failed else ""
+    failed, images = failures(groups)
+    return f"{len(failed)} of {images}; the first: {failed[0]}" if failed else ""
 
 
 class Experiment:

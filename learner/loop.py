@@ -139,13 +139,18 @@ def check_failures(groups: Sequence[ScoredGroup], allowed: float) -> None:
     Raises:
         DataError: with the first error.
     """
-    errors = [error for group in groups for error in group.scores.errors]
-    failed = [error for error in errors if error]
-    if len(failed) > allowed * len(errors):
+    failed, images = failures(groups)
+    if len(failed) > allowed * images:
         raise DataError(
-            f"{len(failed)} of {len(errors)} images could not be scored, more than the share "
+            f"{len(failed)} of {images} images could not be scored, more than the share "
             f"{allowed:g} (max_failed_share) allows; the first error: {failed[0]}"
         )
+
+
+def failures(groups: Sequence[ScoredGroup]) -> tuple[list[str], int]:
+    """Why images were not scored, each that was not; and how many images there are."""
+    errors = [error for group in groups for error in group.scores.errors]
+    return [error for error in errors if error], len(errors)
 
 
 def _features(

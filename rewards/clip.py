@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -10,15 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cluster.errors import ConfigError
-from rewards.openclip import Precision, TextImageModel
+from rewards.openclip import TextImageModel
 from rewards.pixels import Preprocess, fault, preprocess, to_device
-from rewards.prompts import PromptConfig
-from rewards.text_image import TextImageScorer
+from rewards.text_image import TextImageConfig, TextImageScorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipConfig:
+class ClipConfig(TextImageConfig):
     """CLIP score through open_clip."""
 
     model: str = "package://learner.miniature/networks/clip"
@@ -27,18 +25,9 @@ class ClipConfig:
     pretrained: str = ""
     """open_clip pretrained tag or a checkpoint file (.pt, .safetensors); empty for a directory and
     for hf-hub models."""
-    precision: Precision = "fp32"
-    """bf16: linear maps and convolutions in bf16, which is faster where the hardware has it."""
     preprocessing: Literal["device", "host"] = "device"
     """device: whole batches where the model is, the same pixels as the model's own transform.
     host: that transform, image by image; slower, for transforms that device refuses."""
-    prompts: PromptConfig = field(default_factory=PromptConfig)
-    batch_size: int = 0
-    """Images of one forward pass; 0 is 8 on a CPU and 64 on a GPU."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 0:
-            raise ConfigError(f"batch_size must be >= 0 (0 chooses), found {self.batch_size}")
 
 
 class ClipReward(TextImageScorer):

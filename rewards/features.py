@@ -20,7 +20,8 @@ from rewards.inception import (
     load_torchvision_inception,
     torchvision_pixels,
 )
-from rewards.network_features import NetworkFeatures, Precision, each_size
+from rewards.network_features import NetworkFeatures, each_size
+from rewards.openclip import Precision
 from rewards.pixels import Preprocess, preprocess, to_device
 from rewards.vision_towers import ClipTower, load_dinov2
 from rewards.weight_files import given, weights_digest

@@ -7,7 +7,7 @@ float tensor, antialiased), zero padding *before* normalisation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from cluster.errors import CheckpointError, ConfigError
 from rewards.hpsv2_package import PackageModel
-from rewards.openclip import Precision, TextImageModel, is_own_source
+from rewards.openclip import TextImageModel, is_own_source
 from rewards.pixels import Preprocess, fit_floats, longest_size, normalise, to_device, too_narrow
-from rewards.prompts import PromptConfig
-from rewards.text_image import TextImageScorer
+from rewards.text_image import TextImageConfig, TextImageScorer
 
 REPOSITORY = "xswu/HPSv2"
 PUBLISHED = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -27,7 +26,7 @@ ARCHITECTURE = "ViT-H-14"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HpsConfig:
+class HpsConfig(TextImageConfig):
     """Human preference score."""
 
     model: str = "package://learner.miniature/networks/preference"
@@ -38,15 +37,9 @@ class HpsConfig:
     backend: Literal["open_clip", "package"] = "open_clip"
     """open_clip: the checkpoint in open_clip's model. package: the hpsv2 package's own model and
     transform (needs the extra tessera-rl[hpsv2])."""
-    precision: Precision = "fp32"
-    """bf16: linear maps and convolutions in bf16, which is faster where the hardware has it."""
-    prompts: PromptConfig = field(default_factory=PromptConfig)
-    batch_size: int = 0
-    """Images of one forward pass; 0 is 8 on a CPU and 64 on a GPU."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 0:
-            raise ConfigError(f"batch_size must be >= 0 (0 chooses), found {self.batch_size}")
+        TextImageConfig.__post_init__(self)
         if self.pretrained in PUBLISHED and self.model.startswith("package://"):
             raise ConfigError(
                 f"pretrained {self.pretrained!r} is a checkpoint of {ARCHITECTURE}: set model to "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 from cluster.errors import DataError
 from rewards.base import Images, RowErrors, by_size
-
-Precision = Literal["fp32", "bf16"]
+from rewards.openclip import Precision
 
 
 class NetworkFeatures:

@@ -5,8 +5,10 @@ Shapes: N images, E feature dimensions.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -14,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.errors import DataError
+from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
 from rewards.base import Images, RowErrors, by_size
+from rewards.openclip import Precision
 from rewards.prompts import PromptConfig, Prompts
 
 CACHED_TEXTS = 4096  # conditions whose text features are kept
@@ -88,7 +91,22 @@ class TextFeatures:
         return {text: _mean([encoded[sentence] for sentence in text]) for text in texts}
 
 
-class TextImageScorer:
+@dataclass(frozen=True, kw_only=True)
+class TextImageConfig:
+    """What is chosen of every such scorer."""
+
+    precision: Precision = "fp32"
+    """bf16: linear maps and convolutions in bf16, which is faster where the hardware has it."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    batch_size: int = 0
+    """Images of one forward pass; 0 is 8 on a CPU and 64 on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 0:
+            raise ConfigError(f"batch_size must be >= 0 (0 chooses), found {self.batch_size}")
+
+
+class TextImageScorer(ABC):
     """Cosine of image and text features; what subclasses add is the preprocessing of images."""
 
     def __init__(self, model: Towers, prompts: PromptConfig, batch_size: int = 0) -> None:
@@ -98,13 +116,13 @@ class TextImageScorer:
         self._batch = batch_size or IMAGE_BATCH.get(model.device.type, IMAGE_BATCH["cuda"])
         self._texts = TextFeatures(model.encode_texts)
 
+    @abstractmethod
     def preprocess(self, images: np.ndarray) -> Tensor:
         """(n, H, W, 3) uint8 -> (n, 3, h, w) normalised fp32 on the model's device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def size_fault(self, height: int, width: int) -> str | None:
         """Why an image of that size cannot be scored, or None."""
-        raise NotImplementedError
 
     def warm(self) -> None:
         """Score a black image, so that the first request finds everything in place."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ from cluster.messages import SampleRequest
 from cluster.ray_fleet import RayFleet
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.runtime import RaySession
+from tests.distributed.kills import kill_when_asked_for
 from tests.distributed.test_ray_fleet import requests
 from tests.small_run import fingerprint, run_training, small_config
 
@@ -40,17 +38,7 @@ def test_a_killed_sampler_changes_nothing(ray_session: RaySession, inline: list[
     """Its groups of the older version are drawn by one that starts with the older weights."""
     config = ahead(num_samplers=2)
     with RayFleet(config.fleet_plan(), ray_session) as fleet:
-        samplers, submit, killed = fleet.pools[0].workers, fleet.submit, []
-
-        def submit_then_kill(asked: Sequence[SampleRequest]) -> int:
-            ticket = submit(asked)
-            if asked[0].stream == "train" and asked[0].iteration == 2:
-                pid = ray.get(samplers[0].handle.__ray_call__.remote(lambda _: os.getpid()))
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-            return ticket
-
-        fleet.submit = submit_then_kill
+        killed = kill_when_asked_for(fleet, fleet.pools[0].workers, iteration=2)
         assert fingerprint(run_training(config, fleet)) == inline
         assert (len(killed), fleet.restarts) == (1, 1)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from cluster.messages import Condition, SampleRequest, SamplingSpec
 from cluster.ray_fleet import RayFleet
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.runtime import RaySession
+from tests.distributed.kills import kill_when_asked_for
 from tests.small_run import fingerprint, run_training, small_config
 
 START_S = 120.0
@@ -59,19 +58,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
     with RayFleet(config.fleet_plan(), ray_session) as fleet:
         samplers, servers = fleet.pools
         victims = (samplers if role == "sampler" else servers).workers
-        submit, killed = fleet.submit, []
-
-        def submit_then_kill(requests: Sequence[SampleRequest]) -> int:
-            ticket = submit(requests)
-            if requests[0].stream == "train" and requests[0].iteration == 1:
-                import ray
-
-                pid = ray.get(victims[0].handle.__ray_call__.remote(lambda _: os.getpid()))
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-            return ticket
-
-        fleet.submit = submit_then_kill
+        killed = kill_when_asked_for(fleet, victims, iteration=1)
         assert fingerprint(run_training(config, fleet)) == inline
         assert len(killed) == 1
         assert fleet.restarts == 1

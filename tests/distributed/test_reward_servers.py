@@ -21,6 +21,7 @@ from cluster.ray_fleet import RayFleet
 from cluster.runtime import RaySession
 from cluster.scale import scale
 from learner.loop import Iteration
+from tests.distributed.kills import pid_of
 from tests.small_run import run_training, small_config
 
 SLOW = "tests.stand_ins:Brightness=0.3,seconds=0.15"
@@ -51,7 +52,7 @@ class KillsInMidBatch(RayFleet):
         asked = waiting.task.request
         first = (asked.stream, asked.iteration) == ("train", 1) and not self.victims
         if first and pool is not self._samplers:
-            pid = ray.get(worker.handle.__ray_call__.remote(lambda _: os.getpid()))
+            pid = pid_of(worker)
             time.sleep(0.05)  # of the scorer's .15 s
             os.kill(pid, signal.SIGKILL)
             self.victims.append(pid)

@@ -68,6 +68,11 @@ class Sampler:
         self.version = snapshot.version
         return self.version
 
+    def forget_weights(self) -> None:
+        """Refuse to serve until weights are loaded again, of whatever version: the learner went
+        back to a checkpoint."""
+        self.version = -1
+
     def sample(self, request: SampleRequest) -> tuple[RolloutGroup, np.ndarray]:
         """Decode one group.
 

@@ -17,6 +17,14 @@ class FleetError(TesseraError):
     """A role of the fleet failed, or did not answer in time."""
 
 
+class LearnerLostError(FleetError):
+    """The learner is gone, with what it learned since the last checkpoint."""
+
+
+class InputLostError(FleetError):
+    """A worker is well, but what it was to work on went with another worker, or its machine."""
+
+
 class DataError(TesseraError):
     """Images, conditions or scores are not what they should be."""
 

@@ -18,7 +18,7 @@ from typing import NewType, Protocol, Self
 
 import numpy as np
 
-from cluster.errors import ConfigError, TesseraError
+from cluster.errors import ConfigError, LearnerLostError, TesseraError
 from cluster.messages import SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, SamplerRole
 
@@ -67,6 +67,16 @@ class Fleet(Protocol):
 
     def broadcast(self) -> None:
         """Publish the learner's weights. Nobody waits until every sampler has them."""
+        ...
+
+    def recover_learner(self, error: LearnerLostError) -> None:
+        """After a learner was lost: another takes its place, with the base policy. Everything that
+        was asked for is abandoned; the caller brings learner and moments server to a checkpoint,
+        broadcasts, and asks again.
+
+        Raises:
+            FleetError: there is no going on.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -148,6 +158,9 @@ class InlineFleet:
 
     def _feature_server(self, panel: str) -> RewardServerRole:
         return self._servers[self._plan.feature_server(panel).name]
+
+    def recover_learner(self, error: LearnerLostError) -> None:
+        raise error  # it is in this process: nobody can have lost it
 
     def refresh_moments(self) -> None:
         self.moments.refresh()

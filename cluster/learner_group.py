@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from cluster.errors import FleetError
+from cluster.errors import FleetError, LearnerLostError
 
 Answer = Callable[[Any, str, float], Any]
 """(reference, what it is of, longest wait) -> value; `cluster.ray_calls.answer`."""
@@ -42,6 +42,7 @@ class LearnerGroup:
 
         Raises:
             FleetError: not all came in time.
+        LearnerLostError: one of them is gone.
         """
         first, size = self._handles[0], len(self._handles)
         host = self._ask(first.__ray_call__.remote(lambda _: ray.util.get_node_ip_address()), 0)
@@ -96,8 +97,6 @@ class LearnerGroup:
         try:
             return self._answer(ref, self._names[rank], self._timeout_s)
         except ray.exceptions.RayActorError as error:
-            raise FleetError(
-                f"{self._names[rank]} was lost, and the other learners cannot go on without it: "
-                "look at its log for the reason (out of memory?), then go on with --resume\n"
-                f"{error}"
+            raise LearnerLostError(
+                f"{self._names[rank]} was lost, and the other learners cannot go on without it"
             ) from error

@@ -1,9 +1,10 @@
 """The workers of one role: who serves, who is starting, who leaves. Decisions alone, no Ray.
 
     starting --> serving --> draining --> gone
-        '--- lost ---'---------'
+        '<--- lost <--'---------'
 
-A worker gets work only when it is ready; one that leaves finishes what it has in hand.
+A worker gets work only when it is ready; one that leaves finishes what it has in hand; a lost one
+keeps its place for the one that comes after it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class State(Enum):
     STARTING = "starting"
     SERVING = "serving"
     DRAINING = "draining"
+    LOST = "lost"
 
 
 @dataclass(eq=False)
@@ -43,6 +45,8 @@ class Worker:
     edition: int = 0
     """Of a sampler: the weights it was sent last (`cluster.editions`). It never goes back."""
     since: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)
+    """When it last answered, or was given work after it had none."""
 
     @property
     def name(self) -> str:
@@ -95,6 +99,10 @@ class WorkerPool:
             place = next(later, place)
         self.waiting.insert(place, Waiting(task, edition))
 
+    def forget(self, task: Any) -> None:
+        """A piece of work that waits is not wanted any more."""
+        self.waiting = deque(waiting for waiting in self.waiting if waiting.task is not task)
+
     def next(self) -> tuple[Waiting, Worker] | None:
         """The next piece of work and the worker for it; None if there is no work, or no room."""
         if not self.waiting:
@@ -110,7 +118,7 @@ class WorkerPool:
 
     def scale(self, count: int) -> None:
         """Come to `count` workers: those that were to leave stay first, then new ones start; those
-        that are still starting go first, then the newest."""
+        that do not serve yet go first, then the newest."""
         for worker in self.of(State.DRAINING)[: max(count - self.target, 0)]:
             worker.state = State.SERVING
         while self.target < count:
@@ -118,8 +126,8 @@ class WorkerPool:
             index = next(i for i in range(len(taken) + 1) if i not in taken)
             self.workers.append(self._launch(self.role, index, True))
         leaving = sorted(
-            self.of(State.STARTING) + self.of(State.SERVING),
-            key=lambda worker: (worker.state is State.STARTING, worker.index),
+            [worker for worker in self.workers if worker.state is not State.DRAINING],
+            key=lambda worker: (worker.state is not State.SERVING, worker.index),
         )[count:]
         for worker in leaving:
             worker.state = State.DRAINING

@@ -6,9 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    OwnerDiedError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
-from cluster.errors import FleetError, TesseraError
+from cluster.errors import FleetError, InputLostError, TesseraError
+
+GONE = (RayActorError, ObjectLostError, OwnerDiedError)
 
 
 class RemoteRole:
@@ -49,6 +58,7 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
 
     Raises:
         RayActorError: the worker is gone (the caller may replace it).
+        InputLostError: an argument, or the answer itself, was lost with another worker or machine.
         TesseraError: what the worker itself raised.
         FleetError: no answer in time, or an error of the worker's that is no `TesseraError`.
     """
@@ -60,10 +70,14 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
         cause = error.cause
         if isinstance(cause, TesseraError):
             raise cause from None
+        if isinstance(cause, GONE):
+            raise InputLostError(f"{what}: an argument was lost ({cause})") from None
         raise FleetError(f"{what} failed:\n{error}") from None
     except RayActorError as error:
         if getattr(error, "actor_init_failed", False):
             raise FleetError(f"{what} could not start:\n{error}") from None
         raise
+    except (ObjectLostError, OwnerDiedError) as error:
+        raise InputLostError(f"{what}: the answer was lost ({error})") from None
     except RayError as error:
         raise FleetError(f"{what}: {type(error).__name__}: {error}") from error

@@ -11,21 +11,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
 from cluster.editions import Editions
-from cluster.errors import FleetError, TesseraError
+from cluster.errors import FleetError, InputLostError, LearnerLostError, TesseraError
 from cluster.fleet import StopRequestedError, Ticket
-from cluster.learner_group import LearnerGroup
+from cluster.keepers import Keepers
+from cluster.launcher import Launcher, actor_class
 from cluster.messages import SampleRequest, ScoredGroup, Span
-from cluster.placement import Placement, place
+from cluster.placement import Placement
 from cluster.pool import State, Waiting, Worker, WorkerPool
 from cluster.publisher import Published, publisher_of
+from cluster.pulse import Pulse
 from cluster.ray_calls import RemoteRole, answer, too_late
+from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
 from cluster.steward import Steward
@@ -44,6 +47,12 @@ class Call:
     pool: WorkerPool
     worker: Worker
     waited_s: float
+    drawing: int
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody still waits for its answer."""
+        return self.drawing == self.group.drawing and not self.group.answers.abandoned
 
 
 class RayFleet:
@@ -64,18 +73,19 @@ class RayFleet:
         run: str = "",
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._plan, self._session, self._should_stop, self._say = plan, session, should_stop, say
-        self._refresh: Any = None  # the moments server's work of the iteration before
+        self._plan, self._should_stop, self._say = plan, should_stop, say
         self._editions = Editions()
         self._loads: dict[ray.ObjectRef, Worker] = {}
         self._calls: dict[ray.ObjectRef, Call] = {}
-        self._placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
+        self._launcher = Launcher(plan, session)
         self._weights = publisher_of(plan, session, say)
-        self._learners = [self._launch(plan.learner, i) for i in range(plan.learner.count)]
-        self._learner, self._moments = self._learners[0], self._launch(plan.moments_server)
+        self._budget, self._pulse = RestartBudget(plan.max_restarts), Pulse(plan.heartbeat_s)
+        self._keepers = Keepers(
+            plan, self._launch_keeper, self._answer, self._attend, self._budget, say
+        )
         self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
         self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
-        self._supervisor = Supervisor(plan, self.pools, say)
+        self._supervisor = Supervisor(plan, self.pools, self._budget, self._kill, say)
         self._steward = Steward(self.pools, run, say)
         self._answers: dict[Ticket, Answers] = {}
         self._tickets = 0
@@ -84,10 +94,8 @@ class RayFleet:
         try:
             self._steward.start()
             for worker in self._all():
-                answer(worker.ready, worker.name, self._plan.timeout_s)
-                worker.state = State.SERVING
-            if len(self._learners) > 1:
-                self._group().meet()
+                self._keepers.started(worker)
+            self._keepers.meet()
         except BaseException:  # whatever ends the start, the others must not stay behind
             self._end()
             raise
@@ -108,35 +116,37 @@ class RayFleet:
 
     @property
     def restarts(self) -> int:
-        return self._supervisor.restarts
+        return self._budget.spent
 
     @property
     def placements(self) -> list[Placement]:
-        return list(self._placements.values())
+        return list(self._launcher.placements.values())
 
     @property
     def learner(self) -> LearnerRole:
-        if len(self._learners) > 1:
-            return self._group()
-        worker = self._learner
-        return cast(LearnerRole, self._remote(worker))
-
-    def _remote(self, worker: Worker) -> RemoteRole:
-        return RemoteRole(worker.handle, worker.name, self._plan.timeout_s, self._answer)
-
-    def _group(self) -> LearnerGroup:
-        return LearnerGroup(
-            [worker.handle for worker in self._learners],
-            [worker.name for worker in self._learners],
-            self._answer,
-            self._plan.timeout_s,
-            self._attend,
-        )
+        return self._keepers.learner
 
     @property
     def moments(self) -> MomentsRole:
-        worker = self._moments
-        return cast(MomentsRole, self._remote(worker))
+        return self._keepers.moments
+
+    def recover_learner(self, error: LearnerLostError) -> None:
+        for answers in self._answers.values():
+            answers.abandoned = True
+        self._answers.clear()
+        for pool in self.pools:
+            pool.waiting.clear()
+        self._loads.clear()
+        self._editions = Editions()
+        self._weights.forget()
+        for worker in list(self._samplers.workers):
+            worker.edition = 0
+            if worker.state is State.STARTING:  # perhaps with weights that will never come
+                self._kill(worker)
+                self._samplers.replace(worker)
+            else:
+                worker.handle.forget_weights.remote()
+        self._keepers.replace_learners(str(error))
 
     def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
         return self._submit(requests, scored=True)
@@ -154,9 +164,7 @@ class RayFleet:
         return self._ask_server(panel, "fingerprint", panel)
 
     def refresh_moments(self) -> None:
-        if self._refresh is not None:  # long done: a commit came after it
-            self._answer(self._refresh, f"{self._moments.name}.refresh", self._plan.timeout_s)
-        self._refresh = self._moments.handle.refresh.remote()
+        self._keepers.refresh_moments()
 
     def broadcast(self) -> None:
         """Publish the learner's weights once. What is submitted from now on is drawn with them;
@@ -168,7 +176,7 @@ class RayFleet:
         self._catch_up()
 
     def _publish(self) -> Published:
-        learners = [worker.handle for worker in self._learners]
+        learners = [worker.handle for worker in self._keepers.learners]
         samplers = [worker.handle for worker in self._samplers.workers]
         return self._weights.publish(learners, samplers)
 
@@ -190,25 +198,18 @@ class RayFleet:
                     each.edition = 0  # and so takes them up again
                 return
 
-    def _launch(self, role: Role, index: int = 0, addition: bool = False) -> Worker:
-        placement = self._placements[role.name]
-        cpus = placement.num_cpus
-        if addition and not role.resources.num_cpus and self._session.free_cpus < cpus:
-            cpus = 0  # its share was of what others have reserved by now; it takes turns with them
-        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": placement.num_gpus}
-        if role.concurrency > 1:
-            options["max_concurrency"] = role.concurrency
-        if role.runtime_env:
-            options["runtime_env"] = dict(role.runtime_env)
-        concerned = role.name in (self._plan.learner.name, self._plan.sampler.name)
-        wrap = self._weights.actor_class if concerned else ray.remote
-        actor = wrap(role.factory).options(**options)
-        handle = actor.remote(role.config, name=role.worker_name(index))
-        worker = Worker(role, index, handle, handle.__ray_ready__.remote(), addition)
-        if role is self._plan.sampler and self._editions.newest:
+    def _launch(self, role: Role, index: int, addition: bool) -> Worker:
+        sampler = role is self._plan.sampler
+        wrap = self._weights.actor_class if sampler else actor_class
+        worker = self._launcher(role, index, wrap, addition=addition)
+        if sampler and self._editions.newest:
             # it serves with weights only: the oldest that somebody waits for, as it never goes back
             worker.ready = self._load(worker, self._editions.oldest(self._needed()))
         return worker
+
+    def _launch_keeper(self, role: Role, index: int, late: bool) -> Worker:
+        wrap = self._weights.actor_class if role is self._plan.learner else actor_class
+        return self._launcher(role, index, wrap, late=late)
 
     def _load(self, worker: Worker, edition: int) -> ray.ObjectRef:
         worker.edition = edition
@@ -234,9 +235,12 @@ class RayFleet:
         self._editions.oldest(self._needed())
 
     def _dismiss(self, worker: Worker) -> None:
-        ray.kill(worker.handle)
+        self._kill(worker)
         if worker.state is State.DRAINING:
             self._say(f"{worker.name} has left")
+
+    def _kill(self, worker: Worker) -> None:
+        ray.kill(worker.handle)  # one that stands still, too: its node sees to it within seconds
 
     def _end(self) -> None:
         for worker in self._all():
@@ -245,7 +249,7 @@ class RayFleet:
 
     def _all(self) -> list[Worker]:
         pooled = (worker for pool in self.pools for worker in pool.workers)
-        return [*self._learners, self._moments, *pooled]
+        return [*self._keepers.workers, *pooled]
 
     def _submit(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
         self._tickets += 1
@@ -268,10 +272,9 @@ class RayFleet:
             if self._turn():
                 progress = time.monotonic()
             elif time.monotonic() - progress > self._plan.timeout_s:
-                busy = ", ".join(sorted({call.worker.name for call in self._calls.values()}))
                 raise FleetError(
-                    f"no answer for {self._plan.timeout_s:g} s from {busy or 'any worker'}: look "
-                    "at their logs, or raise --timeout-s if a group may take that long"
+                    f"nothing happened for {self._plan.timeout_s:g} s ({self._who_is_there()}): is "
+                    "the cluster short of CPUs or GPUs? (--timeout-s sets the bound)"
                 )
         return self._answers.pop(ticket).results
 
@@ -297,6 +300,8 @@ class RayFleet:
         fleet's own did. `others` end the wait, and are left to the caller."""
         # while the learner learns and nothing is on its way, idle workers are no surplus
         self._steward.tend(self.restarts, decide=bool(self._calls) or not others)
+        self._supervisor.tend()
+        moved = self._supervisor.overdue() or self._missed()
         self._dispatch()
         starting = {worker.ready: (pool, worker) for pool, worker in self._supervisor.starting()}
         refs = [*others, *self._calls, *self._loads, *starting, *self._steward.refs()]
@@ -304,7 +309,6 @@ class RayFleet:
         ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s) if refs else ([], [])
         if not refs:
             time.sleep(timeout_s)
-        moved = False
         for ref in ready:
             if ref in self._calls:
                 self._advance(ref)
@@ -318,8 +322,26 @@ class RayFleet:
             else:
                 continue
             moved = True
-        self._supervisor.give_up_on_late_additions()
         return moved
+
+    def _missed(self) -> bool:
+        """Replace those that are gone or silent; says whether there were any."""
+        here = [worker for worker in self._all() if worker.state in (State.SERVING, State.DRAINING)]
+        missed = self._pulse.missed(here)
+        for worker, why in missed:
+            pool = next((pool for pool in self.pools if worker in pool.workers), None)
+            if pool is None:  # of a learner or moments server, its next answer will tell
+                self._kill(worker)
+            else:
+                self._supervisor.lost(pool, worker, why)
+        return bool(missed)
+
+    def _who_is_there(self) -> str:
+        counts = (
+            f"{pool.role.name}: {len(pool.of(State.SERVING))} of {pool.target} serve"
+            for pool in self.pools
+        )
+        return ", ".join(counts)
 
     def _dispatch(self) -> None:
         """Hand waiting work to the least busy worker of the role that it needs."""
@@ -331,6 +353,8 @@ class RayFleet:
 
     def _send(self, pool: WorkerPool, waiting: Waiting, worker: Worker) -> None:
         group: GroupOnTheWay = waiting.task
+        if not worker.busy:
+            worker.heard = time.monotonic()
         worker.busy += 1
         if pool is self._samplers:
             if worker.edition < group.edition:
@@ -340,21 +364,28 @@ class RayFleet:
         else:
             ref = worker.handle.score.remote(group.request, group.images)
         waited_s = time.monotonic() - waiting.since
-        self._calls[ref] = Call(group, pool, worker, waited_s)
+        self._calls[ref] = Call(group, pool, worker, waited_s, group.drawing)
 
     def _advance(self, ref: ray.ObjectRef) -> None:
         """Take one finished call: pass its group on, or ask again where its worker was lost."""
         call = self._calls.pop(ref)
         group, pool, worker = call.group, call.pool, call.worker
         worker.busy -= 1
+        worker.heard = time.monotonic()
         try:
             value = answer(ref, worker.name, self._plan.timeout_s)
             if pool is self._samplers and not group.judges:
                 images = answer(group.images, f"{worker.name} images", self._plan.timeout_s)
         except RayActorError:
-            again = group.edition if pool is self._samplers else 0
-            pool.add(group, front=True, edition=again)
+            self._again(call, pool)
             self._supervisor.lost(pool, worker)
+            return
+        except InputLostError:  # the images went with their node
+            self._again(call, self._samplers)
+            return
+        self._budget.worked(worker.name)
+        pool.dismiss()
+        if not call.wanted:
             return
         self._measure(call, getattr(value, "spans", ()))
         if pool is not self._samplers:
@@ -365,7 +396,29 @@ class RayFleet:
                 self._servers[name].add(group)
         else:
             group.answers.put(group.position, images)
-        pool.dismiss()
+
+    def _again(self, call: Call, pool: WorkerPool) -> None:
+        """Queue a group again whose worker was lost, or whose images were.
+
+        Raises:
+            FleetError: whoever gets it is lost.
+        """
+        group = call.group
+        if not call.wanted:
+            return
+        group.losses += 1
+        if group.losses > self._plan.max_restarts + 1:
+            raise FleetError(
+                f"{group.losses} workers were lost with {group.request.key} in hand: look at their "
+                "logs for the reason (out of memory?), or raise --max-restarts"
+            )
+        if pool is not self._samplers:
+            pool.add(group, front=True)
+            return
+        for server in self._servers.values():
+            server.forget(group)
+        group.draw_again()
+        pool.add(group, front=True, edition=group.edition)
 
     def _loaded(self, ref: ray.ObjectRef) -> None:
         """A sampler took up weights, or says why not."""
@@ -374,6 +427,8 @@ class RayFleet:
             answer(ref, f"{worker.name}.load_weights", self._plan.timeout_s)
         except RayActorError:
             self._supervisor.lost(self._samplers, worker)
+        except InputLostError as error:  # the learner died while it packed them
+            raise LearnerLostError(f"{self._plan.learner.name} was lost") from error
 
     def _measure(self, call: Call, spans: Sequence[Span]) -> None:
         meter = call.pool.meter
@@ -385,9 +440,21 @@ class RayFleet:
         """Ask any server that has a panel's feature network; another one, if it is lost."""
         pool = self._servers[self._plan.feature_server(panel).name]
         while True:
-            worker = self._supervisor.await_worker(pool)
-            remote = RemoteRole(worker.handle, worker.name, self._plan.timeout_s)
+            worker = self._someone(pool)
+            remote = RemoteRole(worker.handle, worker.name, self._plan.timeout_s, self._answer)
             try:
                 return getattr(remote, method)(*args)
             except RayActorError:
                 self._supervisor.lost(pool, worker)
+
+    def _someone(self, pool: WorkerPool) -> Worker:
+        """One that serves, once there is one."""
+        deadline = time.monotonic() + self._plan.timeout_s
+        while not pool.of(State.SERVING):
+            if time.monotonic() > deadline:
+                raise FleetError(
+                    f"no {pool.role.name} was ready within {self._plan.timeout_s:g} s: is the "
+                    "cluster short of CPUs or GPUs? (--timeout-s sets the bound)"
+                )
+            self._turn()
+        return pool.of(State.SERVING)[0]

@@ -91,8 +91,10 @@ class FleetPlan:
     """Further reward servers, with other scorers."""
     timeout_s: float = 600.0
     """Longest wait for any one answer; past it the run stops and says who did not answer."""
+    heartbeat_s: float = 60.0
+    """Longest silence of a worker before it is taken for lost; 0 asks nobody."""
     max_restarts: int = 3
-    """How many lost workers are replaced before the run stops."""
+    """How often any one worker is replaced within an hour before the run stops."""
     max_staleness: int = 0
     """How many updates older than the learner's the weights of rollouts may be."""
     transport: str = "object-store"
@@ -121,6 +123,8 @@ class FleetPlan:
 
 class SamplerRole(Protocol):
     def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int: ...
+
+    def forget_weights(self) -> None: ...
 
     def sample(self, request: SampleRequest) -> tuple[RolloutGroup, np.ndarray]: ...
 

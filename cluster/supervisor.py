@@ -5,28 +5,35 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import ray
 from ray.exceptions import RayActorError
 
 from cluster.errors import FleetError
 from cluster.pool import State, Worker, WorkerPool
 from cluster.ray_calls import answer
+from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan
 
 
 class Supervisor:
-    """Lets workers serve once they are ready, and replaces lost ones, up to a number.
+    """Lets workers serve once they are ready, and replaces lost ones, within a budget.
 
     Args:
+        stop: ends a worker's process, whatever state it is in.
         say: told of what happens, a line each.
     """
 
     def __init__(
-        self, plan: FleetPlan, pools: Sequence[WorkerPool], say: Callable[[str], None]
+        self,
+        plan: FleetPlan,
+        pools: Sequence[WorkerPool],
+        budget: RestartBudget,
+        stop: Callable[[Worker], None],
+        say: Callable[[str], None],
     ) -> None:
-        self._plan, self._pools, self._say = plan, pools, say
-        self.restarts = 0
-        """How many lost workers were replaced so far."""
+        self._plan, self._pools, self._budget = plan, pools, budget
+        self._stop, self._say = stop, say
+        self._due: dict[Worker, tuple[float, WorkerPool]] = {}  # lost ones, to be replaced when
+        self._late: set[Worker] = set()  # said to be waiting for room
 
     def starting(self) -> Iterator[tuple[WorkerPool, Worker]]:
         for pool in self._pools:
@@ -47,47 +54,69 @@ class Supervisor:
             self._say(f"going on without {worker.name}: {error}")
             return
         worker.state = State.SERVING
-        if worker.addition:
+        if worker.addition or worker in self._late:
             self._say(f"{worker.name} serves")
+        self._late.discard(worker)
 
-    def give_up_on_late_additions(self) -> None:
+    def tend(self) -> None:
+        """Replace lost ones when their time has come; give up on what does not start."""
+        now = time.monotonic()
+        for worker, (due, pool) in list(self._due.items()):
+            if now >= due:
+                del self._due[worker]
+                pool.replace(worker)
         for pool, worker in list(self.starting()):
-            late = time.monotonic() - worker.since > self._plan.timeout_s
-            if late and worker.addition and pool.of(State.SERVING):
-                pool.drop(worker)
-                self._say(
-                    f"going on without {worker.name}: it did not start within "
-                    f"{self._plan.timeout_s:g} s; is the cluster short of CPUs or GPUs?"
-                )
+            if now - worker.since > self._plan.timeout_s and pool.of(State.SERVING):
+                self._go_on_without(pool, worker)
 
-    def lost(self, pool: WorkerPool, worker: Worker) -> None:
-        """Start another worker in the place of a lost one; a sampler gets the weights first."""
+    def overdue(self) -> bool:
+        """Replace workers that have work in hand and have not answered within the longest wait;
+        says whether there were any."""
+        now, found = time.monotonic(), False
+        for pool in self._pools:
+            for worker in pool.of(State.SERVING) + pool.of(State.DRAINING):
+                if worker.busy and now - worker.heard > self._plan.timeout_s:
+                    limit = f"{self._plan.timeout_s:g} s (--timeout-s)"
+                    self.lost(pool, worker, f"did not answer within {limit}")
+                    found = True
+        return found
+
+    def lost(self, pool: WorkerPool, worker: Worker, why: str = "was lost") -> None:
+        """Start another worker in the place of a lost one, now or a little later.
+
+        Raises:
+            FleetError: it was replaced too often.
+        """
+        if worker.state is State.LOST:
+            return
         if worker not in pool.workers or worker.state is State.DRAINING:
+            self._stop(worker)
             pool.replace(worker)
             return
-        if self.restarts >= self._plan.max_restarts:
-            raise FleetError(
-                f"{worker.name} was lost, and {self._plan.max_restarts} lost workers were already "
-                "replaced: look at its log for the reason (out of memory?), or raise --max-restarts"
-            )
-        self.restarts += 1
-        pool.replace(worker)
+        delay = self._budget.spend(worker.name, why, time.monotonic())
+        self._stop(worker)
+        later = f" in {delay:g} s" if delay else ""
         self._say(
-            f"{worker.name} was lost; its work is asked for again, and another takes its place "
-            f"({self.restarts} of at most {self._plan.max_restarts})"
+            f"{worker.name} {why}; its work is asked for again, and another takes its place{later}"
         )
+        if delay:
+            worker.state = State.LOST
+            self._due[worker] = time.monotonic() + delay, pool
+        else:
+            pool.replace(worker)
 
-    def await_worker(self, pool: WorkerPool) -> Worker:
-        """One that serves, once there is one."""
-        deadline = time.monotonic() + self._plan.timeout_s
-        while not pool.of(State.SERVING):
-            starting = pool.of(State.STARTING)
-            left = deadline - time.monotonic()
-            ready, _ = ray.wait([w.ready for w in starting], num_returns=1, timeout=max(left, 0))
-            if not ready:
-                raise FleetError(
-                    f"no {pool.role.name} was ready within {self._plan.timeout_s:g} s: is the "
-                    "cluster short of CPUs or GPUs? (--timeout-s sets the bound)"
-                )
-            self.started(pool, next(w for w in starting if w.ready == ready[0]))
-        return pool.of(State.SERVING)[0]
+    def _go_on_without(self, pool: WorkerPool, worker: Worker) -> None:
+        """A worker does not start while others serve: no reason to stop. One that the run began
+        with keeps waiting for room, since its machine may come back."""
+        if worker in self._late:
+            return
+        why = (
+            f"it did not start within {self._plan.timeout_s:g} s; is the cluster short of CPUs or "
+            "GPUs?"
+        )
+        if worker.addition:
+            pool.drop(worker)
+            self._say(f"going on without {worker.name}: {why}")
+        else:
+            self._late.add(worker)
+            self._say(f"going on without {worker.name} until there is room: {why}")

@@ -23,8 +23,18 @@ class GroupOnTheWay:
     rollouts: RolloutGroup | None = None
     images: Any = None
     """Reference to the images; they stay in the object store."""
+    losses: int = 0
+    """Workers that were lost with it in hand."""
+    drawing: int = 0
+    """How often it was asked for anew; what comes of an earlier drawing is not wanted any more."""
     parts: dict[str, GroupScores] = field(default_factory=dict)
     """Pool -> what it said."""
+
+    def draw_again(self) -> None:
+        """Begin anew: its rollouts or images are gone."""
+        self.drawing += 1
+        self.rollouts = self.images = None
+        self.parts.clear()
 
     def put_scores(self, pool: str, scores: GroupScores) -> None:
         """Take one pool's scores; the last one completes the group."""
@@ -43,6 +53,8 @@ class Answers:
 
     results: list[Any]
     missing: int = field(init=False)
+    abandoned: bool = False
+    """Nobody waits for it any more."""
 
     def __post_init__(self) -> None:
         self.missing = len(self.results)

@@ -99,8 +99,11 @@ class RunConfig:
     with 1, samplers and reward servers work while the learner learns."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Longest wait for any one answer of a worker, seconds."""
+    heartbeat_s: Annotated[float, Field(ge=0)] = 60.0
+    """Longest silence of a worker's process, seconds, before it is taken for lost: it was stopped,
+    or hangs. 0: workers that hang are found by --timeout-s alone."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Lost workers that are replaced before the run stops."""
+    """How often any one worker is replaced within an hour before the run stops."""
     max_failed_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of an iteration's images that may fail to be scored; above it the run stops."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -197,6 +200,7 @@ class RunConfig:
                 count=self.num_learners,
             ),
             timeout_s=self.timeout_s,
+            heartbeat_s=self.heartbeat_s,
             max_restarts=self.max_restarts,
             max_staleness=self.max_staleness,
             transport=self.weights.transport,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from cluster.errors import LearnerLostError
 from cluster.fleet import Fleet, InlineFleet, StopRequestedError
 from cluster.messages import ScoredGroup
 from learner import evaluate
@@ -58,9 +59,8 @@ class Experiment:
         self._console.say(f"run directory: {self._run.path}")
         stage = "before training"
         try:
-            first = self._begin()
+            done = self._train_through()
             stage = "after training, in the last exam"
-            done = self._train(first)
             if done == self._config.iterations:
                 self._finish()
                 return True
@@ -73,6 +73,17 @@ class Experiment:
             f"  python -m learner.run --resume --run-dir {self._run.path}"
         )
         return False
+
+    def _train_through(self) -> int:
+        """Training, from its beginning or the newest checkpoint; and again from there whenever the
+        learner is lost. Returns how many iterations are done."""
+        while True:
+            try:
+                return self._train(self._begin())
+            except LearnerLostError as error:
+                self._fleet.recover_learner(error)
+                self._combiner = Combiner(self._config.rewards.terms())
+                self._pipeline = Pipeline(self._config, self._fleet)
 
     def _train(self, first: int) -> int:
         """The main loop, with its records; returns how many iterations are done."""

@@ -84,7 +84,10 @@ class RunConsole:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, done: int) -> None:
-        """Show the bar, with `done` iterations behind it."""
+        """Show the bar, with `done` iterations behind it; or set it back, if the run had to."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done)
+            return
         self._task = self._progress.add_task(
             "learning", total=self._iterations, completed=done, figures=""
         )

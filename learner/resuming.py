@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "num_learners",
     "iterations",
     "timeout_s",
+    "heartbeat_s",
     "max_restarts",
     "max_failed_share",
     "sampler.num_",

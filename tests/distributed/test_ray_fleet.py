@@ -131,7 +131,7 @@ def test_answers_keep_the_order_of_the_requests(ray_session: RaySession) -> None
     [
         ("raises", "the policy has no class 7"),
         ("crashes", r"sampler failed:(.|\n)*ZeroDivisionError: a bug"),
-        ("dies", r"sampler was lost, and 1 lost workers were already replaced"),
+        ("dies", r"sampler was lost, after 1 replacements in an hour: look at its log"),
     ],
 )
 def test_failures_say_who_and_why(ray_session: RaySession, behaviour: str, message: str) -> None:
@@ -154,9 +154,10 @@ def test_every_wait_has_a_bound(ray_session: RaySession) -> None:
     with RayFleet(echo_plan("hangs"), ray_session) as fleet:
         fleet._plan = echo_plan("hangs", timeout_s=1.0)
         start = time.monotonic()
-        with pytest.raises(FleetError, match="no answer for 1 s from sampler"):
+        fleet._supervisor._plan = fleet._plan
+        with pytest.raises(FleetError, match=r"sampler did not answer within 1 s \(--timeout-s\)"):
             fleet.sample_images(requests(1))
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 20
 
 
 def test_a_wait_ends_when_a_stop_is_asked_for(ray_session: RaySession) -> None:

@@ -1,0 +1,212 @@
+"""The roles that keep what a run has reached: learner and moments server. They outlive their
+processes, each in its way.
+
+The moments server is small and its calls are deterministic: a new one is brought to where the lost
+one was by its last known state and the calls since then. A learner's steps cannot be made again
+without their rollouts: `LearnerLostError` tells whoever runs the loop to go back to a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayActorError
+
+from cluster.errors import LearnerLostError
+from cluster.journal import Journal
+from cluster.learner_group import LearnerGroup
+from cluster.pool import State, Worker
+from cluster.ray_calls import RemoteRole, answer
+from cluster.restarts import RestartBudget
+from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
+
+CAPTURE_EVERY = 10  # calls after which the moments server's state is asked for
+Launch = Callable[[Role, int, bool], Worker]
+"""(role, index, late) -> worker."""
+
+
+class Keepers:
+    """Starts learners and moments server, and replaces them.
+
+    Args:
+        wait: how an answer is waited for: (reference, what it is of, longest wait) -> value.
+        attend: waits for some references, and keeps the fleet moving meanwhile.
+        say: told of what happens, a line each.
+    """
+
+    def __init__(
+        self,
+        plan: FleetPlan,
+        launch: Launch,
+        wait: Callable[[Any, str, float], Any],
+        attend: Callable[[Sequence[Any], float], Sequence[Any]],
+        budget: RestartBudget,
+        say: Callable[[str], None],
+    ) -> None:
+        self._plan, self._launch, self._budget, self._say = plan, launch, budget, say
+        self._wait, self._attend = wait, attend
+        self.learners = [launch(plan.learner, i, False) for i in range(plan.learner.count)]
+        self.moments_worker = launch(plan.moments_server, 0, False)
+        self._journal = Journal(
+            lasting=["set_reference"], beginning=["seed"], changing=["commit", "refresh"]
+        )
+        self._capture: tuple[Any, int] | None = None  # state that was asked for, its position
+        self._refreshing: Any = None  # work of the iteration before
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [*self.learners, self.moments_worker]
+
+    @property
+    def learner(self) -> LearnerRole:
+        """All learners as one. Its calls raise LearnerLostError where one is gone."""
+        if len(self.learners) > 1:
+            return self._group()
+        worker = self.learners[0]
+        return cast(
+            LearnerRole,
+            RemoteRole(worker.handle, worker.name, self._plan.timeout_s, self._learner_answer),
+        )
+
+    @property
+    def moments(self) -> MomentsRole:
+        """The moments server, whichever process it is in just now."""
+        return cast(MomentsRole, _Lasting(self._ask_moments))
+
+    def started(self, worker: Worker) -> None:
+        """Wait until one of them is there.
+
+        Raises:
+            FleetError: it cannot start, or not in time.
+        """
+        answer(worker.ready, worker.name, self._plan.timeout_s)
+        worker.state = State.SERVING
+
+    def meet(self) -> None:
+        """Have several learners find each other."""
+        if len(self.learners) > 1:
+            self._group().meet()
+
+    def replace_learners(self, why: str) -> None:
+        """New learners in the place of all, since they compute together; they hold the base policy.
+
+        Raises:
+            FleetError: they were replaced too often, or cannot start.
+        """
+        name = self._plan.learner.name
+        delay = self._budget.spend(name, why, time.monotonic())
+        for worker in self.learners:
+            ray.kill(worker.handle)
+        self._say(f"{name} {why}: another takes its place, and goes on from the last checkpoint")
+        time.sleep(delay)
+        count = range(self._plan.learner.count)
+        self.learners = [self._launch(self._plan.learner, i, True) for i in count]
+        for worker in self.learners:
+            self.started(worker)
+        self.meet()
+
+    def learner_worked(self) -> None:
+        """The learner has come further than where it was lost before."""
+        self._budget.worked(self._plan.learner.name)
+
+    def _ask_moments(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        while True:
+            worker = self.moments_worker
+            call = getattr(worker.handle, method)
+            try:
+                value = self._wait(
+                    call.remote(*args, **kwargs), f"{worker.name}.{method}", self._plan.timeout_s
+                )
+            except RayActorError:
+                self._revive_moments()
+                continue
+            self._budget.worked(worker.name)
+            self._journal.record(method, args, kwargs)
+            if method == "state":
+                self._journal.covers(self._journal.position, value)
+            return value
+
+    def refresh_moments(self) -> None:
+        """Have the moments server prepare for the next commit, without waiting for it; and tell its
+        state, if it is time to."""
+        if self._refreshing is not None:  # long done: a commit came after it
+            ref, self._refreshing = self._refreshing, None
+            what = f"{self.moments_worker.name}.refresh"
+            with contextlib.suppress(RayActorError):  # whoever asks it next gets to know
+                self._wait(ref, what, self._plan.timeout_s)
+        self._refreshing = self.moments_worker.handle.refresh.remote()
+        self._journal.record("refresh", (), {})
+        self._take_capture()
+        if self._capture is None and self._journal.length >= CAPTURE_EVERY:
+            self._capture = self.moments_worker.handle.state.remote(), self._journal.position
+
+    def _take_capture(self) -> None:
+        if self._capture is None:
+            return
+        ref, position = self._capture
+        if ray.wait([ref], timeout=0)[0]:
+            self._capture = None
+            with contextlib.suppress(RayActorError):  # whoever asks it next gets to know
+                self._journal.covers(position, ray.get(ref))
+
+    def _revive_moments(self) -> None:
+        """A new moments server, where the lost one was.
+
+        Raises:
+            FleetError: it was replaced too often, or cannot start.
+        """
+        while True:
+            lost = self.moments_worker
+            self._take_capture()
+            self._capture = self._refreshing = None
+            delay = self._budget.spend(lost.name, "was lost", time.monotonic())
+            ray.kill(lost.handle)
+            self._say(f"{lost.name} was lost: another takes its place, with the same moments")
+            time.sleep(delay)
+            worker = self._launch(self._plan.moments_server, 0, True)
+            try:
+                self.started(worker)
+                for call in self._journal.replay():
+                    again = getattr(worker.handle, call.method)
+                    answer(
+                        again.remote(*call.args, **dict(call.kwargs)),
+                        f"{worker.name}.{call.method}",
+                        self._plan.timeout_s,
+                    )
+            except RayActorError:
+                self.moments_worker = worker
+                continue
+            self.moments_worker = worker
+            return
+
+    def _group(self) -> LearnerGroup:
+        return LearnerGroup(
+            [worker.handle for worker in self.learners],
+            [worker.name for worker in self.learners],
+            self._wait,
+            self._plan.timeout_s,
+            self._attend,
+        )
+
+    def _learner_answer(self, ref: Any, what: str, timeout_s: float) -> Any:
+        try:
+            return self._wait(ref, what, timeout_s)
+        except RayActorError as error:
+            raise LearnerLostError(f"{self.learners[0].name} was lost") from error
+
+
+class _Lasting:
+    """A role whose process may change between two calls."""
+
+    def __init__(self, ask: Callable[..., Any]) -> None:
+        self._ask = ask
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._ask(method, *args, **kwargs)
+
+        return call

@@ -1,0 +1,60 @@
+"""Starts the actors of a fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+
+from cluster import pulse
+from cluster.placement import place
+from cluster.pool import Worker
+from cluster.roles import FleetPlan, Role
+from cluster.runtime import RaySession
+
+
+def actor_class(factory: Callable[..., Any], groups: Mapping[str, int]) -> Any:
+    """Ray's actor class of a role: its concurrency groups have so many threads each."""
+    options: dict[str, Any] = {"concurrency_groups": dict(groups)}
+    return ray.remote(**options)(factory)
+
+
+WrapClass = Callable[..., Any]
+"""(class, concurrency groups) -> Ray's actor class."""
+
+
+class Launcher:
+    """Starts workers where the plan places them.
+
+    Args:
+        plan: has the roles; what they reserve is settled now.
+    """
+
+    def __init__(self, plan: FleetPlan, session: RaySession) -> None:
+        self._session = session
+        self.placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
+
+    def __call__(
+        self, role: Role, index: int, wrap: WrapClass, *, addition: bool = False, late: bool = False
+    ) -> Worker:
+        """Start one worker, without waiting for it.
+
+        Args:
+            addition: beyond what the run began with.
+            late: the run cannot go on without it, and what it once reserved may be gone with its
+                machine: an equal share of the CPUs is then not waited for.
+        """
+        placement = self.placements[role.name]
+        cpus = placement.num_cpus
+        shares = not role.resources.num_cpus
+        if shares and (late or (addition and self._session.free_cpus < cpus)):
+            cpus = 0  # its share was of what others have reserved by now; it takes turns with them
+        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": placement.num_gpus}
+        if role.concurrency > 1:
+            options["max_concurrency"] = role.concurrency
+        if role.runtime_env:
+            options["runtime_env"] = dict(role.runtime_env)
+        actor = wrap(role.factory, {pulse.GROUP: 1}).options(**options)
+        handle = actor.remote(role.config, name=role.worker_name(index))
+        return Worker(role, index, handle, handle.__ray_ready__.remote(), addition)

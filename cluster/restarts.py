@@ -1,0 +1,59 @@
+"""How often a lost worker is replaced, and how soon. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from cluster.errors import FleetError
+
+PERIOD_S = 3600.0
+LONGEST_DELAY_S = 60.0
+
+
+@dataclass
+class _Slot:
+    times: deque[float] = field(default_factory=deque)
+    in_a_row: int = 0
+
+
+class RestartBudget:
+    """At most so many replacements of any one worker within a period, as in Erlang's supervisors: a
+    lost machine costs each of its workers one, and a worker that cannot live ends the run soon.
+
+    Args:
+        most: replacements of a worker within the period; one more ends the run.
+        period_s: seconds.
+    """
+
+    def __init__(self, most: int, period_s: float = PERIOD_S) -> None:
+        self._most, self._period_s = most, period_s
+        self._slots: dict[str, _Slot] = {}
+        self.spent = 0
+        """Replacements so far, of all workers."""
+
+    def spend(self, name: str, why: str, now: float) -> float:
+        """A worker was lost; returns the seconds to wait before it is replaced: none the first
+        time, and ever more while replacements are lost before they did anything.
+
+        Raises:
+            FleetError: it was replaced too often.
+        """
+        slot = self._slots.setdefault(name, _Slot())
+        while slot.times and now - slot.times[0] > self._period_s:
+            slot.times.popleft()
+        if len(slot.times) >= self._most:
+            before = f", after {len(slot.times)} replacements in an hour" if self._most else ""
+            raise FleetError(
+                f"{name} {why}{before}: look at its log for the reason (out of memory?), or raise "
+                f"--max-restarts (now {self._most})"
+            )
+        slot.times.append(now)
+        slot.in_a_row += 1
+        self.spent += 1
+        return 0.0 if slot.in_a_row == 1 else min(2.0 ** (slot.in_a_row - 2), LONGEST_DELAY_S)
+
+    def worked(self, name: str) -> None:
+        """A worker has answered: what comes now is not the old trouble."""
+        if name in self._slots:
+            self._slots[name].in_a_row = 0

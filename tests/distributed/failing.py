@@ -1,0 +1,167 @@
+"""Roles that end their own process at a chosen moment, once: a file tells that they did.
+
+The file lies in the test's own directory, and is named after what died.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.sampler import Sampler
+from cluster.roles import FleetPlan
+from learner.learner import Learner
+from rewards.moments_server import MomentsServer
+
+ROLES = {"sampler": "sampler", "moments": "moments_server", "learner": "learner"}
+ITERATION = 2
+"""In which they die."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Doomed:
+    """A factory of roles that die: goes to the workers with the directory of their files."""
+
+    kind: Callable[..., Any]
+    folder: str
+
+    def __call__(self, config: Any, name: str) -> Any:
+        return self.kind(config, name, Path(self.folder))
+
+
+def die_once(folder: Path, what: str, number: signal.Signals = signal.SIGKILL) -> None:
+    """End (or stop) this process, if none has done so for this reason."""
+    file = folder / what
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), number)
+
+
+class StepKilledLearner(Learner):
+    """Dies in the middle of a step: its gradients are there, its weights are those of before."""
+
+    def __init__(self, config: Any, name: str, folder: Path) -> None:
+        super().__init__(config, name)
+        self._folder, self._now = folder, -1
+
+    def step(self, batch: Any) -> Any:
+        self._now = batch.iteration
+        return super().step(batch)
+
+    def _accumulate(self, *args: Any) -> dict[str, float]:
+        stats = super()._accumulate(*args)
+        if self._now == ITERATION:
+            die_once(self._folder, "learner-step")
+        return stats
+
+
+class StartKilledLearner(Learner):
+    """Dies before there is a checkpoint."""
+
+    def __init__(self, config: Any, name: str, folder: Path) -> None:
+        super().__init__(config, name)
+        self._folder = folder
+
+    def start(self, base_entropy: float) -> None:
+        die_once(self._folder, "learner-start")
+        super().start(base_entropy)
+
+
+class SaveKilledLearner(Learner):
+    """Dies in the middle of its second checkpoint: one of its files is there."""
+
+    def __init__(self, config: Any, name: str, folder: Path) -> None:
+        super().__init__(config, name)
+        self._folder = folder
+
+    def save(self, directory: Path) -> None:
+        if self.version > ITERATION:
+            (directory / "optimizer.safetensors").write_bytes(b"half of")
+            die_once(self._folder, "learner-save")
+        super().save(directory)
+
+
+class StoppedLearner(StepKilledLearner):
+    """Stands still in the middle of a step, as if its machine had."""
+
+    def _accumulate(self, *args: Any) -> dict[str, float]:
+        if self._now == ITERATION:
+            die_once(self._folder, "learner-stopped", signal.SIGSTOP)
+        return super()._accumulate(*args)
+
+
+class CommitKilledMoments(MomentsServer):
+    """Dies when it has received a commit and judged it, and before the history holds it."""
+
+    def __init__(self, config: Any, name: str, folder: Path) -> None:
+        super().__init__(config, name)
+        self._folder, self._now = folder, -1
+
+    def commit(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
+        self._now = iteration
+        return super().commit(iteration, *args, **kwargs)
+
+    def _follow(self, used: np.ndarray, share: float) -> None:
+        if self._now == ITERATION:
+            die_once(self._folder, "moments-commit")
+        super()._follow(used, share)
+
+
+class AnswerKilledMoments(CommitKilledMoments):
+    """Dies when the history holds a commit, and before anybody has the answer."""
+
+    def _follow(self, used: np.ndarray, share: float) -> None:
+        MomentsServer._follow(self, used, share)
+
+    def commit(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
+        answer = super().commit(iteration, *args, **kwargs)
+        if iteration == ITERATION:
+            die_once(self._folder, "moments-answer")
+        return answer
+
+
+class BusySampler(Sampler):
+    """Dies, or stands still, with a group in hand."""
+
+    number = signal.SIGKILL
+
+    def __init__(self, config: Any, name: str, folder: Path) -> None:
+        super().__init__(config, name)
+        self._folder = folder
+
+    def sample(self, request: Any) -> Any:
+        if (request.stream, request.iteration, request.group) == ("train", ITERATION, 1):
+            die_once(self._folder, f"sampler-{self.number.name}", self.number)
+        return super().sample(request)
+
+
+class StoppedSampler(BusySampler):
+    number = signal.SIGSTOP
+
+
+def with_role(plan: FleetPlan, role: str, kind: Callable[..., Any], folder: Path) -> FleetPlan:
+    """A plan in which one role is of another kind."""
+    field = ROLES[role]
+    changed = dataclasses.replace(getattr(plan, field), factory=Doomed(kind, str(folder)))
+    return dataclasses.replace(plan, **{field: changed})
+
+
+class Scorer:
+    """Brightness, by a process that dies, or stands still, in the middle of a batch."""
+
+    def __init__(self, device: str, folder: str, end: str) -> None:
+        self._folder, self._number, self._batches = Path(folder), signal.Signals[end], 0
+
+    def __call__(self, images: np.ndarray, conditions: Any) -> np.ndarray:
+        self._batches += 1
+        if self._batches > 12:  # the moments' seed images, and an iteration or two
+            die_once(self._folder, f"server-{self._number.name}", self._number)
+        return np.array([image.mean() / 255 for image in images], np.float32)

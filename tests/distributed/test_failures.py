@@ -1,0 +1,141 @@
+"""Whoever dies, and whenever: the run ends as if nobody had, within bounded time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.fleet import Fleet, InlineFleet
+from cluster.messages import SampleRequest
+from cluster.pool import Worker
+from cluster.ray_fleet import RayFleet
+from cluster.roles import FleetPlan
+from cluster.runtime import RaySession
+from learner.config import RunConfig
+from learner.experiment import Experiment
+from learner.progress import RunConsole
+from learner.rundir import RunDirectory
+from tests.distributed import failing
+from tests.distributed.kills import pid_of
+from tests.small_run import recorded, small_config
+
+BOUND_S = 150.0
+"""From the start of training to its end, on two busy cores; a quiet machine needs a tenth."""
+SILENCE_S = 10.0
+OPTIONS: dict[str, Any] = {
+    "num_samplers": 2,
+    "num_reward_servers": 2,
+    "evaluation": {"num_images": 0},
+    "output": {"gallery_every": 0},
+    "heartbeat_s": SILENCE_S,
+}
+
+
+def run_whole(config: RunConfig, fleet: Fleet, path: Path) -> list[tuple]:
+    """A run as `learner.run` makes it, on a fleet that is there; what it has recorded."""
+    run = RunDirectory.create(str(path), config)
+    with RunConsole(config.iterations) as console:
+        start = time.monotonic()
+        assert Experiment(config, run, fleet, console, lambda: False).run()
+        assert time.monotonic() - start < BOUND_S
+    return recorded(run.path)
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    config = small_config(**OPTIONS)
+    with InlineFleet(config.fleet_plan()) as fleet:
+        return run_whole(config, fleet, tmp_path_factory.mktemp("unharmed") / "run")
+
+
+def before_asking(fleet: RayFleet, strike: Callable[[], None], *, after: bool = False) -> None:
+    """Have something happen right before (or after) the third iteration is asked for."""
+    submit = fleet.submit
+
+    def submit_and_strike(requests: Sequence[SampleRequest]) -> Any:
+        now = (requests[0].stream, requests[0].iteration) == ("train", failing.ITERATION)
+        if now and not after:
+            strike()
+        ticket = submit(requests)
+        if now and after:
+            strike()
+        return ticket
+
+    fleet.submit = submit_and_strike  # type: ignore[method-assign]
+
+
+def kill_all(workers: Sequence[Worker]) -> None:
+    pids = [pid_of(worker) for worker in workers]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "victim", ["an idle sampler", "all samplers at once", "all reward servers"]
+)
+def test_workers_are_killed(
+    ray_session: RaySession, unharmed: list[tuple], tmp_path: Path, victim: str
+) -> None:
+    config = small_config(**OPTIONS)
+    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+        samplers, servers = fleet.pools
+        victims = {
+            "an idle sampler": samplers.workers[:1],
+            "all samplers at once": list(samplers.workers),
+            "all reward servers": list(servers.workers),
+        }[victim]
+        before_asking(fleet, lambda: kill_all(victims), after="all" in victim)
+        assert run_whole(config, fleet, tmp_path / "run") == unharmed
+        assert fleet.restarts == len(victims)
+
+
+@pytest.mark.parametrize(
+    ("role", "kind", "file"),
+    [
+        ("sampler", failing.BusySampler, "sampler-SIGKILL"),
+        ("sampler", failing.StoppedSampler, "sampler-SIGSTOP"),
+        ("moments", failing.CommitKilledMoments, "moments-commit"),
+        ("moments", failing.AnswerKilledMoments, "moments-answer"),
+        ("learner", failing.StartKilledLearner, "learner-start"),
+        ("learner", failing.StepKilledLearner, "learner-step"),
+        ("learner", failing.SaveKilledLearner, "learner-save"),
+        ("learner", failing.StoppedLearner, "learner-stopped"),
+    ],
+)
+def test_roles_die_in_mid_work(
+    ray_session: RaySession,
+    unharmed: list[tuple],
+    tmp_path: Path,
+    role: str,
+    kind: Callable[..., Any],
+    file: str,
+) -> None:
+    config = small_config(**OPTIONS)
+    plan: FleetPlan = failing.with_role(config.fleet_plan(), role, kind, tmp_path)
+    with RayFleet(plan, ray_session) as fleet:
+        assert run_whole(config, fleet, tmp_path / "run") == unharmed
+        assert (tmp_path / file).exists()
+        assert fleet.restarts == 1
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGSTOP"])
+def test_a_reward_server_dies_in_mid_batch(
+    ray_session: RaySession, tmp_path: Path, end: str
+) -> None:
+    extra = f"tests.distributed.failing:Scorer=0.3,folder={tmp_path},end={end},name=bright"
+    config = small_config(**OPTIONS, rewards={"extra": [extra]})
+    file = tmp_path / f"server-{end}"
+    file.touch()
+    with InlineFleet(config.fleet_plan()) as inline:
+        expected = run_whole(config, inline, tmp_path / "unharmed")
+    file.unlink()
+    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+        assert run_whole(config, fleet, tmp_path / "run") == expected
+        assert file.exists()
+        assert fleet.restarts == 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,6 @@ ITERATION = 2
 """In which they die."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Doomed:
-    """A factory of roles that die: goes to the workers with the directory of their files."""
-
-    kind: Callable[..., Any]
-    folder: str
-
-    def __call__(self, config: Any, name: str) -> Any:
-        return self.kind(config, name, Path(self.folder))
-
-
 def die_once(folder: Path, what: str, number: signal.Signals = signal.SIGKILL) -> None:
     """End (or stop) this process, if none has done so for this reason."""
     file = folder / what
@@ -48,9 +36,8 @@ def die_once(folder: Path, what: str, number: signal.Signals = signal.SIGKILL) -
 class StepKilledLearner(Learner):
     """Dies in the middle of a step: its gradients are there, its weights are those of before."""
 
-    def __init__(self, config: Any, name: str, folder: Path) -> None:
-        super().__init__(config, name)
-        self._folder, self._now = folder, -1
+    folder: Path
+    _now = -1
 
     def step(self, batch: Any) -> Any:
         self._now = batch.iteration
@@ -59,33 +46,29 @@ class StepKilledLearner(Learner):
     def _accumulate(self, *args: Any) -> dict[str, float]:
         stats = super()._accumulate(*args)
         if self._now == ITERATION:
-            die_once(self._folder, "learner-step")
+            die_once(self.folder, "learner-step")
         return stats
 
 
 class StartKilledLearner(Learner):
     """Dies before there is a checkpoint."""
 
-    def __init__(self, config: Any, name: str, folder: Path) -> None:
-        super().__init__(config, name)
-        self._folder = folder
+    folder: Path
 
     def start(self, base_entropy: float) -> None:
-        die_once(self._folder, "learner-start")
+        die_once(self.folder, "learner-start")
         super().start(base_entropy)
 
 
 class SaveKilledLearner(Learner):
     """Dies in the middle of its second checkpoint: one of its files is there."""
 
-    def __init__(self, config: Any, name: str, folder: Path) -> None:
-        super().__init__(config, name)
-        self._folder = folder
+    folder: Path
 
     def save(self, directory: Path) -> None:
         if self.version > ITERATION:
             (directory / "optimizer.safetensors").write_bytes(b"half of")
-            die_once(self._folder, "learner-save")
+            die_once(self.folder, "learner-save")
         super().save(directory)
 
 
@@ -94,16 +77,15 @@ class StoppedLearner(StepKilledLearner):
 
     def _accumulate(self, *args: Any) -> dict[str, float]:
         if self._now == ITERATION:
-            die_once(self._folder, "learner-stopped", signal.SIGSTOP)
+            die_once(self.folder, "learner-stopped", signal.SIGSTOP)
         return super()._accumulate(*args)
 
 
 class CommitKilledMoments(MomentsServer):
     """Dies when it has received a commit and judged it, and before the history holds it."""
 
-    def __init__(self, config: Any, name: str, folder: Path) -> None:
-        super().__init__(config, name)
-        self._folder, self._now = folder, -1
+    folder: Path
+    _now = -1
 
     def commit(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
         self._now = iteration
@@ -111,7 +93,7 @@ class CommitKilledMoments(MomentsServer):
 
     def _follow(self, used: np.ndarray, share: float) -> None:
         if self._now == ITERATION:
-            die_once(self._folder, "moments-commit")
+            die_once(self.folder, "moments-commit")
         super()._follow(used, share)
 
 
@@ -124,22 +106,19 @@ class AnswerKilledMoments(CommitKilledMoments):
     def commit(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
         answer = super().commit(iteration, *args, **kwargs)
         if iteration == ITERATION:
-            die_once(self._folder, "moments-answer")
+            die_once(self.folder, "moments-answer")
         return answer
 
 
 class BusySampler(Sampler):
     """Dies, or stands still, with a group in hand."""
 
+    folder: Path
     number = signal.SIGKILL
-
-    def __init__(self, config: Any, name: str, folder: Path) -> None:
-        super().__init__(config, name)
-        self._folder = folder
 
     def sample(self, request: Any) -> Any:
         if (request.stream, request.iteration, request.group) == ("train", ITERATION, 1):
-            die_once(self._folder, f"sampler-{self.number.name}", self.number)
+            die_once(self.folder, f"sampler-{self.number.name}", self.number)
         return super().sample(request)
 
 
@@ -147,10 +126,11 @@ class StoppedSampler(BusySampler):
     number = signal.SIGSTOP
 
 
-def with_role(plan: FleetPlan, role: str, kind: Callable[..., Any], folder: Path) -> FleetPlan:
+def with_role(plan: FleetPlan, role: str, kind: type, folder: Path) -> FleetPlan:
     """A plan in which one role is of another kind."""
     field = ROLES[role]
-    changed = dataclasses.replace(getattr(plan, field), factory=Doomed(kind, str(folder)))
+    doomed = type(kind.__name__, (kind,), {"folder": folder})  # reaches the workers by value
+    changed = dataclasses.replace(getattr(plan, field), factory=doomed)
     return dataclasses.replace(plan, **{field: changed})
 
 

@@ -113,7 +113,7 @@ def test_roles_die_in_mid_work(
     unharmed: list[tuple],
     tmp_path: Path,
     role: str,
-    kind: Callable[..., Any],
+    kind: type,
     file: str,
 ) -> None:
     config = small_config(**OPTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,7 +38,11 @@ class SamplerConfig:
 
 
 class Sampler:
-    """Decodes groups with the weights it was last given."""
+    """Decodes groups with the weights it was last given.
+
+    `images` needs the frozen decoder alone: it may run in a thread beside `sample`, for the group
+    before. The other methods want to be called one after another.
+    """
 
     def __init__(self, config: SamplerConfig, name: str = "sampler") -> None:
         self.name = name
@@ -48,6 +53,10 @@ class Sampler:
         self._policy = load_policy(config.policy, weights=False, device=self._device, dtype=dtype)
         self._decoder = load_decoder(config.tokenizer, device=self._device)
         self._workspace = Workspace(self._policy)
+        self._stream: torch.cuda.Stream | None = None
+        if torch.device(self._device).type == "cuda":
+            self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())  # for the decoder's weights
 
     def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
         """Take up a snapshot; returns its version.
@@ -68,11 +77,8 @@ class Sampler:
         self.version = snapshot.version
         return self.version
 
-    def sample(self, request: SampleRequest) -> tuple[RolloutGroup, np.ndarray]:
-        """Decode one group.
-
-        Returns:
-            The rollouts, and their images (K, H, W, 3) uint8: apart, because they travel apart.
+    def sample(self, request: SampleRequest) -> RolloutGroup:
+        """Decode one group's tokens.
 
         Raises:
             FleetError: no weights were loaded yet.
@@ -91,23 +97,29 @@ class Sampler:
             request.spec,
             self._workspace,
         )
-        middle = time.time()
-        images = self._images(decoded.tokens)
-        end = time.time()
-        group = RolloutGroup(
+        return RolloutGroup(
             request=request,
             version=self.version,
             tokens=decoded.tokens.to(torch.int32).cpu().numpy(),
             logprobs=decoded.logprobs.cpu().numpy(),
             entropies=decoded.entropies.cpu().numpy(),
-            spans=(
-                Span(self.name, "sample", start, middle),
-                Span(self.name, "decode", middle, end),
-            ),
+            spans=(Span(self.name, "sample", start, time.time()),),
         )
-        return group, images
 
     @torch.inference_mode()
-    def _images(self, tokens: torch.Tensor) -> np.ndarray:
-        """(K, T) tokens -> (K, H, W, 3) uint8."""
-        return self._decoder.pixels(self._policy.codes(tokens)).cpu().numpy()
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        """Decode a group's tokens, whichever sampler drew them.
+
+        Returns:
+            Images (K, H, W, 3) uint8, and the time it took: apart, because they travel apart.
+        """
+        torch.set_num_threads(self._threads)
+        start = time.time()
+        with self._image_stream():
+            tokens = torch.from_numpy(group.tokens.astype(np.int64)).to(self._device)
+            images = self._decoder.pixels(self._policy.codes(tokens)).cpu().numpy()
+        return images, Span(self.name, "decode", start, time.time())
+
+    def _image_stream(self) -> AbstractContextManager[object]:
+        """On a GPU, images do not wait for the tokens of the next group, nor those for images."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -2,7 +2,8 @@
 
 Shapes: K rollouts in a group, T tokens in a rollout, D feature dimensions, H and W pixels.
 
-    SampleRequest --> sampler --> RolloutGroup + images (K, H, W, 3) uint8
+    SampleRequest --> sampler --> RolloutGroup
+    RolloutGroup --> sampler --> images (K, H, W, 3) uint8
     images + request --> reward server --> GroupScores
     learner --> WeightSnapshot --> every sampler
 """
@@ -10,7 +11,7 @@ Shapes: K rollouts in a group, T tokens in a rollout, D feature dimensions, H an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -149,6 +150,10 @@ class RolloutGroup:
     entropies: np.ndarray
     """(K, T) float32, nats: entropy of the distribution each token was drawn from."""
     spans: tuple[Span, ...] = ()
+
+    def with_span(self, span: Span) -> RolloutGroup:
+        """The group with one more phase of work on it."""
+        return replace(self, spans=(*self.spans, span))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from cluster.messages import Span
 from cluster.roles import Role
 from cluster.scaling import LoadMeter
 
@@ -40,6 +41,10 @@ class Worker:
     state: State = State.STARTING
     busy: int = 0
     """Requests it has in hand."""
+    decoding: int = 0
+    """Of a sampler: groups whose images it decodes, or is yet to, beside what it has in hand."""
+    worked_until: float = 0.0
+    """Seconds since the epoch: end of its work that was counted last."""
     edition: int = 0
     """Of a sampler: the weights it was sent last (`cluster.editions`). It never goes back."""
     since: float = field(default_factory=time.monotonic)
@@ -47,6 +52,22 @@ class Worker:
     @property
     def name(self) -> str:
         return self.role.worker_name(self.index)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may be given more. Images in decoding leave room for tokens to sample; only
+        too many of them, where images are what takes longer, do not."""
+        return self.busy < self.role.depth and self.decoding <= self.role.depth
+
+    @property
+    def idle(self) -> bool:
+        return self.busy == self.decoding == 0
+
+    def count_work(self, span: Span) -> float:
+        """Seconds of a span that were not counted yet: what overlaps counts once."""
+        seconds = max(span.end - max(span.start, self.worked_until), 0.0)
+        self.worked_until = max(self.worked_until, span.end)
+        return seconds
 
 
 @dataclass
@@ -100,12 +121,11 @@ class WorkerPool:
         if not self.waiting:
             return None
         edition = self.waiting[0].edition
-        able = [worker for worker in self.of(State.SERVING) if worker.edition <= edition]
+        serving = self.of(State.SERVING)
+        able = [worker for worker in serving if worker.edition <= edition and worker.has_room]
         if not able:
             return None
         worker = min(able, key=lambda worker: (worker.busy, worker.index))
-        if worker.busy >= self.role.depth:
-            return None
         return self.waiting.popleft(), worker
 
     def scale(self, count: int) -> None:
@@ -127,7 +147,7 @@ class WorkerPool:
 
     def dismiss(self) -> list[Worker]:
         """End those that were to leave and have nothing in hand any more."""
-        done = [worker for worker in self.of(State.DRAINING) if worker.busy == 0]
+        done = [worker for worker in self.of(State.DRAINING) if worker.idle]
         for worker in done:
             self.drop(worker)
         return done
@@ -143,7 +163,7 @@ class WorkerPool:
         coming = self.of(State.SERVING) + self.of(State.STARTING)
         if not self.waiting or any(w.edition <= self.waiting[0].edition for w in coming):
             return None
-        idle = next((w for w in self.of(State.SERVING) if w.busy == 0), None)
+        idle = next((w for w in self.of(State.SERVING) if w.idle), None)
         if idle is None:  # all are busy: they get nothing new, so that one soon is not
             return None
         self._stop(idle)

@@ -7,7 +7,7 @@ learner's, and be lost with it.) It is put there once, and read from there once 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -68,11 +68,19 @@ class Publisher:
         """Whether weights stay on the learner's device until samplers take them."""
         return self._device is not None
 
-    def actor_class(self, factory: Callable[..., Any]) -> Any:
-        """Ray's actor class of a learner or sampler."""
-        if self._device:  # an option of the class: `.options` leaves it out without a word
-            return ray.remote(enable_tensor_transport=True)(factory)  # type: ignore[call-overload]
-        return ray.remote(factory)
+    def actor_class(
+        self, factory: Callable[..., Any], threads: Mapping[str, int] | None = None
+    ) -> Any:
+        """Ray's actor class of a learner or sampler.
+
+        Args:
+            threads: of its concurrency groups, beside the one thread that answers in order.
+        """
+        # options of the class: `.options` leaves them out without a word
+        options: dict[str, Any] = {"concurrency_groups": dict(threads)} if threads else {}
+        if self._device:
+            options["enable_tensor_transport"] = True
+        return ray.remote(**options)(factory) if options else ray.remote(factory)
 
     def publish(self, learners: Sequence[Any], samplers: Sequence[Any] = ()) -> Published:
         """Ask the learners (handles of actors) for their weights, without waiting for them.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -17,11 +16,12 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
+from cluster.calls import SAMPLER_THREADS, Call, Stage, ask_for_images
 from cluster.editions import Editions
 from cluster.errors import FleetError, TesseraError
 from cluster.fleet import StopRequestedError, Ticket
 from cluster.learner_group import LearnerGroup
-from cluster.messages import SampleRequest, ScoredGroup, Span
+from cluster.messages import SampleRequest, ScoredGroup
 from cluster.placement import Placement, place
 from cluster.pool import State, Waiting, Worker, WorkerPool
 from cluster.publisher import Published, publisher_of
@@ -33,17 +33,6 @@ from cluster.supervisor import Supervisor
 from cluster.tickets import Answers, GroupOnTheWay
 
 POLL_S = 0.5  # how often a wait looks for a request to stop
-WORK = ("sample", "decode", "score")  # phases in which a worker works
-
-
-@dataclass(frozen=True)
-class Call:
-    """A worker's answer that is being waited for."""
-
-    group: GroupOnTheWay
-    pool: WorkerPool
-    worker: Worker
-    waited_s: float
 
 
 class RayFleet:
@@ -200,9 +189,13 @@ class RayFleet:
             options["max_concurrency"] = role.concurrency
         if role.runtime_env:
             options["runtime_env"] = dict(role.runtime_env)
-        concerned = role.name in (self._plan.learner.name, self._plan.sampler.name)
-        wrap = self._weights.actor_class if concerned else ray.remote
-        actor = wrap(role.factory).options(**options)
+        if role is self._plan.sampler:
+            actor_class = self._weights.actor_class(role.factory, SAMPLER_THREADS)
+        elif role is self._plan.learner:
+            actor_class = self._weights.actor_class(role.factory)
+        else:
+            actor_class = ray.remote(role.factory)
+        actor = actor_class.options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         worker = Worker(role, index, handle, handle.__ray_ready__.remote(), addition)
         if role is self._plan.sampler and self._editions.newest:
@@ -335,32 +328,36 @@ class RayFleet:
         if pool is self._samplers:
             if worker.edition < group.edition:
                 self._loads[self._load(worker, group.edition)] = worker
-            call = worker.handle.sample.options(num_returns=2)
-            ref, group.images = call.remote(group.request)
+            stage, ref = Stage.SAMPLE, worker.handle.sample.remote(group.request)
         else:
-            ref = worker.handle.score.remote(group.request, group.images)
+            stage, ref = Stage.SCORE, worker.handle.score.remote(group.request, group.images)
         waited_s = time.monotonic() - waiting.since
-        self._calls[ref] = Call(group, pool, worker, waited_s)
+        self._calls[ref] = Call(group, pool, worker, stage, waited_s)
 
     def _advance(self, ref: ray.ObjectRef) -> None:
         """Take one finished call: pass its group on, or ask again where its worker was lost."""
         call = self._calls.pop(ref)
         group, pool, worker = call.group, call.pool, call.worker
-        worker.busy -= 1
+        images = None
+        call.ended()
         try:
             value = answer(ref, worker.name, self._plan.timeout_s)
-            if pool is self._samplers and not group.judges:
-                images = answer(group.images, f"{worker.name} images", self._plan.timeout_s)
+            if call.stage is Stage.IMAGES and not group.judges:
+                images = answer(group.images, f"{worker.name}.images", self._plan.timeout_s)
         except RayActorError:
             again = group.edition if pool is self._samplers else 0
             pool.add(group, front=True, edition=again)
             self._supervisor.lost(pool, worker)
             return
-        self._measure(call, getattr(value, "spans", ()))
-        if pool is not self._samplers:
+        call.measure((value,) if call.stage is Stage.IMAGES else value.spans)
+        if call.stage is Stage.SAMPLE:
+            group.rollouts = value
+            span, call = ask_for_images(call, ref)
+            self._calls[span] = call
+        elif call.stage is Stage.SCORE:
             group.put_scores(pool.role.name, value)
         elif group.judges:
-            group.rollouts = value
+            group.put_images(value)
             for name in group.judges:
                 self._servers[name].add(group)
         else:
@@ -374,12 +371,6 @@ class RayFleet:
             answer(ref, f"{worker.name}.load_weights", self._plan.timeout_s)
         except RayActorError:
             self._supervisor.lost(self._samplers, worker)
-
-    def _measure(self, call: Call, spans: Sequence[Span]) -> None:
-        meter = call.pool.meter
-        queued = sum(span.seconds for span in spans if span.phase == "queue")
-        meter.waited(call.waited_s + queued)
-        meter.worked(sum(span.seconds for span in spans if span.phase in WORK))
 
     def _ask_server(self, panel: str, method: str, *args: Any) -> Any:
         """Ask any server that has a panel's feature network; another one, if it is lost."""

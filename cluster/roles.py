@@ -18,6 +18,7 @@ from cluster.messages import (
     RolloutGroup,
     SampleRequest,
     ServerStats,
+    Span,
     WeightSnapshot,
 )
 from cluster.scaling import AutoscaleConfig
@@ -122,7 +123,9 @@ class FleetPlan:
 class SamplerRole(Protocol):
     def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int: ...
 
-    def sample(self, request: SampleRequest) -> tuple[RolloutGroup, np.ndarray]: ...
+    def sample(self, request: SampleRequest) -> RolloutGroup: ...
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]: ...
 
 
 class RewardServerRole(Protocol):

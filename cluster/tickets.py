@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ScoredGroup, merge_scores
+from cluster.messages import (
+    GroupScores,
+    RolloutGroup,
+    SampleRequest,
+    ScoredGroup,
+    Span,
+    merge_scores,
+)
 
 
 @dataclass(eq=False)
@@ -25,6 +32,11 @@ class GroupOnTheWay:
     """Reference to the images; they stay in the object store."""
     parts: dict[str, GroupScores] = field(default_factory=dict)
     """Pool -> what it said."""
+
+    def put_images(self, span: Span) -> None:
+        """The images are there: `images` refers to them."""
+        assert self.rollouts is not None
+        self.rollouts = self.rollouts.with_span(span)
 
     def put_scores(self, pool: str, scores: GroupScores) -> None:
         """Take one pool's scores; the last one completes the group."""

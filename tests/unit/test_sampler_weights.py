@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 
 from actors.models.loading import PolicyConfig
 from actors.sampler import Sampler, SamplerConfig, SamplerResources
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, FleetError
+from cluster.messages import Condition, SampleRequest, SamplingSpec
 from cluster.weights import Packer, load_weights, pack_weights, unpack_weights
 from learner.adapters import LoraConfig
 from learner.learner import Learner
@@ -56,6 +58,43 @@ def test_what_is_refused_leaves_the_sampler_as_it_was(tmp_path: Path) -> None:
             role.load_weights(snapshot)
         assert role.version == 4
         assert same(held(role), good)
+
+
+def request(group: int = 0, count: int = 3) -> SampleRequest:
+    return SampleRequest(
+        stream="train",
+        iteration=0,
+        group=group,
+        condition=Condition(text="x", class_index=1),
+        num_rollouts=count,
+        seed=0,
+        spec=SamplingSpec(),
+    )
+
+
+def test_images_are_of_the_tokens_whoever_decodes_them(tmp_path: Path) -> None:
+    role, other = (sampler(tiny_policy_file(tmp_path)) for _ in range(2))
+    with pytest.raises(FleetError, match="sampler-1 was asked to sample before it was given"):
+        role.sample(request())
+    role.load_weights(pack_weights(tiny_policy(1).state_dict(), 4))
+    groups = [role.sample(request(group)) for group in range(4)]
+    alone = [other.images(group)[0] for group in groups]  # it never had weights
+    codes = role._policy.codes(torch.from_numpy(groups[1].tokens).long())
+    assert np.array_equal(alone[1], role._decoder.pixels(codes).numpy())
+    assert (alone[0].shape[0], alone[0].dtype) == (3, np.uint8)
+    assert [span.phase for span in groups[0].spans] == ["sample"]
+
+    with ThreadPoolExecutor(1) as beside:  # as on Ray
+        again, pending = [], []
+        for number in range(4):
+            again.append(role.sample(request(number)))
+            pending.append(beside.submit(role.images, again[-1]))
+        images, spans = zip(*(answer.result() for answer in pending))
+    for number in range(4):
+        assert np.array_equal(again[number].tokens, groups[number].tokens)
+        assert np.array_equal(again[number].logprobs, groups[number].logprobs)
+        assert np.array_equal(images[number], alone[number])
+    assert {(span.worker, span.phase) for span in spans} == {("sampler-1", "decode")}
 
 
 def lora_learner(folder: Path) -> Learner:

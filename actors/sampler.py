@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,9 +15,11 @@ from actors.decode import decode_tokens, rollout_uniforms
 from actors.models.loading import PolicyConfig, TokenizerConfig, load_decoder, load_policy
 from actors.steps import Workspace
 from cluster.errors import CheckpointError, FleetError
-from cluster.messages import RolloutGroup, SampleRequest, Span, WeightSnapshot
+from cluster.messages import TRAIN, RolloutGroup, SampleRequest, Span, WeightSnapshot
 from cluster.roles import Resources
 from cluster.weights import load_weights
+
+KEPT_LOADS = 64  # of a sampler that is never asked for a group to learn from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ class Sampler:
         self._policy = load_policy(config.policy, weights=False, device=self._device, dtype=dtype)
         self._decoder = load_decoder(config.tokenizer, device=self._device)
         self._workspace = Workspace(self._policy)
+        self._loads: deque[Span] = deque(maxlen=KEPT_LOADS)  # that no group told of yet
         self._stream: torch.cuda.Stream | None = None
         if torch.device(self._device).type == "cuda":
             self._stream = torch.cuda.Stream()
@@ -73,12 +77,15 @@ class Sampler:
                 f"{self.name} holds version {self.version} and refuses the older {snapshot.version}"
             )
         torch.set_num_threads(self._threads)
+        start = time.time()
         load_weights(self._policy, snapshot, base)
         self.version = snapshot.version
+        self._loads.append(Span(self.name, "load", start, time.time()))
         return self.version
 
     def sample(self, request: SampleRequest) -> RolloutGroup:
-        """Decode one group's tokens.
+        """Decode one group's tokens. Groups to learn from, whose spans are kept, also tell of the
+        weights that were loaded since the last one.
 
         Raises:
             FleetError: no weights were loaded yet.
@@ -97,14 +104,22 @@ class Sampler:
             request.spec,
             self._workspace,
         )
+        span = Span(self.name, "sample", start, time.time())
         return RolloutGroup(
             request=request,
             version=self.version,
             tokens=decoded.tokens.to(torch.int32).cpu().numpy(),
             logprobs=decoded.logprobs.cpu().numpy(),
             entropies=decoded.entropies.cpu().numpy(),
-            spans=(Span(self.name, "sample", start, time.time()),),
+            spans=(*self._told_loads(request), span),
         )
+
+    def _told_loads(self, request: SampleRequest) -> tuple[Span, ...]:
+        if request.stream != TRAIN:
+            return ()
+        loads = tuple(self._loads)
+        self._loads.clear()
+        return loads
 
     @torch.inference_mode()
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:

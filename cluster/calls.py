@@ -27,7 +27,7 @@ from cluster.tickets import GroupOnTheWay
 IMAGES = "images"
 SAMPLER_THREADS = {IMAGES: 1}
 """Ray concurrency groups of a sampler, beside the one thread that answers in order."""
-WORK = ("sample", "decode", "score")  # phases in which a worker works
+WORK = ("load", "sample", "decode", "score")  # phases in which a worker works
 
 
 class Stage(Enum):

@@ -18,6 +18,8 @@ import numpy as np
 
 MAIN_SPACE = "features"
 """The feature space of a panel's first extractor; a judge may look at further ones."""
+TRAIN = "train"
+"""The stream of requests that are learned from."""
 Guidance = Literal["none", "guided", "distil"]
 
 

@@ -13,10 +13,10 @@ import torch
 from actors.models.loading import PolicyConfig
 from actors.sampler import Sampler, SamplerConfig, SamplerResources
 from cluster.errors import CheckpointError, FleetError
-from cluster.messages import Condition, SampleRequest, SamplingSpec
+from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec
 from cluster.weights import Packer, load_weights, pack_weights, unpack_weights
 from learner.adapters import LoraConfig
-from learner.learner import Learner
+from learner.learner import Learner, StepReport
 from learner.optimizer import OptimizerConfig
 from tests.unit.helpers import TINY, random_policy, tiny_policy
 from tests.unit.learner_cases import batch_of, make, tiny_policy_file
@@ -82,7 +82,6 @@ def test_images_are_of_the_tokens_whoever_decodes_them(tmp_path: Path) -> None:
     codes = role._policy.codes(torch.from_numpy(groups[1].tokens).long())
     assert np.array_equal(alone[1], role._decoder.pixels(codes).numpy())
     assert (alone[0].shape[0], alone[0].dtype) == (3, np.uint8)
-    assert [span.phase for span in groups[0].spans] == ["sample"]
 
     with ThreadPoolExecutor(1) as beside:  # as on Ray
         again, pending = [], []
@@ -95,6 +94,28 @@ def test_images_are_of_the_tokens_whoever_decodes_them(tmp_path: Path) -> None:
         assert np.array_equal(again[number].logprobs, groups[number].logprobs)
         assert np.array_equal(images[number], alone[number])
     assert {(span.worker, span.phase) for span in spans} == {("sampler-1", "decode")}
+
+
+def test_groups_to_learn_from_tell_of_loads_and_steps_of_packing(tmp_path: Path) -> None:
+    learner, role = make(tiny_policy_file(tmp_path)), sampler(tiny_policy_file(tmp_path))
+    role.load_weights(learner.snapshot())
+    role.load_weights(learner.snapshot())
+    gallery = role.sample(dataclasses.replace(request(), stream="gallery"))
+    assert phases(gallery) == ["sample"]  # nobody keeps these
+    first = role.sample(request())
+    assert phases(first) == ["load", "load", "sample"]
+    assert {span.worker for span in first.spans} == {"sampler-1"}
+    ends = [span.end for span in first.spans]
+    starts = [span.start for span in first.spans]
+    assert all(start >= end for start, end in zip(starts[1:], ends))
+    assert phases(role.sample(request())) == ["sample"]
+    report = learner.step(batch_of(learner))  # which packs a snapshot, too, to draw with
+    assert phases(report) == ["pack", "pack", "pack", "learn"]
+    assert phases(learner.step(batch_of(learner, 1))) == ["pack", "learn"]
+
+
+def phases(told: RolloutGroup | StepReport) -> list[str]:
+    return [span.phase for span in told.spans]
 
 
 def lora_learner(folder: Path) -> Learner:

@@ -9,18 +9,21 @@ of its own, so that the sampler draws the next group meanwhile; all else is answ
 weights must be taken up between the groups that they were sent between. (Asked for at once, with
 the tokens' reference, it would hold up what is sent after it: Ray sends an actor's calls in order,
 and each when its arguments are there.)
+
+A sampler may be asked for the tokens of several groups in one call, which decodes them as one
+batch; each group goes its own way after that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import ray
 
-from cluster.messages import Span
+from cluster.messages import GroupScores, RolloutGroup, Span
 from cluster.pool import Worker, WorkerPool
 from cluster.tickets import GroupOnTheWay
 
@@ -40,41 +43,83 @@ class Stage(Enum):
 class Call:
     """A worker's answer that is being waited for."""
 
-    group: GroupOnTheWay
+    groups: tuple[GroupOnTheWay, ...]
+    """Of one edition; several only of samplers' tokens."""
     pool: WorkerPool
     worker: Worker
     stage: Stage
-    waited_s: float = 0.0
+    waited_s: tuple[float, ...] = ()
+    """Of each group."""
+
+    @property
+    def edition(self) -> int:
+        return self.groups[0].edition
+
+    def began(self) -> None:
+        """The worker has it in hand."""
+        if self.stage is Stage.IMAGES:
+            self.worker.decoding += 1
+        else:
+            self.worker.take(len(self.groups))
 
     def ended(self) -> None:
         """The worker has it in hand no more."""
         if self.stage is Stage.IMAGES:
             self.worker.decoding -= 1
         else:
-            self.worker.busy -= 1
+            self.worker.give(len(self.groups))
+
+    def ask_again(self) -> None:
+        """The worker was lost: queue the groups as they were before it had them."""
+        sampler = self.stage is not Stage.SCORE
+        for group in reversed(self.groups):
+            if sampler:
+                queue_for_tokens(self.pool, group, front=True)
+            else:
+                self.pool.add(group, front=True)
 
     def measure(self, spans: Iterable[Span]) -> None:
-        """Tell the pool how long the work waited and took."""
+        """Tell the pool how long the work waited and took, and how fast the worker is."""
         spans, meter = tuple(spans), self.pool.meter
-        if self.stage is not Stage.IMAGES:  # those wait behind nobody else's work
-            queued = sum(span.seconds for span in spans if span.phase == "queue")
-            meter.waited(self.waited_s + queued)
-        meter.worked(sum(self.worker.count_work(span) for span in spans if span.phase in WORK))
+        pieces = len(self.groups)
+        if self.stage is Stage.IMAGES:  # they wait behind nobody else's work
+            pieces = 0
+        queued = sum(span.seconds for span in spans if span.phase == "queue")
+        for waited_s in self.waited_s:
+            meter.waited(waited_s + queued)
+        work = [(self.worker.count_work(span), span) for span in spans if span.phase in WORK]
+        meter.worked(sum(seconds for seconds, _ in work))
+        self.worker.pace.add(sum(seconds for seconds, s in work if s.phase != "load"), pieces)
 
 
-def ask_for_images(call: Call, rollouts: ray.ObjectRef) -> tuple[ray.ObjectRef, Call]:
-    """Have the sampler that drew a group decode its images.
+def queue_for_tokens(samplers: WorkerPool, group: GroupOnTheWay, *, front: bool = False) -> None:
+    """Have a group drawn, by whichever sampler, perhaps together with others of its iteration."""
+    samplers.add(group, front=front, edition=group.edition, kind=group.request.batch)
+
+
+def ask_for_images(
+    call: Call, rollouts: Sequence[RolloutGroup]
+) -> Iterator[tuple[ray.ObjectRef, Call]]:
+    """Have the sampler that drew some groups decode their images, each group on its own.
 
     Args:
         call: that brought the rollouts.
-        rollouts: their reference, resolved: they travel from store to store.
 
-    Returns:
+    Yields:
         Reference to the time it took (the images' own is kept with the group, and stays a
         reference), and the call.
     """
     worker: Any = call.worker
     ask = worker.handle.images.options(num_returns=2, concurrency_group=IMAGES)
-    call.group.images, span = ask.remote(rollouts)
-    worker.decoding += 1
-    return span, Call(call.group, call.pool, worker, Stage.IMAGES)
+    for group, drawn in zip(call.groups, rollouts, strict=True):
+        group.rollouts = drawn
+        group.images, span = ask.remote(drawn)
+        yield span, Call((group,), call.pool, worker, Stage.IMAGES)
+
+
+def spans_of(value: list[RolloutGroup] | GroupScores | Span) -> tuple[Span, ...]:
+    """What the answer of a call tells of the worker's time."""
+    if isinstance(value, Span):
+        return (value,)
+    answers = value if isinstance(value, list) else [value]
+    return tuple(span for answer in answers for span in answer.spans)

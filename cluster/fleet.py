@@ -130,7 +130,7 @@ class InlineFleet:
         for request in self._submitted[ticket]:
             if self._should_stop() and not finish:
                 raise StopRequestedError("stopped while sampling")
-            rollouts = self._sampler.sample(request)
+            (rollouts,) = self._sampler.sample([request])
             images, span = self._sampler.images(rollouts)
             judges = self._plan.judges(request.panel)
             parts = [self._servers[role.name].score(request, images) for role in judges]
@@ -140,7 +140,7 @@ class InlineFleet:
         return groups
 
     def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
-        groups = (self._sampler.sample(request) for request in requests)
+        groups = (self._sampler.sample([request])[0] for request in requests)
         return [self._sampler.images(group)[0] for group in groups]
 
     def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]:

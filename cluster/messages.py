@@ -10,7 +10,7 @@ Shapes: K rollouts in a group, T tokens in a rollout, D feature dimensions, H an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -123,6 +123,11 @@ class SampleRequest:
     @property
     def key(self) -> RequestKey:
         return RequestKey(self.stream, self.iteration, self.group)
+
+    @property
+    def batch(self) -> tuple[Hashable, ...]:
+        """Requests that have this in common may be decoded together."""
+        return (self.stream, self.iteration, self.num_rollouts, self.spec)
 
 
 class Span(NamedTuple):

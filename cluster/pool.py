@@ -13,11 +13,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice, takewhile
 from typing import Any
 
 from cluster.messages import Span
 from cluster.roles import Role
 from cluster.scaling import LoadMeter
+from cluster.schedule import Candidate, Pace, batch_size, choose
 
 
 class State(Enum):
@@ -40,7 +42,12 @@ class Worker:
     """Started beyond what the run began with: if it cannot start, the run goes on without it."""
     state: State = State.STARTING
     busy: int = 0
-    """Requests it has in hand."""
+    """Calls it has in hand."""
+    pieces: int = 0
+    """Pieces of work in them."""
+    begun: float = 0.0
+    """When it began with the call that it is at, as far as one can tell from here."""
+    pace: Pace = field(default_factory=Pace)
     decoding: int = 0
     """Of a sampler: groups whose images it decodes, or is yet to, beside what it has in hand."""
     worked_until: float = 0.0
@@ -57,11 +64,36 @@ class Worker:
     def has_room(self) -> bool:
         """Whether it may be given more. Images in decoding leave room for tokens to sample; only
         too many of them, where images are what takes longer, do not."""
-        return self.busy < self.role.depth and self.decoding <= self.role.depth
+        images = self.role.depth * self.role.max_groups
+        return self.busy < self.role.depth and self.decoding <= images
 
     @property
     def idle(self) -> bool:
         return self.busy == self.decoding == 0
+
+    def take(self, pieces: int = 1, now: float | None = None) -> None:
+        """One more call in hand."""
+        if not self.busy:
+            self.begun = time.monotonic() if now is None else now
+        self.busy += 1
+        self.pieces += pieces
+
+    def give(self, pieces: int = 1, now: float | None = None) -> None:
+        """One call less."""
+        self.begun = time.monotonic() if now is None else now
+        self.busy -= 1
+        self.pieces -= pieces
+
+    def candidate(self, now: float) -> Candidate:
+        """What the choice of a worker goes by."""
+        return Candidate(
+            pace=self.pace.value,
+            pieces=self.pieces,
+            current=self.pieces / self.busy if self.busy else 0.0,
+            elapsed=now - self.begun,
+            edition=self.edition,
+            has_room=self.has_room,
+        )
 
     def count_work(self, span: Span) -> float:
         """Seconds of a span that were not counted yet: what overlaps counts once."""
@@ -77,6 +109,8 @@ class Waiting:
     task: Any
     edition: int = 0
     """Weights that it needs; of samplers' work."""
+    kind: Any = None
+    """Pieces of one kind (and edition) may go to a worker in one call."""
     since: float = field(default_factory=time.monotonic)
 
 
@@ -107,26 +141,44 @@ class WorkerPool:
     def of(self, state: State) -> list[Worker]:
         return [worker for worker in self.workers if worker.state is state]
 
-    def add(self, task: Any, *, front: bool = False, edition: int = 0) -> None:
+    def add(self, task: Any, *, front: bool = False, edition: int = 0, kind: Any = None) -> None:
         """Queue a piece of work; at the front of its edition, if it was begun before. Editions are
         queued in order."""
         place = len(self.waiting)
         if front:
             later = (i for i, other in enumerate(self.waiting) if other.edition >= edition)
             place = next(later, place)
-        self.waiting.insert(place, Waiting(task, edition))
+        self.waiting.insert(place, Waiting(task, edition, kind))
 
-    def next(self) -> tuple[Waiting, Worker] | None:
-        """The next piece of work and the worker for it; None if there is no work, or no room."""
+    def next(self, now: float | None = None) -> tuple[list[Waiting], Worker] | None:
+        """The next work to hand out, of one kind, and the worker for it; None if there is no work,
+        no room, or nobody with room who would finish it first."""
         if not self.waiting:
             return None
-        edition = self.waiting[0].edition
+        now = time.monotonic() if now is None else now
         serving = self.of(State.SERVING)
-        able = [worker for worker in serving if worker.edition <= edition and worker.has_room]
-        if not able:
+        candidates = [worker.candidate(now) for worker in serving]
+        chosen = choose([waiting.edition for waiting in self.waiting], candidates)
+        if chosen is None:
             return None
-        worker = min(able, key=lambda worker: (worker.busy, worker.index))
-        return self.waiting.popleft(), worker
+        place, index = chosen
+        count = 1
+        if self.role.max_groups > 1:
+            edition = self.waiting[place].edition
+            able = [each for each in candidates if each.edition <= edition]
+            which, alike = able.index(candidates[index]), self._alike(place)
+            count = batch_size(self.role.max_groups, alike, able, which)
+        picked = [self.waiting[place + offset] for offset in range(count)]
+        for _ in picked:
+            del self.waiting[place]
+        return picked, serving[index]
+
+    def _alike(self, place: int) -> int:
+        """How many pieces from a place on may go together."""
+        first = self.waiting[place]
+        rest = islice(self.waiting, place, None)
+        same = takewhile(lambda w: (w.edition, w.kind) == (first.edition, first.kind), rest)
+        return sum(1 for _ in same)
 
     def scale(self, count: int) -> None:
         """Come to `count` workers: those that were to leave stay first, then new ones start; those

@@ -16,7 +16,14 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
-from cluster.calls import SAMPLER_THREADS, Call, Stage, ask_for_images
+from cluster.calls import (
+    SAMPLER_THREADS,
+    Call,
+    Stage,
+    ask_for_images,
+    queue_for_tokens,
+    spans_of,
+)
 from cluster.editions import Editions
 from cluster.errors import FleetError, TesseraError
 from cluster.fleet import StopRequestedError, Ticket
@@ -210,7 +217,7 @@ class RayFleet:
     def _needed(self) -> Iterator[int]:
         """Editions of the groups that wait for a sampler, or are with one."""
         yield from (waiting.edition for waiting in self._samplers.waiting)
-        yield from (c.group.edition for c in self._calls.values() if c.pool is self._samplers)
+        yield from (c.edition for c in self._calls.values() if c.pool is self._samplers)
 
     def _catch_up(self) -> None:
         """Send the newest weights to samplers that have nothing older to begin."""
@@ -248,7 +255,7 @@ class RayFleet:
             judges = tuple(role.name for role in self._plan.judges(request.panel)) if scored else ()
             edition = self._editions.newest
             group = GroupOnTheWay(answers, position, request, judges, edition)
-            self._samplers.add(group, edition=edition)
+            queue_for_tokens(self._samplers, group)
         self._dispatch()
         return ticket
 
@@ -315,45 +322,47 @@ class RayFleet:
         return moved
 
     def _dispatch(self) -> None:
-        """Hand waiting work to the least busy worker of the role that it needs."""
+        """Hand waiting work to whoever of the role that it needs would finish it first."""
         for pool in self.pools:
             while picked := pool.next():
                 self._send(pool, *picked)
         self._samplers.turn_back()
         self._catch_up()
 
-    def _send(self, pool: WorkerPool, waiting: Waiting, worker: Worker) -> None:
-        group: GroupOnTheWay = waiting.task
-        worker.busy += 1
+    def _send(self, pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
+        groups: tuple[GroupOnTheWay, ...] = tuple(waiting.task for waiting in picked)
+        first, now = groups[0], time.monotonic()
         if pool is self._samplers:
-            if worker.edition < group.edition:
-                self._loads[self._load(worker, group.edition)] = worker
-            stage, ref = Stage.SAMPLE, worker.handle.sample.remote(group.request)
+            if worker.edition < first.edition:
+                self._loads[self._load(worker, first.edition)] = worker
+            requests = [group.request for group in groups]
+            stage, ref = Stage.SAMPLE, worker.handle.sample.remote(requests)
         else:
-            stage, ref = Stage.SCORE, worker.handle.score.remote(group.request, group.images)
-        waited_s = time.monotonic() - waiting.since
-        self._calls[ref] = Call(group, pool, worker, stage, waited_s)
+            stage, ref = Stage.SCORE, worker.handle.score.remote(first.request, first.images)
+        waited_s = tuple(now - waiting.since for waiting in picked)
+        self._follow(ref, Call(groups, pool, worker, stage, waited_s))
+
+    def _follow(self, ref: ray.ObjectRef, call: Call) -> None:
+        call.began()
+        self._calls[ref] = call
 
     def _advance(self, ref: ray.ObjectRef) -> None:
-        """Take one finished call: pass its group on, or ask again where its worker was lost."""
-        call = self._calls.pop(ref)
-        group, pool, worker = call.group, call.pool, call.worker
-        images = None
+        """Take one finished call: pass its groups on, or ask again where its worker was lost."""
+        call, images = self._calls.pop(ref), None
+        group, pool, worker = call.groups[0], call.pool, call.worker
         call.ended()
         try:
             value = answer(ref, worker.name, self._plan.timeout_s)
             if call.stage is Stage.IMAGES and not group.judges:
                 images = answer(group.images, f"{worker.name}.images", self._plan.timeout_s)
         except RayActorError:
-            again = group.edition if pool is self._samplers else 0
-            pool.add(group, front=True, edition=again)
+            call.ask_again()
             self._supervisor.lost(pool, worker)
             return
-        call.measure((value,) if call.stage is Stage.IMAGES else value.spans)
+        call.measure(spans_of(value))
         if call.stage is Stage.SAMPLE:
-            group.rollouts = value
-            span, call = ask_for_images(call, ref)
-            self._calls[span] = call
+            for span, images_call in ask_for_images(call, value):
+                self._follow(span, images_call)
         elif call.stage is Stage.SCORE:
             group.put_scores(pool.role.name, value)
         elif group.judges:

@@ -6,7 +6,7 @@ Roles are plain classes built as `factory(config, name=...)`. The same classes r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +60,8 @@ class Role:
     depth: int = 2
     """Requests that one worker has in hand: with 2, the next is there when one ends; more let it
     work on several together."""
+    max_groups: int = 1
+    """Pieces of work that one call may hold."""
     concurrency: int = 1
     """Threads in which one worker answers; with 1, it answers in order."""
     autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
@@ -123,7 +125,7 @@ class FleetPlan:
 class SamplerRole(Protocol):
     def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int: ...
 
-    def sample(self, request: SampleRequest) -> RolloutGroup: ...
+    def sample(self, requests: Sequence[SampleRequest]) -> list[RolloutGroup]: ...
 
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]: ...
 

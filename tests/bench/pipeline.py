@@ -80,17 +80,20 @@ class Timed:
         self._version = snapshot.version
         return self._version
 
-    def sample(self, request: SampleRequest) -> RolloutGroup:
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
         spans = self._work("sample")
         numbers = np.zeros((ROLLOUTS, TOKENS), np.float32)
-        return RolloutGroup(
-            request=request,
-            version=self._version,
-            tokens=numbers.astype(np.int32),
-            logprobs=numbers,
-            entropies=numbers,
-            spans=spans,
-        )
+        return [
+            RolloutGroup(
+                request=request,
+                version=self._version,
+                tokens=numbers.astype(np.int32),
+                logprobs=numbers,
+                entropies=numbers,
+                spans=spans,
+            )
+        ]
 
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
         (span,) = self._work("decode", self._decode)

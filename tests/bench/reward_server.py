@@ -35,15 +35,18 @@ class InstantSampler:
     def load_weights(self, snapshot: object) -> int:
         return 0
 
-    def sample(self, request: SampleRequest) -> RolloutGroup:
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
         empty = np.zeros((ROLLOUTS, 1), np.float32)
-        return RolloutGroup(
-            request=request,
-            version=0,
-            tokens=empty.astype(np.int32),
-            logprobs=empty,
-            entropies=empty,
-        )
+        return [
+            RolloutGroup(
+                request=request,
+                version=0,
+                tokens=empty.astype(np.int32),
+                logprobs=empty,
+                entropies=empty,
+            )
+        ]
 
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
         return self._images, Span("sampler", "decode", 0.0, 0.0)

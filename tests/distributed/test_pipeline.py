@@ -63,9 +63,10 @@ class Slow:
         time.sleep(seconds)
         return time.time()
 
-    def sample(self, request: SampleRequest) -> RolloutGroup:
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
         time.sleep(self._seconds)
-        return drawn(request, self._version)
+        return [drawn(request, self._version)]
 
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
         return np.full((1, 1), group.version), Span("sampler", "decode", 0.0, 0.0)

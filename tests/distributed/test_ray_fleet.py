@@ -79,7 +79,8 @@ class Echo:
     def snapshot(self) -> str:
         return "weights"
 
-    def sample(self, request: SampleRequest) -> RolloutGroup:
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
         match self.config:
             case "raises":
                 raise TesseraError("the policy has no class 7")
@@ -89,7 +90,7 @@ class Echo:
                 os._exit(1)
             case "hangs":
                 time.sleep(60)
-        return drawn(request)
+        return [drawn(request)]
 
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
         return np.full((2, 2), group.tokens[0, 0]), Span(self.name, "decode", 0.0, 0.0)

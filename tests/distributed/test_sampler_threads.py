@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -38,12 +39,13 @@ class TwoHanded:
         self._version = snapshot
         return snapshot
 
-    def sample(self, request: SampleRequest) -> RolloutGroup:
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
         start = time.time()
         time.sleep(SAMPLE_S)
         self._diary.append(f"sample {request.group} with {self._version}")
         group = drawn(request, self._version)
-        return group.with_span(Span(self.name, "sample", start, time.time()))
+        return [group.with_span(Span(self.name, "sample", start, time.time()))]
 
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
         start = time.time()
@@ -79,14 +81,14 @@ def test_the_thread_beside_leaves_the_order_of_the_others(
         group = drawn(asked)
         for version in range(1, 5):
             sampler.load_weights.remote(version)
-            samples += [sampler.sample.remote(asked) for _ in range(2)]
+            samples += [sampler.sample.remote([asked]) for _ in range(2)]
             spans += [decode.remote(group)[1] for _ in range(2)]
             expected += [f"load {version}", *[f"sample 0 with {version}"] * 2]
         groups = ray.get(samples, timeout=WAIT_S)
         ray.get(spans, timeout=WAIT_S)
         seconds = time.time() - start
         assert ray.get(sampler.diary.remote(), timeout=WAIT_S) == expected
-        assert [group.version for group in groups] == [1, 1, 2, 2, 3, 3, 4, 4]
+        assert [group.version for (group,) in groups] == [1, 1, 2, 2, 3, 3, 4, 4]
         assert seconds < 8 * (SAMPLE_S + DECODE_S) - 0.5  # they did overlap
     finally:
         ray.kill(sampler)
@@ -156,3 +158,41 @@ def test_one_that_dies_over_images_has_its_groups_asked_for_again(
         assert (tmp_path / "died").exists()
         assert [int(image[0, 0]) for image in images] == list(range(6))
         assert fleet.restarts == 1
+
+
+class Batches(TwoHanded):
+    """Draws several groups in one call. `config` names a folder: a file there for each call, and
+    the first call of two or more dies in the middle."""
+
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        calls = Path(self._died)
+        numbers = "-".join(str(request.group) for request in requests)
+        first = not any("-" in path.name for path in calls.iterdir())
+        (calls / f"{time.time()}_{numbers}").touch()
+        if first and len(requests) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(SAMPLE_S)
+        return [drawn(request, self._version) for request in requests]
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        return np.full((1, 1), group.tokens[0, 0]), Span(self.name, "decode", 0.0, 0.0)
+
+
+def test_every_group_of_a_lost_batch_is_asked_for_again(
+    ray_session: RaySession, tmp_path: Path
+) -> None:
+    plan = two_handed_plan(str(tmp_path), 1)
+    sampler = dataclasses.replace(plan.sampler, factory=Batches, max_groups=4)
+    with RayFleet(dataclasses.replace(plan, sampler=sampler), ray_session) as fleet:
+        fleet.broadcast()
+        images = fleet.sample_images(requests(11))
+        assert [int(image[0, 0]) for image in images] == list(range(11))
+        assert fleet.restarts == 1
+        assert fleet.pools[0].workers[0].idle
+        assert fleet.pools[0].workers[0].pieces == 0
+    calls = [path.name.partition("_")[2].split("-") for path in sorted(tmp_path.iterdir())]
+    assert max(len(call) for call in calls) == 4
+    lost = calls[0]
+    assert len(lost) == 4
+    asked = [int(number) for call in calls[1:] for number in call]
+    assert sorted(asked) == list(range(11))  # those that were lost among them, and none twice

@@ -78,10 +78,11 @@ class SmallSampler:
     def values(self) -> list[float]:
         return sorted({float(value) for p in self._module.parameters() for value in p.unique()})
 
-    def sample(self, request: SampleRequest) -> RolloutGroup:
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
         version = self.values()
         assert len(version) == 1
-        return drawn(request, int(version[0]))
+        return [drawn(request, int(version[0]))]
 
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
         return np.array([float(group.version)]), Span(self._name, "decode", 0.0, 0.0)

@@ -45,12 +45,12 @@ def take(pool: WorkerPool) -> tuple[str, str] | None:
     picked = pool.next()
     if picked is None:
         return None
-    waiting, worker = picked
-    worker.busy += 1
+    (waiting,), worker = picked
+    worker.take()
     return waiting.task, worker.name
 
 
-def test_the_least_busy_gets_the_work_up_to_its_depth() -> None:
+def test_equals_get_the_work_in_turn_up_to_their_depth() -> None:
     made = Pool()
     for task in "abcde":
         made.pool.add(task)
@@ -127,7 +127,7 @@ def test_those_that_leave_finish_first() -> None:
     assert made.stopped == []
     made.pool.add("d")
     assert take(made.pool) == ("d", "server-0")  # nothing new for those that leave
-    made.pool.workers[2].busy = 0
+    made.pool.workers[2].give()
     assert [worker.name for worker in made.pool.dismiss()] == ["server-2"]
     assert made.stopped == ["server-2"]
     assert made.names(State.DRAINING) == ["server-1"]

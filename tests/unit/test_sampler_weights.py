@@ -75,9 +75,9 @@ def request(group: int = 0, count: int = 3) -> SampleRequest:
 def test_images_are_of_the_tokens_whoever_decodes_them(tmp_path: Path) -> None:
     role, other = (sampler(tiny_policy_file(tmp_path)) for _ in range(2))
     with pytest.raises(FleetError, match="sampler-1 was asked to sample before it was given"):
-        role.sample(request())
+        role.sample([request()])[0]
     role.load_weights(pack_weights(tiny_policy(1).state_dict(), 4))
-    groups = [role.sample(request(group)) for group in range(4)]
+    groups = [role.sample([request(group)])[0] for group in range(4)]
     alone = [other.images(group)[0] for group in groups]  # it never had weights
     codes = role._policy.codes(torch.from_numpy(groups[1].tokens).long())
     assert np.array_equal(alone[1], role._decoder.pixels(codes).numpy())
@@ -86,7 +86,7 @@ def test_images_are_of_the_tokens_whoever_decodes_them(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as beside:  # as on Ray
         again, pending = [], []
         for number in range(4):
-            again.append(role.sample(request(number)))
+            again.append(role.sample([request(number)])[0])
             pending.append(beside.submit(role.images, again[-1]))
         images, spans = zip(*(answer.result() for answer in pending))
     for number in range(4):
@@ -100,15 +100,15 @@ def test_groups_to_learn_from_tell_of_loads_and_steps_of_packing(tmp_path: Path)
     learner, role = make(tiny_policy_file(tmp_path)), sampler(tiny_policy_file(tmp_path))
     role.load_weights(learner.snapshot())
     role.load_weights(learner.snapshot())
-    gallery = role.sample(dataclasses.replace(request(), stream="gallery"))
+    gallery = role.sample([dataclasses.replace(request(), stream="gallery")])[0]
     assert phases(gallery) == ["sample"]  # nobody keeps these
-    first = role.sample(request())
+    first = role.sample([request()])[0]
     assert phases(first) == ["load", "load", "sample"]
     assert {span.worker for span in first.spans} == {"sampler-1"}
     ends = [span.end for span in first.spans]
     starts = [span.start for span in first.spans]
     assert all(start >= end for start, end in zip(starts[1:], ends))
-    assert phases(role.sample(request())) == ["sample"]
+    assert phases(role.sample([request()])[0]) == ["sample"]
     report = learner.step(batch_of(learner))  # which packs a snapshot, too, to draw with
     assert phases(report) == ["pack", "pack", "pack", "learn"]
     assert phases(learner.step(batch_of(learner, 1))) == ["pack", "learn"]
@@ -116,6 +116,34 @@ def test_groups_to_learn_from_tell_of_loads_and_steps_of_packing(tmp_path: Path)
 
 def phases(told: RolloutGroup | StepReport) -> list[str]:
     return [span.phase for span in told.spans]
+
+
+def test_groups_decoded_together_are_those_decoded_alone(tmp_path: Path) -> None:
+    role = sampler(tiny_policy_file(tmp_path))
+    role.load_weights(pack_weights(tiny_policy(1).state_dict(), 4))
+    asked = [request(group) for group in range(4)]
+    asked[2] = dataclasses.replace(asked[2], condition=Condition(text="y", class_index=0))
+    alone = [role.sample([each])[0] for each in asked]
+    together = role.sample(asked)
+    for one, other, each in zip(alone, together, asked, strict=True):
+        assert (other.request, other.version) == (each, 4)
+        assert other.tokens.shape == (3, TINY.num_tokens)
+        # another size of matrix may round otherwise; these draws are far from any edge
+        assert np.array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        np.testing.assert_allclose(one.entropies, other.entropies, atol=1e-5)
+    assert [phases(group) for group in together] == [["sample"], [], [], []]
+    again = role.sample(asked[:1])[0]  # in its own cache: the same to the bit
+    assert np.array_equal(again.logprobs, alone[0].logprobs)
+    with pytest.raises(FleetError, match=r"requests together that differ in .* number of rollouts"):
+        role.sample([asked[0], request(1, count=2)])
+
+
+@pytest.mark.parametrize("number", [0, 3, -2])
+def test_the_size_of_batches_is_a_power_of_two(number: int) -> None:
+    with pytest.raises(ValueError, match="max_groups must be 1, 2, 4, 8"):
+        SamplerResources(max_groups=number)
+    assert SamplerResources(max_groups=4).max_groups == 4
 
 
 def lora_learner(folder: Path) -> Learner:

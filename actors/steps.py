@@ -93,7 +93,8 @@ class StaticStep:
                 self._run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # another thread may decode images meanwhile: its calls are no error of this capture
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._drawn = self._run()
         self._graph = graph
 

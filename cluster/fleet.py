@@ -140,15 +140,18 @@ class InlineFleet:
         for request in self._submitted[ticket]:
             if self._should_stop() and not finish:
                 raise StopRequestedError("stopped while sampling")
-            rollouts, images = self._sampler.sample(request)
+            (rollouts,) = self._sampler.sample([request])
+            images, span = self._sampler.images(rollouts)
             judges = self._plan.judges(request.panel)
             parts = [self._servers[role.name].score(request, images) for role in judges]
-            groups.append(ScoredGroup(rollouts=rollouts, scores=merge_scores(parts)))
+            scores = merge_scores(parts)
+            groups.append(ScoredGroup(rollouts=rollouts.with_span(span), scores=scores))
         del self._submitted[ticket]
         return groups
 
     def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
-        return [self._sampler.sample(request)[1] for request in requests]
+        groups = (self._sampler.sample([request])[0] for request in requests)
+        return [self._sampler.images(group)[0] for group in groups]
 
     def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]:
         return self._feature_server(panel).features(images, panel)

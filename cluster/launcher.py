@@ -36,11 +36,19 @@ class Launcher:
         self.placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
 
     def __call__(
-        self, role: Role, index: int, wrap: WrapClass, *, addition: bool = False, late: bool = False
+        self,
+        role: Role,
+        index: int,
+        wrap: WrapClass,
+        threads: Mapping[str, int],
+        *,
+        addition: bool = False,
+        late: bool = False,
     ) -> Worker:
         """Start one worker, without waiting for it.
 
         Args:
+            threads: of concurrency groups, beside the one that answers in order.
             addition: beyond what the run began with.
             late: the run cannot go on without it, and what it once reserved may be gone with its
                 machine: an equal share of the CPUs is then not waited for.
@@ -55,6 +63,6 @@ class Launcher:
             options["max_concurrency"] = role.concurrency
         if role.runtime_env:
             options["runtime_env"] = dict(role.runtime_env)
-        actor = wrap(role.factory, {pulse.GROUP: 1}).options(**options)
+        actor = wrap(role.factory, {pulse.GROUP: 1, **threads}).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         return Worker(role, index, handle, handle.__ray_ready__.remote(), addition)

@@ -2,21 +2,24 @@
 
 Shapes: K rollouts in a group, T tokens in a rollout, D feature dimensions, H and W pixels.
 
-    SampleRequest --> sampler --> RolloutGroup + images (K, H, W, 3) uint8
+    SampleRequest --> sampler --> RolloutGroup
+    RolloutGroup --> sampler --> images (K, H, W, 3) uint8
     images + request --> reward server --> GroupScores
     learner --> WeightSnapshot --> every sampler
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 MAIN_SPACE = "features"
 """The feature space of a panel's first extractor; a judge may look at further ones."""
+TRAIN = "train"
+"""The stream of requests that are learned from."""
 Guidance = Literal["none", "guided", "distil"]
 
 
@@ -121,6 +124,11 @@ class SampleRequest:
     def key(self) -> RequestKey:
         return RequestKey(self.stream, self.iteration, self.group)
 
+    @property
+    def batch(self) -> tuple[Hashable, ...]:
+        """Requests that have this in common may be decoded together."""
+        return (self.stream, self.iteration, self.num_rollouts, self.spec)
+
 
 class Span(NamedTuple):
     """One phase of one worker, in seconds since the epoch: an event of the timeline."""
@@ -149,6 +157,10 @@ class RolloutGroup:
     entropies: np.ndarray
     """(K, T) float32, nats: entropy of the distribution each token was drawn from."""
     spans: tuple[Span, ...] = ()
+
+    def with_span(self, span: Span) -> RolloutGroup:
+        """The group with one more phase of work on it."""
+        return replace(self, spans=(*self.spans, span))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

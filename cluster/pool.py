@@ -14,10 +14,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice, takewhile
 from typing import Any
 
+from cluster.messages import Span
 from cluster.roles import Role
 from cluster.scaling import LoadMeter
+from cluster.schedule import Candidate, Pace, batch_size, choose
 
 
 class State(Enum):
@@ -41,7 +44,16 @@ class Worker:
     """Started beyond what the run began with: if it cannot start, the run goes on without it."""
     state: State = State.STARTING
     busy: int = 0
-    """Requests it has in hand."""
+    """Calls it has in hand."""
+    pieces: int = 0
+    """Pieces of work in them."""
+    begun: float = 0.0
+    """When it began with the call that it is at, as far as one can tell from here."""
+    pace: Pace = field(default_factory=Pace)
+    decoding: int = 0
+    """Of a sampler: groups whose images it decodes, or is yet to, beside what it has in hand."""
+    worked_until: float = 0.0
+    """Seconds since the epoch: end of its work that was counted last."""
     edition: int = 0
     """Of a sampler: the weights it was sent last (`cluster.editions`). It never goes back."""
     since: float = field(default_factory=time.monotonic)
@@ -52,6 +64,47 @@ class Worker:
     def name(self) -> str:
         return self.role.worker_name(self.index)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether it may be given more. Images in decoding leave room for tokens to sample; only
+        too many of them, where images are what takes longer, do not."""
+        images = self.role.depth * self.role.max_groups
+        return self.busy < self.role.depth and self.decoding <= images
+
+    @property
+    def idle(self) -> bool:
+        return self.busy == self.decoding == 0
+
+    def take(self, pieces: int = 1, now: float | None = None) -> None:
+        """One more call in hand."""
+        if not self.busy:
+            self.begun = time.monotonic() if now is None else now
+        self.busy += 1
+        self.pieces += pieces
+
+    def give(self, pieces: int = 1, now: float | None = None) -> None:
+        """One call less."""
+        self.begun = time.monotonic() if now is None else now
+        self.busy -= 1
+        self.pieces -= pieces
+
+    def candidate(self, now: float) -> Candidate:
+        """What the choice of a worker goes by."""
+        return Candidate(
+            pace=self.pace.value,
+            pieces=self.pieces,
+            current=self.pieces / self.busy if self.busy else 0.0,
+            elapsed=now - self.begun,
+            edition=self.edition,
+            has_room=self.has_room,
+        )
+
+    def count_work(self, span: Span) -> float:
+        """Seconds of a span that were not counted yet: what overlaps counts once."""
+        seconds = max(span.end - max(span.start, self.worked_until), 0.0)
+        self.worked_until = max(self.worked_until, span.end)
+        return seconds
+
 
 @dataclass
 class Waiting:
@@ -60,6 +113,8 @@ class Waiting:
     task: Any
     edition: int = 0
     """Weights that it needs; of samplers' work."""
+    kind: Any = None
+    """Pieces of one kind (and edition) may go to a worker in one call."""
     since: float = field(default_factory=time.monotonic)
 
 
@@ -90,31 +145,48 @@ class WorkerPool:
     def of(self, state: State) -> list[Worker]:
         return [worker for worker in self.workers if worker.state is state]
 
-    def add(self, task: Any, *, front: bool = False, edition: int = 0) -> None:
+    def add(self, task: Any, *, front: bool = False, edition: int = 0, kind: Any = None) -> None:
         """Queue a piece of work; at the front of its edition, if it was begun before. Editions are
         queued in order."""
         place = len(self.waiting)
         if front:
             later = (i for i, other in enumerate(self.waiting) if other.edition >= edition)
             place = next(later, place)
-        self.waiting.insert(place, Waiting(task, edition))
+        self.waiting.insert(place, Waiting(task, edition, kind))
 
     def forget(self, task: Any) -> None:
         """A piece of work that waits is not wanted any more."""
         self.waiting = deque(waiting for waiting in self.waiting if waiting.task is not task)
 
-    def next(self) -> tuple[Waiting, Worker] | None:
-        """The next piece of work and the worker for it; None if there is no work, or no room."""
+    def next(self, now: float | None = None) -> tuple[list[Waiting], Worker] | None:
+        """The next work to hand out, of one kind, and the worker for it; None if there is no work,
+        no room, or nobody with room who would finish it first."""
         if not self.waiting:
             return None
-        edition = self.waiting[0].edition
-        able = [worker for worker in self.of(State.SERVING) if worker.edition <= edition]
-        if not able:
+        now = time.monotonic() if now is None else now
+        serving = self.of(State.SERVING)
+        candidates = [worker.candidate(now) for worker in serving]
+        chosen = choose([waiting.edition for waiting in self.waiting], candidates)
+        if chosen is None:
             return None
-        worker = min(able, key=lambda worker: (worker.busy, worker.index))
-        if worker.busy >= self.role.depth:
-            return None
-        return self.waiting.popleft(), worker
+        place, index = chosen
+        count = 1
+        if self.role.max_groups > 1:
+            edition = self.waiting[place].edition
+            able = [each for each in candidates if each.edition <= edition]
+            which, alike = able.index(candidates[index]), self._alike(place)
+            count = batch_size(self.role.max_groups, alike, able, which)
+        picked = [self.waiting[place + offset] for offset in range(count)]
+        for _ in picked:
+            del self.waiting[place]
+        return picked, serving[index]
+
+    def _alike(self, place: int) -> int:
+        """How many pieces from a place on may go together."""
+        first = self.waiting[place]
+        rest = islice(self.waiting, place, None)
+        same = takewhile(lambda w: (w.edition, w.kind) == (first.edition, first.kind), rest)
+        return sum(1 for _ in same)
 
     def scale(self, count: int) -> None:
         """Come to `count` workers: those that were to leave stay first, then new ones start; those
@@ -135,7 +207,7 @@ class WorkerPool:
 
     def dismiss(self) -> list[Worker]:
         """End those that were to leave and have nothing in hand any more."""
-        done = [worker for worker in self.of(State.DRAINING) if worker.busy == 0]
+        done = [worker for worker in self.of(State.DRAINING) if worker.idle]
         for worker in done:
             self.drop(worker)
         return done
@@ -151,7 +223,7 @@ class WorkerPool:
         coming = self.of(State.SERVING) + self.of(State.STARTING)
         if not self.waiting or any(w.edition <= self.waiting[0].edition for w in coming):
             return None
-        idle = next((w for w in self.of(State.SERVING) if w.busy == 0), None)
+        idle = next((w for w in self.of(State.SERVING) if w.idle), None)
         if idle is None:  # all are busy: they get nothing new, so that one soon is not
             return None
         self._stop(idle)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,12 +16,20 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
+from cluster.calls import (
+    SAMPLER_THREADS,
+    Call,
+    Stage,
+    ask_for_images,
+    queue_for_tokens,
+    spans_of,
+)
 from cluster.editions import Editions
 from cluster.errors import FleetError, InputLostError, LearnerLostError, TesseraError
 from cluster.fleet import StopRequestedError, Ticket
 from cluster.keepers import Keepers
 from cluster.launcher import Launcher, actor_class
-from cluster.messages import SampleRequest, ScoredGroup, Span
+from cluster.messages import SampleRequest, ScoredGroup
 from cluster.placement import Placement
 from cluster.pool import State, Waiting, Worker, WorkerPool
 from cluster.publisher import Published, publisher_of
@@ -36,23 +43,6 @@ from cluster.supervisor import Supervisor
 from cluster.tickets import Answers, GroupOnTheWay
 
 POLL_S = 0.5  # how often a wait looks for a request to stop
-WORK = ("sample", "decode", "score")  # phases in which a worker works
-
-
-@dataclass(frozen=True)
-class Call:
-    """A worker's answer that is being waited for."""
-
-    group: GroupOnTheWay
-    pool: WorkerPool
-    worker: Worker
-    waited_s: float
-    drawing: int
-
-    @property
-    def wanted(self) -> bool:
-        """Whether somebody still waits for its answer."""
-        return self.drawing == self.group.drawing and not self.group.answers.abandoned
 
 
 class RayFleet:
@@ -201,7 +191,8 @@ class RayFleet:
     def _launch(self, role: Role, index: int, addition: bool) -> Worker:
         sampler = role is self._plan.sampler
         wrap = self._weights.actor_class if sampler else actor_class
-        worker = self._launcher(role, index, wrap, addition=addition)
+        threads = SAMPLER_THREADS if sampler else {}
+        worker = self._launcher(role, index, wrap, threads, addition=addition)
         if sampler and self._editions.newest:
             # it serves with weights only: the oldest that somebody waits for, as it never goes back
             worker.ready = self._load(worker, self._editions.oldest(self._needed()))
@@ -209,7 +200,7 @@ class RayFleet:
 
     def _launch_keeper(self, role: Role, index: int, late: bool) -> Worker:
         wrap = self._weights.actor_class if role is self._plan.learner else actor_class
-        return self._launcher(role, index, wrap, late=late)
+        return self._launcher(role, index, wrap, {}, late=late)
 
     def _load(self, worker: Worker, edition: int) -> ray.ObjectRef:
         worker.edition = edition
@@ -218,7 +209,7 @@ class RayFleet:
     def _needed(self) -> Iterator[int]:
         """Editions of the groups that wait for a sampler, or are with one."""
         yield from (waiting.edition for waiting in self._samplers.waiting)
-        yield from (c.group.edition for c in self._calls.values() if c.pool is self._samplers)
+        yield from (c.edition for c in self._calls.values() if c.pool is self._samplers)
 
     def _catch_up(self) -> None:
         """Send the newest weights to samplers that have nothing older to begin."""
@@ -259,7 +250,7 @@ class RayFleet:
             judges = tuple(role.name for role in self._plan.judges(request.panel)) if scored else ()
             edition = self._editions.newest
             group = GroupOnTheWay(answers, position, request, judges, edition)
-            self._samplers.add(group, edition=edition)
+            queue_for_tokens(self._samplers, group)
         self._dispatch()
         return ticket
 
@@ -344,81 +335,62 @@ class RayFleet:
         return ", ".join(counts)
 
     def _dispatch(self) -> None:
-        """Hand waiting work to the least busy worker of the role that it needs."""
+        """Hand waiting work to whoever of the role that it needs would finish it first."""
         for pool in self.pools:
             while picked := pool.next():
                 self._send(pool, *picked)
         self._samplers.turn_back()
         self._catch_up()
 
-    def _send(self, pool: WorkerPool, waiting: Waiting, worker: Worker) -> None:
-        group: GroupOnTheWay = waiting.task
-        if not worker.busy:
-            worker.heard = time.monotonic()
-        worker.busy += 1
+    def _send(self, pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
+        groups: tuple[GroupOnTheWay, ...] = tuple(waiting.task for waiting in picked)
+        first, now = groups[0], time.monotonic()
         if pool is self._samplers:
-            if worker.edition < group.edition:
-                self._loads[self._load(worker, group.edition)] = worker
-            call = worker.handle.sample.options(num_returns=2)
-            ref, group.images = call.remote(group.request)
+            if worker.edition < first.edition:
+                self._loads[self._load(worker, first.edition)] = worker
+            requests = [group.request for group in groups]
+            stage, ref = Stage.SAMPLE, worker.handle.sample.remote(requests)
         else:
-            ref = worker.handle.score.remote(group.request, group.images)
-        waited_s = time.monotonic() - waiting.since
-        self._calls[ref] = Call(group, pool, worker, waited_s, group.drawing)
+            stage, ref = Stage.SCORE, worker.handle.score.remote(first.request, first.images)
+        waited_s = tuple(now - waiting.since for waiting in picked)
+        self._follow(ref, Call(groups, pool, worker, stage, waited_s))
+
+    def _follow(self, ref: ray.ObjectRef, call: Call) -> None:
+        call.began()
+        self._calls[ref] = call
 
     def _advance(self, ref: ray.ObjectRef) -> None:
-        """Take one finished call: pass its group on, or ask again where its worker was lost."""
-        call = self._calls.pop(ref)
-        group, pool, worker = call.group, call.pool, call.worker
-        worker.busy -= 1
-        worker.heard = time.monotonic()
+        """Take one finished call: pass its groups on, or ask again where its worker was lost."""
+        call, images = self._calls.pop(ref), None
+        group, pool, worker = call.groups[0], call.pool, call.worker
+        call.ended()
         try:
             value = answer(ref, worker.name, self._plan.timeout_s)
-            if pool is self._samplers and not group.judges:
-                images = answer(group.images, f"{worker.name} images", self._plan.timeout_s)
+            if call.stage is Stage.IMAGES and not group.judges:
+                images = answer(group.images, f"{worker.name}.images", self._plan.timeout_s)
         except RayActorError:
-            self._again(call, pool)
+            call.ask_again(self._plan.max_restarts)
             self._supervisor.lost(pool, worker)
             return
         except InputLostError:  # the images went with their node
-            self._again(call, self._samplers)
+            call.ask_anew(self._samplers, self._servers.values(), self._plan.max_restarts)
             return
         self._budget.worked(worker.name)
+        call.measure(spans_of(value))
         pool.dismiss()
-        if not call.wanted:
+        if not call.live:
             return
-        self._measure(call, getattr(value, "spans", ()))
-        if pool is not self._samplers:
+        if call.stage is Stage.SAMPLE:
+            for span, images_call in ask_for_images(call, value):
+                self._follow(span, images_call)
+        elif call.stage is Stage.SCORE:
             group.put_scores(pool.role.name, value)
         elif group.judges:
-            group.rollouts = value
+            group.put_images(value)
             for name in group.judges:
                 self._servers[name].add(group)
         else:
             group.answers.put(group.position, images)
-
-    def _again(self, call: Call, pool: WorkerPool) -> None:
-        """Queue a group again whose worker was lost, or whose images were.
-
-        Raises:
-            FleetError: whoever gets it is lost.
-        """
-        group = call.group
-        if not call.wanted:
-            return
-        group.losses += 1
-        if group.losses > self._plan.max_restarts + 1:
-            raise FleetError(
-                f"{group.losses} workers were lost with {group.request.key} in hand: look at their "
-                "logs for the reason (out of memory?), or raise --max-restarts"
-            )
-        if pool is not self._samplers:
-            pool.add(group, front=True)
-            return
-        for server in self._servers.values():
-            server.forget(group)
-        group.draw_again()
-        pool.add(group, front=True, edition=group.edition)
 
     def _loaded(self, ref: ray.ObjectRef) -> None:
         """A sampler took up weights, or says why not."""
@@ -429,12 +401,6 @@ class RayFleet:
             self._supervisor.lost(self._samplers, worker)
         except InputLostError as error:  # the learner died while it packed them
             raise LearnerLostError(f"{self._plan.learner.name} was lost") from error
-
-    def _measure(self, call: Call, spans: Sequence[Span]) -> None:
-        meter = call.pool.meter
-        queued = sum(span.seconds for span in spans if span.phase == "queue")
-        meter.waited(call.waited_s + queued)
-        meter.worked(sum(span.seconds for span in spans if span.phase in WORK))
 
     def _ask_server(self, panel: str, method: str, *args: Any) -> Any:
         """Ask any server that has a panel's feature network; another one, if it is lost."""

@@ -6,7 +6,7 @@ Roles are plain classes built as `factory(config, name=...)`. The same classes r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from cluster.messages import (
     RolloutGroup,
     SampleRequest,
     ServerStats,
+    Span,
     WeightSnapshot,
 )
 from cluster.scaling import AutoscaleConfig
@@ -59,6 +60,8 @@ class Role:
     depth: int = 2
     """Requests that one worker has in hand: with 2, the next is there when one ends; more let it
     work on several together."""
+    max_groups: int = 1
+    """Pieces of work that one call may hold."""
     concurrency: int = 1
     """Threads in which one worker answers; with 1, it answers in order."""
     autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
@@ -126,7 +129,9 @@ class SamplerRole(Protocol):
 
     def forget_weights(self) -> None: ...
 
-    def sample(self, request: SampleRequest) -> tuple[RolloutGroup, np.ndarray]: ...
+    def sample(self, requests: Sequence[SampleRequest]) -> list[RolloutGroup]: ...
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]: ...
 
 
 class RewardServerRole(Protocol):

@@ -75,7 +75,7 @@ class Supervisor:
         now, found = time.monotonic(), False
         for pool in self._pools:
             for worker in pool.of(State.SERVING) + pool.of(State.DRAINING):
-                if worker.busy and now - worker.heard > self._plan.timeout_s:
+                if not worker.idle and now - worker.heard > self._plan.timeout_s:
                     limit = f"{self._plan.timeout_s:g} s (--timeout-s)"
                     self.lost(pool, worker, f"did not answer within {limit}")
                     found = True

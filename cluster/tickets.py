@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ScoredGroup, merge_scores
+from cluster.errors import FleetError
+from cluster.messages import (
+    GroupScores,
+    RolloutGroup,
+    SampleRequest,
+    ScoredGroup,
+    Span,
+    merge_scores,
+)
 
 
 @dataclass(eq=False)
@@ -30,11 +38,29 @@ class GroupOnTheWay:
     parts: dict[str, GroupScores] = field(default_factory=dict)
     """Pool -> what it said."""
 
+    def count_loss(self, most: int) -> None:
+        """A worker was lost with it in hand.
+
+        Raises:
+            FleetError: more than `most` + 1 were.
+        """
+        self.losses += 1
+        if self.losses > most + 1:
+            raise FleetError(
+                f"{self.losses} workers were lost with {self.request.key} in hand: look at their "
+                "logs for the reason (out of memory?), or raise --max-restarts"
+            )
+
     def draw_again(self) -> None:
         """Begin anew: its rollouts or images are gone."""
         self.drawing += 1
         self.rollouts = self.images = None
         self.parts.clear()
+
+    def put_images(self, span: Span) -> None:
+        """The images are there: `images` refers to them."""
+        assert self.rollouts is not None
+        self.rollouts = self.rollouts.with_span(span)
 
     def put_scores(self, pool: str, scores: GroupScores) -> None:
         """Take one pool's scores; the last one completes the group."""

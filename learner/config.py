@@ -180,6 +180,7 @@ class RunConfig:
                 config=sampler,
                 resources=self.sampler,
                 count=self.num_samplers,
+                max_groups=self.sampler.max_groups,
             ),
             reward_server=self._reward_role("", self.reward, self.num_reward_servers),
             reward_pools=tuple(

@@ -26,6 +26,7 @@ from learner.optimizer import OptimizerConfig, PolicyAdamW
 from learner.parallel import Peers, join, open_meeting
 from learner.passes import Passes, Prepared, Sums, cut
 from learner.real_tokens import RealTokens, RealTokensConfig, cross_entropy
+from learner.timeline import Stopwatch
 from learner.trained import TrainedPolicy
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -68,6 +69,7 @@ class StepReport:
     """Policy version after the step."""
     metrics: dict[str, float]
     spans: tuple[Span, ...]
+    """Of the step, and of the snapshots that were packed since the one before."""
 
 
 class Learner:
@@ -93,6 +95,7 @@ class Learner:
         self._entropy = initial_state(config.entropy)
         self._store: Any = None
         self._pack = Packer(getattr(torch, config.wire_dtype))
+        self._clock = Stopwatch(name)
         self._base: SnapshotName | None = None  # of the frozen weights, where adapters are trained
         self._take_place(Peers(device=config.optimizer.device))
 
@@ -136,20 +139,23 @@ class Learner:
         torch.set_num_threads(self._config.optimizer.num_threads)
         weights, config = self._policy.weights(), self._policy.module.config.to_dict()
         device = self._policy.device if on_device else ""
-        return self._pack(weights, self.version, config=config, device=device)
+        with self._clock("pack"):
+            return self._pack(weights, self.version, config=config, device=device)
 
     def base_snapshot(self) -> WeightSnapshot:
         """The frozen weights that adapters belong to, in full precision; of version 0, since the
         base policy is what they are."""
         torch.set_num_threads(self._config.optimizer.num_threads)
         config = self._policy.module.config.to_dict()
-        return Packer()(self._policy.frozen_weights(), 0, config=config)
+        with self._clock("pack"):
+            return Packer()(self._policy.frozen_weights(), 0, config=config)
 
     def adapter_snapshot(self) -> WeightSnapshot:
         """The current adapters, which build upon `base_snapshot`."""
         if self._base is None:
             self._base = open_snapshot(self.base_snapshot()).name
-        return pack_adapters(self._policy.adapters(), self.version, self._base)
+        with self._clock("pack"):
+            return pack_adapters(self._policy.adapters(), self.version, self._base)
 
     def step(self, batch: TrainingBatch) -> StepReport:
         """Learn from one iteration's rollouts: one optimizer step, or as many as are configured.
@@ -175,7 +181,7 @@ class Learner:
         metrics |= {"policy/staleness": float(staleness), "loss/lr": lr}
         self._steer_entropy(batch.iteration, acted["entropy"])
         span = Span(self.name, "learn", start, time.time())
-        return StepReport(version=self.version, metrics=metrics, spans=(span,))
+        return StepReport(version=self.version, metrics=metrics, spans=(*self._clock.take(), span))
 
     def save(self, directory: Path) -> None:
         """Write policy, optimizer and counters into an existing directory. Complete, and the same

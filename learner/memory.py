@@ -112,9 +112,14 @@ def sampler_memory(
     rollouts: int,
     dtype: Literal["float32", "bfloat16"] = "float32",
     guided: bool = False,
+    max_groups: int = 1,
 ) -> float:
-    """Bytes of a sampler that decodes a group of so many rollouts: weights and KV cache."""
+    """Bytes of a sampler that decodes groups of so many rollouts: weights and KV caches.
+
+    Args:
+        max_groups: decoded together at most; 1, 2, 4, ... up to it have a cache each.
+    """
     width = FP32 if dtype == "float32" else BF16
-    rows = rollouts * (2 if guided else 1)
+    rows = rollouts * (2 if guided else 1) * (2 * max_groups - 1)
     cache = 2 * architecture.num_layers * rows * architecture.num_tokens * architecture.dim
     return width * (count_parameters(architecture) + cache)

@@ -21,6 +21,9 @@ from learner.timeline import QUEUE, Usage
 
 UNREPEATABLE = ("time/", "fleet/")
 """Prefixes of metrics that differ between equal runs."""
+OVERLAPPING = (QUEUE, "decode")
+"""Phases with a row of their own in the trace: what waits in a worker overlaps with what it does,
+and images are decoded while the next group's tokens are."""
 
 
 class Recorder:
@@ -98,8 +101,8 @@ class Trace:
 
     def add(self, spans: Iterable[Span]) -> None:
         for span in spans:
-            # what waits in a worker overlaps with what it does
-            name = f"{span.worker} {QUEUE}" if span.phase == QUEUE else span.worker
+            apart = span.phase in OVERLAPPING
+            name = f"{span.worker} {span.phase}" if apart else span.worker
             row = self._rows.get(name)
             if row is None:
                 row = self._rows[name] = len(self._rows) + 1

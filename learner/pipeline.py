@@ -14,12 +14,10 @@ import msgpack
 from cluster.buffer import GroupBuffer
 from cluster.errors import CheckpointError, FleetError
 from cluster.fleet import Fleet, Ticket
-from cluster.messages import Condition, SampleRequest, ScoredGroup
+from cluster.messages import TRAIN, Condition, SampleRequest, ScoredGroup
 from learner.conditions import ConditionStream
 from learner.config import RunConfig
 from learner.group_files import pack_group, unpack_group
-
-TRAIN = "train"
 
 
 def requests_for(

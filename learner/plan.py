@@ -101,6 +101,7 @@ def show(config: RunConfig, architecture: PolicyArchitecture, gpu: float) -> Non
         rollouts=config.rollouts_per_group,
         dtype=config.sampler.dtype,
         guided=config.sampling.guided_sampling,
+        max_groups=config.sampler.max_groups,
     )
     table.add_row("one sampler, but for images", f"{sampler / GB:.2f}")
     Console().print(table)

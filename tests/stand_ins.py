@@ -8,7 +8,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.messages import Condition
+from cluster.messages import Condition, RolloutGroup, SampleRequest
+
+
+def drawn(request: SampleRequest, version: int = 0) -> RolloutGroup:
+    """A group of one rollout with one token, the group's number."""
+    zero = np.zeros((1, 1), np.float32)
+    tokens = np.full((1, 1), request.group, np.int32)
+    return RolloutGroup(
+        request=request, version=version, tokens=tokens, logprobs=zero, entropies=zero
+    )
 
 
 class Brightness:

@@ -1,6 +1,6 @@
 """Overlap of sampling, scoring and learning: roles of fixed cost on real Ray, the real main loop.
 
-python -m tests.bench.pipeline [--only speedup mixes samplers driver memory] [--seconds 2]
+python -m tests.bench.pipeline [--only speedup mixes samplers overlap driver memory] [--seconds 2]
 
 Roles sleep a known time, so that the machine's cores do not bound the figure (a busy machine still
 wakes sleepers late). What is measured is what Tessera adds: loop, buffers, fleet, messages.
@@ -41,7 +41,7 @@ from rewards.moments_server import DistributionReward
 from tests.small_run import small_config
 
 ROLLOUTS, TOKENS, SIDE = 4, 64, 16
-PARTS = ("speedup", "mixes", "samplers", "driver", "memory")
+PARTS = ("speedup", "mixes", "samplers", "overlap", "driver", "memory")
 MIXES = {
     "balanced": (1.0, 1.0, 1.0),
     "sampling-bound": (1.0, 0.5, 0.5),
@@ -54,41 +54,50 @@ MIXES = {
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of one worker: a group to sample, a group to score, an iteration to learn."""
+    """Seconds of one worker: a group to sample and to score, an iteration to learn, a group's
+    images to decode."""
 
     sample: float = 0.0
     score: float = 0.0
     learn: float = 0.0
+    decode: float = 0.0
 
 
 class Timed:
-    """Every role, at a fixed cost."""
+    """Every role, at a fixed cost in seconds: of its work, and of decoding images."""
 
-    def __init__(self, config: float, name: str) -> None:
-        self.name, self._seconds, self._version, self._done = name, config, 0, 0
+    def __init__(self, config: tuple[float, float], name: str) -> None:
+        self.name, self._version, self._done = name, 0, 0
+        self._seconds, self._decode = config
 
-    def _work(self, phase: str) -> tuple[Span, ...]:
+    def _work(self, phase: str, seconds: float | None = None) -> tuple[Span, ...]:
         start = time.time()
-        if self._seconds:
-            time.sleep(self._seconds)
+        if seconds := self._seconds if seconds is None else seconds:
+            time.sleep(seconds)
         return (Span(self.name, phase, start, time.time()),)
 
     def load_weights(self, snapshot: WeightSnapshot) -> int:
         self._version = snapshot.version
         return self._version
 
-    def sample(self, request: SampleRequest) -> tuple[RolloutGroup, np.ndarray]:
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
         spans = self._work("sample")
         numbers = np.zeros((ROLLOUTS, TOKENS), np.float32)
-        group = RolloutGroup(
-            request=request,
-            version=self._version,
-            tokens=numbers.astype(np.int32),
-            logprobs=numbers,
-            entropies=numbers,
-            spans=spans,
-        )
-        return group, np.zeros((ROLLOUTS, SIDE, SIDE, 3), np.uint8)
+        return [
+            RolloutGroup(
+                request=request,
+                version=self._version,
+                tokens=numbers.astype(np.int32),
+                logprobs=numbers,
+                entropies=numbers,
+                spans=spans,
+            )
+        ]
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        (span,) = self._work("decode", self._decode)
+        return np.zeros((ROLLOUTS, SIDE, SIDE, 3), np.uint8), span
 
     def score(self, request: SampleRequest, images: np.ndarray) -> GroupScores:
         return GroupScores(
@@ -120,12 +129,12 @@ class Timed:
 
 
 def plan(costs: Costs, samplers: int = 1) -> FleetPlan:
-    def role(name: str, seconds: float = 0.0, count: int = 1) -> Role:
-        resources = Resources(num_cpus=0.01)
-        return Role(name=name, factory=Timed, config=seconds, resources=resources, count=count)
+    def role(name: str, seconds: float = 0.0, count: int = 1, decode: float = 0.0) -> Role:
+        config, resources = (seconds, decode), Resources(num_cpus=0.01)
+        return Role(name=name, factory=Timed, config=config, resources=resources, count=count)
 
     return FleetPlan(
-        sampler=role("sampler", costs.sample, samplers),
+        sampler=role("sampler", costs.sample, samplers, costs.decode),
         reward_server=role("reward-server", costs.score),
         moments_server=role("moments-server"),
         learner=role("learner", costs.learn),
@@ -235,6 +244,26 @@ def samplers(session: RaySession, seconds: float) -> None:
     print(f"RESULT pipeline.linear_to_16={lowest:.3f}")
 
 
+def overlap(session: RaySession, seconds: float) -> None:
+    """One sampler whose images take 0.6 times as long as its tokens. A group's two phases after
+    one another are the stand-in's own sum, as measured in the run."""
+    groups, costs = 20, Costs(sample=0.1, decode=0.06)
+    sums: list[float] = []
+
+    def after(done: Iteration) -> None:
+        phases = [span.seconds for span in done.spans if span.phase in ("sample", "decode")]
+        sums.append(sum(phases) / groups)
+
+    took = run(session, costs, bench_config(1, 8, groups), after=after).seconds / groups
+    serial = sum(sums[2:]) / len(sums[2:])
+    print(
+        f"{1 / took:.2f} groups/s; one after the other {1 / serial:.2f}; sampling alone allows "
+        f"{1 / costs.sample:.2f}",
+        flush=True,
+    )
+    print(f"RESULT pipeline.decode_overlap={serial / took:.3f}")
+
+
 def driver(session: RaySession, seconds: float) -> None:
     groups, marks = 16, []
 
@@ -271,8 +300,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="the slowest stage's, each time")
     options = parser.parse_args()
     parts = {
-        "speedup": speedup, "mixes": mixes, "samplers": samplers, "driver": driver, "memory": memory
-    }  # fmt: skip
+        "speedup": speedup,
+        "mixes": mixes,
+        "samplers": samplers,
+        "overlap": overlap,
+        "driver": driver,
+        "memory": memory,
+    }
     with RaySession(RayConfig()) as session:
         for name in options.only:
             print(f"--- {name} (load {os.getloadavg()[0]:.1f})", flush=True)

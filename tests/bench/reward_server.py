@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec
+from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec, Span
 from cluster.ray_fleet import RayFleet
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.runtime import RayConfig, RaySession
@@ -35,16 +35,21 @@ class InstantSampler:
     def load_weights(self, snapshot: object) -> int:
         return 0
 
-    def sample(self, request: SampleRequest) -> tuple[RolloutGroup, np.ndarray]:
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
         empty = np.zeros((ROLLOUTS, 1), np.float32)
-        group = RolloutGroup(
-            request=request,
-            version=0,
-            tokens=empty.astype(np.int32),
-            logprobs=empty,
-            entropies=empty,
-        )
-        return group, self._images
+        return [
+            RolloutGroup(
+                request=request,
+                version=0,
+                tokens=empty.astype(np.int32),
+                logprobs=empty,
+                entropies=empty,
+            )
+        ]
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        return self._images, Span("sampler", "decode", 0.0, 0.0)
 
 
 class Idle:

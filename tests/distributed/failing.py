@@ -116,10 +116,10 @@ class BusySampler(Sampler):
     folder: Path
     number = signal.SIGKILL
 
-    def sample(self, request: Any) -> Any:
-        if (request.stream, request.iteration, request.group) == ("train", ITERATION, 1):
+    def sample(self, requests: Any) -> Any:
+        if any((r.stream, r.iteration, r.group) == ("train", ITERATION, 1) for r in requests):
             die_once(self.folder, f"sampler-{self.number.name}", self.number)
-        return super().sample(request)
+        return super().sample(requests)
 
 
 class StoppedSampler(BusySampler):

@@ -9,13 +9,14 @@ import pytest
 import ray
 
 from cluster.fleet import InlineFleet
-from cluster.messages import SampleRequest
+from cluster.messages import RolloutGroup, SampleRequest, Span
 from cluster.ray_fleet import RayFleet
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.runtime import RaySession
 from tests.distributed.kills import kill_when_asked_for
 from tests.distributed.test_ray_fleet import requests
 from tests.small_run import fingerprint, run_training, small_config
+from tests.stand_ins import drawn
 
 
 def ahead(**changes: object):
@@ -62,9 +63,13 @@ class Slow:
         time.sleep(seconds)
         return time.time()
 
-    def sample(self, request: SampleRequest) -> tuple:
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
         time.sleep(self._seconds)
-        return time.time(), np.full((1, 1), self._version)
+        return [drawn(request, self._version)]
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        return np.full((1, 1), group.version), Span("sampler", "decode", 0.0, 0.0)
 
 
 def slow_plan(*seconds: float) -> FleetPlan:

@@ -10,12 +10,13 @@ import pytest
 
 from cluster.errors import FleetError, TesseraError
 from cluster.fleet import InlineFleet, StopRequestedError
-from cluster.messages import Condition, SampleRequest, SamplingSpec
+from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec, Span
 from cluster.ray_fleet import RayFleet
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.runtime import RaySession
 from tests.distributed.kills import kill_when_asked_for
 from tests.small_run import fingerprint, run_training, small_config
+from tests.stand_ins import drawn
 
 START_S = 120.0
 
@@ -78,7 +79,8 @@ class Echo:
     def snapshot(self) -> str:
         return "weights"
 
-    def sample(self, request: SampleRequest) -> tuple:
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
         match self.config:
             case "raises":
                 raise TesseraError("the policy has no class 7")
@@ -88,7 +90,10 @@ class Echo:
                 os._exit(1)
             case "hangs":
                 time.sleep(60)
-        return self.name, np.full((2, 2), request.group)
+        return [drawn(request)]
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        return np.full((2, 2), group.tokens[0, 0]), Span(self.name, "decode", 0.0, 0.0)
 
 
 def echo_plan(sampler: str = "", *, timeout_s: float = START_S, restarts: int = 1) -> FleetPlan:

@@ -19,7 +19,7 @@ from cluster import publisher as publishing
 from cluster import ray_fleet
 from cluster.errors import CheckpointError
 from cluster.fleet import InlineFleet
-from cluster.messages import SampleRequest, WeightSnapshot
+from cluster.messages import RolloutGroup, SampleRequest, Span, WeightSnapshot
 from cluster.publisher import Published, Publisher
 from cluster.ray_calls import answer
 from cluster.ray_fleet import RayFleet
@@ -29,6 +29,7 @@ from cluster.transports import OBJECT_STORE, DeviceTransport
 from cluster.weights import Packer, load_weights
 from tests.distributed.test_ray_fleet import Echo, requests
 from tests.small_run import fingerprint, run_training, small_config
+from tests.stand_ins import drawn
 
 SIDE = 512  # 1 MiB a layer: too large to travel inside Ray's own messages
 WAIT_S = 120.0
@@ -77,8 +78,14 @@ class SmallSampler:
     def values(self) -> list[float]:
         return sorted({float(value) for p in self._module.parameters() for value in p.unique()})
 
-    def sample(self, request: SampleRequest) -> tuple[str, np.ndarray]:
-        return self._name, np.array(self.values())
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
+        version = self.values()
+        assert len(version) == 1
+        return [drawn(request, int(version[0]))]
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        return np.array([float(group.version)]), Span(self._name, "decode", 0.0, 0.0)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.messages import Span
 from cluster.pool import State, Worker, WorkerPool
 from cluster.roles import Resources, Role
 from cluster.scaling import AutoscaleConfig
@@ -44,12 +45,12 @@ def take(pool: WorkerPool) -> tuple[str, str] | None:
     picked = pool.next()
     if picked is None:
         return None
-    waiting, worker = picked
-    worker.busy += 1
+    (waiting,), worker = picked
+    worker.take()
     return waiting.task, worker.name
 
 
-def test_the_least_busy_gets_the_work_up_to_its_depth() -> None:
+def test_equals_get_the_work_in_turn_up_to_their_depth() -> None:
     made = Pool()
     for task in "abcde":
         made.pool.add(task)
@@ -62,6 +63,37 @@ def test_the_least_busy_gets_the_work_up_to_its_depth() -> None:
         None,
     ]
     assert [waiting.task for waiting in made.pool.waiting] == ["e"]
+
+
+def test_images_leave_room_for_tokens_unless_they_are_what_takes_longer() -> None:
+    made = Pool(count=1, depth=2)
+    (worker,) = made.pool.workers
+    for task in "abc":
+        made.pool.add(task)
+    worker.decoding = 2
+    assert take(made.pool) == ("a", "server")
+    worker.decoding = 3
+    assert take(made.pool) is None
+    worker.decoding = 2
+    assert take(made.pool) == ("b", "server")
+    assert take(made.pool) is None
+
+
+def test_one_that_leaves_finishes_its_images() -> None:
+    made = Pool(count=2)
+    leaving = made.pool.workers[1]
+    leaving.decoding = 1
+    made.pool.scale(1)
+    assert made.names(State.DRAINING) == ["server-1"]
+    leaving.decoding = 0
+    assert made.pool.dismiss() == [leaving]
+
+
+def test_work_that_overlaps_counts_once() -> None:
+    worker = Pool(count=1).pool.workers[0]
+    spans = [(100, 104), (104, 108), (104, 106), (103, 109), (120, 121)]
+    counted = [worker.count_work(Span("w", "work", start, end)) for start, end in spans]
+    assert counted == [4, 4, 0, 1, 1]
 
 
 def test_work_that_was_begun_goes_first() -> None:
@@ -95,7 +127,7 @@ def test_those_that_leave_finish_first() -> None:
     assert made.stopped == []
     made.pool.add("d")
     assert take(made.pool) == ("d", "server-0")  # nothing new for those that leave
-    made.pool.workers[2].busy = 0
+    made.pool.workers[2].give()
     assert [worker.name for worker in made.pool.dismiss()] == ["server-2"]
     assert made.stopped == ["server-2"]
     assert made.names(State.DRAINING) == ["server-1"]

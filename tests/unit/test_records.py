@@ -150,6 +150,16 @@ def test_the_timeline_of_a_killed_run_can_be_gone_on_with(tmp_path: Path) -> Non
     assert [event["tid"] for event in events if event["ph"] == "X"] == [1, 2, 1]
 
 
+def test_images_in_decoding_have_a_row_beside_the_next_tokens(tmp_path: Path) -> None:
+    trace = Trace(tmp_path / "trace.json", resume=False)
+    trace.add([Span("s", "sample", 0, 2), Span("s", "decode", 2, 3), Span("s", "sample", 2, 4)])
+    trace.close()
+    events = json.loads((tmp_path / "trace.json").read_text())
+    names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    rows = [(names[event["tid"]], event["name"]) for event in events if event["ph"] == "X"]
+    assert rows == [("s", "sample"), ("s decode", "decode"), ("s", "sample")]
+
+
 def test_an_empty_timeline_is_valid(tmp_path: Path) -> None:
     Trace(tmp_path / "trace.json", resume=False).close()
     assert json.loads((tmp_path / "trace.json").read_text()) == []

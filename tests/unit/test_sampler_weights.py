@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 
 from actors.models.loading import PolicyConfig
 from actors.sampler import Sampler, SamplerConfig, SamplerResources
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, FleetError
+from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec
 from cluster.weights import Packer, load_weights, pack_weights, unpack_weights
 from learner.adapters import LoraConfig
-from learner.learner import Learner
+from learner.learner import Learner, StepReport
 from learner.optimizer import OptimizerConfig
 from tests.unit.helpers import TINY, random_policy, tiny_policy
 from tests.unit.learner_cases import batch_of, make, tiny_policy_file
@@ -56,6 +58,92 @@ def test_what_is_refused_leaves_the_sampler_as_it_was(tmp_path: Path) -> None:
             role.load_weights(snapshot)
         assert role.version == 4
         assert same(held(role), good)
+
+
+def request(group: int = 0, count: int = 3) -> SampleRequest:
+    return SampleRequest(
+        stream="train",
+        iteration=0,
+        group=group,
+        condition=Condition(text="x", class_index=1),
+        num_rollouts=count,
+        seed=0,
+        spec=SamplingSpec(),
+    )
+
+
+def test_images_are_of_the_tokens_whoever_decodes_them(tmp_path: Path) -> None:
+    role, other = (sampler(tiny_policy_file(tmp_path)) for _ in range(2))
+    with pytest.raises(FleetError, match="sampler-1 was asked to sample before it was given"):
+        role.sample([request()])[0]
+    role.load_weights(pack_weights(tiny_policy(1).state_dict(), 4))
+    groups = [role.sample([request(group)])[0] for group in range(4)]
+    alone = [other.images(group)[0] for group in groups]  # it never had weights
+    codes = role._policy.codes(torch.from_numpy(groups[1].tokens).long())
+    assert np.array_equal(alone[1], role._decoder.pixels(codes).numpy())
+    assert (alone[0].shape[0], alone[0].dtype) == (3, np.uint8)
+
+    with ThreadPoolExecutor(1) as beside:  # as on Ray
+        again, pending = [], []
+        for number in range(4):
+            again.append(role.sample([request(number)])[0])
+            pending.append(beside.submit(role.images, again[-1]))
+        images, spans = zip(*(answer.result() for answer in pending))
+    for number in range(4):
+        assert np.array_equal(again[number].tokens, groups[number].tokens)
+        assert np.array_equal(again[number].logprobs, groups[number].logprobs)
+        assert np.array_equal(images[number], alone[number])
+    assert {(span.worker, span.phase) for span in spans} == {("sampler-1", "decode")}
+
+
+def test_groups_to_learn_from_tell_of_loads_and_steps_of_packing(tmp_path: Path) -> None:
+    learner, role = make(tiny_policy_file(tmp_path)), sampler(tiny_policy_file(tmp_path))
+    role.load_weights(learner.snapshot())
+    role.load_weights(learner.snapshot())
+    gallery = role.sample([dataclasses.replace(request(), stream="gallery")])[0]
+    assert phases(gallery) == ["sample"]  # nobody keeps these
+    first = role.sample([request()])[0]
+    assert phases(first) == ["load", "load", "sample"]
+    assert {span.worker for span in first.spans} == {"sampler-1"}
+    ends = [span.end for span in first.spans]
+    starts = [span.start for span in first.spans]
+    assert all(start >= end for start, end in zip(starts[1:], ends))
+    assert phases(role.sample([request()])[0]) == ["sample"]
+    report = learner.step(batch_of(learner))  # which packs a snapshot, too, to draw with
+    assert phases(report) == ["pack", "pack", "pack", "learn"]
+    assert phases(learner.step(batch_of(learner, 1))) == ["pack", "learn"]
+
+
+def phases(told: RolloutGroup | StepReport) -> list[str]:
+    return [span.phase for span in told.spans]
+
+
+def test_groups_decoded_together_are_those_decoded_alone(tmp_path: Path) -> None:
+    role = sampler(tiny_policy_file(tmp_path))
+    role.load_weights(pack_weights(tiny_policy(1).state_dict(), 4))
+    asked = [request(group) for group in range(4)]
+    asked[2] = dataclasses.replace(asked[2], condition=Condition(text="y", class_index=0))
+    alone = [role.sample([each])[0] for each in asked]
+    together = role.sample(asked)
+    for one, other, each in zip(alone, together, asked, strict=True):
+        assert (other.request, other.version) == (each, 4)
+        assert other.tokens.shape == (3, TINY.num_tokens)
+        # another size of matrix may round otherwise; these draws are far from any edge
+        assert np.array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        np.testing.assert_allclose(one.entropies, other.entropies, atol=1e-5)
+    assert [phases(group) for group in together] == [["sample"], [], [], []]
+    again = role.sample(asked[:1])[0]  # in its own cache: the same to the bit
+    assert np.array_equal(again.logprobs, alone[0].logprobs)
+    with pytest.raises(FleetError, match=r"requests together that differ in .* number of rollouts"):
+        role.sample([asked[0], request(1, count=2)])
+
+
+@pytest.mark.parametrize("number", [0, 3, -2])
+def test_the_size_of_batches_is_a_power_of_two(number: int) -> None:
+    with pytest.raises(ValueError, match="max_groups must be 1, 2, 4, 8"):
+        SamplerResources(max_groups=number)
+    assert SamplerResources(max_groups=4).max_groups == 4
 
 
 def lora_learner(folder: Path) -> Learner:

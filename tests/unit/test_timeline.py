@@ -28,6 +28,15 @@ def test_shares_by_hand() -> None:
     assert usage.shares()[0].role == "sampler"
 
 
+def test_loading_and_packing_weights_is_work() -> None:
+    usage = Usage(100.0)
+    usage.add([Span("sampler", "load", 100, 103), Span("sampler", "sample", 103, 110)])
+    usage.add([Span("learner", "pack", 101, 102), Span("learner", "learn", 102, 106)])
+    assert {use.role: use.busy for use in usage.shares()} == pytest.approx(
+        {"sampler": 1.0, "learner": 5 / 9}
+    )
+
+
 def test_overlapping_spans_of_a_worker_count_once() -> None:
     usage = Usage(start=0.0)
     usage.add([Span("learner", "learn", 0, 6), Span("learner", "publish", 4, 8)])

@@ -1,0 +1,199 @@
+"""A sampler decodes images beside the next group's tokens, and does all else in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.calls import IMAGES, SAMPLER_THREADS, Stage
+from cluster.messages import RolloutGroup, SampleRequest, Span
+from cluster.publisher import Publisher
+from cluster.ray_fleet import RayFleet
+from cluster.roles import FleetPlan, Resources, Role
+from cluster.runtime import RaySession
+from cluster.transports import OBJECT_STORE, DeviceTransport
+from tests.distributed.test_ray_fleet import Echo, requests
+from tests.stand_ins import drawn
+
+SAMPLE_S, DECODE_S, WAIT_S = 0.2, 0.15, 60.0
+
+
+class TwoHanded:
+    """A sampler of fixed costs that keeps a diary. `config` names a file: the first that decodes
+    the images of group 2 dies in the middle, and leaves the file."""
+
+    def __init__(self, config: str, name: str) -> None:
+        self._died, self.name, self._version = config, name, 0
+        self._diary: list[str] = []
+
+    def load_weights(self, snapshot: int) -> int:
+        self._diary.append(f"load {snapshot}")
+        self._version = snapshot
+        return snapshot
+
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
+        start = time.time()
+        time.sleep(SAMPLE_S)
+        self._diary.append(f"sample {request.group} with {self._version}")
+        group = drawn(request, self._version)
+        return [group.with_span(Span(self.name, "sample", start, time.time()))]
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        start = time.time()
+        number = int(group.tokens[0, 0])
+        if self._died and number == 2 and not Path(self._died).exists():
+            Path(self._died).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(DECODE_S)
+        return np.full((1, 1), number), Span(self.name, "decode", start, time.time())
+
+    def diary(self) -> list[str]:
+        return self._diary
+
+
+@pytest.fixture
+def over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"gloo": DeviceTransport("gloo", group=True)}
+    monkeypatch.setattr("cluster.publisher.DEVICE_TRANSPORTS", there)
+
+
+@pytest.mark.parametrize("transport", [OBJECT_STORE, "gloo"])
+def test_the_thread_beside_leaves_the_order_of_the_others(
+    ray_session: RaySession, over_gloo: None, transport: str
+) -> None:
+    """Weights are taken up between the groups that they were sent between, while images decode."""
+    actor_class = Publisher(transport).actor_class(TwoHanded, SAMPLER_THREADS)
+    sampler = actor_class.options(num_cpus=0.1).remote("", name="sampler")
+    decode = sampler.images.options(concurrency_group=IMAGES, num_returns=2)
+    try:
+        ray.get(sampler.__ray_ready__.remote(), timeout=WAIT_S)
+        start = time.time()
+        asked, samples, spans, expected = requests(1)[0], [], [], []
+        group = drawn(asked)
+        for version in range(1, 5):
+            sampler.load_weights.remote(version)
+            samples += [sampler.sample.remote([asked]) for _ in range(2)]
+            spans += [decode.remote(group)[1] for _ in range(2)]
+            expected += [f"load {version}", *[f"sample 0 with {version}"] * 2]
+        groups = ray.get(samples, timeout=WAIT_S)
+        ray.get(spans, timeout=WAIT_S)
+        seconds = time.time() - start
+        assert ray.get(sampler.diary.remote(), timeout=WAIT_S) == expected
+        assert [group.version for (group,) in groups] == [1, 1, 2, 2, 3, 3, 4, 4]
+        assert seconds < 8 * (SAMPLE_S + DECODE_S) - 0.5  # they did overlap
+    finally:
+        ray.kill(sampler)
+
+
+def two_handed_plan(died: str = "", restarts: int = 0) -> FleetPlan:
+    def role(name: str, factory: type, config: str = "") -> Role:
+        return Role(name=name, factory=factory, config=config, resources=Resources(num_cpus=0.1))
+
+    return FleetPlan(
+        sampler=role("sampler", TwoHanded, died),
+        reward_server=role("reward-server", Echo),
+        moments_server=role("moments-server", Echo),
+        learner=role("learner", Counter),
+        timeout_s=WAIT_S,
+        max_restarts=restarts,
+    )
+
+
+class Counter:
+    """A learner whose snapshots are numbers."""
+
+    def __init__(self, config: str, name: str) -> None:
+        self._version = 0
+
+    def snapshot(self) -> int:
+        self._version += 1
+        return self._version
+
+
+def test_images_are_decoded_beside_the_next_groups_tokens(ray_session: RaySession) -> None:
+    """The sampler never idles: its groups take as long as their tokens do, and the last images."""
+    with RayFleet(two_handed_plan(), ray_session) as fleet:
+        fleet.broadcast()
+        fleet.sample_images(requests(1))
+        spans: list[Span] = []
+        advance = fleet._advance
+
+        def listen(ref: ray.ObjectRef) -> None:
+            value = ray.get(ref)
+            spans.extend([value] if fleet._calls[ref].stage is Stage.IMAGES else value.spans)
+            advance(ref)
+
+        fleet._advance = listen
+        images = fleet.sample_images(requests(8))
+        assert [int(image[0, 0]) for image in images] == list(range(8))
+        (worker,) = fleet.pools[0].workers
+        assert worker.idle
+    samples = sorted(span for span in spans if span.phase == "sample")
+    decodes = sorted(span for span in spans if span.phase == "decode")
+    assert len(samples) == len(decodes) == 8
+    pauses = [after.start - before.end for before, after in pairwise(samples)]
+    # One after the other, every pause would be as long as decoding. A busy machine wakes late.
+    assert sum(pauses) < 0.4 * sum(span.seconds for span in decodes)
+    beside = [
+        min(decode.end, after.end) - max(decode.start, after.start)
+        for decode, after in zip(decodes, samples[1:])
+    ]
+    assert sum(seconds > 0 for seconds in beside) >= 5
+
+
+def test_one_that_dies_over_images_has_its_groups_asked_for_again(
+    ray_session: RaySession, tmp_path: Path
+) -> None:
+    with RayFleet(two_handed_plan(str(tmp_path / "died"), 1), ray_session) as fleet:
+        fleet.broadcast()
+        images = fleet.sample_images(requests(6))
+        assert (tmp_path / "died").exists()
+        assert [int(image[0, 0]) for image in images] == list(range(6))
+        assert fleet.restarts == 1
+
+
+class Batches(TwoHanded):
+    """Draws several groups in one call. `config` names a folder: a file there for each call, and
+    the first call of two or more dies in the middle."""
+
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        calls = Path(self._died)
+        numbers = "-".join(str(request.group) for request in requests)
+        first = not any("-" in path.name for path in calls.iterdir())
+        (calls / f"{time.time()}_{numbers}").touch()
+        if first and len(requests) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(SAMPLE_S)
+        return [drawn(request, self._version) for request in requests]
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        return np.full((1, 1), group.tokens[0, 0]), Span(self.name, "decode", 0.0, 0.0)
+
+
+def test_every_group_of_a_lost_batch_is_asked_for_again(
+    ray_session: RaySession, tmp_path: Path
+) -> None:
+    plan = two_handed_plan(str(tmp_path), 1)
+    sampler = dataclasses.replace(plan.sampler, factory=Batches, max_groups=4)
+    with RayFleet(dataclasses.replace(plan, sampler=sampler), ray_session) as fleet:
+        fleet.broadcast()
+        images = fleet.sample_images(requests(11))
+        assert [int(image[0, 0]) for image in images] == list(range(11))
+        assert fleet.restarts == 1
+        assert fleet.pools[0].workers[0].idle
+        assert fleet.pools[0].workers[0].pieces == 0
+    calls = [path.name.partition("_")[2].split("-") for path in sorted(tmp_path.iterdir())]
+    assert max(len(call) for call in calls) == 4
+    lost = calls[0]
+    assert len(lost) == 4
+    asked = [int(number) for call in calls[1:] for number in call]
+    assert sorted(asked) == list(range(11))  # those that were lost among them, and none twice

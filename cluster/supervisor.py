@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ray.exceptions import RayActorError
 
-from cluster.errors import FleetError
+from cluster.errors import FleetError, InputLostError, LearnerLostError
 from cluster.pool import State, Worker, WorkerPool
 from cluster.ray_calls import answer
 from cluster.restarts import RestartBudget
@@ -41,12 +41,19 @@ class Supervisor:
                 yield pool, worker
 
     def started(self, pool: WorkerPool, worker: Worker) -> None:
-        """A worker says that it is ready, or why it will never be."""
+        """A worker says that it is ready, or why it will never be.
+
+        Raises:
+            FleetError: it cannot start, and no other serves.
+            LearnerLostError: the weights that it was to begin with went with the learner.
+        """
         try:
             answer(worker.ready, worker.name, self._plan.timeout_s)
         except RayActorError:
             self.lost(pool, worker)
             return
+        except InputLostError as error:  # the weights that it was to begin with
+            raise LearnerLostError(f"{self._plan.learner.name} was lost") from error
         except FleetError as error:
             if not (worker.addition and pool.of(State.SERVING)):
                 raise

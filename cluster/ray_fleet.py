@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 
 from cluster.calls import (
     SAMPLER_THREADS,
+    WEIGHTS,
     Call,
     Stage,
     ask_for_images,
@@ -161,6 +162,10 @@ class RayFleet:
         self._editions.publish(self._publish())
         if self._weights.on_device:
             self._hand_over()
+        if self._plan.sampler.goes_ahead:
+            for worker in self._samplers.of(State.SERVING):
+                newest = self._editions[self._editions.newest]
+                self._loads[self._weights.offer(worker.handle, newest, WEIGHTS)] = worker
         self._catch_up()
 
     def _publish(self) -> Published:

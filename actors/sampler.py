@@ -116,7 +116,7 @@ class Sampler:
         with self._lock:
             offered, self._offered = self._offered, None
         if offered is not None and offered[0].version > self.version:
-            # in-place writes must count as such: packed copies of weights go by it
+            # as between groups: decoding runs in inference mode, loading does not
             with torch.inference_mode(False):
                 self.load_weights(*offered)
 

@@ -1,7 +1,8 @@
 """KV-cached decoding and teacher-forced log-probabilities: one distribution, computed two ways.
 
-Both are pure. Decoding takes its randomness as an argument (one uniform per token, inverse CDF), so
-a rollout is a function of weights, condition, uniforms and `SamplingSpec`, wherever it is decoded.
+Both are pure (but for what a caller's hook does between steps). Decoding takes its randomness as an
+argument (one uniform per token, inverse CDF), so a rollout is a function of weights, condition,
+uniforms and `SamplingSpec`, wherever it is decoded.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -9,6 +10,7 @@ Shapes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +61,7 @@ def decode_tokens(
     uniforms: Tensor,
     spec: SamplingSpec,
     workspace: Workspace | None = None,
+    between_steps: Callable[[int], None] | None = None,
 ) -> Decoded:
     """Decode whole rollouts with a KV cache.
 
@@ -67,6 +70,9 @@ def decode_tokens(
         uniforms: (B, T) float64 in [0, 1), on the policy's device.
         spec: transforms of the logits; guidance runs as one batch of 2B rows.
         workspace: cache and captured steps to use again; None makes them for this call alone.
+        between_steps: called with t before token t is drawn, t >= 1. It may write new weights into
+            the policy, in place: keys and values of earlier tokens stay those of the weights before
+            (as in PipelineRL, arXiv 2509.19128). Without it the function is pure.
 
     Raises:
         ConfigError: guidance with a policy that has no unconditional branch.
@@ -76,6 +82,8 @@ def decode_tokens(
     drawn = workspace.begin(rows, uniforms[:, 0], spec)
     columns: list[Drawn] = [drawn]
     for position in range(1, policy.num_tokens):
+        if between_steps is not None:
+            between_steps(position)
         drawn = workspace.advance(drawn.tokens, uniforms[:, position], spec)
         columns.append(drawn)
     return Decoded(*(torch.stack(column, dim=1) for column in zip(*columns)))

@@ -119,7 +119,7 @@ class StaticStep:
 class Workspace:
     """What one decoding after another uses again: the cache, and on a GPU the captured steps.
 
-    Weights may be written to in place between decodings; they must not be replaced.
+    Weights may be written to in place between steps; they must not be replaced.
     """
 
     def __init__(self, policy: Policy, *, static: bool | None = None) -> None:

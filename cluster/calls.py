@@ -10,6 +10,9 @@ weights must be taken up between the groups that they were sent between. (Asked 
 the tokens' reference, it would hold up what is sent after it: Ray sends an actor's calls in order,
 and each when its arguments are there.)
 
+Where weights are taken up between tokens, they are offered in a third thread; and sent in order as
+well before the first group that must not be drawn with older ones.
+
 A sampler may be asked for the tokens of several groups in one call, which decodes them as one
 batch; each group goes its own way after that.
 """
@@ -29,7 +32,8 @@ from cluster.pool import Worker, WorkerPool
 from cluster.tickets import GroupOnTheWay
 
 IMAGES = "images"
-SAMPLER_THREADS = {IMAGES: 1}
+WEIGHTS = "weights"
+SAMPLER_THREADS = {IMAGES: 1, WEIGHTS: 1}
 """Ray concurrency groups of a sampler, beside the one thread that answers in order."""
 WORK = ("load", "sample", "decode", "score")  # phases in which a worker works
 
@@ -126,7 +130,8 @@ class Call:
         queued = sum(span.seconds for span in spans if span.phase == "queue")
         for waited_s in self.waited_s:
             meter.waited(waited_s + queued)
-        work = [(self.worker.count_work(span), span) for span in spans if span.phase in WORK]
+        worked = sorted((s for s in spans if s.phase in WORK), key=lambda span: span.start)
+        work = [(self.worker.count_work(span), span) for span in worked]
         meter.worked(sum(seconds for seconds, _ in work))
         self.worker.pace.add(sum(seconds for seconds, s in work if s.phase != "load"), pieces)
 

@@ -65,6 +65,11 @@ class Worker:
         return self.role.worker_name(self.index)
 
     @property
+    def oldest_work(self) -> int:
+        """The oldest edition that it can work for."""
+        return 0 if self.role.goes_ahead else self.edition
+
+    @property
     def has_room(self) -> bool:
         """Whether it may be given more. Images in decoding leave room for tokens to sample; only
         too many of them, where images are what takes longer, do not."""
@@ -95,7 +100,7 @@ class Worker:
             pieces=self.pieces,
             current=self.pieces / self.busy if self.busy else 0.0,
             elapsed=now - self.begun,
-            edition=self.edition,
+            edition=self.oldest_work,
             has_room=self.has_room,
         )
 
@@ -221,7 +226,9 @@ class WorkerPool:
         """Where the next piece of work needs weights that every worker has left behind, because
         whoever was to do it is gone: put a new worker in the place of an idle one."""
         coming = self.of(State.SERVING) + self.of(State.STARTING)
-        if not self.waiting or any(w.edition <= self.waiting[0].edition for w in coming):
+        if not self.waiting or any(
+            worker.oldest_work <= self.waiting[0].edition for worker in coming
+        ):
             return None
         idle = next((w for w in self.of(State.SERVING) if w.idle), None)
         if idle is None:  # all are busy: they get nothing new, so that one soon is not

@@ -111,12 +111,19 @@ class Publisher:
         as the learner waits for rollouts (device transports are for max_staleness 0 alone)."""
         if weights.on_device is not None and (not self._members or sampler in self._members):
             return sampler.load_weights.remote(weights.on_device)
+        return sampler.load_weights.remote(*self._stored(weights))
+
+    def offer(self, sampler: Any, weights: Published, thread: str) -> ray.ObjectRef:
+        """Offer weights to a sampler at once, in a thread (concurrency group) beside its work."""
+        offered = sampler.offer_weights.options(concurrency_group=thread)
+        return offered.remote(*self._stored(weights))
+
+    def _stored(self, weights: Published) -> list[ray.ObjectRef]:
+        """References to a snapshot in the object store, and to what it builds upon."""
         snapshot = weights.snapshot
         if snapshot is None:
             snapshot = self._asked("snapshot")
-        if weights.base is not None:
-            return sampler.load_weights.remote(snapshot, weights.base)
-        return sampler.load_weights.remote(snapshot)
+        return [snapshot] if weights.base is None else [snapshot, weights.base]
 
     def fall_back(self, error: TesseraError) -> bool:
         """After a failed load: publish through the object store from now on, and say so. False if

@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 
 from cluster.calls import (
     SAMPLER_THREADS,
+    WEIGHTS,
     Call,
     Stage,
     ask_for_images,
@@ -131,7 +132,8 @@ class RayFleet:
         self._weights.forget()
         for worker in list(self._samplers.workers):
             worker.edition = 0
-            if worker.state is State.STARTING:  # perhaps with weights that will never come
+            starting = worker.state is State.STARTING  # perhaps with weights that will never come
+            if starting or self._plan.sampler.goes_ahead:  # or an offer may still be on its way
                 self._kill(worker)
                 self._samplers.replace(worker)
             else:
@@ -163,6 +165,10 @@ class RayFleet:
         self._editions.publish(self._publish())
         if self._weights.on_device:
             self._hand_over()
+        if self._plan.sampler.goes_ahead:
+            for worker in self._samplers.of(State.SERVING):
+                newest = self._editions[self._editions.newest]
+                self._loads[self._weights.offer(worker.handle, newest, WEIGHTS)] = worker
         self._catch_up()
 
     def _publish(self) -> Published:

@@ -17,6 +17,7 @@ from cluster.roles import Role
 
 OBJECT_STORE = "object-store"
 WireDtype = Literal["float32", "bfloat16"]
+TakeUp = Literal["group", "token"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ class WeightsConfig:
     dtype: Literal["sampler", "float32", "bfloat16"] = "sampler"
     """Of the weights on the way; sampler is what samplers compute in (sampler.dtype). bfloat16
     halves what travels, and rounds the weights of float32 samplers."""
+
+    take_up: TakeUp = "group"
+    """When a sampler takes up new weights. group: between groups, so that results do not depend on
+    the clock, and repeat. token: before the next token it draws, in the middle of groups (their
+    earlier tokens, and the cache of these, stay those of the weights before); rollouts are fresher,
+    each token's version is recorded, and results depend on the clock: they do not repeat, and
+    `--resume` goes on differently. Needs max_staleness >= 1."""
 
     def wire(self, sampler: WireDtype) -> WireDtype:
         """dtype on the way, for samplers that compute in `sampler`."""

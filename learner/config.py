@@ -136,6 +136,11 @@ class RunConfig:
                 f"rewards.loo_fid.seed_images must be at least {2 * self.rollouts_per_group} (two "
                 f"groups), found {self.rewards.loo_fid.seed_images}"
             )
+        if self.weights.take_up == "token" and not self.max_staleness:
+            raise ValueError(
+                "weights.take_up token needs max_staleness >= 1 (on-policy, no group is under way "
+                "when new weights come), found 0"
+            )
         self._check_pools()
 
     def _check_pools(self) -> None:
@@ -158,6 +163,7 @@ class RunConfig:
             policy=self.policy,
             tokenizer=self.tokenizer,
             resources=self.sampler,
+            take_up=self.weights.take_up,
         )
         learner = LearnerConfig(
             policy=self.policy,
@@ -181,6 +187,7 @@ class RunConfig:
                 resources=self.sampler,
                 count=self.num_samplers,
                 max_groups=self.sampler.max_groups,
+                goes_ahead=self.weights.take_up == "token",
             ),
             reward_server=self._reward_role("", self.reward, self.num_reward_servers),
             reward_pools=tuple(

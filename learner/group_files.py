@@ -16,10 +16,12 @@ from rewards.moments_server import pack_array, unpack_array
 def pack_group(group: ScoredGroup) -> bytes:
     """Everything but the request, which follows from the configuration, and the times."""
     rollouts, scores = group.rollouts, group.scores
+    versions = rollouts.token_versions
     return msgpack.packb(
         {
             "key": list(rollouts.request.key),
             "version": rollouts.version,
+            "token_versions": None if versions is None else pack_array(versions),
             "tokens": pack_array(rollouts.tokens),
             "logprobs": pack_array(rollouts.logprobs),
             "entropies": pack_array(rollouts.entropies),
@@ -46,6 +48,7 @@ def unpack_group(request: SampleRequest, data: bytes) -> ScoredGroup:
             tokens=unpack_array(fields["tokens"]),
             logprobs=unpack_array(fields["logprobs"]),
             entropies=unpack_array(fields["entropies"]),
+            token_versions=unpack_array(each) if (each := fields.get("token_versions")) else None,
         )
         scores = GroupScores(
             key=request.key,

@@ -162,9 +162,9 @@ def rollout_file(run: RunDirectory, iteration: int) -> Path:
 def rollout_table(
     iteration: int, groups: Sequence[ScoredGroup], advantages: Advantages, moments: int
 ) -> pa.Table:
-    """One row a rollout: identity, tokens, logprobs, spec, seed, version of the policy and of the
-    moments that judged it, every score."""
-    rows: dict[str, list[Any]] = {}
+    """One row a rollout: identity, tokens, logprobs, spec, seed, version of the policy (and of each
+    token's, where they differ) and of the moments that judged it, every score."""
+    rows: dict[str, Any] = {}
 
     def put(name: str, values: Iterable[Any]) -> None:
         rows.setdefault(name, []).extend(values)
@@ -189,6 +189,8 @@ def rollout_table(
         for name, value in identity.items():
             put(name, [value] * count)
         put("rollout", range(count))
+        versions = rollouts.token_versions
+        put("token_versions", [None if versions is None else versions.tolist()] * count)
         put("tokens", rollouts.tokens)
         put("logprobs", rollouts.logprobs)
         put("entropies", rollouts.entropies)
@@ -196,6 +198,7 @@ def rollout_table(
             put(f"reward_{name}", values[index].astype(np.float64))
         put("advantage", advantages.values[index])
         put("error", group.scores.errors)
+    rows["token_versions"] = pa.array(rows["token_versions"], pa.list_(pa.int32()))
     return pa.table(rows)
 
 

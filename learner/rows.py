@@ -45,6 +45,7 @@ def metrics_row(
         "iteration": iteration,
         "version": report.version,
         **{f"staleness/groups_{age}": ages.count(age) for age in range(max_staleness + 1)},
+        "staleness/mixed_tokens": float(np.mean([g.rollouts.mixed_share for g in groups])),
         "moments/version": answer.version,
         "moments/staleness": iteration - answer.version,
         **{f"reward/{name}": float(np.nanmean(values)) for name, values in rewards.items()},

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.calls import IMAGES, SAMPLER_THREADS, Stage
+from cluster.calls import IMAGES, SAMPLER_THREADS, spans_of
 from cluster.messages import RolloutGroup, SampleRequest, Span
 from cluster.publisher import Publisher
 from cluster.ray_fleet import RayFleet
@@ -128,8 +128,7 @@ def test_images_are_decoded_beside_the_next_groups_tokens(ray_session: RaySessio
         advance = fleet._advance
 
         def listen(ref: ray.ObjectRef) -> None:
-            value = ray.get(ref)
-            spans.extend([value] if fleet._calls[ref].stage is Stage.IMAGES else value.spans)
+            spans.extend(spans_of(ray.get(ref)))
             advance(ref)
 
         fleet._advance = listen

@@ -54,8 +54,9 @@ class PaperFleet:
         return self._answers[ticket][::-1]  # in whatever order
 
 
-def pipeline(staleness: int, fleet: PaperFleet, iterations: int = 5) -> Pipeline:
-    return Pipeline(small_config(max_staleness=staleness, iterations=iterations), fleet)
+def pipeline(staleness: int, fleet: PaperFleet, iterations: int = 5, **changes: object) -> Pipeline:
+    config = small_config(max_staleness=staleness, iterations=iterations, **changes)
+    return Pipeline(config, fleet)
 
 
 def learn(made: Pipeline, fleet: PaperFleet, iteration: int) -> list[int]:

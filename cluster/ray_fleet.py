@@ -8,7 +8,7 @@ since randomness belongs to the request, the answer is the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,22 +18,21 @@ from ray.exceptions import RayActorError
 
 from cluster.calls import (
     SAMPLER_THREADS,
-    WEIGHTS,
     Call,
     Stage,
     ask_for_images,
     queue_for_tokens,
     spans_of,
 )
-from cluster.editions import Editions
-from cluster.errors import FleetError, InputLostError, LearnerLostError, TesseraError
+from cluster.delivery import Delivery
+from cluster.errors import FleetError, InputLostError, LearnerLostError
 from cluster.fleet import StopRequestedError, Ticket
 from cluster.keepers import Keepers
 from cluster.launcher import Launcher, actor_class
 from cluster.messages import SampleRequest, ScoredGroup
 from cluster.placement import Placement
 from cluster.pool import State, Waiting, Worker, WorkerPool
-from cluster.publisher import Published, publisher_of
+from cluster.publisher import publisher_of
 from cluster.pulse import Pulse
 from cluster.ray_calls import RemoteRole, answer, too_late
 from cluster.restarts import RestartBudget
@@ -65,11 +64,15 @@ class RayFleet:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._plan, self._should_stop, self._say = plan, should_stop, say
-        self._editions = Editions()
-        self._loads: dict[ray.ObjectRef, Worker] = {}
         self._calls: dict[ray.ObjectRef, Call] = {}
         self._launcher = Launcher(plan, session)
         self._weights = publisher_of(plan, session, say)
+        self._delivery = Delivery(
+            plan,
+            self._weights,
+            self._editions_with_samplers,
+            self._sampler_lost,
+        )
         self._budget, self._pulse = RestartBudget(plan.max_restarts), Pulse(plan.heartbeat_s)
         self._keepers = Keepers(
             plan, self._launch_keeper, self._answer, self._attend, self._budget, say
@@ -127,18 +130,18 @@ class RayFleet:
         self._answers.clear()
         for pool in self.pools:
             pool.waiting.clear()
-        self._loads.clear()
-        self._editions = Editions()
-        self._weights.forget()
-        for worker in list(self._samplers.workers):
-            worker.edition = 0
-            starting = worker.state is State.STARTING  # perhaps with weights that will never come
-            if starting or self._plan.sampler.goes_ahead:  # or an offer may still be on its way
-                self._kill(worker)
-                self._samplers.replace(worker)
-            else:
-                worker.handle.forget_weights.remote()
+        self._delivery.forget(self._samplers, self._replace)
         self._keepers.replace_learners(str(error))
+
+    def _editions_with_samplers(self) -> Iterator[int]:
+        yield from (c.edition for c in self._calls.values() if c.pool is self._samplers)
+
+    def _sampler_lost(self, worker: Worker) -> None:
+        self._supervisor.lost(self._samplers, worker)
+
+    def _replace(self, worker: Worker) -> None:
+        self._kill(worker)
+        self._samplers.replace(worker)
 
     def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
         return self._submit(requests, scored=True)
@@ -159,77 +162,20 @@ class RayFleet:
         self._keepers.refresh_moments()
 
     def broadcast(self) -> None:
-        """Publish the learner's weights once. What is submitted from now on is drawn with them;
-        each sampler takes them up when it has no older work to begin. Nobody is waited for, but by
-        transports between GPUs, which move the weights while learner and samplers hold still."""
-        self._editions.publish(self._publish())
-        if self._weights.on_device:
-            self._hand_over()
-        if self._plan.sampler.goes_ahead:
-            for worker in self._samplers.of(State.SERVING):
-                newest = self._editions[self._editions.newest]
-                self._loads[self._weights.offer(worker.handle, newest, WEIGHTS)] = worker
-        self._catch_up()
-
-    def _publish(self) -> Published:
-        learners = [worker.handle for worker in self._keepers.learners]
-        samplers = [worker.handle for worker in self._samplers.workers]
-        return self._weights.publish(learners, samplers)
-
-    def _hand_over(self) -> None:
-        """Have every serving sampler take up the newest weights now; by the object store after all,
-        if the transport fails."""
-        newest = self._editions.newest
-        loading = {self._load(w, newest): w for w in self._samplers.of(State.SERVING)}
-        for ref, worker in loading.items():
-            try:
-                answer(ref, f"{worker.name}.load_weights", self._plan.timeout_s)
-            except RayActorError:
-                self._supervisor.lost(self._samplers, worker)
-            except TesseraError as error:
-                if not self._weights.fall_back(error):
-                    raise
-                self._editions.amend(self._publish())
-                for each in loading.values():
-                    each.edition = 0  # and so takes them up again
-                return
+        self._delivery.broadcast(self._keepers.learners, self._samplers)
 
     def _launch(self, role: Role, index: int, addition: bool) -> Worker:
         sampler = role is self._plan.sampler
         wrap = self._weights.actor_class if sampler else actor_class
         threads = SAMPLER_THREADS if sampler else {}
         worker = self._launcher(role, index, wrap, threads, addition=addition)
-        if sampler and self._editions.newest:
-            # it serves with weights only: the oldest that somebody waits for, as it never goes back
-            worker.ready = self._load(worker, self._editions.oldest(self._needed()))
+        if sampler and self._delivery.newest:
+            self._delivery.begin(worker, self._samplers)
         return worker
 
     def _launch_keeper(self, role: Role, index: int, late: bool) -> Worker:
         wrap = self._weights.actor_class if role is self._plan.learner else actor_class
         return self._launcher(role, index, wrap, {}, late=late)
-
-    def _load(self, worker: Worker, edition: int) -> ray.ObjectRef:
-        worker.edition = edition
-        return self._weights.load(worker.handle, self._editions[edition])
-
-    def _needed(self) -> Iterator[int]:
-        """Editions of the groups that wait for a sampler, or are with one."""
-        yield from (waiting.edition for waiting in self._samplers.waiting)
-        yield from (c.edition for c in self._calls.values() if c.pool is self._samplers)
-
-    def _catch_up(self) -> None:
-        """Send the newest weights to samplers that have nothing older to begin."""
-        if self._samplers.waiting:
-            return
-        for worker in self._samplers.workers:
-            if worker.edition == self._editions.newest or worker.state is State.DRAINING:
-                continue
-            loaded = self._load(worker, self._editions.newest)
-            if worker.state is State.STARTING:
-                worker.ready = loaded
-            else:
-                self._loads[loaded] = worker
-        self._editions.oldest(self._needed())
 
     def _dismiss(self, worker: Worker) -> None:
         self._kill(worker)
@@ -254,7 +200,7 @@ class RayFleet:
         answers = self._answers[ticket] = Answers([None] * len(requests))
         for position, request in enumerate(requests):
             judges = tuple(role.name for role in self._plan.judges(request.panel)) if scored else ()
-            edition = self._editions.newest
+            edition = self._delivery.newest
             group = GroupOnTheWay(answers, position, request, judges, edition)
             queue_for_tokens(self._samplers, group)
         self._dispatch()
@@ -301,7 +247,7 @@ class RayFleet:
         moved = self._supervisor.overdue() or self._missed()
         self._dispatch()
         starting = {worker.ready: (pool, worker) for pool, worker in self._supervisor.starting()}
-        refs = [*others, *self._calls, *self._loads, *starting, *self._steward.refs()]
+        refs = [*others, *self._calls, *self._delivery.under_way, *starting, *self._steward.refs()]
         timeout_s = min(timeout_s, POLL_S)
         ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s) if refs else ([], [])
         if not refs:
@@ -309,8 +255,8 @@ class RayFleet:
         for ref in ready:
             if ref in self._calls:
                 self._advance(ref)
-            elif ref in self._loads:
-                self._loaded(ref)
+            elif ref in self._delivery.under_way:
+                self._delivery.taken_up(ref)
             elif ref in starting:
                 self._supervisor.started(*starting[ref])
             elif ref in self._steward.refs():
@@ -346,14 +292,13 @@ class RayFleet:
             while picked := pool.next():
                 self._send(pool, *picked)
         self._samplers.turn_back()
-        self._catch_up()
+        self._delivery.catch_up(self._samplers)
 
     def _send(self, pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
         groups: tuple[GroupOnTheWay, ...] = tuple(waiting.task for waiting in picked)
         first, now = groups[0], time.monotonic()
         if pool is self._samplers:
-            if worker.edition < first.edition:
-                self._loads[self._load(worker, first.edition)] = worker
+            self._delivery.bring(worker, first.edition)
             requests = [group.request for group in groups]
             stage, ref = Stage.SAMPLE, worker.handle.sample.remote(requests)
         else:
@@ -397,16 +342,6 @@ class RayFleet:
                 self._servers[name].add(group)
         else:
             group.answers.put(group.position, images)
-
-    def _loaded(self, ref: ray.ObjectRef) -> None:
-        """A sampler took up weights, or says why not."""
-        worker = self._loads.pop(ref)
-        try:
-            answer(ref, f"{worker.name}.load_weights", self._plan.timeout_s)
-        except RayActorError:
-            self._supervisor.lost(self._samplers, worker)
-        except InputLostError as error:  # the learner died while it packed them
-            raise LearnerLostError(f"{self._plan.learner.name} was lost") from error
 
     def _ask_server(self, panel: str, method: str, *args: Any) -> Any:
         """Ask any server that has a panel's feature network; another one, if it is lost."""

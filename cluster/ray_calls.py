@@ -6,9 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from cluster.errors import FleetError, TesseraError
+from cluster.object_store import memory_full, store_full
 
 
 class RemoteRole:
@@ -31,7 +40,10 @@ class RemoteRole:
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            ref = getattr(self._handle, method).remote(*args, **kwargs)
+            try:
+                ref = getattr(self._handle, method).remote(*args, **kwargs)
+            except (ObjectStoreFullError, OutOfDiskError) as error:
+                raise store_full(f"what is sent to {self._name}.{method}", error) from None
             return self._wait(ref, f"{self._name}.{method}", self._timeout_s)
 
         return call
@@ -50,12 +62,17 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
     Raises:
         RayActorError: the worker is gone (the caller may replace it).
         TesseraError: what the worker itself raised.
+        StoreFullError, MemoryFullError: no room for the answer, or for the worker.
         FleetError: no answer in time, or an error of the worker's that is no `TesseraError`.
     """
     try:
         return ray.get(ref, timeout=timeout_s)
     except GetTimeoutError:
         raise too_late(what, timeout_s) from None
+    except (ObjectStoreFullError, OutOfDiskError) as error:  # also as a RayTaskError's cause
+        raise store_full(what, error) from None
+    except OutOfMemoryError as error:
+        raise memory_full(what, error) from None
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, TesseraError):

@@ -17,6 +17,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
+from cluster.checks import ScoreChecks, check_rollouts
 from cluster.editions import Editions
 from cluster.errors import FleetError, TesseraError
 from cluster.fleet import StopRequestedError, Ticket
@@ -77,6 +78,7 @@ class RayFleet:
         self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
         self._supervisor = Supervisor(plan, self.pools, say)
         self._steward = Steward(self.pools, run, say)
+        self._check = ScoreChecks()
         self._answers: dict[Ticket, Answers] = {}
         self._tickets = 0
 
@@ -358,8 +360,11 @@ class RayFleet:
             return
         self._measure(call, getattr(value, "spans", ()))
         if pool is not self._samplers:
-            group.put_scores(pool.role.name, value)
+            scorers, role = pool.role.scorers.get(group.request.panel), pool.role.name
+            self._check(value, group.request, pool=role, worker=worker.name, scorers=scorers)
+            group.put_scores(role, value)
         elif group.judges:
+            check_rollouts(value, group.request, worker.name)
             group.rollouts = value
             for name in group.judges:
                 self._servers[name].add(group)

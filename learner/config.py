@@ -233,6 +233,7 @@ class RunConfig:
             concurrency=depth + CONTROL_THREADS,
             autoscale=servers,
             panels=(REWARDS,) if pool else (),
+            scorers=config.scorer_names(),
             feature_panels=(REWARDS,) if pool and pool == self.rewards.features_pool else (),
             runtime_env=runtime_env,
         )

@@ -13,6 +13,7 @@ from learner import evaluate
 from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
 from learner.config import RunConfig
 from learner.distribution import RewardSpace, set_reference
+from learner.footprint import DiskWatch, checkpoint_bytes
 from learner.gallery import sample_gallery, save_sheet, save_side_by_side
 from learner.guards import Guards, SlowServers
 from learner.loop import Iteration, failures, prepare, train
@@ -86,6 +87,8 @@ class Experiment:
         guards = Guards(config.guards, config.groups_per_iteration, one_policy)
         guards.replay(read_metrics(run.metrics))
         slow = SlowServers(config.guards.patience)
+        room = DiskWatch(run.checkpoints, checkpoint_bytes(config), console.say)
+        room()
 
         def after(done: Iteration) -> None:
             nonlocal told
@@ -99,6 +102,7 @@ class Experiment:
                 console.say(f"note: {line}")
             console.update(row)
             found.enforce()
+            room()
             self._keep(done.row["iteration"] + 1)
 
         try:

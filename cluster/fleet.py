@@ -18,9 +18,10 @@ from typing import NewType, Protocol, Self
 
 import numpy as np
 
+from cluster.checks import ScoreChecks, check_rollouts
 from cluster.errors import ConfigError, LearnerLostError, TesseraError
-from cluster.messages import SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
-from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, SamplerRole
+from cluster.messages import GroupScores, SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
+from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, Role, SamplerRole
 
 Ticket = NewType("Ticket", int)
 
@@ -116,6 +117,7 @@ class InlineFleet:
         self._submitted: dict[Ticket, list[SampleRequest]] = {}
         self._done: dict[Ticket, list[ScoredGroup]] = {}
         self._tickets = 0
+        self._check = ScoreChecks()
 
     def __enter__(self) -> Self:
         return self
@@ -141,13 +143,19 @@ class InlineFleet:
             if self._should_stop() and not finish:
                 raise StopRequestedError("stopped while sampling")
             (rollouts,) = self._sampler.sample([request])
+            check_rollouts(rollouts, request, self._plan.sampler.worker_name(0))
             images, span = self._sampler.images(rollouts)
             judges = self._plan.judges(request.panel)
-            parts = [self._servers[role.name].score(request, images) for role in judges]
-            scores = merge_scores(parts)
+            scores = merge_scores([self._score(role, request, images) for role in judges])
             groups.append(ScoredGroup(rollouts=rollouts.with_span(span), scores=scores))
         del self._submitted[ticket]
         return groups
+
+    def _score(self, role: Role, request: SampleRequest, images: np.ndarray) -> GroupScores:
+        scores = self._servers[role.name].score(request, images)
+        name, scorers = role.worker_name(0), role.scorers.get(request.panel)
+        self._check(scores, request, pool=role.name, worker=name, scorers=scorers)
+        return scores
 
     def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
         groups = (self._sampler.sample([request])[0] for request in requests)

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from cluster.errors import FleetError, LearnerLostError
+from cluster.object_store import store_full
 
 Answer = Callable[[Any, str, float], Any]
 """(reference, what it is of, longest wait) -> value; `cluster.ray_calls.answer`."""
@@ -64,7 +65,11 @@ class LearnerGroup:
 
     def step(self, batch: Any) -> Any:
         """Each learner takes its own part of the batch, which lies once on each node."""
-        reports = self._all("step", ray.put(batch))
+        try:
+            shared = ray.put(batch)
+        except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+            raise store_full("the batch for the learners", error) from None
+        reports = self._all("step", shared)
         spans = tuple(span for report in reports for span in report.spans)
         return dataclasses.replace(reports[0], spans=spans)
 

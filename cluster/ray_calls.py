@@ -9,6 +9,9 @@ import ray
 from ray.exceptions import (
     GetTimeoutError,
     ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
     OwnerDiedError,
     RayActorError,
     RayError,
@@ -16,6 +19,7 @@ from ray.exceptions import (
 )
 
 from cluster.errors import FleetError, InputLostError, TesseraError
+from cluster.object_store import memory_full, store_full
 
 GONE = (RayActorError, ObjectLostError, OwnerDiedError)
 
@@ -40,7 +44,10 @@ class RemoteRole:
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            ref = getattr(self._handle, method).remote(*args, **kwargs)
+            try:
+                ref = getattr(self._handle, method).remote(*args, **kwargs)
+            except (ObjectStoreFullError, OutOfDiskError) as error:
+                raise store_full(f"what is sent to {self._name}.{method}", error) from None
             return self._wait(ref, f"{self._name}.{method}", self._timeout_s)
 
         return call
@@ -60,12 +67,17 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
         RayActorError: the worker is gone (the caller may replace it).
         InputLostError: an argument, or the answer itself, was lost with another worker or machine.
         TesseraError: what the worker itself raised.
+        StoreFullError, MemoryFullError: no room for the answer, or for the worker.
         FleetError: no answer in time, or an error of the worker's that is no `TesseraError`.
     """
     try:
         return ray.get(ref, timeout=timeout_s)
     except GetTimeoutError:
         raise too_late(what, timeout_s) from None
+    except (ObjectStoreFullError, OutOfDiskError) as error:  # also as a RayTaskError's cause
+        raise store_full(what, error) from None
+    except OutOfMemoryError as error:
+        raise memory_full(what, error) from None
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, TesseraError):

@@ -24,6 +24,7 @@ from cluster.calls import (
     queue_for_tokens,
     spans_of,
 )
+from cluster.checks import ScoreChecks, check_rollouts
 from cluster.delivery import Delivery
 from cluster.errors import FleetError, InputLostError, LearnerLostError
 from cluster.fleet import StopRequestedError, Ticket
@@ -81,6 +82,7 @@ class RayFleet:
         self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
         self._supervisor = Supervisor(plan, self.pools, self._budget, self._kill, say)
         self._steward = Steward(self.pools, run, say)
+        self._check = ScoreChecks()
         self._answers: dict[Ticket, Answers] = {}
         self._tickets = 0
 
@@ -331,6 +333,7 @@ class RayFleet:
         pool.dismiss()
         if not call.live:
             return
+        self._examine(call, value)
         if call.stage is Stage.SAMPLE:
             for span, images_call in ask_for_images(call, value):
                 self._follow(span, images_call)
@@ -342,6 +345,22 @@ class RayFleet:
                 self._servers[name].add(group)
         else:
             group.answers.put(group.position, images)
+
+    def _examine(self, call: Call, value: Any) -> None:
+        """Check an answer against what was asked.
+
+        Raises:
+            FleetError: it is not what it should be.
+        """
+        role, name = call.pool.role, call.worker.name
+        if call.stage is Stage.SCORE:
+            request = call.groups[0].request
+            scorers = role.scorers.get(request.panel)
+            self._check(value, request, pool=role.name, worker=name, scorers=scorers)
+        elif call.stage is Stage.SAMPLE:
+            for group, drawn in zip(call.groups, value, strict=True):
+                if group.judges:
+                    check_rollouts(drawn, group.request, name)
 
     def _ask_server(self, panel: str, method: str, *args: Any) -> Any:
         """Ask any server that has a panel's feature network; another one, if it is lost."""

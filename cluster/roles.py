@@ -71,6 +71,9 @@ class Role:
     """Of a further pool of reward servers: the panels that it has a part in."""
     feature_panels: tuple[str, ...] = ()
     """Of a further pool of reward servers: the panels whose feature network it runs."""
+    scorers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of reward servers: panel -> names of the scores that they answer with; panels that are not
+    named may answer with any."""
     runtime_env: Mapping[str, Any] | None = None
     """Ray runtime environment of its workers, where it is another than the driver's."""
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from cluster.errors import FleetError
+
+LEAST_STORE_GB = 0.08  # Ray's own least, rounded up
+ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch, for all systems: with 0, all that it starts listens on loopback alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +25,23 @@ class RayConfig:
     else a private Ray on this machine that ends with the program."""
     num_cpus: int = 0
     """CPUs of a private Ray; 0 is all of them."""
+    object_store_memory: float = 0.0
+    """Object store of a private Ray, GB (10^9 bytes), at least 0.08; 0 is Ray's choice, about 30 %
+    of the memory. It holds weights and images on their way."""
+    dashboard_host: str = ""
+    """Address on which a private Ray shows its dashboard, e.g. "127.0.0.1"; empty: none. Who can
+    reach it can run code here, but for the token that it asks for."""
     log_to_driver: bool = False
     """Show the workers' output on this console."""
+
+    def __post_init__(self) -> None:
+        if self.num_cpus < 0:
+            raise ValueError(f"num_cpus must be >= 0, found {self.num_cpus}")
+        if self.object_store_memory and not LEAST_STORE_GB <= self.object_store_memory < 1e6:
+            raise ValueError(
+                f"object_store_memory is in GB, 0 or at least {LEAST_STORE_GB}, found "
+                f"{self.object_store_memory:g}"
+            )
 
 
 def local_resources() -> tuple[float, float]:
@@ -28,6 +49,37 @@ def local_resources() -> tuple[float, float]:
     import torch
 
     return float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+
+
+def _private(config: RayConfig) -> dict[str, Any]:
+    """How a Ray of this program's own is started."""
+    options: dict[str, Any] = {
+        "num_cpus": config.num_cpus or None,
+        "include_dashboard": bool(config.dashboard_host),
+    }
+    if config.dashboard_host:
+        options["dashboard_host"] = config.dashboard_host
+    if config.object_store_memory:
+        options["object_store_memory"] = int(config.object_store_memory * 1e9)
+    return options
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """While the block runs, Ray starts what it starts on 127.0.0.1 alone: servers, workers, agents.
+    (It ignores an address of loopback that `ray.init` is given.) Its processes inherit this."""
+    from ray._private import ray_constants
+
+    before = os.environ.get(ONE_MACHINE), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[ONE_MACHINE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[ONE_MACHINE]
+        else:
+            os.environ[ONE_MACHINE] = before[0]
 
 
 class RaySession:
@@ -47,12 +99,20 @@ class RaySession:
                 ray.init(address=address, **quiet)
             else:
                 # without "local", Ray joins whatever was last started on this machine
-                cpus = config.num_cpus or None
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+                with _loopback():
+                    ray.init(address="local", **_private(config), **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"the Ray cluster at {address!r}" if address else "a private Ray"
             raise FleetError(f"cannot reach {where}: {error}") from error
         self.joined = bool(address)
+
+    @property
+    def object_store(self) -> int:
+        """Bytes of the object store, of the machine that has the smallest."""
+        import ray
+
+        alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
+        return int(min(resources.get("object_store_memory", 0) for resources in alive))
 
     @property
     def address(self) -> str:

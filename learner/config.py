@@ -28,6 +28,7 @@ from cluster.runtime import RayConfig
 from cluster.transports import WeightsConfig
 from learner.conditions import ConditionsConfig
 from learner.entropy import EntropyConfig
+from learner.guards import GuardsConfig
 from learner.learner import Learner, LearnerConfig, OptimizerConfig
 from learner.loss import LossConfig
 from learner.real_tokens import RealTokensConfig
@@ -115,6 +116,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
     real: RealTokensConfig = field(default_factory=RealTokensConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     sampler: SamplerResources = field(default_factory=SamplerResources)
     reward: RewardServerResources = field(default_factory=RewardServerResources)
     reward_pools: Annotated[dict[str, RewardPool], tyro.conf.Suppress] = field(default_factory=dict)
@@ -172,6 +174,7 @@ class RunConfig:
             loss=self.loss,
             entropy=self.entropy,
             real=self.real,
+            guards=self.guards,
             spec=self.sampling,
             seed=self.seed,
             iterations=self.iterations,
@@ -242,6 +245,7 @@ class RunConfig:
             concurrency=depth + CONTROL_THREADS,
             autoscale=servers,
             panels=(REWARDS,) if pool else (),
+            scorers=config.scorer_names(),
             feature_panels=(REWARDS,) if pool and pool == self.rewards.features_pool else (),
             runtime_env=runtime_env,
         )

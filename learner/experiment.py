@@ -14,9 +14,11 @@ from learner import evaluate
 from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
 from learner.config import RunConfig
 from learner.distribution import RewardSpace, set_reference
+from learner.footprint import DiskWatch, checkpoint_bytes
 from learner.gallery import sample_gallery, save_sheet, save_side_by_side
+from learner.guards import Guards, SlowServers
 from learner.loop import Iteration, failures, prepare, train
-from learner.metrics import Recorder
+from learner.metrics import Recorder, read_metrics
 from learner.pipeline import Pipeline
 from learner.progress import RunConsole
 from learner.report import write_report
@@ -92,16 +94,26 @@ class Experiment:
         console.start(first)
 
         told = False
+        one_policy = config.sampling.learned() == config.sampling
+        guards = Guards(config.guards, config.groups_per_iteration, one_policy)
+        guards.replay(read_metrics(run.metrics))
+        slow = SlowServers(config.guards.patience)
+        room = DiskWatch(run.checkpoints, checkpoint_bytes(config), console.say)
+        room()
 
         def after(done: Iteration) -> None:
             nonlocal told
             if not told and (fault := first_failure(done.groups)):
                 told = True
                 console.say(f"note: images without a score leave the iteration ({fault})")
-            recorder.record(done.row, done.groups, done.advantages, done.spans)
-            for line in done.advice:
+            found = guards(done.row)
+            row = done.row | found.metrics
+            recorder.record(row, done.groups, done.advantages, done.spans)
+            for line in (*done.advice, *found.notes, *slow(done.spans)):
                 console.say(f"note: {line}")
-            console.update(done.row)
+            console.update(row)
+            found.enforce()
+            room()
             self._keep(done.row["iteration"] + 1)
 
         try:

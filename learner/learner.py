@@ -21,6 +21,7 @@ from cluster.tensors import read_tensors, write_tensors
 from cluster.weights import Packer, SnapshotName, open_snapshot, pack_adapters
 from learner.batch import TrainingBatch
 from learner.entropy import EntropyConfig, EntropyState, Measured, initial_state, next_state
+from learner.guards import GuardsConfig, too_many_skipped
 from learner.loss import LossConfig, grpo_loss
 from learner.optimizer import OptimizerConfig, PolicyAdamW
 from learner.parallel import Peers, join, open_meeting
@@ -50,6 +51,7 @@ class LearnerConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
     real: RealTokensConfig = field(default_factory=RealTokensConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     spec: SamplingSpec = field(default_factory=SamplingSpec)
     seed: int = 0
     """The run's."""
@@ -93,6 +95,7 @@ class Learner:
             self._real = RealTokens(config.real, self._policy.module, config.tokenizer, config.seed)
         self._base_entropy: float | None = None
         self._entropy = initial_state(config.entropy)
+        self._skipped: list[bool] = []  # whether each of the newest updates was
         self._store: Any = None
         self._pack = Packer(getattr(torch, config.wire_dtype))
         self._clock = Stopwatch(name)
@@ -162,7 +165,8 @@ class Learner:
 
         Raises:
             FleetError: rollouts drawn under another sampling spec, or too stale.
-            LearningError: the loss or its gradient is not finite; that step was not taken.
+            LearningError: the loss or its gradient was not finite in too many of the last updates
+                (`GuardsConfig`); none of these was taken.
         """
         start = time.time()
         options = self._config.optimizer
@@ -175,11 +179,15 @@ class Learner:
         ]
         self.version += 1
         # The first steps of the first pass see the policy that acted, or nearly so.
-        acted = _mean(steps[: options.minibatches], OF_THE_ACTOR) | before
+        acted = _mean(_taken(steps[: options.minibatches]), OF_THE_ACTOR) | before
         others = [name for name in steps[0] if name not in acted]
-        metrics = self._metrics(acted | _mean(steps, others))
+        metrics = self._metrics(acted | _mean(_taken(steps), others))
         metrics |= {"policy/staleness": float(staleness), "loss/lr": lr}
-        self._steer_entropy(batch.iteration, acted["entropy"])
+        metrics["guards/skipped_updates"] = sum(not _finite(step) for step in steps)
+        if math.isfinite(acted["entropy"]):
+            self._steer_entropy(batch.iteration, acted["entropy"])
+        if self._base_entropy is not None:
+            metrics["policy/base_entropy"] = self._base_entropy
         span = Span(self.name, "learn", start, time.time())
         return StepReport(version=self.version, metrics=metrics, spans=(*self._clock.take(), span))
 
@@ -195,6 +203,7 @@ class Learner:
             "version": self.version,
             "entropy": dataclasses.asdict(self._entropy),
             "base_entropy": self._base_entropy,
+            "skipped": self._skipped,
         }
         (directory / STATE_FILE).write_bytes(msgpack.packb(state))
 
@@ -214,6 +223,7 @@ class Learner:
         else:  # of the first version, which kept the coefficient alone
             self._entropy = EntropyState(state["entropy_coef"])
         self._base_entropy = state["base_entropy"]
+        self._skipped = list(state.get("skipped", []))  # older checkpoints skipped nothing
         return self.version
 
     def _check(self, batch: TrainingBatch) -> int:
@@ -245,7 +255,9 @@ class Learner:
     def _update(
         self, batch: TrainingBatch, prepared: Prepared, rows: np.ndarray, update: int, lr: float
     ) -> dict[str, float]:
-        """One optimizer step on `rows` of the whole batch; returns its statistics."""
+        """One optimizer step on `rows` of the whole batch; returns its statistics. Where these are
+        not finite the step is left out: weights and optimizer stay as they were. They are of the
+        whole batch, so the learners of a group decide alike."""
         self._optimizer.zero_grad()
         mine = self._peers.rows(len(batch.tokens))
         here = rows[(rows >= mine.start) & (rows < mine.stop)] - mine.start
@@ -255,17 +267,27 @@ class Learner:
         if self._real is not None:
             stats["real_ce"] = self._learn_from_real(batch.iteration, update)
         stats["grad_norm"] = self._optimizer.limit()
-        if not all(math.isfinite(stats[name]) for name in LEARNED if name in stats):
+        skipped = not _finite(stats)
+        if skipped:
             self._optimizer.zero_grad()
+        else:
+            self._optimizer.step(lr)
+        self._count(skipped, stats, f"iteration {batch.iteration}, update {update}")
+        return stats
+
+    def _count(self, skipped: bool, stats: dict[str, float], where: str) -> None:
+        """Remember whether an update was skipped; too many end the run."""
+        guards = self._config.guards
+        self._skipped = [*self._skipped, skipped][-guards.window :]
+        if skipped and too_many_skipped(guards, self._skipped):
             found = ", ".join(f"{name} {value:g}" for name, value in stats.items())
             raise LearningError(
-                f"iteration {batch.iteration}, update {update}: the loss or its gradient is not "
-                f"finite ({found}). This step was not taken. A lower learner.lr or narrower clips "
-                "help where logprobs have run away; filters (top_k, top_p) give -inf where learner "
-                "and sampler round differently"
+                f"{where}: the loss or its gradient is not finite ({found}). "
+                f"{sum(self._skipped)} of the last {len(self._skipped)} updates were left out for "
+                f"that, more than guards.max_skipped_share {guards.max_skipped_share:g} allows. A "
+                "lower learner.lr or narrower clips help where logprobs have run away; filters "
+                "(top_k, top_p) give -inf where learner and sampler round differently"
             )
-        self._optimizer.step(lr)
-        return stats
 
     def _accumulate(self, part: Prepared, total: int, most: int) -> dict[str, float]:
         """Gradients of this learner's part of `total` rollouts, microbatch by microbatch; returns
@@ -334,6 +356,16 @@ class Learner:
             progress=(iteration + 1) / max(config.iterations, 1),
         )
         self._entropy = next_state(config.entropy, self._entropy, found)
+
+
+def _finite(stats: dict[str, float]) -> bool:
+    """Whether an update with these statistics may be taken."""
+    return all(math.isfinite(stats[name]) for name in LEARNED if name in stats)
+
+
+def _taken(steps: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
+    """Statistics of the updates that were taken; of all, if none was, to show what was found."""
+    return [step for step in steps if _finite(step)] or steps
 
 
 def _mean(steps: Sequence[dict[str, float]], names: Sequence[str]) -> dict[str, float]:

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "learner.microbatch",
     "learner.checkpointing",
     "learner.reference_device",
+    "guards.",
     "output.",
     "evaluation.",
     "weights.transport",

@@ -10,6 +10,7 @@ import numpy as np
 
 from cluster.messages import ScoredGroup, Span
 from learner.advantage import Advantages
+from learner.guards import scoring_times
 from learner.learner import StepReport
 from rewards.moments_server import DistributionReward
 
@@ -81,4 +82,6 @@ def times(spans: Sequence[Span], started: float, groups: Sequence[ScoredGroup]) 
         seconds[key] = seconds.get(key, 0.0) + span.seconds
     whole = time.time() - started
     images = sum(group.rollouts.request.num_rollouts for group in groups)
+    slowest = max(scoring_times(spans).values(), default=0.0)
+    seconds["time/slowest_server"] = slowest
     return {**seconds, "time/iteration": whole, "time/images_per_s": images / whole}

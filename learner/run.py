@@ -29,6 +29,7 @@ from learner.config import (
     validate,
 )
 from learner.experiment import Experiment
+from learner.footprint import store_need
 from learner.progress import RunConsole
 from learner.readiness import lacking
 from learner.resuming import check_resume
@@ -169,15 +170,24 @@ def open_fleet(
             yield inline
         return
     from cluster.control import announced
+    from cluster.object_store import check_store, explained
     from cluster.ray_fleet import RayFleet
     from cluster.runtime import RaySession
 
+    need = store_need(config)
     with (
         RaySession(config.ray) as session,
-        RayFleet(config.fleet_plan(), session, should_stop, run=run.path.name, say=say) as fleet,
-        announced(run.path, session.address),
+        explained(need, session.object_store),
     ):
-        yield fleet
+        if note := check_store(need, session.object_store):
+            say(f"note: {note}")
+        with (
+            RayFleet(
+                config.fleet_plan(), session, should_stop, run=run.path.name, say=say
+            ) as fleet,
+            announced(run.path, session.address),
+        ):
+            yield fleet
 
 
 def dry_run(config: RunConfig) -> int:

@@ -20,6 +20,10 @@ from rewards.hpsv2 import HpsConfig
 from rewards.moments_config import MomentsConfig
 
 LOO_FID = "loo_fid"
+REWARDS, JUDGE = "rewards", "judge"
+"""Panels of a reward server."""
+ACCURACY = "accuracy"
+"""Score of the judge's classifier."""
 GPU_BATCH = 64  # images; ViT-H-14's activations in fp32 then take a few GiB
 SECOND_SPACE = "second"
 NETWORKS = "package://learner.miniature/networks"
@@ -177,3 +181,12 @@ class RewardServerConfig:
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     device: str = "cpu"
     num_threads: int = 1
+
+    def scorer_names(self) -> dict[str, tuple[str, ...]]:
+        """Panel -> names of the scores that the server answers with."""
+        own = (name for name, term in self.rewards.scorers().items() if term.pool == self.pool)
+        panels = {REWARDS: tuple(own)}
+        if self.judge is not None:
+            accuracy = (ACCURACY,) if self.judge.classifier.checkpoint else ()
+            panels[JUDGE] = ("clip", *accuracy)
+        return panels

@@ -23,13 +23,19 @@ from rewards.base import FeatureExtractor, Images, Scorer
 from rewards.batcher import Batcher
 from rewards.classifier import ClassifierAccuracy
 from rewards.clip import ClipReward
-from rewards.config import SECOND_SPACE, JudgeConfig, RewardsConfig, RewardServerConfig
+from rewards.config import (
+    ACCURACY,
+    JUDGE,
+    REWARDS,
+    SECOND_SPACE,
+    JudgeConfig,
+    RewardsConfig,
+    RewardServerConfig,
+)
 from rewards.extra import load_extra
 from rewards.features import load_features
 from rewards.hpsv2 import HpsReward
 from rewards.panel import Panel, PanelScores
-
-REWARDS, JUDGE = "rewards", "judge"
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ def _rewards_panel(config: RewardsConfig, pool: str, device: str, max_batch: int
 def _judge_panel(config: JudgeConfig, device: str, max_batch: int | None) -> Panel:
     scorers: dict[str, Scorer] = {"clip": ClipReward(config.clip, device)}
     if config.classifier.checkpoint:
-        scorers["accuracy"] = ClassifierAccuracy(config.classifier, device)
+        scorers[ACCURACY] = ClassifierAccuracy(config.classifier, device)
     extractors = {
         MAIN_SPACE: load_features(config.features, device),
         SECOND_SPACE: load_features(config.second, device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 from pathlib import Path
@@ -104,6 +105,25 @@ def family_gradients(folder: Path, peers: Peers, **options: object) -> dict[str,
     return found
 
 
+def one_broken_step(learner: Learner, peers: Peers) -> dict:
+    """A step on rollouts of which the first learner has one without a finite advantage; then a
+    sound one."""
+    share_snapshots(learner)._take_place(peers)
+    batch, before = batch_of(learner, 0, 8), weights(learner)
+    advantages = np.where(np.arange(8) == 0, np.nan, batch.advantages).astype(np.float32)
+    broken = learner.step(dataclasses.replace(batch, advantages=advantages))
+    untouched = torch.equal(weights(learner), before)
+    steps = len(learner._optimizer._adamw.state)
+    sound = learner.step(batch_of(learner, 1, 8))
+    return {
+        "broken": broken.metrics["guards/skipped_updates"],
+        "untouched": untouched,
+        "optimizer states": steps,
+        "sound": sound.metrics["guards/skipped_updates"],
+        "moved": not torch.equal(weights(learner), before),
+    }
+
+
 def member(rank: int, size: int, addresses: list[str], folder: Path) -> None:
     """One learner of a group, in a process of its own."""
     torch.set_num_threads(1)
@@ -141,6 +161,7 @@ def member(rank: int, size: int, addresses: list[str], folder: Path) -> None:
     adapted._take_place(peers)
     adapted.restore(folder / "saved-1-adapters")
     torch.save(weights(adapted), folder / f"{size}-{rank}-adapted.pt")
+    results["skipped"] = one_broken_step(learner_of(folder, CASES["plain"]), peers)
     for options in FAMILY_OPTIONS:
         found = family_gradients(folder, peers, **options)
         torch.save(found, folder / f"{size}-{rank}-{sorted(options)}.pt")
@@ -213,6 +234,14 @@ def test_every_family_can_be_divided(folder: Path, size: int, options: dict) -> 
     assert found.keys() == expected.keys()
     for name, ours in expected.items():
         torch.testing.assert_close(found[name] / size, ours, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_group_leaves_an_update_out_together(folder: Path, size: int) -> None:
+    """Also those whose own rollouts are sound."""
+    left_out = {"broken": 1, "untouched": True, "optimizer states": 0, "sound": 0, "moved": True}
+    for rank in range(size):
+        assert of(folder, size, rank)["skipped"] == left_out, rank
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -1,0 +1,113 @@
+"""Room in Ray's object store: what a run needs there, and what to say when it, or memory, is full.
+
+The store holds images on their way from samplers to reward servers and the newest weights. What
+does not fit is written to disk by Ray, which is slow; when the disk is full, too, calls fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cluster.errors import FleetError
+
+SNAPSHOTS = 3  # the newest weights, those that somebody still loads, those that are being written
+GB = 1e9
+
+
+class StoreFullError(FleetError):
+    """The object store is full, and so is the disk that takes what does not fit."""
+
+
+class MemoryFullError(FleetError):
+    """A worker was ended because its machine ran out of memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreNeed:
+    """What a run may have in the object store at a time, bytes."""
+
+    snapshot: int
+    """Weights of one version."""
+    group: int
+    """Images of one group."""
+    groups: int
+    """Groups on their way: (S + 1) P."""
+
+    @property
+    def total(self) -> int:
+        return SNAPSHOTS * self.snapshot + self.groups * self.group
+
+    def __str__(self) -> str:
+        return (
+            f"{self.groups} groups on their way, (S + 1) P, with {size(self.group)} of images "
+            f"each, and {SNAPSHOTS} snapshots of weights of {size(self.snapshot)}: "
+            f"{size(self.total)}"
+        )
+
+
+CHANGES = (
+    "give it more (--ray.object-store-memory, or `ray start --object-store-memory`), lower "
+    "--groups-per-iteration, --rollouts-per-group or --max-staleness, or add reward servers, so "
+    "that images wait less"
+)
+
+
+def size(number: float) -> str:
+    """Bytes for people."""
+    return f"{number / GB:.3g} GB" if number >= GB / 10 else f"{number / 1e6:.3g} MB"
+
+
+def check_store(need: StoreNeed, store: int) -> str:
+    """Compare what a run needs with the store of a machine, before anything starts.
+
+    Returns:
+        What to say; nothing if all fits.
+
+    Raises:
+        FleetError: not even one version of the weights and the images of one group fit.
+    """
+    if need.snapshot + need.group > store:
+        raise FleetError(
+            f"the object store has {size(store)}, but one snapshot of the weights has "
+            f"{size(need.snapshot)} and the images of one group {size(need.group)}: {CHANGES}"
+        )
+    if need.total <= store:
+        return ""
+    return (
+        f"the object store has {size(store)}, less than what may be in it at a time ({need}); Ray "
+        f"will write to disk what does not fit, which is slow: {CHANGES}"
+    )
+
+
+def store_full(what: str, error: BaseException) -> StoreFullError:
+    """Of Ray's ObjectStoreFullError or OutOfDiskError."""
+    first = str(error).strip().splitlines()[-1 if "ray::" in str(error) else 0]
+    return StoreFullError(
+        f"{what}: no room for it in the object store, nor on the disk that takes what does "
+        f"not fit ({first.strip()}). `ray memory` and `df` show who holds what; {CHANGES}, or make "
+        "room on the disk of Ray's temporary directory"
+    )
+
+
+def memory_full(what: str, error: BaseException) -> MemoryFullError:
+    """Of Ray's OutOfMemoryError: its memory monitor ended the worker."""
+    first = str(error).strip().partition("\n")[0]
+    return MemoryFullError(
+        f"{what} was ended by Ray because its machine ran out of memory ({first}). Start fewer "
+        "workers (--num-samplers, --num-reward-servers), lower --learner.microbatch, "
+        "--rollouts-per-group or --reward.max-batch, or use a machine with more; then go on with "
+        "--resume"
+    )
+
+
+@contextmanager
+def explained(need: StoreNeed, store: int) -> Iterator[None]:
+    """While the block runs, an error of a full store also says what the run needs there."""
+    try:
+        yield
+    except StoreFullError as error:
+        raise StoreFullError(
+            f"{error}. The store has {size(store)}; the run needs {need}"
+        ) from error

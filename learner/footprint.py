@@ -1,0 +1,90 @@
+"""What a run takes of disks and of Ray's object store: arithmetic on its configuration alone."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from actors.models.loading import count_parameters
+from actors.models.sources import Source, policy_architecture, tokenizer_architecture
+from cluster.object_store import StoreNeed
+from learner.config import RunConfig
+
+FP32 = 4
+AVERAGES = 2  # of AdamW, for each weight
+GB = 1e9
+
+
+def store_need(config: RunConfig) -> StoreNeed:
+    """What a run may have in the object store at a time.
+
+    Raises:
+        CheckpointError, ConfigError: policy or tokenizer cannot be read.
+    """
+    policy, tokenizer = config.policy, config.tokenizer
+    architecture = policy_architecture(
+        Source.of(policy.checkpoint, policy.architecture, policy.ema)
+    )
+    codes = tokenizer_architecture(
+        Source.of(tokenizer.checkpoint, tokenizer.architecture, tokenizer.ema)
+    )
+    side = math.isqrt(architecture.num_tokens) * codes.downsampling
+    width = FP32 if config.weights.wire(config.sampler.dtype) == "float32" else FP32 // 2
+    return StoreNeed(
+        snapshot=width * count_parameters(architecture),
+        group=config.rollouts_per_group * side * side * 3,
+        groups=(config.max_staleness + 1) * config.groups_per_iteration,
+    )
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """About what a checkpoint takes: fp32 weights and AdamW's averages of what is trained. What
+    moments server and rewards keep is small beside it."""
+    policy = config.policy
+    source = Source.of(policy.checkpoint, policy.architecture, policy.ema)
+    averages = 0 if config.learner.lora.rank else AVERAGES
+    return FP32 * (1 + averages) * count_parameters(policy_architecture(source))
+
+
+class DiskWatch:
+    """Says so when the disk has no room for two more checkpoints.
+
+    Args:
+        checkpoints: directory of the checkpoints.
+        estimate: bytes of one, as long as there is none.
+    """
+
+    def __init__(self, checkpoints: Path, estimate: int, say: Callable[[str], None]) -> None:
+        self._checkpoints, self._estimate, self._say = checkpoints, estimate, say
+        self._told = False
+
+    def __call__(self) -> None:
+        """Look; says so once, and again only after there was room."""
+        note = room_note(free_bytes(self._checkpoints), self._size(), self._checkpoints)
+        if note and not self._told:
+            self._say(f"note: {note}")
+        self._told = bool(note)
+
+    def _size(self) -> int:
+        steps = sorted(self._checkpoints.glob("step_*"))
+        found = sum(f.stat().st_size for f in steps[-1].rglob("*") if f.is_file()) if steps else 0
+        return found or self._estimate
+
+
+def free_bytes(folder: Path) -> int:
+    """What this user may still write there."""
+    return shutil.disk_usage(folder).free
+
+
+def room_note(free: int, checkpoint: int, folder: Path) -> str:
+    """What to say of a disk with so many bytes free; nothing, if two checkpoints fit."""
+    if free >= 2 * checkpoint:
+        return ""
+    return (
+        f"the disk of {folder} has {free / GB:.3g} GB free, and a checkpoint takes "
+        f"{checkpoint / GB:.3g}: fewer than two more fit (an old one is removed only after a new "
+        "one is written). Make room, or set a lower --output.keep-checkpoints, a larger "
+        "--output.checkpoint-every or --output.no-rollouts"
+    )

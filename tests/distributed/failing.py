@@ -78,7 +78,7 @@ class StoppedLearner(StepKilledLearner):
     def _accumulate(self, *args: Any) -> dict[str, float]:
         if self._now == ITERATION:
             die_once(self.folder, "learner-stopped", signal.SIGSTOP)
-        return super()._accumulate(*args)
+        return Learner._accumulate(self, *args)
 
 
 class CommitKilledMoments(MomentsServer):

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 
 import ray
 
+from cluster import pulse
 from cluster.messages import SampleRequest
 from cluster.pool import Worker
 from cluster.ray_fleet import RayFleet
 
 
 def pid_of(worker: Worker) -> int:
-    return ray.get(worker.handle.__ray_call__.remote(lambda _: os.getpid()))
+    """Also of one that is busy: a thread beside its work answers."""
+    call = worker.handle.__ray_call__.options(concurrency_group=pulse.GROUP)
+    return ray.get(call.remote(lambda _: os.getpid()), timeout=60)
 
 
 def kill_when_asked_for(fleet: RayFleet, victims: Sequence[Worker], iteration: int) -> list[int]:

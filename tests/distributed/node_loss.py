@@ -1,0 +1,89 @@
+"""A cluster of two nodes that loses one in the middle of a run, and gets another one later.
+
+`python -m tests.distributed.node_loss DIRECTORY` prints what happened as JSON. A process of its
+own, since it starts a Ray cluster of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+QUICK = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
+for name, value in QUICK.items():  # how soon Ray takes a silent node for lost
+    os.environ[f"RAY_health_check_{name}"] = str(value)
+
+import ray  # noqa: E402
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from cluster.pool import State, Worker  # noqa: E402
+from cluster.ray_fleet import RayFleet  # noqa: E402
+from cluster.runtime import RayConfig, RaySession  # noqa: E402
+from tests.distributed.test_failures import OPTIONS, run_whole  # noqa: E402
+from tests.small_run import small_config  # noqa: E402
+
+ITERATIONS, LOST, BACK = 8, 3, 5
+GROWTH_S = 120.0
+
+
+def node_of(worker: Worker) -> str:
+    return ray.get(
+        worker.handle.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+    )
+
+
+def changed_options() -> dict[str, Any]:
+    return {**OPTIONS, "iterations": ITERATIONS, "output": {"checkpoint_every": 2}}
+
+
+def main(directory: Path) -> dict[str, Any]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    second = cluster.add_node(num_cpus=2)
+    config = small_config(**changed_options())
+    said: list[str] = []
+    found: dict[str, Any] = {"said": said}
+    with (
+        RaySession(RayConfig(address=cluster.address)) as session,
+        RayFleet(config.fleet_plan(), session, say=said.append) as fleet,
+    ):
+        lost = [w.name for w in fleet._all() if node_of(w) == second.node_id]
+        submit = fleet.submit
+
+        def submit_and_strike(requests: Any) -> Any:
+            ticket = submit(requests)
+            if (
+                requests[0].stream == "train"
+                and requests[0].iteration == LOST
+                and "at" not in found
+            ):
+                found["at"] = time.monotonic()
+                cluster.remove_node(second, allow_graceful=False)
+            if (
+                requests[0].stream == "train"
+                and requests[0].iteration == BACK
+                and "back" not in found
+            ):
+                found["serving_without"] = [len(p.of(State.SERVING)) for p in fleet.pools]
+                found["back"] = True
+                cluster.add_node(num_cpus=2)
+            return ticket
+
+        fleet.submit = submit_and_strike  # type: ignore[method-assign]
+        run_whole(config, fleet, directory / "run")
+        found["seconds"] = time.monotonic() - found.pop("at")
+        deadline = time.monotonic() + GROWTH_S
+        while any(len(p.of(State.SERVING)) < 2 for p in fleet.pools):
+            assert time.monotonic() < deadline, said
+            fleet._turn()
+        found["serving_at_last"] = [len(pool.of(State.SERVING)) for pool in fleet.pools]
+        found["lost"] = lost
+    cluster.shutdown()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

@@ -31,3 +31,7 @@ class DataError(TesseraError):
 
 class LearningError(TesseraError):
     """A learning step came to numbers that are not finite; the weights are those before it."""
+
+
+class StorageError(TesseraError):
+    """A file could not be written: the disk is full, a limit is reached, or it went away."""

@@ -73,8 +73,11 @@ class LearnerGroup:
         spans = tuple(span for report in reports for span in report.spans)
         return dataclasses.replace(reports[0], spans=spans)
 
-    def save(self, directory: Any) -> None:
-        self._all("save", directory)
+    def save(self, directory: Any, background: bool = False) -> None:
+        self._all("save", directory, background)
+
+    def saved(self, wait_s: float = 0.0) -> bool:
+        return all(self._all("saved", wait_s))
 
     def restore(self, directory: Any) -> int:
         return self._all("restore", directory)[0]

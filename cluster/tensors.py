@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cluster.errors import CheckpointError
+from cluster.files import storage_error, writing
 
 PACKAGE = "package://"
 CONFIG_KEY = "config"
@@ -53,16 +54,28 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, on the CPU."""
     with _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, RuntimeError, TypeError) as error:
+            raise _damaged(path, error) from error
 
 
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
 ) -> None:
-    """Write a safetensors file whose header carries `config` (JSON)."""
+    """Write a safetensors file whose header carries `config` (JSON).
+
+    Raises:
+        StorageError: there is no room for it.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, os.fspath(path), metadata={CONFIG_KEY: json.dumps(dict(config))})
-    os.chmod(path, 0o644)  # safetensors writes files that nobody else may read
+    place = Path(path)
+    with writing(place):
+        try:
+            save_file(plain, place, metadata={CONFIG_KEY: json.dumps(dict(config))})
+        except SafetensorError as error:  # what the system said, in its own words
+            raise storage_error(place, str(error)) from error
+        os.chmod(place, 0o644)  # safetensors writes files that nobody else may read
 
 
 def load_strict(
@@ -117,10 +130,14 @@ def _open(path: str | os.PathLike[str]) -> Any:
     file = locate(path)
     try:
         return safe_open(file, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{file}: not a whole safetensors file ({error}); fetch or build it again"
-        ) from error
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{os.fspath(path)}: not a whole safetensors file ({error}); fetch or build it again"
+    )
 
 
 def _config(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -130,4 +147,10 @@ def _config(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) ->
             f"{os.fspath(path)}: the file's header has no {CONFIG_KEY!r} entry with the "
             "architecture; was it written by this program?"
         )
-    return json.loads(text)
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not isinstance(config, dict):
+        raise _damaged(path, TypeError(f"the architecture is {text[:40]!r}"))
+    return config

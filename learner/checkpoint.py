@@ -1,31 +1,39 @@
 """Checkpoints: complete or not there, checked before they are used, nothing unpickled.
 
 A checkpoint is a directory `step_000050` (after 50 iterations). It is written under another name,
-the manifest with every file's size and SHA-256 last, and then renamed into place.
+the manifest with every file's size and SHA-256 last, and then renamed into place. `learner.keeper`
+decides when one is made and which are kept; here is what one is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import msgpack
-
 from cluster.errors import CheckpointError
+from cluster.files import replacing, sync, writing
 from cluster.fleet import Fleet
+from learner.config import RunConfig, parse_yaml
+from learner.learner_files import OPTIMIZER_FILE, STATE_FILE
+from learner.manifest import MANIFEST, FileSum, Manifest
 from learner.pipeline import Pipeline
+from learner.resuming import check_resume
+from learner.sealed import unseal
 from rewards.combine import Combiner
 
-FORMAT = 2
-MANIFEST = "manifest.msgpack"
 MOMENTS = "moments.msgpack"
 REWARDS = "rewards.msgpack"
 GROUPS = "groups.msgpack"
+CONFIG = "config.yaml"
 PREFIX = "step_"
+NAME = re.compile(rf"{PREFIX}(\d{{6,}})")
+REQUIRED = (OPTIMIZER_FILE, STATE_FILE, MOMENTS, REWARDS)
 
 
 @dataclass(frozen=True)
@@ -33,106 +41,215 @@ class Checkpoint:
     """A complete checkpoint."""
 
     path: Path
-    step: int
-    """Iterations done; training goes on with this one."""
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """Iterations done; training goes on with this one."""
+        return self.manifest.step
+
+    def read(self, name: str) -> bytes | None:
+        """The content of one of its files; None if that one is not part of it."""
+        return (self.path / name).read_bytes() if name in self.manifest.files else None
 
 
-def save_checkpoint(
-    root: Path, step: int, fleet: Fleet, combiner: Combiner, keep: int, groups: bytes = b""
-) -> Checkpoint:
-    """Write one checkpoint, and remove the oldest beyond `keep`.
+def name_of(step: int) -> str:
+    return f"{PREFIX}{step:06d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step in a directory's name; None where it is no checkpoint's."""
+    found = NAME.fullmatch(name)
+    step = int(found.group(1)) if found else None
+    return step if step is not None and name_of(step) == name else None
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps of the checkpoints under a directory, whole or not, oldest first."""
+    there = root.iterdir() if root.is_dir() else ()
+    found = [step_of(path.name) for path in there if path.is_dir()]
+    return sorted(step for step in found if step is not None)
+
+
+def capture(fleet: Fleet, combiner: Combiner, groups: bytes, config: str) -> dict[str, bytes]:
+    """What the driver puts into a checkpoint beside the learner's files, by file name.
 
     Args:
         groups: that were drawn with older weights (`Pipeline.state`); a resumed run could not draw
             them again.
+        config: the run's configuration file.
+    """
+    found = {
+        MOMENTS: fleet.moments.state(),
+        REWARDS: combiner.state(),
+        CONFIG: config.encode(),
+    }
+    return {**found, GROUPS: groups} if groups else found
+
+
+def complete(
+    partial: Path,
+    final: Path,
+    content: Mapping[str, bytes],
+    run: str,
+    figures: Mapping[str, float],
+    records: Mapping[str, str],
+) -> Checkpoint:
+    """Add the driver's files to what the learner wrote into `partial`, and make it `final`.
+
+    Args:
+        run, figures, records: for the manifest.
 
     Raises:
         CheckpointError: the learner's files did not arrive here.
+        StorageError: there is no room.
     """
-    final = root / f"{PREFIX}{step:06d}"
-    partial = root / f".{final.name}.partial"
-    for leftover in (partial, final):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-    fleet.learner.save(partial)
     if not any(partial.iterdir()):
         raise CheckpointError(
             f"the learner wrote a checkpoint, but nothing arrived in {partial}: run_dir must lie "
             "on storage that all nodes share"
         )
-    (partial / MOMENTS).write_bytes(fleet.moments.state())
-    (partial / REWARDS).write_bytes(combiner.state())
-    if groups:
-        (partial / GROUPS).write_bytes(groups)
-    files = {file.name: _describe(file) for file in sorted(partial.iterdir())}
-    manifest = {"format": FORMAT, "step": step, "files": files}
-    (partial / MANIFEST).write_bytes(msgpack.packb(manifest))
-    _sync(partial)
-    os.replace(partial, final)
-    for old in _steps(root)[:-keep]:
+    with writing(final):
+        for name, data in content.items():
+            (partial / name).write_bytes(data)
+            sync(partial / name)
+        manifest = Manifest(
+            step=step_of(final.name) or 0,
+            files={file.name: FileSum.of(file) for file in sorted(partial.iterdir())},
+            run=run,
+            config=hashlib.sha256(content[CONFIG]).hexdigest(),
+            figures=figures,
+            records=records,
+        )
+        (partial / MANIFEST).write_bytes(manifest.to_bytes())
+        sync(partial / MANIFEST)
+        sync(partial)
+        put_in_place(partial, final)
+    return Checkpoint(final, manifest)
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Rename a whole directory; what was there under its name goes."""
+    if final.exists():
+        old = final.with_name(f".{partial.name}.replaced")
+        os.replace(final, old)
+        os.replace(partial, final)
         shutil.rmtree(old)
-    return Checkpoint(final, step)
+    else:
+        os.replace(partial, final)
+    sync(final.parent)
 
 
-def newest_checkpoint(root: Path, say: Callable[[str], None]) -> Checkpoint:
-    """The newest complete checkpoint; damaged ones are skipped, and `say` is told.
+def annotate(
+    checkpoint: Checkpoint, figures: Mapping[str, float], records: Mapping[str, str]
+) -> Checkpoint:
+    """Add an exam's figures to a checkpoint's manifest, and its row to the records."""
+    manifest = replace(checkpoint.manifest, figures=figures, records=records)
+    file = checkpoint.path / MANIFEST
+    with writing(file), replacing(file, durable=True) as partial:
+        partial.write_bytes(manifest.to_bytes())
+    return Checkpoint(checkpoint.path, manifest)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint's directory; its files are not looked at.
 
     Raises:
-        CheckpointError: there is no complete one.
+        CheckpointError: missing, damaged, or of another directory than this one.
     """
-    for path in reversed(_steps(root)):
-        try:
-            return verify(path)
-        except CheckpointError as error:
-            say(f"skipping {error}")
-    raise CheckpointError(f"no complete checkpoint under {root}")
+    try:
+        _regular(path / MANIFEST)
+        data = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path.name}: no readable manifest ({error})") from error
+    manifest = Manifest.from_bytes(data, path.name)
+    if name_of(manifest.step) != path.name.removeprefix(".").partition(".")[0]:
+        raise CheckpointError(
+            f"checkpoint {path.name}: its content is that of step {manifest.step}: somebody "
+            "renamed the directory"
+        )
+    return manifest
 
 
-def verify(path: Path) -> Checkpoint:
+def verify(path: Path, root: Path | None = None) -> Checkpoint:
     """Check every file of a checkpoint against its manifest.
+
+    Args:
+        root: a directory that it must lie in; None is its own.
 
     Raises:
         CheckpointError: names the first file that is missing or differs.
     """
-    try:
-        manifest = msgpack.unpackb((path / MANIFEST).read_bytes())
-        found, step, files = manifest["format"], int(manifest["step"]), manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
-        raise CheckpointError(f"checkpoint {path.name}: no readable manifest ({error})") from error
-    if found != FORMAT:
-        raise CheckpointError(f"checkpoint {path.name} has format {found}, expected {FORMAT}")
-    for name, expected in files.items():
+    within = (root or path.parent).resolve()
+    if not path.resolve().is_relative_to(within):
+        raise CheckpointError(f"checkpoint {path.name}: a link that leads out of {within}")
+    manifest = read_manifest(path)
+    for name, expected in manifest.files.items():
         file = path / name
-        if not file.is_file() or _describe(file) != expected:
+        try:
+            _regular(file)
+            whole = file.stat().st_size == expected.size and FileSum.of(file) == expected
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {path.name}: {name} is missing or damaged ({error})"
+            ) from error
+        if not whole:
             raise CheckpointError(f"checkpoint {path.name}: {name} is missing or damaged")
-    return Checkpoint(path, step)
+    return Checkpoint(path, manifest)
+
+
+def check_identity(checkpoint: Checkpoint, run: str, config: RunConfig) -> None:
+    """Refuse a checkpoint of another run, or of another configuration than the run's.
+
+    Raises:
+        CheckpointError: says which.
+    """
+    name, manifest = checkpoint.path.name, checkpoint.manifest
+    if manifest.run and run and manifest.run != run:
+        raise CheckpointError(
+            f"checkpoint {name}: it belongs to run {manifest.run}, this one is {run}"
+        )
+    data = checkpoint.read(CONFIG)
+    if data is None:  # of format 2
+        return
+    if hashlib.sha256(data).hexdigest() != manifest.config:
+        raise CheckpointError(f"checkpoint {name}: its {CONFIG} is not that of its manifest")
+    try:
+        saved = parse_yaml(unseal(data, f"checkpoint {name}, {CONFIG}")[0], name)
+        check_resume(saved, config)
+    except ValueError as error:  # ConfigError is one
+        raise CheckpointError(f"checkpoint {name}: of another configuration: {error}") from error
 
 
 def restore(
     checkpoint: Checkpoint, fleet: Fleet, combiner: Combiner, pipeline: Pipeline | None = None
 ) -> None:
     """Bring learner, moments server, the rewards' anchors and the groups on their way to the
-    checkpoint's state."""
+    checkpoint's state.
+
+    Raises:
+        CheckpointError: a part is missing, or does not fit.
+    """
     fleet.learner.restore(checkpoint.path)
-    fleet.moments.restore((checkpoint.path / MOMENTS).read_bytes())
-    combiner.restore((checkpoint.path / REWARDS).read_bytes())
-    if pipeline is not None and (checkpoint.path / GROUPS).is_file():
-        pipeline.restore((checkpoint.path / GROUPS).read_bytes())
+    fleet.moments.restore(_part(checkpoint, MOMENTS))
+    combiner.restore(_part(checkpoint, REWARDS))
+    groups = checkpoint.read(GROUPS)
+    if pipeline is not None and groups is not None:
+        pipeline.restore(groups)
 
 
-def _steps(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob(f"{PREFIX}*") if path.is_dir())
+def _part(checkpoint: Checkpoint, name: str) -> bytes:
+    data = checkpoint.read(name)
+    if data is None:
+        raise CheckpointError(f"checkpoint {checkpoint.path.name}: it has no {name}")
+    return data
 
 
-def _describe(file: Path) -> dict[str, object]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"size": file.stat().st_size, "sha256": digest}
+def _regular(file: Path) -> None:
+    """Refuse what is no file of its own: a link may lead anywhere.
 
-
-def _sync(directory: Path) -> None:
-    """Have the files on the disk before the name that vouches for them."""
-    for file in directory.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    Raises:
+        OSError: it is none, or not there.
+    """
+    if not stat.S_ISREG(file.lstat().st_mode):
+        raise OSError(f"{file.name} is a link or no file")

@@ -31,6 +31,7 @@ from learner.entropy import EntropyConfig
 from learner.guards import GuardsConfig
 from learner.learner import Learner, LearnerConfig, OptimizerConfig
 from learner.loss import LossConfig
+from learner.output import EvaluationConfig, OutputConfig, check_output
 from learner.real_tokens import RealTokensConfig
 from rewards.config import (
     JudgeConfig,
@@ -44,37 +45,6 @@ from rewards.reward_server import REWARDS, RewardServer
 
 DEFAULT_PRESET = "miniature"
 CONTROL_THREADS = 2  # of a reward server: statistics and features beside the scoring
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """The judge's exam: before and after training."""
-
-    num_images: Annotated[int, Field(ge=0)] = 1000
-    """Images of each row of the table, the same number of each class (rounded up); 0 skips the
-    exam."""
-    cfg_scales: tuple[Annotated[float, Field(gt=1)], ...] = (1.5, 2.0)
-    """Guidance scales at which the base policy is examined beside no guidance."""
-    images: str = "digits:held-out"
-    """Real images to compare with: "digits:held-out", or an .npz file with uint8 images arr_0."""
-    neighbours: Annotated[int, Field(ge=1)] = 5
-    """k of precision, recall, density and coverage."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputConfig:
-    """What a run keeps, and how often."""
-
-    checkpoint_every: Annotated[int, Field(ge=1)] = 50
-    """Iterations between checkpoints; the last iteration always has one."""
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 3
-    """Newest checkpoints that are kept."""
-    gallery_every: Annotated[int, Field(ge=0)] = 50
-    """Iterations between galleries; 0 keeps only the one before and the one after."""
-    gallery_columns: Annotated[int, Field(ge=1, le=64)] = 12
-    """Images of each class in a gallery, always from the same random numbers."""
-    rollouts: bool = True
-    """Write every rollout with its scores to Parquet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +114,7 @@ class RunConfig:
                 "when new weights come), found 0"
             )
         self._check_pools()
+        check_output(self.output, self.evaluation)
 
     def _check_pools(self) -> None:
         used = set(self.rewards.pools().values()) - {""}
@@ -310,7 +281,7 @@ def load_preset(name: str) -> RunConfig:
         if entry.name.endswith(".yaml")
     )
     if name in shipped:
-        return _from_yaml(folder.joinpath(f"{name}.yaml").read_text(), f"preset {name}")
+        return parse_yaml(folder.joinpath(f"{name}.yaml").read_text(), f"preset {name}")
     path = Path(name).expanduser()
     if not path.is_file():
         close = difflib.get_close_matches(name, shipped, n=1)
@@ -320,8 +291,16 @@ def load_preset(name: str) -> RunConfig:
 
 
 def load_file(path: Path) -> RunConfig:
-    """A configuration from a YAML file."""
-    return _from_yaml(path.read_text(), str(path))
+    """A configuration from a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, or does not validate.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return parse_yaml(text, str(path))
 
 
 def dump(config: RunConfig) -> str:
@@ -329,7 +308,15 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _from_yaml(text: str, source: str) -> RunConfig:
+def parse_yaml(text: str, source: str) -> RunConfig:
+    """A configuration from YAML.
+
+    Args:
+        source: where it is from, for errors.
+
+    Raises:
+        ConfigError: no YAML, or it does not validate.
+    """
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

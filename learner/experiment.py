@@ -10,15 +10,16 @@ import numpy as np
 from cluster.errors import LearnerLostError
 from cluster.fleet import Fleet, InlineFleet, StopRequestedError
 from cluster.messages import ScoredGroup
-from learner import evaluate
-from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
+from learner import evaluate, records
+from learner.checkpoint import Checkpoint, restore
 from learner.config import RunConfig
 from learner.distribution import RewardSpace, set_reference
 from learner.footprint import DiskWatch, checkpoint_bytes
 from learner.gallery import sample_gallery, save_sheet, save_side_by_side
 from learner.guards import Guards, SlowServers
+from learner.keeper import Checkpoints
 from learner.loop import Iteration, failures, prepare, train
-from learner.metrics import Recorder, read_metrics
+from learner.metrics import Recorder, add_exam, read_metrics
 from learner.pipeline import Pipeline
 from learner.progress import RunConsole
 from learner.report import write_report
@@ -37,7 +38,11 @@ def first_failure(groups: Sequence[ScoredGroup]) -> str:
 
 
 class Experiment:
-    """A run on a fleet: what happens around the main loop."""
+    """A run on a fleet: what happens around the main loop.
+
+    Args:
+        from_step: go on with this checkpoint; None is the newest.
+    """
 
     def __init__(
         self,
@@ -46,6 +51,7 @@ class Experiment:
         fleet: Fleet,
         console: RunConsole,
         should_stop: Callable[[], bool],
+        from_step: int | None = None,
     ) -> None:
         self._config, self._run, self._fleet = config, run, fleet
         self._console, self._should_stop = console, should_stop
@@ -55,10 +61,22 @@ class Experiment:
         self._combiner = Combiner(config.rewards.terms())
         self._shares: list[RoleUse] = []
         self._pipeline = Pipeline(config, fleet)
+        self._checkpoints = Checkpoints(run, config, console.say)
+        self._recorder: Recorder | None = None
+        self._from_step, self._kept = from_step, 0
 
     def run(self) -> bool:
         """Everything; False if the run was asked to stop before its end."""
         self._console.say(f"run directory: {self._run.path}")
+        try:
+            ended = self._begin_to_end()
+        except BaseException:
+            self._checkpoints.abandon()
+            raise
+        self._checkpoints.close()
+        return ended
+
+    def _begin_to_end(self) -> bool:
         stage = "before training"
         try:
             done = self._train_through()
@@ -70,6 +88,7 @@ class Experiment:
             stopped = f"after {done} of {self._config.iterations} iterations"
         except StopRequestedError:  # training itself ends without it
             stopped = stage
+        self._checkpoints.wait()
         self._console.say(
             f"stopped {stopped}; go on with\n"
             f"  python -m learner.run --resume --run-dir {self._run.path}"
@@ -84,13 +103,12 @@ class Experiment:
                 return self._train(self._begin())
             except LearnerLostError as error:
                 self._fleet.recover_learner(error)
-                self._combiner = Combiner(self._config.rewards.terms())
-                self._pipeline = Pipeline(self._config, self._fleet)
 
     def _train(self, first: int) -> int:
         """The main loop, with its records; returns how many iterations are done."""
         config, console, run = self._config, self._console, self._run
-        recorder = Recorder(run, first, rollouts=config.output.rollouts)
+        rollouts = config.output.rollouts
+        recorder = self._recorder = Recorder(run, first, rollouts=rollouts, say=console.say)
         console.start(first)
 
         told = False
@@ -137,12 +155,35 @@ class Experiment:
         if self._run.read_config() != self._config:
             self._run.write_config(self._config)
         self._space = set_reference(self._config, self._fleet)
-        if any(self._run.checkpoints.glob("step_*")):
-            checkpoint = newest_checkpoint(self._run.checkpoints, self._console.say)
-            restore(checkpoint, self._fleet, self._combiner, self._pipeline)
-            self._fleet.broadcast()
-            self._console.say(f"resumed from {checkpoint.path.name}")
-            return checkpoint.step
+        return self.restore()
+
+    def restore(self) -> int:
+        """Bring everything to the newest complete checkpoint, or to the very beginning if there is
+        none; returns the iteration to go on with. May be called again within a run, with a learner
+        that was started anew.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is complete.
+        """
+        self._checkpoints.abandon()
+        self._combiner = Combiner(self._config.rewards.terms())
+        self._pipeline = Pipeline(self._config, self._fleet)
+        step, self._from_step = self._from_step, None
+        checkpoints = self._checkpoints
+        found = checkpoints.newest() if step is None else checkpoints.at(step)
+        if found is None:
+            return self._start()
+        records.check(self._run, found.step, found.manifest.records, self._console.say)
+        checkpoints.go_back(found.step)
+        restore(found, self._fleet, self._combiner, self._pipeline)
+        self._kept = found.step
+        self._fleet.broadcast()
+        self._console.say(f"resumed from {found.path.name}")
+        self._catch_up(found)
+        return found.step
+
+    def _start(self) -> int:
+        """The beginning of a run: the base policy, its statistics and exams."""
         self._fleet.broadcast()
         base = prepare(self._config, self._fleet, self._space)
         self._console.say(
@@ -154,34 +195,65 @@ class Experiment:
             self._examine(row)
         return 0
 
+    def _catch_up(self, found: Checkpoint) -> None:
+        """Take the exam that a stop has cut off at this checkpoint's step."""
+        if self._rows.pop(evaluate.TUNED, None):  # of an earlier, longer or shorter run
+            self._run.write_evaluation(self._rows)
+        if self._exam_due(found.step) and not found.manifest.figures:
+            records.cut_back(self._run, found.step, rollouts=False, say=self._console.say)
+            figures = self._exam(found.step)
+            add_exam(self._run, found.step, figures)
+            self._checkpoints.annotate(found, figures)
+
+    def _exam_due(self, done: int) -> bool:
+        every = self._config.evaluation.every
+        return bool(every) and done % every == 0
+
+    def _exam(self, done: int) -> dict[str, float]:
+        """Grade the policy of now, as the tuned one is graded at the end.
+
+        Raises:
+            StopRequestedError: a stop was asked for meanwhile.
+        """
+        spec = evaluate.tuned_row(self._config).spec
+        return evaluate.examine(self._config, self._fleet, spec, self._real_features())
+
     def _keep(self, done: int) -> None:
-        """Checkpoint and gallery when they are due."""
-        output = self._config.output
-        if done % output.checkpoint_every == 0 or done == self._config.iterations:
-            self._checkpoint(done)
+        """Exam, checkpoint and gallery when they are due."""
+        output, figures = self._config.output, dict[str, float]()
+        self._checkpoints.poll()
+        with contextlib.suppress(StopRequestedError):  # the main loop ends right after this
+            if self._exam_due(done) and self._recorder is not None:
+                figures = self._exam(done)
+                self._recorder.exam(done, figures)
+        if figures or done % output.checkpoint_every == 0 or done == self._config.iterations:
+            self._checkpoint(done, figures)
         if output.gallery_every and done % output.gallery_every == 0:
-            with contextlib.suppress(StopRequestedError):  # the main loop ends right after this
+            with contextlib.suppress(StopRequestedError):
                 sheet = sample_gallery(self._config, self._fleet)
                 save_sheet(sheet, self._run.gallery / f"step_{done:06d}.png")
 
-    def _checkpoint(self, done: int) -> None:
-        save_checkpoint(
-            self._run.checkpoints,
-            done,
-            self._fleet,
-            self._combiner,
-            self._config.output.keep_checkpoints,
-            self._pipeline.state(),
-        )
+    def _checkpoint(self, done: int, figures: dict[str, float] | None = None) -> None:
+        if self._kept == done:
+            return
+        groups = self._pipeline.state()
+        self._checkpoints.save(done, self._fleet, self._combiner, groups, figures)
+        self._kept = done
+        if done == self._config.iterations:  # before the exam, which may be long
+            self._checkpoints.wait()
+
+    def _real_features(self) -> dict[str, np.ndarray]:
+        if self._real is None:
+            self._real = evaluate.real_features(self._config, self._fleet)
+        return self._real
 
     def _examine(self, row: evaluate.Row) -> None:
         """Fill one row of the table, once."""
         if not self._config.evaluation.num_images or row.name in self._rows:
             return
         self._console.say(f"examining: {row.name}")
-        if self._real is None:
-            self._real = evaluate.real_features(self._config, self._fleet)
-        self._rows[row.name] = evaluate.examine(self._config, self._fleet, row.spec, self._real)
+        real = self._real_features()
+        self._rows[row.name] = evaluate.examine(self._config, self._fleet, row.spec, real)
         self._run.write_evaluation(self._rows)
 
     def _finish(self) -> None:

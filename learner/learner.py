@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -10,18 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import msgpack
 import numpy as np
 import torch
 
 from actors.models.loading import PolicyConfig, TokenizerConfig
+from cluster.background import Background
 from cluster.errors import FleetError, LearningError
 from cluster.messages import SamplingSpec, Span, WeightSnapshot
-from cluster.tensors import read_tensors, write_tensors
+from cluster.tensors import read_tensors
 from cluster.weights import Packer, SnapshotName, open_snapshot, pack_adapters
 from learner.batch import TrainingBatch
-from learner.entropy import EntropyConfig, EntropyState, Measured, initial_state, next_state
+from learner.entropy import EntropyConfig, Measured, initial_state, next_state
 from learner.guards import GuardsConfig, too_many_skipped
+from learner.learner_files import OPTIMIZER_FILE, LearnerFiles, LearnerState, TensorFile
 from learner.loss import LossConfig, grpo_loss
 from learner.optimizer import OptimizerConfig, PolicyAdamW
 from learner.parallel import Peers, join, open_meeting
@@ -30,8 +30,6 @@ from learner.real_tokens import RealTokens, RealTokensConfig, cross_entropy
 from learner.timeline import Stopwatch
 from learner.trained import TrainedPolicy
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "learner.msgpack"
 OF_THE_ACTOR = ("entropy", "mismatch_kl", "logprob_gap", "reference_kl")
 """Statistics of the policy that drew the rollouts: of the first pass, before its first update."""
 
@@ -97,6 +95,7 @@ class Learner:
         self._entropy = initial_state(config.entropy)
         self._skipped: list[bool] = []  # whether each of the newest updates was
         self._store: Any = None
+        self._writing: Background | None = None
         self._pack = Packer(getattr(torch, config.wire_dtype))
         self._clock = Stopwatch(name)
         self._base: SnapshotName | None = None  # of the frozen weights, where adapters are trained
@@ -126,7 +125,16 @@ class Learner:
         )
 
     def start(self, base_entropy: float) -> None:
-        """Tell the base policy's mean token entropy (nats), which controllers are anchored to."""
+        """Tell the base policy's mean token entropy (nats), which controllers are anchored to.
+
+        Raises:
+            FleetError: the learner is not at the beginning of a run.
+        """
+        if self.version:
+            raise FleetError(
+                f"a run begins with a learner that has learned nothing, found one of {self.version}"
+                " updates: start it anew, or restore a checkpoint"
+            )
         if self._config.spec.learned() == self._config.spec:
             self._base_entropy = base_entropy
         # Else what was sampled is not what is learned: the first step measures it.
@@ -191,21 +199,36 @@ class Learner:
         span = Span(self.name, "learn", start, time.time())
         return StepReport(version=self.version, metrics=metrics, spans=(*self._clock.take(), span))
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, background: bool = False) -> None:
         """Write policy, optimizer and counters into an existing directory. Complete, and the same
-        whatever the number of learners."""
-        optimizer = self._optimizer.tensors()
-        self._policy.save(directory)
+        whatever the number of learners.
+
+        Args:
+            background: copy them (once more in the host's memory: policy and optimizer, 12 bytes a
+                parameter, less where only adapters are trained) and return; a thread writes, and
+                `saved` tells when it has.
+
+        Raises:
+            StorageError: they could not be written.
+        """
+        self._writing = None
+        optimizer, files = self._optimizer.tensors(), self._policy.files()
         if not self._peers.first:
             return
-        write_tensors(directory / OPTIMIZER_FILE, optimizer, {})
-        state = {
-            "version": self.version,
-            "entropy": dataclasses.asdict(self._entropy),
-            "base_entropy": self._base_entropy,
-            "skipped": self._skipped,
-        }
-        (directory / STATE_FILE).write_bytes(msgpack.packb(state))
+        content = LearnerFiles({**files, OPTIMIZER_FILE: TensorFile(optimizer)}, self._state())
+        if not background:
+            content.write(directory)
+            return
+        content = content.copied()
+        self._writing = Background("writing a checkpoint", lambda: content.write(directory))
+
+    def saved(self, wait_s: float = 0.0) -> bool:
+        """Whether everything that `save` was asked for is written, after so long at most.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        return self._writing is None or self._writing.done(wait_s)
 
     def restore(self, directory: Path) -> int:
         """Inverse of `save`; returns the policy version.
@@ -213,18 +236,17 @@ class Learner:
         Raises:
             CheckpointError: a file is missing, damaged or of another model.
         """
+        state = LearnerState.read(directory)
         self._policy.restore(directory)
         optimizer = directory / OPTIMIZER_FILE
         self._optimizer.load(read_tensors(optimizer), str(optimizer))
-        state = msgpack.unpackb((directory / STATE_FILE).read_bytes())
-        self.version = state["version"]
-        if "entropy" in state:
-            self._entropy = EntropyState(**state["entropy"])
-        else:  # of the first version, which kept the coefficient alone
-            self._entropy = EntropyState(state["entropy_coef"])
-        self._base_entropy = state["base_entropy"]
-        self._skipped = list(state.get("skipped", []))  # older checkpoints skipped nothing
+        self.version, self._entropy = state.version, state.entropy
+        self._base_entropy = state.base_entropy
+        self._skipped = list(state.skipped)
         return self.version
+
+    def _state(self) -> LearnerState:
+        return LearnerState(self.version, self._entropy, self._base_entropy, tuple(self._skipped))
 
     def _check(self, batch: TrainingBatch) -> int:
         if batch.specs != (self._config.spec,):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.errors import DataError
+from cluster.files import replacing, writing
 from cluster.messages import ScoredGroup, Span
 from learner.advantage import Advantages
+from learner.records import ITERATION, STEP, cut_back, read_rows, rollout_file
 from learner.rows import staleness_of
 from learner.rundir import RunDirectory
 from learner.timeline import QUEUE, Usage
@@ -28,15 +30,28 @@ and images are decoded while the next group's tokens are."""
 
 class Recorder:
     """Appends to a run's files. `first` is the iteration that training begins with: what an
-    interrupted run wrote from there on is dropped, so that no row is doubled."""
+    interrupted run wrote from there on is dropped, so that no row is doubled.
 
-    def __init__(self, run: RunDirectory, first: int, *, rollouts: bool) -> None:
+    Every method raises StorageError where there is no room.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        first: int,
+        *,
+        rollouts: bool,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run, self._rollouts = run, rollouts
-        _keep_before(run, first)
-        self._metrics = run.metrics.open("a", buffering=1)
-        self._events = SummaryWriter(str(run.tensorboard), purge_step=first or None)
+        cut_back(run, first, rollouts=rollouts, say=say)
+        with writing(run.metrics):
+            self._metrics = run.metrics.open("a", buffering=1)
+        with writing(run.tensorboard):
+            purge = first if any(run.tensorboard.iterdir()) else None
+            self._events = SummaryWriter(str(run.tensorboard), purge_step=purge)
         self._trace = Trace(run.trace, resume=first > 0)
         self.usage = Usage(time.time())
         """How much each role worked since now."""
@@ -50,21 +65,33 @@ class Recorder:
     ) -> None:
         """Everything of one iteration."""
         iteration = row["iteration"]
-        self._metrics.write(json.dumps(row) + "\n")
-        for key, value in row.items():
-            self._events.add_scalar(key, value, iteration)
-        self._histograms(advantages, iteration)
-        if "version" in row:
-            ages = staleness_of(groups, row["version"] - 1)
-            self._events.add_histogram("staleness/groups", ages, iteration)
-        if self._rollouts:
+        if self._rollouts:  # before its row: a row has its rollouts
             moments = row.get("moments/version", 0)
             table = rollout_table(iteration, groups, advantages, moments)
-            pq.write_table(table, rollout_file(self._run, iteration), compression="zstd")
+            file = rollout_file(self._run, iteration)
+            with writing(file), replacing(file) as partial:
+                pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+        with writing(self._run.metrics):
+            self._metrics.write(json.dumps({ITERATION: iteration, **row}) + "\n")
+        with writing(self._run.tensorboard):
+            for key, value in row.items():
+                self._events.add_scalar(key, value, iteration)
+            self._histograms(advantages, iteration)
+            if "version" in row:
+                ages = staleness_of(groups, row["version"] - 1)
+                self._events.add_histogram("staleness/groups", ages, iteration)
         spans = tuple(spans)
         self.usage.add(spans)
-        self._trace.add(spans)
-        self._trace.idle({use.role: use.idle for use in self.usage.shares()})
+        with writing(self._run.trace):
+            self._trace.add(spans)
+            self._trace.idle({use.role: use.idle for use in self.usage.shares()})
+
+    def exam(self, step: int, figures: Mapping[str, float]) -> None:
+        """An exam while training, after so many iterations."""
+        add_exam(self._run, step, figures)
+        with writing(self._run.tensorboard):
+            for key, value in figures.items():
+                self._events.add_scalar(f"exam/{key}", value, step)
 
     def _histograms(self, advantages: Advantages, iteration: int) -> None:
         """Raw and normalised rewards, and advantages, of the images that were scored."""
@@ -78,9 +105,18 @@ class Recorder:
         self._events.add_histogram("rewards/advantage", advantages.values[valid], iteration)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._events.close()
-        self._trace.close()
+        with writing(self._run.metrics):
+            self._metrics.close()
+        with writing(self._run.tensorboard):
+            self._events.close()
+        with writing(self._run.trace):
+            self._trace.close()
+
+
+def add_exam(run: RunDirectory, step: int, figures: Mapping[str, float]) -> None:
+    """Append an exam's row."""
+    with writing(run.exams), run.exams.open("a") as file:
+        file.write(json.dumps({STEP: step, **figures}) + "\n")
 
 
 class Trace:
@@ -93,11 +129,13 @@ class Trace:
         self._rows: dict[str, int] = {}
         self._separator = "[\n"
         events = _trace_events(path) if resume else []
-        self._file = path.open("w")
-        for event in events:
-            if event["ph"] == "M":
-                self._rows[event["args"]["name"]] = event["tid"]
-            self._write(event)
+        with writing(path), replacing(path) as partial:
+            self._file = partial.open("w")
+            for event in events:
+                if event["ph"] == "M":
+                    self._rows[event["args"]["name"]] = event["tid"]
+                self._write(event)
+            self._file.flush()
 
     def add(self, spans: Iterable[Span]) -> None:
         for span in spans:
@@ -127,36 +165,38 @@ class Trace:
 
 
 def _trace_events(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line.rstrip(",")) for line in lines if line.startswith("{")]
+    """Events of an earlier process. What it did not write whole is left out."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    events = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # cut short, or a bracket
+            event = json.loads(line.rstrip(b","))
+            if _is_event(event):
+                events.append(event)
+    return events
+
+
+def _is_event(event: Any) -> bool:
+    if not isinstance(event, dict) or "ph" not in event:
+        return False
+    if event["ph"] != "M":
+        return True
+    args = event.get("args")
+    return isinstance(args, dict) and "name" in args and type(event.get("tid")) is int
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file. A last line that a crash cut short is left out.
 
     Raises:
-        DataError: another line is not JSON.
+        DataError: another line is not a row.
     """
-    text = path.read_text() if path.is_file() else ""
-    whole, _, _ = text.rpartition("\n")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON ({error}); repair or remove the line"
-            ) from error
-    return rows
+    return read_rows(path, ITERATION)
 
 
 def repeatable(row: dict[str, Any]) -> dict[str, Any]:
     """The part of a row that equal runs have in common: no times, no restarts."""
     return {key: value for key, value in row.items() if not key.startswith(UNREPEATABLE)}
-
-
-def rollout_file(run: RunDirectory, iteration: int) -> Path:
-    return run.rollouts / f"iteration_{iteration:06d}.parquet"
 
 
 def rollout_table(
@@ -200,11 +240,3 @@ def rollout_table(
         put("error", group.scores.errors)
     rows["token_versions"] = pa.array(rows["token_versions"], pa.list_(pa.int32()))
     return pa.table(rows)
-
-
-def _keep_before(run: RunDirectory, first: int) -> None:
-    kept = [row for row in read_metrics(run.metrics) if row["iteration"] < first]
-    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    for file in run.rollouts.glob("iteration_*.parquet"):
-        if int(file.stem.removeprefix("iteration_")) >= first:
-            file.unlink()

@@ -86,6 +86,11 @@ class OptimizerConfig(Resources):
         return self.lr * (1 - (1 - self.final_lr) * fallen)
 
 
+STEP = "step"
+STATE = (STEP, "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter."""
+
+
 class PolicyAdamW:
     """AdamW over the trainable parameters of a policy, whole or divided among learners
     (`Peers.divide`): the state lies where its parameter does."""
@@ -128,16 +133,30 @@ class PolicyAdamW:
         """Inverse of `tensors`, whatever number of learners wrote it.
 
         Raises:
-            CheckpointError: a tensor belongs to no parameter.
+            CheckpointError: a tensor belongs to no parameter, or a parameter has a part only.
         """
         fused = self._adamw.param_groups[0]["fused"]
+        state: dict[Tensor, dict[str, Tensor]] = {}
         for full, tensor in tensors.items():
             key, _, name = full.partition("/")
             parameter = self._named.get(name)
-            if parameter is None or tensor.shape not in ((), parameter.shape):
+            if (
+                parameter is None
+                or key not in STATE
+                or not tensor.is_floating_point()
+                or tensor.shape != (() if key == STEP else parameter.shape)
+            ):
                 raise CheckpointError(f"{source}: optimizer state {full!r} fits no parameter")
             tensor = tensor.to(parameter.device if tensor.ndim or fused else "cpu")
-            self._adamw.state[parameter][key] = self._peers.part_of(tensor, parameter)
+            part = self._peers.part_of(tensor, parameter)
+            state.setdefault(parameter, {})[key] = part
+        for parts in state.values():
+            if len(parts) < len(STATE):
+                raise CheckpointError(
+                    f"{source}: a parameter has {', '.join(parts)}, expected {', '.join(STATE)}"
+                )
+        self._adamw.state.clear()  # of what was learned since, where a run goes back
+        self._adamw.state.update(state)
 
 
 def _implementation(config: OptimizerConfig) -> dict[str, bool]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -30,10 +31,13 @@ from learner.config import (
 )
 from learner.experiment import Experiment
 from learner.footprint import store_need
+from learner.keeper import Checkpoints
+from learner.mirror import Mirror
+from learner.output import OutputConfig
 from learner.progress import RunConsole
 from learner.readiness import lacking
 from learner.resuming import check_resume
-from learner.rundir import RunDirectory
+from learner.rundir import CONFIG, RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +49,22 @@ class Command:
     run_dir: str = ""
     """Directory of the run's files; empty makes a new one under runs/."""
     resume: bool = False
-    """Go on with the run in --run-dir (the newest under runs/, if none is named)."""
+    """Go on with the run in --run-dir (the newest under runs/, if none is named), from its newest
+    complete checkpoint. A directory that is lost is made again from --output.checkpoint-url."""
+    from_step: int | None = None
+    """With --resume: go on from the checkpoint of this step. Later ones are set aside, later rows
+    dropped."""
     inline: bool = False
     """Every role in this process, without Ray."""
     dry_run: bool = False
     """Print the resolved configuration and the placement, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """What must be known of a run whose directory is lost."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +114,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunDi
         SystemExit: --help, or an option that does not exist (the nearest one is named).
     """
     command, _ = tyro.cli(Command, args=arguments, return_unknown_args=True, add_help=False)
-    resumed = RunDirectory.existing(command.run_dir) if command.resume else None
+    if command.from_step is not None and not command.resume:
+        raise ConfigError("--from-step says where --resume goes on: add --resume")
+    resumed = _resumed(command, arguments) if command.resume else None
     base = resumed.read_config() if resumed else load_preset(command.preset)
     try:
         parsed = tyro.cli(
@@ -116,6 +133,19 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunDi
     return parsed.command, config, resumed
 
 
+def _resumed(command: Command, arguments: list[str] | None) -> RunDirectory:
+    """The run to go on with; made again from its checkpoints elsewhere, where it is lost."""
+    where, _ = tyro.cli(Elsewhere, args=arguments, return_unknown_args=True, add_help=False)
+    path, url = Path(command.run_dir).expanduser(), where.output.checkpoint_url
+    if not command.run_dir or not url or path.exists():
+        return RunDirectory.existing(command.run_dir)
+    mirror = Mirror(url)
+    steps = mirror.steps()
+    if not steps:
+        raise ConfigError(f"nothing to resume: no {path}, and no complete checkpoint at {url}")
+    return RunDirectory.adopt(path, mirror.read(steps[-1], CONFIG))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     try:
@@ -123,6 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
         if command.dry_run:
             return dry_run(config)
         run = resumed or RunDirectory.create(command.run_dir, config)
+        if command.from_step is not None:  # before a fleet is started for nothing
+            Checkpoints(run, config, print).at(command.from_step)
     except (TesseraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
@@ -131,7 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             console.say(starting(command, config))
             with stop.installed(), open_fleet(command, config, run, console.say, stop) as fleet:
-                return 0 if Experiment(config, run, fleet, console, stop).run() else INTERRUPTED
+                experiment = Experiment(config, run, fleet, console, stop, command.from_step)
+                return 0 if experiment.run() else INTERRUPTED
         except TesseraError as error:
             console.say(f"error: {error}")
             console.say(run.farewell())

@@ -1,19 +1,21 @@
 """The run directory: where everything that a run leaves behind is kept.
 
-config.yaml  metrics.jsonl  evaluation.json  trace.json  report.html
+config.yaml  metrics.jsonl  exams.jsonl  evaluation.json  best.json  trace.json  report.html
 checkpoints/step_*/  rollouts/*.parquet  gallery/*.png  tensorboard/
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import time
 from pathlib import Path
 
-from cluster.errors import ConfigError
-from cluster.files import replacing
-from learner.config import RunConfig, dump, load_file
+from cluster.errors import ConfigError, DataError
+from cluster.files import replacing, writing
+from learner.config import RunConfig, dump, parse_yaml
+from learner.sealed import seal, unseal
 
 CONFIG = "config.yaml"
 BEFORE_AFTER = "before_after.png"
@@ -30,7 +32,9 @@ class RunDirectory:
         self.gallery = self.path / "gallery"
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
+        self.exams = self.path / "exams.jsonl"
         self.evaluation = self.path / "evaluation.json"
+        self.best = self.path / "best.json"
         self.trace = self.path / "trace.json"
         self.report = self.path / "report.html"
 
@@ -54,10 +58,28 @@ class RunDirectory:
             what = "not empty, and holds no run" if path.is_dir() else "a file"
             raise ConfigError(f"--run-dir {path} is {what}: name another directory")
         run = cls(path)
-        for folder in (run.checkpoints, run.rollouts, run.gallery, run.tensorboard):
-            folder.mkdir(parents=True)
+        run._make_folders()
         run.write_config(config)
         return run
+
+    @classmethod
+    def adopt(cls, path: Path, sealed: bytes) -> RunDirectory:
+        """Make the directory of a run again, from its configuration as a checkpoint keeps it.
+
+        Raises:
+            ConfigError: the configuration is damaged.
+        """
+        text, identity = unseal(sealed, "the checkpoint's configuration")
+        parse_yaml(text, "the checkpoint's configuration")
+        run = cls(path)
+        run._make_folders()
+        run._write_config(seal(text, identity))
+        return run
+
+    def _make_folders(self) -> None:
+        for folder in (self.checkpoints, self.rollouts, self.gallery, self.tensorboard):
+            with writing(folder):
+                folder.mkdir(parents=True)
 
     @classmethod
     def existing(cls, run_dir: str) -> RunDirectory:
@@ -90,19 +112,70 @@ class RunDirectory:
             return "nothing was kept"
         return f"what was kept is in {self.path}"
 
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG
+
+    @property
+    def identity(self) -> str:
+        """Which run this is, also after its directory was renamed."""
+        return self._read_config()[1]
+
     def read_config(self) -> RunConfig:
-        return load_file(self.path / CONFIG)
+        """The run's configuration.
+
+        Raises:
+            ConfigError: the file is missing, or is not what the run wrote.
+        """
+        text, _ = self._read_config()
+        return parse_yaml(text, str(self.config))
 
     def write_config(self, config: RunConfig) -> None:
-        (self.path / CONFIG).write_text(dump(config))
+        """Write it, under the run's identity (a new one, if there was none)."""
+        identity = self.identity if self.config.is_file() else secrets.token_hex(8)
+        self._write_config(seal(dump(config), identity))
+
+    def _write_config(self, text: str) -> None:
+        with writing(self.config), replacing(self.config, durable=True) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def _read_config(self) -> tuple[str, str]:
+        try:
+            data = self.config.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{self.config} cannot be read: {error}") from error
+        return unseal(data, str(self.config))
+
+    def sealed_config(self) -> str:
+        """The file as a checkpoint keeps it."""
+        return seal(*self._read_config())
 
     def read_evaluation(self) -> dict[str, dict[str, float]]:
-        """Rows of the table so far: name -> metrics."""
-        return json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
+        """Rows of the table so far: name -> metrics.
+
+        Raises:
+            DataError: damaged.
+        """
+        if not self.evaluation.is_file():
+            return {}
+        try:
+            rows = json.loads(self.evaluation.read_text(encoding="utf-8"))
+            return {str(k): {n: _figure(v) for n, v in row.items()} for k, row in rows.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{self.evaluation}: not a table of exams ({error}): remove it, and --resume takes "
+                "the exams of the tuned policy again"
+            ) from error
 
     def write_evaluation(self, rows: dict[str, dict[str, float]]) -> None:
-        with replacing(self.evaluation) as partial:
+        with writing(self.evaluation), replacing(self.evaluation, durable=True) as partial:
             partial.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _figure(value: object) -> float:
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        raise TypeError(f"a figure was expected, found {value!r}")
+    return float(value)
 
 
 def default_root() -> Path:

@@ -13,8 +13,9 @@ from actors.decode import token_logprobs
 from actors.models.base import Conditions
 from actors.models.loading import PolicyConfig, PolicyModule, load_policy
 from cluster.messages import Condition, SamplingSpec
-from cluster.tensors import load_strict, read_tensors, write_tensors
+from cluster.tensors import load_strict, read_tensors
 from learner.adapters import Adapters
+from learner.learner_files import TensorFile
 from learner.optimizer import OptimizerConfig
 from learner.parallel import Peers
 
@@ -112,19 +113,16 @@ class TrainedPolicy:
         outer = self._peers.whole({name: b for name, (_, b, _) in pairs.items()})
         return {name: (inner[name], outer[name], pairs[name][2]) for name in inner}
 
-    def save(self, directory: Path) -> None:
-        """Write the policy, and its adapters where it has some; every learner of a group must call
-        it, and the first one writes."""
-        weights = self.weights()
-        adapters = self._peers.whole(self._adapters.tensors()) if self._adapters else {}
-        if not self._peers.first:
-            return
-        write_tensors(directory / POLICY_FILE, weights, self.module.config.to_dict())
-        if adapters:
-            write_tensors(directory / ADAPTERS_FILE, adapters, {})
+    def files(self) -> dict[str, TensorFile]:
+        """What a checkpoint keeps, by file: the policy, and its adapters where it has some. Every
+        learner of a group must call it, and the first one has the tensors."""
+        kept = {POLICY_FILE: TensorFile(self.weights(), self.module.config.to_dict())}
+        if self._adapters:
+            kept[ADAPTERS_FILE] = TensorFile(self._peers.whole(self._adapters.tensors()))
+        return kept
 
     def restore(self, directory: Path) -> None:
-        """Inverse of `save`.
+        """Load what `files` gave.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another model.

@@ -21,9 +21,11 @@ import torch
 
 from cluster.fleet import InlineFleet
 from cluster.messages import MAIN_SPACE, SampleRequest, SamplingSpec
-from learner.checkpoint import MOMENTS, restore, save_checkpoint
+from learner.checkpoint import MOMENTS, restore
+from learner.keeper import Checkpoints
 from learner.learner import Learner, OptimizerConfig
 from learner.loss import LossConfig, clipped_surrogate
+from learner.rundir import RunDirectory
 from rewards.combine import Combiner
 from rewards.fid import frechet_distance
 from rewards.moments import Moments
@@ -158,7 +160,10 @@ def test_9_moments_are_in_the_checkpoint(tmp_path: Path) -> None:
     with InlineFleet(config.fleet_plan()) as fleet:
         run_training(config, fleet)
         combiner = Combiner(config.rewards.terms())
-        saved = save_checkpoint(tmp_path, 1, fleet, combiner, keep=1)
+        kept = Checkpoints(RunDirectory.create(str(tmp_path / "run"), config), config, print)
+        kept.save(1, fleet, combiner)
+        kept.close()
+        saved = kept.at(1)
         assert (saved.path / MOMENTS).stat().st_size > 0
         state = fleet.moments.state()
     with InlineFleet(config.fleet_plan()) as fresh:

@@ -12,7 +12,8 @@ from cluster.errors import CheckpointError, FleetError
 from cluster.messages import SamplingSpec
 from cluster.tensors import write_tensors
 from learner.entropy import EntropyConfig
-from learner.learner import OPTIMIZER_FILE, OptimizerConfig
+from learner.learner import OptimizerConfig
+from learner.learner_files import OPTIMIZER_FILE
 from learner.loss import LossConfig
 from tests.unit.helpers import TINY, tiny_policy
 from tests.unit.learner_cases import batch_of, logprobs_of, make, tiny_policy_file, weights

@@ -18,7 +18,8 @@ from cluster.tensors import read_tensors
 from learner.adapters import LoraConfig
 from learner.batch import TrainingBatch
 from learner.entropy import EntropyConfig
-from learner.learner import STATE_FILE, Learner, OptimizerConfig
+from learner.learner import Learner, OptimizerConfig
+from learner.learner_files import STATE_FILE
 from learner.loss import LossConfig
 from learner.passes import cut
 from learner.trained import POLICY_FILE

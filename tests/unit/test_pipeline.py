@@ -10,12 +10,14 @@ import pytest
 from cluster.errors import CheckpointError, FleetError
 from cluster.fleet import InlineFleet, StopRequestedError
 from cluster.messages import RolloutGroup, SampleRequest, ScoredGroup
-from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
+from learner.checkpoint import restore
 from learner.config import RunConfig
 from learner.distribution import set_reference
 from learner.group_files import pack_group, unpack_group
+from learner.keeper import Checkpoints
 from learner.loop import Iteration, check_history, prepare, train
 from learner.pipeline import Pipeline
+from learner.rundir import RunDirectory
 from rewards.combine import Combiner
 from rewards.fid import Reference
 from rewards.moments_config import MomentsConfig
@@ -195,11 +197,16 @@ def test_resumed_one_ahead_equals_uninterrupted(one_ahead: tuple, tmp_path: Path
         train(
             config, fleet, space, 0, first.append, lambda: len(first) == 2, "", combiner, made
         )  # fmt: skip
-        save_checkpoint(tmp_path, 2, fleet, combiner, 1, made.state())
+        run = RunDirectory.create(str(tmp_path / "run"), config)
+        kept = Checkpoints(run, config, print)
+        kept.save(2, fleet, combiner, made.state())
+        kept.close()
     with InlineFleet(config.fleet_plan()) as fleet:
         made = Pipeline(config, fleet)
         space, combiner = begin(fleet)
-        restore(newest_checkpoint(tmp_path, print), fleet, combiner, made)
+        newest = Checkpoints(run, config, print).newest()
+        assert newest is not None
+        restore(newest, fleet, combiner, made)
         fleet.broadcast()
         rest: list[Iteration] = []
         train(config, fleet, space, 2, rest.append, lambda: False, "", combiner, made)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import msgpack
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.errors import CheckpointError, ConfigError, DataError
+from cluster.errors import ConfigError, DataError
 from cluster.messages import Span
-from learner import checkpoint, rundir
+from learner import rundir
 from learner.advantage import group_advantages
 from learner.config import RunConfig
 from learner.gallery import contact_sheet
@@ -163,86 +162,6 @@ def test_images_in_decoding_have_a_row_beside_the_next_tokens(tmp_path: Path) ->
 def test_an_empty_timeline_is_valid(tmp_path: Path) -> None:
     Trace(tmp_path / "trace.json", resume=False).close()
     assert json.loads((tmp_path / "trace.json").read_text()) == []
-
-
-class FakeFleet:
-    """A learner and a moments server that save a few bytes."""
-
-    def __init__(self) -> None:
-        self.learner = self.moments = self
-        self.restored: dict[str, bytes] = {}
-        self.content = b"weights"
-
-    def save(self, directory: Path) -> None:
-        (directory / "policy.safetensors").write_bytes(self.content)
-
-    def state(self) -> bytes:
-        return b"moments"
-
-    def restore(self, what: object) -> None:
-        key = "learner" if isinstance(what, Path) else "moments"
-        self.restored[key] = (
-            (what / "policy.safetensors").read_bytes() if isinstance(what, Path) else what
-        )
-
-
-def combiner(step: int = 0) -> Combiner:
-    made = Combiner({"clip": RewardTerm()})
-    made.anchors = {"clip": 0.1 + step}
-    return made
-
-
-def test_checkpoints_are_kept_newest_first_and_restored(tmp_path: Path) -> None:
-    fleet = FakeFleet()
-    for step in (10, 20, 30):
-        fleet.content = f"weights {step}".encode()
-        checkpoint.save_checkpoint(tmp_path, step, fleet, combiner(step), keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000020", "step_000030"]
-    newest = checkpoint.newest_checkpoint(tmp_path, print)
-    assert newest.step == 30
-    resumed = Combiner({"clip": RewardTerm()})
-    checkpoint.restore(newest, fleet, resumed)
-    assert resumed.anchors == {"clip": 30.1}
-    assert fleet.restored == {"learner": b"weights 30", "moments": b"moments"}
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest"])
-def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path: Path, damage: str) -> None:
-    for step in (1, 2):
-        checkpoint.save_checkpoint(tmp_path, step, FakeFleet(), combiner(), keep=5)
-    broken = tmp_path / "step_000002"
-    file = broken / "policy.safetensors"
-    match damage:
-        case "flip":
-            file.write_bytes(b"weighty")
-        case "truncate":
-            file.write_bytes(b"weig")
-        case "remove":
-            file.unlink()
-        case "manifest":
-            (broken / checkpoint.MANIFEST).write_bytes(b"\x81\xa1")
-        case "no manifest":
-            (broken / checkpoint.MANIFEST).unlink()
-    said: list[str] = []
-    assert checkpoint.newest_checkpoint(tmp_path, said.append).step == 1
-    assert len(said) == 1
-    assert "skipping checkpoint step_000002" in said[0]
-
-
-def test_what_was_half_written_is_not_seen(tmp_path: Path) -> None:
-    (tmp_path / ".step_000009.partial").mkdir()
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        checkpoint.newest_checkpoint(tmp_path, print)
-    checkpoint.save_checkpoint(tmp_path, 9, FakeFleet(), combiner(), keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000009"]
-
-
-def test_another_format_is_refused(tmp_path: Path) -> None:
-    path = checkpoint.save_checkpoint(tmp_path, 1, FakeFleet(), combiner(), keep=1).path
-    manifest = msgpack.unpackb((path / checkpoint.MANIFEST).read_bytes())
-    (path / checkpoint.MANIFEST).write_bytes(msgpack.packb({**manifest, "format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99, expected 2"):
-        checkpoint.verify(path)
 
 
 def test_contact_sheet_places_every_image() -> None:

@@ -1,0 +1,108 @@
+"""What a run keeps, how often, and when it is examined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+FIGURES = ("fid", "density", "coverage", "precision", "recall", "accuracy", "clip", "entropy")
+"""What `output.keep_best` may name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The judge's exam: before and after training."""
+
+    num_images: Annotated[int, Field(ge=0)] = 1000
+    """Images of each row of the table, the same number of each class (rounded up); 0 skips the
+    exam."""
+    cfg_scales: tuple[Annotated[float, Field(gt=1)], ...] = (1.5, 2.0)
+    """Guidance scales at which the base policy is examined beside no guidance."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Iterations between exams of the policy while it is trained (exams.jsonl, TensorBoard, the
+    report); each has a checkpoint. 0: only before and after training."""
+    images: str = "digits:held-out"
+    """Real images to compare with: "digits:held-out", or an .npz file with uint8 images arr_0."""
+    neighbours: Annotated[int, Field(ge=1)] = 5
+    """k of precision, recall, density and coverage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run keeps, and how often."""
+
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    """Iterations between checkpoints; the last iteration always has one."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 3
+    """Newest checkpoints that are kept."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Also keep the checkpoint of every so many iterations, a multiple of checkpoint_every; 0: none
+    for its age."""
+    keep_best: str = ""
+    """Also keep the checkpoint that did best in the exams while training (evaluation.every), by
+    this figure: fid (or second/fid; the least), accuracy, coverage, density, precision, recall,
+    clip (the most); best.json names it. Empty: none."""
+    background: bool = True
+    """Write checkpoints while the learner goes on: it copies policy and optimizer within its
+    machine's memory (12 bytes a parameter) and writes from the copy. False waits, and copies
+    nothing."""
+    checkpoint_url: str = ""
+    """Also keep checkpoints there: s3://, gs://, file://, or any URL that pyarrow or fsspec opens;
+    credentials come from the environment. --resume takes the newest of both places. A directory of
+    the run's own."""
+    gallery_every: Annotated[int, Field(ge=0)] = 50
+    """Iterations between galleries; 0 keeps only the one before and the one after."""
+    gallery_columns: Annotated[int, Field(ge=1, le=64)] = 12
+    """Images of each class in a gallery, always from the same random numbers."""
+    rollouts: bool = True
+    """Write every rollout with its scores to Parquet."""
+
+
+def check_output(output: OutputConfig, exams: EvaluationConfig) -> None:
+    """Refuse settings of exams and checkpoints that do not go together.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    if exams.every and not exams.num_images:
+        raise ValueError(
+            "evaluation.every asks for exams while training, but evaluation.num_images is 0: "
+            "set how many images each has"
+        )
+    if output.keep_best and not exams.every:
+        raise ValueError(
+            f"output.keep_best {output.keep_best!r} needs exams while training: set "
+            "evaluation.every to the number of iterations between them"
+        )
+    figure = output.keep_best.removeprefix("second/")
+    if output.keep_best and figure not in FIGURES:
+        raise ValueError(
+            f"output.keep_best: expected a figure of the exam ({', '.join(FIGURES)}; "
+            f"second/ before it for the second features), found {output.keep_best!r}"
+        )
+    if output.keep_every % output.checkpoint_every:
+        raise ValueError(
+            f"output.keep_every must be a multiple of output.checkpoint_every "
+            f"({output.checkpoint_every}), found {output.keep_every}"
+        )
+    check_url(output.checkpoint_url)
+
+
+def check_url(url: str) -> None:
+    """Refuse what is no URL, or holds credentials: the configuration is written into files.
+
+    Raises:
+        ValueError: says what was found.
+    """
+    scheme, mark, rest = url.partition("://")
+    if url and not (scheme and mark):
+        raise ValueError(
+            f"output.checkpoint_url must be a URL (s3://bucket/run, file:///place), found {url!r}"
+        )
+    if "@" in rest.partition("/")[0]:
+        raise ValueError(
+            "output.checkpoint_url must not hold a user or a password: they would be written into "
+            "the run's files; give them by the environment"
+        )

@@ -1,0 +1,33 @@
+"""Which checkpoints stay: the newest, some for their age, the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from learner.output import OutputConfig
+
+
+def kept(steps: Iterable[int], output: OutputConfig, best: int | None) -> set[int]:
+    """The steps that stay, of all there are."""
+    ordered = sorted(steps)
+    every = output.keep_every
+    staying = {*ordered[-output.keep_checkpoints :]}
+    staying |= {step for step in ordered if every and step % every == 0}
+    return staying | ({best} & {*ordered} if best is not None else set())
+
+
+def best_of(figure: str, graded: Mapping[int, Mapping[str, float]]) -> int | None:
+    """The step with the best value of a figure (distances: the least; the earlier of equals); None
+    where none was examined.
+
+    Args:
+        graded: step -> figures of its exam.
+    """
+    sign = 1 if figure.rpartition("/")[2] == "fid" else -1
+    found = [
+        (sign * values[figure], step)
+        for step, values in graded.items()
+        if not math.isnan(values.get(figure, math.nan))
+    ]
+    return min(found)[1] if found else None

@@ -1,0 +1,89 @@
+"""A fleet that saves a few bytes, and a keeper of its checkpoints."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from learner.checkpoint import Checkpoint, name_of, steps_in, verify
+from learner.config import RunConfig
+from learner.keeper import Checkpoints
+from learner.rundir import RunDirectory
+from rewards.combine import Combiner, RewardTerm
+from tests.small_run import small_config
+
+
+class FakeFleet:
+    """A learner and a moments server; the learner's files take `slow_s` to be written."""
+
+    def __init__(self, content: bytes = b"weights", slow_s: float = 0.0) -> None:
+        self.learner = self.moments = self
+        self.restored: dict[str, bytes] = {}
+        self.content, self.slow_s = content, slow_s
+        self.ready_at = 0.0
+        self.error: Exception | None = None
+
+    def save(self, directory: Path, background: bool = False) -> None:
+        (directory / "policy.safetensors").write_bytes(self.content)
+        if background:
+            self.ready_at = time.monotonic() + self.slow_s
+        else:
+            time.sleep(self.slow_s)
+
+    def saved(self, wait_s: float = 0.0) -> bool:
+        if self.error is not None:
+            raise self.error
+        time.sleep(min(wait_s, max(self.ready_at - time.monotonic(), 0.0)))
+        return time.monotonic() >= self.ready_at
+
+    def state(self) -> bytes:
+        return b"moments"
+
+    def restore(self, what: object) -> None:
+        key = "learner" if isinstance(what, Path) else "moments"
+        self.restored[key] = (
+            (what / "policy.safetensors").read_bytes() if isinstance(what, Path) else what
+        )
+
+
+def combiner(step: int = 0) -> Combiner:
+    made = Combiner({"clip": RewardTerm()})
+    made.anchors = {"clip": 0.1 + step}
+    return made
+
+
+def run_config(**output: Any) -> RunConfig:
+    evaluation = {"every": 1} if output.get("keep_best") else {}
+    return small_config(output=output, evaluation=evaluation)
+
+
+class Kept:
+    """A run directory with its keeper, and what was said."""
+
+    def __init__(self, path: Path, **output: Any) -> None:
+        self.config = run_config(**{"checkpoint_every": 1, **output})
+        fresh = not path.exists()
+        self.run = RunDirectory.create(str(path), self.config) if fresh else RunDirectory(path)
+        self.said: list[str] = []
+        self.open()
+
+    def open(self) -> Checkpoints:
+        """The keeper of a new process."""
+        self.keeper = Checkpoints(self.run, self.config, self.said.append)
+        return self.keeper
+
+    def save(self, step: int, fleet: FakeFleet | None = None, **given: Any) -> Checkpoint:
+        """One that is complete when this returns."""
+        fleet = fleet or FakeFleet(f"weights {step}".encode())
+        self.keeper.save(step, fleet, combiner(step), **given)
+        self.keeper.wait()
+        return verify(self.run.checkpoints / name_of(step))
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.run.checkpoints.iterdir())
+
+    @property
+    def steps(self) -> list[int]:
+        return steps_in(self.run.checkpoints)

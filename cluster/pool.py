@@ -50,6 +50,8 @@ class Worker:
     begun: float = 0.0
     """When it began with the call that it is at, as far as one can tell from here."""
     pace: Pace = field(default_factory=Pace)
+    passed_over: int = 0
+    """Pieces that others were given since it has had nothing in hand."""
     decoding: int = 0
     """Of a sampler: groups whose images it decodes, or is yet to, beside what it has in hand."""
     worked_until: float = 0.0
@@ -84,6 +86,7 @@ class Worker:
         """One more call in hand."""
         if not self.busy:
             self.begun = time.monotonic() if now is None else now
+        self.passed_over = 0
         self.busy += 1
         self.pieces += pieces
 
@@ -102,6 +105,7 @@ class Worker:
             elapsed=now - self.begun,
             edition=self.oldest_work,
             has_room=self.has_room,
+            passed_over=self.passed_over,
         )
 
     def count_work(self, span: Span) -> float:
@@ -184,6 +188,9 @@ class WorkerPool:
         picked = [self.waiting[place + offset] for offset in range(count)]
         for _ in picked:
             del self.waiting[place]
+        for worker in serving:
+            if worker is not serving[index] and not worker.busy:
+                worker.passed_over += count
         return picked, serving[index]
 
     def _alike(self, place: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -18,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from cluster.checks import ScoreChecks, check_rollouts
+from cluster.control import Progress
 from cluster.editions import Editions
 from cluster.errors import FleetError, TesseraError
 from cluster.fleet import StopRequestedError, Ticket
@@ -31,20 +31,10 @@ from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
 from cluster.steward import Steward
 from cluster.supervisor import Supervisor
-from cluster.tickets import Answers, GroupOnTheWay
+from cluster.tickets import Answers, Call, GroupOnTheWay
 
 POLL_S = 0.5  # how often a wait looks for a request to stop
 WORK = ("sample", "decode", "score")  # phases in which a worker works
-
-
-@dataclass(frozen=True)
-class Call:
-    """A worker's answer that is being waited for."""
-
-    group: GroupOnTheWay
-    pool: WorkerPool
-    worker: Worker
-    waited_s: float
 
 
 class RayFleet:
@@ -54,6 +44,7 @@ class RayFleet:
         run: name under which other processes find the fleet (`python -m cluster.scale`); empty
             hides it.
         say: told of what happens to workers, a line each.
+        ask_to_stop: called when another process wants the run to end (see `Steward`).
     """
 
     def __init__(
@@ -64,6 +55,7 @@ class RayFleet:
         *,
         run: str = "",
         say: Callable[[str], None] = lambda line: None,
+        ask_to_stop: Callable[[bool], None] = lambda checkpoint: None,
     ) -> None:
         self._plan, self._session, self._should_stop, self._say = plan, session, should_stop, say
         self._refresh: Any = None  # the moments server's work of the iteration before
@@ -77,7 +69,7 @@ class RayFleet:
         self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
         self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
         self._supervisor = Supervisor(plan, self.pools, say)
-        self._steward = Steward(self.pools, run, say)
+        self._steward = Steward(self.pools, run, say, others=self._singles, stop=ask_to_stop)
         self._check = ScoreChecks()
         self._answers: dict[Ticket, Answers] = {}
         self._tickets = 0
@@ -139,6 +131,9 @@ class RayFleet:
     def moments(self) -> MomentsRole:
         worker = self._moments
         return cast(MomentsRole, self._remote(worker))
+
+    def tell(self, progress: Progress) -> None:
+        self._steward.progress = progress
 
     def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
         return self._submit(requests, scored=True)
@@ -245,9 +240,11 @@ class RayFleet:
             ray.kill(worker.handle)
         self._steward.end()
 
+    def _singles(self) -> list[Worker]:
+        return [*self._learners, self._moments]
+
     def _all(self) -> list[Worker]:
-        pooled = (worker for pool in self.pools for worker in pool.workers)
-        return [*self._learners, self._moments, *pooled]
+        return [*self._singles(), *(worker for pool in self.pools for worker in pool.workers)]
 
     def _submit(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
         self._tickets += 1
@@ -298,7 +295,8 @@ class RayFleet:
         """Hand out what there is to do, and take the next thing that happens; False if none of the
         fleet's own did. `others` end the wait, and are left to the caller."""
         # while the learner learns and nothing is on its way, idle workers are no surplus
-        self._steward.tend(self.restarts, decide=bool(self._calls) or not others)
+        decide = bool(self._calls) or not others
+        self._steward.tend(self.restarts, self._editions.newest, decide=decide)
         self._dispatch()
         starting = {worker.ready: (pool, worker) for pool, worker in self._supervisor.starting()}
         refs = [*others, *self._calls, *self._loads, *starting, *self._steward.refs()]

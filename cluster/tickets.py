@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ScoredGroup, merge_scores
+from cluster.pool import Worker, WorkerPool
 
 
 @dataclass(eq=False)
@@ -50,3 +51,13 @@ class Answers:
     def put(self, position: int, result: Any) -> None:
         self.results[position] = result
         self.missing -= 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """A worker's answer that is being waited for."""
+
+    group: GroupOnTheWay
+    pool: WorkerPool
+    worker: Worker
+    waited_s: float

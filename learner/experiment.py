@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from cluster.control import Progress
 from cluster.fleet import Fleet, InlineFleet, StopRequestedError
 from cluster.messages import ScoredGroup
 from learner import evaluate
 from learner.checkpoint import newest_checkpoint, restore, save_checkpoint
 from learner.config import RunConfig
 from learner.distribution import RewardSpace, set_reference
-from learner.footprint import DiskWatch, checkpoint_bytes
+from learner.footprint import DiskWatch, checkpoint_bytes, free_bytes
 from learner.gallery import sample_gallery, save_sheet, save_side_by_side
 from learner.guards import Guards, SlowServers
 from learner.loop import Iteration, failures, prepare, train
@@ -45,7 +48,10 @@ class Experiment:
         fleet: Fleet,
         console: RunConsole,
         should_stop: Callable[[], bool],
+        last_checkpoint: Callable[[], bool] = lambda: True,
     ) -> None:
+        """last_checkpoint: whether a run that was asked to stop writes one where it ends."""
+        self._last_checkpoint = last_checkpoint
         self._config, self._run, self._fleet = config, run, fleet
         self._console, self._should_stop = console, should_stop
         self._rows = run.read_evaluation()
@@ -54,11 +60,13 @@ class Experiment:
         self._combiner = Combiner(config.rewards.terms())
         self._shares: list[RoleUse] = []
         self._pipeline = Pipeline(config, fleet)
+        self._newest = Progress()
 
     def run(self) -> bool:
         """Everything; False if the run was asked to stop before its end."""
         self._console.say(f"run directory: {self._run.path}")
         stage = "before training"
+        self._tell(stage)
         try:
             first = self._begin()
             stage = "after training, in the last exam"
@@ -66,7 +74,8 @@ class Experiment:
             if done == self._config.iterations:
                 self._finish()
                 return True
-            self._checkpoint(done)
+            if self._last_checkpoint():
+                self._checkpoint(done)
             stopped = f"after {done} of {self._config.iterations} iterations"
         except StopRequestedError:  # training itself ends without it
             stopped = stage
@@ -81,6 +90,8 @@ class Experiment:
         config, console, run = self._config, self._console, self._run
         recorder = Recorder(run, first, rollouts=config.output.rollouts)
         console.start(first)
+        self._newest = replace(self._newest, done=first)
+        self._tell("training")
 
         told = False
         one_policy = config.sampling.learned() == config.sampling
@@ -101,6 +112,7 @@ class Experiment:
             for line in (*done.advice, *found.notes, *slow(done.spans)):
                 console.say(f"note: {line}")
             console.update(row)
+            self._tell("training", row)
             found.enforce()
             room()
             self._keep(done.row["iteration"] + 1)
@@ -173,8 +185,23 @@ class Experiment:
         self._rows[row.name] = evaluate.examine(self._config, self._fleet, row.spec, self._real)
         self._run.write_evaluation(self._rows)
 
+    def _tell(self, stage: str, row: Mapping[str, Any] | None = None) -> None:
+        """How far the run is, to whoever asks the fleet."""
+        if row:
+            done, pace = row["iteration"] + 1, self._console.seconds_per_iteration
+            self._newest = replace(self._newest, done=done, seconds=pace, metrics=row)
+        self._newest = replace(
+            self._newest,
+            stage=stage,
+            directory=str(self._run.path),
+            iterations=self._config.iterations,
+            free_bytes=free_bytes(self._run.path),
+        )
+        self._fleet.tell(self._newest)
+
     def _finish(self) -> None:
         """After the last iteration: the tuned policy's exam, galleries, report."""
+        self._tell("after training")
         self._rows.pop(evaluate.TUNED, None)  # of an earlier, shorter run
         self._examine(evaluate.tuned_row(self._config))
         sheet = sample_gallery(self._config, self._fleet)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +24,24 @@ REFUSED = 2  # as for any bad command line
 INTERRUPTED = 130  # asked to stop, as shells count it
 
 LINES_WITHOUT_TERMINAL = 10
+
+
+@contextmanager
+def bounded(seconds: float, message: str) -> Iterator[None]:
+    """End the program, with an error, if the block does not end in time: for calls of libraries
+    that know no bound of their own."""
+
+    def give_up() -> None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(FAILED)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

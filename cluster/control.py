@@ -1,26 +1,41 @@
 """How another process speaks with a running fleet: a small named actor between the two.
 
-The run asks it, whenever it waits for groups, what is wanted, and tells it what the fleet is like;
-`python -m cluster.scale` leaves wishes with it and reads the answers.
+The run asks it, whenever it waits for something, what is wanted, and tells it how things are;
+`python -m cluster.scale`, `cluster.status` and `cluster.stop` leave wishes with it and read the
+answers. It answers by itself, also while the run is busy.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cluster.console import bounded
 from cluster.errors import FleetError
-from cluster.files import replacing
+from cluster.runtime import RayConfig, RaySession
+from cluster.whereabouts import Place, check_alive, killed, locate_run
 
 NAMESPACE = "tessera"
 PREFIX = "fleet:"
-WHEREABOUTS = "fleet.json"
-AUTH_MODE, TOKEN = "RAY_AUTH_MODE", "token"
+CONNECT_S = 60.0  # longest wait for a cluster to let a program in
+ANSWER_S = 30.0  # longest wait for the control actor itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """One worker, for whoever asks."""
+
+    name: str
+    state: str
+    actor: str
+    """Ray's id of it, which leads to its node and process."""
+    edition: int = 0
+    """Of a sampler: the weights that it was sent last; the newest are `FleetStatus.edition`."""
+    busy: int = 0
+    """Requests it has in hand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +50,32 @@ class PoolStatus:
     """Pieces of work that wait for a worker."""
     wanted: int
     """Workers that there are to be."""
+    wait_s: float = 0.0
+    """How long work waited lately, on average."""
+    workers: tuple[WorkerStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a run is."""
+
+    stage: str = "starting"
+    directory: str = ""
+    done: int = 0
+    """Iterations behind it."""
+    iterations: int = 0
+    """Iterations that there are to be."""
+    seconds: float = 0.0
+    """Of an iteration, on average over the last ones; 0: not known yet."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The newest line of the records."""
+    free_bytes: int = 0
+    """Room on the disk of the run directory."""
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the last iteration; None: not known yet."""
+        return (self.iterations - self.done) * self.seconds if self.seconds else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +83,15 @@ class FleetStatus:
     """What a fleet last said of itself."""
 
     pools: tuple[PoolStatus, ...] = ()
+    """What can be scaled."""
+    singles: tuple[WorkerStatus, ...] = ()
+    """Learners and moments server."""
     restarts: int = 0
+    edition: int = 0
+    """Number of the newest weights."""
+    progress: Progress = field(default_factory=Progress)
+    age_s: float | None = None
+    """How long ago it was said; None: nothing was yet."""
     answered: int = 0
     """Number of the newest wish that was carried out or refused."""
     refusals: tuple[tuple[int, str], ...] = ()
@@ -61,66 +110,46 @@ class Wish:
     count: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopWish:
+    """Somebody wants the run to end at the next safe point."""
+
+    number: int
+    checkpoint: bool
+    """Whether it is to write a checkpoint first."""
+
+
 class Control:
     """The actor: wishes in one direction, status in the other."""
 
     def __init__(self) -> None:
-        self._wishes: list[Wish] = []
+        self._wishes: list[Wish | StopWish] = []
         self._numbers = 0
         self._status = FleetStatus()
+        self._told: float | None = None
 
     def ask(self, role: str, count: int) -> int:
         """Leave a wish; returns its number."""
-        self._numbers += 1
-        self._wishes.append(Wish(number=self._numbers, role=role, count=count))
-        return self._numbers
+        return self._leave(Wish(number=self._numbers + 1, role=role, count=count))
 
-    def exchange(self, status: FleetStatus) -> list[Wish]:
+    def stop(self, checkpoint: bool) -> int:
+        """Leave the wish that the run ends; returns its number."""
+        return self._leave(StopWish(number=self._numbers + 1, checkpoint=checkpoint))
+
+    def _leave(self, wish: Wish | StopWish) -> int:
+        self._numbers = wish.number
+        self._wishes.append(wish)
+        return wish.number
+
+    def exchange(self, status: FleetStatus) -> list[Wish | StopWish]:
         """The fleet's side: tell its status, and take what is wanted since the last call."""
-        self._status = status
+        self._status, self._told = status, time.monotonic()
         wishes, self._wishes = self._wishes, []
         return wishes
 
     def status(self) -> FleetStatus:
-        return self._status
-
-
-@contextmanager
-def announced(directory: Path, address: str) -> Iterator[None]:
-    """While the block runs, a file in the run's directory says which cluster it is on."""
-    file = directory / WHEREABOUTS
-    token = os.environ.get(AUTH_MODE) == TOKEN  # Ray says so once it has turned it on
-    with replacing(file) as partial:
-        found = {"run": directory.name, "address": address, "token_authentication": token}
-        partial.write_text(json.dumps(found) + "\n")
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def whereabouts(directory: Path) -> tuple[str, str]:
-    """Name of the run in a directory, and the address of its cluster. Where that asks for a token,
-    this process will show the user's (Ray would not by itself, for a cluster named by address);
-    Ray must not have been imported yet.
-
-    Raises:
-        FleetError: nothing runs there, or the file is damaged.
-    """
-    file = directory / WHEREABOUTS
-    try:
-        found = json.loads(file.read_text())
-        if found["token_authentication"]:
-            os.environ.setdefault(AUTH_MODE, TOKEN)
-        return str(found["run"]), str(found["address"])
-    except FileNotFoundError:
-        raise FleetError(
-            f"no run is active in {directory}: it has ended, or was started with --inline"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FleetError(
-            f"{file} cannot be read ({error}): name the cluster by --address"
-        ) from None
+        age = None if self._told is None else time.monotonic() - self._told
+        return replace(self._status, age_s=age)
 
 
 def start_control(run: str) -> Any:
@@ -167,3 +196,56 @@ def find_control(run: str) -> tuple[str, Any]:
         raise FleetError(f"several runs are active: choose one with --run ({', '.join(found)})")
     name = run or found[0]
     return name, ray.get_actor(PREFIX + name, namespace=NAMESPACE)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A running fleet, as another process reaches it."""
+
+    name: str
+    control: Any
+    place: Place
+
+
+@contextmanager
+def reached(run: str, address: str) -> Iterator[Reached]:
+    """Join a run's cluster, for as long as the block runs. See `locate_run`.
+
+    Raises:
+        FleetError: it is not there, was killed, or cannot be reached; within seconds.
+    """
+    place = locate_run(run, address)
+    check_alive(place)
+    late = (
+        f"the cluster at {place.address} took the connection, but Ray did not answer within "
+        f"{CONNECT_S:g} s: is it overloaded, or of another version?"
+    )
+    with bounded(CONNECT_S, late):
+        session = RaySession(RayConfig(address=place.address))
+    with session:
+        try:
+            name, control = find_control(place.run)
+        except FleetError as error:
+            raise (killed(place) if place.directory else error) from None
+        yield Reached(name, control, place)
+
+
+class RunEndedError(FleetError):
+    """The run that was spoken with is not there any more."""
+
+
+def ask(ref: Any) -> Any:
+    """An answer of the control actor.
+
+    Raises:
+        RunEndedError: it is gone.
+        FleetError: it did not answer in time.
+    """
+    from ray.exceptions import RayActorError
+
+    from cluster.ray_calls import answer
+
+    try:
+        return answer(ref, "the run's control actor", ANSWER_S)
+    except RayActorError:
+        raise RunEndedError("the run has ended") from None

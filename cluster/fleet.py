@@ -19,6 +19,7 @@ from typing import NewType, Protocol, Self
 import numpy as np
 
 from cluster.checks import ScoreChecks, check_rollouts
+from cluster.control import Progress
 from cluster.errors import ConfigError, LearnerLostError, TesseraError
 from cluster.messages import GroupScores, SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, Role, SamplerRole
@@ -42,6 +43,10 @@ class Fleet(Protocol):
     @property
     def restarts(self) -> int:
         """How many lost workers were replaced so far."""
+        ...
+
+    def tell(self, progress: Progress) -> None:
+        """How far the run is, for `python -m cluster.status`."""
         ...
 
     def submit(self, requests: Sequence[SampleRequest]) -> Ticket: ...
@@ -125,6 +130,9 @@ class InlineFleet:
     def __exit__(self, *_: object) -> None:
         self._submitted.clear()
         self._done.clear()
+
+    def tell(self, progress: Progress) -> None:
+        """Nobody can ask for it."""
 
     def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
         self._tickets += 1

@@ -25,6 +25,7 @@ from cluster.calls import (
     spans_of,
 )
 from cluster.checks import ScoreChecks, check_rollouts
+from cluster.control import Progress
 from cluster.delivery import Delivery
 from cluster.errors import FleetError, InputLostError, LearnerLostError
 from cluster.fleet import StopRequestedError, Ticket
@@ -53,6 +54,7 @@ class RayFleet:
         run: name under which other processes find the fleet (`python -m cluster.scale`); empty
             hides it.
         say: told of what happens to workers, a line each.
+        ask_to_stop: called when another process wants the run to end (see `Steward`).
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class RayFleet:
         *,
         run: str = "",
         say: Callable[[str], None] = lambda line: None,
+        ask_to_stop: Callable[[bool], None] = lambda checkpoint: None,
     ) -> None:
         self._plan, self._should_stop, self._say = plan, should_stop, say
         self._calls: dict[ray.ObjectRef, Call] = {}
@@ -81,7 +84,9 @@ class RayFleet:
         self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
         self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
         self._supervisor = Supervisor(plan, self.pools, self._budget, self._kill, say)
-        self._steward = Steward(self.pools, run, say)
+        self._steward = Steward(
+            self.pools, run, say, others=lambda: self._keepers.workers, stop=ask_to_stop
+        )
         self._check = ScoreChecks()
         self._answers: dict[Ticket, Answers] = {}
         self._tickets = 0
@@ -144,6 +149,9 @@ class RayFleet:
     def _replace(self, worker: Worker) -> None:
         self._kill(worker)
         self._samplers.replace(worker)
+
+    def tell(self, progress: Progress) -> None:
+        self._steward.progress = progress
 
     def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
         return self._submit(requests, scored=True)
@@ -244,7 +252,8 @@ class RayFleet:
         """Hand out what there is to do, and take the next thing that happens; False if none of the
         fleet's own did. `others` end the wait, and are left to the caller."""
         # while the learner learns and nothing is on its way, idle workers are no surplus
-        self._steward.tend(self.restarts, decide=bool(self._calls) or not others)
+        decide = bool(self._calls) or not others
+        self._steward.tend(self.restarts, self._delivery.newest, decide=decide)
         self._supervisor.tend()
         moved = self._supervisor.overdue() or self._missed()
         self._dispatch()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from cluster.errors import FleetError
+from cluster.whereabouts import PROBE_S, is_loopback
 
 LEAST_STORE_GB = 0.08  # Ray's own least, rounded up
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -82,6 +85,22 @@ def _loopback() -> Iterator[None]:
             os.environ[ONE_MACHINE] = before[0]
 
 
+def _on_loopback_alone(address: str) -> bool:
+    """Whether a cluster at a loopback address was started so as `_loopback` does. Ray looks for all
+    others at this machine's outer address, whatever it is told."""
+    from ray._private import services
+
+    host, _, port = address.rpartition(":")
+    if not (is_loopback(host) and port.isdigit()):
+        return False
+    try:
+        outer = services.get_node_ip_address()
+        socket.create_connection((outer, int(port)), timeout=PROBE_S).close()
+    except OSError:
+        return True
+    return is_loopback(outer)
+
+
 class RaySession:
     """A connection to Ray; a private Ray is shut down with it."""
 
@@ -96,12 +115,13 @@ class RaySession:
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
         try:
             if address:
-                ray.init(address=address, **quiet)
+                with _loopback() if _on_loopback_alone(address) else contextlib.nullcontext():
+                    ray.init(address=address, **quiet)
             else:
                 # without "local", Ray joins whatever was last started on this machine
                 with _loopback():
                     ray.init(address="local", **_private(config), **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises bare ones, too, on a machine that is too busy
             where = f"the Ray cluster at {address!r}" if address else "a private Ray"
             raise FleetError(f"cannot reach {where}: {error}") from error
         self.joined = bool(address)

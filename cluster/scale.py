@@ -9,23 +9,19 @@ New workers serve once they are warm; those that leave finish what they have in 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from cluster.console import FAILED, INTERRUPTED, REFUSED
-from cluster.control import WHEREABOUTS, FleetStatus, find_control, whereabouts
+from cluster.control import FleetStatus, ask, reached
 from cluster.errors import FleetError, TesseraError
-from cluster.runtime import RayConfig, RaySession
 
 POLL_S = 0.5
-ANSWER_S = 30.0  # longest wait for the control actor itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,26 +47,6 @@ class Arguments:
         asked = {"sampler": self.samplers, "reward-server": self.reward_servers}
         named = {f"reward-{name}": count for name, count in (self.pool or {}).items()}
         return {role: count for role, count in (asked | named).items() if count is not None}
-
-
-def locate_run(run: str, address: str) -> tuple[str, str]:
-    """Name of the run (empty: the only one), and the address of its cluster.
-
-    Raises:
-        FleetError: the directory that was named holds no active run.
-    """
-    roots = [Path("runs"), Path.home() / "tessera-runs"]
-    if address:
-        return Path(run).name, address
-    if run:
-        places = [place for place in (Path(run), *(root / run for root in roots)) if place.is_dir()]
-        if places:
-            return whereabouts(places[0])
-        return run, os.environ.get("RAY_ADDRESS", "auto")
-    active = [file for root in roots for file in root.glob(f"*/{WHEREABOUTS}")]
-    if active and "RAY_ADDRESS" not in os.environ:
-        return whereabouts(max(active, key=lambda file: file.stat().st_mtime).parent)
-    return "", os.environ.get("RAY_ADDRESS", "auto")
 
 
 def scale(control: Any, wanted: Mapping[str, int], timeout_s: float) -> FleetStatus:
@@ -116,18 +92,6 @@ def lines(status: FleetStatus) -> list[str]:
     ]
 
 
-def ask(ref: Any) -> Any:
-    """An answer of the control actor."""
-    from ray.exceptions import RayActorError
-
-    from cluster.ray_calls import answer
-
-    try:
-        return answer(ref, "the run's control actor", ANSWER_S)
-    except RayActorError:
-        raise FleetError("the run has ended") from None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     asked = tyro.cli(Arguments, args=arguments, prog="python -m cluster.scale")
@@ -137,14 +101,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {role} needs at least 1 worker, found {count}", file=sys.stderr)
             return REFUSED
     try:
-        run, address = locate_run(asked.run, asked.address)
-        with RaySession(RayConfig(address=address)):
-            name, control = find_control(run)
+        with reached(asked.run, asked.address) as run:
             if wanted:
-                status = scale(control, wanted, asked.timeout_s)
+                status = scale(run.control, wanted, asked.timeout_s)
             else:
-                status = ask(control.status.remote())
-            print("\n".join([f"run {name}", *lines(status)]))
+                status = ask(run.control.status.remote())
+            print("\n".join([f"run {run.name}", *lines(status)]))
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 FREE = 0.25  # share of the target below which a wait counts as none
 FULL = 0.75  # busy share that fewer workers may come to
+RECENT = 100  # newest waits, for whoever asks
 GROWTH = 2.0  # most that one decision multiplies the workers by
 
 
@@ -74,14 +76,21 @@ class LoadMeter:
 
     def __init__(self, now: float) -> None:
         self._since = now
-        self._waits: list[float] = []
+        self._waits, self._waited_s = 0, 0.0
+        self._recent: deque[float] = deque(maxlen=RECENT)
         self._busy_s = 0.0
 
     def waited(self, seconds: float) -> None:
-        self._waits.append(seconds)
+        self._waits, self._waited_s = self._waits + 1, self._waited_s + seconds
+        self._recent.append(seconds)
 
     def worked(self, seconds: float) -> None:
         self._busy_s += seconds
+
+    @property
+    def recent_wait_s(self) -> float:
+        """Mean of the newest waits, whenever the observation began."""
+        return sum(self._recent) / len(self._recent) if self._recent else 0.0
 
     def age(self, now: float) -> float:
         """Seconds of observation so far."""
@@ -92,10 +101,10 @@ class LoadMeter:
         span = max(now - self._since, 1e-9) * max(workers, 1)
         return Load(
             workers=workers,
-            mean_wait_s=sum(self._waits) / len(self._waits) if self._waits else 0.0,
+            mean_wait_s=self._waited_s / self._waits if self._waits else 0.0,
             busy_share=min(self._busy_s / span, 1.0),
         )
 
     def restart(self, now: float) -> None:
         """Begin a new observation."""
-        self._since, self._waits, self._busy_s = now, [], 0.0
+        self._since, self._waits, self._waited_s, self._busy_s = now, 0, 0.0, 0.0

@@ -6,9 +6,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.control import FleetStatus, PoolStatus, Wish, start_control
+from cluster.control import (
+    FleetStatus,
+    PoolStatus,
+    Progress,
+    StopWish,
+    Wish,
+    WorkerStatus,
+    start_control,
+)
 from cluster.errors import FleetError
-from cluster.pool import State, WorkerPool
+from cluster.pool import State, Worker, WorkerPool
 from cluster.scaling import desired_workers
 
 EXCHANGE_S = 1.0  # how often the control actor is spoken to
@@ -22,10 +30,23 @@ class Steward:
         pools: what can be scaled.
         run: name under which other processes find it; empty hides it.
         say: told of every change, a line each.
+        others: workers that are in no pool, for the status.
+        stop: called when somebody wants the run to end, with whether to write a checkpoint.
     """
 
-    def __init__(self, pools: Sequence[WorkerPool], run: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        pools: Sequence[WorkerPool],
+        run: str,
+        say: Callable[[str], None],
+        *,
+        others: Callable[[], Sequence[Worker]] = lambda: (),
+        stop: Callable[[bool], None] = lambda checkpoint: None,
+    ) -> None:
         self._pools, self._run, self._say = {pool.role.name: pool for pool in pools}, run, say
+        self._others, self._stop = others, stop
+        self.progress = Progress()
+        """How far the run is; for whoever asks."""
         self._control: Any = None
         self._exchange: Any = None
         self._spoken = 0.0
@@ -47,7 +68,7 @@ class Steward:
         """What to wait for, and bring to `heard`."""
         return [self._exchange] if self._exchange is not None else []
 
-    def tend(self, restarts: int, *, decide: bool = True) -> None:
+    def tend(self, restarts: int, edition: int = 0, *, decide: bool = True) -> None:
         """Let those go that have finished; decide by queue wait, unless told that nobody has
         anything to do just now; speak to the control actor."""
         now = time.monotonic()
@@ -58,7 +79,7 @@ class Steward:
         if self._control is None or self._exchange is not None or now - self._spoken < EXCHANGE_S:
             return
         self._spoken = now
-        self._exchange = self._control.exchange.remote(self.status(restarts))
+        self._exchange = self._control.exchange.remote(self.status(restarts, edition))
 
     def heard(self, ref: Any) -> None:
         """The control actor's answer: carry out what is wanted."""
@@ -73,9 +94,13 @@ class Steward:
             self._say("the fleet's control actor was lost: cluster.scale cannot reach this run")
             return
         for wish in wishes:
-            self._grant(wish)
+            if isinstance(wish, StopWish):
+                self._answered = wish.number
+                self._stop(wish.checkpoint)
+            else:
+                self._grant(wish)
 
-    def status(self, restarts: int = 0) -> FleetStatus:
+    def status(self, restarts: int = 0, edition: int = 0) -> FleetStatus:
         pools = tuple(
             PoolStatus(
                 role=name,
@@ -84,12 +109,17 @@ class Steward:
                 draining=len(pool.of(State.DRAINING)),
                 queued=len(pool.waiting),
                 wanted=pool.target,
+                wait_s=pool.meter.recent_wait_s,
+                workers=tuple(map(_status_of, pool.workers)),
             )
             for name, pool in self._pools.items()
         )
         return FleetStatus(
             pools=pools,
+            singles=tuple(map(_status_of, self._others())),
             restarts=restarts,
+            edition=edition,
+            progress=self.progress,
             answered=self._answered,
             refusals=tuple(self._refusals),
         )
@@ -137,3 +167,13 @@ class Steward:
                 f"{load.mean_wait_s:.2g} s on average, workers were busy {load.busy_share:.0%})"
             )
             pool.scale(wanted)
+
+
+def _status_of(worker: Worker) -> WorkerStatus:
+    return WorkerStatus(
+        name=worker.name,
+        state=worker.state.value,
+        actor=worker.handle._actor_id.hex(),
+        edition=worker.edition,
+        busy=worker.busy,
+    )

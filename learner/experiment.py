@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from cluster.control import Progress
 from cluster.errors import LearnerLostError
 from cluster.fleet import Fleet, InlineFleet, StopRequestedError
 from cluster.messages import ScoredGroup
@@ -14,7 +17,7 @@ from learner import evaluate, records
 from learner.checkpoint import Checkpoint, restore
 from learner.config import RunConfig
 from learner.distribution import RewardSpace, set_reference
-from learner.footprint import DiskWatch, checkpoint_bytes
+from learner.footprint import DiskWatch, checkpoint_bytes, free_bytes
 from learner.gallery import sample_gallery, save_sheet, save_side_by_side
 from learner.guards import Guards, SlowServers
 from learner.keeper import Checkpoints
@@ -52,7 +55,10 @@ class Experiment:
         console: RunConsole,
         should_stop: Callable[[], bool],
         from_step: int | None = None,
+        last_checkpoint: Callable[[], bool] = lambda: True,
     ) -> None:
+        """last_checkpoint: whether a run that was asked to stop writes one where it ends."""
+        self._last_checkpoint = last_checkpoint
         self._config, self._run, self._fleet = config, run, fleet
         self._console, self._should_stop = console, should_stop
         self._rows = run.read_evaluation()
@@ -64,6 +70,7 @@ class Experiment:
         self._checkpoints = Checkpoints(run, config, console.say)
         self._recorder: Recorder | None = None
         self._from_step, self._kept = from_step, 0
+        self._newest = Progress()
 
     def run(self) -> bool:
         """Everything; False if the run was asked to stop before its end."""
@@ -78,13 +85,15 @@ class Experiment:
 
     def _begin_to_end(self) -> bool:
         stage = "before training"
+        self._tell(stage)
         try:
             done = self._train_through()
             stage = "after training, in the last exam"
             if done == self._config.iterations:
                 self._finish()
                 return True
-            self._checkpoint(done)
+            if self._last_checkpoint():
+                self._checkpoint(done)
             stopped = f"after {done} of {self._config.iterations} iterations"
         except StopRequestedError:  # training itself ends without it
             stopped = stage
@@ -100,7 +109,9 @@ class Experiment:
         learner is lost. Returns how many iterations are done."""
         while True:
             try:
-                return self._train(self._begin())
+                done = self._train(self._begin())
+                self._checkpoints.wait()  # the last one, too, needs its learner
+                return done
             except LearnerLostError as error:
                 self._fleet.recover_learner(error)
 
@@ -110,6 +121,8 @@ class Experiment:
         rollouts = config.output.rollouts
         recorder = self._recorder = Recorder(run, first, rollouts=rollouts, say=console.say)
         console.start(first)
+        self._newest = replace(self._newest, done=first)
+        self._tell("training")
 
         told = False
         one_policy = config.sampling.learned() == config.sampling
@@ -130,6 +143,7 @@ class Experiment:
             for line in (*done.advice, *found.notes, *slow(done.spans)):
                 console.say(f"note: {line}")
             console.update(row)
+            self._tell("training", row)
             found.enforce()
             room()
             self._keep(done.row["iteration"] + 1)
@@ -256,8 +270,23 @@ class Experiment:
         self._rows[row.name] = evaluate.examine(self._config, self._fleet, row.spec, real)
         self._run.write_evaluation(self._rows)
 
+    def _tell(self, stage: str, row: Mapping[str, Any] | None = None) -> None:
+        """How far the run is, to whoever asks the fleet."""
+        if row:
+            done, pace = row["iteration"] + 1, self._console.seconds_per_iteration
+            self._newest = replace(self._newest, done=done, seconds=pace, metrics=row)
+        self._newest = replace(
+            self._newest,
+            stage=stage,
+            directory=str(self._run.path),
+            iterations=self._config.iterations,
+            free_bytes=free_bytes(self._run.path),
+        )
+        self._fleet.tell(self._newest)
+
     def _finish(self) -> None:
         """After the last iteration: the tuned policy's exam, galleries, report."""
+        self._tell("after training")
         self._rows.pop(evaluate.TUNED, None)  # of an earlier, shorter run
         self._examine(evaluate.tuned_row(self._config))
         sheet = sample_gallery(self._config, self._fleet)

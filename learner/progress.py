@@ -92,6 +92,11 @@ class RunConsole:
             "learning", total=self._iterations, completed=done, figures=""
         )
 
+    @property
+    def seconds_per_iteration(self) -> float:
+        """Mean of the last ones; 0 before the first."""
+        return sum(s for s, _ in self._recent) / max(len(self._recent), 1)
+
     def update(self, row: Mapping[str, Any]) -> None:
         """One iteration's metrics."""
         done = row["iteration"] + 1

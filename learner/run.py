@@ -84,6 +84,8 @@ class StopFlag:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say, self._set = say, False
+        self.checkpoint = True
+        """Whether the run is to write a checkpoint where it ends."""
 
     def __call__(self) -> bool:
         return self._set
@@ -93,6 +95,13 @@ class StopFlag:
             raise KeyboardInterrupt
         self._set = True
         self._say("stopping at the next safe point; once more to stop at once")
+
+    def ask(self, checkpoint: bool) -> None:
+        """What `python -m cluster.stop` does."""
+        if not self._set:
+            self._set, self.checkpoint = True, checkpoint
+            how = "with" if checkpoint else "without"
+            self._say(f"asked to stop: stopping at the next safe point, {how} a checkpoint")
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -163,7 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             console.say(starting(command, config))
             with stop.installed(), open_fleet(command, config, run, console.say, stop) as fleet:
-                experiment = Experiment(config, run, fleet, console, stop, command.from_step)
+                experiment = Experiment(
+                    config, run, fleet, console, stop, command.from_step, lambda: stop.checkpoint
+                )
                 return 0 if experiment.run() else INTERRUPTED
         except TesseraError as error:
             console.say(f"error: {error}")
@@ -194,7 +205,7 @@ def open_fleet(
     config: RunConfig,
     run: RunDirectory,
     say: Callable[[str], None],
-    should_stop: Callable[[], bool],
+    should_stop: StopFlag,
 ) -> Iterator[Fleet]:
     """The fleet that the command asks for, closed again at the end. While it is there, the run
     directory tells other commands where (`cluster.scale`)."""
@@ -202,10 +213,10 @@ def open_fleet(
         with InlineFleet(config.fleet_plan(), should_stop) as inline:
             yield inline
         return
-    from cluster.control import announced
     from cluster.object_store import check_store, explained
     from cluster.ray_fleet import RayFleet
     from cluster.runtime import RaySession
+    from cluster.whereabouts import announced
 
     need = store_need(config)
     with (

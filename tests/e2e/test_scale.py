@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.control import WHEREABOUTS
+from cluster.whereabouts import WHEREABOUTS
 from tests.small_run import flags
 
 START_S = 120.0

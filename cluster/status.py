@@ -1,0 +1,275 @@
+"""How a running job is: roles and workers, iteration, rate, newest metrics.
+
+python -m cluster.status                     the newest run under runs/
+python -m cluster.status --run NAME          another one: a name, or its directory
+python -m cluster.status --watch 5           again and again
+python -m cluster.status --json              for programs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from cluster.console import FAILED, INTERRUPTED, REFUSED
+from cluster.control import (
+    FleetStatus,
+    PoolStatus,
+    Reached,
+    RunEndedError,
+    WorkerStatus,
+    ask,
+    reached,
+)
+from cluster.errors import TesseraError
+from cluster.object_store import size
+from cluster.whereabouts import WHEREABOUTS
+
+SHOWN = 16  # workers of a role in the table; --json has all
+QUIET_S = 10.0  # a run that has said nothing for so long is named
+FIGURES = ("fid/", "reward/", "policy/entropy", "policy/reference_kl", "staleness/", "guards/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Show how a running job is."""
+
+    run: str = ""
+    """Name of the run, or its directory; empty takes the newest that is active under runs/, or the
+    only one on the cluster."""
+    address: str = ""
+    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS, else "auto"."""
+    watch: float = 0.0
+    """Seconds between looks, until the run ends or Ctrl-C; 0 looks once."""
+    json: bool = False
+    """Print one JSON object (with --watch one a line) instead of tables."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.watch < 1e6:
+            raise ValueError(f"watch must be seconds, >= 0, found {self.watch}")
+
+
+def as_dict(
+    run: str, status: FleetStatus, actors: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Everything that is known of a run, ready for JSON.
+
+    Args:
+        actors: of `ray_actors`.
+    """
+    progress = status.progress
+    metrics = dict(progress.metrics)
+    return {
+        "run": run,
+        "directory": progress.directory,
+        "stage": progress.stage,
+        "said_s_ago": status.age_s,
+        "iteration": progress.done,
+        "iterations": progress.iterations,
+        "iterations_per_h": 3600 / progress.seconds if progress.seconds else None,
+        "images_per_s": metrics.get("time/images_per_s"),
+        "eta_s": progress.eta_s,
+        "free_bytes": progress.free_bytes,
+        "restarts": status.restarts,
+        "edition": status.edition,
+        "roles": [
+            *(_role_of_singles(name, workers, actors) for name, workers in _singles(status)),
+            *(_role(pool, status, actors) for pool in status.pools),
+        ],
+        "metrics": metrics,
+    }
+
+
+def _role(
+    pool: PoolStatus, status: FleetStatus, actors: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    weights = pool.role == "sampler"
+    return {
+        "role": pool.role,
+        "serving": pool.serving,
+        "starting": pool.starting,
+        "leaving": pool.draining,
+        "wanted": pool.wanted,
+        "queued": pool.queued,
+        "queue_wait_s": pool.wait_s,
+        "workers": [
+            _worker(worker, actors, status.edition if weights else None) for worker in pool.workers
+        ],
+    }
+
+
+def _role_of_singles(
+    name: str, workers: list[WorkerStatus], actors: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "role": name,
+        "serving": sum(worker.state == "serving" for worker in workers),
+        "starting": sum(worker.state == "starting" for worker in workers),
+        "leaving": 0,
+        "wanted": len(workers),
+        "queued": 0,
+        "queue_wait_s": 0.0,
+        "workers": [_worker(worker, actors, None) for worker in workers],
+    }
+
+
+def _worker(
+    worker: WorkerStatus, actors: Mapping[str, Mapping[str, Any]], newest: int | None
+) -> dict[str, Any]:
+    actor = actors.get(worker.actor, {})
+    return {
+        "name": worker.name,
+        "state": worker.state,
+        "node": actor.get("node"),
+        "pid": actor.get("pid"),
+        "edition": None if newest is None else worker.edition,
+        "behind": None if newest is None else max(newest - worker.edition, 0),
+        "in_hand": worker.busy,
+    }
+
+
+def _singles(status: FleetStatus) -> Iterable[tuple[str, list[WorkerStatus]]]:
+    """Learners and moments server, by role."""
+    roles: dict[str, list[WorkerStatus]] = {}
+    for worker in status.singles:
+        role, _, number = worker.name.rpartition("-")
+        roles.setdefault(role if number.isdigit() else worker.name, []).append(worker)
+    return roles.items()
+
+
+def ray_actors() -> dict[str, dict[str, Any]]:
+    """Actor's id -> node and process, of all actors that live on the cluster."""
+    from ray._private.state import actors
+
+    found = actors(actor_state_name="ALIVE")
+    return {
+        actor: {"node": entry["Address"]["IPAddress"], "pid": entry["Pid"]}
+        for actor, entry in found.items()
+    }
+
+
+def table(found: Mapping[str, Any]) -> Group:
+    """For people."""
+    roles = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading, right in (
+        ("role", False), ("state", False), ("node", False), ("pid", True), ("weights", True),
+        ("in hand", True), ("waiting", True), ("wait", True),
+    ):  # fmt: skip
+        roles.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for role in found["roles"]:
+        state = ", ".join(
+            f"{role[name]} {name}" for name in ("serving", "starting", "leaving") if role[name]
+        )
+        wait = f"{role['queue_wait_s']:.2g} s" if role["queue_wait_s"] else ""
+        roles.add_row(role["role"], state or "none", "", "", "", "", str(role["queued"]), wait)
+        for worker in role["workers"][:SHOWN]:
+            edition, behind = worker["edition"], worker["behind"]
+            weights = "" if edition is None else f"{edition}" + (f" (-{behind})" if behind else "")
+            roles.add_row(
+                f"  {worker['name']}",
+                worker["state"],
+                worker["node"] or "-",
+                str(worker["pid"] or "-"),
+                weights,
+                str(worker["in_hand"]),
+            )
+        if len(role["workers"]) > SHOWN:
+            roles.add_row(f"  and {len(role['workers']) - SHOWN} more")
+    return Group("\n".join(headlines(found)), roles, "\n".join(figures(found["metrics"])))
+
+
+def headlines(found: Mapping[str, Any]) -> list[str]:
+    """What is known of the run as a whole."""
+    lines = [f"run {found['run']}: {found['stage']}  {found['directory']}"]
+    parts = [f"iteration {found['iteration']} of {found['iterations']}"]
+    if found["iterations_per_h"]:
+        parts.append(f"{found['iterations_per_h']:.4g} an hour")
+        parts.append(f"{timedelta(seconds=round(found['eta_s']))} left")
+    if found["images_per_s"]:
+        parts.append(f"{found['images_per_s']:.3g} images/s")
+    parts.append(f"{found['restarts']} workers replaced")
+    parts.append(f"{size(found['free_bytes'])} free on its disk")
+    lines.append(", ".join(parts))
+    age = found["said_s_ago"]
+    if age is None:
+        lines.append("the run has not said anything yet")
+    elif age > QUIET_S:
+        lines.append(f"this is what it said {age:.0f} s ago; it is busy, or stuck")
+    return lines
+
+
+def figures(metrics: Mapping[str, Any]) -> list[str]:
+    """The newest metrics that say how it goes, a line each group."""
+    groups: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        if name.startswith(FIGURES) and isinstance(value, (int, float)):
+            kind, _, rest = name.partition("/")
+            groups.setdefault(kind, []).append(f"{rest} {value:.4g}")
+    return [f"{kind}: {'  '.join(parts)}" for kind, parts in groups.items()]
+
+
+def look(run: Reached) -> dict[str, Any]:
+    """How the run is now."""
+    return as_dict(run.name, ask(run.control.status.remote()), ray_actors())
+
+
+def watch(run: Reached, seconds: float, *, as_json: bool) -> None:
+    """Show it again and again, until the run ends."""
+    if as_json:
+        while not _ended(run):
+            print(json.dumps(look(run)), flush=True)
+            time.sleep(seconds)
+        return
+    with Live(console=Console(), auto_refresh=False) as live:
+        while not _ended(run):
+            live.update(table(look(run)), refresh=True)
+            time.sleep(seconds)
+
+
+def _ended(run: Reached) -> bool:
+    directory = run.place.directory
+    return directory is not None and not (directory / WHEREABOUTS).is_file()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    try:
+        asked = tyro.cli(Arguments, args=arguments, prog="python -m cluster.status")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    try:
+        with reached(asked.run, asked.address) as run:
+            if asked.watch:
+                with contextlib.suppress(RunEndedError):  # told below, however it was noticed
+                    watch(run, asked.watch, as_json=asked.json)
+                print("the run has ended", file=sys.stderr)
+            elif asked.json:
+                print(json.dumps(look(run)))
+            else:
+                Console().print(table(look(run)), highlight=False)
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    # Imported under its own name, so that messages keep their modules on both sides.
+    from cluster.status import main as imported_main
+
+    sys.exit(imported_main())

@@ -1,0 +1,137 @@
+"""End a running job at its next safe point, and say how to go on with it.
+
+python -m cluster.stop --checkpoint       with a checkpoint of where it is, as Ctrl-C does
+python -m cluster.stop --run NAME         without: what came after its newest one is lost
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from cluster.console import FAILED, INTERRUPTED
+from cluster.control import Reached, RunEndedError, ask, reached
+from cluster.errors import FleetError, TesseraError
+from cluster.whereabouts import WHEREABOUTS, Place, left_behind, process_lives
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """End a running job at its next safe point."""
+
+    run: str = ""
+    """Name of the run, or its directory; empty takes the newest that is active under runs/, or the
+    only one on the cluster."""
+    address: str = ""
+    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS, else "auto"."""
+    checkpoint: bool = False
+    """Have it write a checkpoint first."""
+    timeout_s: float = 600.0
+    """Longest wait for the end, seconds: an iteration, and a checkpoint."""
+
+
+def stop(run: Reached, checkpoint: bool, timeout_s: float) -> Path | None:
+    """Ask a run to end, and wait until it has heard.
+
+    Returns:
+        Its directory, if that is known.
+
+    Raises:
+        FleetError: it did not hear in time.
+    """
+    try:
+        number = ask(run.control.stop.remote(checkpoint))
+        deadline = time.monotonic() + timeout_s
+        while True:
+            status = ask(run.control.status.remote())
+            directory = run.place.directory or _there(status.progress.directory)
+            if status.answered >= number:
+                return directory
+            if time.monotonic() > deadline:
+                raise FleetError(
+                    f"the run {run.name} did not hear within {timeout_s:g} s: it looks for wishes "
+                    "while it waits for workers; is it stuck? (kill its process, and go on with "
+                    "--resume)"
+                )
+            time.sleep(POLL_S)
+    except RunEndedError:
+        return run.place.directory
+
+
+def _there(directory: str) -> Path | None:
+    """A directory that the run told of, if this machine sees it, too."""
+    return Path(directory) if directory and Path(directory).is_dir() else None
+
+
+def await_end(ended: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until a run has ended.
+
+    Raises:
+        FleetError: it did not in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not ended():
+        if time.monotonic() > deadline:
+            raise FleetError(
+                f"the run has heard, but did not end within {timeout_s:g} s: an iteration may take "
+                "longer (--timeout-s sets the bound)"
+            )
+        time.sleep(POLL_S)
+
+
+def gone(place: Place, directory: Path) -> bool:
+    """Whether the program that drove a run has ended: its file is gone, or its process."""
+    here = place.pid and place.host == socket.gethostname()
+    if here and process_lives(place.pid):
+        return False
+    return bool(here) or not (directory / WHEREABOUTS).is_file()
+
+
+def answers_no_more(control: Any) -> bool:
+    try:
+        ask(control.status.remote())
+    except RunEndedError:
+        return True
+    return False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    asked = tyro.cli(Arguments, args=arguments, prog="python -m cluster.stop")
+    deadline = time.monotonic() + asked.timeout_s
+    try:
+        with reached(asked.run, asked.address) as run:
+            directory = stop(run, asked.checkpoint, asked.timeout_s)
+            print(f"run {run.name}: stopping at the next safe point", flush=True)
+            if directory is None:  # on a cluster that stays, whose run directory is elsewhere
+                await_end(lambda: answers_no_more(run.control), deadline - time.monotonic())
+        # Else without a connection: a private Ray ends with its run, which Ray takes for a crash.
+        if directory is not None:
+            await_end(lambda: gone(run.place, directory), deadline - time.monotonic())
+            kept = left_behind(directory)
+            newest = kept["checkpoint"] or "none: it will begin anew"
+            print(f"stopped; newest checkpoint: {newest}\ngo on with\n  {kept['resume']}")
+        else:
+            print("stopped; what it kept is in its run directory, where --resume goes on")
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    # Imported under its own name, so that messages keep their modules on both sides.
+    from cluster.stop import main as imported_main
+
+    sys.exit(imported_main())

@@ -1,0 +1,169 @@
+"""Where a run is: the file in its directory that says so, and whether it still tells the truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import FleetError
+from cluster.files import replacing
+
+WHEREABOUTS = "fleet.json"
+AUTH_MODE, TOKEN = "RAY_AUTH_MODE", "token"
+PROBE_S = 3.0  # longest wait for a cluster to take a connection
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where to look for a run."""
+
+    run: str
+    """Its name; empty: the only one on the cluster."""
+    address: str
+    """Of its cluster, host:port or "auto"."""
+    directory: Path | None = None
+    """Its directory, where that is known."""
+    host: str = ""
+    pid: int = 0
+    """Of the program that drives it, where its directory says so."""
+
+
+@contextmanager
+def announced(directory: Path, address: str) -> Iterator[None]:
+    """While the block runs, a file in the run's directory says which cluster it is on."""
+    file = directory / WHEREABOUTS
+    token = os.environ.get(AUTH_MODE) == TOKEN  # Ray says so once it has turned it on
+    with replacing(file) as partial:
+        found = {
+            "run": directory.name,
+            "address": address,
+            "token_authentication": token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        partial.write_text(json.dumps(found) + "\n")
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def whereabouts(directory: Path) -> Place:
+    """Where the run in a directory says it is. Where its cluster asks for a token, this process
+    will show the user's (Ray would not by itself, for a cluster named by address); Ray must not
+    have been imported yet.
+
+    Raises:
+        FleetError: nothing runs there, or the file is damaged.
+    """
+    file = directory / WHEREABOUTS
+    try:
+        found = json.loads(file.read_text())
+        if found["token_authentication"]:
+            os.environ.setdefault(AUTH_MODE, TOKEN)
+        host, pid = str(found.get("host", "")), int(found.get("pid", 0))
+        return Place(str(found["run"]), str(found["address"]), directory, host, pid)
+    except FileNotFoundError:
+        raise FleetError(
+            f"no run is active in {directory}: it has ended, or was started with --inline"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FleetError(
+            f"{file} cannot be read ({error}): name the cluster by --address"
+        ) from None
+
+
+def locate_run(run: str, address: str) -> Place:
+    """Where a run is.
+
+    Args:
+        run: its name, or its directory; empty: the newest that is active under runs/, or the only
+            one on the cluster.
+        address: of its cluster; empty: as its directory says, else $RAY_ADDRESS, else "auto".
+
+    Raises:
+        FleetError: the directory that was named holds no active run.
+    """
+    roots = [Path("runs"), Path.home() / "tessera-runs"]
+    if address:
+        return Place(Path(run).name, address)
+    if run:
+        places = [place for place in (Path(run), *(root / run for root in roots)) if place.is_dir()]
+        if places:
+            return whereabouts(places[0])
+        if Path(run).name != run:
+            raise FleetError(f"there is no directory {run}: name a run, or its directory")
+        return Place(run, os.environ.get("RAY_ADDRESS", "auto"))
+    active = [file for root in roots for file in root.glob(f"*/{WHEREABOUTS}")]
+    if active and "RAY_ADDRESS" not in os.environ:
+        return whereabouts(max(active, key=lambda file: file.stat().st_mtime).parent)
+    return Place("", os.environ.get("RAY_ADDRESS", "auto"))
+
+
+def check_alive(place: Place) -> None:
+    """Find out quickly whether anybody can be there, before Ray waits for it, which takes minutes.
+
+    Raises:
+        FleetError: the run was killed and left its file, or its cluster takes no connection.
+    """
+    here = place.host == socket.gethostname()
+    if here and place.pid and not process_lives(place.pid):
+        raise killed(place)
+    host, _, port = place.address.rpartition(":")
+    if not port.isdigit():
+        return  # "auto" and the like: Ray finds out quickly
+    if is_loopback(host) and place.host and not here:
+        raise FleetError(
+            f"the run {place.run} is on {place.host}, with a Ray that listens there alone: run "
+            "this command on that machine"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
+    except OSError as error:
+        if place.directory is not None:
+            raise killed(place) from error
+        raise FleetError(
+            f"no cluster answers at {place.address} ({error}): is it the address that `ray start` "
+            "printed, and is this machine allowed to reach it?"
+        ) from error
+
+
+def killed(place: Place) -> FleetError:
+    """That a run ended without taking its leave."""
+    assert place.directory is not None
+    return FleetError(
+        f"the run in {place.directory} is not running any more, but left {WHEREABOUTS}: it was "
+        f"killed. Go on with\n  {resume_command(place.directory)}"
+    )
+
+
+def resume_command(directory: Path) -> str:
+    return f"python -m learner.run --resume --run-dir {directory}"
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this machine is there; one that ended and was not waited for is not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.is_file() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+
+
+def left_behind(directory: Path) -> dict[str, Any]:
+    """What a run that ended has kept: its newest checkpoint, if any, and how to go on."""
+    steps = sorted((directory / "checkpoints").glob("step_*"))
+    return {"checkpoint": str(steps[-1]) if steps else "", "resume": resume_command(directory)}

@@ -33,7 +33,7 @@ def config_of(staleness: int, **output: Any):
     )
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """What a test ends a run with: nothing is put in order."""
 
 
@@ -45,14 +45,14 @@ def run_until(path: Path, staleness: int, last: int = STEPS, **output: Any) -> P
     class Killing(RunConsole):
         def update(self, row: Any) -> None:
             if row["iteration"] + 1 == last < STEPS:
-                raise Killed
+                raise KilledError
 
     with Killing(STEPS) as console, InlineFleet(config.fleet_plan()) as fleet:
         experiment = Experiment(config, run, fleet, console, lambda: False)
         if last == STEPS:
             assert experiment.run()
         else:
-            with pytest.raises(Killed):
+            with pytest.raises(KilledError):
                 experiment.run()
     return path
 
@@ -60,7 +60,11 @@ def run_until(path: Path, staleness: int, last: int = STEPS, **output: Any) -> P
 @pytest.fixture(scope="module", params=[0, 1], ids=["on-policy", "one ahead"])
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     folder = tmp_path_factory.mktemp("resume")
-    return request.param, run_until(folder / "whole", request.param)
+    return request.param, run_until(folder / "run", request.param)  # the moments know its name
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [repeatable(row) for row in read_metrics(run / "metrics.jsonl")]
 
 
 def assert_same(found: Path, expected: Path) -> None:
@@ -184,7 +188,7 @@ def test_everything_can_be_brought_back_several_times_within_a_run(
         def update(self, row: Any) -> None:
             if lost and row["iteration"] == lost[0]:
                 lost.pop(0)
-                raise Killed
+                raise KilledError
 
     with Losing(STEPS) as console, InlineFleet(config.fleet_plan()) as fleet:
         experiment = Experiment(config, run, fleet, console, lambda: False)
@@ -194,7 +198,7 @@ def test_everything_can_be_brought_back_several_times_within_a_run(
             try:
                 assert experiment._train(first) == STEPS
                 break
-            except Killed:
+            except KilledError:
                 role = config.fleet_plan().learner
                 fleet.learner = role.factory(role.config, name="learner")
                 first = experiment.restore()

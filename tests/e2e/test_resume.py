@@ -199,8 +199,10 @@ def test_everything_can_be_brought_back_several_times_within_a_run(
                 assert experiment._train(first) == STEPS
                 break
             except KilledError:
-                role = config.fleet_plan().learner
-                fleet.learner = role.factory(role.config, name="learner")
+                plan = config.fleet_plan()
+                fleet.learner = plan.learner.factory(plan.learner.config, name="learner")
+                # one that has newer weights would refuse older ones
+                fleet._sampler = plan.sampler.factory(plan.sampler.config, name="sampler")
                 first = experiment.restore()
         experiment._finish()
         experiment._checkpoints.close()

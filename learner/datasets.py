@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -51,5 +52,5 @@ def _array(source: str, key: str, what: str) -> np.ndarray:
             if key not in file:
                 raise DataError(f"{source}: needs {what} {key!r}, found {file.files}")
             return file[key]
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
         raise DataError(f"{source}: not a readable .npz file ({error})") from error

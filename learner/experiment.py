@@ -292,10 +292,10 @@ class Experiment:
         sheet = sample_gallery(self._config, self._fleet)
         gallery = self._run.gallery
         save_sheet(sheet, gallery / TUNED_GALLERY)
-        save_side_by_side(
-            {"base policy": gallery / BASE_GALLERY, "tuned policy": gallery / TUNED_GALLERY},
-            gallery / BEFORE_AFTER,
-        )
+        sheets = {"base policy": gallery / BASE_GALLERY, "tuned policy": gallery / TUNED_GALLERY}
+        # a directory that was made again from a checkpoint has no images of the base policy
+        there = {name: file for name, file in sheets.items() if file.is_file()}
+        save_side_by_side(there, gallery / BEFORE_AFTER)
         if self._rows:
             self._console.table(self._rows)
         if self._shares:

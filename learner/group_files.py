@@ -10,6 +10,7 @@ import numpy as np
 
 from cluster.errors import CheckpointError
 from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ScoredGroup
+from cluster.sealing import UNREADABLE
 from rewards.moments_server import pack_array, unpack_array
 
 
@@ -56,7 +57,7 @@ def unpack_group(request: SampleRequest, data: bytes) -> ScoredGroup:
             features=_unpacked(fields["features"]),
             errors=tuple(fields["errors"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"the group of {request.key} cannot be read: {error}") from error
     return ScoredGroup(rollouts=rollouts, scores=scores)
 

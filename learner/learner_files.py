@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cluster.errors import CheckpointError
 from cluster.files import sync, writing
+from cluster.sealing import UNREADABLE, seal, unseal
 from cluster.tensors import write_tensors
 from learner.entropy import EntropyState
 
@@ -45,7 +46,7 @@ class LearnerState:
     """Whether each of the newest updates was left out."""
 
     def to_bytes(self) -> bytes:
-        return msgpack.packb(dataclasses.asdict(self))
+        return seal(msgpack.packb(dataclasses.asdict(self)))
 
     @classmethod
     def read(cls, directory: Path) -> LearnerState:
@@ -56,7 +57,7 @@ class LearnerState:
         """
         file = directory / STATE_FILE
         try:
-            fields = msgpack.unpackb(file.read_bytes())
+            fields = msgpack.unpackb(unseal(file.read_bytes()))
             # the first format kept the coefficient alone
             entropy = fields.get("entropy") or {"coefficient": fields["entropy_coef"]}
             state = cls(
@@ -65,10 +66,8 @@ class LearnerState:
                 _maybe(fields["base_entropy"]),
                 tuple(_flag(each) for each in fields.get("skipped", ())),  # older ones: none
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *UNREADABLE) as error:
             raise CheckpointError(f"{file}: no readable state of a learner ({error!r})") from error
-        except msgpack.UnpackException as error:
-            raise CheckpointError(f"{file}: damaged ({error!r})") from error
         return state
 
 

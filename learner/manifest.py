@@ -13,6 +13,7 @@ from typing import Any
 import msgpack
 
 from cluster.errors import CheckpointError
+from cluster.sealing import UNREADABLE
 
 FORMAT = 3
 UNSIGNED_FORMAT = 2  # of version 0.1: no checksum of its own, no run, no configuration
@@ -93,7 +94,7 @@ class Manifest:
                 figures={str(k): _figure(v) for k, v in fields.get("figures", {}).items()},
                 records={_plain(k, name): str(v) for k, v in fields.get("records", {}).items()},
             )
-        except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+        except UNREADABLE as error:
             raise CheckpointError(
                 f"checkpoint {name}: no readable manifest ({error or type(error).__name__})"
             ) from error

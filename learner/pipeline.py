@@ -16,6 +16,7 @@ from cluster.buffer import GroupBuffer
 from cluster.errors import CheckpointError, FleetError
 from cluster.fleet import Fleet, Ticket
 from cluster.messages import TRAIN, Condition, SampleRequest, ScoredGroup
+from cluster.sealing import UNREADABLE, seal, unseal
 from learner.conditions import ConditionStream
 from learner.config import RunConfig
 from learner.group_files import pack_group, unpack_group
@@ -97,7 +98,7 @@ class Pipeline:
             (iteration, self._buffer.version(iteration), self._packed(iteration))
             for iteration in older
         ]
-        return msgpack.packb(kept) if kept else b""
+        return seal(msgpack.packb(kept)) if kept else b""
 
     def restore(self, state: bytes) -> None:
         """Inverse of `state`, before `begin`.
@@ -106,8 +107,9 @@ class Pipeline:
             CheckpointError: damaged.
         """
         try:
-            self._restored = [(int(i), int(v), list(g)) for i, v, g in msgpack.unpackb(state)]
-        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            kept = msgpack.unpackb(unseal(state))
+            self._restored = [(int(i), int(v), list(g)) for i, v, g in kept]
+        except UNREADABLE as error:
             raise CheckpointError(f"the groups on their way cannot be read: {error}") from error
 
     def _ahead(self) -> range:

@@ -5,6 +5,7 @@ VA-pi (tuning LlamaGen by RL) found it better than KL to the base policy; weight
 
 from __future__ import annotations
 
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def _load(source: str, policy: Policy, tokenizer: TokenizerConfig) -> tuple[np.n
             with np.load(Path(source).expanduser(), allow_pickle=False) as file:
                 if TOKENS in file and CLASSES in file:
                     return file[TOKENS].astype(np.int64), file[CLASSES].astype(np.int64)
-        except (OSError, ValueError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as error:
             raise DataError(f"real tokens {source}: not a readable .npz file ({error})") from error
     return _encoded(load_images(source), policy, tokenizer), load_labels(source)
 

@@ -16,6 +16,7 @@ import msgpack
 import numpy as np
 
 from cluster.errors import CheckpointError
+from cluster.sealing import UNREADABLE, seal, unseal
 
 Normalisation = Literal["group", "batch", "anchored", "centred"]
 EPSILON = 1e-4  # added to a group's deviation, as in the public code of 2603.23086
@@ -85,7 +86,7 @@ class Combiner:
 
     def state(self) -> bytes:
         """The anchors (msgpack)."""
-        return msgpack.packb({"anchors": self.anchors})
+        return seal(msgpack.packb({"anchors": self.anchors}))
 
     def restore(self, state: bytes) -> None:
         """Inverse of `state`.
@@ -94,9 +95,9 @@ class Combiner:
             CheckpointError: damaged.
         """
         try:
-            anchors = msgpack.unpackb(state)["anchors"]
+            anchors = msgpack.unpackb(unseal(state))["anchors"]
             self.anchors = None if anchors is None else {k: float(v) for k, v in anchors.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+        except UNREADABLE as error:
             raise CheckpointError(f"the rewards' anchors cannot be read: {error}") from error
 
 

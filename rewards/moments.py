@@ -22,6 +22,7 @@ import msgpack
 import numpy as np
 
 from cluster.errors import CheckpointError, DataError
+from cluster.sealing import UNREADABLE
 
 FORMAT = 2
 UNCHECKED_FORMAT = 1  # of version 0.1: the fields alone, without a checksum
@@ -155,7 +156,7 @@ class Moments:
                 weight=fields["weight"],
                 square_weight=fields["square_weight"],
             )
-        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        except UNREADABLE as error:
             raise CheckpointError(f"these are not stored moments: {error}") from error
 
 

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from cluster.errors import CheckpointError, DataError
 from cluster.messages import Span
+from cluster.sealing import UNREADABLE, seal, unseal
 from rewards.diagnostics import (
     LAG_COMMITS,
     LAG_SHARE,
@@ -244,7 +245,7 @@ class MomentsServer:
             # be the same bytes.
             del answer["spans"], answer["warnings"]
             fields["answer"] = answer | {"rewards": pack_array(self._answer.rewards)}
-        return msgpack.packb(fields)
+        return seal(msgpack.packb(fields))
 
     def restore(self, state: bytes) -> None:
         """Inverse of `state`; the next commit repeats the last one or is a later iteration.
@@ -253,14 +254,15 @@ class MomentsServer:
             CheckpointError: not such a state, or of the other kind of history.
         """
         try:
-            fields = msgpack.unpackb(state, strict_map_key=False)
+            fields = msgpack.unpackb(unseal(state), strict_map_key=False)
             key = (fields.get("run", ""), int(fields["iteration"]))  # version 0.1 had no runs
             found = "sliding" if "window" in fields else "ema"
             history = _unpack_history(fields)
             answer = _unpack_answer(fields.get("answer"))
             base = Moments.from_bytes(fields["base"]) if "base" in fields else None
             pending = tuple(unpack_array(batch) for batch in fields.get("pending", ()))
-        except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+            pending_share = float(fields.get("pending_share", 0.0))
+        except UNREADABLE as error:
             raise CheckpointError(f"this is no state of a moments server: {error}") from error
         if found != self._config.kind:
             raise CheckpointError(
@@ -269,7 +271,7 @@ class MomentsServer:
             )
         self._history, self._answer = history, answer
         self._rebase(base)
-        self._pending, self._pending_share = pending, fields.get("pending_share", 0.0)
+        self._pending, self._pending_share = pending, pending_share
         self._run, self._key = None, key if key[1] >= 0 else None
 
     def _repeated(self, run: str, iteration: int, count: int) -> DistributionReward | None:

@@ -10,6 +10,7 @@ Shapes: D feature dimensions, E embedding dimensions, C classes.
 from __future__ import annotations
 
 import os
+import struct
 import sys
 import zipfile
 import zlib
@@ -30,6 +31,7 @@ COMMAND = "python -m rewards.reference --images {} --out reference.npz"
 SYMMETRY = 1e-6  # relative to the largest entry: float32 files are symmetric to rounding
 INDEFINITE = 1e-5  # relative to the norm; rounding to float32 moves eigenvalues by 6e-8 of it
 UNKNOWN = -1
+END_RECORD, MOST_COMMENT, MANY = 22, 1 << 16, 0xFFFF  # of a zip archive (APPNOTE.TXT 4.3.16)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def read_stored(
     prefix = "joint_" if joint else ""
     try:
         with _open(path) as file:
+            check_members(file.zip)
             mu_key, sigma_key = f"{prefix}mu", f"{prefix}sigma"
             if mu_key not in file or sigma_key not in file:
                 raise DataError(f"{path}: {_no_moments(file, str(path), joint)}")
@@ -161,6 +164,26 @@ def _open(path: str | os.PathLike[str]) -> Any:
             what = "not an .npz file with arrays 'mu' and 'sigma', as FID tools write them"
         raise DataError(f"{path}: {what}")
     return np.load(place, allow_pickle=False)
+
+
+def check_members(archive: zipfile.ZipFile) -> None:
+    """Refuse an archive whose directory lost or renamed a member: an optional array that is not
+    found would be taken for one that never was.
+
+    Raises:
+        zipfile.BadZipFile: says so.
+    """
+    stream = archive.fp
+    assert stream is not None
+    stream.seek(0, os.SEEK_END)
+    stream.seek(max(stream.tell() - END_RECORD - MOST_COMMENT, 0))
+    end = stream.read().rpartition(b"PK\x05\x06")[2]
+    announced = struct.unpack_from("<H", end, 6)[0] if len(end) >= 8 else -1
+    found = archive.infolist()
+    if announced not in (len(found), MANY):
+        raise zipfile.BadZipFile(f"{announced} arrays announced, {len(found)} found")
+    for member in found:
+        archive.open(member).close()  # compares its two names
 
 
 def _array(file: Any, path: str | os.PathLike[str], key: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ class ReferenceSums:
                 skipped=int(arrays["skipped"]),
                 skipped_first=tuple(str(name) for name in arrays["skipped_first"]),
             )
-        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError) as error:
             return f"it is damaged ({error})"
         return ""
 

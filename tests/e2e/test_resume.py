@@ -60,7 +60,11 @@ def run_until(path: Path, staleness: int, last: int = STEPS, **output: Any) -> P
 @pytest.fixture(scope="module", params=[0, 1], ids=["on-policy", "one ahead"])
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     folder = tmp_path_factory.mktemp("resume")
-    return request.param, run_until(folder / "whole", request.param)
+    return request.param, run_until(folder / "run", request.param)  # the moments know its name
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [repeatable(row) for row in read_metrics(run / "metrics.jsonl")]
 
 
 def assert_same(found: Path, expected: Path) -> None:
@@ -195,8 +199,10 @@ def test_everything_can_be_brought_back_several_times_within_a_run(
                 assert experiment._train(first) == STEPS
                 break
             except KilledError:
-                role = config.fleet_plan().learner
-                fleet.learner = role.factory(role.config, name="learner")
+                plan = config.fleet_plan()
+                fleet.learner = plan.learner.factory(plan.learner.config, name="learner")
+                # one that has newer weights would refuse older ones
+                fleet._sampler = plan.sampler.factory(plan.sampler.config, name="sampler")
                 first = experiment.restore()
         experiment._finish()
         experiment._checkpoints.close()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import CheckpointError, DataError
+from cluster.sealing import unseal
 from rewards.diagnostics import bias_constant
 from rewards.diagonal import diagonal_distance
 from rewards.fid import Reference, distance_to_reference
@@ -112,7 +113,7 @@ def test_another_run_may_go_on_from_a_checkpoint(server: MomentsServer) -> None:
 
 def test_states_of_the_first_version_are_read(server: MomentsServer) -> None:
     server.commit(3, features(12, 2), ALL)
-    state = msgpack.unpackb(server.state(), strict_map_key=False)
+    state = msgpack.unpackb(unseal(server.state()), strict_map_key=False)
     old = msgpack.packb({"moments": state["moments"], "iteration": 3})
     restored = make_server(seeded=False)
     restored.restore(old)

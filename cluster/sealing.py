@@ -1,0 +1,39 @@
+"""Bytes with a checksum of their own: state is what was written, or it is refused."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgpack
+
+UNREADABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    MemoryError,
+    msgpack.UnpackException,
+)
+"""What taking apart damaged msgpack may raise."""
+
+
+def seal(body: bytes) -> bytes:
+    """msgpack of the bytes and their SHA-256."""
+    return msgpack.packb({"sha256": hashlib.sha256(body).digest(), "body": body})
+
+
+def unseal(data: bytes) -> bytes:
+    """Inverse of `seal`. What was written before there were seals (another map, a list) comes back
+    as it is.
+
+    Raises:
+        any of UNREADABLE: damaged.
+    """
+    outer = msgpack.unpackb(data, strict_map_key=False)
+    if not isinstance(outer, dict) or not outer.keys() & {"sha256", "body"}:
+        return data
+    if hashlib.sha256(outer["body"]).digest() != outer["sha256"]:
+        raise ValueError("the checksum does not match: the bytes are damaged")
+    return outer["body"]

@@ -50,8 +50,8 @@ class Launcher:
         Args:
             threads: of concurrency groups, beside the one that answers in order.
             addition: beyond what the run began with.
-            late: the run cannot go on without it, and what it once reserved may be gone with its
-                machine: an equal share of the CPUs is then not waited for.
+            late: the run cannot go on without it, and what its predecessor had reserved may be gone
+                with its machine: an equal share of the CPUs is then not waited for.
         """
         placement = self.placements[role.name]
         cpus = placement.num_cpus

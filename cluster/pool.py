@@ -131,18 +131,19 @@ class WorkerPool:
     """The workers of a role, and the work that waits for them.
 
     Args:
-        launch: starts one worker; called with its index and whether it is an addition.
+        launch: starts one worker; called with its index, whether it is an addition, and whether it
+            must not wait for room, since nobody else serves.
         stop: ends one worker at once.
     """
 
     def __init__(
         self,
         role: Role,
-        launch: Callable[[Role, int, bool], Worker],
+        launch: Callable[[Role, int, bool, bool], Worker],
         stop: Callable[[Worker], None],
     ) -> None:
         self.role, self._launch, self._stop = role, launch, stop
-        self.workers = [launch(role, index, False) for index in range(role.count)]
+        self.workers = [launch(role, index, False, False) for index in range(role.count)]
         self.waiting: deque[Waiting] = deque()
         self.meter = LoadMeter(time.monotonic())
 
@@ -208,7 +209,7 @@ class WorkerPool:
         while self.target < count:
             taken = {worker.index for worker in self.workers}
             index = next(i for i in range(len(taken) + 1) if i not in taken)
-            self.workers.append(self._launch(self.role, index, True))
+            self.workers.append(self._launch(self.role, index, True, False))
         leaving = sorted(
             [worker for worker in self.workers if worker.state is not State.DRAINING],
             key=lambda worker: (worker.state is not State.SERVING, worker.index),
@@ -250,6 +251,7 @@ class WorkerPool:
         if worker.state is State.DRAINING:
             self.workers.remove(worker)
             return None
-        new = self._launch(self.role, worker.index, worker.addition)
+        alone = not self.of(State.SERVING)  # nobody else could do its work meanwhile
+        new = self._launch(self.role, worker.index, worker.addition, alone)
         self.workers[self.workers.index(worker)] = new
         return new

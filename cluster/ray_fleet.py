@@ -174,11 +174,11 @@ class RayFleet:
     def broadcast(self) -> None:
         self._delivery.broadcast(self._keepers.learners, self._samplers)
 
-    def _launch(self, role: Role, index: int, addition: bool) -> Worker:
+    def _launch(self, role: Role, index: int, addition: bool, late: bool) -> Worker:
         sampler = role is self._plan.sampler
         wrap = self._weights.actor_class if sampler else actor_class
         threads = SAMPLER_THREADS if sampler else {}
-        worker = self._launcher(role, index, wrap, threads, addition=addition)
+        worker = self._launcher(role, index, wrap, threads, addition=addition, late=late)
         if sampler and self._delivery.newest:
             self._delivery.begin(worker, self._samplers)
         return worker

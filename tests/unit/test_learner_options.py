@@ -18,6 +18,7 @@ from cluster.tensors import read_tensors
 from learner.adapters import LoraConfig
 from learner.batch import TrainingBatch
 from learner.entropy import EntropyConfig
+from learner.guards import GuardsConfig
 from learner.learner import Learner, OptimizerConfig
 from learner.learner_files import STATE_FILE
 from learner.loss import LossConfig
@@ -180,16 +181,23 @@ def test_the_reference_is_the_base_policy_and_stays(policy_file: str, place: str
             assert torch.equal(reference.state_dict()[name], tensor), name
 
 
-def test_numbers_that_are_not_finite_stop_the_step(policy_file: str) -> None:
+def test_an_update_that_is_not_finite_is_left_out_and_too_many_stop_the_run(
+    policy_file: str,
+) -> None:
     learner = make(policy_file)
     batch, before = batch_of(learner), weights(learner)
     batch.behaviour[2, 3] = -np.inf
-    with pytest.raises(LearningError, match="iteration 0, update 0: the loss or its gradient"):
-        learner.step(batch)
+    assert learner.step(batch).metrics["guards/skipped_updates"] == 1
     assert torch.equal(weights(learner), before)
-    assert learner.version == 0
-    learner.step(batch_of(learner))  # and the next one finds nothing of it
+    learner.step(batch_of(learner))  # the next one finds nothing of it
     assert torch.isfinite(weights(learner)).all()
+    after = weights(learner)
+    with pytest.raises(LearningError, match="the loss or its gradient"):
+        for _ in range(GuardsConfig().window):
+            again = batch_of(learner)
+            again.behaviour[2, 3] = -np.inf
+            learner.step(again)
+    assert torch.equal(weights(learner), after)
 
 
 @pytest.mark.parametrize("spec", [SamplingSpec(), SamplingSpec(cfg_scale=1.5, guidance="guided")])

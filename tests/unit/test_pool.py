@@ -28,7 +28,7 @@ class Pool:
         self.pool = WorkerPool(role, self._launch, lambda worker: self.stopped.append(worker.name))
         self.serve()
 
-    def _launch(self, role: Role, index: int, addition: bool) -> Worker:
+    def _launch(self, role: Role, index: int, addition: bool, late: bool) -> Worker:
         worker = Worker(role, index, handle=f"{role.name}-{index}", addition=addition)
         self.started.append(worker.name)
         return worker

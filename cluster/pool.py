@@ -251,7 +251,8 @@ class WorkerPool:
         if worker.state is State.DRAINING:
             self.workers.remove(worker)
             return None
-        alone = not self.of(State.SERVING)  # nobody else could do its work meanwhile
+        others = (each for each in self.of(State.SERVING) if each is not worker)
+        alone = not any(others)  # nobody else could do its work meanwhile
         new = self._launch(self.role, worker.index, worker.addition, alone)
         self.workers[self.workers.index(worker)] = new
         return new

@@ -29,6 +29,7 @@ class Pool:
         self.serve()
 
     def _launch(self, role: Role, index: int, addition: bool, late: bool) -> Worker:
+        self.alone = late
         worker = Worker(role, index, handle=f"{role.name}-{index}", addition=addition)
         self.started.append(worker.name)
         return worker
@@ -183,3 +184,10 @@ def test_a_lost_worker_that_was_to_leave_is_gone() -> None:
 def test_names(count: int, most: int, names: list[str]) -> None:
     made = Pool(count=count, autoscale=AutoscaleConfig(max=most))
     assert made.started == names
+
+
+def test_whoever_is_alone_in_its_role_is_not_to_wait_for_room() -> None:
+    made = Pool(count=3)
+    for index, alone in enumerate([False, False, True]):
+        made.pool.replace(made.pool.workers[index])
+        assert made.alone == alone

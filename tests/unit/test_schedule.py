@@ -149,7 +149,7 @@ def made(seconds: list[float], max_groups: int = 1) -> WorkerPool:
         count=len(seconds),
         max_groups=max_groups,
     )
-    pool = WorkerPool(role, lambda r, i, a: Worker(r, i, handle=None), lambda worker: None)
+    pool = WorkerPool(role, lambda r, i, *_: Worker(r, i, handle=None), lambda worker: None)
     for worker in pool.workers:
         worker.state = State.SERVING
     return pool

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
+import struct
+import tokenize
+import zipfile
+import zlib
 
 import msgpack
 
@@ -14,9 +19,22 @@ UNREADABLE = (
     IndexError,
     OverflowError,
     MemoryError,
+    SyntaxError,  # numpy, of a damaged dtype
     msgpack.UnpackException,
 )
-"""What taking apart damaged msgpack may raise."""
+"""What taking apart damaged msgpack, and arrays in it, may raise."""
+DAMAGED_ARRAYS = (
+    *UNREADABLE,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    tokenize.TokenError,
+    EOFError,
+    OSError,
+    RuntimeError,  # a damaged flag says: encrypted; a damaged number: an unknown compression
+)
+"""What reading a damaged .npy or .npz file may raise."""
 
 
 def seal(body: bytes) -> bytes:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-
 import numpy as np
 
 from cluster.errors import DataError
+from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
 from rewards.base import check_images
 from rewards.reference_images import CLASSES, SAMPLES
@@ -52,5 +50,5 @@ def _array(source: str, key: str, what: str) -> np.ndarray:
             if key not in file:
                 raise DataError(f"{source}: needs {what} {key!r}, found {file.files}")
             return file[key]
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+    except DAMAGED_ARRAYS as error:
         raise DataError(f"{source}: not a readable .npz file ({error})") from error

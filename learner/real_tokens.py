@@ -5,7 +5,6 @@ VA-pi (tuning LlamaGen by RL) found it better than KL to the base policy; weight
 
 from __future__ import annotations
 
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from actors.models.base import Policy
 from actors.models.loading import TokenizerConfig, load_tokenizer
 from cluster.errors import DataError
 from cluster.messages import Condition
+from cluster.sealing import DAMAGED_ARRAYS
 from learner.datasets import DIGITS, load_images, load_labels
 
 ENCODED_AT_ONCE = 32
@@ -93,7 +93,7 @@ def _load(source: str, policy: Policy, tokenizer: TokenizerConfig) -> tuple[np.n
             with np.load(Path(source).expanduser(), allow_pickle=False) as file:
                 if TOKENS in file and CLASSES in file:
                     return file[TOKENS].astype(np.int64), file[CLASSES].astype(np.int64)
-        except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as error:
+        except DAMAGED_ARRAYS as error:
             raise DataError(f"real tokens {source}: not a readable .npz file ({error})") from error
     return _encoded(load_images(source), policy, tokenizer), load_labels(source)
 

@@ -382,7 +382,10 @@ def pack_array(array: np.ndarray) -> dict[str, Any]:
 
 def unpack_array(fields: dict[str, Any]) -> np.ndarray:
     """Inverse of `pack_array`."""
-    flat = np.frombuffer(fields["data"], dtype=np.dtype(fields["dtype"]))
+    dtype = np.dtype(str(fields["dtype"]))
+    if dtype.kind not in "fiub":
+        raise ValueError(f"numbers were expected, found an array of {dtype}")
+    flat = np.frombuffer(fields["data"], dtype=dtype)
     return flat.reshape(fields["shape"]).copy()
 
 

@@ -13,7 +13,6 @@ import os
 import struct
 import sys
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import scipy.linalg
 
 from cluster.errors import DataError
 from cluster.files import replacing
+from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
 from rewards.fid import Reference
 from rewards.reference_images import read_header
@@ -95,7 +95,7 @@ def read_stored(
             }
             if "joint_table" in file:
                 fields["joint_table"] = _array(file, path, "joint_table")
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except DAMAGED_ARRAYS as error:
         raise DataError(
             f"{path}: not a readable .npz file ({error}): fetch or build it again"
         ) from error
@@ -218,7 +218,7 @@ def _shape(file: Any, key: str) -> tuple[int, ...]:
     try:
         with file.zip.open(f"{key}.npy") as member:
             return read_header(member)[0]
-    except (ValueError, KeyError):
+    except DAMAGED_ARRAYS:
         return ()
 
 

@@ -30,6 +30,7 @@ import tyro
 
 from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, DataError, TesseraError
+from cluster.sealing import DAMAGED_ARRAYS
 from rewards.base import FeatureExtractor
 from rewards.features import FeaturesConfig, load_features
 from rewards.joint import class_table
@@ -163,7 +164,7 @@ def read_conditions(config: ReferenceConfig, source: ImageSource) -> Conditions:
 def _read_rows(path: Path, count: int) -> np.ndarray:
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except DAMAGED_ARRAYS as error:
         raise DataError(f"{path}: not a readable .npy file ({error})") from error
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or len(rows) != count:
         found = f"shape {rows.shape}" if isinstance(rows, np.ndarray) else "an .npz file"

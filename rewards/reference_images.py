@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.errors import DataError
+from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
 from rewards.base import check_images
 
@@ -238,7 +239,7 @@ class SampleImages:
             raise DataError(
                 f"{self.path}: needs an array {SAMPLES!r} of images, found {found}"
             ) from None
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        except DAMAGED_ARRAYS as error:
             raise DataError(f"{self.path}: not a readable array of images ({error})") from error
         if dtype != np.uint8 or len(self._shape) != 4 or self._shape[-1] != 3 or not self._shape[0]:
             raise DataError(

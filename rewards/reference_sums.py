@@ -6,8 +6,6 @@ Shapes: N images, M of them readable, D feature dimensions, E embedding dimensio
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import DataError
+from cluster.sealing import DAMAGED_ARRAYS
 from rewards.fid import Reference
 from rewards.joint import equal_trace_weight
 from rewards.moments import MomentSums
@@ -184,7 +183,7 @@ class ReferenceSums:
                 skipped=int(arrays["skipped"]),
                 skipped_first=tuple(str(name) for name in arrays["skipped_first"]),
             )
-        except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError) as error:
+        except DAMAGED_ARRAYS as error:
             return f"it is damaged ({error})"
         return ""
 

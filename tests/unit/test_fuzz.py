@@ -150,7 +150,7 @@ def outcome(read: Callable[[], object], errors: type[TesseraError]) -> object:
 
 
 def fuzz(
-    good: bytes, read: Callable[[bytes], object], same: Callable[[object], bool], cases: int = 60
+    good: bytes, read: Callable[[bytes], object], same: Callable[[object], bool], cases: int = 200
 ) -> None:
     """Every damage is refused, or means nothing."""
     assert same(read(good))
@@ -213,7 +213,7 @@ def test_groups_on_their_way() -> None:
         return iteration, version, [pack_group(unpack_group(asked, each)) for each in groups]
 
     fuzz(good, read, lambda found: found == (3, 2, [packed]))
-    for case in range(60):  # and by itself, without the seal: an error or a group
+    for case in range(150):  # and by itself, without the seal: an error or a group
         outcome(lambda case=case: unpack_group(asked, damage(packed, case)), CheckpointError)  # type: ignore[misc]
 
 
@@ -283,7 +283,7 @@ def test_references(tmp_path: Path, packed: str) -> None:
         )
 
     expected = read(good)
-    fuzz(good, read, lambda found: found == expected, cases=80)
+    fuzz(good, read, lambda found: found == expected, cases=300)
 
 
 def test_images(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_configuration_files(tmp_path: Path) -> None:
         run.config.write_bytes(data)
         return run.read_config(), run.identity
 
-    fuzz(good, read, lambda found: found == expected, cases=80)
+    fuzz(good, read, lambda found: found == expected, cases=300)
     for number in range(10):  # whole lines lost at the end: what is left is a configuration, too
         run.config.write_bytes(b"".join(good.splitlines(keepends=True)[: -1 - number]))
         with pytest.raises(ConfigError, match="cut short"):
@@ -327,7 +327,7 @@ def test_rows_that_a_checkpoint_vouches_for(tmp_path: Path, name: str) -> None:
         records.check(run, 4, vouched, lambda line: None)
         return records.vouch(run, 4)
 
-    fuzz(good, read, lambda found: found == vouched, cases=60)
+    fuzz(good, read, lambda found: found == vouched, cases=200)
 
 
 def test_files_for_the_eye(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_files_for_the_eye(tmp_path: Path) -> None:
     metrics = "".join(json.dumps(row) + "\n" for row in rows).encode()
     label = {"name": "thread_name", "ph": "M", "args": {"name": "a"}, "pid": 1, "tid": 1}
     trace = b"[\n" + b",\n".join([json.dumps(label).encode()] * 6) + b"\n]\n"
-    for case in range(60):
+    for case in range(150):
         (tmp_path / "m").write_bytes(damage(metrics, case))
         outcome(lambda: read_metrics(tmp_path / "m"), DataError)
         (tmp_path / "t").write_bytes(damage(trace, case))

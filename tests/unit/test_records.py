@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.errors import ConfigError, DataError
+from cluster.errors import ConfigError, DataError, StorageError
 from cluster.messages import Span
 from learner import rundir
 from learner.advantage import group_advantages
@@ -112,6 +115,32 @@ def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
     run.metrics.write_text("\n".join([lines[0], "{", *lines[2:]]) + "\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: not JSON"):
         read_metrics(run.metrics)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "iteration_000001.parquet"])
+def test_no_room_for_records(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was whole stays whole, and the run can be gone on with."""
+    run = new_run(tmp_path / "run")
+    recorder = Recorder(run, 0, rollouts=True)
+    record(recorder, 0)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if name == "metrics.jsonl":
+        monkeypatch.setattr(recorder, "_metrics", SimpleNamespace(write=refuse))
+    else:
+        monkeypatch.setattr(pq, "write_table", refuse)
+    with pytest.raises(StorageError, match=rf"{name} could not be written: No space left.*MiB are"):
+        record(recorder, 1)
+    monkeypatch.undo()
+    recorder.close()
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [0]
+    resumed = Recorder(run, 1, rollouts=True)
+    record(resumed, 1)
+    resumed.close()
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [0, 1]
+    assert len([file for file in run.rollouts.iterdir() if pq.read_metadata(file)]) == 2
 
 
 def test_rollouts_have_everything(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from cluster.publisher import Published, publisher_of
 from cluster.ray_calls import RemoteRole, answer, too_late
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
+from cluster.secrets import equipped, secret_variables
 from cluster.steward import Steward
 from cluster.supervisor import Supervisor
 from cluster.tickets import Answers, Call, GroupOnTheWay
@@ -195,11 +196,12 @@ class RayFleet:
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": placement.num_gpus}
         if role.concurrency > 1:
             options["max_concurrency"] = role.concurrency
-        if role.runtime_env:
-            options["runtime_env"] = dict(role.runtime_env)
+        environment, secrets = secret_variables(role.runtime_env or {})
+        if environment:
+            options["runtime_env"] = environment
         concerned = role.name in (self._plan.learner.name, self._plan.sampler.name)
         wrap = self._weights.actor_class if concerned else ray.remote
-        actor = wrap(role.factory).options(**options)
+        actor = wrap(equipped(role.factory, secrets)).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         worker = Worker(role, index, handle, handle.__ray_ready__.remote(), addition)
         if role is self._plan.sampler and self._editions.newest:

@@ -12,6 +12,7 @@ from cluster.placement import place
 from cluster.pool import Worker
 from cluster.roles import FleetPlan, Role
 from cluster.runtime import RaySession
+from cluster.secrets import equipped, secret_variables
 
 
 def actor_class(factory: Callable[..., Any], groups: Mapping[str, int]) -> Any:
@@ -61,8 +62,11 @@ class Launcher:
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": placement.num_gpus}
         if role.concurrency > 1:
             options["max_concurrency"] = role.concurrency
-        if role.runtime_env:
-            options["runtime_env"] = dict(role.runtime_env)
-        actor = wrap(role.factory, {pulse.GROUP: 1, **threads}).options(**options)
+        environment, secrets = secret_variables(role.runtime_env or {})
+        if environment:
+            options["runtime_env"] = environment
+        actor = wrap(equipped(role.factory, secrets), {pulse.GROUP: 1, **threads}).options(
+            **options
+        )
         handle = actor.remote(role.config, name=role.worker_name(index))
         return Worker(role, index, handle, handle.__ray_ready__.remote(), addition)

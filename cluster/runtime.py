@@ -127,6 +127,14 @@ class RaySession:
         self.joined = bool(address)
 
     @property
+    def guarded(self) -> bool:
+        """Whether this program shows a token: a cluster that asks for one lets in nobody else."""
+        from ray import _raylet
+
+        mode = getattr(_raylet, "get_authentication_mode")()  # noqa: B009  (compiled: no stubs)
+        return bool(mode == getattr(_raylet, "AuthenticationMode").TOKEN)  # noqa: B009
+
+    @property
     def object_store(self) -> int:
         """Bytes of the object store, of the machine that has the smallest."""
         import ray

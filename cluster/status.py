@@ -163,17 +163,11 @@ def ray_actors() -> dict[str, dict[str, Any]]:
 def table(found: Mapping[str, Any]) -> Group:
     """For people."""
     roles = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading, right in (
-        ("role", False), ("state", False), ("node", False), ("pid", True), ("weights", True),
-        ("in hand", True), ("waiting", True), ("wait", True),
-    ):  # fmt: skip
+    for heading in ("role", "state", "node", "pid", "weights", "in hand"):
+        right = heading in ("pid", "weights", "in hand")
         roles.add_column(heading, justify="right" if right else "left", no_wrap=True)
     for role in found["roles"]:
-        state = ", ".join(
-            f"{role[name]} {name}" for name in ("serving", "starting", "leaving") if role[name]
-        )
-        wait = f"{role['queue_wait_s']:.2g} s" if role["queue_wait_s"] else ""
-        roles.add_row(role["role"], state or "none", "", "", "", "", str(role["queued"]), wait)
+        roles.add_row(role["role"], _state(role))
         for worker in role["workers"][:SHOWN]:
             edition, behind = worker["edition"], worker["behind"]
             weights = "" if edition is None else f"{edition}" + (f" (-{behind})" if behind else "")
@@ -188,6 +182,13 @@ def table(found: Mapping[str, Any]) -> Group:
         if len(role["workers"]) > SHOWN:
             roles.add_row(f"  and {len(role['workers']) - SHOWN} more")
     return Group("\n".join(headlines(found)), roles, "\n".join(figures(found["metrics"])))
+
+
+def _state(role: Mapping[str, Any]) -> str:
+    parts = [f"{role[name]} {name}" for name in ("serving", "starting", "leaving") if role[name]]
+    if role["queued"] or role["queue_wait_s"]:
+        parts.append(f"{role['queued']} in queue ({role['queue_wait_s']:.2g} s)")
+    return ", ".join(parts) or "none"
 
 
 def headlines(found: Mapping[str, Any]) -> list[str]:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import FleetError
+from cluster.errors import ConfigError, FleetError
 from cluster.files import replacing
 
 WHEREABOUTS = "fleet.json"
 AUTH_MODE, TOKEN = "RAY_AUTH_MODE", "token"
+LONGEST_NAME = 200
 PROBE_S = 3.0  # longest wait for a cluster to take a connection
 
 
@@ -68,12 +69,13 @@ def whereabouts(directory: Path) -> Place:
         if found["token_authentication"]:
             os.environ.setdefault(AUTH_MODE, TOKEN)
         host, pid = str(found.get("host", "")), int(found.get("pid", 0))
+        check_run_name(str(found["run"]))
         return Place(str(found["run"]), str(found["address"]), directory, host, pid)
     except FileNotFoundError:
         raise FleetError(
             f"no run is active in {directory}: it has ended, or was started with --inline"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FleetError(
             f"{file} cannot be read ({error}): name the cluster by --address"
         ) from None
@@ -92,7 +94,10 @@ def locate_run(run: str, address: str) -> Place:
     """
     roots = [Path("runs"), Path.home() / "tessera-runs"]
     if address:
-        return Place(Path(run).name, address)
+        name = Path(run).name
+        if name:
+            check_run_name(name)
+        return Place(name, address)
     if run:
         places = [place for place in (Path(run), *(root / run for root in roots)) if place.is_dir()]
         if places:
@@ -141,6 +146,20 @@ def killed(place: Place) -> FleetError:
         f"the run in {place.directory} is not running any more, but left {WHEREABOUTS}: it was "
         f"killed. Go on with\n  {resume_command(place.directory)}"
     )
+
+
+def check_run_name(name: str) -> None:
+    """Refuse a name under which no run can be found, or that leads elsewhere as a path.
+
+    Raises:
+        ConfigError: says what is wrong with it.
+    """
+    odd = not name.isprintable() or any(mark in name for mark in "/\\") or name in ("", ".", "..")
+    if odd or len(name) > LONGEST_NAME:
+        raise ConfigError(
+            f"a run is named after its directory, by at most {LONGEST_NAME} printable characters "
+            f"without slashes, found {name!r}: name another --run-dir"
+        )
 
 
 def resume_command(directory: Path) -> str:

@@ -21,6 +21,7 @@ from cluster.console import FAILED, INTERRUPTED, REFUSED
 from cluster.errors import ConfigError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
 from cluster.placement import Placement, place
+from cluster.whereabouts import announced, check_run_name
 from learner.config import (
     DEFAULT_PRESET,
     RunConfig,
@@ -123,6 +124,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunDi
         SystemExit: --help, or an option that does not exist (the nearest one is named).
     """
     command, _ = tyro.cli(Command, args=arguments, return_unknown_args=True, add_help=False)
+    if command.run_dir:
+        check_run_name(Path(command.run_dir).expanduser().absolute().name)
     if command.from_step is not None and not command.resume:
         raise ConfigError("--from-step says where --resume goes on: add --resume")
     resumed = _resumed(command, arguments) if command.resume else None
@@ -216,18 +219,23 @@ def open_fleet(
     from cluster.object_store import check_store, explained
     from cluster.ray_fleet import RayFleet
     from cluster.runtime import RaySession
-    from cluster.whereabouts import announced
 
     need = store_need(config)
     with (
         RaySession(config.ray) as session,
         explained(need, session.object_store),
     ):
+        if session.joined and not session.guarded:
+            say(
+                "note: the cluster asks for no token: whoever reaches it can run code on it (start "
+                "its nodes with RAY_AUTH_MODE=token)"
+            )
         if note := check_store(need, session.object_store):
             say(f"note: {note}")
+        plan, name = config.fleet_plan(), run.path.name
         with (
             RayFleet(
-                config.fleet_plan(), session, should_stop, run=run.path.name, say=say
+                plan, session, should_stop, run=name, say=say, ask_to_stop=should_stop.ask
             ) as fleet,
             announced(run.path, session.address),
         ):

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cluster.roles import Resources
 from cluster.scaling import AutoscaleConfig
+from cluster.secrets import check_environment
 from rewards.batcher import BatchingConfig
 from rewards.classifier import ClassifierConfig
 from rewards.clip import ClipConfig
@@ -166,7 +167,12 @@ class RewardPool(RewardServerResources):
     """How many of them."""
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
     """Ray runtime environment of these servers (pip, conda, env_vars, py_modules), for scorers that
-    need other packages than the run."""
+    need other packages than the run. A value ${NAME} in env_vars is taken from the environment of
+    the run when a server starts, and written nowhere: secrets must be given so."""
+
+    def __post_init__(self) -> None:
+        RewardServerResources.__post_init__(self)
+        check_environment(self.runtime_env)
 
 
 @dataclass(frozen=True, kw_only=True)

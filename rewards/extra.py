@@ -22,6 +22,7 @@ from rewards.combine import Normalisation, ScorerTerm
 
 SYNTAX = "module:Class=weight[,option=value...]"
 PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+SECRET_OPTION = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
 OF_THE_TERM = ("normalise", "limit", "pool")
 
 
@@ -54,6 +55,13 @@ def parse_extra(text: str) -> ExtraReward:
         if not equals or not key.strip().isidentifier():
             raise ValueError(f"{text!r}: expected option=value, found {pair!r}")
         values[key.strip()] = value
+    hidden = [key for key in values if SECRET_OPTION.search(key)]
+    if hidden:
+        raise ValueError(
+            f"{path}: the option {hidden[0]} looks like a secret, and would be written into the "
+            "run directory: read it from the environment instead (env_vars of a pool's "
+            "runtime_env, written ${NAME})"
+        )
     read = {key: yaml.safe_load(value) for key, value in values.items()}
     for key in ("weight", "limit"):
         value = read.get(key, 0)

@@ -56,6 +56,7 @@ class Keepers:
         )
         self._capture: tuple[Any, int] | None = None  # state that was asked for, its position
         self._refreshing: Any = None  # work of the iteration before
+        self._broadcasts = 0  # of these learners
 
     @property
     def workers(self) -> list[Worker]:
@@ -97,21 +98,30 @@ class Keepers:
         Raises:
             FleetError: they were replaced too often, or cannot start.
         """
-        name = self._plan.learner.name
-        delay = self._budget.spend(name, why, time.monotonic())
-        for worker in self.learners:
-            ray.kill(worker.handle)
-        self._say(f"{name} {why}: another takes its place, and goes on from the last checkpoint")
-        time.sleep(delay)
-        count = range(self._plan.learner.count)
-        self.learners = [self._launch(self._plan.learner, i, True) for i in count]
-        for worker in self.learners:
-            self.started(worker)
-        self.meet()
+        name, count = self._plan.learner.name, range(self._plan.learner.count)
+        while True:
+            delay = self._budget.spend(name, "was lost", time.monotonic())
+            for worker in self.learners:
+                ray.kill(worker.handle)
+            self._say(f"{why}: another takes its place, and goes on from the last checkpoint")
+            time.sleep(delay)
+            self.learners = [self._launch(self._plan.learner, i, True) for i in count]
+            self._broadcasts = 0
+            try:
+                for worker in self.learners:
+                    self.started(worker)
+                self.meet()
+            except (RayActorError, LearnerLostError):
+                why = f"{name} was lost while it started"
+            else:
+                return
 
-    def learner_worked(self) -> None:
-        """The learner has come further than where it was lost before."""
-        self._budget.worked(self._plan.learner.name)
+    def broadcast_made(self) -> None:
+        """The learner's weights were published: the first time where it begins, then after each
+        step. One that has made a step is not lost for the old reason."""
+        self._broadcasts += 1
+        if self._broadcasts > 1:
+            self._budget.worked(self._plan.learner.name)
 
     def _ask_moments(self, method: str, *args: Any, **kwargs: Any) -> Any:
         while True:

@@ -97,6 +97,9 @@ class RayFleet:
             for worker in self._all():
                 self._keepers.started(worker)
             self._keepers.meet()
+        except RayActorError as error:
+            self._end()
+            raise FleetError(f"a worker was lost while the fleet started: {error}") from None
         except BaseException:  # whatever ends the start, the others must not stay behind
             self._end()
             raise
@@ -173,6 +176,7 @@ class RayFleet:
 
     def broadcast(self) -> None:
         self._delivery.broadcast(self._keepers.learners, self._samplers)
+        self._keepers.broadcast_made()
 
     def _launch(self, role: Role, index: int, addition: bool, late: bool) -> Worker:
         sampler = role is self._plan.sampler

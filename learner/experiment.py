@@ -84,19 +84,16 @@ class Experiment:
         return ended
 
     def _begin_to_end(self) -> bool:
-        stage = "before training"
-        self._tell(stage)
+        self._tell("before training")
         try:
             done = self._train_through()
-            stage = "after training, in the last exam"
             if done == self._config.iterations:
-                self._finish()
                 return True
             if self._last_checkpoint():
                 self._checkpoint(done)
             stopped = f"after {done} of {self._config.iterations} iterations"
         except StopRequestedError:  # training itself ends without it
-            stopped = stage
+            stopped = self._newest.stage
         self._checkpoints.wait()
         self._console.say(
             f"stopped {stopped}; go on with\n"
@@ -105,12 +102,14 @@ class Experiment:
         return False
 
     def _train_through(self) -> int:
-        """Training, from its beginning or the newest checkpoint; and again from there whenever the
-        learner is lost. Returns how many iterations are done."""
+        """Training and what comes after it, from the beginning or the newest checkpoint; and again
+        from there whenever the learner is lost. Returns how many iterations are done."""
         while True:
             try:
                 done = self._train(self._begin())
                 self._checkpoints.wait()  # the last one, too, needs its learner
+                if done == self._config.iterations:
+                    self._finish()
                 return done
             except LearnerLostError as error:
                 self._fleet.recover_learner(error)
@@ -286,7 +285,7 @@ class Experiment:
 
     def _finish(self) -> None:
         """After the last iteration: the tuned policy's exam, galleries, report."""
-        self._tell("after training")
+        self._tell("after training, in the last exam")
         self._rows.pop(evaluate.TUNED, None)  # of an earlier, shorter run
         self._examine(evaluate.tuned_row(self._config))
         sheet = sample_gallery(self._config, self._fleet)

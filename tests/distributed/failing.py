@@ -97,6 +97,15 @@ class CommitKilledMoments(MomentsServer):
         super()._follow(used, share)
 
 
+class StoppedMoments(CommitKilledMoments):
+    """Stands still with a commit in hand."""
+
+    def _follow(self, used: np.ndarray, share: float) -> None:
+        if self._now == ITERATION:
+            die_once(self.folder, "moments-stopped", signal.SIGSTOP)
+        MomentsServer._follow(self, used, share)
+
+
 class AnswerKilledMoments(CommitKilledMoments):
     """Dies when the history holds a commit, and before anybody has the answer."""
 

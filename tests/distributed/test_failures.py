@@ -101,6 +101,7 @@ def test_workers_are_killed(
         ("sampler", failing.BusySampler, "sampler-SIGKILL"),
         ("sampler", failing.StoppedSampler, "sampler-SIGSTOP"),
         ("moments", failing.CommitKilledMoments, "moments-commit"),
+        ("moments", failing.StoppedMoments, "moments-stopped"),
         ("moments", failing.AnswerKilledMoments, "moments-answer"),
         ("learner", failing.StartKilledLearner, "learner-start"),
         ("learner", failing.StepKilledLearner, "learner-step"),

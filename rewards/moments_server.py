@@ -385,8 +385,7 @@ def unpack_array(fields: dict[str, Any]) -> np.ndarray:
     dtype = np.dtype(str(fields["dtype"]))
     if dtype.kind not in "fiub":
         raise ValueError(f"numbers were expected, found an array of {dtype}")
-    flat = np.frombuffer(fields["data"], dtype=dtype)
-    return flat.reshape(fields["shape"]).copy()
+    return np.frombuffer(fields["data"], dtype=dtype).reshape(fields["shape"]).copy()
 
 
 def _unpack_history(fields: dict[str, Any]) -> Moments | SlidingWindow:

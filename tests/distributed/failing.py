@@ -65,11 +65,11 @@ class SaveKilledLearner(Learner):
 
     folder: Path
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, background: bool = False) -> None:
         if self.version > ITERATION:
             (directory / "optimizer.safetensors").write_bytes(b"half of")
             die_once(self.folder, "learner-save")
-        super().save(directory)
+        super().save(directory, background)
 
 
 class StoppedLearner(StepKilledLearner):

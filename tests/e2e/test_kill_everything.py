@@ -1,0 +1,71 @@
+"""kill -9 of the driver, Ray and every worker; then --resume: as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from learner.metrics import read_metrics
+from learner.run import main
+from tests.small_run import flags, recorded
+
+ITERATIONS, EVERY = 30, 4
+ENOUGH_ROWS = 10
+LIMIT_S = 300.0
+OPTIONS = [
+    *flags(),
+    *("--iterations", str(ITERATIONS), "--output.checkpoint-every", str(EVERY)),
+    *("--output.gallery-every", "0", "--evaluation.num-images", "0"),
+    *("--entropy.controller", "target", "--num-samplers", "2"),
+]
+
+
+def kill_all(driver: subprocess.Popen[bytes]) -> int:
+    """The process and all that it started, by their own ids; returns how many."""
+    processes = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
+    for process in processes:
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it went with another one
+    driver.wait()
+    return len(processes)
+
+
+def policy(run: Path) -> bytes:
+    """Of the last checkpoint: weights and optimizer."""
+    files = sorted((run / "checkpoints" / f"step_{ITERATIONS:06d}").glob("*.safetensors"))
+    assert files
+    return b"".join(file.read_bytes() for file in files)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_kill_nine_of_everything_and_resume(tmp_path: Path, staleness: int) -> None:
+    options = [*OPTIONS, "--max-staleness", str(staleness)]
+    calm, hit = tmp_path / "calm", tmp_path / "hit"
+    assert main(["--inline", "--run-dir", str(calm), *options]) == 0
+
+    command = [sys.executable, "-m", "learner.run", "--run-dir", str(hit), *options]
+    log = (tmp_path / "log").open("wb")
+    driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + LIMIT_S
+    while len(read_metrics(hit / "metrics.jsonl")) < ENOUGH_ROWS:
+        assert driver.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    assert kill_all(driver) > 5
+    assert len(read_metrics(hit / "metrics.jsonl")) < ITERATIONS
+
+    again = [sys.executable, "-m", "learner.run", "--resume", "--run-dir", str(hit)]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed from step_" in done.stdout
+    assert policy(hit) == policy(calm)
+    assert recorded(hit) == recorded(calm)

@@ -19,8 +19,9 @@ from ray.exceptions import RayActorError
 from cluster.errors import LearnerLostError
 from cluster.journal import Journal
 from cluster.learner_group import LearnerGroup
+from cluster.object_store import MemoryFullError
 from cluster.pool import State, Worker
-from cluster.ray_calls import RemoteRole, answer
+from cluster.ray_calls import RemoteRole, answer, why_lost
 from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 
@@ -131,7 +132,7 @@ class Keepers:
                 value = self._wait(
                     call.remote(*args, **kwargs), f"{worker.name}.{method}", self._plan.timeout_s
                 )
-            except RayActorError:
+            except (RayActorError, MemoryFullError):
                 self._revive_moments()
                 continue
             self._budget.worked(worker.name)
@@ -205,8 +206,8 @@ class Keepers:
     def _learner_answer(self, ref: Any, what: str, timeout_s: float) -> Any:
         try:
             return self._wait(ref, what, timeout_s)
-        except RayActorError as error:
-            raise LearnerLostError(f"{self.learners[0].name} was lost") from error
+        except (RayActorError, MemoryFullError) as error:
+            raise LearnerLostError(f"{self.learners[0].name} {why_lost(error)}") from error
 
 
 class _Lasting:

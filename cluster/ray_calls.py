@@ -19,7 +19,7 @@ from ray.exceptions import (
 )
 
 from cluster.errors import FleetError, InputLostError, TesseraError
-from cluster.object_store import memory_full, store_full
+from cluster.object_store import MemoryFullError, memory_full, store_full
 
 GONE = (RayActorError, ObjectLostError, OwnerDiedError)
 
@@ -51,6 +51,11 @@ class RemoteRole:
             return self._wait(ref, f"{self._name}.{method}", self._timeout_s)
 
         return call
+
+
+def why_lost(error: Exception) -> str:
+    """Of a worker that will not answer."""
+    return "ran out of memory" if isinstance(error, MemoryFullError) else "was lost"
 
 
 def too_late(what: str, timeout_s: float) -> FleetError:

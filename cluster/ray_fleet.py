@@ -32,11 +32,12 @@ from cluster.fleet import StopRequestedError, Ticket
 from cluster.keepers import Keepers
 from cluster.launcher import Launcher, actor_class
 from cluster.messages import SampleRequest, ScoredGroup
+from cluster.object_store import MemoryFullError
 from cluster.placement import Placement
 from cluster.pool import State, Waiting, Worker, WorkerPool
 from cluster.publisher import publisher_of
 from cluster.pulse import Pulse
-from cluster.ray_calls import RemoteRole, answer, too_late
+from cluster.ray_calls import RemoteRole, answer, too_late, why_lost
 from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
@@ -334,9 +335,9 @@ class RayFleet:
             value = answer(ref, worker.name, self._plan.timeout_s)
             if call.stage is Stage.IMAGES and not group.judges:
                 images = answer(group.images, f"{worker.name}.images", self._plan.timeout_s)
-        except RayActorError:
+        except (RayActorError, MemoryFullError) as error:
             call.ask_again(self._plan.max_restarts)
-            self._supervisor.lost(pool, worker)
+            self._supervisor.lost(pool, worker, why_lost(error))
             return
         except InputLostError:  # the images went with their node
             call.ask_anew(self._samplers, self._servers.values(), self._plan.max_restarts)

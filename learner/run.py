@@ -174,7 +174,9 @@ def main(arguments: list[str] | None = None) -> int:
         stop = StopFlag(console.say)
         try:
             console.say(starting(command, config))
-            with stop.installed(), open_fleet(command, config, run, console.say, stop) as fleet:
+            opened = open_fleet(command, config, run, console.say, stop)
+            # once more inside, since Ray puts a handler of its own in the place of SIGTERM's
+            with stop.installed(), opened as fleet, stop.installed():
                 experiment = Experiment(
                     config, run, fleet, console, stop, command.from_step, lambda: stop.checkpoint
                 )

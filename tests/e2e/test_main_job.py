@@ -218,7 +218,10 @@ def test_on_ray_with_more_samplers_than_cores(finished: Path, tmp_path: Path) ->
     assert recorded(tmp_path / "run") == recorded(finished)
 
 
-def test_ctrl_c_writes_a_checkpoint_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_writes_a_checkpoint_and_leaves_no_process(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     options = {**OPTIONS, "iterations": 2000, "output": {"checkpoint_every": 5000}}
     run = tmp_path / "run"
     process = start(*flags(options), "--evaluation.num-images", "0", "--run-dir", str(run))
@@ -230,7 +233,10 @@ def test_ctrl_c_writes_a_checkpoint_and_leaves_no_process(tmp_path: Path) -> Non
         assert process.poll() is None, "".join(lines_of(process))
         time.sleep(0.2)
         family.update(psutil.Process(process.pid).children(recursive=True))
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    if number is signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: to the whole group
+    else:
+        process.send_signal(number)  # as a scheduler does
     text = "".join(lines_of(process))
     assert process.wait() == INTERRUPTED, text
     assert "Traceback" not in text

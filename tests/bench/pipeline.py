@@ -117,6 +117,9 @@ class Timed:
     def refresh(self) -> None:
         pass
 
+    def state(self) -> bytes:
+        return b"%d" % self._done
+
     def step(self, batch: TrainingBatch) -> StepReport:
         spans = self._work("learn")
         self._version += 1

@@ -140,3 +140,17 @@ def test_a_reward_server_dies_in_mid_batch(
         assert run_whole(config, fleet, tmp_path / "run") == expected
         assert file.exists()
         assert fleet.restarts == 1
+
+
+def test_one_of_two_learners_dies_in_mid_step(ray_session: RaySession, tmp_path: Path) -> None:
+    config = small_config(**{**OPTIONS, "num_reward_servers": 1}, num_learners=2)
+    plan = failing.with_role(config.fleet_plan(), "learner", failing.StepKilledLearner, tmp_path)
+    file = tmp_path / "learner-step"
+    file.touch()
+    with RayFleet(plan, ray_session) as fleet:
+        expected = run_whole(config, fleet, tmp_path / "unharmed")
+    file.unlink()
+    with RayFleet(plan, ray_session) as fleet:
+        assert run_whole(config, fleet, tmp_path / "run") == expected
+        assert file.exists()
+        assert fleet.restarts == 1

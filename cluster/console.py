@@ -19,11 +19,25 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cluster.errors import TesseraError
+
 FAILED = 1  # exit statuses of every command
 REFUSED = 2  # as for any bad command line
 INTERRUPTED = 130  # asked to stop, as shells count it
 
 LINES_WITHOUT_TERMINAL = 10
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Do a command's work; what it raises becomes a message and an exit status."""
+    try:
+        work()
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
 
 
 @contextmanager

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from cluster.console import FAILED, INTERRUPTED, REFUSED
+from cluster.console import REFUSED, exit_status
 from cluster.control import FleetStatus, ask, reached
-from cluster.errors import FleetError, TesseraError
+from cluster.errors import FleetError
 
 POLL_S = 0.5
 
@@ -100,19 +100,16 @@ def main(arguments: list[str] | None = None) -> int:
         if count < 1:
             print(f"error: {role} needs at least 1 worker, found {count}", file=sys.stderr)
             return REFUSED
-    try:
+
+    def work() -> None:
         with reached(asked.run, asked.address) as run:
             if wanted:
                 status = scale(run.control, wanted, asked.timeout_s)
             else:
                 status = ask(run.control.status.remote())
             print("\n".join([f"run {run.name}", *lines(status)]))
-    except TesseraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from cluster.console import FAILED, INTERRUPTED, REFUSED
+from cluster.console import REFUSED, exit_status
 from cluster.control import (
     FleetStatus,
     PoolStatus,
@@ -33,7 +33,6 @@ from cluster.control import (
     ask,
     reached,
 )
-from cluster.errors import TesseraError
 from cluster.object_store import size
 from cluster.whereabouts import WHEREABOUTS
 
@@ -251,7 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    try:
+
+    def work() -> None:
         with reached(asked.run, asked.address) as run:
             if asked.watch:
                 with contextlib.suppress(RunEndedError):  # told below, however it was noticed
@@ -261,12 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(json.dumps(look(run)))
             else:
                 Console().print(table(look(run)), highlight=False)
-    except TesseraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from typing import Any
 
 import tyro
 
-from cluster.console import FAILED, INTERRUPTED
+from cluster.console import exit_status
 from cluster.control import Reached, RunEndedError, ask, reached
-from cluster.errors import FleetError, TesseraError
+from cluster.errors import FleetError
 from cluster.whereabouts import WHEREABOUTS, Place, left_behind, process_lives
 
 POLL_S = 0.5
@@ -108,7 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     asked = tyro.cli(Arguments, args=arguments, prog="python -m cluster.stop")
     deadline = time.monotonic() + asked.timeout_s
-    try:
+
+    def work() -> None:
         with reached(asked.run, asked.address) as run:
             directory = stop(run, asked.checkpoint, asked.timeout_s)
             print(f"run {run.name}: stopping at the next safe point", flush=True)
@@ -122,12 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"stopped; newest checkpoint: {newest}\ngo on with\n  {kept['resume']}")
         else:
             print("stopped; what it kept is in its run directory, where --resume goes on")
-    except TesseraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

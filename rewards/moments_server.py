@@ -352,14 +352,14 @@ class MomentsServer:
     def _warnings(self, answer: DistributionReward, batch: int) -> tuple[str, ...]:
         """What has not been said yet."""
         found: list[str] = []
-        full = self._config.covariance == "full"
-        if full and not self._warned and self._reference is not None:
+        if self._config.covariance == "full" and not self._warned and self._reference is not None:
             images = self._config.effective_images(batch, self._reference.dim)
             found.append(short_window_warning(images, self._reference))
         self._warned = True
-        self._lagging = self._lagging + 1 if answer.lag > LAG_SHARE * answer.fid else 0
-        if self._lagging == LAG_COMMITS:
-            found.append(lag_warning(answer.fid, answer.batch_fid))
+        if self._lagging < LAG_COMMITS:  # else it was told
+            self._lagging = self._lagging + 1 if answer.lag > LAG_SHARE * answer.fid else 0
+            if self._lagging == LAG_COMMITS:
+                found.append(lag_warning(answer.fid, answer.batch_fid))
         return tuple(text for text in found if text)
 
     def _batch_fid(self, reference: Reference, used: np.ndarray) -> float:

@@ -403,3 +403,8 @@ def test_a_lag_that_stays_is_told_once() -> None:
     assert [i for i, warnings in enumerate(told) if warnings] == [9]
     assert "the history lags behind the policy: for 10 iterations" in told[9][0]
     assert "shorten the window" in told[9][0]
+    again = [
+        server.commit(i, features(40, i) * s, np.ones(40, bool)).warnings
+        for i, s in enumerate([9.0] * 30 + [1.0] * 30, 25)
+    ]
+    assert not any(again)  # not when it lags a second time, either

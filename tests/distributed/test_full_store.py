@@ -14,14 +14,14 @@ FULL = {
     "store and disk": (
         {"RAY_local_fs_capacity_threshold": "0.000001"},  # Ray takes any disk for a full one
         (
-            "StoreFullError: sampler images: no room for it in the object store",
+            "StoreFullError: sampler.images: no room for it in the object store",
             "Local disk is full",
             "The store has 80 MB; the run needs 2 groups on their way, (S + 1) P, with 0.12 GB",
         ),
     ),
     "memory": (
         {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"},
-        ("MemoryFullError: ", "was ended by Ray because its machine ran out of memory"),
+        ("ran out of memory",),
     ),
     "store alone": ({}, ("no error",)),  # Ray writes to disk what does not fit
 }

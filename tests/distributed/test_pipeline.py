@@ -106,7 +106,7 @@ def test_groups_have_the_weights_of_when_they_were_asked_for(ray_session: RaySes
         assert [int(images[0, 0]) for images in fleet._collect(second)] == [2] * 4
         assert [int(images[0, 0]) for images in fleet._collect(first)] == [1] * 8
         assert versions(fleet, 2) == [3, 3]
-        assert len(fleet._editions) == 1
+        assert len(fleet._delivery._editions) == 1
 
 
 def test_nobody_waits_for_a_straggler(ray_session: RaySession) -> None:

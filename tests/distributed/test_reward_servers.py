@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ class KillsInMidBatch(RayFleet):
 
     victims: list[int]
 
-    def _send(self, pool: WorkerPool, waiting: Waiting, worker: Worker) -> None:
-        super()._send(pool, waiting, worker)
-        asked = waiting.task.request
+    def _send(self, pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
+        super()._send(pool, picked, worker)
+        asked = picked[0].task.request
         first = (asked.stream, asked.iteration) == ("train", 1) and not self.victims
         if first and pool is not self._samplers:
             pid = pid_of(worker)

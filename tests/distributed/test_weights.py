@@ -90,7 +90,7 @@ class SmallSampler:
 
 @contextmanager
 def actors(publisher: Publisher, *kinds: type) -> Iterator[list[Any]]:
-    handles = [publisher.actor_class(k).options(num_cpus=0.1).remote() for k in kinds]
+    handles = [publisher.actor_class(k, {}).options(num_cpus=0.1).remote() for k in kinds]
     try:
         yield handles
     finally:

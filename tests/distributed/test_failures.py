@@ -101,12 +101,12 @@ def test_workers_are_killed(
         ("sampler", failing.BusySampler, "sampler-SIGKILL"),
         ("sampler", failing.StoppedSampler, "sampler-SIGSTOP"),
         ("moments", failing.CommitKilledMoments, "moments-commit"),
-        ("moments", failing.StoppedMoments, "moments-stopped"),
+        pytest.param("moments", failing.StoppedMoments, "moments-stopped", marks=pytest.mark.slow),
         ("moments", failing.AnswerKilledMoments, "moments-answer"),
         ("learner", failing.StartKilledLearner, "learner-start"),
         ("learner", failing.StepKilledLearner, "learner-step"),
         ("learner", failing.SaveKilledLearner, "learner-save"),
-        ("learner", failing.StoppedLearner, "learner-stopped"),
+        pytest.param("learner", failing.StoppedLearner, "learner-stopped", marks=pytest.mark.slow),
     ],
 )
 def test_roles_die_in_mid_work(
@@ -142,6 +142,7 @@ def test_a_reward_server_dies_in_mid_batch(
         assert fleet.restarts == 1
 
 
+@pytest.mark.slow
 def test_one_of_two_learners_dies_in_mid_step(ray_session: RaySession, tmp_path: Path) -> None:
     config = small_config(**{**OPTIONS, "num_reward_servers": 1}, num_learners=2)
     plan = failing.with_role(config.fleet_plan(), "learner", failing.StepKilledLearner, tmp_path)

@@ -46,7 +46,7 @@ def policy(run: Path) -> bytes:
     return b"".join(file.read_bytes() for file in files)
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_nine_of_everything_and_resume(tmp_path: Path, staleness: int) -> None:
     options = [*OPTIONS, "--max-staleness", str(staleness)]
     calm, hit = tmp_path / "calm", tmp_path / "hit"

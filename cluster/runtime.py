@@ -122,8 +122,12 @@ class RaySession:
                 with _loopback():
                     ray.init(address="local", **_private(config), **quiet)
         except Exception as error:  # Ray raises bare ones, too, on a machine that is too busy
-            where = f"the Ray cluster at {address!r}" if address else "a private Ray"
-            raise FleetError(f"cannot reach {where}: {error}") from error
+            if address:
+                raise FleetError(f"cannot reach the Ray cluster at {address!r}: {error}") from error
+            raise FleetError(
+                f"cannot start a private Ray: {error}. On a machine that is very busy it helps to "
+                "try again"
+            ) from error
         self.joined = bool(address)
 
     @property

@@ -32,7 +32,7 @@ class Arguments:
     """Name of the run, or its directory; empty takes the newest that is active under runs/, or the
     only one on the cluster."""
     address: str = ""
-    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS, else "auto"."""
+    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS."""
     samplers: int | None = None
     """Samplers that there are to be."""
     reward_servers: int | None = None

@@ -36,6 +36,8 @@ from cluster.control import (
 from cluster.object_store import size
 from cluster.whereabouts import WHEREABOUTS
 
+WIDTH = 120  # columns, where there is no terminal
+PID_WIDTH = 8
 SHOWN = 16  # workers of a role in the table; --json has all
 QUIET_S = 10.0  # a run that has said nothing for so long is named
 FIGURES = ("fid/", "reward/", "policy/entropy", "policy/reference_kl", "staleness/", "guards/")
@@ -49,7 +51,7 @@ class Arguments:
     """Name of the run, or its directory; empty takes the newest that is active under runs/, or the
     only one on the cluster."""
     address: str = ""
-    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS, else "auto"."""
+    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS."""
     watch: float = 0.0
     """Seconds between looks, until the run ends or Ctrl-C; 0 looks once."""
     json: bool = False
@@ -164,7 +166,10 @@ def table(found: Mapping[str, Any]) -> Group:
     roles = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("role", "state", "node", "pid", "weights", "in hand"):
         right = heading in ("pid", "weights", "in hand")
-        roles.add_column(heading, justify="right" if right else "left", no_wrap=True)
+        least = PID_WIDTH if heading == "pid" else None
+        roles.add_column(
+            heading, justify="right" if right else "left", no_wrap=True, min_width=least
+        )
     for role in found["roles"]:
         roles.add_row(role["role"], _state(role))
         for worker in role["workers"][:SHOWN]:
@@ -220,6 +225,12 @@ def figures(metrics: Mapping[str, Any]) -> list[str]:
     return [f"{kind}: {'  '.join(parts)}" for kind, parts in groups.items()]
 
 
+def console() -> Console:
+    """Wide enough for the table where nobody's terminal says how wide it is."""
+    here = Console()
+    return here if here.is_terminal else Console(width=max(here.width, WIDTH))
+
+
 def look(run: Reached) -> dict[str, Any]:
     """How the run is now."""
     return as_dict(run.name, ask(run.control.status.remote()), ray_actors())
@@ -232,7 +243,7 @@ def watch(run: Reached, seconds: float, *, as_json: bool) -> None:
             print(json.dumps(look(run)), flush=True)
             time.sleep(seconds)
         return
-    with Live(console=Console(), auto_refresh=False) as live:
+    with Live(console=console(), auto_refresh=False) as live:
         while not _ended(run):
             live.update(table(look(run)), refresh=True)
             time.sleep(seconds)
@@ -260,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
             elif asked.json:
                 print(json.dumps(look(run)))
             else:
-                Console().print(table(look(run)), highlight=False)
+                console().print(table(look(run)), highlight=False)
 
     return exit_status(work)
 

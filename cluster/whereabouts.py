@@ -17,6 +17,10 @@ from cluster.files import replacing
 WHEREABOUTS = "fleet.json"
 AUTH_MODE, TOKEN = "RAY_AUTH_MODE", "token"
 LONGEST_NAME = 200
+HINT = (
+    "one that has just been started is found when its Ray is there; name another's directory by "
+    "--run, or its cluster by --address"
+)
 PROBE_S = 3.0  # longest wait for a cluster to take a connection
 
 
@@ -87,12 +91,15 @@ def locate_run(run: str, address: str) -> Place:
     Args:
         run: its name, or its directory; empty: the newest that is active under runs/, or the only
             one on the cluster.
-        address: of its cluster; empty: as its directory says, else $RAY_ADDRESS, else "auto".
+        address: of its cluster; empty: as its directory says, else $RAY_ADDRESS. Ray is not asked to
+            look for clusters unless told to ("auto"): it would find any that runs on the machine,
+            and wait for minutes for one that takes nobody in.
 
     Raises:
-        FleetError: the directory that was named holds no active run.
+        FleetError: the directory that was named holds no active run, or there is none.
     """
     roots = [Path("runs"), Path.home() / "tessera-runs"]
+    cluster = os.environ.get("RAY_ADDRESS", "")
     if address:
         name = Path(run).name
         if name:
@@ -104,11 +111,28 @@ def locate_run(run: str, address: str) -> Place:
             return whereabouts(places[0])
         if Path(run).name != run:
             raise FleetError(f"there is no directory {run}: name a run, or its directory")
-        return Place(run, os.environ.get("RAY_ADDRESS", "auto"))
-    active = [file for root in roots for file in root.glob(f"*/{WHEREABOUTS}")]
-    if active and "RAY_ADDRESS" not in os.environ:
-        return whereabouts(max(active, key=lambda file: file.stat().st_mtime).parent)
-    return Place("", os.environ.get("RAY_ADDRESS", "auto"))
+        if not cluster:
+            raise FleetError(
+                f"there is no run {run!r} under {' or '.join(map(str, roots))}: {HINT}"
+            )
+        return Place(run, cluster)
+    if cluster:
+        return Place("", cluster)
+    files = [file for root in roots for file in root.glob(f"*/{WHEREABOUTS}")]
+    files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    places = [whereabouts(file.parent) for file in files]
+    for place in places:
+        if not was_killed(place):
+            return place
+    if places:
+        raise killed(places[0])
+    raise FleetError(f"no run is active under {' or '.join(map(str, roots))}: {HINT}")
+
+
+def was_killed(place: Place) -> bool:
+    """Whether the program that drove a run is gone, as far as this machine can tell."""
+    here = place.host == socket.gethostname()
+    return here and bool(place.pid) and not process_lives(place.pid)
 
 
 def check_alive(place: Place) -> None:
@@ -118,11 +142,11 @@ def check_alive(place: Place) -> None:
         FleetError: the run was killed and left its file, or its cluster takes no connection.
     """
     here = place.host == socket.gethostname()
-    if here and place.pid and not process_lives(place.pid):
+    if was_killed(place):
         raise killed(place)
     host, _, port = place.address.rpartition(":")
     if not port.isdigit():
-        return  # "auto" and the like: Ray finds out quickly
+        return  # "auto" and the like
     if is_loopback(host) and place.host and not here:
         raise FleetError(
             f"the run {place.run} is on {place.host}, with a Ray that listens there alone: run "

@@ -21,7 +21,7 @@ from cluster.console import FAILED, INTERRUPTED, REFUSED
 from cluster.errors import ConfigError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
 from cluster.placement import Placement, place
-from cluster.whereabouts import announced, check_run_name
+from cluster.whereabouts import WHEREABOUTS, announced, check_run_name
 from learner.config import (
     DEFAULT_PRESET,
     RunConfig,
@@ -215,6 +215,7 @@ def open_fleet(
     """The fleet that the command asks for, closed again at the end. While it is there, the run
     directory tells other commands where (`cluster.scale`)."""
     if command.inline:
+        (run.path / WHEREABOUTS).unlink(missing_ok=True)  # of a run on Ray that was killed
         with InlineFleet(config.fleet_plan(), should_stop) as inline:
             yield inline
         return

@@ -49,6 +49,12 @@ class RunDirectory:
             ConfigError: the directory already holds something.
         """
         path = Path(run_dir).expanduser() if run_dir else _new_name()
+        for parent in path.absolute().parents:
+            if parent.exists() and not parent.is_dir():
+                raise ConfigError(
+                    f"--run-dir {path} cannot be made, since {parent} is a file: name another "
+                    "directory"
+                )
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             if (path / CONFIG).is_file():
                 raise ConfigError(

@@ -49,7 +49,7 @@ def write(directory: Path, **changes: object) -> Path:
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / WHEREABOUTS).write_text(json.dumps({**found, **changes}))
     return directory
 
@@ -83,6 +83,30 @@ def test_or_by_its_cluster(tmp_path: Path, closed: int) -> None:
             check_alive(place)
     with pytest.raises(FleetError, match=f"no cluster answers at 127.0.0.1:{closed}"):
         check_alive(locate_run("night", f"127.0.0.1:{closed}"))
+
+
+def test_without_a_name_the_newest_that_lives_is_found(
+    tmp_path: Path, gone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(FleetError, match="no run is active under runs or"):
+        locate_run("", "")
+    with pytest.raises(FleetError, match="there is no run 'night' under runs or"):
+        locate_run("night", "")
+    lives = write(tmp_path / "runs" / "lives")
+    dead = write(tmp_path / "runs" / "dead", pid=gone)
+    os.utime(lives / WHEREABOUTS, (1, 1))
+    found = locate_run("", "").directory
+    assert found is not None
+    assert found.name == "lives"
+    (lives / WHEREABOUTS).unlink()
+    with pytest.raises(FleetError, match="it was killed"):
+        locate_run("", "")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert locate_run("night", "") == Place("night", "10.0.0.1:6379")
+    assert dead.is_dir()
 
 
 def test_one_that_lives_passes(tmp_path: Path) -> None:

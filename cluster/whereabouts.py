@@ -91,30 +91,28 @@ def locate_run(run: str, address: str) -> Place:
     Args:
         run: its name, or its directory; empty: the newest that is active under runs/, or the only
             one on the cluster.
-        address: of its cluster; empty: as its directory says, else $RAY_ADDRESS. Ray is not asked to
-            look for clusters unless told to ("auto"): it would find any that runs on the machine,
-            and wait for minutes for one that takes nobody in.
+        address: of its cluster; empty: as its directory says, else $RAY_ADDRESS. Ray is not asked
+            to look for clusters unless told to ("auto"): it would find any that runs on the
+            machine, and wait for minutes for one that takes nobody in.
 
     Raises:
         FleetError: the directory that was named holds no active run, or there is none.
     """
     roots = [Path("runs"), Path.home() / "tessera-runs"]
-    cluster = os.environ.get("RAY_ADDRESS", "")
+    cluster, searched = os.environ.get("RAY_ADDRESS", ""), " or ".join(map(str, roots))
     if address:
         name = Path(run).name
         if name:
             check_run_name(name)
         return Place(name, address)
     if run:
-        places = [place for place in (Path(run), *(root / run for root in roots)) if place.is_dir()]
-        if places:
-            return whereabouts(places[0])
+        there = [path for path in (Path(run), *(root / run for root in roots)) if path.is_dir()]
+        if there:
+            return whereabouts(there[0])
         if Path(run).name != run:
             raise FleetError(f"there is no directory {run}: name a run, or its directory")
         if not cluster:
-            raise FleetError(
-                f"there is no run {run!r} under {' or '.join(map(str, roots))}: {HINT}"
-            )
+            raise FleetError(f"there is no run {run!r} under {searched}: {HINT}")
         return Place(run, cluster)
     if cluster:
         return Place("", cluster)
@@ -126,7 +124,7 @@ def locate_run(run: str, address: str) -> Place:
             return place
     if places:
         raise killed(places[0])
-    raise FleetError(f"no run is active under {' or '.join(map(str, roots))}: {HINT}")
+    raise FleetError(f"no run is active under {searched}: {HINT}")
 
 
 def was_killed(place: Place) -> bool:

@@ -28,6 +28,7 @@ from tests.small_run import recorded, small_config
 BOUND_S = 150.0
 """From the start of training to its end, on two busy cores; a quiet machine needs a tenth."""
 SILENCE_S = 10.0
+SLOW = pytest.mark.slow  # beyond the least that every change must show
 OPTIONS: dict[str, Any] = {
     "num_samplers": 2,
     "num_reward_servers": 2,
@@ -77,7 +78,12 @@ def kill_all(workers: Sequence[Worker]) -> None:
 
 
 @pytest.mark.parametrize(
-    "victim", ["an idle sampler", "all samplers at once", "all reward servers"]
+    "victim",
+    [
+        "an idle sampler",
+        "all samplers at once",
+        pytest.param("all reward servers", marks=SLOW),
+    ],
 )
 def test_workers_are_killed(
     ray_session: RaySession, unharmed: list[tuple], tmp_path: Path, victim: str
@@ -101,12 +107,16 @@ def test_workers_are_killed(
         ("sampler", failing.BusySampler, "sampler-SIGKILL"),
         ("sampler", failing.StoppedSampler, "sampler-SIGSTOP"),
         ("moments", failing.CommitKilledMoments, "moments-commit"),
-        pytest.param("moments", failing.StoppedMoments, "moments-stopped", marks=pytest.mark.slow),
-        ("moments", failing.AnswerKilledMoments, "moments-answer"),
-        ("learner", failing.StartKilledLearner, "learner-start"),
+        pytest.param("moments", failing.StoppedMoments, "moments-stopped", marks=SLOW),
+        pytest.param(
+            "moments", failing.AnswerKilledMoments, "moments-answer", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "learner", failing.StartKilledLearner, "learner-start", marks=pytest.mark.slow
+        ),
         ("learner", failing.StepKilledLearner, "learner-step"),
         ("learner", failing.SaveKilledLearner, "learner-save"),
-        pytest.param("learner", failing.StoppedLearner, "learner-stopped", marks=pytest.mark.slow),
+        pytest.param("learner", failing.StoppedLearner, "learner-stopped", marks=SLOW),
     ],
 )
 def test_roles_die_in_mid_work(

@@ -26,7 +26,12 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("what", FULL)
+SLOW = ("store alone",)
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in FULL]
+)
 def test_what_is_full_is_said(what: str) -> None:
     changes, expected = FULL[what]
     done = subprocess.run(

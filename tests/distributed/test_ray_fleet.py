@@ -51,6 +51,7 @@ def test_moments_prepared_off_the_critical_path_are_the_same(ray_session: RaySes
         assert fingerprint(run_training(config, fleet)) == expected
 
 
+@pytest.mark.slow  # test_failures.py has these and others, over whole runs
 @pytest.mark.parametrize("role", ["sampler", "reward_server"])
 def test_a_killed_worker_is_replaced_and_nothing_changes(
     ray_session: RaySession, inline: list[tuple], role: str

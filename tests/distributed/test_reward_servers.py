@@ -59,7 +59,14 @@ class KillsInMidBatch(RayFleet):
             self.victims.append(pid)
 
 
-@pytest.mark.parametrize(("servers", "kill"), [(1, True), (2, True), (4, False)])
+@pytest.mark.parametrize(
+    ("servers", "kill"),
+    [
+        pytest.param(1, True, marks=pytest.mark.slow),
+        (2, True),
+        pytest.param(4, False, marks=pytest.mark.slow),
+    ],
+)
 def test_rewards_do_not_depend_on_how_many_there_are_or_who_dies(
     ray_session: RaySession, alone: list[Iteration], servers: int, kill: bool
 ) -> None:
@@ -176,6 +183,7 @@ def status_of(control: Any) -> FleetStatus:
     return ray.get(control.status.remote())
 
 
+@pytest.mark.slow  # tests/e2e/test_scale.py does it from another process
 def test_scaling_by_hand_while_it_runs(ray_session: RaySession) -> None:
     """Up and down, samplers and servers: same rewards, servers warm before they serve."""
     extra = ["tests.stand_ins:Brightness=0.3,seconds=0.1,warm_seconds=1.0"]

@@ -82,7 +82,7 @@ def soak(config: RunConfig, session: RaySession, path: Path) -> tuple[Chaos, lis
 
 
 @pytest.mark.parametrize(
-    "iterations", [pytest.param(60), pytest.param(200, marks=pytest.mark.slow)]
+    "iterations", [pytest.param(30), pytest.param(200, marks=pytest.mark.slow)]
 )
 def test_nothing_is_lost_or_doubled(
     ray_session: RaySession, tmp_path: Path, iterations: int

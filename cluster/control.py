@@ -198,6 +198,17 @@ def find_control(run: str) -> tuple[str, Any]:
     return name, ray.get_actor(PREFIX + name, namespace=NAMESPACE)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WhichRun:
+    """What every command beside a run is told."""
+
+    run: str = ""
+    """Name of the run, or its directory; empty takes the newest that is active under runs/, or the
+    only one on the cluster."""
+    address: str = ""
+    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS."""
+
+
 @dataclass(frozen=True)
 class Reached:
     """A running fleet, as another process reaches it."""

@@ -59,8 +59,7 @@ class Delivery:
     def begin(self, worker: Worker, samplers: WorkerPool) -> None:
         """Have a new sampler serve with weights only: the oldest that somebody waits for, as it
         never goes back."""
-        if self.newest:
-            worker.ready = self._load(worker, self._editions.oldest(self._needed(samplers)))
+        worker.ready = self._load(worker, self._editions.oldest(self._needed(samplers)))
 
     def bring(self, worker: Worker, edition: int) -> None:
         """Have a sampler go on to an edition, if it is behind."""

@@ -19,9 +19,8 @@ from ray.exceptions import RayActorError
 from cluster.errors import LearnerLostError
 from cluster.journal import Journal
 from cluster.learner_group import LearnerGroup
-from cluster.object_store import MemoryFullError
 from cluster.pool import State, Worker
-from cluster.ray_calls import RemoteRole, answer, why_lost
+from cluster.ray_calls import LOST, RemoteRole, answer, why_lost
 from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 
@@ -132,7 +131,7 @@ class Keepers:
                 value = self._wait(
                     call.remote(*args, **kwargs), f"{worker.name}.{method}", self._plan.timeout_s
                 )
-            except (RayActorError, MemoryFullError):
+            except LOST:
                 self._revive_moments()
                 continue
             self._budget.worked(worker.name)
@@ -206,7 +205,7 @@ class Keepers:
     def _learner_answer(self, ref: Any, what: str, timeout_s: float) -> Any:
         try:
             return self._wait(ref, what, timeout_s)
-        except (RayActorError, MemoryFullError) as error:
+        except LOST as error:
             raise LearnerLostError(f"{self.learners[0].name} {why_lost(error)}") from error
 
 

@@ -22,6 +22,8 @@ from cluster.errors import FleetError, InputLostError, TesseraError
 from cluster.object_store import MemoryFullError, memory_full, store_full
 
 GONE = (RayActorError, ObjectLostError, OwnerDiedError)
+LOST = (RayActorError, MemoryFullError)
+"""A worker that was at something will not answer any more."""
 
 
 class RemoteRole:

@@ -32,12 +32,11 @@ from cluster.fleet import StopRequestedError, Ticket
 from cluster.keepers import Keepers
 from cluster.launcher import Launcher, actor_class
 from cluster.messages import SampleRequest, ScoredGroup
-from cluster.object_store import MemoryFullError
 from cluster.placement import Placement
 from cluster.pool import State, Waiting, Worker, WorkerPool
 from cluster.publisher import publisher_of
 from cluster.pulse import Pulse
-from cluster.ray_calls import RemoteRole, answer, too_late, why_lost
+from cluster.ray_calls import LOST, RemoteRole, answer, too_late, why_lost
 from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
@@ -202,7 +201,7 @@ class RayFleet:
 
     def _end(self) -> None:
         for worker in self._all():
-            ray.kill(worker.handle)
+            self._kill(worker)
         self._steward.end()
 
     def _all(self) -> list[Worker]:
@@ -335,7 +334,7 @@ class RayFleet:
             value = answer(ref, worker.name, self._plan.timeout_s)
             if call.stage is Stage.IMAGES and not group.judges:
                 images = answer(group.images, f"{worker.name}.images", self._plan.timeout_s)
-        except (RayActorError, MemoryFullError) as error:
+        except LOST as error:
             call.ask_again(self._plan.max_restarts)
             self._supervisor.lost(pool, worker, why_lost(error))
             return

@@ -18,21 +18,16 @@ from typing import Annotated, Any
 import tyro
 
 from cluster.console import REFUSED, exit_status
-from cluster.control import FleetStatus, ask, reached
+from cluster.control import FleetStatus, WhichRun, ask, reached
 from cluster.errors import FleetError
 
 POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(WhichRun):
     """Change the number of workers of a running job; without a number, show what there is."""
 
-    run: str = ""
-    """Name of the run, or its directory; empty takes the newest that is active under runs/, or the
-    only one on the cluster."""
-    address: str = ""
-    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS."""
     samplers: int | None = None
     """Samplers that there are to be."""
     reward_servers: int | None = None

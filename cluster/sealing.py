@@ -8,6 +8,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from typing import Any
 
 import msgpack
 
@@ -35,6 +36,17 @@ DAMAGED_ARRAYS = (
     RuntimeError,  # a damaged flag says: encrypted; a damaged number: an unknown compression
 )
 """What reading a damaged .npy or .npz file may raise."""
+
+
+def count(value: Any) -> int:
+    """A number that counts something, as it was read.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(value) is not int or value < 0:
+        raise ValueError(f"a count was expected, found {value!r}")
+    return value
 
 
 def seal(body: bytes) -> bytes:

@@ -29,6 +29,7 @@ from cluster.control import (
     PoolStatus,
     Reached,
     RunEndedError,
+    WhichRun,
     WorkerStatus,
     ask,
     reached,
@@ -44,14 +45,9 @@ FIGURES = ("fid/", "reward/", "policy/entropy", "policy/reference_kl", "stalenes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(WhichRun):
     """Show how a running job is."""
 
-    run: str = ""
-    """Name of the run, or its directory; empty takes the newest that is active under runs/, or the
-    only one on the cluster."""
-    address: str = ""
-    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS."""
     watch: float = 0.0
     """Seconds between looks, until the run ends or Ctrl-C; 0 looks once."""
     json: bool = False

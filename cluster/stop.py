@@ -6,7 +6,6 @@ python -m cluster.stop --run NAME         without: what came after its newest on
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -17,22 +16,17 @@ from typing import Any
 import tyro
 
 from cluster.console import exit_status
-from cluster.control import Reached, RunEndedError, ask, reached
+from cluster.control import Reached, RunEndedError, WhichRun, ask, reached
 from cluster.errors import FleetError
-from cluster.whereabouts import WHEREABOUTS, Place, left_behind, process_lives
+from cluster.whereabouts import WHEREABOUTS, Place, left_behind, was_killed
 
 POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(WhichRun):
     """End a running job at its next safe point."""
 
-    run: str = ""
-    """Name of the run, or its directory; empty takes the newest that is active under runs/, or the
-    only one on the cluster."""
-    address: str = ""
-    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS."""
     checkpoint: bool = False
     """Have it write a checkpoint first."""
     timeout_s: float = 600.0
@@ -90,10 +84,9 @@ def await_end(ended: Callable[[], bool], timeout_s: float) -> None:
 
 def gone(place: Place, directory: Path) -> bool:
     """Whether the program that drove a run has ended: its file is gone, or its process."""
-    here = place.pid and place.host == socket.gethostname()
-    if here and process_lives(place.pid):
-        return False
-    return bool(here) or not (directory / WHEREABOUTS).is_file()
+    if place.here and place.pid:
+        return was_killed(place)
+    return not (directory / WHEREABOUTS).is_file()
 
 
 def answers_no_more(control: Any) -> bool:

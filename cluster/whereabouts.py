@@ -38,6 +38,11 @@ class Place:
     pid: int = 0
     """Of the program that drives it, where its directory says so."""
 
+    @property
+    def here(self) -> bool:
+        """Whether that program is, or was, on this machine."""
+        return self.host == socket.gethostname()
+
 
 @contextmanager
 def announced(directory: Path, address: str) -> Iterator[None]:
@@ -129,8 +134,7 @@ def locate_run(run: str, address: str) -> Place:
 
 def was_killed(place: Place) -> bool:
     """Whether the program that drove a run is gone, as far as this machine can tell."""
-    here = place.host == socket.gethostname()
-    return here and bool(place.pid) and not process_lives(place.pid)
+    return place.here and bool(place.pid) and not process_lives(place.pid)
 
 
 def check_alive(place: Place) -> None:
@@ -139,13 +143,12 @@ def check_alive(place: Place) -> None:
     Raises:
         FleetError: the run was killed and left its file, or its cluster takes no connection.
     """
-    here = place.host == socket.gethostname()
     if was_killed(place):
         raise killed(place)
     host, _, port = place.address.rpartition(":")
     if not port.isdigit():
         return  # "auto" and the like
-    if is_loopback(host) and place.host and not here:
+    if is_loopback(host) and place.host and not place.here:
         raise FleetError(
             f"the run {place.run} is on {place.host}, with a Ray that listens there alone: run "
             "this command on that machine"

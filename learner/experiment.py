@@ -64,9 +64,7 @@ class Experiment:
         self._rows = run.read_evaluation()
         self._real: dict[str, np.ndarray] | None = None
         self._space = RewardSpace()
-        self._combiner = Combiner(config.rewards.terms())
         self._shares: list[RoleUse] = []
-        self._pipeline = Pipeline(config, fleet)
         self._checkpoints = Checkpoints(run, config, console.say)
         self._recorder: Recorder | None = None
         self._from_step, self._kept = from_step, 0

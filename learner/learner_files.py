@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cluster.errors import CheckpointError
 from cluster.files import sync, writing
-from cluster.sealing import UNREADABLE, seal, unseal
+from cluster.sealing import UNREADABLE, count, seal, unseal
 from cluster.tensors import write_tensors
 from learner.entropy import EntropyState
 
@@ -61,7 +61,7 @@ class LearnerState:
             # the first format kept the coefficient alone
             entropy = fields.get("entropy") or {"coefficient": fields["entropy_coef"]}
             state = cls(
-                _whole(fields["version"]),
+                count(fields["version"]),
                 EntropyState(_number(entropy["coefficient"]), _maybe(entropy.get("average"))),
                 _maybe(fields["base_entropy"]),
                 tuple(_flag(each) for each in fields.get("skipped", ())),  # older ones: none
@@ -100,12 +100,6 @@ class LearnerFiles:
 def _host_copy(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"a count was expected, found {value!r}")
-    return value
 
 
 def _number(value: Any) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 
 from cluster.errors import CheckpointError
-from cluster.sealing import UNREADABLE
+from cluster.sealing import UNREADABLE, count
 
 FORMAT = 3
 UNSIGNED_FORMAT = 2  # of version 0.1: no checksum of its own, no run, no configuration
@@ -87,7 +87,7 @@ class Manifest:
                 )
             fields = outer if found == UNSIGNED_FORMAT else _signed(outer)
             return cls(
-                step=_count(fields["step"]),
+                step=count(fields["step"]),
                 files={_plain(key, name): _sum(value) for key, value in fields["files"].items()},
                 run=str(fields.get("run", "")),
                 config=str(fields.get("config", "")),
@@ -118,13 +118,7 @@ def _plain(key: Any, name: str) -> str:
 
 
 def _sum(value: Mapping[str, Any]) -> FileSum:
-    return FileSum(_count(value["size"]), str(value["sha256"]))
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"a count was expected, found {value!r}")
-    return value
+    return FileSum(count(value["size"]), str(value["sha256"]))
 
 
 def _figure(value: Any) -> float:

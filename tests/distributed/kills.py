@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ray
 
 from cluster import pulse
-from cluster.messages import SampleRequest
+from cluster.fleet import Ticket
+from cluster.messages import TRAIN, SampleRequest
 from cluster.pool import Worker
 from cluster.ray_fleet import RayFleet
 
@@ -20,21 +21,36 @@ def pid_of(worker: Worker) -> int:
     return ray.get(call.remote(lambda _: os.getpid()), timeout=60)
 
 
+def when_asked_for(
+    fleet: RayFleet, iteration: int, strike: Callable[[], None], *, after: bool = True
+) -> None:
+    """Have something happen right after (or before) a training iteration is asked for."""
+    submit = fleet.submit
+
+    def submit_and_strike(requests: Sequence[SampleRequest]) -> Ticket:
+        now = (requests[0].stream, requests[0].iteration) == (TRAIN, iteration)
+        if now and not after:
+            strike()
+        ticket = submit(requests)
+        if now and after:
+            strike()
+        return ticket
+
+    fleet.submit = submit_and_strike
+
+
 def kill_when_asked_for(fleet: RayFleet, victims: Sequence[Worker], iteration: int) -> list[int]:
     """Have the first of some workers killed right after a training iteration was asked for.
 
     Returns:
         A list that its process id is put into.
     """
-    submit, killed = fleet.submit, []
+    killed: list[int] = []
 
-    def submit_then_kill(requests: Sequence[SampleRequest]) -> int:
-        ticket = submit(requests)
-        if requests[0].stream == "train" and requests[0].iteration == iteration:
-            pid = pid_of(victims[0])
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-        return ticket
+    def strike() -> None:
+        pid = pid_of(victims[0])
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
 
-    fleet.submit = submit_then_kill
+    when_asked_for(fleet, iteration, strike)
     return killed

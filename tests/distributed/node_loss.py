@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from cluster.pool import State, Worker  # noqa: E402
 from cluster.ray_fleet import RayFleet  # noqa: E402
 from cluster.runtime import RayConfig, RaySession  # noqa: E402
+from tests.distributed.kills import when_asked_for  # noqa: E402
 from tests.distributed.test_failures import OPTIONS, run_whole  # noqa: E402
 from tests.small_run import small_config  # noqa: E402
 
@@ -34,6 +36,12 @@ def node_of(worker: Worker) -> str:
     return ray.get(
         worker.handle.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
     )
+
+
+def once(act: Callable[[], None]) -> Callable[[], None]:
+    """A run that goes back to a checkpoint asks for an iteration again."""
+    left = [act]
+    return lambda: left.pop()() if left else None
 
 
 def changed_options() -> dict[str, Any]:
@@ -51,28 +59,17 @@ def main(directory: Path) -> dict[str, Any]:
         RayFleet(config.fleet_plan(), session, say=said.append) as fleet,
     ):
         lost = [w.name for w in fleet._all() if node_of(w) == second.node_id]
-        submit = fleet.submit
 
-        def submit_and_strike(requests: Any) -> Any:
-            ticket = submit(requests)
-            if (
-                requests[0].stream == "train"
-                and requests[0].iteration == LOST
-                and "at" not in found
-            ):
-                found["at"] = time.monotonic()
-                cluster.remove_node(second, allow_graceful=False)
-            if (
-                requests[0].stream == "train"
-                and requests[0].iteration == BACK
-                and "back" not in found
-            ):
-                found["serving_without"] = [len(p.of(State.SERVING)) for p in fleet.pools]
-                found["back"] = True
-                cluster.add_node(num_cpus=2)
-            return ticket
+        def lose() -> None:
+            found["at"] = time.monotonic()
+            cluster.remove_node(second, allow_graceful=False)
 
-        fleet.submit = submit_and_strike  # type: ignore[method-assign]
+        def come_back() -> None:
+            found["serving_without"] = [len(pool.of(State.SERVING)) for pool in fleet.pools]
+            cluster.add_node(num_cpus=2)
+
+        when_asked_for(fleet, LOST, once(lose))
+        when_asked_for(fleet, BACK, once(come_back))
         run_whole(config, fleet, directory / "run")
         found["seconds"] = time.monotonic() - found.pop("at")
         deadline = time.monotonic() + GROWTH_S

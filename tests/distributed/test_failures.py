@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.fleet import Fleet, InlineFleet
-from cluster.messages import SampleRequest
 from cluster.pool import Worker
 from cluster.ray_fleet import RayFleet
 from cluster.roles import FleetPlan
@@ -22,7 +21,7 @@ from learner.experiment import Experiment
 from learner.progress import RunConsole
 from learner.rundir import RunDirectory
 from tests.distributed import failing
-from tests.distributed.kills import pid_of
+from tests.distributed.kills import pid_of, when_asked_for
 from tests.small_run import recorded, small_config
 
 BOUND_S = 150.0
@@ -55,22 +54,6 @@ def unharmed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
         return run_whole(config, fleet, tmp_path_factory.mktemp("unharmed") / "run")
 
 
-def before_asking(fleet: RayFleet, strike: Callable[[], None], *, after: bool = False) -> None:
-    """Have something happen right before (or after) the third iteration is asked for."""
-    submit = fleet.submit
-
-    def submit_and_strike(requests: Sequence[SampleRequest]) -> Any:
-        now = (requests[0].stream, requests[0].iteration) == ("train", failing.ITERATION)
-        if now and not after:
-            strike()
-        ticket = submit(requests)
-        if now and after:
-            strike()
-        return ticket
-
-    fleet.submit = submit_and_strike  # type: ignore[method-assign]
-
-
 def kill_all(workers: Sequence[Worker]) -> None:
     pids = [pid_of(worker) for worker in workers]
     for pid in pids:
@@ -96,7 +79,8 @@ def test_workers_are_killed(
             "all samplers at once": list(samplers.workers),
             "all reward servers": list(servers.workers),
         }[victim]
-        before_asking(fleet, lambda: kill_all(victims), after="all" in victim)
+        strike, after = lambda: kill_all(victims), "all" in victim
+        when_asked_for(fleet, failing.ITERATION, strike, after=after)
         assert run_whole(config, fleet, tmp_path / "run") == unharmed
         assert fleet.restarts == len(victims)
 

@@ -182,12 +182,12 @@ class Experiment:
         step, self._from_step = self._from_step, None
         checkpoints = self._checkpoints
         found = checkpoints.newest() if step is None else checkpoints.at(step)
+        self._kept = found.step if found else 0
         if found is None:
             return self._start()
         records.check(self._run, found.step, found.manifest.records, self._console.say)
         checkpoints.go_back(found.step)
         restore(found, self._fleet, self._combiner, self._pipeline)
-        self._kept = found.step
         self._fleet.broadcast()
         self._console.say(f"resumed from {found.path.name}")
         self._catch_up(found)

@@ -21,6 +21,8 @@ from rewards.moments_server import MomentsServer
 ROLES = {"sampler": "sampler", "moments": "moments_server", "learner": "learner"}
 ITERATION = 2
 """In which they die."""
+EVERY = 2
+"""Iterations between checkpoints."""
 
 
 def die_once(folder: Path, what: str, number: signal.Signals = signal.SIGKILL) -> None:
@@ -70,6 +72,16 @@ class SaveKilledLearner(Learner):
             (directory / "optimizer.safetensors").write_bytes(b"half of")
             die_once(self.folder, "learner-save")
         super().save(directory, background)
+
+
+class FirstSaveKilledLearner(Learner):
+    """Dies while a thread writes its first checkpoint: there is none to go back to."""
+
+    folder: Path
+
+    def saved(self, wait_s: float = 0.0) -> bool:
+        die_once(self.folder, "learner-save")
+        return super().saved(wait_s)
 
 
 class StoppedLearner(StepKilledLearner):

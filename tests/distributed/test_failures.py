@@ -16,6 +16,7 @@ from cluster.pool import Worker
 from cluster.ray_fleet import RayFleet
 from cluster.roles import FleetPlan
 from cluster.runtime import RaySession
+from learner.checkpoint import name_of
 from learner.config import RunConfig
 from learner.experiment import Experiment
 from learner.progress import RunConsole
@@ -100,6 +101,7 @@ def test_workers_are_killed(
         ),
         ("learner", failing.StepKilledLearner, "learner-step"),
         ("learner", failing.SaveKilledLearner, "learner-save"),
+        ("learner", failing.FirstSaveKilledLearner, "learner-save"),
         pytest.param("learner", failing.StoppedLearner, "learner-stopped", marks=SLOW),
     ],
 )
@@ -117,6 +119,9 @@ def test_roles_die_in_mid_work(
         assert run_whole(config, fleet, tmp_path / "run") == unharmed
         assert (tmp_path / file).exists()
         assert fleet.restarts == 1
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    steps = range(failing.EVERY, config.iterations + 1, failing.EVERY)
+    assert kept == [name_of(step) for step in steps]
 
 
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGSTOP"])

@@ -10,6 +10,7 @@ import ray
 from cluster import pulse
 from cluster.placement import place
 from cluster.pool import Worker
+from cluster.ray_private import started
 from cluster.roles import FleetPlan, Role
 from cluster.runtime import RaySession
 from cluster.secrets import equipped, secret_variables
@@ -69,4 +70,4 @@ class Launcher:
             **options
         )
         handle = actor.remote(role.config, name=role.worker_name(index))
-        return Worker(role, index, handle, handle.__ray_ready__.remote(), addition)
+        return Worker(role, index, handle, started(handle), addition)

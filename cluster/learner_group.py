@@ -15,6 +15,7 @@ import ray
 
 from cluster.errors import FleetError, LearnerLostError
 from cluster.object_store import store_full
+from cluster.ray_private import call_inside
 
 Answer = Callable[[Any, str, float], Any]
 """(reference, what it is of, longest wait) -> value; `cluster.ray_calls.answer`."""
@@ -46,7 +47,7 @@ class LearnerGroup:
         LearnerLostError: one of them is gone.
         """
         first, size = self._handles[0], len(self._handles)
-        host = self._ask(first.__ray_call__.remote(lambda _: ray.util.get_node_ip_address()), 0)
+        host = self._ask(call_inside(first, lambda _: ray.util.get_node_ip_address()), 0)
         address = self._ask(first.meet.remote(host, size), 0)
         self._together([h.join.remote(rank, size, address) for rank, h in enumerate(self._handles)])
 

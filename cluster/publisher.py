@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from cluster.errors import TesseraError
+from cluster.ray_private import form_device_group
 from cluster.roles import FleetPlan
 from cluster.runtime import RaySession
 from cluster.transports import (
@@ -142,12 +143,9 @@ class Publisher:
         assert self._device is not None
         if not self._device.group or self._members:
             return True
-        from ray.experimental.collective import create_collective_group
-
         pool = ThreadPoolExecutor(1)  # Ray's own wait has no bound
-        forming = pool.submit(
-            create_collective_group, [learner, *samplers], backend=self._device.ray_name
-        )
+        members = [learner, *samplers]
+        forming = pool.submit(form_device_group, members, self._device.ray_name)
         try:
             forming.result(timeout=self._timeout_s)
         except (TimeoutError, RuntimeError, ValueError, ray.exceptions.RayError) as error:

@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from cluster.pool import Worker
+from cluster.ray_private import call_inside
 
 GROUP = "pulse"
 ASKS = 6  # times that a worker is asked before its silence is too long
@@ -52,8 +53,7 @@ class Pulse:
         gone = self._listen(now)
         for worker in known - self._asked.keys():
             if now - self._heard.get(worker, -self._pause_s) >= self._pause_s:
-                call = worker.handle.__ray_call__.options(concurrency_group=GROUP)
-                self._asked[worker] = (call.remote(_here), now)
+                self._asked[worker] = (call_inside(worker.handle, _here, GROUP), now)
         silent = [w for w, (_, since) in self._asked.items() if now - since > self._silence_s]
         why = f"gave no sign of life for {self._silence_s:g} s"
         return [*((worker, "was lost") for worker in gone), *((worker, why) for worker in silent)]

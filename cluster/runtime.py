@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from cluster.errors import FleetError
+from cluster.ray_private import loopback, shows_token
 from cluster.whereabouts import PROBE_S, is_loopback
 
 LEAST_STORE_GB = 0.08  # Ray's own least, rounded up
-ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Ray's switch, for all systems: with 0, all that it starts listens on loopback alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,34 +64,16 @@ def _private(config: RayConfig) -> dict[str, Any]:
     return options
 
 
-@contextmanager
-def _loopback() -> Iterator[None]:
-    """While the block runs, Ray starts what it starts on 127.0.0.1 alone: servers, workers, agents.
-    (It ignores an address of loopback that `ray.init` is given.) Its processes inherit this."""
-    from ray._private import ray_constants
-
-    before = os.environ.get(ONE_MACHINE), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[ONE_MACHINE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before[1]
-        if before[0] is None:
-            del os.environ[ONE_MACHINE]
-        else:
-            os.environ[ONE_MACHINE] = before[0]
-
-
 def _on_loopback_alone(address: str) -> bool:
-    """Whether a cluster at a loopback address was started so as `_loopback` does. Ray looks for all
+    """Whether a cluster at a loopback address was started so as `loopback` does. Ray looks for all
     others at this machine's outer address, whatever it is told."""
-    from ray._private import services
+    from ray.util import get_node_ip_address
 
     host, _, port = address.rpartition(":")
     if not (is_loopback(host) and port.isdigit()):
         return False
     try:
-        outer = services.get_node_ip_address()
+        outer = get_node_ip_address()
         socket.create_connection((outer, int(port)), timeout=PROBE_S).close()
     except OSError:
         return True
@@ -115,11 +94,11 @@ class RaySession:
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
         try:
             if address:
-                with _loopback() if _on_loopback_alone(address) else contextlib.nullcontext():
+                with loopback() if _on_loopback_alone(address) else contextlib.nullcontext():
                     ray.init(address=address, **quiet)
             else:
                 # without "local", Ray joins whatever was last started on this machine
-                with _loopback():
+                with loopback():
                     ray.init(address="local", **_private(config), **quiet)
         except Exception as error:  # Ray raises bare ones, too, on a machine that is too busy
             if address:
@@ -133,10 +112,7 @@ class RaySession:
     @property
     def guarded(self) -> bool:
         """Whether this program shows a token: a cluster that asks for one lets in nobody else."""
-        from ray import _raylet
-
-        mode = getattr(_raylet, "get_authentication_mode")()  # noqa: B009  (compiled: no stubs)
-        return bool(mode == getattr(_raylet, "AuthenticationMode").TOKEN)  # noqa: B009
+        return shows_token()
 
     @property
     def object_store(self) -> int:

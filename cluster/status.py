@@ -35,6 +35,7 @@ from cluster.control import (
     reached,
 )
 from cluster.object_store import size
+from cluster.ray_private import living_actors
 from cluster.whereabouts import WHEREABOUTS
 
 WIDTH = 120  # columns, where there is no terminal
@@ -64,7 +65,7 @@ def as_dict(
     """Everything that is known of a run, ready for JSON.
 
     Args:
-        actors: of `ray_actors`.
+        actors: of `ray_private.living_actors`.
     """
     progress = status.progress
     metrics = dict(progress.metrics)
@@ -146,17 +147,6 @@ def _singles(status: FleetStatus) -> Iterable[tuple[str, list[WorkerStatus]]]:
     return roles.items()
 
 
-def ray_actors() -> dict[str, dict[str, Any]]:
-    """Actor's id -> node and process, of all actors that live on the cluster."""
-    from ray._private.state import actors
-
-    found = actors(actor_state_name="ALIVE")
-    return {
-        actor: {"node": entry["Address"]["IPAddress"], "pid": entry["Pid"]}
-        for actor, entry in found.items()
-    }
-
-
 def table(found: Mapping[str, Any]) -> Group:
     """For people."""
     roles = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -229,7 +219,7 @@ def console() -> Console:
 
 def look(run: Reached) -> dict[str, Any]:
     """How the run is now."""
-    return as_dict(run.name, ask(run.control.status.remote()), ray_actors())
+    return as_dict(run.name, ask(run.control.status.remote()), living_actors())
 
 
 def watch(run: Reached, seconds: float, *, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from cluster.control import (
 )
 from cluster.errors import FleetError
 from cluster.pool import State, Worker, WorkerPool
+from cluster.ray_private import actor_id
 from cluster.scaling import desired_workers
 
 EXCHANGE_S = 1.0  # how often the control actor is spoken to
@@ -173,7 +174,7 @@ def _status_of(worker: Worker) -> WorkerStatus:
     return WorkerStatus(
         name=worker.name,
         state=worker.state.value,
-        actor=worker.handle._actor_id.hex(),
+        actor=actor_id(worker.handle),
         edition=worker.edition,
         busy=worker.busy,
     )

@@ -13,12 +13,12 @@ from cluster.fleet import Ticket
 from cluster.messages import TRAIN, SampleRequest
 from cluster.pool import Worker
 from cluster.ray_fleet import RayFleet
+from cluster.ray_private import call_inside
 
 
 def pid_of(worker: Worker) -> int:
     """Also of one that is busy: a thread beside its work answers."""
-    call = worker.handle.__ray_call__.options(concurrency_group=pulse.GROUP)
-    return ray.get(call.remote(lambda _: os.getpid()), timeout=60)
+    return ray.get(call_inside(worker.handle, lambda _: os.getpid(), pulse.GROUP), timeout=60)
 
 
 def when_asked_for(

@@ -23,6 +23,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from cluster.pool import State, Worker  # noqa: E402
 from cluster.ray_fleet import RayFleet  # noqa: E402
+from cluster.ray_private import call_inside  # noqa: E402
 from cluster.runtime import RayConfig, RaySession  # noqa: E402
 from tests.distributed.kills import when_asked_for  # noqa: E402
 from tests.distributed.test_failures import OPTIONS, run_whole  # noqa: E402
@@ -33,9 +34,7 @@ GROWTH_S = 120.0
 
 
 def node_of(worker: Worker) -> str:
-    return ray.get(
-        worker.handle.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
-    )
+    return ray.get(call_inside(worker.handle, lambda _: ray.get_runtime_context().get_node_id()))
 
 
 def once(act: Callable[[], None]) -> Callable[[], None]:

@@ -14,6 +14,7 @@ import ray
 from cluster.errors import ConfigError, FleetError, TesseraError
 from cluster.fleet import InlineFleet
 from cluster.ray_fleet import RayFleet
+from cluster.ray_private import call_inside
 from cluster.runtime import RaySession
 from cluster.weights import unpack_weights
 from learner.config import RunConfig
@@ -73,7 +74,7 @@ def test_a_lost_learner_ends_the_step_and_is_named(ray_session: RaySession) -> N
     config = config_of(num_learners=2)
     with RayFleet(config.fleet_plan(), ray_session) as fleet:
         victim = fleet._keepers.learners[1].handle
-        pid = ray.get(victim.__ray_call__.remote(lambda _: os.getpid()))
+        pid = ray.get(call_inside(victim, lambda _: os.getpid()))
         os.kill(pid, signal.SIGKILL)
         started = time.monotonic()
         with pytest.raises(FleetError, match="learner-1 was lost"):

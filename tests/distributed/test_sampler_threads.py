@@ -17,6 +17,7 @@ from cluster.calls import IMAGES, SAMPLER_THREADS, spans_of
 from cluster.messages import RolloutGroup, SampleRequest, Span
 from cluster.publisher import Publisher
 from cluster.ray_fleet import RayFleet
+from cluster.ray_private import started
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.runtime import RaySession
 from cluster.transports import OBJECT_STORE, DeviceTransport
@@ -75,7 +76,7 @@ def test_the_thread_beside_leaves_the_order_of_the_others(
     sampler = actor_class.options(num_cpus=0.1).remote("", name="sampler")
     decode = sampler.images.options(concurrency_group=IMAGES, num_returns=2)
     try:
-        ray.get(sampler.__ray_ready__.remote(), timeout=WAIT_S)
+        ray.get(started(sampler), timeout=WAIT_S)
         start = time.time()
         asked, samples, spans, expected = requests(1)[0], [], [], []
         group = drawn(asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ ALLOWED = {
     "rewards": {"cluster", "rewards"},
     "learner": {"cluster", "actors", "rewards", "learner"},
 }
+RAY_OPTIONS = {"_temp_dir", "_node_ip_address", "_system_config", "_metrics_export_port",
+               "_memory", "_owner", "_metadata", "_enable_object_reconstruction"}  # fmt: skip
+PRIVATE = ROOT / "cluster" / "ray_private.py"
 FILES = [(room, file) for room in ALLOWED for file in sorted((ROOT / room).rglob("*.py"))]
 
 
@@ -59,3 +63,59 @@ def test_the_test_sees_a_breach(room: str, source: str, found: list[str]) -> Non
 def test_messages_carry_neither_torch_nor_ray() -> None:
     modules = imported_modules((ROOT / "cluster" / "messages.py").read_text())
     assert not {module.split(".")[0] for module in modules} & {"torch", "ray"}
+
+
+def unpromised_names(source: str) -> list[str]:
+    """What a source text uses of Ray that Ray does not promise to keep: private and experimental
+    modules, names and attributes, and options with a leading underscore."""
+    found, modules = [], set()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            modules.add(ast.unparse(node))
+            if node.attr.startswith(("__ray_", "_ray_", "_actor_", "_method_")):
+                found.append(node.attr)
+        elif isinstance(node, ast.Call) and _of_ray(node.func):
+            found += [word.arg for word in node.keywords if (word.arg or "").startswith("_")]
+        elif isinstance(node, ast.Constant) and node.value in RAY_OPTIONS:
+            found.append(str(node.value))
+    private = re.compile(r"ray\.(.*\.)?(_|experimental\b)")
+    return sorted({*found, *filter(private.match, modules)})
+
+
+def _of_ray(function: ast.expr) -> bool:
+    return ast.unparse(function).startswith("ray.")
+
+
+@pytest.mark.parametrize(
+    "file", [file for _, file in FILES if file != PRIVATE], ids=lambda f: str(f.relative_to(ROOT))
+)
+def test_what_ray_does_not_promise_is_used_in_one_file(file: Path) -> None:
+    found = unpromised_names(file.read_text())
+    assert not found, f"{file.name} uses {found}: put it into {PRIVATE.name}, and test it there"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from ray._private import services", ["ray._private.services"]),
+        ("import ray._raylet", ["ray._raylet"]),
+        ("from ray import _raylet", ["ray._raylet"]),
+        ("ray._private.worker.global_worker", ["ray._private", "ray._private.worker",
+         "ray._private.worker.global_worker"]),
+        ("from ray.experimental.collective import x", ["ray.experimental.collective.x"]),
+        ("import ray.util.state._private as x", ["ray.util.state._private"]),
+        ("handle.__ray_call__.remote(f)", ["__ray_call__"]),
+        ("handle._actor_id.hex()", ["_actor_id"]),
+        ("ray.init(_temp_dir=x)", ["_temp_dir"]),
+        ("ray.init(**{'_temp_dir': x})", ["_temp_dir"]),
+        ("options['_node_ip_address'] = x", ["_node_ip_address"]),
+        ("ray.get(ref, timeout=1); self._actor.remote(); x.ray._y", []),
+    ],
+)  # fmt: skip
+def test_the_test_sees_what_ray_does_not_promise(source: str, found: list[str]) -> None:
+    assert unpromised_names(source) == found

@@ -1,0 +1,84 @@
+"""What this program uses of Ray that Ray does not promise to keep: private, undocumented and alpha
+names. No other file may use such names (a test looks); `tests/distributed/test_ray_private.py` has
+a test for each function here, and the bound on Ray in pyproject.toml is what they passed with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch, for all systems: with 0, all that it starts listens on loopback alone."""
+
+
+@contextmanager
+def loopback() -> Iterator[None]:
+    """While the block runs, Ray starts what it starts on 127.0.0.1 alone: servers, workers, agents.
+    (It ignores an address of loopback that `ray.init` is given.) Its processes inherit this."""
+    from ray._private import ray_constants
+
+    before = os.environ.get(ONE_MACHINE), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[ONE_MACHINE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[ONE_MACHINE]
+        else:
+            os.environ[ONE_MACHINE] = before[0]
+
+
+def shows_token() -> bool:
+    """Whether this process shows a token to the Ray that it talks to."""
+    from ray import _raylet
+
+    mode = getattr(_raylet, "get_authentication_mode")()  # noqa: B009  (compiled: no stubs)
+    return bool(mode == getattr(_raylet, "AuthenticationMode").TOKEN)  # noqa: B009
+
+
+def living_actors() -> dict[str, dict[str, Any]]:
+    """Actor's id -> node (IP address) and pid, of all actors that live on the cluster. (What is
+    public for this asks the dashboard, which a private Ray does not have.)"""
+    from ray._private.state import actors
+
+    found = actors(actor_state_name="ALIVE")
+    return {
+        actor: {"node": entry["Address"]["IPAddress"], "pid": entry["Pid"]}
+        for actor, entry in found.items()
+    }
+
+
+def actor_id(handle: Any) -> str:
+    """The id of an actor, hexadecimal."""
+    return str(handle._actor_id.hex())
+
+
+def started(handle: Any) -> Any:
+    """A reference that is there when the actor's constructor has returned; getting it raises what
+    the constructor raised."""
+    return handle.__ray_ready__.remote()
+
+
+def call_inside(handle: Any, function: Callable[[Any], Any], group: str = "") -> Any:
+    """Call a function with an actor's instance, in the actor's process.
+
+    Args:
+        group: concurrency group whose thread runs it; empty: the one that answers in order.
+
+    Returns:
+        A reference to what it returns.
+    """
+    method = handle.__ray_call__
+    return (method.options(concurrency_group=group) if group else method).remote(function)
+
+
+def form_device_group(handles: Sequence[Any], backend: str) -> None:
+    """Make a group of actors that pass tensors from GPU to GPU (Ray Direct Transport, alpha);
+    without a bound on its wait."""
+    from ray.experimental.collective import create_collective_group
+
+    create_collective_group(list(handles), backend=backend)

@@ -1,0 +1,122 @@
+"""What `cluster.ray_private` uses of Ray, name by name: a failure says what a new Ray broke."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from packaging.requirements import Requirement
+
+from cluster import ray_private
+from cluster.runtime import RaySession
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 120.0
+GROUP = "beside"
+
+
+class Counter:
+    def __init__(self, start: int) -> None:
+        if start < 0:
+            raise ValueError("below nothing")
+        self.value = start
+
+    def busy(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return time.monotonic()
+
+    def whose(self) -> str:
+        return ray.get_runtime_context().get_actor_id()
+
+
+def start(value: int) -> Any:
+    wrapped = ray.remote(num_cpus=0, concurrency_groups={GROUP: 1})(Counter)
+    return wrapped.remote(value)
+
+
+@pytest.fixture(scope="module")
+def counter(ray_session: RaySession) -> Any:
+    handle = start(7)
+    ray.get(ray_private.started(handle), timeout=WAIT_S)
+    return handle
+
+
+def test_the_bound_names_the_ray_that_these_tests_ran_with() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bound = next(r for r in map(Requirement, project["dependencies"]) if r.name == "ray")
+    major, minor, *_ = ray.__version__.split(".")
+    later = f"{major}.{int(minor) + 1}.0"
+    assert bound.specifier.contains(ray.__version__)
+    assert not bound.specifier.contains(later), "private names: one minor version at a time"
+
+
+def test_loopback_is_still_rays_switch() -> None:
+    from ray._private import ray_constants
+
+    assert ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR == ray_private.ONE_MACHINE
+    before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(ray_private.ONE_MACHINE)
+    with ray_private.loopback():
+        assert os.environ[ray_private.ONE_MACHINE] == "0"
+    assert (ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(ray_private.ONE_MACHINE)) == before
+
+
+def test_a_private_ray_is_on_loopback(ray_session: RaySession) -> None:
+    (node,) = ray.nodes()
+    assert node["NodeManagerAddress"] == "127.0.0.1"
+    assert ray_session.address.startswith("127.0.0.1:")
+
+
+def test_a_private_ray_is_shown_a_token(ray_session: RaySession) -> None:
+    assert ray_private.shows_token() is True
+
+
+def test_actors_have_ids_nodes_and_processes(counter: Any) -> None:
+    number = ray_private.actor_id(counter)
+    assert number == ray.get(counter.whose.remote(), timeout=WAIT_S)
+    pid = ray.get(ray_private.call_inside(counter, lambda _: os.getpid()), timeout=WAIT_S)
+    assert ray_private.living_actors()[number] == {"node": "127.0.0.1", "pid": pid}
+
+
+def test_a_killed_actor_lives_no_more(ray_session: RaySession) -> None:
+    handle = start(0)
+    ray.get(ray_private.started(handle), timeout=WAIT_S)
+    number = ray_private.actor_id(handle)
+    assert number in ray_private.living_actors()
+    ray.kill(handle)
+    deadline = time.monotonic() + WAIT_S
+    while number in ray_private.living_actors():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_an_actor_that_cannot_start_says_why(ray_session: RaySession) -> None:
+    with pytest.raises(ray.exceptions.RayActorError, match="below nothing") as caught:
+        ray.get(ray_private.started(start(-1)), timeout=WAIT_S)
+    assert caught.value.actor_init_failed
+
+
+def test_a_function_is_called_with_the_instance(counter: Any) -> None:
+    inside = ray_private.call_inside(counter, lambda instance: instance.value)
+    assert ray.get(inside, timeout=WAIT_S) == 7
+
+
+def test_a_function_is_called_beside_work(counter: Any) -> None:
+    """Before the work that it was sent after is done: in the thread of its own group."""
+    working = counter.busy.remote(3.0)
+    asked = ray_private.call_inside(counter, lambda _: time.monotonic(), GROUP)
+    in_order = ray_private.call_inside(counter, lambda _: time.monotonic())
+    beside, ended, after = ray.get([asked, working, in_order], timeout=WAIT_S)
+    assert beside < ended <= after
+
+
+def test_a_device_group_is_formed_as_it_was() -> None:
+    """Its working is `test_sampler_threads`' affair."""
+    from ray.experimental.collective import create_collective_group
+
+    inspect.signature(create_collective_group).bind([], backend="nccl")

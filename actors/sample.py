@@ -39,11 +39,24 @@ from actors.sample_source import SampleConfig, Source, check, find_source
 from actors.steps import Workspace
 from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, TesseraError
+from cluster.help import answer_help
 from cluster.messages import Condition, RequestKey, SamplingSpec
 
 STREAM = "sample"
 PER_CONDITION = 4
 ALL = "all"
+PROG = "python -m actors.sample"
+ABOUT = (
+    "Sample images for classes or captions, from a checkpoint or from a run. Without either: the "
+    "miniature's base policy, handwritten digits."
+)
+COMMON = {
+    "what to sample from": ("--checkpoint", "--tokenizer", "--run", "--step", "--base"),
+    "what to sample": ("--classes", "--captions", "--num-images", "--per-condition", "--seed"),
+    "how": ("--cfg-scale", "--temperature", "--top-k", "--top-p", "--batch", "--device"),
+    "where to": ("--out", "--npz", "--png"),
+}
+"""What --help shows; --help-all shows every option."""
 
 
 @torch.inference_mode()
@@ -258,7 +271,8 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    config = tyro.cli(SampleConfig, args=arguments, prog="python -m actors.sample")
+    arguments = answer_help(arguments, PROG, ABOUT, COMMON, SampleConfig())
+    config = tyro.cli(SampleConfig, args=arguments, prog=PROG)
     status = REFUSED  # nothing is written before everything is loaded and checked
     try:
         plan = prepare(config)

@@ -1,5 +1,10 @@
 """Errors that a user can act on. `main` functions print them without a traceback."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class TesseraError(Exception):
     """Base of every error whose message says what failed, where, and what to do."""
@@ -35,3 +40,29 @@ class LearningError(TesseraError):
 
 class StorageError(TesseraError):
     """A file could not be written: the disk is full, a limit is reached, or it went away."""
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """The name that was most likely meant: one that begins with what was written, one that is
+    spelled alike, or one that contains it; empty if there is none. Of equals, the first."""
+    known = {candidate: _plain(candidate) for candidate in names}
+    wanted = _plain(name)
+    if not wanted:
+        return ""
+    begins = [candidate for candidate, plain in known.items() if plain.startswith(wanted)]
+    begins.sort(key=lambda candidate: not f"{known[candidate]}-".startswith(f"{wanted}-"))
+    close = difflib.get_close_matches(wanted, known.values(), n=1, cutoff=cutoff)
+    alike = [candidate for candidate, plain in known.items() if plain in close]
+    holds = [candidate for candidate, plain in known.items() if wanted in plain]
+    return next(iter((*begins, *alike, *(holds if len(wanted) > 2 else ()))), "")
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A question with the nearest name, and a space after it; empty if there is none."""
+    close = nearest(name, names)
+    return f"did you mean {close!r}? " if close else ""
+
+
+def _plain(name: str) -> str:
+    """Without what is easily confused: case, and the kinds of separators."""
+    return name.casefold().replace("_", "-").replace(" ", "-")

@@ -31,7 +31,7 @@ class Resources:
     num_cpus: float = 0.0
     """CPUs that Ray reserves for it; 0 is an equal share of what the machine has."""
     num_gpus: float = 0.0
-    """GPUs that Ray reserves for it, fractions allowed; above 0 it computes on `cuda`."""
+    """GPUs of each worker, fractions allowed; above 0 it computes on `cuda`."""
     num_threads: int = 1
     """Threads of its numerical libraries."""
 

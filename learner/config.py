@@ -8,7 +8,6 @@ name, impossible values with the range that is allowed.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from actors.models.loading import PolicyConfig, TokenizerConfig
 from actors.sampler import Sampler, SamplerConfig, SamplerResources
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, did_you_mean, nearest
 from cluster.messages import SamplingSpec
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.runtime import RayConfig
@@ -44,6 +43,7 @@ from rewards.moments_server import MomentsServer
 from rewards.reward_server import REWARDS, RewardServer
 
 DEFAULT_PRESET = "miniature"
+YAML = (".yaml", ".yml")
 CONTROL_THREADS = 2  # of a reward server: statistics and features beside the scoring
 
 
@@ -283,11 +283,27 @@ def load_preset(name: str) -> RunConfig:
     if name in shipped:
         return parse_yaml(folder.joinpath(f"{name}.yaml").read_text(), f"preset {name}")
     path = Path(name).expanduser()
-    if not path.is_file():
-        close = difflib.get_close_matches(name, shipped, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"no preset {name!r}: {hint}there are {', '.join(shipped)}, or a path")
+    if path.is_dir() or not path.exists():
+        raise ConfigError(_no_preset(name, path, shipped))
     return load_file(path)
+
+
+def _no_preset(name: str, path: Path, shipped: list[str]) -> str:
+    """What is wrong with a preset that is neither shipped nor a file."""
+    there = f"shipped presets are {', '.join(shipped)}"
+    if name and path.is_dir():
+        return f"--preset {name} is a directory: name a YAML file in it ({there})"
+    if path.suffix not in YAML and len(path.parts) < 2:  # meant as a name
+        hint = did_you_mean(name, shipped)
+        return f"no preset {name!r}: {hint}there are {', '.join(shipped)}, or a path"
+    try:
+        beside = sorted(str(path.with_name(file.name)) for file in path.parent.iterdir())
+    except OSError:
+        beside = []
+    close = nearest(str(path), [file for file in beside if file.endswith(YAML)])
+    close = close or nearest(path.stem, shipped)
+    hint = f"did you mean {close!r}? " if close else ""
+    return f"--preset {name}: there is no such file (looked at {path.absolute()}); {hint}{there}"
 
 
 def load_file(path: Path) -> RunConfig:
@@ -346,5 +362,5 @@ def _nearest(path: list[str]) -> str:
         # the one mapping of named parts there is
         kind = RewardPool() if isinstance(kind, Mapping) else getattr(kind, part)
     names = [item.name for item in dataclasses.fields(kind)]
-    close = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f": there are {', '.join(names)}"
+    close = nearest(path[-1], names, cutoff=0.5)
+    return f", did you mean {close!r}?" if close else f": there are {', '.join(names)}"

@@ -26,9 +26,9 @@ class EntropyConfig:
     """The entropy bonus."""
 
     controller: Literal["none", "fixed", "target", "paper"] = "none"
-    """none: no bonus. fixed: `coef` throughout. target: raise the coefficient while the policy's
-    entropy is below the base policy's measured entropy, lower it while above. paper: the formula of
-    the public code of 2603.23086, its constants included."""
+    """How strongly entropy is rewarded. none: no bonus. fixed: `coef` throughout. target: raise the
+    coefficient while the policy's entropy is below the base policy's measured entropy, lower it
+    while above. paper: the formula of the public code of 2603.23086, its constants included."""
     coef: float = 0.0
     """The coefficient, or where the target controller starts; >= 0."""
     gain: float = 0.1

@@ -20,6 +20,7 @@ import tyro
 from cluster.console import FAILED, INTERRUPTED, REFUSED
 from cluster.errors import ConfigError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
+from cluster.help import answer_help, asks_help
 from cluster.placement import Placement, place
 from cluster.whereabouts import WHEREABOUTS, announced, check_run_name
 from learner.config import (
@@ -40,6 +41,25 @@ from learner.readiness import lacking
 from learner.resuming import check_resume
 from learner.rundir import CONFIG, RunDirectory
 
+PROG = "python -m learner.run"
+ABOUT = (
+    "Tune an autoregressive image policy with reinforcement learning. Without arguments: the "
+    "miniature, real digits on the CPU, in a few minutes."
+)
+COMMON = {
+    "what to run": ("--preset", "--iterations", "--seed", "--groups-per-iteration",
+                    "--rollouts-per-group", "--max-staleness"),
+    "where, and how": ("--run-dir", "--resume", "--from-step", "--dry-run", "--inline"),
+    "workers": ("--num-samplers", "--num-reward-servers", "--num-learners", "--sampler.num-gpus",
+                "--reward.num-gpus", "--learner.num-gpus", "--ray.address"),
+    "rewards": ("--rewards.clip.weight", "--rewards.hps.weight", "--rewards.loo-fid.weight",
+                "--rewards.loo-fid.reference", "--rewards.extra"),
+    "learning": ("--learner.lr", "--loss.kl-coef"),
+    "what is kept": ("--evaluation.num-images", "--evaluation.every",
+                     "--output.checkpoint-every"),
+}  # fmt: skip
+"""What --help shows; --help-all shows every option."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -58,7 +78,7 @@ class Command:
     inline: bool = False
     """Every role in this process, without Ray."""
     dry_run: bool = False
-    """Print the resolved configuration and the placement, and stop."""
+    """Print what the run lacks, its configuration and the placement, and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +144,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunDi
         SystemExit: --help, or an option that does not exist (the nearest one is named).
     """
     command, _ = tyro.cli(Command, args=arguments, return_unknown_args=True, add_help=False)
+    if asks_help(arguments):
+        options = Command(), load_preset(command.preset)
+        arguments = answer_help(arguments, PROG, ABOUT, COMMON, *options)
     if command.run_dir:
         check_run_name(Path(command.run_dir).expanduser().absolute().name)
     if command.from_step is not None and not command.resume:
@@ -135,7 +158,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunDi
             Arguments,
             args=arguments,
             default=Arguments(command=command, run=base),
-            prog="python -m learner.run",
+            prog=PROG,
         )
     except ValueError as error:  # what a dataclass says of its own fields
         raise ConfigError(f"command line: {error}") from None

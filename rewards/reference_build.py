@@ -30,6 +30,7 @@ import tyro
 
 from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, DataError, TesseraError
+from cluster.help import answer_help
 from cluster.sealing import DAMAGED_ARRAYS
 from rewards.base import FeatureExtractor
 from rewards.features import FeaturesConfig, load_features
@@ -38,6 +39,18 @@ from rewards.reference_images import ImageSource, open_source, stack
 from rewards.reference_sums import Conditions, Part, ReferenceSums
 
 AHEAD = 3  # batches in flight for each process
+PROG = "python -m rewards.reference"
+ABOUT = (
+    "Mean and covariance of real images' features, for FID and the distribution reward. Started "
+    "again after a stop, the same command goes on where it was."
+)
+COMMON = {
+    "from what, to where": ("--images", "--out", "--overwrite"),
+    "features": ("--features.network", "--features.checkpoint", "--features.model"),
+    "conditions": ("--labels", "--joint", "--joint-dim", "--embeddings"),
+    "how": ("--device", "--workers", "--batch", "--skip-unreadable"),
+}
+"""What --help shows; --help-all shows every option."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +338,9 @@ def describe(plan: Plan, sums: ReferenceSums) -> list[str]:
 
 def run(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    config = tyro.cli(ReferenceConfig, args=arguments, prog="python -m rewards.reference")
+    example = ReferenceConfig(images="", out=Path())
+    arguments = answer_help(arguments, PROG, ABOUT, COMMON, example)
+    config = tyro.cli(ReferenceConfig, args=arguments, prog=PROG)
     status = REFUSED  # nothing is computed before everything is loaded and checked
     try:
         with _terminable():

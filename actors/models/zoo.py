@@ -7,7 +7,6 @@ carry a `*-project.yaml` beside the checkpoint, which says all of it.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, did_you_mean
 
 WEIGHTS_VARIABLE = "TESSERA_WEIGHTS"
 HUB = "https://huggingface.co"
@@ -168,8 +167,10 @@ def named(name: str) -> NamedModel:
         ConfigError: there is none; names the nearest.
     """
     if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        # what can be fetched first; file names, too, since these are what the hub shows
+        order = sorted(MODELS.values(), key=lambda model: not model.file)
+        by_file = {model.file: model.name for model in order if model.file}
+        hint = did_you_mean(by_file.get(name, name), [model.name for model in order])
         raise ConfigError(f"no model is named {name!r}: {hint}there are {', '.join(MODELS)}")
     return MODELS[name]
 

@@ -67,8 +67,38 @@ def test_presets_by_name_and_by_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("foo.yaml", "--preset foo.yaml: there is no such file (looked at {here}/foo.yaml)"),
+        ("mien.yaml", "did you mean 'mine.yaml'?"),
+        ("sub/foo.yml", "there is no such file (looked at {here}/sub/foo.yml)"),
+        ("~/no/such.yaml", "no such file"),
+        ("paper-fixed.yaml", "did you mean 'paper-fixed'?"),
+        ("folder", "--preset folder is a directory: name a YAML file in it"),
+        ("vqgan", "did you mean 'vqgan-imagenet'?"),
+        ("LlamaGen_B_256", "did you mean 'llamagen-b-256'?"),
+        ("zzz", "no preset 'zzz': there are llamagen-b-256,"),
+        ("", "no preset ''"),
+    ],
+)
+def test_a_preset_that_is_not_there_is_named(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "mine.yaml").write_text("iterations: 7\n")
+    with pytest.raises(ConfigError) as error:
+        load_preset(name)
+    assert message.format(here=tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not valid YAML"), ("- 1", "must be a mapping of fields, found list")],
+    [
+        ("a: [", "not valid YAML"),
+        ("", "must be a mapping of fields, found NoneType"),
+        ("- 1", "must be a mapping of fields, found list"),
+    ],
 )
 def test_malformed_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "bad.yaml"

@@ -107,6 +107,32 @@ def test_fetch_verifies_and_notes_the_sum(hub: Hub, capsys: pytest.CaptureFixtur
     assert "already, SHA-256 as noted" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("llamagen-b", "llamagen-b-256"),
+        ("llamagen-l", "llamagen-l-256"),
+        ("llamagen-xl", "llamagen-xl-384"),  # no file of 256 pixels is published
+        ("llamagen-3b", "llamagen-3b-384"),
+        ("LlamaGen_B_384", "llamagen-b-384"),
+        ("llamgen-b-256", "llamagen-b-256"),
+        ("llamagen-vq", "llamagen-vq-16"),
+        ("cin", "cin_transformer"),
+        ("c2i_L_384.pt", "llamagen-l-384"),
+    ],
+)
+def test_the_nearest_name_is_suggested(
+    written: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fetch", written]) == REFUSED
+    assert f"did you mean {meant!r}?" in capsys.readouterr().err
+
+
+def test_a_name_like_no_other_has_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "zzz"]) == REFUSED
+    assert "did you mean" not in capsys.readouterr().err
+
+
 def test_fetch_into_another_directory(hub: Hub, tmp_path: Path) -> None:
     assert main(["fetch", NAME, "--directory", str(tmp_path / "elsewhere")]) == 0
     assert (tmp_path / "elsewhere" / FILE).is_file()

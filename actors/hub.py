@@ -7,6 +7,7 @@ beside it: `actors.models.official` compares it again whenever the file is loade
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -19,12 +20,14 @@ from huggingface_hub import file_download
 from huggingface_hub.errors import FileMetadataError, HfHubHTTPError
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from huggingface_hub.utils.logging import set_verbosity_error
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from actors.models.official import sha256_of, verify_sum, write_sum
 from actors.models.zoo import HUB, NamedModel
+from cluster.console import make_console
 from cluster.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 # The library's HTTP client differs between its versions, so its errors are named through the base
 # that the library's own error has.
@@ -41,11 +44,8 @@ class UnreachableError(CheckpointError):
     """The hub gave no answer, or the transfer broke off."""
 
 
-def fetch(model: NamedModel, directory: Path, say: Callable[[str], None]) -> Path:
+def fetch(model: NamedModel, directory: Path) -> Path:
     """Put a model's official file in a directory, or check the one that is there.
-
-    Args:
-        say: told what was found or done.
 
     Returns:
         The file.
@@ -56,7 +56,7 @@ def fetch(model: NamedModel, directory: Path, say: Callable[[str], None]) -> Pat
         CheckpointError: the hub refuses, or the file is not what the hub states.
     """
     if model.project:
-        return _placed_by_hand(model, directory, say)
+        return _placed_by_hand(model, directory)
     if not model.file:
         raise ConfigError(
             f"no official file of {model.name} is published; its architecture fits files of your "
@@ -69,7 +69,7 @@ def fetch(model: NamedModel, directory: Path, say: Callable[[str], None]) -> Pat
         # Two processes that append to one file would spoil it.
         with WeakFileLock(_hidden(target, "lock")):
             if target.is_file():
-                return _checked(model, target, say)
+                return _checked(model, target)
             stated = _stated(model)
             received = _received(model, target, stated)
             found = _hashed(received)
@@ -81,7 +81,7 @@ def fetch(model: NamedModel, directory: Path, say: Callable[[str], None]) -> Pat
                 )
             os.replace(received, target)
             write_sum(target, found)
-    say(f"{model.name} is at {target}, SHA-256 as the hub states it")
+    logger.info("%s is at %s, SHA-256 as the hub states it", model.name, target)
     return target
 
 
@@ -111,12 +111,12 @@ def _hidden(target: Path, suffix: str) -> Path:
     return target.with_name(f".{target.name}.{suffix}")
 
 
-def _checked(model: NamedModel, target: Path, say: Callable[[str], None]) -> Path:
+def _checked(model: NamedModel, target: Path) -> Path:
     """A file that is already there."""
     with _progress(target) as advance:
         known = verify_sum(target, advance)
     if known:
-        say(f"{model.name} is at {target} already, SHA-256 as noted when it was fetched")
+        logger.info("%s is at %s already, SHA-256 as noted when it was fetched", model.name, target)
         return target
     expected = _stated(model).sha256
     found = _hashed(target)
@@ -126,14 +126,16 @@ def _checked(model: NamedModel, target: Path, say: Callable[[str], None]) -> Pat
             "the file away to fetch it again"
         )
     write_sum(target, found)
-    say(f"{model.name} is at {target} already, SHA-256 as the hub states it")
+    logger.info("%s is at %s already, SHA-256 as the hub states it", model.name, target)
     return target
 
 
-def _placed_by_hand(model: NamedModel, directory: Path, say: Callable[[str], None]) -> Path:
+def _placed_by_hand(model: NamedModel, directory: Path) -> Path:
     checkpoint, project = model.place(directory), model.project_place(directory)
     if checkpoint.is_file() and project.is_file():
-        say(f"{model.name} is at {checkpoint} and {project}; nobody states their SHA-256")
+        logger.info(
+            "%s is at %s and %s; nobody states their SHA-256", model.name, checkpoint, project
+        )
         return checkpoint
     raise ConfigError(
         f"{model.name} is not on the hub: its authors link to it in the README of "
@@ -205,7 +207,7 @@ def _hashed(file: Path) -> str:
 def _progress(file: Path) -> Iterator[Callable[[int], None]]:
     """A bar on stderr while a file is read."""
     columns = (TextColumn("SHA-256"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=file.stat().st_size)
         yield lambda size: progress.advance(bar, size)

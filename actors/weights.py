@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
@@ -39,7 +38,8 @@ from actors.models.taming import TamingConfig
 from actors.models.taming_files import official_policy_tensors, read_project
 from actors.models.vq import VQConfig
 from actors.models.zoo import MODELS, Kind, NamedModel, named, weights_directory
-from cluster.console import FAILED, INTERRUPTED, REFUSED
+from cluster import logs
+from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.errors import CheckpointError, ConfigError, TesseraError
 from cluster.files import replacing
 from cluster.tensors import read_config, read_tensors, write_tensors
@@ -118,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
     )
     try:
-        commands[type(command)](command)
+        with logs.to_console(make_console()):
+            commands[type(command)](command)
     except (ConfigError, UnreachableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
@@ -133,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_fetch(command: FetchCommand) -> None:
     """See `actors.hub.fetch`."""
-    fetch(named(command.name), _directory(command.directory), print)
+    fetch(named(command.name), _directory(command.directory))
 
 
 def _directory(given: str) -> Path:
@@ -149,8 +150,8 @@ def run_list(command: ListCommand) -> None:
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
     for model in MODELS.values():
         table.add_row(model.name, model.kind, *_sizes(model, directory), _state(model, directory))
-    console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
+    console = make_console()
+    (console if console.is_terminal else make_console(width=200)).print(table)
 
 
 def run_convert(command: ConvertCommand) -> None:

@@ -28,6 +28,14 @@ INTERRUPTED = 130  # asked to stop, as shells count it
 LINES_WITHOUT_TERMINAL = 10
 
 
+def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """A console on a standard stream: a terminal if the stream is one, whatever FORCE_COLOR says of
+    a file, since a bar in a file is control codes."""
+    stream = sys.stderr if stderr else sys.stdout
+    terminal = stream is not None and stream.isatty()
+    return Console(stderr=stderr, width=width, force_terminal=terminal)
+
+
 def exit_status(work: Callable[[], None]) -> int:
     """Do a command's work; what it raises becomes a message and an exit status."""
     try:
@@ -68,7 +76,7 @@ def counting(task: str, total: int, unit: str, first: int = 0) -> Iterator[Calla
     Yields:
         A function to call with each number of units done.
     """
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -9,6 +9,7 @@ without their rollouts: `LearnerLostError` tells whoever runs the loop to go bac
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -24,6 +25,8 @@ from cluster.ray_calls import LOST, RemoteRole, answer, why_lost
 from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 
+logger = logging.getLogger(__name__)
+
 CAPTURE_EVERY = 10  # calls after which the moments server's state is asked for
 Launch = Callable[[Role, int, bool], Worker]
 """(role, index, late) -> worker."""
@@ -35,7 +38,6 @@ class Keepers:
     Args:
         wait: how an answer is waited for: (reference, what it is of, longest wait) -> value.
         attend: waits for some references, and keeps the fleet moving meanwhile.
-        say: told of what happens, a line each.
     """
 
     def __init__(
@@ -45,9 +47,8 @@ class Keepers:
         wait: Callable[[Any, str, float], Any],
         attend: Callable[[Sequence[Any], float], Sequence[Any]],
         budget: RestartBudget,
-        say: Callable[[str], None],
     ) -> None:
-        self._plan, self._launch, self._budget, self._say = plan, launch, budget, say
+        self._plan, self._launch, self._budget = plan, launch, budget
         self._wait, self._attend = wait, attend
         self.learners = [launch(plan.learner, i, False) for i in range(plan.learner.count)]
         self.moments_worker = launch(plan.moments_server, 0, False)
@@ -103,7 +104,7 @@ class Keepers:
             delay = self._budget.spend(name, "was lost", time.monotonic())
             for worker in self.learners:
                 ray.kill(worker.handle)
-            self._say(f"{why}: another takes its place, and goes on from the last checkpoint")
+            logger.warning("%s: another takes its place, and goes on from the last checkpoint", why)
             time.sleep(delay)
             self.learners = [self._launch(self._plan.learner, i, True) for i in count]
             self._broadcasts = 0
@@ -175,7 +176,7 @@ class Keepers:
             self._capture = self._refreshing = None
             delay = self._budget.spend(lost.name, "was lost", time.monotonic())
             ray.kill(lost.handle)
-            self._say(f"{lost.name} was lost: another takes its place, with the same moments")
+            logger.warning("%s was lost: another takes its place, with the same moments", lost.name)
             time.sleep(delay)
             worker = self._launch(self._plan.moments_server, 0, True)
             try:

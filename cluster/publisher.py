@@ -7,6 +7,7 @@ learner's, and be lost with it.) It is put there once, and read from there once 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from cluster.transports import (
     Surroundings,
     why_not,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,6 @@ class Publisher:
         adapters_alone: the learner trains adapters: the frozen weights travel once, and then the
             adapters of each version.
         timeout_s: longest wait for workers to form a group.
-        say: told when a transport is given up.
     """
 
     def __init__(
@@ -55,9 +57,8 @@ class Publisher:
         *,
         adapters_alone: bool = False,
         timeout_s: float = 600.0,
-        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._name, self._say, self._timeout_s = transport, say, timeout_s
+        self._name, self._timeout_s = transport, timeout_s
         self._device: DeviceTransport | None = DEVICE_TRANSPORTS.get(transport)
         self._adapters_alone = adapters_alone
         self._members: set[Any] = set()
@@ -135,7 +136,9 @@ class Publisher:
         return True
 
     def _give_up(self, reason: str) -> None:
-        self._say(f"weights.transport {self._name} failed, going on with {OBJECT_STORE}: {reason}")
+        logger.warning(
+            "weights.transport %s failed, going on with %s: %s", self._name, OBJECT_STORE, reason
+        )
         self._device = None
 
     def _gathered(self, learner: Any, samplers: Sequence[Any]) -> bool:
@@ -157,15 +160,15 @@ class Publisher:
         return True
 
 
-def publisher_of(plan: FleetPlan, session: RaySession, say: Callable[[str], None]) -> Publisher:
+def publisher_of(plan: FleetPlan, session: RaySession) -> Publisher:
     """A publisher with the transport that the plan asks for, or the object store where that cannot
     run; says why."""
     transport = plan.transport
     here = Surroundings.of(plan.learner, plan.sampler, session.gpus, session.nodes)
     reason = why_not(transport, here, plan.adapters_alone, plan.max_staleness)
     if reason:
-        say(f"weights.transport {transport} cannot run, going on with {OBJECT_STORE}: {reason}")
+        logger.warning(
+            "weights.transport %s cannot run, going on with %s: %s", transport, OBJECT_STORE, reason
+        )
         transport = OBJECT_STORE
-    return Publisher(
-        transport, adapters_alone=plan.adapters_alone, timeout_s=plan.timeout_s, say=say
-    )
+    return Publisher(transport, adapters_alone=plan.adapters_alone, timeout_s=plan.timeout_s)

@@ -7,6 +7,7 @@ since randomness belongs to the request, the answer is the same.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -44,6 +45,8 @@ from cluster.steward import Steward
 from cluster.supervisor import Supervisor
 from cluster.tickets import Answers, GroupOnTheWay
 
+logger = logging.getLogger(__name__)
+
 POLL_S = 0.5  # how often a wait looks for a request to stop
 
 
@@ -53,7 +56,6 @@ class RayFleet:
     Args:
         run: name under which other processes find the fleet (`python -m cluster.scale`); empty
             hides it.
-        say: told of what happens to workers, a line each.
         ask_to_stop: called when another process wants the run to end (see `Steward`).
     """
 
@@ -64,13 +66,12 @@ class RayFleet:
         should_stop: Callable[[], bool] = lambda: False,
         *,
         run: str = "",
-        say: Callable[[str], None] = lambda line: None,
         ask_to_stop: Callable[[bool], None] = lambda checkpoint: None,
     ) -> None:
-        self._plan, self._should_stop, self._say = plan, should_stop, say
+        self._plan, self._should_stop = plan, should_stop
         self._calls: dict[ray.ObjectRef, Call] = {}
         self._launcher = Launcher(plan, session)
-        self._weights = publisher_of(plan, session, say)
+        self._weights = publisher_of(plan, session)
         self._delivery = Delivery(
             plan,
             self._weights,
@@ -78,14 +79,12 @@ class RayFleet:
             self._sampler_lost,
         )
         self._budget, self._pulse = RestartBudget(plan.max_restarts), Pulse(plan.heartbeat_s)
-        self._keepers = Keepers(
-            plan, self._launch_keeper, self._answer, self._attend, self._budget, say
-        )
+        self._keepers = Keepers(plan, self._launch_keeper, self._answer, self._attend, self._budget)
         self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
         self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
-        self._supervisor = Supervisor(plan, self.pools, self._budget, self._kill, say)
+        self._supervisor = Supervisor(plan, self.pools, self._budget, self._kill)
         self._steward = Steward(
-            self.pools, run, say, others=lambda: self._keepers.workers, stop=ask_to_stop
+            self.pools, run, others=lambda: self._keepers.workers, stop=ask_to_stop
         )
         self._check = ScoreChecks()
         self._answers: dict[Ticket, Answers] = {}
@@ -194,7 +193,7 @@ class RayFleet:
     def _dismiss(self, worker: Worker) -> None:
         self._kill(worker)
         if worker.state is State.DRAINING:
-            self._say(f"{worker.name} has left")
+            logger.info("%s has left", worker.name)
 
     def _kill(self, worker: Worker) -> None:
         ray.kill(worker.handle)  # one that stands still, too: its node sees to it within seconds

@@ -23,7 +23,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from cluster.console import REFUSED, exit_status
+from cluster.console import REFUSED, exit_status, make_console
 from cluster.control import (
     FleetStatus,
     PoolStatus,
@@ -213,8 +213,8 @@ def figures(metrics: Mapping[str, Any]) -> list[str]:
 
 def console() -> Console:
     """Wide enough for the table where nobody's terminal says how wide it is."""
-    here = Console()
-    return here if here.is_terminal else Console(width=max(here.width, WIDTH))
+    here = make_console()
+    return here if here.is_terminal else make_console(width=max(here.width, WIDTH))
 
 
 def look(run: Reached) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from cluster.pool import State, Worker, WorkerPool
 from cluster.ray_private import actor_id
 from cluster.scaling import desired_workers
 
+logger = logging.getLogger(__name__)
+
 EXCHANGE_S = 1.0  # how often the control actor is spoken to
 MOST = 4096  # workers of a role
 
@@ -30,7 +33,6 @@ class Steward:
     Args:
         pools: what can be scaled.
         run: name under which other processes find it; empty hides it.
-        say: told of every change, a line each.
         others: workers that are in no pool, for the status.
         stop: called when somebody wants the run to end, with whether to write a checkpoint.
     """
@@ -39,12 +41,11 @@ class Steward:
         self,
         pools: Sequence[WorkerPool],
         run: str,
-        say: Callable[[str], None],
         *,
         others: Callable[[], Sequence[Worker]] = lambda: (),
         stop: Callable[[bool], None] = lambda checkpoint: None,
     ) -> None:
-        self._pools, self._run, self._say = {pool.role.name: pool for pool in pools}, run, say
+        self._pools, self._run = {pool.role.name: pool for pool in pools}, run
         self._others, self._stop = others, stop
         self.progress = Progress()
         """How far the run is; for whoever asks."""
@@ -92,7 +93,9 @@ class Steward:
             wishes = ray.get(ref)
         except RayActorError:
             self._control = None
-            self._say("the fleet's control actor was lost: cluster.scale cannot reach this run")
+            logger.warning(
+                "the fleet's control actor was lost: cluster.scale cannot reach this run"
+            )
             return
         for wish in wishes:
             if isinstance(wish, StopWish):
@@ -134,7 +137,7 @@ class Steward:
             return
         before = pool.target
         if before != wish.count:
-            self._say(f"{wish.role}: {before} -> {wish.count} workers, as asked for")
+            logger.info("%s: %d -> %d workers, as asked for", wish.role, before, wish.count)
             pool.scale(wish.count)
             pool.meter.restart(time.monotonic())
 
@@ -163,7 +166,7 @@ class Steward:
         wanted = desired_workers(auto, load)
         pool.meter.restart(now)
         if wanted != load.workers:
-            self._say(
+            logger.info(
                 f"{pool.role.name}: {load.workers} -> {wanted} workers (work waited "
                 f"{load.mean_wait_s:.2g} s on average, workers were busy {load.busy_share:.0%})"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,13 +14,14 @@ from cluster.ray_calls import answer
 from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan
 
+logger = logging.getLogger(__name__)
+
 
 class Supervisor:
     """Lets workers serve once they are ready, and replaces lost ones, within a budget.
 
     Args:
         stop: ends a worker's process, whatever state it is in.
-        say: told of what happens, a line each.
     """
 
     def __init__(
@@ -28,10 +30,9 @@ class Supervisor:
         pools: Sequence[WorkerPool],
         budget: RestartBudget,
         stop: Callable[[Worker], None],
-        say: Callable[[str], None],
     ) -> None:
         self._plan, self._pools, self._budget = plan, pools, budget
-        self._stop, self._say = stop, say
+        self._stop = stop
         self._due: dict[Worker, tuple[float, WorkerPool]] = {}  # lost ones, to be replaced when
         self._late: set[Worker] = set()  # said to be waiting for room
 
@@ -58,11 +59,11 @@ class Supervisor:
             if not (worker.addition and pool.of(State.SERVING)):
                 raise
             pool.drop(worker)
-            self._say(f"going on without {worker.name}: {error}")
+            logger.warning("going on without %s: %s", worker.name, error)
             return
         worker.state = State.SERVING
         if worker.addition or worker in self._late:
-            self._say(f"{worker.name} serves")
+            logger.info("%s serves", worker.name)
         self._late.discard(worker)
 
     def tend(self) -> None:
@@ -103,8 +104,11 @@ class Supervisor:
         delay = self._budget.spend(worker.name, why, time.monotonic())
         self._stop(worker)
         later = f" in {delay:g} s" if delay else ""
-        self._say(
-            f"{worker.name} {why}; its work is asked for again, and another takes its place{later}"
+        logger.warning(
+            "%s %s; its work is asked for again, and another takes its place%s",
+            worker.name,
+            why,
+            later,
         )
         if delay:
             worker.state = State.LOST
@@ -123,7 +127,7 @@ class Supervisor:
         )
         if worker.addition:
             pool.drop(worker)
-            self._say(f"going on without {worker.name}: {why}")
+            logger.warning("going on without %s: %s", worker.name, why)
         else:
             self._late.add(worker)
-            self._say(f"going on without {worker.name} until there is room: {why}")
+            logger.warning("going on without %s until there is room: %s", worker.name, why)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,8 @@ from learner.report import write_report
 from learner.rundir import BEFORE_AFTER, RunDirectory
 from learner.timeline import RoleUse, bottleneck
 from rewards.combine import Combiner
+
+logger = logging.getLogger(__name__)
 
 BASE_GALLERY = "base.png"
 TUNED_GALLERY = "tuned.png"
@@ -65,14 +68,14 @@ class Experiment:
         self._real: dict[str, np.ndarray] | None = None
         self._space = RewardSpace()
         self._shares: list[RoleUse] = []
-        self._checkpoints = Checkpoints(run, config, console.say)
+        self._checkpoints = Checkpoints(run, config)
         self._recorder: Recorder | None = None
         self._from_step, self._kept = from_step, 0
         self._newest = Progress()
 
     def run(self) -> bool:
         """Everything; False if the run was asked to stop before its end."""
-        self._console.say(f"run directory: {self._run.path}")
+        logger.info(f"run directory: {self._run.path}")
         try:
             ended = self._begin_to_end()
         except BaseException:
@@ -93,7 +96,7 @@ class Experiment:
         except StopRequestedError:  # training itself ends without it
             stopped = self._newest.stage
         self._checkpoints.wait()
-        self._console.say(
+        logger.info(
             f"stopped {stopped}; go on with\n"
             f"  python -m learner.run --resume --run-dir {self._run.path}"
         )
@@ -116,7 +119,7 @@ class Experiment:
         """The main loop, with its records; returns how many iterations are done."""
         config, console, run = self._config, self._console, self._run
         rollouts = config.output.rollouts
-        recorder = self._recorder = Recorder(run, first, rollouts=rollouts, say=console.say)
+        recorder = self._recorder = Recorder(run, first, rollouts=rollouts)
         console.start(first)
         self._newest = replace(self._newest, done=first)
         self._tell("training")
@@ -126,19 +129,19 @@ class Experiment:
         guards = Guards(config.guards, config.groups_per_iteration, one_policy)
         guards.replay(read_metrics(run.metrics))
         slow = SlowServers(config.guards.patience)
-        room = DiskWatch(run.checkpoints, checkpoint_bytes(config), console.say)
+        room = DiskWatch(run.checkpoints, checkpoint_bytes(config))
         room()
 
         def after(done: Iteration) -> None:
             nonlocal told
             if not told and (fault := first_failure(done.groups)):
                 told = True
-                console.say(f"note: images without a score leave the iteration ({fault})")
+                logger.warning(f"note: images without a score leave the iteration ({fault})")
             found = guards(done.row)
             row = done.row | found.metrics
             recorder.record(row, done.groups, done.advantages, done.spans)
             for line in (*done.advice, *found.notes, *slow(done.spans)):
-                console.say(f"note: {line}")
+                logger.warning(f"note: {line}")
             console.update(row)
             self._tell("training", row)
             found.enforce()
@@ -185,11 +188,11 @@ class Experiment:
         self._kept = found.step if found else 0
         if found is None:
             return self._start()
-        records.check(self._run, found.step, found.manifest.records, self._console.say)
+        records.check(self._run, found.step, found.manifest.records)
         checkpoints.go_back(found.step)
         restore(found, self._fleet, self._combiner, self._pipeline)
         self._fleet.broadcast()
-        self._console.say(f"resumed from {found.path.name}")
+        logger.info(f"resumed from {found.path.name}")
         self._catch_up(found)
         return found.step
 
@@ -197,7 +200,7 @@ class Experiment:
         """The beginning of a run: the base policy, its statistics and exams."""
         self._fleet.broadcast()
         base = prepare(self._config, self._fleet, self._space)
-        self._console.say(
+        logger.info(
             f"base policy: FID {base['fid']:.3f} in the reward's features, "
             f"entropy {base['entropy']:.3f} nats a token"
         )
@@ -211,7 +214,7 @@ class Experiment:
         if self._rows.pop(evaluate.TUNED, None):  # of an earlier, longer or shorter run
             self._run.write_evaluation(self._rows)
         if self._exam_due(found.step) and not found.manifest.figures:
-            records.cut_back(self._run, found.step, rollouts=False, say=self._console.say)
+            records.cut_back(self._run, found.step, rollouts=False)
             figures = self._exam(found.step)
             add_exam(self._run, found.step, figures)
             self._checkpoints.annotate(found, figures)
@@ -262,7 +265,7 @@ class Experiment:
         """Fill one row of the table, once."""
         if not self._config.evaluation.num_images or row.name in self._rows:
             return
-        self._console.say(f"examining: {row.name}")
+        logger.info(f"examining: {row.name}")
         real = self._real_features()
         self._rows[row.name] = evaluate.examine(self._config, self._fleet, row.spec, real)
         self._run.write_evaluation(self._rows)
@@ -300,7 +303,7 @@ class Experiment:
             advice = bottleneck(self._shares, self._config.max_staleness, inline=inline)
             self._console.timeline(self._shares, advice)
         write_report(self._run, self._config, self._rows)
-        self._console.say(
+        logger.info(
             f"gallery: {gallery / BEFORE_AFTER}\nreport:  {self._run.report}\n"
             f"everything is in {self._run.path}"
         )

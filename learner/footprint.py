@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from actors.models.loading import count_parameters
 from actors.models.sources import Source, policy_architecture, tokenizer_architecture
 from cluster.object_store import StoreNeed
 from learner.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 FP32 = 4
 AVERAGES = 2  # of AdamW, for each weight
@@ -56,15 +58,15 @@ class DiskWatch:
         estimate: bytes of one, as long as there is none.
     """
 
-    def __init__(self, checkpoints: Path, estimate: int, say: Callable[[str], None]) -> None:
-        self._checkpoints, self._estimate, self._say = checkpoints, estimate, say
+    def __init__(self, checkpoints: Path, estimate: int) -> None:
+        self._checkpoints, self._estimate = checkpoints, estimate
         self._told = False
 
     def __call__(self) -> None:
         """Look; says so once, and again only after there was room."""
         note = room_note(free_bytes(self._checkpoints), self._size(), self._checkpoints)
         if note and not self._told:
-            self._say(f"note: {note}")
+            logger.warning("note: %s", note)
         self._told = bool(note)
 
     def _size(self) -> int:

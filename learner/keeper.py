@@ -8,10 +8,11 @@ raised there.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial as bound
 from pathlib import Path
@@ -41,6 +42,8 @@ from learner.retention import best_of, kept
 from learner.rundir import RunDirectory
 from rewards.combine import Combiner
 
+logger = logging.getLogger(__name__)
+
 WAIT_S = 0.5  # at a time, for the learner
 SET_ASIDE = "set-aside-"
 
@@ -61,15 +64,12 @@ class Making:
 class Checkpoints:
     """The checkpoints of one run, here and at `output.checkpoint_url`.
 
-    Args:
-        say: told of what is skipped, and of uploads that fail.
-
     Raises:
         ConfigError: the URL cannot be opened, or holds another run's.
     """
 
-    def __init__(self, run: RunDirectory, config: RunConfig, say: Callable[[str], None]) -> None:
-        self._run, self._root, self._config, self._say = run, run.checkpoints, config, say
+    def __init__(self, run: RunDirectory, config: RunConfig) -> None:
+        self._run, self._root, self._config = run, run.checkpoints, config
         self._identity = run.identity
         url = config.output.checkpoint_url
         self._mirror = Mirror(url, self._identity) if url else None
@@ -142,7 +142,7 @@ class Checkpoints:
             if self._task is not None:
                 self.wait()
         except TesseraError as error:
-            self._say(f"note: {error}")
+            logger.warning("note: %s", error)
         self._drop()
 
     def close(self) -> None:
@@ -211,7 +211,8 @@ class Checkpoints:
             if record.is_file() and aside.is_dir():
                 shutil.copy(record, aside)
         self._point_to_best()
-        self._say(f"later checkpoints are set aside in {folder}: {', '.join(map(str, later))}")
+        numbers = ", ".join(map(str, later))
+        logger.info("later checkpoints are set aside in %s: %s", folder, numbers)
 
     def annotate(self, checkpoint: Checkpoint, figures: Mapping[str, float]) -> None:
         """Add the figures of an exam that was taken later; waits for what is in the making."""
@@ -225,7 +226,7 @@ class Checkpoints:
             try:
                 return self._checked(verify(here))
             except CheckpointError as error:
-                self._say(f"skipping {error}")
+                logger.warning("skipping %s", error)
         if self._mirror is None or step not in self._mirror.steps():
             return None
         partial = self._root / f".{name_of(step)}.{secrets.token_hex(4)}"
@@ -233,10 +234,10 @@ class Checkpoints:
             self._mirror.download(step, partial)
             self._checked(verify(partial))
             put_in_place(partial, here)
-            self._say(f"fetched {name_of(step)} from {self._mirror.url}")
+            logger.info("fetched %s from %s", name_of(step), self._mirror.url)
             return verify(here)
         except CheckpointError as error:
-            self._say(f"skipping {error} (at {self._mirror.url})")
+            logger.warning("skipping %s (at %s)", error, self._mirror.url)
             return None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -300,7 +301,7 @@ class Checkpoints:
             self._unsent = None
         except (CheckpointError, StorageError) as error:
             self._unsent = error
-            self._say(f"note: {error}; it is whole here, and goes there with the next one")
+            logger.warning("note: %s; it is whole here, and goes there with the next one", error)
 
     def _point_to_best(self) -> int | None:
         """Write best.json, where a best one is wanted; returns its step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,11 @@ class Recorder:
     Every method raises StorageError where there is no room.
     """
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        first: int,
-        *,
-        rollouts: bool,
-        say: Callable[[str], None] = lambda line: None,
-    ) -> None:
+    def __init__(self, run: RunDirectory, first: int, *, rollouts: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run, self._rollouts = run, rollouts
-        cut_back(run, first, rollouts=rollouts, say=say)
+        cut_back(run, first, rollouts=rollouts)
         with writing(run.metrics):
             self._metrics = run.metrics.open("a", buffering=1)
         with writing(run.tensorboard):

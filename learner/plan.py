@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from actors.models.loading import count_parameters
 from actors.models.sources import PolicyArchitecture, Source, policy_architecture
-from cluster.console import REFUSED
+from cluster.console import REFUSED, make_console
 from cluster.errors import TesseraError
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset
 from learner.memory import LearnerMemory, learner_memory, sampler_memory
@@ -104,7 +103,7 @@ def show(config: RunConfig, architecture: PolicyArchitecture, gpu: float) -> Non
         max_groups=config.sampler.max_groups,
     )
     table.add_row("one sampler, but for images", f"{sampler / GB:.2f}")
-    Console().print(table)
+    make_console().print(table)
     fits = "fits" if found.total <= usable else "does not fit"
     largest = largest_microbatch(config, architecture, usable)
     print(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -20,8 +22,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cluster.console import make_console
+from cluster.logs import FILE_ONLY, PLAIN_ONLY
 from learner.timeline import RoleUse
 from rewards.config import LOO_FID
+
+logger = logging.getLogger(__name__)
 
 FIGURES = {"FID": "fid/ema", "entropy": "policy/entropy"}
 """Shown name -> metric. The images' rewards come before, img/s after, a mean over the last
@@ -48,10 +54,14 @@ REST = 36  # columns of everything but bar and figures
 
 
 class RunConsole:
-    """The console of a run. Without a terminal, as in a job's log, the bar becomes a few lines."""
+    """Bar and tables of a run. Without a terminal, as in a job's log, the bar becomes a few lines.
 
-    def __init__(self, iterations: int) -> None:
-        self._console = Console()
+    Args:
+        console: where they are shown; the standard output's by default.
+    """
+
+    def __init__(self, iterations: int, console: Console | None = None) -> None:
+        self._console = console or make_console()
         self._iterations = iterations
         self._bar = 10 if self._console.width < NARROW else 24
         self._recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW)
@@ -78,10 +88,6 @@ class RunConsole:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
-
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, done: int) -> None:
         """Show the bar, with `done` iterations behind it; or set it back, if the run had to."""
@@ -112,8 +118,8 @@ class RunConsole:
             fitting = fit(parts, self._console.width - REST - self._bar)
             self._progress.update(self._task, completed=done, figures=fitting)
         every = max(1, self._iterations // LINES_WITHOUT_TERMINAL)
-        if not self._console.is_terminal and (done % every == 0 or done == self._iterations):
-            self.say(f"iteration {done}/{self._iterations}  {figures}")
+        if done % every == 0 or done == self._iterations:
+            logger.info(f"iteration {done}/{self._iterations}  {figures}", extra=PLAIN_ONLY)
 
     def timeline(self, shares: Sequence[RoleUse], bottleneck: str) -> None:
         """How much each role worked, and what bounds the run."""
@@ -123,8 +129,8 @@ class RunConsole:
             table.add_column(heading, justify="right", no_wrap=True)
         for use in shares:
             table.add_row(use.role, str(use.workers), f"{use.busy:.0%}", f"{use.idle:.0%}")
-        self._console.print(table)
-        self.say(bottleneck)
+        self._show(table)
+        logger.info(bottleneck)
 
     def table(self, rows: Mapping[str, Mapping[str, float]]) -> None:
         """The exam's results, one row a policy."""
@@ -137,8 +143,15 @@ class RunConsole:
         for name, metrics in rows.items():
             cells = (f"{metrics[k]:.2f}" if k in metrics else "-" for k in COLUMNS.values())
             table.add_row(name, *cells)
+        self._show(table)
+        logger.info(LEGEND)
+
+    def _show(self, table: Table) -> None:
+        """On the console in its width, in the log in one that fits."""
+        text = io.StringIO()
+        Console(file=text, width=NARROW, force_terminal=False).print(table)
+        logger.info(f"\n{text.getvalue().rstrip()}", extra=FILE_ONLY)
         self._console.print(table)
-        self.say(LEGEND)
 
 
 def fit(parts: Sequence[str], columns: int) -> str:

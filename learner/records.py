@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from cluster.errors import DataError
 from cluster.files import replacing, sync, writing
 from learner import evaluate
 from learner.rundir import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 ITERATION, STEP = "iteration", "step"
 """The first field of a row of metrics, and of exams."""
@@ -55,9 +58,7 @@ def vouch(run: RunDirectory, step: int) -> dict[str, str]:
     return {file.name: hashlib.sha256(data).hexdigest() for file, data in parts.items() if data}
 
 
-def check(
-    run: RunDirectory, step: int, vouched: Mapping[str, str], say: Callable[[str], None]
-) -> None:
+def check(run: RunDirectory, step: int, vouched: Mapping[str, str]) -> None:
     """Compare a run's files with what a checkpoint says of them.
 
     Raises:
@@ -67,7 +68,7 @@ def check(
     for name, digest in vouched.items():
         file = run.path / name
         if not file.is_file():
-            say(f"note: {name} is gone: its rows before iteration {step} are missing")
+            logger.warning("note: %s is gone: its rows before iteration %d are missing", name, step)
         elif now.get(name) != digest:
             raise DataError(
                 f"{file} is not what it was when iteration {step} was done: it is damaged, or was "
@@ -76,7 +77,7 @@ def check(
             )
 
 
-def cut_back(run: RunDirectory, first: int, *, rollouts: bool, say: Callable[[str], None]) -> None:
+def cut_back(run: RunDirectory, first: int, *, rollouts: bool) -> None:
     """Leave what belongs to the iterations before `first`, each once.
 
     Raises:
@@ -96,7 +97,7 @@ def cut_back(run: RunDirectory, first: int, *, rollouts: bool, say: Callable[[st
             file.unlink()
     lacking = [i for i in range(first) if rollouts and not rollout_file(run, i).is_file()]
     if lacking:
-        say(
+        logger.warning(
             f"note: the rollouts of {len(lacking)} iterations are missing or damaged, the first of "
             f"{lacking[0]}: they were learned from, and are not drawn again"
         )

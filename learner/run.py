@@ -6,9 +6,10 @@ leaves everything in a run directory.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ from types import FrameType
 from typing import Annotated
 
 import tyro
+from rich.console import Console
 
-from cluster.console import FAILED, INTERRUPTED, REFUSED
+from cluster import logs
+from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.errors import ConfigError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
 from cluster.help import answer_help, asks_help
@@ -40,6 +43,8 @@ from learner.progress import RunConsole
 from learner.readiness import lacking
 from learner.resuming import check_resume
 from learner.rundir import CONFIG, RunDirectory
+
+logger = logging.getLogger(__name__)
 
 PROG = "python -m learner.run"
 ABOUT = (
@@ -103,8 +108,8 @@ class StopFlag:
     """Set by the first Ctrl-C or SIGTERM: the run then ends where nothing is lost. A second one
     ends it at once."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._set = say, False
+    def __init__(self) -> None:
+        self._set = False
         self.checkpoint = True
         """Whether the run is to write a checkpoint where it ends."""
 
@@ -115,14 +120,14 @@ class StopFlag:
         if self._set:
             raise KeyboardInterrupt
         self._set = True
-        self._say("stopping at the next safe point; once more to stop at once")
+        logger.info("stopping at the next safe point; once more to stop at once")
 
     def ask(self, checkpoint: bool) -> None:
         """What `python -m cluster.stop` does."""
         if not self._set:
             self._set, self.checkpoint = True, checkpoint
             how = "with" if checkpoint else "without"
-            self._say(f"asked to stop: stopping at the next safe point, {how} a checkpoint")
+            logger.info(f"asked to stop: stopping at the next safe point, {how} a checkpoint")
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -183,33 +188,39 @@ def _resumed(command: Command, arguments: list[str] | None) -> RunDirectory:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
+    console = make_console()
+    with logs.to_console(console):
+        return _main(arguments, console)
+
+
+def _main(arguments: list[str] | None, console: Console) -> int:
     try:
         command, config, resumed = parse(arguments)
         if command.dry_run:
             return dry_run(config)
         run = resumed or RunDirectory.create(command.run_dir, config)
         if command.from_step is not None:  # before a fleet is started for nothing
-            Checkpoints(run, config, print).at(command.from_step)
+            Checkpoints(run, config).at(command.from_step)
     except (TesseraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    with RunConsole(config.iterations) as console:
-        stop = StopFlag(console.say)
+    with logs.to_file(run.log), RunConsole(config.iterations, console) as shown:
+        stop = StopFlag()
         try:
-            console.say(starting(command, config))
-            opened = open_fleet(command, config, run, console.say, stop)
+            logger.info(starting(command, config))
+            opened = open_fleet(command, config, run, stop)
             # once more inside, since Ray puts a handler of its own in the place of SIGTERM's
             with stop.installed(), opened as fleet, stop.installed():
                 experiment = Experiment(
-                    config, run, fleet, console, stop, command.from_step, lambda: stop.checkpoint
+                    config, run, fleet, shown, stop, command.from_step, lambda: stop.checkpoint
                 )
                 return 0 if experiment.run() else INTERRUPTED
         except TesseraError as error:
-            console.say(f"error: {error}")
-            console.say(run.farewell())
+            logger.error(f"error: {error}")
+            logger.info(run.farewell())
             return FAILED
         except KeyboardInterrupt:
-            console.say(f"stopped at once; {run.farewell()}")
+            logger.info(f"stopped at once; {run.farewell()}")
             return INTERRUPTED
 
 
@@ -229,11 +240,7 @@ def starting(command: Command, config: RunConfig) -> str:
 
 @contextmanager
 def open_fleet(
-    command: Command,
-    config: RunConfig,
-    run: RunDirectory,
-    say: Callable[[str], None],
-    should_stop: StopFlag,
+    command: Command, config: RunConfig, run: RunDirectory, should_stop: StopFlag
 ) -> Iterator[Fleet]:
     """The fleet that the command asks for, closed again at the end. While it is there, the run
     directory tells other commands where (`cluster.scale`)."""
@@ -252,17 +259,15 @@ def open_fleet(
         explained(need, session.object_store),
     ):
         if session.joined and not session.guarded:
-            say(
+            logger.warning(
                 "note: the cluster asks for no token: whoever reaches it can run code on it (start "
                 "its nodes with RAY_AUTH_MODE=token)"
             )
         if note := check_store(need, session.object_store):
-            say(f"note: {note}")
+            logger.warning(f"note: {note}")
         plan, name = config.fleet_plan(), run.path.name
         with (
-            RayFleet(
-                plan, session, should_stop, run=name, say=say, ask_to_stop=should_stop.ask
-            ) as fleet,
+            RayFleet(plan, session, should_stop, run=name, ask_to_stop=should_stop.ask) as fleet,
             announced(run.path, session.address),
         ):
             yield fleet

@@ -1,7 +1,7 @@
 """The run directory: where everything that a run leaves behind is kept.
 
-config.yaml  metrics.jsonl  exams.jsonl  evaluation.json  best.json  trace.json  report.html
-checkpoints/step_*/  rollouts/*.parquet  gallery/*.png  tensorboard/
+config.yaml  run.log  metrics.jsonl  exams.jsonl  evaluation.json  best.json  trace.json
+report.html  checkpoints/step_*/  rollouts/*.parquet  gallery/*.png  tensorboard/
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from learner.config import RunConfig, dump, parse_yaml
 from learner.sealed import seal, unseal
 
 CONFIG = "config.yaml"
+LOG = "run.log"
 BEFORE_AFTER = "before_after.png"
 RAY_PACKAGES = "runtime_resources"
 
@@ -37,6 +38,7 @@ class RunDirectory:
         self.best = self.path / "best.json"
         self.trace = self.path / "trace.json"
         self.report = self.path / "report.html"
+        self.log = self.path / LOG
 
     @classmethod
     def create(cls, run_dir: str, config: RunConfig) -> RunDirectory:
@@ -113,7 +115,8 @@ class RunDirectory:
                 f"what was kept is in {self.path}; go on with\n"
                 f"  python -m learner.run --resume --run-dir {self.path}"
             )
-        if not any(file.is_file() for file in self.path.rglob("*") if file.name != CONFIG):
+        made_first = (CONFIG, LOG)
+        if not any(f.is_file() for f in self.path.rglob("*") if f.name not in made_first):
             shutil.rmtree(self.path)
             return "nothing was kept"
         return f"what was kept is in {self.path}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.logged import messages
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,3 +33,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _one_thread() -> None:
     """Roles set torch's threads for the whole process: every test starts from the same number."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """Messages that the packages log while the test runs."""
+    with messages() as found:
+        yield found

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import stats
 
+from cluster.console import make_console
 from cluster.fleet import InlineFleet
 from learner import evaluate
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, merge, validate
@@ -108,8 +109,8 @@ def main() -> None:
     results = collect(config)
     write_csv(results, config.out / "results.csv")
     plot(results, config.out / "arms.png")
-    console = Console()
-    report(results, console if console.is_terminal else Console(width=WIDTH))
+    console = make_console()
+    report(results, console if console.is_terminal else make_console(width=WIDTH))
 
 
 def run_all(config: ArmsConfig, progress: Progress) -> None:

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 import tyro
 import yaml
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig, VQTokenizer
-from cluster.console import INTERRUPTED
+from cluster.console import INTERRUPTED, make_console
 from cluster.tensors import write_tensors
 from cluster.torchvision_ops import ensure_torchvision
 from learner.config import DEFAULT_PRESET, load_preset, to_dict
@@ -211,7 +210,7 @@ def main() -> int:
     preset = config.out / PRESET
     preset.write_text(yaml.safe_dump(with_networks(config.out.absolute()), sort_keys=False))
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
-    Console().print(
+    make_console().print(
         f"wrote {size / 1e6:.1f} MB to {config.out}; use them with\n"
         f"  python -m learner.run --preset {preset}",
         highlight=False,

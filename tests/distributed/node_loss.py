@@ -27,6 +27,7 @@ from cluster.ray_private import call_inside  # noqa: E402
 from cluster.runtime import RayConfig, RaySession  # noqa: E402
 from tests.distributed.kills import when_asked_for  # noqa: E402
 from tests.distributed.test_failures import OPTIONS, run_whole  # noqa: E402
+from tests.logged import messages  # noqa: E402
 from tests.small_run import small_config  # noqa: E402
 
 ITERATIONS, LOST, BACK = 8, 3, 5
@@ -51,12 +52,12 @@ def main(directory: Path) -> dict[str, Any]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     second = cluster.add_node(num_cpus=2)
     config = small_config(**changed_options())
-    said: list[str] = []
-    found: dict[str, Any] = {"said": said}
     with (
+        messages() as said,
         RaySession(RayConfig(address=cluster.address)) as session,
-        RayFleet(config.fleet_plan(), session, say=said.append) as fleet,
+        RayFleet(config.fleet_plan(), session) as fleet,
     ):
+        found: dict[str, Any] = {"said": said}
         lost = [w.name for w in fleet._all() if node_of(w) == second.node_id]
 
         def lose() -> None:

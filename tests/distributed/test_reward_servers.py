@@ -184,12 +184,11 @@ def status_of(control: Any) -> FleetStatus:
 
 
 @pytest.mark.slow  # tests/e2e/test_scale.py does it from another process
-def test_scaling_by_hand_while_it_runs(ray_session: RaySession) -> None:
+def test_scaling_by_hand_while_it_runs(ray_session: RaySession, logged: list[str]) -> None:
     """Up and down, samplers and servers: same rewards, servers warm before they serve."""
     extra = ["tests.stand_ins:Brightness=0.3,seconds=0.1,warm_seconds=1.0"]
     config = small_config(iterations=400, rewards={"extra": extra})
-    said: list[str] = []
-    with RayFleet(config.fleet_plan(), ray_session, run="by-hand", say=said.append) as fleet:
+    with RayFleet(config.fleet_plan(), ray_session, run="by-hand") as fleet:
         running = Background(config, fleet)
         name, control = find_control("")
         assert name == "by-hand"
@@ -209,8 +208,8 @@ def test_scaling_by_hand_while_it_runs(ray_session: RaySession) -> None:
     found = rewards_of(done)
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])
-    assert "reward-server: 1 -> 3 workers, as asked for" in said
-    assert any("serves" in line for line in said)
+    assert "reward-server: 1 -> 3 workers, as asked for" in logged
+    assert any("serves" in line for line in logged)
 
 
 def test_a_name_is_taken_once_and_given_back(ray_session: RaySession) -> None:
@@ -225,29 +224,30 @@ def test_a_name_is_taken_once_and_given_back(ray_session: RaySession) -> None:
         pass
 
 
-def test_waiting_groups_bring_more_servers_and_idle_ones_leave(ray_session: RaySession) -> None:
+def test_waiting_groups_bring_more_servers_and_idle_ones_leave(
+    ray_session: RaySession, logged: list[str]
+) -> None:
     extra = ["tests.stand_ins:Brightness=0.3,seconds=0.4"]
     auto = {"max": 3, "target_wait_s": 0.2, "every_s": 1.0}
     config = small_config(
         iterations=6, groups_per_iteration=8, rewards={"extra": extra}, reward=auto
     )
-    said: list[str] = []
-    with RayFleet(config.fleet_plan(), ray_session, say=said.append) as fleet:
+    with RayFleet(config.fleet_plan(), ray_session) as fleet:
         run_training(config, fleet)
         servers = fleet.pools[1]
         deadline = time.monotonic() + 60
         while servers.of(State.STARTING) and time.monotonic() < deadline:
             fleet._turn()  # no decision is taken while one still starts
         grown = len(servers.of(State.SERVING))
-        assert grown > 1, said
+        assert grown > 1, logged
         servers.meter.restart(time.monotonic() - 10)  # ten seconds without work
         fleet._steward.tend(0)
         assert len(servers.of(State.SERVING)) == grown - 1
-    assert any("workers (work waited" in line for line in said)
+    assert any("workers (work waited" in line for line in logged)
 
 
 def test_an_addition_that_cannot_start_does_not_end_the_run(
-    ray_session: RaySession, tmp_path: Path
+    ray_session: RaySession, tmp_path: Path, logged: list[str]
 ) -> None:
     (tmp_path / "fragile.py").write_text(
         "import os, pathlib\n"
@@ -266,8 +266,7 @@ def test_an_addition_that_cannot_start_does_not_end_the_run(
         rewards={"extra": ["fragile:Once=0.1,pool=apart"]},
         reward_pools={"apart": {"runtime_env": environment}},
     )
-    said: list[str] = []
-    with RayFleet(config.fleet_plan(), ray_session, say=said.append) as fleet:
+    with RayFleet(config.fleet_plan(), ray_session) as fleet:
         fleet.pools[2].scale(2)
         done = run_training(config, fleet)
         deadline = time.monotonic() + 30
@@ -275,7 +274,7 @@ def test_an_addition_that_cannot_start_does_not_end_the_run(
             fleet._turn()
         assert len(fleet.pools[2].workers) == 1
     assert len(done) == 3
-    assert any("going on without reward-apart-1" in line for line in said), said
+    assert any("going on without reward-apart-1" in line for line in logged), logged
 
 
 def test_bad_images_are_answered_with_errors_and_the_server_lives(ray_session: RaySession) -> None:

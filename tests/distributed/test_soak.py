@@ -69,7 +69,7 @@ def soak(config: RunConfig, session: RaySession, path: Path) -> tuple[Chaos, lis
             memory.append(resident_mib())
 
     with (
-        RayFleet(config.fleet_plan(), session, say=print) as fleet,
+        RayFleet(config.fleet_plan(), session) as fleet,
         Watched(config.iterations) as console,
     ):
         chaos = Chaos(fleet, seed=8)

@@ -169,11 +169,12 @@ def test_adapters_alone_give_the_same_run_as_in_one_process(ray_session: RaySess
         assert fingerprint(run_training(config, fleet)) == expected
 
 
-def test_a_transport_that_cannot_run_is_replaced_and_said(ray_session: RaySession) -> None:
-    said: list[str] = []
+def test_a_transport_that_cannot_run_is_replaced_and_said(
+    ray_session: RaySession, logged: list[str]
+) -> None:
     plan = small_config(weights={"transport": "nccl"}).fleet_plan()
-    publishing.publisher_of(plan, ray_session, said.append)
-    assert said == [
+    publishing.publisher_of(plan, ray_session)
+    assert logged == [
         "weights.transport nccl cannot run, going on with object-store: the learner must have a "
         "GPU (num_gpus is 0); samplers must have a GPU (num_gpus is 0)"
     ]
@@ -186,9 +187,10 @@ def over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "DEVICE_TRANSPORTS", there)
 
 
-def test_a_group_transport_brings_the_weights(ray_session: RaySession, over_gloo: None) -> None:
-    said: list[str] = []
-    publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
+def test_a_group_transport_brings_the_weights(
+    ray_session: RaySession, over_gloo: None, logged: list[str]
+) -> None:
+    publisher = Publisher("gloo", timeout_s=WAIT_S)
     with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, first, second, late):
         for version in (1, 2):
             weights = publisher.publish([learner], [first, second])
@@ -200,17 +202,18 @@ def test_a_group_transport_brings_the_weights(ray_session: RaySession, over_gloo
         weights = publisher.publish([learner], [first, second, late])
         assert loaded(publisher, weights, first, second) == [4, 4]
         assert loaded(publisher, weights, late) == [5]
-        assert not said
+        assert not logged
 
 
-def test_a_failed_transport_falls_back_once(ray_session: RaySession, over_gloo: None) -> None:
-    said: list[str] = []
-    publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
+def test_a_failed_transport_falls_back_once(
+    ray_session: RaySession, over_gloo: None, logged: list[str]
+) -> None:
+    publisher = Publisher("gloo", timeout_s=WAIT_S)
     with actors(publisher, SmallLearner, SmallSampler) as (learner, sampler):
         publisher.publish([learner], [sampler])
         assert publisher.fall_back(CheckpointError("snapshot 1 is damaged"))
         assert not publisher.fall_back(CheckpointError("snapshot 1 is damaged"))
-        assert len(said) == 1
+        assert len(logged) == 1
         assert loaded(publisher, publisher.publish([learner], [sampler]), sampler) == [2]
 
 
@@ -225,11 +228,14 @@ class Picky(SmallSampler):
 
 @pytest.mark.parametrize("kind", [SmallSampler, Picky])
 def test_a_fleet_over_a_group_transport(
-    ray_session: RaySession, over_gloo: None, monkeypatch: pytest.MonkeyPatch, kind: type
+    ray_session: RaySession,
+    over_gloo: None,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type,
+    logged: list[str],
 ) -> None:
     """It draws with the newest weights, and goes on when the transport fails."""
-    said: list[str] = []
-    publisher = Publisher("gloo", timeout_s=WAIT_S, say=said.append)
+    publisher = Publisher("gloo", timeout_s=WAIT_S)
     monkeypatch.setattr(ray_fleet, "publisher_of", lambda *_: publisher)
     plan = small_plan(Path())
     sampler = dataclasses.replace(plan.sampler, factory=kind, config="")
@@ -240,6 +246,6 @@ def test_a_fleet_over_a_group_transport(
             drawn += [image.tolist() for image in fleet.sample_images(requests(4))]
         assert fleet.restarts == 0
     failed = ["weights.transport gloo failed, going on with object-store: snapshot 1 is damaged"]
-    assert said == (failed if kind is Picky else [])
+    assert logged == (failed if kind is Picky else [])
     first = 2.0 if kind is Picky else 1.0  # the stand-in's every snapshot is a version
     assert drawn == [[first]] * 4 + [[first + 1]] * 4

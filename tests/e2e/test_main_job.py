@@ -52,6 +52,9 @@ def test_the_run_directory_has_everything(finished: Path) -> None:
     works = {"load", "sample", "decode", "score", "moments", "learn", "pack"}
     assert phases >= {*works, "broadcast"}
     assert (finished / "report.html").read_text().count("data:image/png;base64,iVBOR") == 2
+    log = (finished / "run.log").read_text()
+    for said in ("base policy: FID", "iteration 4/4  ", "Held-out judge, 40", "everything is in"):
+        assert said in log
 
 
 def test_the_exam_has_every_row_and_figure(finished: Path) -> None:

@@ -59,18 +59,17 @@ def run_config(**output: Any) -> RunConfig:
 
 
 class Kept:
-    """A run directory with its keeper, and what was said."""
+    """A run directory with its keeper."""
 
     def __init__(self, path: Path, **output: Any) -> None:
         self.config = run_config(**{"checkpoint_every": 1, **output})
         fresh = not path.exists()
         self.run = RunDirectory.create(str(path), self.config) if fresh else RunDirectory(path)
-        self.said: list[str] = []
         self.open()
 
     def open(self) -> Checkpoints:
         """The keeper of a new process."""
-        self.keeper = Checkpoints(self.run, self.config, self.said.append)
+        self.keeper = Checkpoints(self.run, self.config)
         return self.keeper
 
     def save(self, step: int, fleet: FakeFleet | None = None, **given: Any) -> Checkpoint:

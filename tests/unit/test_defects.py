@@ -160,7 +160,7 @@ def test_9_moments_are_in_the_checkpoint(tmp_path: Path) -> None:
     with InlineFleet(config.fleet_plan()) as fleet:
         run_training(config, fleet)
         combiner = Combiner(config.rewards.terms())
-        kept = Checkpoints(RunDirectory.create(str(tmp_path / "run"), config), config, print)
+        kept = Checkpoints(RunDirectory.create(str(tmp_path / "run"), config), config)
         kept.save(1, fleet, combiner)
         kept.close()
         saved = kept.at(1)

@@ -86,19 +86,19 @@ def test_two_checkpoints_must_fit() -> None:
 
 
 def test_a_full_disk_is_named_once_until_there_is_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
-    usage, said = namedtuple("usage", "free"), []
+    usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(free))
-    watch = DiskWatch(tmp_path, 500, said.append)
+    watch = DiskWatch(tmp_path, 500)
     free = 999
     watch()
     watch()
-    assert len(said) == 1
+    assert len(logged) == 1
     free = 1000
     watch()
     (tmp_path / "step_000010").mkdir()
     (tmp_path / "step_000010" / "policy.safetensors").write_bytes(bytes(501))
     watch()  # the estimate of 500 gives way to what one really takes
-    assert len(said) == 2
+    assert len(logged) == 2
     assert footprint.free_bytes(tmp_path) == 1000

@@ -100,18 +100,20 @@ PER_FILE = 20
 
 
 @pytest.mark.parametrize("name", [*NAMES, "config.yaml", MANIFEST])
-def test_a_damaged_file_means_the_checkpoint_before(kept: tuple[Kept, Parts], name: str) -> None:
+def test_a_damaged_file_means_the_checkpoint_before(
+    kept: tuple[Kept, Parts], name: str, logged: list[str]
+) -> None:
     made, _ = kept
     file = made.run.checkpoints / "step_000002" / name
     good = file.read_bytes()
     try:
         for case in range(PER_FILE):
             file.write_bytes(damage(good, case))
-            made.said.clear()
+            logged.clear()
             newest = made.open().newest()
             assert newest is not None
             assert newest.step == 1, case
-            assert "skipping checkpoint step_000002" in made.said[0]
+            assert "skipping checkpoint step_000002" in logged[0]
     finally:
         file.write_bytes(good)
     newest = made.open().newest()
@@ -324,7 +326,7 @@ def test_rows_that_a_checkpoint_vouches_for(tmp_path: Path, name: str) -> None:
 
     def read(data: bytes) -> object:
         (run.path / name).write_bytes(data)
-        records.check(run, 4, vouched, lambda line: None)
+        records.check(run, 4, vouched)
         return records.vouch(run, 4)
 
     fuzz(good, read, lambda found: found == vouched, cases=200)

@@ -41,7 +41,9 @@ def test_the_newest_are_kept_and_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest"])
-def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_message(
+    tmp_path: Path, damage: str, logged: list[str]
+) -> None:
     made = Kept(tmp_path / "run")
     made.save(1)
     broken = made.save(2).path
@@ -60,8 +62,8 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path: Path, damage: 
     newest = made.open().newest()
     assert newest is not None
     assert newest.step == 1
-    assert len(made.said) == 1
-    assert "skipping checkpoint step_000002" in made.said[0]
+    assert len(logged) == 1
+    assert "skipping checkpoint step_000002" in logged[0]
     # What comes next is the newest: the damaged one counts for nothing, and is not thrown away.
     made.keeper.go_back(1)
     assert made.steps == [1]
@@ -91,19 +93,21 @@ def test_a_renamed_or_swapped_checkpoint_is_noticed(tmp_path: Path) -> None:
     assert newest.step == 50
 
 
-def test_a_checkpoint_of_another_run_or_configuration_is_skipped(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_or_configuration_is_skipped(
+    tmp_path: Path, logged: list[str]
+) -> None:
     ours, theirs = Kept(tmp_path / "ours"), Kept(tmp_path / "theirs")
     ours.save(1)
     shutil.copytree(theirs.save(2).path, ours.run.checkpoints / "step_000002")
     newest = ours.open().newest()
     assert newest is not None
     assert newest.step == 1
-    assert "step_000002: it belongs to run" in ours.said[0]
+    assert "step_000002: it belongs to run" in logged[0]
     ours.config = small_config(seed=7, output={"checkpoint_every": 1})
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         ours.open().newest()
-    assert "step_000001: of another configuration: --resume continues" in ours.said[-1]
-    assert "cannot change seed (0 in the run, 7 now)" in ours.said[-1]
+    assert "step_000001: of another configuration: --resume continues" in logged[-1]
+    assert "cannot change seed (0 in the run, 7 now)" in logged[-1]
     ours.config = small_config(iterations=9, output={"checkpoint_every": 3})  # may change
     newest = ours.open().newest()
     assert newest is not None

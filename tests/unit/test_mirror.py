@@ -60,7 +60,7 @@ def flaky() -> str:
 
 
 def test_finished_checkpoints_are_there_too_and_the_same_ones_stay(
-    tmp_path: Path, url: str
+    tmp_path: Path, url: str, logged: list[str]
 ) -> None:
     made = Kept(tmp_path / "run", checkpoint_url=url, keep_checkpoints=2, keep_every=3)
     for step in range(1, 7):
@@ -72,7 +72,7 @@ def test_finished_checkpoints_are_there_too_and_the_same_ones_stay(
     assert newest is not None
     assert (newest.step, newest.path.parent) == (6, made.run.checkpoints)
     assert newest.read("policy.safetensors") == b"weights 6"
-    assert made.said == [f"fetched step_000006 from {url}"]
+    assert logged == [f"fetched step_000006 from {url}"]
     assert made.keeper.steps() == [3, 5, 6]
     assert made.keeper.at(3).step == 3
 
@@ -101,37 +101,39 @@ def test_half_an_upload_is_no_checkpoint(tmp_path: Path) -> None:
     assert Mirror(url).steps() == [1]
 
 
-def test_what_was_damaged_there_is_skipped(tmp_path: Path) -> None:
+def test_what_was_damaged_there_is_skipped(tmp_path: Path, logged: list[str]) -> None:
     made = Kept(tmp_path / "run", checkpoint_url=f"file://{tmp_path}/elsewhere")
     made.save(1)
     made.save(2)
     shutil.rmtree(made.run.checkpoints / "step_000002")
     (tmp_path / "elsewhere" / "step_000002" / "moments.msgpack").write_bytes(b"other")
     assert made.open().newest().step == 1
-    assert "skipping checkpoint" in made.said[0]
-    assert "moments.msgpack is missing or damaged" in made.said[0]
+    assert "skipping checkpoint" in logged[0]
+    assert "moments.msgpack is missing or damaged" in logged[0]
     assert made.names == ["step_000001"]
 
 
-def test_a_storage_that_fails_now_and_then_is_tried_again(tmp_path: Path, flaky: str) -> None:
+def test_a_storage_that_fails_now_and_then_is_tried_again(
+    tmp_path: Path, flaky: str, logged: list[str]
+) -> None:
     made = Kept(tmp_path / "run", checkpoint_url=flaky)
     Flaky.failures = 3
     made.save(1)
-    assert made.said == []
+    assert logged == []
     shutil.rmtree(made.run.checkpoints / "step_000001")
     assert made.open().newest().read("policy.safetensors") == b"weights 1"
 
 
 def test_a_storage_that_fails_in_the_middle_is_told_and_made_up_for(
-    tmp_path: Path, flaky: str
+    tmp_path: Path, flaky: str, logged: list[str]
 ) -> None:
     made = Kept(tmp_path / "run", checkpoint_url=flaky)
     made.save(1)
     Flaky.failures = 1000
     made.save(2)
-    assert "step_000002/" in made.said[0]
-    assert "failed 4 times (OSError: connection reset)" in made.said[0]
-    assert "it is whole here" in made.said[0]
+    assert "step_000002/" in logged[0]
+    assert "failed 4 times (OSError: connection reset)" in logged[0]
+    assert "it is whole here" in logged[0]
     assert (made.steps, Mirror(flaky).steps()) == ([1, 2], [1])
     with pytest.raises(CheckpointError, match="failed 4 times"):
         made.keeper.close()

@@ -198,13 +198,13 @@ def test_resumed_one_ahead_equals_uninterrupted(one_ahead: tuple, tmp_path: Path
             config, fleet, space, 0, first.append, lambda: len(first) == 2, "", combiner, made
         )  # fmt: skip
         run = RunDirectory.create(str(tmp_path / "run"), config)
-        kept = Checkpoints(run, config, print)
+        kept = Checkpoints(run, config)
         kept.save(2, fleet, combiner, made.state())
         kept.close()
     with InlineFleet(config.fleet_plan()) as fleet:
         made = Pipeline(config, fleet)
         space, combiner = begin(fleet)
-        newest = Checkpoints(run, config, print).newest()
+        newest = Checkpoints(run, config).newest()
         assert newest is not None
         restore(newest, fleet, combiner, made)
         fleet.broadcast()

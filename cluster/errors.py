@@ -30,6 +30,10 @@ class InputLostError(FleetError):
     """A worker is well, but what it was to work on went with another worker, or its machine."""
 
 
+class StuckError(FleetError):
+    """A worker is there, but has been at one request for longer than any may take."""
+
+
 class DataError(TesseraError):
     """Images, conditions or scores are not what they should be."""
 

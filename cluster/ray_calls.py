@@ -18,11 +18,11 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from cluster.errors import FleetError, InputLostError, TesseraError
+from cluster.errors import FleetError, InputLostError, StuckError, TesseraError
 from cluster.object_store import MemoryFullError, memory_full, store_full
 
 GONE = (RayActorError, ObjectLostError, OwnerDiedError)
-LOST = (RayActorError, MemoryFullError)
+LOST = (RayActorError, MemoryFullError, StuckError)
 """A worker that was at something will not answer any more."""
 
 
@@ -57,6 +57,8 @@ class RemoteRole:
 
 def why_lost(error: Exception) -> str:
     """Of a worker that will not answer."""
+    if isinstance(error, StuckError):
+        return f"does not get on: {error}"
     return "ran out of memory" if isinstance(error, MemoryFullError) else "was lost"
 
 

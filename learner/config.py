@@ -205,6 +205,7 @@ class RunConfig:
             batching=servers.batching,
             device=servers.device,
             num_threads=servers.num_threads,
+            timeout_s=self.timeout_s,
         )
         return Role(
             name=f"reward-{pool or 'server'}",

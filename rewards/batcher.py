@@ -11,17 +11,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Generic, TypeVar
 
-from cluster.errors import FleetError
+from cluster.errors import FleetError, StuckError
 from cluster.messages import ServerStats
+from rewards.isolation import describe
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 NEWEST = 512  # requests whose waits the statistics describe
+CHECK_S = 1.0  # how often a caller looks whether the thread that works for it is still there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,8 @@ class Batcher(Generic[Item, Result]):
         max_wait_s: longest that the first item of a batch waits for others, seconds.
         max_queued: largest sum of sizes that may wait; an item larger than that may wait alone.
         patience_s: longest that a caller waits for room.
+        limit_s: longest that a batch may be worked on.
+        doing: what the thread is at, for the error of a batch that takes longer.
     """
 
     def __init__(
@@ -93,14 +98,19 @@ class Batcher(Generic[Item, Result]):
         max_wait_s: float,
         max_queued: int,
         patience_s: float = 600.0,
+        limit_s: float = 600.0,
         name: str = "batcher",
+        doing: Callable[[], str] = lambda: "a batch",
     ) -> None:
         self._work, self._name, self._patience_s = work, name, patience_s
+        self._limit_s, self._doing = limit_s, doing
         self._max_batch, self._max_wait_s, self._max_queued = max_batch, max_wait_s, max_queued
         self._queue: deque[Entry[Item, Result]] = deque()
         self._queued = 0
         self._changed = threading.Condition()
         self._closed = False
+        self._failure: str | None = None  # why the thread ended, if it was not told to
+        self._begun: float | None = None  # by `time.monotonic`: the batch that is worked on
         self._waits: deque[float] = deque(maxlen=NEWEST)
         self._requests = self._images = self._batches = 0
         self._busy_s = 0.0
@@ -111,16 +121,17 @@ class Batcher(Generic[Item, Result]):
         """Have an item worked on, and wait for its result.
 
         Raises:
-            FleetError: closed, or no room in the queue for longer than `patience_s`.
+            FleetError: closed, no room in the queue for longer than `patience_s`, or the thread
+                has ended.
+            StuckError: a batch was worked on for longer than `limit_s`, this one or one before it.
             Exception: whatever `work` raised for this item.
         """
         entry = Entry[Item, Result](item, group, size)
         with self._changed:
             room = self._changed.wait_for(
-                lambda: self._closed or self._room(size), self._patience_s
+                lambda: self._closed or self._failure or self._room(size), self._patience_s
             )
-            if self._closed:
-                raise FleetError(f"{self._name} is closed")
+            self._refuse()
             if not room:
                 raise FleetError(
                     f"{self._name}: {self._queued} images wait already (max_queued "
@@ -132,7 +143,42 @@ class Batcher(Generic[Item, Result]):
             self._queue.append(entry)
             self._queued += size
             self._changed.notify_all()
+        while not wait([entry.future], CHECK_S).done:
+            self._check()
         return entry.future.result()
+
+    def _refuse(self) -> None:
+        if self._failure:
+            raise FleetError(self._failure)
+        if self._closed:
+            raise FleetError(f"{self._name} is closed")
+
+    def _check(self) -> None:
+        """For a caller that waits: is somebody still at work?
+
+        Raises:
+            StuckError: yes, for too long.
+            FleetError: no.
+        """
+        if not self._alive():
+            self._end("its thread ended without a word", [])
+            raise FleetError(self._failure)
+        if seconds := self._overtime():
+            raise StuckError(
+                f"{self._name} has been at {self._doing()} for {seconds:.0f} s (--timeout-s sets "
+                "the bound)"
+            )
+
+    def _overtime(self) -> float:
+        """Seconds that the thread has been at its batch, if those are too many; else 0."""
+        begun = self._begun
+        seconds = 0.0 if begun is None else time.monotonic() - begun
+        return seconds if seconds > self._limit_s else 0.0
+
+    def _alive(self) -> bool:
+        """Python takes a thread that ended in C for alive; the system knows, on Linux."""
+        tasks, number = Path("/proc/self/task"), self._thread.native_id
+        return self._thread.is_alive() and (not tasks.is_dir() or (tasks / str(number)).exists())
 
     def stats(self) -> ServerStats:
         """Counters so far; `failed` is for the caller to know."""
@@ -153,27 +199,35 @@ class Batcher(Generic[Item, Result]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        while self._alive() and not self._overtime():
+            self._thread.join(CHECK_S)
 
     def _room(self, size: int) -> bool:
         return not self._queue or self._queued + size <= self._max_queued
 
     def _serve(self) -> None:
-        while batch := self._next():
-            start = time.time()
-            results = self._results(batch)
-            end = time.time()
-            with self._changed:
-                self._batches += 1
-                self._busy_s += end - start
-                self._requests += len(batch)
-                self._images += sum(entry.size for entry in batch)
-                self._waits.extend(start - entry.arrived for entry in batch)
-            for index, (entry, result) in enumerate(zip(batch, results, strict=True)):
-                if isinstance(result, BaseException):
-                    entry.future.set_exception(result)
-                else:
-                    entry.future.set_result((result, Work(entry.arrived, start, end, index == 0)))
+        batch: list[Entry[Item, Result]] = []
+        try:
+            while batch := self._next():
+                self._do(batch)
+        except BaseException as error:  # of this loop itself: what `work` raises is an answer
+            self._end(describe(error), batch)
+
+    def _do(self, batch: list[Entry[Item, Result]]) -> None:
+        start, self._begun = time.time(), time.monotonic()
+        results = self._results(batch)
+        end, self._begun = time.time(), None
+        with self._changed:
+            self._batches += 1
+            self._busy_s += end - start
+            self._requests += len(batch)
+            self._images += sum(entry.size for entry in batch)
+            self._waits.extend(start - entry.arrived for entry in batch)
+        for index, (entry, result) in enumerate(zip(batch, results, strict=True)):
+            if isinstance(result, BaseException):
+                entry.future.set_exception(result)
+            else:
+                entry.future.set_result((result, Work(entry.arrived, start, end, index == 0)))
 
     def _results(self, batch: list[Entry[Item, Result]]) -> list[Result | BaseException]:
         try:
@@ -181,10 +235,25 @@ class Batcher(Generic[Item, Result]):
             if len(results) != len(batch):
                 raise FleetError(f"{self._name}: {len(results)} results of {len(batch)} requests")
             return [*results]
-        except Exception as error:  # it becomes the answer of the request that it belongs to
+        except BaseException as error:  # it becomes the answer of the request that it belongs to
             if len(batch) == 1:
-                return [error]
+                # whoever waits is not to end by another's SystemExit
+                return [error if isinstance(error, Exception) else self._ended_by(error)]
             return [self._results([entry])[0] for entry in batch]
+
+    def _ended_by(self, error: BaseException) -> FleetError:
+        return FleetError(f"{self._name}: {describe(error)}")
+
+    def _end(self, why: str, batch: list[Entry[Item, Result]]) -> None:
+        """The thread is gone: fail what it was at and what waits, and refuse what comes."""
+        with self._changed:
+            self._failure = self._failure or f"{self._name} cannot work any more: {why}"
+            self._begun = None
+            for entry in batch:
+                if not entry.future.done():
+                    entry.future.set_exception(FleetError(self._failure))
+            self._fail_waiting(self._failure)
+            self._changed.notify_all()
 
     def _next(self) -> list[Entry[Item, Result]]:
         """The next batch, in order of arrival; empty when closed."""
@@ -197,7 +266,7 @@ class Batcher(Generic[Item, Result]):
                     if left <= 0 or not self._changed.wait(left):
                         break
             if self._closed:
-                self._fail_waiting()
+                self._fail_waiting(f"{self._name} was closed")
                 return []
             batch = self._take()
             self._queued -= sum(entry.size for entry in batch)
@@ -221,8 +290,7 @@ class Batcher(Generic[Item, Result]):
         self._queue = left
         return batch
 
-    def _fail_waiting(self) -> None:
+    def _fail_waiting(self, why: str) -> None:
         while self._queue:
-            entry = self._queue.popleft()
-            entry.future.set_exception(FleetError(f"{self._name} was closed"))
+            self._queue.popleft().future.set_exception(FleetError(why))
         self._queued = 0

@@ -187,6 +187,8 @@ class RewardServerConfig:
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     device: str = "cpu"
     num_threads: int = 1
+    timeout_s: float = 600.0
+    """Longest that scorers may take for one batch, seconds."""
 
     def scorer_names(self) -> dict[str, tuple[str, ...]]:
         """Panel -> names of the scores that the server answers with."""

@@ -9,16 +9,23 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any, get_args
 
+import numpy as np
+import torch
 import yaml
 
 from cluster.errors import ConfigError
-from rewards.base import Scorer
+from cluster.messages import Condition
+from cluster.torchvision_ops import ensure_torchvision
+from rewards.base import Images
 from rewards.combine import Normalisation, ScorerTerm
+from rewards.isolation import Isolation, describe, of_the_user
 
 SYNTAX = "module:Class=weight[,option=value...]"
 PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -72,45 +79,148 @@ def parse_extra(text: str) -> ExtraReward:
     return ExtraReward(name=name, path=path, term=_term(text, term), options=read)
 
 
-def find_extra(extra: ExtraReward) -> Callable[..., Any]:
+class ForeignScorer:
+    """A user's own scorer, kept apart from everything else in its process: it gets images and
+    conditions of its own, which it may write to, and its answer is copied. What it sets for the
+    whole process is undone after each call (`rewards.isolation`).
+
+    Python's, numpy's and torch's global generators start each call from what is scored, so that a
+    retry, or another server, draws the same numbers.
+    """
+
+    def __init__(self, extra: ExtraReward, scorer: Callable[..., Any], isolated: Isolation) -> None:
+        self._extra, self._scorer, self._isolated = extra, scorer, isolated
+
+    def warm(self) -> None:
+        """Call the scorer's own `warm()`, if it has one.
+
+        Raises:
+            ConfigError: it fails.
+        """
+        with (
+            _building(self._extra, "failed in its warm()"),
+            self._isolated(_seed(self._extra.path)),
+        ):
+            warm = getattr(self._scorer, "warm", None)
+            if warm is not None:
+                warm()
+
+    def __call__(self, images: Images, conditions: Sequence[Condition]) -> np.ndarray:
+        """N uint8 images and N conditions -> float32, (N,) if the scorer does what it should."""
+        single = isinstance(images, np.ndarray)
+        own = np.array(images) if single else [np.array(image) for image in images]
+        copies = {id(condition): _copy(condition) for condition in conditions}
+        asked = [copies[id(condition)] for condition in conditions]
+        seed = 0
+        for image, condition in zip(own, conditions):
+            seed = zlib.crc32(image.tobytes(), zlib.crc32(condition.text.encode(), seed))
+        with self._isolated(seed):
+            values = self._scorer(own, asked)
+            if isinstance(values, torch.Tensor):
+                values = values.detach().to("cpu", torch.float32).numpy()
+            return np.array(values, dtype=np.float32)
+
+
+def _copy(condition: Condition) -> Condition:
+    features = condition.features
+    return replace(condition, features=None if features is None else np.array(features))
+
+
+def _seed(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
+@contextmanager
+def _building(extra: ExtraReward, what: str, hint: str = "") -> Iterator[None]:
+    """Foreign code is imported or built: whatever it raises becomes one clear error."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except BaseException as error:
+        if of_the_user(error):
+            raise
+        raise ConfigError(f"rewards.extra: {extra.path} {what}: {describe(error)}{hint}") from error
+
+
+def find_extra(extra: ExtraReward, isolated: Isolation | None = None) -> Callable[..., Any]:
     """Import what builds it, without building it.
 
     Raises:
-        ConfigError: it cannot be imported, is no class or function, or refuses its options.
+        ConfigError: it cannot be imported, is no class or function, refuses its options, or what
+            it builds could not be called as scorers are.
     """
+    isolated = isolated or Isolation()
     module, _, qualified = extra.path.partition(":")
-    try:
+    ensure_torchvision()  # what it imports may import torchvision
+    hint = ". Is its package installed there, or in the directory that the run was started from?"
+    with (
+        _building(extra, "cannot be imported where reward servers run", hint),
+        isolated(_seed(extra.path)),
+    ):
         found: Any = importlib.import_module(module)
         for part in qualified.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"rewards.extra: {extra.path} cannot be imported where reward servers run: {error}. Is "
-            "its package installed there, or in the directory that the run was started from?"
-        ) from error
-    try:
-        inspect.signature(found).bind(device="cpu", **extra.options)
-    except TypeError as error:
-        given = ", ".join(["device", *extra.options])
-        raise ConfigError(
-            f"rewards.extra: {extra.path} is called with ({given}) to build the scorer, but {error}"
-        ) from error
+    with _building(extra, "cannot be looked at"), isolated(_seed(extra.path)):
+        _check_call(extra, found)
     return found
 
 
-def load_extra(extra: ExtraReward, device: str) -> Scorer:
+def _check_call(extra: ExtraReward, found: Any) -> None:
+    """Whether it can be called to build a scorer, and a scorer then with images and conditions."""
+    what = f"rewards.extra: {extra.path}"
+    if not callable(found):
+        raise ConfigError(
+            f"{what} is a {type(found).__name__}, which cannot be called to build a scorer: name a "
+            "class or a function"
+        )
+    given = ", ".join(["device", *extra.options])
+    if error := _misfit(found, device="cpu", **extra.options):
+        raise ConfigError(f"{what} is called with ({given}) to build the scorer, but {error}")
+    if not inspect.isclass(found):
+        return
+    known = (vars(kind) for kind in found.__mro__)
+    call = next((names["__call__"] for names in known if "__call__" in names), None)
+    if call is None or inspect.isabstract(found):
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ()))) or "__call__"
+        raise ConfigError(
+            f"{what}: the class lacks {missing}: define __call__(self, images, conditions)"
+        )
+    if inspect.iscoroutinefunction(call):
+        raise ConfigError(f"{what}: its __call__ is async: a scorer answers when it is called")
+    if inspect.isfunction(call) and (error := _misfit(call, None, None, None)):
+        raise ConfigError(f"{what}: its __call__ is called with (images, conditions), but {error}")
+
+
+def _misfit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Why a function does not take some arguments; empty if it does, or nobody can know."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # compiled: it says nothing of itself
+        return ""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def load_extra(extra: ExtraReward, device: str) -> ForeignScorer:
     """Import and build it.
 
     Raises:
-        ConfigError: see `find_extra`; or what it gives cannot be called.
+        ConfigError: see `find_extra`; it fails, or what it gives cannot be called.
     """
-    scorer = find_extra(extra)(device=device, **extra.options)
+    isolated = Isolation()
+    build = find_extra(extra, isolated)
+    with _building(extra, "cannot be built"), isolated(_seed(extra.path)):
+        scorer = build(device=device, **extra.options)
     if not callable(scorer):
         raise ConfigError(
             f"rewards.extra: {extra.path} gives a {type(scorer).__name__}, which cannot be called "
             "with images and conditions: define __call__(self, images, conditions)"
         )
-    return scorer
+    return ForeignScorer(extra, scorer, isolated)
 
 
 def _term(text: str, values: Mapping[str, Any]) -> ScorerTerm:

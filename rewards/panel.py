@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from cluster.errors import DataError
 from cluster.messages import Condition
 from rewards.base import FeatureExtractor, Images, RowErrors, Scorer, image_fault
+from rewards.isolation import describe, of_the_user, one_line
 
 
 class WrongShapeError(DataError):
@@ -43,7 +42,8 @@ class PanelScores:
 
 
 class Panel:
-    """Named scorers and feature extractors.
+    """Named scorers and feature extractors, which get the same images and must leave them alone:
+    the arrays are read-only.
 
     Args:
         max_batch: most images that a scorer is given at once.
@@ -58,6 +58,8 @@ class Panel:
         self._scorers = dict(scorers)
         self.extractors = dict(extractors)
         self._max_batch = max_batch
+        self.at = ""
+        """Name of the scorer or feature space that is being asked just now; else empty."""
 
     def warm(self) -> None:
         """Let scorers and extractors do what would make their first answer slow."""
@@ -78,12 +80,14 @@ class Panel:
             WrongShapeError: a scorer's answer has another number of rows than it got images.
         """
         _check_batch(images, conditions)
+        images = _read_only(images)
         errors = [image_fault(image) for image in images]
         sound = np.flatnonzero([error is None for error in errors])
         kept = images if len(sound) == len(errors) else [images[row] for row in sound.tolist()]
         asked = [conditions[row] for row in sound.tolist()]
 
         def column(name: str, score: Score, empty: tuple[int, ...]) -> np.ndarray:
+            self.at = name
             values, faults = _guarded(name, score, kept, asked, self._max_batch)
             for row, fault in faults.items():
                 errors[sound[row]] = errors[sound[row]] or fault
@@ -97,6 +101,7 @@ class Panel:
             space: column(space, _as_score(extract), (0,))
             for space, extract in self.extractors.items()
         }
+        self.at = ""
         failed = np.array([error is not None for error in errors], dtype=bool)
         for values in (*scores.values(), *features.values()):
             values[failed] = np.nan
@@ -159,11 +164,17 @@ def _attempt(
         try:
             return dict(zip(rows, _call(score, rows, images, conditions), strict=True)), faults
         except RowErrors as error:
-            faults |= {rows[index]: fault for index, fault in error.errors.items()}
-            rows = [row for index, row in enumerate(rows) if index not in error.errors]
+            named = _row_faults(error, len(rows))
+            if not named:  # none that it was given: no use to ask again
+                alone, wrong = _one_by_one(score, rows, images, conditions)
+                return alone, faults | wrong
+            faults |= {rows[index]: fault for index, fault in named.items()}
+            rows = [row for index, row in enumerate(rows) if index not in named]
         except WrongShapeError:
             raise
-        except Exception:  # a scorer may be anyone's code: its error becomes data
+        except BaseException as error:  # a scorer may be anyone's code: its error becomes data
+            if of_the_user(error):
+                raise
             alone, wrong = _one_by_one(score, rows, images, conditions)
             return alone, faults | wrong
     return {}, faults
@@ -178,24 +189,34 @@ def _one_by_one(
         try:
             found[row] = _call(score, [row], images, conditions)[0]
         except RowErrors as error:
-            faults[row] = error.errors[0]
-        except Exception as error:
-            faults[row] = f"{type(error).__name__}: {error}{_place(error)}"
+            faults[row] = next(iter(_row_faults(error, 1).values()), describe(error))
+        except BaseException as error:
+            if of_the_user(error):
+                raise
+            faults[row] = describe(error)
     return found, faults
 
 
-def _place(error: Exception) -> str:
-    """Where in somebody's file an error came from: whoever reads it sees no traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+def _row_faults(error: RowErrors, count: int) -> dict[int, str]:
+    """What a scorer says of its rows, as far as these are rows that it was given."""
+    named = error.errors.items()
+    return {int(row): one_line(fault) for row, fault in named if row in range(count)}
+
+
+def _read_only(images: Images) -> Images:
+    """The same pixels, which whoever gets them cannot write to by mistake."""
+    if not isinstance(images, np.ndarray):
+        return [_read_only(image) for image in images]  # type: ignore[misc]
+    view = images.view()
+    view.flags.writeable = False
+    return view
 
 
 def _call(
     score: Score, rows: list[int], images: Images, conditions: Sequence[Condition]
 ) -> np.ndarray:
-    values = np.asarray(
-        score(_batch(images, rows), [conditions[row] for row in rows]), dtype=np.float32
-    )
+    answer = score(_batch(images, rows), [conditions[row] for row in rows])
+    values = np.array(answer, dtype=np.float32)  # a copy: the scorer may use its own again
     if values.ndim < 1 or len(values) != len(rows):
         raise WrongShapeError(f"expected {len(rows)} rows of values, found shape {values.shape}")
     return values
@@ -204,6 +225,7 @@ def _call(
 def _batch(images: Images, rows: list[int]) -> Images:
     """Some of the images: an array, unless their sizes differ."""
     if isinstance(images, np.ndarray):
-        return images if len(rows) == len(images) else images[rows]
+        return images if len(rows) == len(images) else _read_only(images[rows])
     picked = [images[row] for row in rows]
-    return np.stack(picked) if len({image.shape for image in picked}) == 1 else picked
+    same = len({image.shape for image in picked}) == 1
+    return _read_only(np.stack(picked)) if same else picked

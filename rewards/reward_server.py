@@ -15,6 +15,7 @@ from cluster.messages import (
     MAIN_SPACE,
     Condition,
     GroupScores,
+    RequestKey,
     SampleRequest,
     ServerStats,
     Span,
@@ -42,6 +43,7 @@ from rewards.panel import Panel, PanelScores
 class Job:
     """One request's images, ready to be scored."""
 
+    key: RequestKey
     images: Images
     conditions: list[Condition]
 
@@ -58,12 +60,16 @@ class RewardServer:
         self._panels = build_panels(config, config.batching.max_batch or None)
         self._failed = 0
         self._counting = threading.Lock()
+        self._computing = threading.Lock()  # what foreign code sets is seen by who computes beside
+        self._at = ""  # what is being scored
         self._batcher: Batcher[Job, PanelScores] = Batcher(
             self._judge_together,
             max_batch=config.batching.max_batch,
             max_wait_s=config.batching.max_wait_ms / 1000,
             max_queued=config.batching.max_queued,
+            limit_s=config.timeout_s,
             name=name,
+            doing=self._doing,
         )
         torch.set_num_threads(self._threads)
         for panel in self._panels.values():
@@ -78,12 +84,13 @@ class RewardServer:
 
         Raises:
             DataError: no images, or no such panel here.
-            FleetError: the queue stays full.
+            FleetError: the queue stays full, or the scoring thread has ended.
+            StuckError: a scorer takes longer than any may.
         """
         self._panel(request.panel)
         if not isinstance(images, np.ndarray):
             images = [np.asarray(image) for image in images]
-        job = Job(images, [request.condition] * len(images))
+        job = Job(request.key, images, [request.condition] * len(images))
         judged, work = self._batcher.submit(job, max(len(images), 1), request.panel)
         with self._counting:
             self._failed += sum(error is not None for error in judged.errors)
@@ -102,8 +109,13 @@ class RewardServer:
         """Features of real images (N, H, W, 3) uint8: space -> (N, D) float32."""
         torch.set_num_threads(self._threads)
         batches = [images[at : at + batch] for at in range(0, len(images), batch)]
+
+        def run(extract: FeatureExtractor, part: np.ndarray) -> np.ndarray:
+            with self._computing:
+                return extract(part)
+
         return {
-            space: np.concatenate([extract(part) for part in batches])
+            space: np.concatenate([run(extract, part) for part in batches])
             for space, extract in self._extractors(panel).items()
         }
 
@@ -114,6 +126,11 @@ class RewardServer:
     def close(self) -> None:
         """Fail what waits, and end the scoring thread."""
         self._batcher.close()
+
+    def _doing(self) -> str:
+        """Which scorer has which request now."""
+        asked = ", ".join(panel.at for panel in self._panels.values() if panel.at)
+        return f"{self._at} (scorer {asked or 'not known'})"
 
     def _panel(self, name: str) -> Panel:
         if name not in self._panels:
@@ -131,12 +148,16 @@ class RewardServer:
     def _judge_together(self, jobs: list[Job], panel: object) -> list[PanelScores]:
         """In the scoring thread: all images of some requests at once."""
         torch.set_num_threads(self._threads)
+        first, more = jobs[0], f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+        stream, iteration, group = first.key
+        self._at = f"group {group} of {stream} {iteration}{more}"
         judge = self._panel(str(panel)).judge
-        if len(jobs) == 1:
-            return [judge(jobs[0].images, jobs[0].conditions)]
-        images = [image for job in jobs for image in job.images]
-        conditions = [condition for job in jobs for condition in job.conditions]
-        judged = judge(images, conditions)
+        with self._computing:
+            if len(jobs) == 1:
+                return [judge(first.images, first.conditions)]
+            images = [image for job in jobs for image in job.images]
+            conditions = [condition for job in jobs for condition in job.conditions]
+            judged = judge(images, conditions)
         sizes = [len(job.conditions) for job in jobs]
         firsts = itertools.accumulate(sizes, initial=0)
         return [judged.rows(first, size) for first, size in zip(firsts, sizes)]

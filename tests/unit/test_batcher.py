@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from cluster.errors import FleetError
+from cluster.errors import FleetError, StuckError
 from rewards.batcher import Batcher, BatchingConfig
 
 
@@ -203,3 +204,63 @@ def test_closing_fails_what_waits_and_refuses_more() -> None:
 def test_configuration_validates(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} must be >="):
         BatchingConfig(**{field: value})
+
+
+@pytest.mark.parametrize("ending", [SystemExit(0), KeyboardInterrupt(), GeneratorExit()])
+def test_work_that_ends_threads_is_an_error_of_its_request(ending: BaseException) -> None:
+    def work(items: list[int], group: object) -> list[int]:
+        if -1 in items:
+            raise ending
+        return items
+
+    batcher = make(work)  # type: ignore[arg-type]
+    for _ in range(2):
+        with pytest.raises(FleetError, match=f"batcher: {type(ending).__name__}.*test_batcher.py"):
+            batcher.submit(-1, 1)
+        assert batcher.submit(5, 1)[0] == 5
+
+
+class Sick(Batcher[int, int]):
+    """Its loop, not the work, goes wrong once."""
+
+    fault: BaseException = MemoryError("none left")
+
+    def _do(self, batch: list) -> None:
+        raise self.fault
+
+
+@pytest.mark.parametrize("fault", [MemoryError("none left"), SystemExit(1)])
+def test_a_thread_that_ends_fails_what_waits_and_refuses_what_comes(fault: BaseException) -> None:
+    work = Recorder()
+    batcher = Sick(work, max_batch=0, max_wait_s=0.0, max_queued=2, patience_s=30.0)
+    batcher.fault = fault
+    told = f"batcher cannot work any more: {type(fault).__name__}"
+    for _ in range(2):
+        with pytest.raises(FleetError, match=told):
+            batcher.submit(1, 1)
+    assert batcher.stats().queued_images == 0
+    batcher.close()
+
+
+def test_a_thread_that_ends_in_c_is_missed() -> None:
+    """Python is not told, and takes the thread for alive."""
+    batcher = make(lambda items, group: ctypes.CDLL(None).pthread_exit(None))  # type: ignore
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(batcher.submit, number, 1) for number in range(2)]
+        for future in both:
+            with pytest.raises(FleetError, match="cannot work any more: its thread ended without"):
+                future.result(30)
+    batcher.close()
+
+
+def test_a_batch_that_takes_too_long_is_told_to_whoever_waits() -> None:
+    work = Recorder()
+    batcher = make(work, max_batch=0, limit_s=0.1, doing=lambda: "group 3")
+    with ThreadPoolExecutor(4) as pool:
+        first = held(work, batcher, pool)
+        (second,) = enqueue(batcher, pool, [(2, 1, None)])
+        for future in (first, second):
+            with pytest.raises(StuckError, match=r"batcher has been at group 3 for \d+ s"):
+                future.result(30)
+        work.gate.set()
+    batcher.close()

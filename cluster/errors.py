@@ -46,6 +46,14 @@ class StorageError(TesseraError):
     """A file could not be written: the disk is full, a limit is reached, or it went away."""
 
 
+class LockHeldError(ConfigError):
+    """Another process owns what was to be written."""
+
+
+class LockLostError(TesseraError):
+    """Another process took over what this one owned; this one must not write there any more."""
+
+
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The name that was most likely meant: one that begins with what was written, one that is
     spelled alike, or one that contains it; empty if there is none. Of equals, the first."""

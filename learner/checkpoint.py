@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,11 +94,13 @@ def complete(
     run: str,
     figures: Mapping[str, float],
     records: Mapping[str, str],
+    check_owned: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """Add the driver's files to what the learner wrote into `partial`, and make it `final`.
 
     Args:
         run, figures, records: for the manifest.
+        check_owned: asked right before; what it raises leaves `final` as it is.
 
     Raises:
         CheckpointError: the learner's files did not arrive here.
@@ -124,6 +126,7 @@ def complete(
         (partial / MANIFEST).write_bytes(manifest.to_bytes())
         sync(partial / MANIFEST)
         sync(partial)
+        check_owned()
         put_in_place(partial, final)
     return Checkpoint(final, manifest)
 
@@ -138,6 +141,14 @@ def put_in_place(partial: Path, final: Path) -> None:
     else:
         os.replace(partial, final)
     sync(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; whoever reads a run beside it finds it whole or not at all."""
+    gone = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone)
 
 
 def annotate(

@@ -185,6 +185,7 @@ class Experiment:
         step, self._from_step = self._from_step, None
         checkpoints = self._checkpoints
         found = checkpoints.newest() if step is None else checkpoints.at(step)
+        checkpoints.clear()
         self._kept = found.step if found else 0
         if found is None:
             return self._start()

@@ -32,6 +32,7 @@ from learner.checkpoint import (
     name_of,
     put_in_place,
     read_manifest,
+    remove,
     steps_in,
     verify,
 )
@@ -77,7 +78,12 @@ class Checkpoints:
         self._task: Background | None = None
         self._unsent: TesseraError | None = None
         self._saved = 0  # the step of the newest
-        for leftover in self._root.glob(".step_*"):
+
+    def clear(self) -> None:
+        """Remove what earlier processes left half written. For the owner of the directory, once it
+        is sure to go on with the run."""
+        self._run.check_owned()
+        for leftover in (*self._root.glob(".step_*"), *self._root.glob("..step_*")):
             shutil.rmtree(leftover)
 
     def save(
@@ -99,6 +105,7 @@ class Checkpoints:
             StorageError: there is no room.
         """
         self.wait()
+        self._run.check_owned()
         partial = self._root / f".{name_of(step)}.{secrets.token_hex(4)}"
         with writing(partial):
             partial.mkdir(parents=True)
@@ -196,6 +203,7 @@ class Checkpoints:
     def go_back(self, step: int) -> None:
         """Set later checkpoints aside, newest first: whatever happens meanwhile, what is left is a
         run that can be resumed."""
+        self._run.check_owned()
         later = [each for each in self.steps() if each > step]
         if not later:
             return
@@ -217,6 +225,7 @@ class Checkpoints:
     def annotate(self, checkpoint: Checkpoint, figures: Mapping[str, float]) -> None:
         """Add the figures of an exam that was taken later; waits for what is in the making."""
         self.wait()
+        self._run.check_owned()
         vouched = records.vouch(self._run, checkpoint.step)
         self._finish(annotate(checkpoint, figures, vouched))
 
@@ -277,18 +286,20 @@ class Checkpoints:
             self._identity,
             making.figures,
             records.vouch(self._run, making.step),
+            self._run.check_owned,
         )
         self._saved = making.step
         self._finish(found)
 
     def _finish(self, checkpoint: Checkpoint) -> None:
         """After one is whole: let old ones go, and bring it to the other place."""
+        self._run.check_owned()
         best = self._point_to_best()
         output = self._config.output
         staying = kept(steps_in(self._root), output, best)
         for step in steps_in(self._root):
             if step not in staying:
-                shutil.rmtree(self._root / name_of(step))
+                remove(self._root / name_of(step))
         sync(self._root)
         if self._mirror is None:
             return

@@ -57,6 +57,7 @@ class Recorder:
         spans: Iterable[Span],
     ) -> None:
         """Everything of one iteration."""
+        self._run.check_owned()
         iteration = row["iteration"]
         if self._rollouts:  # before its row: a row has its rollouts
             moments = row.get("moments/version", 0)
@@ -108,6 +109,7 @@ class Recorder:
 
 def add_exam(run: RunDirectory, step: int, figures: Mapping[str, float]) -> None:
     """Append an exam's row."""
+    run.check_owned()
     with writing(run.exams), run.exams.open("a") as file:
         file.write(json.dumps({STEP: step, **figures}) + "\n")
 

@@ -31,6 +31,7 @@ def write_report(
     run: RunDirectory, config: RunConfig, rows: Mapping[str, Mapping[str, float]]
 ) -> None:
     """Write `report.html` from the run's files and the exam's rows."""
+    run.check_owned()
     template = importlib.resources.files("learner").joinpath("templates", "report.html")
     environment = jinja2.Environment(autoescape=True)
     page = environment.from_string(template.read_text()).render(

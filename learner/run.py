@@ -10,9 +10,8 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -21,11 +20,11 @@ from rich.console import Console
 
 from cluster import logs
 from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
-from cluster.errors import ConfigError, TesseraError
+from cluster.errors import ConfigError, LockLostError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
 from cluster.help import answer_help, asks_help
 from cluster.placement import Placement, place
-from cluster.whereabouts import WHEREABOUTS, announced, check_run_name
+from cluster.whereabouts import WHEREABOUTS, announced
 from learner.config import (
     DEFAULT_PRESET,
     RunConfig,
@@ -37,12 +36,12 @@ from learner.config import (
 from learner.experiment import Experiment
 from learner.footprint import store_need
 from learner.keeper import Checkpoints
-from learner.mirror import Mirror
+from learner.opening import Opening, choose
 from learner.output import OutputConfig
 from learner.progress import RunConsole
 from learner.readiness import lacking
 from learner.resuming import check_resume
-from learner.rundir import CONFIG, RunDirectory
+from learner.rundir import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,8 @@ ABOUT = (
 COMMON = {
     "what to run": ("--preset", "--iterations", "--seed", "--groups-per-iteration",
                     "--rollouts-per-group", "--max-staleness"),
-    "where, and how": ("--run-dir", "--resume", "--from-step", "--dry-run", "--inline"),
+    "where, and how": ("--run-dir", "--resume", "--auto-resume", "--from-step", "--dry-run",
+                       "--inline"),
     "workers": ("--num-samplers", "--num-reward-servers", "--num-learners", "--sampler.num-gpus",
                 "--reward.num-gpus", "--learner.num-gpus", "--ray.address"),
     "rewards": ("--rewards.clip.weight", "--rewards.hps.weight", "--rewards.loo-fid.weight",
@@ -77,6 +77,9 @@ class Command:
     resume: bool = False
     """Go on with the run in --run-dir (the newest under runs/, if none is named), from its newest
     complete checkpoint. A directory that is lost is made again from --output.checkpoint-url."""
+    auto_resume: bool = False
+    """As --resume, or a new run where --run-dir holds none yet: one command line for the first
+    start and every requeue of a job."""
     from_step: int | None = None
     """With --resume: go on from the checkpoint of this step. Later ones are set aside, later rows
     dropped."""
@@ -141,8 +144,8 @@ class StopFlag:
                 signal.signal(number, handler)
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunDirectory | None]:
-    """Command line to a validated configuration, and the run directory where one is resumed.
+def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, Opening]:
+    """Command line to a validated configuration, and the run directory that is meant.
 
     Raises:
         ConfigError: unknown preset, impossible value, nothing to resume.
@@ -152,12 +155,16 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunDi
     if asks_help(arguments):
         options = Command(), load_preset(command.preset)
         arguments = answer_help(arguments, PROG, ABOUT, COMMON, *options)
-    if command.run_dir:
-        check_run_name(Path(command.run_dir).expanduser().absolute().name)
     if command.from_step is not None and not command.resume:
         raise ConfigError("--from-step says where --resume goes on: add --resume")
-    resumed = _resumed(command, arguments) if command.resume else None
-    base = resumed.read_config() if resumed else load_preset(command.preset)
+    where, _ = tyro.cli(Elsewhere, args=arguments, return_unknown_args=True, add_help=False)
+    opening = choose(
+        command.run_dir,
+        resume=command.resume,
+        auto_resume=command.auto_resume,
+        url=where.output.checkpoint_url,
+    )
+    base = opening.saved or load_preset(command.preset)
     try:
         parsed = tyro.cli(
             Arguments,
@@ -168,22 +175,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunDi
     except ValueError as error:  # what a dataclass says of its own fields
         raise ConfigError(f"command line: {error}") from None
     config = validate(to_dict(parsed.run), "command line")
-    if resumed:
+    if opening.saved:
         check_resume(base, config)
-    return parsed.command, config, resumed
-
-
-def _resumed(command: Command, arguments: list[str] | None) -> RunDirectory:
-    """The run to go on with; made again from its checkpoints elsewhere, where it is lost."""
-    where, _ = tyro.cli(Elsewhere, args=arguments, return_unknown_args=True, add_help=False)
-    path, url = Path(command.run_dir).expanduser(), where.output.checkpoint_url
-    if not command.run_dir or not url or path.exists():
-        return RunDirectory.existing(command.run_dir)
-    mirror = Mirror(url)
-    steps = mirror.steps()
-    if not steps:
-        raise ConfigError(f"nothing to resume: no {path}, and no complete checkpoint at {url}")
-    return RunDirectory.adopt(path, mirror.read(steps[-1], CONFIG))
+    return parsed.command, config, opening
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -194,16 +188,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str] | None, console: Console) -> int:
-    try:
-        command, config, resumed = parse(arguments)
-        if command.dry_run:
-            return dry_run(config)
-        run = resumed or RunDirectory.create(command.run_dir, config)
-        if command.from_step is not None:  # before a fleet is started for nothing
-            Checkpoints(run, config).at(command.from_step)
-    except (TesseraError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+    with ExitStack() as owned:
+        try:
+            command, config, opening = parse(arguments)
+            if command.dry_run:
+                return dry_run(config)
+            run = owned.enter_context(opening.take(config))
+            if command.from_step is not None:  # before a fleet is started for nothing
+                Checkpoints(run, config).at(command.from_step)
+        except (TesseraError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return REFUSED
+        return carry_out(command, config, run, console)
+
+
+def carry_out(command: Command, config: RunConfig, run: RunDirectory, console: Console) -> int:
+    """The run, on the fleet that it asks for; returns the exit status."""
     with logs.to_file(run.log), RunConsole(config.iterations, console) as shown:
         stop = StopFlag()
         try:
@@ -215,6 +215,9 @@ def _main(arguments: list[str] | None, console: Console) -> int:
                     config, run, fleet, shown, stop, command.from_step, lambda: stop.checkpoint
                 )
                 return 0 if experiment.run() else INTERRUPTED
+        except LockLostError as error:  # what is in the directory is another process's
+            logger.error(f"error: {error}")
+            return FAILED
         except TesseraError as error:
             logger.error(f"error: {error}")
             logger.info(run.farewell())

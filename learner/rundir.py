@@ -12,15 +12,18 @@ import shutil
 import time
 from pathlib import Path
 
-from cluster.errors import ConfigError, DataError
+from cluster.errors import ConfigError, DataError, LockLostError
 from cluster.files import replacing, writing
+from cluster.locks import OWNER, Lock
+from cluster.paths import default_root
 from learner.config import RunConfig, dump, parse_yaml
 from learner.sealed import seal, unseal
 
 CONFIG = "config.yaml"
 LOG = "run.log"
 BEFORE_AFTER = "before_after.png"
-RAY_PACKAGES = "runtime_resources"
+BEGINNING = (CONFIG, OWNER, LOG)
+"""Files of a run that has not done anything yet."""
 
 
 class RunDirectory:
@@ -39,6 +42,17 @@ class RunDirectory:
         self.trace = self.path / "trace.json"
         self.report = self.path / "report.html"
         self.log = self.path / LOG
+        self.lock: Lock | None = None
+        """Held by the process that writes here (`learner.opening`)."""
+
+    def check_owned(self) -> None:
+        """To be asked before anything is written.
+
+        Raises:
+            LockLostError: another process took the directory over.
+        """
+        if self.lock is not None:
+            self.lock.check()
 
     @classmethod
     def create(cls, run_dir: str, config: RunConfig) -> RunDirectory:
@@ -50,25 +64,38 @@ class RunDirectory:
         Raises:
             ConfigError: the directory already holds something.
         """
-        path = Path(run_dir).expanduser() if run_dir else _new_name()
+        path = Path(run_dir).expanduser() if run_dir else new_name()
+        cls.check_unused(path)
+        run = cls(path)
+        run._make_folders()
+        run.write_config(config)
+        return run
+
+    @classmethod
+    def check_unused(cls, path: Path) -> None:
+        """Refuse a directory that holds something. What a start leaves that was killed before it
+        had written its configuration is nothing.
+
+        Raises:
+            ConfigError: says what is there.
+        """
         for parent in path.absolute().parents:
             if parent.exists() and not parent.is_dir():
                 raise ConfigError(
                     f"--run-dir {path} cannot be made, since {parent} is a file: name another "
                     "directory"
                 )
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if (path / CONFIG).is_file():
-                raise ConfigError(
-                    f"--run-dir {path} is not empty: add --resume to continue the run in it, or "
-                    "name another directory"
-                )
-            what = "not empty, and holds no run" if path.is_dir() else "a file"
-            raise ConfigError(f"--run-dir {path} is {what}: name another directory")
-        run = cls(path)
-        run._make_folders()
-        run.write_config(config)
-        return run
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--run-dir {path} is a file: name another directory")
+        if (path / CONFIG).is_file():
+            raise ConfigError(
+                f"--run-dir {path} is not empty: add --resume to continue the run in it, or name "
+                "another directory"
+            )
+        if any(file.name not in BEGINNING for file in path.rglob("*") if not _is_leftover(file)):
+            raise ConfigError(
+                f"--run-dir {path} is not empty, and holds no run: name another directory"
+            )
 
     @classmethod
     def adopt(cls, path: Path, sealed: bytes) -> RunDirectory:
@@ -87,36 +114,32 @@ class RunDirectory:
     def _make_folders(self) -> None:
         for folder in (self.checkpoints, self.rollouts, self.gallery, self.tensorboard):
             with writing(folder):
-                folder.mkdir(parents=True)
+                folder.mkdir(parents=True, exist_ok=True)
 
-    @classmethod
-    def existing(cls, run_dir: str) -> RunDirectory:
-        """The run to resume: the named one, else the newest under the default root.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        if run_dir:
-            path = Path(run_dir).expanduser()
-        else:
-            runs = sorted(default_root().glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime)
-            if not runs:
-                raise ConfigError(f"nothing to resume: no run under {default_root().absolute()}")
-            path = runs[-1].parent
-        if not (path / CONFIG).is_file():
-            raise ConfigError(f"nothing to resume: {path.absolute()} has no {CONFIG}")
-        return cls(path)
+    def kept_anything(self) -> bool:
+        """Whether there is something to go on with, or to look at."""
+        if any(self.checkpoints.glob("step_*")) or self.evaluation.is_file():
+            return True
+        if self.metrics.is_file() and self.metrics.stat().st_size:
+            return True
+        try:
+            return bool(self.read_config().output.checkpoint_url)  # which may hold some
+        except ConfigError:
+            return False
 
     def farewell(self) -> str:
         """What a run that ends early leaves, in a sentence. A run that has not kept anything worth
         having leaves nothing, so that no later --resume finds it."""
+        try:
+            self.check_owned()
+        except LockLostError as error:
+            return str(error)
         if any(self.checkpoints.glob("step_*")) or self.evaluation.is_file():
             return (
                 f"what was kept is in {self.path}; go on with\n"
                 f"  python -m learner.run --resume --run-dir {self.path}"
             )
-        made_first = (CONFIG, LOG)
-        if not any(f.is_file() for f in self.path.rglob("*") if f.name not in made_first):
+        if not any(file.is_file() for file in self.path.rglob("*") if file.name not in BEGINNING):
             shutil.rmtree(self.path)
             return "nothing was kept"
         return f"what was kept is in {self.path}"
@@ -145,6 +168,7 @@ class RunDirectory:
         self._write_config(seal(dump(config), identity))
 
     def _write_config(self, text: str) -> None:
+        self.check_owned()
         with writing(self.config), replacing(self.config, durable=True) as partial:
             partial.write_text(text, encoding="utf-8")
 
@@ -177,6 +201,7 @@ class RunDirectory:
             ) from error
 
     def write_evaluation(self, rows: dict[str, dict[str, float]]) -> None:
+        self.check_owned()
         with writing(self.evaluation), replacing(self.evaluation, durable=True) as partial:
             partial.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -187,16 +212,20 @@ def _figure(value: object) -> float:
     return float(value)
 
 
-def default_root() -> Path:
-    """`runs/` here; but not inside a package that Ray unpacked for a job and deletes after it."""
-    here = Path.cwd()
-    return Path.home() / "tessera-runs" if RAY_PACKAGES in here.parts else here / "runs"
+def _is_leftover(file: Path) -> bool:
+    """What a start makes before its configuration: folders, and files on their way."""
+    return file.is_dir() or file.name.startswith((f".{OWNER}.", f".{CONFIG}."))
 
 
-def _new_name() -> Path:
+def new_name() -> Path:
+    """A directory that was not there, made here: no two runs get the same."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path, number = default_root() / stamp, 1
-    while path.exists():
-        number += 1
-        path = default_root() / f"{stamp}-{number}"
-    return path
+    with writing(path):
+        while True:
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:
+                number += 1
+                path = default_root() / f"{stamp}-{number}"

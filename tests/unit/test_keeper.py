@@ -8,15 +8,18 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
 import pytest
 
-from cluster.errors import CheckpointError, ConfigError, FleetError, StorageError
+from cluster.errors import CheckpointError, ConfigError, FleetError, LockLostError, StorageError
+from cluster.locks import OWNER, acquire
 from learner import checkpoint, keeper
 from learner.checkpoint import CONFIG, restore, verify
 from learner.manifest import MANIFEST, FileSum, Manifest
+from learner.metrics import add_exam
 from learner.output import OutputConfig
 from learner.retention import best_of, kept
 from learner.rundir import RunDirectory
@@ -74,7 +77,9 @@ def test_there_is_none_or_none_is_whole(tmp_path: Path) -> None:
     made = Kept(tmp_path / "run")
     (made.run.checkpoints / ".step_000009.partial").mkdir()
     assert made.open().newest() is None
-    assert made.names == []  # what was half written is gone
+    assert made.names == [".step_000009.partial"]  # which may be another process's
+    made.keeper.clear()
+    assert made.names == []
     broken = made.save(9)
     (broken.path / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="no complete checkpoint under"):
@@ -276,6 +281,52 @@ def test_storage_that_is_not_shared_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="must lie on storage that all nodes share"):
         made.save(1, fleet)
     assert made.names == []
+
+
+def test_who_is_no_owner_any_more_publishes_nothing(tmp_path: Path) -> None:
+    """As after a suspension: whoever took over wrote its own lock."""
+    made = Kept(tmp_path / "run", keep_checkpoints=1)
+    made.save(1)
+    made.run.lock = acquire(made.run.path / OWNER, "run")
+    fleet = FakeFleet(slow_s=0.2)
+    made.keeper.save(2, fleet, combiner())
+    other = replace(made.run.lock.holder, token="0" * 16, pid=1)
+    (made.run.path / OWNER).write_bytes(other.to_bytes())
+    with pytest.raises(LockLostError, match=r"process 1 on .* has taken over"):
+        made.keeper.wait()
+    assert made.steps == [1]
+    writes = (
+        lambda: made.keeper.save(3, FakeFleet(), combiner()),
+        lambda: made.keeper.go_back(0),
+        lambda: made.keeper.annotate(verify(made.run.checkpoints / "step_000001"), {"fid": 1.0}),
+        lambda: made.run.write_evaluation({}),
+        lambda: made.run.write_config(made.config),
+        lambda: add_exam(made.run, 1, {}),
+        made.keeper.clear,
+    )
+    before = sorted(str(path) for path in made.run.path.rglob("*"))
+    for write in writes:
+        with pytest.raises(LockLostError):
+            write()
+    made.keeper.abandon()
+    assert "has taken over" in made.run.farewell()
+    assert sorted(str(path) for path in made.run.path.rglob("*") if ".step" not in path.name) == [
+        path for path in before if ".step" not in path
+    ]
+    made.run.lock.release()
+
+
+def test_one_that_goes_is_never_seen_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Kept(tmp_path / "run", keep_checkpoints=1)
+    made.save(1)
+    seen = []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: seen.append(path.name))
+    made.save(2)
+    assert made.steps == [2]
+    assert [name for name in seen if name.startswith("step_")] == []
+    monkeypatch.undo()
+    made.keeper.clear()
+    assert made.names == ["step_000002"]
 
 
 def test_what_stays() -> None:

@@ -157,17 +157,16 @@ def test_a_run_that_ends_by_an_error_says_it_in_its_log(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    made = command.RunDirectory(tmp_path / "run")
+
     @contextmanager
     def failing(*_: object) -> Iterator[None]:
+        (made.gallery / "base.png").touch()  # else nothing of it would be kept
         raise error
         yield
 
     monkeypatch.setattr(command, "open_fleet", failing)
-    arguments = ["--inline", "--run-dir", str(tmp_path / "run")]
-    (tmp_path / "run" / "gallery").mkdir(parents=True)
-    (tmp_path / "run" / "gallery" / "base.png").touch()  # else nothing of it would be kept
-    monkeypatch.setattr(command.RunDirectory, "create", lambda run_dir, config: made)
-    made = command.RunDirectory(tmp_path / "run")
+    arguments = ["--inline", "--run-dir", str(made.path)]
     if isinstance(error, FleetError):
         assert command.main(arguments) == 1
         assert "error: no GPU is free" in capsys.readouterr().out

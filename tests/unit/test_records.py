@@ -14,7 +14,6 @@ import pytest
 
 from cluster.errors import ConfigError, DataError, StorageError
 from cluster.messages import Span
-from learner import rundir
 from learner.advantage import group_advantages
 from learner.config import RunConfig
 from learner.gallery import contact_sheet
@@ -50,26 +49,6 @@ def test_a_run_that_kept_nothing_leaves_nothing(tmp_path: Path) -> None:
     run.write_evaluation({"base": {"fid": 1.0}})
     assert f"--resume --run-dir {run.path}" in run.farewell()
     assert run.evaluation.is_file()
-
-
-def test_resume_finds_the_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="nothing to resume: no run under"):
-        RunDirectory.existing("")
-    first, second = (RunDirectory.create("", RunConfig()) for _ in range(2))
-    assert first.path != second.path
-    assert RunDirectory.existing("").path == second.path
-    with pytest.raises(ConfigError, match=r"has no config\.yaml"):
-        RunDirectory.existing(str(tmp_path))
-
-
-def test_results_of_a_job_do_not_go_where_ray_deletes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
-    package.mkdir(parents=True)
-    monkeypatch.chdir(package)
-    assert rundir.default_root() == Path.home() / "tessera-runs"
 
 
 def record(recorder: Recorder, iteration: int) -> None:

@@ -1,0 +1,120 @@
+"""Which run directory a command line means, and how it is taken: a new one, one to go on with, or
+a lost one that is made again from its checkpoints elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import ConfigError
+from cluster.files import writing
+from cluster.locks import OWNER, acquire, owner_of
+from cluster.paths import default_root, output_path
+from cluster.whereabouts import check_run_name
+from learner.config import RunConfig, parse_yaml
+from learner.mirror import Mirror
+from learner.rundir import CONFIG, RunDirectory, new_name
+from learner.sealed import unseal
+
+logger = logging.getLogger(__name__)
+
+ELSEWHERE = "the checkpoint's configuration"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A run directory that a command line means; nothing was written yet."""
+
+    path: Path | None
+    """None: a new one with a name of its own."""
+    saved: RunConfig | None = None
+    """Configuration of the run that is resumed; None: a new run."""
+    sealed: bytes | None = None
+    """`config.yaml` of a lost directory, as its newest checkpoint elsewhere keeps it."""
+
+    @contextmanager
+    def take(self, config: RunConfig) -> Iterator[RunDirectory]:
+        """Own the directory while the block runs; make what is not there yet.
+
+        Raises:
+            ConfigError: another process owns it, or it holds something else.
+            StorageError: it cannot be written.
+        """
+        path = self.path
+        if path is None:
+            path = new_name()
+        elif self.saved is None or self.sealed is not None:
+            RunDirectory.check_unused(path)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        stop = f"python -m cluster.stop --run {shlex.quote(str(path))}"
+        with acquire(path / OWNER, f"the run directory {path}", stop, path.name) as lock:
+            if self.sealed is not None:
+                run = RunDirectory.adopt(path, self.sealed)
+            elif self.saved is not None:
+                run = RunDirectory(path)
+            else:
+                run = RunDirectory.create(str(path), config)
+            run.lock = lock
+            yield run
+
+
+def choose(run_dir: str, *, resume: bool, auto_resume: bool, url: str) -> Opening:
+    """What the options mean. Reads only.
+
+    Args:
+        auto_resume: resume the run in `run_dir`, or start it if there is none.
+        url: of checkpoints elsewhere, from which a lost directory is made again.
+
+    Raises:
+        ConfigError: nothing to resume; or a name that no run can have.
+    """
+    path = output_path(run_dir, "--run-dir") if run_dir else None
+    if path is not None:
+        check_run_name(path.absolute().name)
+    if auto_resume and path is None:
+        raise ConfigError("--auto-resume needs the --run-dir of the run")
+    if not resume and not auto_resume:
+        return Opening(path)
+    if path is None:
+        path = newest(default_root())
+        logger.info(f"resuming the newest run, {path}")
+    if (path / CONFIG).is_file():
+        return Opening(path, RunDirectory(path).read_config())
+    if url and (steps := (mirror := Mirror(url)).steps()):
+        sealed = mirror.read(steps[-1], CONFIG)
+        return Opening(path, parse_yaml(unseal(sealed, ELSEWHERE)[0], ELSEWHERE), sealed)
+    if auto_resume:
+        logger.info(f"no run in {path} yet: starting one")
+        return Opening(path)
+    why = f"{path.absolute()} has no {CONFIG}" if path.exists() else f"no {path}"
+    there = f", and no complete checkpoint at {url}" if url else ""
+    raise ConfigError(f"nothing to resume: {why}{there}")
+
+
+def newest(root: Path) -> Path:
+    """The newest run that can be gone on with: past those that are active, and those that ended
+    before anything was kept.
+
+    Raises:
+        ConfigError: there is none; says what was passed over.
+    """
+    files = sorted(root.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    passed: list[str] = []
+    for file in files:
+        run = RunDirectory(file.parent)
+        owner = owner_of(run.path)
+        if not owner and run.kept_anything():
+            for line in passed:
+                logger.info(line)
+            return run.path
+        why = f"it is active ({owner})" if owner else "it kept nothing"
+        passed.append(f"passing over {run.path}: {why}")
+    if not files:
+        raise ConfigError(f"nothing to resume: no run under {root.absolute()}")
+    listed = "\n  ".join(passed)
+    raise ConfigError(f"nothing to resume under {root.absolute()}:\n  {listed}")

@@ -39,6 +39,7 @@ from rewards.config import (
     RewardServerConfig,
     RewardServerResources,
 )
+from rewards.extra_files import RewardFile
 from rewards.moments_server import MomentsServer
 from rewards.reward_server import REWARDS, RewardServer
 
@@ -236,6 +237,7 @@ def _forbid_unknown(kind: type, done: set[type]) -> None:
 
 _forbid_unknown(RunConfig, set())
 _forbid_unknown(RewardPool, set())
+_forbid_unknown(RewardFile, set())
 _ADAPTER = TypeAdapter(RunConfig)
 
 

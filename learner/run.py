@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Annotated
 
@@ -42,6 +42,7 @@ from learner.progress import RunConsole
 from learner.readiness import lacking
 from learner.resuming import check_resume
 from learner.rundir import RunDirectory
+from rewards.extra_files import changed_since
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, Openi
     except ValueError as error:  # what a dataclass says of its own fields
         raise ConfigError(f"command line: {error}") from None
     config = validate(to_dict(parsed.run), "command line")
+    config = replace(config, rewards=config.rewards.with_files())
     if opening.saved:
         check_resume(base, config)
     return parsed.command, config, opening
@@ -208,6 +210,8 @@ def carry_out(command: Command, config: RunConfig, run: RunDirectory, console: C
         stop = StopFlag()
         try:
             logger.info(starting(command, config))
+            for line in changed_since(config.rewards.files):
+                logger.warning(f"note: {line}")
             opened = open_fleet(command, config, run, stop)
             # once more inside, since Ray puts a handler of its own in the place of SIGTERM's
             with stop.installed(), opened as fleet, stop.installed():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
+import tyro
 from pydantic import Field
 
 from cluster.roles import Resources
@@ -16,6 +17,7 @@ from rewards.classifier import ClassifierConfig
 from rewards.clip import ClipConfig
 from rewards.combine import Normalisation, RewardTerm, ScorerTerm
 from rewards.extra import ExtraReward, parse_extra
+from rewards.extra_files import RewardFile, read_file
 from rewards.features import FeaturesConfig
 from rewards.hpsv2 import HpsConfig
 from rewards.moments_config import MomentsConfig
@@ -91,7 +93,10 @@ class RewardsConfig:
     features_pool: str = ""
     """Reward servers that run the feature network: a name of reward_pools; empty: the main pool."""
     extra: tuple[str, ...] = ()
-    """Your own rewards, each written module:Class=weight[,option=value...] (rewards/README.md)."""
+    """Your own rewards, each written module:Class=weight[,option=value...], or with ./file.py in
+    the place of the module (rewards/README.md)."""
+    files: Annotated[Mapping[str, RewardFile], tyro.conf.Suppress] = field(default_factory=dict)
+    """Those files, as they were when the run began: written by the run."""
 
     def __post_init__(self) -> None:
         names = [extra.name for extra in self.extras()]
@@ -104,7 +109,18 @@ class RewardsConfig:
 
     def extras(self) -> list[ExtraReward]:
         """The user's own rewards, parsed."""
-        return [parse_extra(text) for text in self.extra]
+        parsed = [parse_extra(text) for text in self.extra]
+        return [replace(extra, kept=self.files.get(extra.file)) for extra in parsed]
+
+    def with_files(self) -> RewardsConfig:
+        """With the text of the files that `extra` names, which are read now unless they are known.
+
+        Raises:
+            ConfigError: one cannot be read.
+        """
+        named = dict.fromkeys(extra.file for extra in self.extras() if extra.file)
+        files = {name: self.files.get(name) or read_file(name) for name in named}
+        return replace(self, files=files)
 
     def scorers(self) -> dict[str, ScorerTerm]:
         """Name of each enabled scorer -> its part, in the order of the records."""

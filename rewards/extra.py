@@ -1,4 +1,5 @@
-"""A user's own rewards, by dotted path: `my_pkg.rewards:Aesthetic=0.5,normalise=batch`.
+"""A user's own rewards: by dotted path, `my_pkg.rewards:Aesthetic=0.5,normalise=batch`, or in a
+file, `./my_rewards.py:Aesthetic=0.5`.
 
 The class is built as `Aesthetic(device="cuda", ...)` inside the reward servers that run it, and
 called with images and conditions, as every scorer is (`rewards.base.Scorer`).
@@ -25,10 +26,14 @@ from cluster.messages import Condition
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.base import Images
 from rewards.combine import Normalisation, ScorerTerm
+from rewards.extra_files import RewardFile, import_file, read_file
 from rewards.isolation import Isolation, describe, of_the_user
 
 SYNTAX = "module:Class=weight[,option=value...]"
-PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+DOTTED = re.compile(r"(?P<path>[A-Za-z_][\w.]*:[A-Za-z_][\w.]*)(=(?P<rest>.*))?", re.DOTALL)
+IN_FILE = re.compile(
+    r"(?P<path>(?P<file>.+?\.py):[A-Za-z_][\w.]*)(=(?P<rest>.*))?", re.DOTALL
+)  # of any name: with spaces, commas, equals signs
 SECRET_OPTION = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
 OF_THE_TERM = ("normalise", "limit", "pool")
 
@@ -40,9 +45,14 @@ class ExtraReward:
     name: str
     """Under which it is logged."""
     path: str
+    """What was written before the weight: where it is, and the name of the class in it."""
     term: ScorerTerm
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the constructor."""
+    file: str = ""
+    """The file that it is in, as it was written; empty: a module, by its dotted path."""
+    kept: RewardFile | None = None
+    """That file, as it was when the run began; None: as it is where the scorer is built."""
 
 
 def parse_extra(text: str) -> ExtraReward:
@@ -52,10 +62,14 @@ def parse_extra(text: str) -> ExtraReward:
     Raises:
         ValueError: says what is wrong with the text.
     """
-    path, equals, rest = text.strip().partition("=")
-    if not PATH.fullmatch(path):
-        raise ValueError(f"a reward by dotted path is written {SYNTAX}, found {text!r}")
-    weight, *pairs = rest.split(",") if equals else ["1"]
+    found = IN_FILE.fullmatch(text.strip()) or DOTTED.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(
+            f"a reward by dotted path is written {SYNTAX}, one in a file with ./name.py in the "
+            f"place of the module, found {text!r}"
+        )
+    path, rest = found["path"], found["rest"]
+    weight, *pairs = ["1"] if rest is None else rest.split(",")
     values = {"weight": weight}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -76,7 +90,8 @@ def parse_extra(text: str) -> ExtraReward:
             raise ValueError(f"{text!r}: the {key} must be a number, found {values[key]!r}")
     name = str(read.pop("name", _snake(path.rpartition(":")[2])))
     term = {key: read.pop(key) for key in ("weight", *OF_THE_TERM) if key in read}
-    return ExtraReward(name=name, path=path, term=_term(text, term), options=read)
+    file = found.groupdict().get("file") or ""
+    return ExtraReward(name=name, path=path, term=_term(text, term), options=read, file=file)
 
 
 class ForeignScorer:
@@ -151,19 +166,30 @@ def find_extra(extra: ExtraReward, isolated: Isolation | None = None) -> Callabl
             it builds could not be called as scorers are.
     """
     isolated = isolated or Isolation()
-    module, _, qualified = extra.path.partition(":")
+    module, _, qualified = extra.path.rpartition(":")
     ensure_torchvision()  # what it imports may import torchvision
-    hint = ". Is its package installed there, or in the directory that the run was started from?"
+    hint = (
+        ". A file travels alone: is what it imports installed there? Files beside it are not taken "
+        "along: make a package of them, and name it by its dotted path"
+        if extra.file
+        else ". Is its package installed there, or in the directory that the run was started from?"
+    )
     with (
         _building(extra, "cannot be imported where reward servers run", hint),
         isolated(_seed(extra.path)),
     ):
-        found: Any = importlib.import_module(module)
+        found: Any = _module(extra, module)
         for part in qualified.split("."):
             found = getattr(found, part)
     with _building(extra, "cannot be looked at"), isolated(_seed(extra.path)):
         _check_call(extra, found)
     return found
+
+
+def _module(extra: ExtraReward, name: str) -> Any:
+    if not extra.file:
+        return importlib.import_module(name)
+    return import_file(extra.kept or read_file(extra.file))
 
 
 def _check_call(extra: ExtraReward, found: Any) -> None:

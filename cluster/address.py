@@ -11,11 +11,11 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ConfigError, FleetError
+from cluster.ray_token import about_token
 
 VARIABLE = "RAY_ADDRESS"
 OPTION = "--ray.address"
@@ -26,8 +26,6 @@ PROBE_S = 3.0  # longest wait for a cluster to take a connection, and to greet
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 """What a gRPC client says first: HTTP/2's preface, and a SETTINGS frame without settings."""
 SETTINGS = 4  # type of the frame with which a gRPC server must begin (RFC 9113)
-AUTH_MODE, TOKEN_MODE = "RAY_AUTH_MODE", "token"
-TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
 @dataclass(frozen=True)
@@ -272,7 +270,7 @@ def check_answer(answer: GcsAnswer, address: Address, ours: tuple[str, str], wai
     """
     start = f"the Ray cluster at {address} ({address.source})"
     if answer.code == "UNAUTHENTICATED":
-        raise FleetError(f"{start} {_about_token(os.environ)}")
+        raise FleetError(f"{start} {about_token(os.environ)}")
     if answer.code == "UNIMPLEMENTED":
         raise FleetError(
             f"no Ray cluster answers at {address} ({address.source}): a gRPC server listens there, "
@@ -305,44 +303,28 @@ def _same_versions(theirs: tuple[str, str], ours: tuple[str, str]) -> bool:
     return theirs[0] == ours[0] and pythons[0] == pythons[1]
 
 
-def shows_token(environment: Mapping[str, str]) -> bool:
-    """Whether Ray shows a token to a cluster that it is told to join."""
-    return environment.get(AUTH_MODE, "").lower() == TOKEN_MODE
-
-
-def token(environment: Mapping[str, str]) -> str:
-    """The token that Ray would show, empty without one."""
-    if environment.get(TOKEN):
-        return environment[TOKEN].strip()
-    file = token_file(environment)
-    try:
-        return file.read_text().strip() if file else ""
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def token_file(environment: Mapping[str, str]) -> Path | None:
-    """Where the token is read from, unless it is in the environment itself; None: a user without
-    a home directory has no place of his own for it."""
-    if environment.get(TOKEN_PATH):
-        return Path(environment[TOKEN_PATH])
-    try:
-        return Path.home() / ".ray" / "auth_token"
-    except RuntimeError:
-        return None
-
-
-def _about_token(environment: Mapping[str, str]) -> str:
-    """Why a cluster that wants a token refuses this program, and how it gets the right one."""
-    file = token_file(environment)
-    place = f"${TOKEN}" if environment.get(TOKEN) else str(file or f"${TOKEN_PATH}")
-    copy = (
-        "the head's (`ray get-auth-token` there prints it) must be copied to "
-        f"{file or '~/.ray/auth_token'}, or to a file that {TOKEN_PATH} names, on every machine"
+def no_node_here(address: Address) -> str:
+    """That a driver needs a node of the cluster on its own machine."""
+    return (
+        f"the Ray cluster at {address} ({address.source}) has no node on this machine, and a run "
+        f"is driven from a node: start one here by `ray start --address={address}`, or run on the "
+        "cluster by `ray job submit`"
     )
-    if shows_token(environment):
-        if token(environment):
-            return f"asks for a token, and refuses the one in {place}: {copy}"
-        return f"asks for a token, and there is none in {place}: {copy}"
-    there = f"it is then read from {place}" if token(environment) else copy
-    return f"asks for a token, and this program shows none: set {AUTH_MODE}={TOKEN_MODE}; {there}"
+
+
+def why_not_joined(error: BaseException, address: Address) -> str:
+    """What Ray's own error comes to, for a cluster that answered a moment before.
+
+    Args:
+        error: raised by `ray.init`.
+    """
+    chain: list[str] = []
+    each: BaseException | None = error
+    while each is not None:
+        text = " ".join(str(each).split()) or type(each).__name__
+        if text not in chain:
+            chain.append(text)
+        each = each.__cause__
+    if any("No node info found" in text for text in chain):
+        return no_node_here(address)
+    return f"cannot join the Ray cluster at {address} ({address.source}): {': '.join(chain)}"

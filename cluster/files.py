@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from cluster.errors import StorageError
 
 MIB = 1 << 20
+RESUME = "go on with --resume"
 
 
 @contextmanager
@@ -44,22 +46,30 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path, *, kept: str = "") -> Iterator[None]:
+def writing(path: Path, *, kept: str = "", then: str = RESUME) -> Iterator[None]:
     """While the block writes `path`: what the operating system refuses becomes a `StorageError`.
 
     Args:
         kept: what is whole all the same, a sentence for the message.
+        then: what to do once the cause is mended.
     """
     try:
         yield
     except OSError as error:
-        raise storage_error(path, error.strerror or str(error), kept) from error
+        why = error.strerror or str(error)
+        raise storage_error(path, why, error.errno, kept=kept, then=then) from error
 
 
-def storage_error(path: Path, reason: str, kept: str = "") -> StorageError:
-    """What could not be written, why, how much is free there, and what to do."""
+def storage_error(
+    path: Path, reason: str, number: int | None, *, kept: str = "", then: str = RESUME
+) -> StorageError:
+    """What could not be written, why, how much is free there, and what to do.
+
+    Args:
+        number: the operating system's for the reason; None: not known.
+    """
     place = path
-    while not place.exists() and place != place.parent:
+    while not os.path.exists(place) and place != place.parent:
         place = place.parent
     try:
         free = f"{shutil.disk_usage(place).free / MIB:,.0f} MiB are free there"
@@ -67,6 +77,22 @@ def storage_error(path: Path, reason: str, kept: str = "") -> StorageError:
         free = f"the storage does not say how much is free ({error.strerror})"
     whole = f" {kept}." if kept else ""
     return StorageError(
-        f"{path} could not be written: {reason}; {free}.{whole} Make room (or lift the limit), "
-        "then go on with --resume"
+        f"{path} could not be written: {reason}; {free}.{whole} {advice(number)}, then {then}"
     )
+
+
+def advice(number: int | None) -> str:
+    """What to do about an error of the operating system, by its number; without a full stop."""
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "Make room (or lift the limit)"
+    if number in (errno.EACCES, errno.EPERM):
+        return "Have it made writable for this user"
+    if number == errno.EROFS:
+        return "Choose a place that is not read-only"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "Lift the limit on open files (`ulimit -n`)"
+    if number in (errno.ENOMEM, errno.EAGAIN):
+        return "Free memory or processes (or lift the limit)"
+    if number in (errno.ESTALE, errno.EIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT):
+        return "See that the storage is there, and whole"
+    return "Mend that"

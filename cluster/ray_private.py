@@ -5,10 +5,15 @@ a test for each function here, and the bound on Ray in pyproject.toml is what th
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from cluster.address import GcsAnswer
+from cluster.ray_token import AUTH_MODE, TOKEN_MODE
 
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch, for all systems: with 0, all that it starts listens on loopback alone."""
@@ -38,6 +43,93 @@ def shows_token() -> bool:
 
     mode = getattr(_raylet, "get_authentication_mode")()  # noqa: B009  (compiled: no stubs)
     return bool(mode == getattr(_raylet, "AuthenticationMode").TOKEN)  # noqa: B009
+
+
+def show_token() -> None:
+    """Show the user's token from now on; Ray does so by itself only for clusters that it starts or
+    finds on this machine."""
+    from ray import _raylet
+
+    os.environ[AUTH_MODE] = TOKEN_MODE
+    getattr(_raylet, "Config").initialize("")  # noqa: B009  (read anew: Ray may be loaded already)
+
+
+def ask_gcs(address: str, token: str, wait_s: float) -> GcsAnswer:
+    """Ask a cluster's control service for its versions, without joining it.
+
+    Args:
+        token: shown to it; empty: none.
+        wait_s: bound on each of two calls, seconds.
+    """
+    import grpc
+
+    messages: Any = importlib.import_module("ray.core.generated.gcs_service_pb2")
+
+    def call(method: str, request: Any, reply: Any) -> Any:
+        ask = channel.unary_unary(
+            f"/ray.rpc.{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=reply.FromString,
+        )
+        shown = [("authorization", f"Bearer {token}")] if token else None
+        return ask(request, timeout=wait_s, metadata=shown)
+
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            alive = call(
+                "NodeInfoGcsService/CheckAlive",
+                messages.CheckAliveRequest(),
+                messages.CheckAliveReply,
+            )
+            found = call(
+                "InternalKVGcsService/InternalKVGet",
+                messages.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster"),
+                messages.InternalKVGetReply,
+            )
+        except grpc.RpcError as error:
+            return GcsAnswer(error.code().name, str(error.details()))
+    about = json.loads(found.value) if found.value else {}
+    return GcsAnswer(
+        "OK",
+        ray=str(alive.ray_version),
+        python=str(about.get("python_version", "")),
+        private=bool(about.get("ray_init_cluster")),
+    )
+
+
+def nodes_here() -> frozenset[str]:
+    """Ids of the nodes, of whatever cluster, that run on this machine. A driver needs one."""
+    from ray._private import services
+
+    return frozenset(services.find_node_ids())
+
+
+def clusters_here() -> frozenset[str]:
+    """Addresses of the clusters that have a node on this machine, host:port."""
+    from ray._private import services
+
+    find: Any = services.find_gcs_addresses
+    find.cache_clear()
+    return frozenset(find())
+
+
+@contextmanager
+def one_attempt() -> Iterator[None]:
+    """While the block runs, Ray tries once, for 41 s, to reach a cluster that was there a moment
+    ago, and not twenty times."""
+    name = "RAY_gcs_server_port_wait_time_s"
+    before = os.environ.get(name)
+    os.environ[name] = before or "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def in_directory(path: str) -> dict[str, Any]:
+    """Options of `ray.init` for a private Ray that keeps sessions, logs and sockets there."""
+    return {"_temp_dir": path} if path else {}
 
 
 def living_actors() -> dict[str, dict[str, Any]]:

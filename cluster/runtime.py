@@ -6,14 +6,36 @@ import contextlib
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cluster import ray_private
+from cluster.address import (
+    AUTO,
+    OPTION,
+    PORT,
+    PROBE_S,
+    Address,
+    check_answer,
+    current_cluster,
+    greet,
+    is_loopback,
+    no_node_here,
+    parse_address,
+    temp_root,
+    why_not_joined,
+    written_address,
+)
+from cluster.console import bounded
 from cluster.errors import FleetError
-from cluster.ray_private import loopback, shows_token
-from cluster.whereabouts import PROBE_S, is_loopback
+from cluster.machine import check_machine, why_not_started
+from cluster.ray_private import clusters_here, loopback
+from cluster.ray_token import AUTH_MODE, find_token, no_token, shows_token, token
 
 LEAST_STORE_GB = 0.08  # Ray's own least, rounded up
+ANSWER_S = 10.0  # longest wait for a cluster's control service, which may be busy
+CONNECT_S = 90.0  # longest wait for a cluster that has answered to let a program in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +53,15 @@ class RayConfig:
     dashboard_host: str = ""
     """Address on which a private Ray shows its dashboard, e.g. "127.0.0.1"; empty: none. Who can
     reach it can run code here, but for the token that it asks for."""
+    temp_dir: str = ""
+    """Directory of a private Ray's sockets and logs, absolute and short: a path of a socket in it
+    must stay within 107 bytes. Empty: $RAY_TMPDIR/ray, $TMPDIR/ray or /tmp/ray."""
     log_to_driver: bool = False
     """Show the workers' output on this console."""
 
     def __post_init__(self) -> None:
+        if self.temp_dir and not Path(self.temp_dir).is_absolute():
+            raise ValueError(f"temp_dir must be an absolute path, found {self.temp_dir!r}")
         if self.num_cpus < 0:
             raise ValueError(f"num_cpus must be >= 0, found {self.num_cpus}")
         if self.object_store_memory and not LEAST_STORE_GB <= self.object_store_memory < 1e6:
@@ -56,6 +83,7 @@ def _private(config: RayConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "num_cpus": config.num_cpus or None,
         "include_dashboard": bool(config.dashboard_host),
+        **ray_private.in_directory(config.temp_dir),
     }
     if config.dashboard_host:
         options["dashboard_host"] = config.dashboard_host
@@ -64,55 +92,148 @@ def _private(config: RayConfig) -> dict[str, Any]:
     return options
 
 
-def _on_loopback_alone(address: str) -> bool:
+def find_cluster(config: RayConfig, source: str = OPTION) -> Address | None:
+    """The cluster that a user names, once it has answered; None: a private Ray is wanted.
+
+    Args:
+        source: the option that the address was given by, for messages.
+
+    Raises:
+        ConfigError: what is named is no address.
+        FleetError: no cluster is there, or it does not let this program in; within seconds.
+    """
+    text, source = written_address(config.address, source)
+    if not text:
+        return None
+    if text != AUTO:
+        return check_cluster(parse_address(text, source))
+    return check_cluster(_found_here(config.temp_dir, source), ours=True)
+
+
+def _found_here(temp_dir: str, source: str) -> Address:
+    """What "auto" stands for: what `ray start` started last here, else the only cluster that has a
+    node here, but for private ones.
+
+    Raises:
+        FleetError: there is none, or more than one.
+    """
+    if left := current_cluster(temp_dir):
+        return left
+    running = [parse_address(text, f"{source} auto") for text in sorted(clusters_here())]
+    running = [address for address in running if not address.loopback]
+    if len(running) == 1:
+        return running[0]
+    if running:
+        raise FleetError(
+            f"{source} is auto, and several Ray clusters have a node on this machine: name one, "
+            + " or ".join(map(str, running))
+        )
+    raise FleetError(
+        f"{source} is auto, but no Ray cluster runs on this machine: start one by `ray start "
+        f"--head` (or join one by `ray start --address=HOST:{PORT}`), or leave out {source} for a "
+        "Ray of the run's own"
+    )
+
+
+def check_cluster(address: Address, *, ours: bool = False) -> Address:
+    """See that a cluster answers, lets this program in, and runs the same versions.
+
+    Args:
+        ours: whether it was found on this machine: it is then shown the user's token if it asks.
+
+    Raises:
+        FleetError: no; within seconds.
+    """
+    import platform
+
+    import ray
+
+    greet(address)
+    shown = token(os.environ) if shows_token(os.environ) else ""
+    answer = ray_private.ask_gcs(str(address), shown, ANSWER_S)
+    unset = AUTH_MODE not in os.environ
+    if answer.code == "UNAUTHENTICATED" and ours and unset and find_token():
+        ray_private.show_token()
+        answer = ray_private.ask_gcs(str(address), token(os.environ), ANSWER_S)
+    check_answer(answer, address, (ray.__version__, platform.python_version()), ANSWER_S)
+    if shows_token(os.environ) and not find_token():
+        raise FleetError(no_token(os.environ))
+    return address
+
+
+def _on_loopback_alone(address: Address) -> bool:
     """Whether a cluster at a loopback address was started so as `loopback` does. Ray looks for all
     others at this machine's outer address, whatever it is told."""
     from ray.util import get_node_ip_address
 
-    host, _, port = address.rpartition(":")
-    if not (is_loopback(host) and port.isdigit()):
+    if not address.loopback:
         return False
     try:
         outer = get_node_ip_address()
-        socket.create_connection((outer, int(port)), timeout=PROBE_S).close()
+        socket.create_connection((outer, address.port), timeout=PROBE_S).close()
     except OSError:
         return True
     return is_loopback(outer)
 
 
-class RaySession:
-    """A connection to Ray; a private Ray is shut down with it."""
+def _join(cluster: Address, quiet: dict[str, Any]) -> None:
+    import ray
 
-    def __init__(self, config: RayConfig) -> None:
-        # Ray turns token authentication on by itself for a private Ray, and makes the token; naming
-        # the mode here would demand a token that a fresh machine does not have.
+    if not ray_private.nodes_here():
+        raise FleetError(no_node_here(cluster))
+    late = (
+        f"the Ray cluster at {cluster} ({cluster.source}) answered, but did not let this program "
+        f"in within {CONNECT_S:g} s: it hangs or is overloaded (gcs_server.out and raylet.out in "
+        "its logs say more)"
+    )
+    with bounded(CONNECT_S, late), ray_private.one_attempt():
+        try:
+            with loopback() if _on_loopback_alone(cluster) else contextlib.nullcontext():
+                ray.init(address=str(cluster), **quiet)
+        except Exception as error:  # Ray raises bare ones, too
+            raise FleetError(why_not_joined(error, cluster)) from error
+
+
+def _start(config: RayConfig, quiet: dict[str, Any]) -> None:
+    import ray
+
+    # Ray turns token authentication on by itself for a private Ray; naming the mode here would
+    # reach the clusters that this process may join later.
+    check_machine(config.temp_dir)
+    try:
+        # without "local", Ray joins whatever was last started on this machine
+        with loopback():
+            ray.init(address="local", **_private(config), **quiet)
+    except Exception as error:  # Ray raises bare ones, too
+        raise FleetError(why_not_started(error, temp_root(config.temp_dir))) from error
+
+
+class RaySession:
+    """A connection to Ray; a private Ray is shut down with it.
+
+    Args:
+        cluster: one that is known to answer (`check_cluster`); None: as `config` says.
+
+    Raises:
+        ConfigError: the address is none.
+        FleetError: Ray cannot be started, or the cluster not be joined.
+    """
+
+    def __init__(self, config: RayConfig, cluster: Address | None = None) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its warning is no news
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
-        address = config.address or os.environ.get("RAY_ADDRESS", "")
+        cluster = cluster or find_cluster(config)
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
-        try:
-            if address:
-                with loopback() if _on_loopback_alone(address) else contextlib.nullcontext():
-                    ray.init(address=address, **quiet)
-            else:
-                # without "local", Ray joins whatever was last started on this machine
-                with loopback():
-                    ray.init(address="local", **_private(config), **quiet)
-        except Exception as error:  # Ray raises bare ones, too, on a machine that is too busy
-            if address:
-                raise FleetError(f"cannot reach the Ray cluster at {address!r}: {error}") from error
-            raise FleetError(
-                f"cannot start a private Ray: {error}. On a machine that is very busy it helps to "
-                "try again"
-            ) from error
-        self.joined = bool(address)
+        if cluster:
+            _join(cluster, quiet)
+        else:
+            _start(config, quiet)
+        self.joined = cluster is not None
 
     @property
     def guarded(self) -> bool:
         """Whether this program shows a token: a cluster that asks for one lets in nobody else."""
-        return shows_token()
+        return ray_private.shows_token()
 
     @property
     def object_store(self) -> int:

@@ -6,6 +6,7 @@ import difflib
 import importlib.resources
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cluster.files import storage_error, writing
 
 PACKAGE = "package://"
 CONFIG_KEY = "config"
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors names the system's
 
 
 def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
@@ -74,7 +76,8 @@ def write_tensors(
         try:
             save_file(plain, place, metadata={CONFIG_KEY: json.dumps(dict(config))})
         except SafetensorError as error:  # what the system said, in its own words
-            raise storage_error(place, str(error)) from error
+            number = OS_ERROR.search(str(error))
+            raise storage_error(place, str(error), int(number[1]) if number else None) from error
         os.chmod(place, 0o644)  # safetensors writes files that nobody else may read
 
 

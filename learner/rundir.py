@@ -113,7 +113,7 @@ class RunDirectory:
 
     def _make_folders(self) -> None:
         for folder in (self.checkpoints, self.rollouts, self.gallery, self.tensorboard):
-            with writing(folder):
+            with writing(folder, then="start again, or name another directory by --run-dir"):
                 folder.mkdir(parents=True, exist_ok=True)
 
     def kept_anything(self) -> bool:

@@ -13,10 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.address import (
-    AUTH_MODE,
     PROBE_S,
-    TOKEN,
-    TOKEN_PATH,
     VARIABLE,
     Address,
     GcsAnswer,
@@ -28,6 +25,7 @@ from cluster.address import (
     written_address,
 )
 from cluster.errors import ConfigError, FleetError
+from cluster.ray_token import AUTH_MODE, TOKEN, TOKEN_PATH
 
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # an HTTP/2 server's first frame
 OURS = ("2.60.0", "3.11.7")
@@ -166,8 +164,8 @@ def breaks_off(connection: socket.socket) -> None:
     [
         (lambda c: c.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "a web server listens there"),
         (lambda c: c.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), "began with b'SSH-2.0"),
-        (closes, "taken and closed again|taken and broken off"),
-        (breaks_off, "taken and broken off|closed again"),
+        (closes, "taken and closed again|taken and broken off|reset by peer"),
+        (breaks_off, "taken and broken off|closed again|reset by peer"),
         (lambda c: None, r"says nothing for 0\.5 s"),
     ],
     ids=["web", "ssh", "closes", "breaks off", "silent"],

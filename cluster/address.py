@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import ConfigError, FleetError
+from cluster.errors import ConfigError, FleetError, UnreachableError
 from cluster.ray_token import about_token
 
 VARIABLE = "RAY_ADDRESS"
@@ -148,22 +148,23 @@ def greet(address: Address, *, wait_s: float = PROBE_S) -> None:
     """Connect, and see that a gRPC server answers.
 
     Raises:
-        FleetError: says what is there instead.
+        UnreachableError: nothing takes a connection.
+        FleetError: something else does; says what.
     """
     start = f"no Ray cluster answers at {address} ({address.source})"
     try:
         connection = _connected(address, wait_s)
     except socket.gaierror as error:
-        raise FleetError(
+        raise UnreachableError(
             f"{start}: the name {address.host!r} is not known here ({error})"
         ) from None
     except TimeoutError:
-        raise FleetError(
+        raise UnreachableError(
             f"{start}: no connection within {wait_s:g} s; is the machine up, and does a firewall "
             f"let this one reach it? {_otherwise(address)}"
         ) from None
     except OSError as error:
-        raise FleetError(
+        raise UnreachableError(
             f"{start}: {error.strerror or error}. Is the cluster still up, and is that the address "
             f"that `ray start --head` printed? {_otherwise(address)}"
         ) from None
@@ -321,7 +322,10 @@ def why_not_joined(error: BaseException, address: Address) -> str:
     chain: list[str] = []
     each: BaseException | None = error
     while each is not None:
-        text = " ".join(str(each).split()) or type(each).__name__
+        before, traceback, inside = str(each).partition("Traceback (most recent call last)")
+        if traceback:
+            before += inside.strip().rpartition("\n")[2]
+        text = " ".join(before.split()) or type(each).__name__
         if text not in chain:
             chain.append(text)
         each = each.__cause__

@@ -13,14 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cluster.console import bounded
 from cluster.errors import FleetError
-from cluster.runtime import RayConfig, RaySession
+from cluster.runtime import RayConfig, RaySession, find_cluster
 from cluster.whereabouts import Place, check_alive, killed, locate_run
 
 NAMESPACE = "tessera"
 PREFIX = "fleet:"
-CONNECT_S = 60.0  # longest wait for a cluster to let a program in
 ANSWER_S = 30.0  # longest wait for the control actor itself
 
 
@@ -227,13 +225,8 @@ def reached(run: str, address: str) -> Iterator[Reached]:
     """
     place = locate_run(run, address)
     check_alive(place)
-    late = (
-        f"the cluster at {place.address} took the connection, but Ray did not answer within "
-        f"{CONNECT_S:g} s: is it overloaded, or of another version?"
-    )
-    with bounded(CONNECT_S, late):
-        session = RaySession(RayConfig(address=place.address))
-    with session:
+    cluster = find_cluster(RayConfig(address=place.address), place.source)
+    with RaySession(RayConfig(), cluster):
         try:
             name, control = find_control(place.run)
         except FleetError as error:

@@ -22,6 +22,10 @@ class FleetError(TesseraError):
     """A role of the fleet failed, or did not answer in time."""
 
 
+class UnreachableError(FleetError):
+    """Nothing takes a connection where a cluster is said to be."""
+
+
 class LearnerLostError(FleetError):
     """The learner is gone, with what it learned since the last checkpoint."""
 

@@ -6,7 +6,9 @@ import contextlib
 import os
 import socket
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from types import TracebackType
 from typing import Any, Self
 
@@ -144,10 +146,6 @@ def check_cluster(address: Address, *, ours: bool = False) -> Address:
     Raises:
         FleetError: no; within seconds.
     """
-    import platform
-
-    import ray
-
     greet(address)
     shown = token(os.environ) if shows_token(os.environ) else ""
     answer = ray_private.ask_gcs(str(address), shown, ANSWER_S)
@@ -155,7 +153,7 @@ def check_cluster(address: Address, *, ours: bool = False) -> Address:
     if answer.code == "UNAUTHENTICATED" and ours and unset and find_token():
         ray_private.show_token()
         answer = ray_private.ask_gcs(str(address), token(os.environ), ANSWER_S)
-    check_answer(answer, address, (ray.__version__, platform.python_version()), ANSWER_S)
+    check_answer(answer, address, (version("ray"), python_version()), ANSWER_S)
     if shows_token(os.environ) and not find_token():
         raise FleetError(no_token(os.environ))
     return address

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ConfigError, FleetError
+from cluster.address import VARIABLE, greet, parse_address
+from cluster.errors import ConfigError, FleetError, UnreachableError
 from cluster.files import replacing
+from cluster.ray_token import AUTH_MODE, TOKEN_MODE, find_token
 
 WHEREABOUTS = "fleet.json"
-AUTH_MODE, TOKEN = "RAY_AUTH_MODE", "token"
 LONGEST_NAME = 200
 HINT = (
     "one that has just been started is found when its Ray is there; name another's directory by "
     "--run, or its cluster by --address"
 )
-PROBE_S = 3.0  # longest wait for a cluster to take a connection
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Place:
     host: str = ""
     pid: int = 0
     """Of the program that drives it, where its directory says so."""
+    source: str = "--address"
+    """Who says the address: an option, a variable or a file; for messages."""
 
     @property
     def here(self) -> bool:
@@ -48,7 +51,7 @@ class Place:
 def announced(directory: Path, address: str) -> Iterator[None]:
     """While the block runs, a file in the run's directory says which cluster it is on."""
     file = directory / WHEREABOUTS
-    token = os.environ.get(AUTH_MODE) == TOKEN  # Ray says so once it has turned it on
+    token = os.environ.get(AUTH_MODE) == TOKEN_MODE  # Ray says so once it has turned it on
     with replacing(file) as partial:
         found = {
             "run": directory.name,
@@ -76,10 +79,12 @@ def whereabouts(directory: Path) -> Place:
     try:
         found = json.loads(file.read_text())
         if found["token_authentication"]:
-            os.environ.setdefault(AUTH_MODE, TOKEN)
+            os.environ.setdefault(AUTH_MODE, TOKEN_MODE)
+            find_token()
         host, pid = str(found.get("host", "")), int(found.get("pid", 0))
         check_run_name(str(found["run"]))
-        return Place(str(found["run"]), str(found["address"]), directory, host, pid)
+        run, address = str(found["run"]), str(found["address"])
+        return Place(run, address, directory, host, pid, str(file))
     except FileNotFoundError:
         raise FleetError(
             f"no run is active in {directory}: it has ended, or was started with --inline"
@@ -104,7 +109,7 @@ def locate_run(run: str, address: str) -> Place:
         FleetError: the directory that was named holds no active run, or there is none.
     """
     roots = [Path("runs"), Path.home() / "tessera-runs"]
-    cluster, searched = os.environ.get("RAY_ADDRESS", ""), " or ".join(map(str, roots))
+    cluster, searched = os.environ.get(VARIABLE, "").strip(), " or ".join(map(str, roots))
     if address:
         name = Path(run).name
         if name:
@@ -118,9 +123,9 @@ def locate_run(run: str, address: str) -> Place:
             raise FleetError(f"there is no directory {run}: name a run, or its directory")
         if not cluster:
             raise FleetError(f"there is no run {run!r} under {searched}: {HINT}")
-        return Place(run, cluster)
+        return Place(run, cluster, source=f"${VARIABLE}")
     if cluster:
-        return Place("", cluster)
+        return Place("", cluster, source=f"${VARIABLE}")
     files = [file for root in roots for file in root.glob(f"*/{WHEREABOUTS}")]
     files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
     places = [whereabouts(file.parent) for file in files]
@@ -145,23 +150,21 @@ def check_alive(place: Place) -> None:
     """
     if was_killed(place):
         raise killed(place)
-    host, _, port = place.address.rpartition(":")
-    if not port.isdigit():
+    try:
+        address = parse_address(place.address, place.source)
+    except ConfigError:
         return  # "auto" and the like
-    if is_loopback(host) and place.host and not place.here:
+    if address.loopback and place.host and not place.here:
         raise FleetError(
             f"the run {place.run} is on {place.host}, with a Ray that listens there alone: run "
             "this command on that machine"
         )
     try:
-        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
-    except OSError as error:
+        greet(address)
+    except UnreachableError as error:
         if place.directory is not None:
             raise killed(place) from error
-        raise FleetError(
-            f"no cluster answers at {place.address} ({error}): is it the address that `ray start` "
-            "printed, and is this machine allowed to reach it?"
-        ) from error
+        raise
 
 
 def killed(place: Place) -> FleetError:
@@ -188,7 +191,7 @@ def check_run_name(name: str) -> None:
 
 
 def resume_command(directory: Path) -> str:
-    return f"python -m learner.run --resume --run-dir {directory}"
+    return f"python -m learner.run --resume --run-dir {shlex.quote(str(directory))}"
 
 
 def process_lives(pid: int) -> bool:
@@ -201,10 +204,6 @@ def process_lives(pid: int) -> bool:
         return True
     status = Path(f"/proc/{pid}/stat")
     return not (status.is_file() and status.read_text().rpartition(")")[2].split()[0] == "Z")
-
-
-def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
 
 
 def left_behind(directory: Path) -> dict[str, Any]:

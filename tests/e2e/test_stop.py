@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.whereabouts import WHEREABOUTS, is_loopback
+from cluster.address import is_loopback
+from cluster.whereabouts import WHEREABOUTS
 from tests.small_run import flags
 
 START_S = 120.0

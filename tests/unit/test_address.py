@@ -22,6 +22,7 @@ from cluster.address import (
     greet,
     parse_address,
     temp_root,
+    why_not_joined,
     written_address,
 )
 from cluster.errors import ConfigError, FleetError
@@ -282,3 +283,21 @@ def test_a_cluster_that_asks_for_a_token(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv(TOKEN, "abc")
     assert "refuses the one in $RAY_AUTH_TOKEN" in refused()
     assert "abc" not in refused()
+
+
+def test_what_ray_says_when_it_does_not_join() -> None:
+    """One sentence, however Ray wraps it; a machine that is no node of the cluster is told so."""
+    address = Address("10.0.0.1", 6379, f"${VARIABLE}")
+    inner = RuntimeError(
+        "Failed to connect to GCS. Last: Traceback (most recent call last):\n  File x\n    y()\n"
+        "ray.exceptions.RpcError: Timed out\n"
+    )
+    outer = ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+    outer.__cause__ = inner
+    assert why_not_joined(outer, address) == (
+        "cannot join the Ray cluster at 10.0.0.1:6379 ($RAY_ADDRESS): Failed to connect to Ray "
+        "cluster at 10.0.0.1:6379: Failed to connect to GCS. Last: ray.exceptions.RpcError: Timed "
+        "out"
+    )
+    outer.__cause__ = RuntimeError("No node info found matching attributes: '' when trying")
+    assert "start one here by `ray start --address=10.0.0.1:6379`" in why_not_joined(outer, address)

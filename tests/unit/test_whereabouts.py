@@ -58,7 +58,12 @@ def test_a_run_says_where_it_is_while_it_runs(tmp_path: Path) -> None:
     with announced(tmp_path, "10.0.0.1:6379"):
         place = locate_run(str(tmp_path), "")
         assert place == Place(
-            tmp_path.name, "10.0.0.1:6379", tmp_path, socket.gethostname(), os.getpid()
+            tmp_path.name,
+            "10.0.0.1:6379",
+            tmp_path,
+            socket.gethostname(),
+            os.getpid(),
+            str(tmp_path / WHEREABOUTS),
         )
     with pytest.raises(FleetError, match=f"no run is active in {tmp_path}: it has ended"):
         locate_run(str(tmp_path), "")
@@ -81,7 +86,7 @@ def test_or_by_its_cluster(tmp_path: Path, closed: int) -> None:
         message = "it was killed" if not changes else "is on elsewhere, with a Ray that listens"
         with pytest.raises(FleetError, match=message):
             check_alive(place)
-    with pytest.raises(FleetError, match=f"no cluster answers at 127.0.0.1:{closed}"):
+    with pytest.raises(FleetError, match=f"no Ray cluster answers at 127.0.0.1:{closed}"):
         check_alive(locate_run("night", f"127.0.0.1:{closed}"))
 
 
@@ -105,16 +110,18 @@ def test_without_a_name_the_newest_that_lives_is_found(
     with pytest.raises(FleetError, match="it was killed"):
         locate_run("", "")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert locate_run("night", "") == Place("night", "10.0.0.1:6379")
+    assert locate_run("night", "") == Place("night", "10.0.0.1:6379", source="$RAY_ADDRESS")
     assert dead.is_dir()
 
 
-def test_one_that_lives_passes(tmp_path: Path) -> None:
+def test_one_that_hangs_is_not_taken_for_killed(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         directory = write(tmp_path, address=f"127.0.0.1:{listener.getsockname()[1]}")
-        check_alive(locate_run(str(directory), ""))
+        place = locate_run(str(directory), "")
+        with pytest.raises(FleetError, match="says nothing for 3 s"):
+            check_alive(place)
     check_alive(Place("night", "auto"))
 
 

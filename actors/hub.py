@@ -22,10 +22,10 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from huggingface_hub.utils.logging import set_verbosity_error
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from actors.models.official import sha256_of, verify_sum, write_sum
 from actors.models.zoo import HUB, NamedModel
 from cluster.console import make_console
 from cluster.errors import CheckpointError, ConfigError
+from cluster.sums import sha256_of, verify_sum, write_sum
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,15 @@ from cluster.errors import CheckpointError
 from cluster.files import storage_error, writing
 
 PACKAGE = "package://"
+WEIGHTS_VARIABLE = "TESSERA_WEIGHTS"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONFIG_KEY = "config"
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors names the system's
+
+
+def weights_directory() -> Path:
+    """Where fetched files are kept: $TESSERA_WEIGHTS, or ~/.cache/tessera."""
+    return Path(os.environ.get(WEIGHTS_VARIABLE) or "~/.cache/tessera").expanduser()
 
 
 def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
@@ -51,6 +58,19 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The architecture stored in a safetensors file's header; no tensor is read."""
     with _open(path) as file:
         return _config(path, file.metadata())
+
+
+def read_shapes(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Names and shapes of a safetensors file, as tensors without memory; no more than the header is
+    read. Types that are not floating-point are all int8."""
+    with _open(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: torch.empty(
+                part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.int8), device="meta"
+            )
+            for name, part in slices.items()
+        }
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -40,6 +40,45 @@ def caption_conditions(path: str, encoder: str = "") -> list[Condition]:
     return found
 
 
+def peek_captions(path: str) -> int:
+    """Look at a file of captions without reading its features.
+
+    Returns:
+        Width of the features of its first caption; 0 where it has none.
+
+    Raises:
+        DataError: it cannot be read, or holds no caption.
+    """
+    file = Path(path)
+    if file.suffix != ".parquet":
+        read_captions(file)
+        return 0
+    try:
+        with pq.ParquetFile(file.expanduser()) as parquet:
+            names, rows = parquet.schema_arrow.names, parquet.metadata.num_rows
+            if not rows:
+                raise DataError(f"captions {path}: the file holds no caption")
+            if not set(SCHEMA.names) <= set(names) and TEXT not in names:
+                raise DataError(f"captions {path}: {_needs(names)}")
+            own = "shape" in names
+            wanted = ["shape"] if own else [name for name in (FEATURES,) if name in names]
+            if not wanted:
+                return 0
+            first = next(parquet.iter_batches(1, columns=wanted)).column(0)[0].as_py()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"captions {path}: not a readable Parquet file ({error})") from error
+    if own:
+        return int(first[1]) if first and len(first) == 2 else 0
+    return len(first[0]) if first else 0
+
+
+def _needs(columns: list[str]) -> str:
+    return (
+        f"needs a column {TEXT!r}, or those of `python -m actors.captions` "
+        f"({', '.join(SCHEMA.names)}); found {', '.join(columns)}"
+    )
+
+
 def _from_text(path: Path) -> list[Condition]:
     return [Condition(text=caption) for caption in read_captions(path)]
 
@@ -51,10 +90,7 @@ def _from_parquet(path: Path) -> list[Condition]:
             if set(SCHEMA.names) <= set(columns):
                 return read_caption_features(path)
             if TEXT not in columns:
-                raise DataError(
-                    f"captions {path}: needs a column {TEXT!r}, or those of `python -m "
-                    f"actors.captions` ({', '.join(SCHEMA.names)}); found {', '.join(columns)}"
-                )
+                raise DataError(f"captions {path}: {_needs(columns)}")
             table = file.read([name for name in (TEXT, FEATURES) if name in columns])
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"captions {path}: not a readable Parquet file ({error})") from error

@@ -15,6 +15,7 @@ from rewards.fid import Reference
 from rewards.joint import class_table, equal_trace_weight, joint_features
 from rewards.moments import Moments
 from rewards.reference import read_stored
+from rewards.reference_fetch import reference_file
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def set_reference(config: RunConfig, fleet: Fleet) -> RewardSpace:
         ConfigError: a file without joint moments, where these are asked for.
     """
     term, fingerprint = config.rewards.loo_fid, fleet.fingerprint("rewards")
-    if term.reference.endswith(".npz"):
-        space, reference = _stored(config)
+    if stored_reference(term.reference):
+        space, reference = read_moments(config)
     else:
         features = fleet.features(load_images(term.reference), "rewards")[MAIN_SPACE]
         classes = np.zeros(len(features), int)
@@ -64,9 +65,20 @@ def set_reference(config: RunConfig, fleet: Fleet) -> RewardSpace:
     return space
 
 
-def _stored(config: RunConfig) -> tuple[RewardSpace, Reference]:
+def stored_reference(reference: str) -> bool:
+    """Whether a configured reference is a file of moments (else images by name)."""
+    return reference_file(reference).endswith(".npz")
+
+
+def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
+    """The stored moments that a configuration names, and the space they are in.
+
+    Raises:
+        CheckpointError, DataError: no such file, or not one of moments.
+        ConfigError: its joint moments are of other classes than the conditions.
+    """
     term = config.rewards.loo_fid
-    stored = read_stored(term.reference, joint=term.joint)
+    stored = read_stored(reference_file(term.reference), joint=term.joint)
     if not term.joint:
         return RewardSpace(), stored.reference
     classes = len(config.conditions.class_names)

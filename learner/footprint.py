@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from actors.models.loading import count_parameters
-from actors.models.sources import Source, policy_architecture, tokenizer_architecture
+from actors.models.sources import Source, planned_policy, planned_tokenizer
 from cluster.object_store import StoreNeed
 from learner.config import RunConfig
 
@@ -26,10 +26,8 @@ def store_need(config: RunConfig) -> StoreNeed:
         CheckpointError, ConfigError: policy or tokenizer cannot be read.
     """
     policy, tokenizer = config.policy, config.tokenizer
-    architecture = policy_architecture(
-        Source.of(policy.checkpoint, policy.architecture, policy.ema)
-    )
-    codes = tokenizer_architecture(
+    architecture = planned_policy(Source.of(policy.checkpoint, policy.architecture, policy.ema))
+    codes = planned_tokenizer(
         Source.of(tokenizer.checkpoint, tokenizer.architecture, tokenizer.ema)
     )
     side = math.isqrt(architecture.num_tokens) * codes.downsampling
@@ -47,7 +45,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     policy = config.policy
     source = Source.of(policy.checkpoint, policy.architecture, policy.ema)
     averages = 0 if config.learner.lora.rank else AVERAGES
-    return FP32 * (1 + averages) * count_parameters(policy_architecture(source))
+    return FP32 * (1 + averages) * count_parameters(planned_policy(source))
 
 
 class DiskWatch:

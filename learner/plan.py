@@ -14,7 +14,7 @@ import tyro
 from rich.table import Table
 
 from actors.models.loading import count_parameters
-from actors.models.sources import PolicyArchitecture, Source, policy_architecture
+from actors.models.sources import PolicyArchitecture, Source, planned_policy
 from cluster.console import REFUSED, make_console
 from cluster.errors import TesseraError
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset
@@ -44,9 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command.num_learners:
             config = dataclasses.replace(config, num_learners=command.num_learners)
         source = config.policy
-        architecture = policy_architecture(
-            Source.of(source.checkpoint, source.architecture, source.ema)
-        )
+        architecture = planned_policy(Source.of(source.checkpoint, source.architecture, source.ema))
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED

@@ -20,7 +20,10 @@ from actors.models.loading import TokenizerConfig, load_tokenizer
 from cluster.errors import DataError
 from cluster.messages import Condition
 from cluster.sealing import DAMAGED_ARRAYS
+from cluster.tensors import locate
 from learner.datasets import DIGITS, load_images, load_labels
+from rewards.reference_images import CLASSES as SAMPLE_CLASSES
+from rewards.reference_images import SAMPLES
 
 ENCODED_AT_ONCE = 32
 TOKENS, CLASSES = "tokens", "classes"
@@ -83,6 +86,33 @@ class RealTokens:
         index = generator.integers(0, len(self.tokens), self._size)
         asked = (Condition(text="", class_index=int(label)) for label in self.classes[index])
         return self.tokens[index], tuple(asked)
+
+
+def check_source(source: str) -> None:
+    """Whether a source is there and holds what is read of it; no more than its beginning is read.
+
+    Raises:
+        DataError, CheckpointError: it is not, or does not.
+    """
+    if source.startswith(DIGITS):
+        load_images(source)
+        return
+    place = locate(source)
+    if place.suffix == ".parquet":
+        try:
+            names = pq.read_schema(place).names
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{source}: not a readable Parquet file ({error})") from error
+        wanted: tuple[str, ...] = (TOKENS, PARQUET_CLASSES)
+    else:
+        try:
+            with np.load(place, allow_pickle=False) as file:
+                names = file.files
+        except DAMAGED_ARRAYS as error:
+            raise DataError(f"{source}: not a readable .npz file ({error})") from error
+        wanted = (TOKENS, CLASSES) if TOKENS in names else (SAMPLES, SAMPLE_CLASSES)
+    if lacking := [name for name in wanted if name not in names]:
+        raise DataError(f"{source}: expected {' and '.join(wanted)}, found no {', '.join(lacking)}")
 
 
 def _load(source: str, policy: Policy, tokenizer: TokenizerConfig) -> tuple[np.ndarray, np.ndarray]:

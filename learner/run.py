@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -23,7 +23,7 @@ from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.errors import ConfigError, LockLostError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
 from cluster.help import answer_help, asks_help
-from cluster.placement import Placement, place
+from cluster.preflight import Findings
 from cluster.whereabouts import WHEREABOUTS, announced
 from learner.config import (
     DEFAULT_PRESET,
@@ -38,8 +38,8 @@ from learner.footprint import store_need
 from learner.keeper import Checkpoints
 from learner.opening import Opening, choose
 from learner.output import OutputConfig
+from learner.preflight import listed, placement_lines, preflight
 from learner.progress import RunConsole
-from learner.readiness import lacking
 from learner.resuming import check_resume
 from learner.rundir import RunDirectory
 from rewards.extra_files import changed_since
@@ -193,22 +193,36 @@ def _main(arguments: list[str] | None, console: Console) -> int:
     with ExitStack() as owned:
         try:
             command, config, opening = parse(arguments)
+            found = preflight(config)
             if command.dry_run:
-                return dry_run(config)
+                return dry_run(config, found)
+            found.enforce()
             run = owned.enter_context(opening.take(config))
             if command.from_step is not None:  # before a fleet is started for nothing
                 Checkpoints(run, config).at(command.from_step)
         except (TesseraError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return REFUSED
-        return carry_out(command, config, run, console)
+        return carry_out(command, config, run, console, listed(found))
 
 
-def carry_out(command: Command, config: RunConfig, run: RunDirectory, console: Console) -> int:
-    """The run, on the fleet that it asks for; returns the exit status."""
+def carry_out(
+    command: Command,
+    config: RunConfig,
+    run: RunDirectory,
+    console: Console,
+    told: Sequence[str] = (),
+) -> int:
+    """The run, on the fleet that it asks for; returns the exit status.
+
+    Args:
+        told: what is to be told first.
+    """
     with logs.to_file(run.log), RunConsole(config.iterations, console) as shown:
         stop = StopFlag()
         try:
+            for line in told:
+                logger.info(line)
             logger.info(starting(command, config))
             for line in changed_since(config.rewards.files):
                 logger.warning(f"note: {line}")
@@ -280,30 +294,19 @@ def open_fleet(
             yield fleet
 
 
-def dry_run(config: RunConfig) -> int:
-    """Print what would run, where on this machine, and what is not there yet."""
+def dry_run(config: RunConfig, found: Findings) -> int:
+    """Print what the run lacks, its configuration and where it would run; returns the exit status:
+    whether it could start, but for the resources of this machine."""
     from cluster.runtime import local_resources
 
-    wanting = lacking(config)
     cpus, gpus = local_resources()
+    for line in listed(found):
+        print(f"# {line}")
     print(dump(config))
     print(f"# placement on this machine ({cpus:g} CPUs, {gpus:g} GPUs)")
-    try:
-        lines = placement_lines(place(config.fleet_plan(), cpus, gpus))
-    except ConfigError as error:  # a dry run is made on a laptop, too, for a cluster
-        lines = [f"does not fit: {error}"]
-    for line in (*lines, *wanting):
+    for line in placement_lines(config, cpus, gpus):
         print(f"#   {line}")
-    return 0
-
-
-def placement_lines(placements: list[Placement]) -> list[str]:
-    """One line a role."""
-    return [
-        f"{p.count} x {p.role}: {p.num_cpus:g} CPU, {p.num_gpus:g} GPU each, {p.device}, "
-        f"{p.num_threads} thread{'s' if p.num_threads > 1 else ''}"
-        for p in placements
-    ]
+    return REFUSED if found.problems else 0
 
 
 if __name__ == "__main__":

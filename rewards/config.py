@@ -66,7 +66,9 @@ class LooFidTerm(MomentsConfig, RewardTerm):
     """group: by the deviation within the group. batch: by the deviation over the batch. anchored:
     by the deviation within groups of the first iteration. centred: not divided."""
     reference: str = "digits:train"
-    """Real images' moments: an .npz file with mu and sigma, or "digits:train" to compute them."""
+    """Real images' moments: an .npz file with mu and sigma; imagenet256 (64, 128, 512) for ADM's,
+    once fetched (`python -m rewards.reference fetch imagenet256`); or "digits:train" to compute
+    them."""
     seed_images: int = 1000
     """Images of the base policy that start the moving average; at least two groups' worth."""
     joint: bool = False

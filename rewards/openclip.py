@@ -121,7 +121,7 @@ class TextImageModel:
 
 def is_own_source(model: str) -> bool:
     """Whether a model's name stands for weights, too: a directory, or a model on the hub."""
-    return model.startswith(HUB) or _directory(model) is not None
+    return model.startswith(HUB) or directory_of(model) is not None
 
 
 def _source(model: str, pretrained: str) -> tuple[str, dict[str, str], Path | None]:
@@ -134,7 +134,7 @@ def _source(model: str, pretrained: str) -> tuple[str, dict[str, str], Path | No
                 f"{model} comes with its own weights, so pretrained must be empty, found "
                 f"{pretrained!r}; for other weights set model to an open_clip name"
             )
-        directory = _directory(model)
+        directory = directory_of(model)
         if directory is None:
             return model, {}, None
         return f"{LOCAL_DIR}{directory}", _tokenizer_options(directory), None
@@ -144,7 +144,7 @@ def _source(model: str, pretrained: str) -> tuple[str, dict[str, str], Path | No
             f"open_clip model {model!r} needs weights: set pretrained to one of its tags "
             f"({', '.join(tags) or '-'}) or to a checkpoint file"
         )
-    if _is_file(pretrained):
+    if is_file(pretrained):
         return model, {}, locate(pretrained)
     check_activation(model, pretrained)
     return model, {}, None
@@ -156,16 +156,36 @@ def check_activation(model: str, tag: str) -> None:
     Raises:
         CheckpointError: names the model that has the right activation.
     """
-    ensure_torchvision()
-    import open_clip
-
-    trained = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False)
-    architecture = open_clip.get_model_config(model) or {}
-    if trained and not architecture.get("quick_gelu", False):
+    trained = pretrained_of(model, tag).get("quick_gelu", False)
+    if trained and not architecture_of(model).get("quick_gelu", False):
         raise CheckpointError(
             f"open_clip's {tag!r} weights of {model} were trained with another activation "
             f"(QuickGELU), and would score wrongly: set model to {model}-quickgelu"
         )
+
+
+def architecture_of(model: str) -> dict[str, Any]:
+    """open_clip's description of a model of that name; empty if it has none."""
+    ensure_torchvision()
+    import open_clip
+
+    return open_clip.get_model_config(model) or {}
+
+
+def tags_of(model: str) -> list[str]:
+    """open_clip's pretrained tags of a model."""
+    ensure_torchvision()
+    import open_clip
+
+    return open_clip.list_pretrained_tags_by_model(model)
+
+
+def pretrained_of(model: str, tag: str) -> dict[str, Any]:
+    """Where open_clip has the weights of a tag from, and how they were trained."""
+    ensure_torchvision()
+    import open_clip
+
+    return open_clip.get_pretrained_cfg(model, tag)
 
 
 @contextlib.contextmanager
@@ -192,14 +212,20 @@ def _load_file(model: torch.nn.Module, file: Path, name: str) -> None:
     load_strict(model, state, name)
 
 
-def _directory(model: str) -> Path | None:
+def directory_of(model: str) -> Path | None:
+    """The directory that a model's name stands for, if it does.
+
+    Raises:
+        CheckpointError: it should be in a package, and is not.
+    """
     if model.startswith(PACKAGE):
         return locate(model, directory=True)
     path = Path(model).expanduser()
     return path if path.is_dir() else None
 
 
-def _is_file(pretrained: str) -> bool:
+def is_file(pretrained: str) -> bool:
+    """Whether weights are named by a file rather than by a tag."""
     return pretrained.startswith(PACKAGE) or "/" in pretrained or Path(pretrained).is_file()
 
 

@@ -1,4 +1,5 @@
-"""Reference moments of real images: `python -m rewards.reference --images photos --out ref.npz`
+"""Reference moments of real images: `python -m rewards.reference --images photos --out ref.npz`,
+or published ones: `python -m rewards.reference fetch imagenet256`.
 
 Reads the files that FID tools write (pytorch-fid, clean-fid, torch-fidelity, the ADM evaluator's
 batches: arrays `mu` and `sigma`, whatever else is in them), and writes such files, with more in
@@ -260,6 +261,11 @@ def _check(
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["fetch"]:
+        from rewards.reference_fetch import run as fetch
+
+        return fetch(list(given[1:]))
     from rewards.reference_build import run  # it imports this module
 
     return run(arguments)

@@ -42,7 +42,8 @@ AHEAD = 3  # batches in flight for each process
 PROG = "python -m rewards.reference"
 ABOUT = (
     "Mean and covariance of real images' features, for FID and the distribution reward. Started "
-    "again after a stop, the same command goes on where it was."
+    "again after a stop, the same command goes on where it was. `fetch imagenet256` instead of "
+    "options brings ADM's published moments."
 )
 COMMON = {
     "from what, to where": ("--images", "--out", "--overwrite"),

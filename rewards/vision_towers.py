@@ -43,23 +43,10 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
         ConfigError: no vision transformer of that name, or one whose preprocessing is not known.
         CheckpointError: no such file, no network, or the file of another model.
     """
-    ensure_torchvision()
-    import timm
-    from timm.models import is_model_in_modules
-
     model = model or DINOV2
-    name = model.partition(".")[0]
-    if not is_model_in_modules(name, {"vision_transformer"}):
-        close = difflib.get_close_matches(name, timm.list_models(module="vision_transformer"))
-        raise ConfigError(
-            f"model: {model!r} is none of timm's vision transformers; close are "
-            f"{', '.join(close) or 'none'}"
-        )
-    try:
-        settings = _settings(timm.get_pretrained_cfg(model), model)
-    except RuntimeError as error:  # a tag, after the dot, that is not there
-        tags = ", ".join(timm.list_models(f"{name}.*", pretrained=True)) or "none"
-        raise ConfigError(f"model: {model!r}: {brief(error)}; timm has {tags}") from error
+    settings = _settings(known_tower(model), model)
+    import timm
+
     overlay: dict[str, Any] = {}
     if given(checkpoint):
         overlay = {"state_dict": read_state(checkpoint)}
@@ -72,6 +59,30 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
     digest = weights_digest(network)
     network.set_input_size((DINOV2_SIZE, DINOV2_SIZE))
     return network, settings, digest
+
+
+def known_tower(model: str) -> Any:
+    """timm's description of a vision transformer's weights.
+
+    Raises:
+        ConfigError: it has none of that name, or none of that tag.
+    """
+    ensure_torchvision()
+    import timm
+    from timm.models import is_model_in_modules
+
+    name = model.partition(".")[0]
+    if not is_model_in_modules(name, {"vision_transformer"}):
+        close = difflib.get_close_matches(name, timm.list_models(module="vision_transformer"))
+        raise ConfigError(
+            f"model: {model!r} is none of timm's vision transformers; close are "
+            f"{', '.join(close) or 'none'}"
+        )
+    try:
+        return timm.get_pretrained_cfg(model)
+    except RuntimeError as error:  # a tag, after the dot, that is not there
+        tags = ", ".join(timm.list_models(f"{name}.*", pretrained=True)) or "none"
+        raise ConfigError(f"model: {model!r}: {brief(error)}; timm has {tags}") from error
 
 
 def _settings(config: Any, model: str) -> Preprocess:

@@ -31,12 +31,6 @@ from rewards.config import RewardsConfig
 from rewards.convnet import ConvNet, ConvNetConfig
 
 CAPTIONS = ("a cat", "two dogs", "red")
-CIN = TamingConfig(
-    dim=1536, num_layers=48, num_heads=24, vocab_size=16384, block_size=256, grid=16,
-    num_classes=1000,
-)  # fmt: skip
-"""cin_transformer's project file is not shipped; these sizes give its 1.4B parameters."""
-TAMING_VQ = VQConfig(codebook_dim=256, normalise=False, pixel_rule="taming")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +111,8 @@ def architectures(
         assert isinstance(named, VQConfig)
         tokenizer = named
     else:
-        policy, tokenizer = CIN, TAMING_VQ
+        assert model.published is not None
+        policy, tokenizer = model.published
     return _smaller(policy, tokenizer, reduction)
 
 

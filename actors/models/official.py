@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import hashlib
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import CheckpointError
+from cluster.sums import verify_sum
 from cluster.tensors import locate
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -42,7 +42,6 @@ WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _LFS = b"version https://git-lfs"
-_CHUNK = 1 << 22
 
 
 class _LightningCallback:
@@ -86,7 +85,7 @@ def read_official(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
 def open_official(path: str | Path, *, ema: bool = False) -> OfficialFile:
     """As `read_official`, with what the file says beside its weights."""
     file = locate(path)
-    legacy = _sniff(file)
+    legacy = sniff(file)
     verify_sum(file)
     content = _load(file, mmap=not legacy)
     named = _weights(file, content, ema)
@@ -100,47 +99,7 @@ def open_official(path: str | Path, *, ema: bool = False) -> OfficialFile:
     )
 
 
-def sum_file(file: Path) -> Path:
-    """Where the SHA-256 of a fetched file stands, as `sha256sum` writes it."""
-    return file.with_name(file.name + ".sha256")
-
-
-def sha256_of(file: Path, advance: Callable[[int], None] = lambda size: None) -> str:
-    """SHA-256 of a file, in hexadecimal; `advance` is told the size of each piece read."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(_CHUNK):
-            digest.update(piece)
-            advance(len(piece))
-    return digest.hexdigest()
-
-
-def write_sum(file: Path, digest: str) -> None:
-    """Note the SHA-256 of a file beside it."""
-    sum_file(file).write_text(f"{digest}  {file.name}\n")
-
-
-def verify_sum(file: Path, advance: Callable[[int], None] = lambda size: None) -> bool:
-    """Compare a file with the sum beside it; False if there is none.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    note = sum_file(file)
-    if not note.is_file():
-        return False
-    expected = note.read_text().split()[:1]
-    found = sha256_of(file, advance)
-    if expected != [found]:
-        raise CheckpointError(
-            f"{file}: SHA-256 is {found}, but {note.name} says "
-            f"{expected[0] if expected else 'nothing'}: the file was damaged or replaced; fetch it "
-            f"again, or remove {note.name} if you replaced it on purpose"
-        )
-    return True
-
-
-def _sniff(file: Path) -> bool:
+def sniff(file: Path) -> bool:
     """Whether the file is of torch's format before 1.6, which cannot be mapped into memory."""
     with file.open("rb") as stream:
         head = stream.read(64)

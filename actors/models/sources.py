@@ -135,6 +135,26 @@ def tokenizer_architecture(source: Source) -> VQConfig:
     return found
 
 
+def planned_policy(source: Source) -> PolicyArchitecture:
+    """As `policy_architecture`, for a plan: a taming model whose project file is not there has the
+    sizes that were published."""
+    published = _published(source)
+    return published[0] if published else policy_architecture(source)
+
+
+def planned_tokenizer(source: Source) -> VQConfig:
+    """As `planned_policy`, of a tokenizer."""
+    published = _published(source)
+    return published[1] if published else tokenizer_architecture(source)
+
+
+def _published(source: Source) -> tuple[TamingConfig, VQConfig] | None:
+    model = MODELS.get(source.architecture)
+    if model is None or model.published is None or model.project_place().is_file():
+        return None
+    return model.published
+
+
 def kind_of(source: Source) -> Kind:
     """What a source holds; taming's policy files count as policies.
 

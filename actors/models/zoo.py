@@ -7,7 +7,6 @@ carry a `*-project.yaml` beside the checkpoint, which says all of it.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +16,13 @@ from typing import Literal
 from torch import Tensor
 
 from actors.models.llamagen import LlamaGenConfig
+from actors.models.taming import TamingConfig
 from actors.models.vq import VQConfig
 from cluster.errors import ConfigError, did_you_mean
+from cluster.tensors import weights_directory
 
-WEIGHTS_VARIABLE = "TESSERA_WEIGHTS"
 HUB = "https://huggingface.co"
+TAMING_PAGE = "https://github.com/CompVis/taming-transformers"
 
 Kind = Literal["policy", "tokenizer"]
 
@@ -45,10 +46,15 @@ class NamedModel:
     tokenizer: str = ""
     """Name of the tokenizer whose codes the policy speaks; its own name if the file has both."""
 
+    published: tuple[TamingConfig, VQConfig] | None = None
+    """taming: policy and tokenizer as published, for plans. Loading takes the project file's."""
+
     @property
     def url(self) -> str:
-        """Page of the official file."""
-        return f"{HUB}/{self.repo}/blob/main/{self.file}"
+        """Where the official file is; of taming's, the page that links to it."""
+        if self.project:
+            return f"{TAMING_PAGE} (table of models, {self.origin!r})"
+        return f"{HUB}/{self.repo}/resolve/main/{self.file}"
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -62,11 +68,6 @@ class NamedModel:
     def project_place(self, directory: Path | None = None) -> Path:
         """Where the project file belongs."""
         return (directory or weights_directory()) / self.project
-
-
-def weights_directory() -> Path:
-    """Where fetched files are kept: $TESSERA_WEIGHTS, or ~/.cache/tessera."""
-    return Path(os.environ.get(WEIGHTS_VARIABLE) or "~/.cache/tessera").expanduser()
 
 
 # Width, layers, heads. Official constructors of the same letters, prefixed GPT-.
@@ -129,7 +130,12 @@ def _tokenizer(name: str, config: VQConfig, repo: str, file: str) -> NamedModel:
     return NamedModel(name=name, kind="tokenizer", architecture=config, repo=repo, file=file)
 
 
-def _taming(name: str, kind: Kind, origin: str) -> NamedModel:
+def _taming(
+    name: str,
+    kind: Kind,
+    origin: str,
+    published: tuple[TamingConfig, VQConfig] | None = None,
+) -> NamedModel:
     return NamedModel(
         name=name,
         kind=kind,
@@ -137,16 +143,27 @@ def _taming(name: str, kind: Kind, origin: str) -> NamedModel:
         project=f"{name}-project.yaml",
         origin=origin,
         tokenizer=name if kind == "policy" else "",  # Net2Net files hold their VQGAN
+        published=published,
     )
 
 
+_CIN = TamingConfig(
+    dim=1536,
+    num_layers=48,
+    num_heads=24,
+    vocab_size=16384,
+    block_size=256,
+    grid=16,
+    num_classes=1000,
+)
+_CIN_VQ = VQConfig(codebook_dim=256, normalise=False, pixel_rule="taming")
 _VQ_8 = VQConfig(multipliers=(1, 2, 2, 4))
 
 _TABLE = (
     *(_class_policy(size, pixels) for size in _SIZES for pixels in (256, 384)),
     _caption_policy("llamagen-t2i-xl-stage1-256", 256, "t2i_XL_stage1_256.pt"),
     _caption_policy("llamagen-t2i-xl-stage2-512", 512, "t2i_XL_stage2_512.pt"),
-    _taming("cin_transformer", "policy", "ImageNet (cIN)"),
+    _taming("cin_transformer", "policy", "ImageNet (cIN)", (_CIN, _CIN_VQ)),
     _taming("ffhq_transformer", "policy", "FFHQ"),
     _taming("celebahq_transformer", "policy", "CelebA-HQ"),
     _taming("faceshq_transformer", "policy", "FacesHQ"),

@@ -13,7 +13,7 @@ import pytest
 from cluster.errors import ConfigError
 from cluster.messages import Condition
 from learner.config import load_preset, merge, to_dict, validate
-from learner.run import main
+from learner.run import REFUSED, main
 from rewards.combine import ScorerTerm
 from rewards.config import RewardsConfig
 from rewards.extra import load_extra, parse_extra
@@ -132,7 +132,7 @@ def test_a_dry_run_tells_of_rewards_that_cannot_be_built(
         "nowhere.at_all:Thing": "nowhere.at_all:Thing cannot be imported",
         "tests.stand_ins:Brightness=1,shade=3": "called with (device, shade)",
     }.items():
-        assert main(["--dry-run", "--rewards.extra", text]) == 0
+        assert main(["--dry-run", "--rewards.extra", text]) == REFUSED
         assert told in capsys.readouterr().out
     assert main(["--dry-run", "--rewards.extra", "tests.stand_ins:Brightness=1"]) == 0
     assert "rewards.extra:" not in capsys.readouterr().out

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.models.official import open_official, read_official, sha256_of, verify_sum, write_sum
+from actors.models.official import open_official, read_official
 from cluster.errors import CheckpointError
+from cluster.sums import sha256_of, verify_sum, write_sum
 from tests.unit.helpers import tiny_policy
 
 Tensors = dict[str, Tensor]

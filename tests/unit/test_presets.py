@@ -62,16 +62,19 @@ def test_dry_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """On a machine without GPU, weights or references: says what it lacks, and ends well."""
+    """On a machine without GPU, weights or references: says what it lacks, and that the run could
+    not start; that this machine is too small does not count."""
     monkeypatch.setenv("TESSERA_WEIGHTS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert main(["--preset", name, "--dry-run"]) == 0
+    status = main(["--preset", name, "--dry-run"])
+    assert status == (0 if name == "miniature" else REFUSED)
     text = capsys.readouterr().out
     assert yaml.safe_load(text)["iterations"] == values_of(name)["iterations"]
+    assert text.startswith("# ") == (name != "miniature")  # problems first
     if name != "miniature":
-        assert "does not fit: the fleet asks for" in text
+        assert "does not fit this machine: the fleet asks for" in text
         assert f"python -m actors.weights fetch {values_of(name)['policy']['checkpoint']}" in text
-        assert "rewards.loo_fid.reference: there is no" in text
+        assert "rewards.loo_fid.reference: expected" in text
     assert not any(tmp_path.iterdir())
 
 
@@ -142,4 +145,4 @@ def test_a_dry_run_still_refuses_a_policy_of_ones_own_that_is_not_there(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["--dry-run", "--policy.checkpoint", "nowhere.safetensors"]) == REFUSED
-    assert "nowhere.safetensors: no such file" in capsys.readouterr().err
+    assert "nowhere.safetensors: no such file" in capsys.readouterr().out

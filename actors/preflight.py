@@ -1,0 +1,121 @@
+"""Policy and tokenizer before a run starts: whether files are there and fit, by their headers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from actors.models.loading import PolicyConfig, TokenizerConfig, check_fit, count_parameters
+from actors.models.official import sniff
+from actors.models.sources import (
+    Architecture,
+    PolicyArchitecture,
+    Source,
+    official_tensors,
+    planned_policy,
+    planned_tokenizer,
+)
+from actors.models.vq import VQConfig
+from actors.models.zoo import MODELS, NamedModel
+from cluster.errors import TesseraError
+from cluster.preflight import Download, Findings
+from cluster.sums import sum_file
+from cluster.tensors import locate, read_shapes
+
+FP32 = 4
+
+
+def check_models(
+    policy: PolicyConfig, tokenizer: TokenizerConfig, findings: Findings
+) -> tuple[PolicyArchitecture | None, VQConfig | None]:
+    """Look at both, and at whether they fit each other; no weights are read.
+
+    Returns:
+        Their architectures, as far as they are known.
+    """
+    ours = _check("policy", policy, findings)
+    theirs = _check("tokenizer", tokenizer, findings)
+    assert not isinstance(ours, VQConfig)
+    assert theirs is None or isinstance(theirs, VQConfig)
+    if ours and theirs and ours.vocab_size != theirs.codebook_size:
+        named = MODELS.get(policy.checkpoint)
+        belongs = f" ({named.tokenizer} belongs to {named.name})" if named else ""
+        findings.problem(
+            "tokenizer.checkpoint",
+            f"a codebook of {ours.vocab_size} codes, as the policy draws",
+            f"{theirs.codebook_size} in {tokenizer.checkpoint}",
+            f"name the tokenizer that the policy was trained with{belongs}",
+        )
+    return ours, theirs
+
+
+def image_side(policy: PolicyArchitecture | None, tokenizer: VQConfig | None) -> int:
+    """Pixels a side of the policy's images; 0 where it is not known."""
+    if policy is None or tokenizer is None:
+        return 0
+    return math.isqrt(policy.num_tokens) * tokenizer.downsampling
+
+
+def _check(
+    field: str, config: PolicyConfig | TokenizerConfig, findings: Findings
+) -> Architecture | None:
+    source = Source.of(config.checkpoint, config.architecture, config.ema)
+    if source.name and (absent := _absent(MODELS[source.name])):
+        _not_fetched(field, MODELS[source.name], absent, findings)
+        return _planned(field, source)
+    name = f"{field}.checkpoint"
+    with findings.of(name):
+        locate(source.file)  # before the architecture, which may stand in it
+        architecture: Architecture = (planned_policy if field == "policy" else planned_tokenizer)(
+            source
+        )
+        _check_file(source, architecture)
+        return architecture
+    return None
+
+
+def _check_file(source: Source, architecture: Architecture) -> None:
+    """Names and shapes; not the sum of a fetched file, which takes reading all of it."""
+    if not source.official:
+        check_fit(read_shapes(source.file), architecture, source)
+        return
+    file = locate(source.file)
+    legacy = sniff(file)  # those cannot be mapped, and would be read whole
+    if not legacy and not sum_file(file).is_file():
+        check_fit(official_tensors(source, architecture), architecture, source)
+
+
+def _absent(model: NamedModel) -> list[Path]:
+    places = [model.place(), *([model.project_place()] if model.project else [])]
+    return [place for place in places if not place.is_file()]
+
+
+def _not_fetched(field: str, model: NamedModel, absent: list[Path], findings: Findings) -> None:
+    command = f"python -m actors.weights fetch {model.name}"
+    if model.project:
+        command += " says where from"
+    places = " and ".join(map(str, absent))
+    findings.problem(
+        f"{field}.checkpoint",
+        f"{model.name} at {places}",
+        "nothing there",
+        f"{command} ({model.url})",
+    )
+    architecture = model.architecture or _published(model)
+    size = FP32 * count_parameters(architecture) if architecture else 0
+    if all(download.url != model.url for download in findings.downloads):
+        findings.downloads.append(
+            Download(field=field, name=model.name, url=model.url, size=size, command=command)
+        )
+
+
+def _published(model: NamedModel) -> Architecture | None:
+    return model.published[0] if model.published else None
+
+
+def _planned(field: str, source: Source) -> Architecture | None:
+    """The architecture of a model that is not fetched, where it is known without its files."""
+    try:
+        return planned_policy(source) if field == "policy" else planned_tokenizer(source)
+    except TesseraError:
+        return None

@@ -1,0 +1,277 @@
+"""What a run needs, looked at before anything is started: for the run itself and for a dry run.
+
+No weights are loaded and nothing is fetched: files are looked for, headers read, names compared.
+What workers on other machines have is theirs to say when they start.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from actors.models.llamagen import LlamaGenConfig
+from actors.models.sources import PolicyArchitecture
+from actors.models.taming import TamingConfig
+from actors.preflight import check_models, image_side
+from cluster.errors import ConfigError, DataError
+from cluster.placement import Placement, place
+from cluster.preflight import Download, Findings, size_of
+from cluster.tensors import locate
+from learner.caption_conditions import peek_captions
+from learner.conditions import DIGITS as DIGIT_NAMES
+from learner.config import RunConfig
+from learner.datasets import DIGITS, load_images
+from learner.distribution import read_moments, stored_reference
+from learner.real_tokens import check_source
+from rewards.config import NETWORKS
+from rewards.preflight import check_judge, check_rewards, feature_dim, fits_fingerprint
+from rewards.reference_fetch import COMMAND, PUBLISHED, by_file
+
+BUILD = "python -m rewards.reference --images DIR --out reference.npz"
+
+
+def preflight(config: RunConfig) -> Findings:
+    """Everything that can be said of a configuration without a fleet."""
+    findings = Findings()
+    policy, tokenizer = check_models(config.policy, config.tokenizer, findings)
+    side = image_side(policy, tokenizer)
+    _conditions(config, policy, findings)
+    foreign = {name for name, pool in config.reward_pools.items() if pool.runtime_env}
+    check_rewards(config.rewards, foreign, side, findings)
+    _reference(config, side, findings)
+    _evaluation(config, side, findings)
+    if config.real.weight:
+        with findings.of("real.source"):
+            check_source(config.real.source)
+    if config.learner.lora.rank and importlib.util.find_spec("peft") is None:
+        findings.problem(
+            "learner.lora", "peft to be installed", "none", "pip install 'tessera-rl[lora]'"
+        )
+    findings.notes += notes(config, side)
+    return findings
+
+
+def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: Findings) -> None:
+    conditions = config.conditions
+    captions = isinstance(policy, LlamaGenConfig) and bool(policy.caption_dim)
+    if conditions.captions:
+        with findings.of("conditions.captions"):
+            width = peek_captions(conditions.captions)
+            _captions(config, policy, captions, width, findings)
+        return
+    if captions:
+        findings.problem(
+            "conditions.captions",
+            "a file of captions, since the policy draws for captions",
+            "none",
+            "name one (python -m actors.captions makes it), or another policy",
+        )
+    known = getattr(policy, "num_classes", 0)
+    of_classes = policy is not None and not captions and _has_classes(policy)
+    asked = conditions.classes or range(len(conditions.class_names))
+    if of_classes and max(asked) >= known:
+        findings.problem(
+            "conditions.names",
+            f"the {known} classes of {config.policy.checkpoint}, in their order",
+            f"{len(conditions.class_names)} names, of which number {max(asked)} is asked for",
+            "name the policy's own classes (imagenet for ImageNet's thousand)",
+        )
+
+
+def _has_classes(policy: PolicyArchitecture) -> bool:
+    return not isinstance(policy, TamingConfig) or policy.condition == "class"
+
+
+def _captions(
+    config: RunConfig,
+    policy: PolicyArchitecture | None,
+    captions: bool,
+    width: int,
+    findings: Findings,
+) -> None:
+    """
+    Args:
+        captions: whether the policy draws for captions.
+        width: of the file's features; 0 where it has none.
+    """
+    field = "conditions.captions"
+    if policy is not None and not captions and _has_classes(policy):
+        findings.problem(
+            field,
+            "nothing, since the policy draws for classes",
+            config.conditions.captions,
+            "leave it empty, or choose a policy of captions",
+        )
+    if not captions:
+        return
+    assert isinstance(policy, LlamaGenConfig)
+    if not width and not config.conditions.encoder:
+        findings.problem(
+            field,
+            "captions with features, which the policy reads",
+            "text alone",
+            "python -m actors.captions encodes it, or set conditions.encoder",
+        )
+    elif width and width != policy.caption_dim:
+        findings.problem(
+            field,
+            f"features of width {policy.caption_dim}, which the policy reads",
+            f"width {width}",
+            "encode the captions with the encoder that the policy was trained with",
+        )
+    if config.conditions.encoder and importlib.util.find_spec("transformers") is None:
+        remedy = "pip install 'tessera-rl[t2i]'"
+        findings.problem("conditions.encoder", "transformers to be installed", "none", remedy)
+
+
+def _reference(config: RunConfig, side: int, findings: Findings) -> None:
+    field, term = "rewards.loo_fid.reference", config.rewards.loo_fid
+    published = PUBLISHED.get(term.reference)
+    if published is not None and not published.place().is_file():
+        command = f"{COMMAND} {published.name}"
+        findings.problem(
+            field,
+            f"{published.name} at {published.place()}",
+            "nothing there",
+            f"{command} ({published.url})",
+        )
+        findings.downloads.append(
+            Download(
+                field=field,
+                name=published.file,
+                url=published.url,
+                size=published.size,
+                command=command,
+            )
+        )
+        return
+    with findings.of(field):
+        if not stored_reference(term.reference):
+            _images(field, term.reference, config)
+            return
+        if published is None and not Path(term.reference).expanduser().is_file():
+            raise ConfigError(_no_reference(term.reference))
+        space, reference = read_moments(config)
+        _fits_features(config, side, len(reference.mu), space.table, reference.fingerprint)
+
+
+def _no_reference(path: str) -> str:
+    known = by_file(path)
+    remedy = f"build it from real images ({BUILD})"
+    if known:
+        remedy = (
+            f"name it {known.name} after `{COMMAND} {known.name}`, which brings it from {known.url}"
+        )
+    return (
+        f"expected a file of moments, found none at {Path(path).expanduser().absolute()}: {remedy}"
+    )
+
+
+def _fits_features(config: RunConfig, side: int, dim: int, table: object, fingerprint: str) -> None:
+    """
+    Raises:
+        DataError: moments of other features than the run's.
+    """
+    features = config.rewards.features
+    ours = feature_dim(features, side)
+    ours += 0 if table is None else table.shape[1]  # type: ignore[attr-defined]
+    again = f"build it with the network of the run ({BUILD})"
+    if ours and ours != dim:
+        raise DataError(
+            f"expected moments of {ours} dimensions, as features of {features.network!r} have, "
+            f"found {dim}: {again}, or set rewards.features to the reference's"
+        )
+    if fingerprint and not fits_fingerprint(features, fingerprint):
+        raise DataError(
+            f"expected moments of the features of {features.network!r}, found those of "
+            f"{fingerprint!r}: {again}"
+        )
+
+
+def _images(field: str, source: str, config: RunConfig) -> None:
+    """Real images by name: there, and of the same things as the policy's.
+
+    Raises:
+        DataError: they are not.
+    """
+    if not source.startswith(DIGITS):
+        locate(source)
+    load_images(source)
+    conditions = config.conditions
+    if source.startswith(DIGITS) and not conditions.captions:
+        ours = len(conditions.class_names)
+        if ours != len(DIGIT_NAMES):
+            what = "rewards.loo_fid.reference" if field.startswith("rewards") else field
+            raise DataError(
+                f"expected real images of the {ours} classes of conditions.names, found the ten "
+                f"digits ({source}): set {what} to images or moments of these classes"
+                + ("" if field.startswith("rewards") else ", or evaluation.num_images to 0")
+            )
+
+
+def _evaluation(config: RunConfig, side: int, findings: Findings) -> None:
+    evaluation, conditions = config.evaluation, config.conditions
+    if not evaluation.num_images:
+        return
+    asked = conditions.classes or range(len(conditions.class_names))
+    check_judge(config.judge, side, None if conditions.captions else asked, findings)
+    with findings.of("evaluation.images"):
+        _images("evaluation.images", evaluation.images, config)
+
+
+def notes(config: RunConfig, side: int = 0) -> list[str]:
+    """Settings that are allowed, and most likely not meant."""
+    found = []
+    if not any(term.weight for term in config.rewards.terms().values()):
+        others = {
+            "loss.kl_coef": config.loss.kl_coef,
+            "entropy.controller": config.entropy.controller != "none",
+            "real.weight": config.real.weight,
+        }
+        left = [name for name, value in others.items() if value]
+        what = f"all that changes the policy is {', '.join(left)}" if left else "nothing is learned"
+        found.append(
+            f"all weights of rewards are 0 (rewards.*.weight): rewards are logged, and {what}"
+        )
+    for name, term in (("clip", config.rewards.clip), ("hps", config.rewards.hps)):
+        ours = term.model.startswith(NETWORKS)
+        digits = tuple(config.conditions.class_names) == DIGIT_NAMES
+        if term.enabled and ours and not (digits and not config.conditions.captions):
+            found.append(
+                f"rewards.{name}.model is the miniature's, which knows the ten digits alone: name "
+                "a model for these conditions"
+            )
+    if config.learner.warmup > config.iterations:
+        found.append(
+            f"learner.warmup {config.learner.warmup} is not over within {config.iterations} "
+            "iterations: the learning rate never reaches learner.lr"
+        )
+    return found
+
+
+def listed(findings: Findings) -> list[str]:
+    """Problems, downloads and notes, in lines; nothing where there is nothing to say."""
+    lines: list[str] = []
+    if findings.problems:
+        count = len(findings.problems)
+        lines.append(f"the run cannot start, {count} problem{'s' * (count > 1)}:")
+        lines += [f"  {problem}" for problem in findings.problems]
+    if findings.downloads:
+        total = sum(download.size for download in findings.downloads)
+        lines.append(f"downloads, together {size_of(total)}:")
+        lines += [f"  {download}" for download in findings.downloads]
+    return lines + [f"note: {note}" for note in findings.notes]
+
+
+def placement_lines(config: RunConfig, cpus: float, gpus: float) -> list[str]:
+    """Where everything would run on a machine: one line a role."""
+    try:
+        return [_placed(placement) for placement in place(config.fleet_plan(), cpus, gpus)]
+    except ConfigError as error:  # a dry run is made on a laptop, too, for a cluster
+        return [f"does not fit this machine: {error}"]
+
+
+def _placed(p: Placement) -> str:
+    threads = f"{p.num_threads} thread{'s' if p.num_threads > 1 else ''}"
+    each = f"{p.num_cpus:g} CPU, {p.num_gpus:g} GPU each"
+    return f"{p.count} x {p.role}: {each}, {p.device}, {threads}"

@@ -138,10 +138,12 @@ def _shown(value: Any) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    """Up to the first full stop, colon or semicolon that comes after a few words."""
+    """Up to the first full stop, colon or semicolon after a few words; without what is in brackets
+    at its end."""
     flat = " ".join(text.split())
     ends = (found.start() for found in END.finditer(flat) if found.start() >= FEW)
-    return flat[: next(ends, len(flat))].rstrip(".")
+    sentence = flat[: next(ends, len(flat))].rstrip(".")
+    return re.sub(r" \([^()]*\)$", "", sentence)
 
 
 @functools.cache

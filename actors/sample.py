@@ -12,7 +12,6 @@ Shapes: N images, B batch, T tokens, H and W pixels.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -41,6 +40,7 @@ from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, TesseraError
 from cluster.help import answer_help
 from cluster.messages import Condition, RequestKey, SamplingSpec
+from cluster.strict_json import dumps
 
 STREAM = "sample"
 PER_CONDITION = 4
@@ -230,7 +230,7 @@ def write(plan: Plan) -> None:
             advance(len(images))
     sheet.save(out / "grid.png")
     record = describe(plan) | {"seconds": round(time.monotonic() - start, 3)}
-    (out / "samples.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    (out / "samples.json").write_text(dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -48,8 +48,8 @@ class PoolStatus:
     """Pieces of work that wait for a worker."""
     wanted: int
     """Workers that there are to be."""
-    wait_s: float = 0.0
-    """How long work waited lately, on average."""
+    wait_s: float | None = None
+    """How long work waited lately, on average; None: there was none yet."""
     workers: tuple[WorkerStatus, ...] = ()
 
 
@@ -62,13 +62,13 @@ class Progress:
     done: int = 0
     """Iterations behind it."""
     iterations: int = 0
-    """Iterations that there are to be."""
+    """Iterations that there are to be; 0: not known yet."""
     seconds: float = 0.0
     """Of an iteration, on average over the last ones; 0: not known yet."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The newest line of the records."""
-    free_bytes: int = 0
-    """Room on the disk of the run directory."""
+    free_bytes: int | None = None
+    """Room on the disk of the run directory; None: not known yet."""
 
     @property
     def eta_s(self) -> float | None:

@@ -26,6 +26,7 @@ from typing import Literal, Self
 from cluster.errors import LockHeldError, LockLostError
 from cluster.files import writing
 from cluster.processes import process_start, this_machine
+from cluster.strict_json import dumps
 from cluster.whereabouts import process_lives
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Holder:
         return not (now and self.started) or now == self.started
 
     def to_bytes(self) -> bytes:
-        return (json.dumps(asdict(self)) + "\n").encode()
+        return (dumps(asdict(self)) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self | None:

@@ -88,9 +88,9 @@ class LoadMeter:
         self._busy_s += seconds
 
     @property
-    def recent_wait_s(self) -> float:
-        """Mean of the newest waits, whenever the observation began."""
-        return sum(self._recent) / len(self._recent) if self._recent else 0.0
+    def recent_wait_s(self) -> float | None:
+        """Mean of the newest waits, whenever the observation began; None before the first."""
+        return sum(self._recent) / len(self._recent) if self._recent else None
 
     def age(self, now: float) -> float:
         """Seconds of observation so far."""

@@ -9,7 +9,6 @@ python -m cluster.status --json              for programs
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -36,6 +35,7 @@ from cluster.control import (
 )
 from cluster.object_store import size
 from cluster.ray_private import living_actors
+from cluster.strict_json import dumps
 from cluster.whereabouts import WHEREABOUTS
 
 WIDTH = 120  # columns, where there is no terminal
@@ -75,7 +75,7 @@ def as_dict(
         "stage": progress.stage,
         "said_s_ago": status.age_s,
         "iteration": progress.done,
-        "iterations": progress.iterations,
+        "iterations": progress.iterations or None,
         "iterations_per_h": 3600 / progress.seconds if progress.seconds else None,
         "images_per_s": metrics.get("time/images_per_s"),
         "eta_s": progress.eta_s,
@@ -117,8 +117,8 @@ def _role_of_singles(
         "starting": sum(worker.state == "starting" for worker in workers),
         "leaving": 0,
         "wanted": len(workers),
-        "queued": 0,
-        "queue_wait_s": 0.0,
+        "queued": None,  # there is no queue
+        "queue_wait_s": None,
         "workers": [_worker(worker, actors, None) for worker in workers],
     }
 
@@ -177,21 +177,24 @@ def table(found: Mapping[str, Any]) -> Group:
 def _state(role: Mapping[str, Any]) -> str:
     parts = [f"{role[name]} {name}" for name in ("serving", "starting", "leaving") if role[name]]
     if role["queued"] or role["queue_wait_s"]:
-        parts.append(f"{role['queued']} in queue ({role['queue_wait_s']:.2g} s)")
+        wait_s = role["queue_wait_s"]
+        took = "" if wait_s is None else f" ({wait_s:.2g} s)"
+        parts.append(f"{role['queued']} in queue{took}")
     return ", ".join(parts) or "none"
 
 
 def headlines(found: Mapping[str, Any]) -> list[str]:
     """What is known of the run as a whole."""
     lines = [f"run {found['run']}: {found['stage']}  {found['directory']}"]
-    parts = [f"iteration {found['iteration']} of {found['iterations']}"]
+    parts = [f"iteration {found['iteration']} of {found['iterations'] or '?'}"]
     if found["iterations_per_h"]:
         parts.append(f"{found['iterations_per_h']:.4g} an hour")
         parts.append(f"{timedelta(seconds=round(found['eta_s']))} left")
     if found["images_per_s"]:
         parts.append(f"{found['images_per_s']:.3g} images/s")
     parts.append(f"{found['restarts']} workers replaced")
-    parts.append(f"{size(found['free_bytes'])} free on its disk")
+    if found["free_bytes"] is not None:
+        parts.append(f"{size(found['free_bytes'])} free on its disk")
     lines.append(", ".join(parts))
     age = found["said_s_ago"]
     if age is None:
@@ -226,7 +229,7 @@ def watch(run: Reached, seconds: float, *, as_json: bool) -> None:
     """Show it again and again, until the run ends."""
     if as_json:
         while not _ended(run):
-            print(json.dumps(look(run)), flush=True)
+            print(dumps(look(run)), flush=True)
             time.sleep(seconds)
         return
     with Live(console=console(), auto_refresh=False) as live:
@@ -255,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
                     watch(run, asked.watch, as_json=asked.json)
                 print("the run has ended", file=sys.stderr)
             elif asked.json:
-                print(json.dumps(look(run)))
+                print(dumps(look(run)))
             else:
                 console().print(table(look(run)), highlight=False)
 

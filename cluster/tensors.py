@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from cluster.errors import CheckpointError
 from cluster.files import storage_error, writing
+from cluster.strict_json import dumps
 
 PACKAGE = "package://"
 WEIGHTS_VARIABLE = "TESSERA_WEIGHTS"
@@ -94,7 +95,7 @@ def write_tensors(
     place = Path(path)
     with writing(place):
         try:
-            save_file(plain, place, metadata={CONFIG_KEY: json.dumps(dict(config))})
+            save_file(plain, place, metadata={CONFIG_KEY: dumps(dict(config))})
         except SafetensorError as error:  # what the system said, in its own words
             number = OS_ERROR.search(str(error))
             raise storage_error(place, str(error), int(number[1]) if number else None) from error

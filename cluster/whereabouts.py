@@ -16,6 +16,7 @@ from cluster.address import VARIABLE, greet, parse_address
 from cluster.errors import ConfigError, FleetError, UnreachableError
 from cluster.files import replacing
 from cluster.ray_token import AUTH_MODE, TOKEN_MODE, find_token
+from cluster.strict_json import dumps
 
 WHEREABOUTS = "fleet.json"
 LONGEST_NAME = 200
@@ -60,7 +61,7 @@ def announced(directory: Path, address: str) -> Iterator[None]:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        partial.write_text(json.dumps(found) + "\n")
+        partial.write_text(dumps(found) + "\n")
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from cluster.errors import LearningError
 from cluster.messages import Span
+from cluster.strict_json import number
 from learner.timeline import role_of
 
 Action = Literal["off", "warn", "stop"]
@@ -132,7 +133,9 @@ class Guards:
             self(row)
 
     def __call__(self, row: Mapping[str, Any]) -> Findings:
-        """Look at one iteration's metrics."""
+        """Look at one iteration's metrics; a number that was not finite may be None, as the records
+        keep it."""
+        row = {name: number(value) for name, value in row.items()}
         config = self.config
         problems = {
             "reward_flat": (config.reward, self._reward(row)),

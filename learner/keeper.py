@@ -7,7 +7,6 @@ raised there.
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import shutil
@@ -22,6 +21,7 @@ from cluster.errors import CheckpointError, ConfigError, StorageError, TesseraEr
 from cluster.files import replacing, sync, writing
 from cluster.fleet import Fleet
 from cluster.roles import LearnerRole
+from cluster.strict_json import dumps
 from learner import records
 from learner.checkpoint import (
     Checkpoint,
@@ -328,7 +328,7 @@ class Checkpoints:
         place = f"{self._root.name}/{name_of(best)}"
         said = {"figure": figure, "value": graded[best][figure], "step": best, "checkpoint": place}
         with writing(file), replacing(file, durable=True) as partial:
-            partial.write_text(json.dumps(said, indent=2) + "\n")
+            partial.write_text(dumps(said, indent=2) + "\n")
         return best
 
     def _readable(self, step: int) -> Manifest | None:

@@ -187,7 +187,8 @@ class Learner:
         ]
         self.version += 1
         # The first steps of the first pass see the policy that acted, or nearly so.
-        acted = _mean(_taken(steps[: options.minibatches]), OF_THE_ACTOR) | before
+        of_the_actor = [name for name in OF_THE_ACTOR if name in steps[0]]
+        acted = _mean(_taken(steps[: options.minibatches]), of_the_actor) | before
         others = [name for name in steps[0] if name not in acted]
         metrics = self._metrics(acted | _mean(_taken(steps), others))
         metrics |= {"policy/staleness": float(staleness), "loss/lr": lr}
@@ -314,8 +315,9 @@ class Learner:
     def _accumulate(self, part: Prepared, total: int, most: int) -> dict[str, float]:
         """Gradients of this learner's part of `total` rollouts, microbatch by microbatch; returns
         the mean statistics of them all. most: rollouts that one learner has of them."""
-        config, sums = self._config, Sums()
+        config = self._config
         in_loss = config.loss.kl_coef > 0 and config.loss.kl_in == "loss"
+        sums = Sums(reference_kl=in_loss)
         for rows in self._passes.rounds(part, most):
             share = len(rows) / total
             logprobs, entropies = self._policy.logprobs(

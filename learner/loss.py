@@ -93,7 +93,8 @@ class LossStats:
 
     surrogate: Tensor
     entropy: Tensor
-    reference_kl: Tensor
+    reference_kl: Tensor | None
+    """None where it was not measured."""
     mismatch_kl: Tensor
     """KL(behaviour || learner), k3: 0 before the first update if both sides agree."""
     logprob_gap: Tensor
@@ -179,10 +180,11 @@ def grpo_loss(
     if weights is not None:
         surrogate = surrogate * weights
     loss = surrogate.mean() - entropy_coef * entropies.mean()
-    estimates = torch.zeros_like(logprobs)
+    reference_kl = None
     if reference is not None:
         estimates = divergence(logprobs, reference, config.kl_estimator, config.kl_level)
-        loss = loss + config.kl_coef * estimates.mean()
+        reference_kl = estimates.mean()
+        loss = loss + config.kl_coef * reference_kl
     if config.length_divisor:
         loss = loss * constant_length(logprobs.shape[1], config.length_divisor)
     with torch.no_grad():
@@ -190,7 +192,7 @@ def grpo_loss(
         stats = LossStats(
             surrogate=surrogate.mean(),
             entropy=entropies.mean(),
-            reference_kl=estimates.mean(),
+            reference_kl=None if reference_kl is None else reference_kl.detach(),
             mismatch_kl=k3(behaviour, logprobs).mean(),
             logprob_gap=(logprobs - behaviour).abs().max(),
             ratio=ratio.mean(),

@@ -60,7 +60,9 @@ class Manifest:
                 "step": self.step,
                 "config": self.config,
                 "files": {k: {"size": v.size, "sha256": v.sha256} for k, v in self.files.items()},
-                "figures": dict(self.figures),
+                "figures": {
+                    k: v if math.isfinite(v) else math.nan for k, v in self.figures.items()
+                },
                 "records": dict(self.records),
             }
         )

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from cluster.files import replacing, writing
 from cluster.messages import ScoredGroup, Span
+from cluster.strict_json import dumps
 from learner.advantage import Advantages
 from learner.records import ITERATION, STEP, cut_back, read_rows, rollout_file
+from learner.rollout_files import rollout_table, write_rollouts
 from learner.rows import staleness_of
 from learner.rundir import RunDirectory
 from learner.timeline import QUEUE, Usage
@@ -62,14 +61,11 @@ class Recorder:
         if self._rollouts:  # before its row: a row has its rollouts
             moments = row.get("moments/version", 0)
             table = rollout_table(iteration, groups, advantages, moments)
-            file = rollout_file(self._run, iteration)
-            with writing(file), replacing(file) as partial:
-                pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+            write_rollouts(rollout_file(self._run, iteration), table)
         with writing(self._run.metrics):
-            self._metrics.write(json.dumps({ITERATION: iteration, **row}) + "\n")
+            self._metrics.write(dumps({ITERATION: iteration, **row}) + "\n")
         with writing(self._run.tensorboard):
-            for key, value in row.items():
-                self._events.add_scalar(key, value, iteration)
+            self._scalars(row, iteration)
             self._histograms(advantages, iteration)
             if "version" in row:
                 ages = staleness_of(groups, row["version"] - 1)
@@ -84,8 +80,13 @@ class Recorder:
         """An exam while training, after so many iterations."""
         add_exam(self._run, step, figures)
         with writing(self._run.tensorboard):
-            for key, value in figures.items():
-                self._events.add_scalar(f"exam/{key}", value, step)
+            self._scalars({f"exam/{key}": value for key, value in figures.items()}, step)
+
+    def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        """Points of curves; where there is no number, none."""
+        for key, value in values.items():
+            if value is not None and math.isfinite(value):
+                self._events.add_scalar(key, value, step)
 
     def _histograms(self, advantages: Advantages, iteration: int) -> None:
         """Raw and normalised rewards, and advantages, of the images that were scored."""
@@ -111,7 +112,7 @@ def add_exam(run: RunDirectory, step: int, figures: Mapping[str, float]) -> None
     """Append an exam's row."""
     run.check_owned()
     with writing(run.exams), run.exams.open("a") as file:
-        file.write(json.dumps({STEP: step, **figures}) + "\n")
+        file.write(dumps({STEP: step, **figures}) + "\n")
 
 
 class Trace:
@@ -155,7 +156,7 @@ class Trace:
         self._file.close()
 
     def _write(self, event: dict[str, Any]) -> None:
-        self._file.write(self._separator + json.dumps(event))
+        self._file.write(self._separator + dumps(event))
         self._separator = ",\n"
 
 
@@ -192,46 +193,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def repeatable(row: dict[str, Any]) -> dict[str, Any]:
     """The part of a row that equal runs have in common: no times, no restarts."""
     return {key: value for key, value in row.items() if not key.startswith(UNREPEATABLE)}
-
-
-def rollout_table(
-    iteration: int, groups: Sequence[ScoredGroup], advantages: Advantages, moments: int
-) -> pa.Table:
-    """One row a rollout: identity, tokens, logprobs, spec, seed, version of the policy (and of each
-    token's, where they differ) and of the moments that judged it, every score."""
-    rows: dict[str, Any] = {}
-
-    def put(name: str, values: Iterable[Any]) -> None:
-        rows.setdefault(name, []).extend(values)
-
-    for index, group in enumerate(groups):
-        rollouts, request = group.rollouts, group.rollouts.request
-        count, spec = request.num_rollouts, request.spec
-        identity = {
-            "iteration": iteration,
-            "group": request.group,
-            "seed": request.seed,
-            "class_index": request.condition.class_index,
-            "text": request.condition.text,
-            "policy_version": rollouts.version,
-            "moments_version": moments,
-            "temperature": spec.temperature,
-            "top_k": spec.top_k,
-            "top_p": spec.top_p,
-            "cfg_scale": spec.cfg_scale,
-            "guidance": spec.guidance,
-        }
-        for name, value in identity.items():
-            put(name, [value] * count)
-        put("rollout", range(count))
-        versions = rollouts.token_versions
-        put("token_versions", [None if versions is None else versions.tolist()] * count)
-        put("tokens", rollouts.tokens)
-        put("logprobs", rollouts.logprobs)
-        put("entropies", rollouts.entropies)
-        for name, values in advantages.rewards.items():
-            put(f"reward_{name}", values[index].astype(np.float64))
-        put("advantage", advantages.values[index])
-        put("error", group.scores.errors)
-    rows["token_versions"] = pa.array(rows["token_versions"], pa.list_(pa.int32()))
-    return pa.table(rows)

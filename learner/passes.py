@@ -211,25 +211,30 @@ class Passes:
 
 
 class Sums:
-    """Statistics of a whole batch from those of its parts; one wait for the device."""
+    """Statistics of a whole batch from those of its parts; one wait for the device.
 
-    def __init__(self) -> None:
+    Args:
+        reference_kl: whether it is measured.
+    """
+
+    def __init__(self, *, reference_kl: bool) -> None:
+        names = [item.name for item in dataclasses.fields(LossStats)]
+        self._names = [name for name in names if reference_kl or name != "reference_kl"]
         self._parts: list[tuple[float, Tensor]] = []
 
     def add(self, stats: LossStats, share: float) -> None:
         """share: of the part in the batch, by rollouts."""
-        values = [getattr(stats, item.name).float() for item in dataclasses.fields(stats)]
+        values = [getattr(stats, name).float() for name in self._names]
         self._parts.append((share, torch.stack(values)))
 
     def total(self, peers: Peers) -> dict[str, float]:
         """Means weighted by share, the one maximum as it is, over all learners."""
-        names = [item.name for item in dataclasses.fields(LossStats)]
-        sums, largest = dict.fromkeys(names, 0.0), 0.0
+        names, sums, largest = self._names, dict.fromkeys(self._names, 0.0), 0.0
         for share, values in self._parts:
             for name, value in zip(names, values.tolist()):
                 sums[name] += share * value
                 if name == "logprob_gap":
-                    largest = max(largest, value)
+                    largest = float(np.maximum(largest, value))  # NaN stays NaN
         found = dict(zip(names, peers.sums(list(sums.values()))))
         return found | {"logprob_gap": peers.largest([largest])[0]}
 

@@ -112,7 +112,8 @@ class RunConsole:
         rewards = {k.removeprefix(REWARD): k for k in row if k.startswith(REWARD)}
         rewards.pop(LOO_FID, None)
         shown = {**rewards, **FIGURES}
-        parts = [f"{name} {row[key]:.3g}" for name, key in shown.items()] + [f"img/s {rate:.3g}"]
+        parts = [f"{name} {row[key]:.3g}" for name, key in shown.items() if key in row]
+        parts.append(f"img/s {rate:.3g}")
         figures = "  ".join(parts)
         if self._task is not None:
             fitting = fit(parts, self._console.width - REST - self._bar)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from cluster.strict_json import number
 from learner.config import RunConfig, dump
 from learner.metrics import read_metrics
 from learner.progress import COLUMNS
@@ -51,9 +52,14 @@ def write_report(
 
 def image_rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the rewards that single images got: all but the distribution's."""
-    keys = metrics[0] if metrics else ()
+    keys = dict.fromkeys(key for row in metrics for key in row)
     names = [key.removeprefix("reward/") for key in keys if key.startswith("reward/")]
     return [name for name in names if name != LOO_FID]
+
+
+def column(metrics: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Values of a metric; NaN where it was not measured, or not finite."""
+    return [number(row.get(key)) for row in metrics]
 
 
 def _encoded(path: Path) -> str:
@@ -70,10 +76,10 @@ def curves(metrics: list[dict[str, Any]]) -> bytes:
     panels = {**PANELS, REWARDS: {name: f"reward/{name}" for name in image_rewards(metrics)}}
     for axes, (title, lines) in zip(figure.subplots(2, 2).flat, panels.items()):
         for label, key in lines.items():
-            axes.plot(steps, [row[key] for row in metrics], label=label)
+            axes.plot(steps, column(metrics, key), label=label)
             low, high = (key.replace("/", f"_{part}/", 1) for part in QUANTILES)
-            if metrics and low in metrics[0]:
-                band = ([row[low] for row in metrics], [row[high] for row in metrics])
+            if any(low in row for row in metrics):
+                band = column(metrics, low), column(metrics, high)
                 axes.fill_between(steps, *band, color=axes.lines[-1].get_color(), alpha=0.15)
         axes.set_title(title)
         axes.set_xlabel("iteration")

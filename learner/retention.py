@@ -28,6 +28,6 @@ def best_of(figure: str, graded: Mapping[int, Mapping[str, float]]) -> int | Non
     found = [
         (sign * values[figure], step)
         for step, values in graded.items()
-        if not math.isnan(values.get(figure, math.nan))
+        if math.isfinite(values.get(figure, math.nan))
     ]
     return min(found)[1] if found else None

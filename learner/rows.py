@@ -39,8 +39,8 @@ def metrics_row(
     report: StepReport,
     restarts: int,
 ) -> dict[str, Any]:
-    """Everything but the times."""
-    rewards = advantages.rewards
+    """Everything but the times. What was not measured is absent."""
+    rewards = {n: v for n, v in advantages.rewards.items() if not np.isnan(v).all()}
     ages = staleness_of(groups, report.version - 1).tolist()
     return {
         "iteration": iteration,
@@ -64,12 +64,20 @@ def metrics_row(
         "fid/bias": answer.bias,
         "fid/lag": answer.lag,
         "fid/positive_share": answer.positive_share,
-        "fid/between_classes": answer.between_classes,
-        "fid/within_classes": answer.within_classes,
+        **_of_classes(answer),
         "images/failed": int((~advantages.valid).sum()),
         "groups/flat": advantages.flat_groups,
         **report.metrics,
         "fleet/restarts": restarts,
+    }
+
+
+def _of_classes(answer: DistributionReward) -> dict[str, float]:
+    if answer.class_rewards is None:  # of captions
+        return {}
+    return {
+        "fid/between_classes": answer.between_classes,
+        "fid/within_classes": answer.within_classes,
     }
 
 
@@ -82,6 +90,6 @@ def times(spans: Sequence[Span], started: float, groups: Sequence[ScoredGroup]) 
         seconds[key] = seconds.get(key, 0.0) + span.seconds
     whole = time.time() - started
     images = sum(group.rollouts.request.num_rollouts for group in groups)
-    slowest = max(scoring_times(spans).values(), default=0.0)
-    seconds["time/slowest_server"] = slowest
+    if scoring := scoring_times(spans):
+        seconds["time/slowest_server"] = max(scoring.values())
     return {**seconds, "time/iteration": whole, "time/images_per_s": images / whole}

@@ -16,6 +16,7 @@ from cluster.errors import ConfigError, DataError, LockLostError
 from cluster.files import replacing, writing
 from cluster.locks import OWNER, Lock
 from cluster.paths import default_root
+from cluster.strict_json import dumps, number
 from learner.config import RunConfig, dump, parse_yaml
 from learner.sealed import seal, unseal
 
@@ -203,10 +204,11 @@ class RunDirectory:
     def write_evaluation(self, rows: dict[str, dict[str, float]]) -> None:
         self.check_owned()
         with writing(self.evaluation), replacing(self.evaluation, durable=True) as partial:
-            partial.write_text(json.dumps(rows, indent=2) + "\n")
+            partial.write_text(dumps(rows, indent=2) + "\n")
 
 
 def _figure(value: object) -> float:
+    value = number(value)
     if not isinstance(value, float | int) or isinstance(value, bool):
         raise TypeError(f"a figure was expected, found {value!r}")
     return float(value)

@@ -122,7 +122,8 @@ def combine_rewards(
         term = terms[name]
         z = normalise_scores(scores, valid, term.normalise, anchors.get(name, 0.0))
         if term.limit:
-            clipped[name] = float((np.abs(z) > term.limit)[valid].mean()) if valid.any() else 0.0
+            if valid.any():
+                clipped[name] = float((np.abs(z) > term.limit)[valid].mean())
             z = z.clip(-term.limit, term.limit)
         normalised[name] = z
         if term.weight:

@@ -8,7 +8,6 @@ where they were.
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -32,6 +31,7 @@ from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, DataError, TesseraError
 from cluster.help import answer_help
 from cluster.sealing import DAMAGED_ARRAYS
+from cluster.strict_json import dumps
 from rewards.base import FeatureExtractor
 from rewards.features import FeaturesConfig, load_features
 from rewards.joint import class_table
@@ -267,7 +267,7 @@ class Plan:
     def key(self) -> str:
         """Of everything that the sums depend on."""
         known = [self.source.fingerprint, self.extractor.fingerprint, self.conditions.fingerprint]
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        return hashlib.sha256(dumps(known).encode()).hexdigest()
 
 
 def prepare(config: ReferenceConfig) -> Plan:

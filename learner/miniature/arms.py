@@ -28,7 +28,9 @@ from rich.table import Table
 from scipy import stats
 
 from cluster.console import make_console
+from cluster.files import replacing
 from cluster.fleet import InlineFleet
+from cluster.strict_json import dumps, number
 from learner import evaluate
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, merge, validate
 from learner.distribution import set_reference
@@ -166,7 +168,8 @@ def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
             train(run, fleet, space, 0, lambda _: None, lambda: False)
             row = evaluate.tuned_row(run)
             rows = {arm: evaluate.examine(run, fleet, row.spec, real)}
-    result.write_text(json.dumps(rows))
+    with replacing(result) as partial:
+        partial.write_text(dumps(rows))
 
 
 def arm_config(config: ArmsConfig, seed: int, changes: Mapping[str, Any]) -> RunConfig:
@@ -197,7 +200,9 @@ def collect(config: ArmsConfig) -> Results:
         seeds = [json.loads(result_of(config, seed, arm).read_text()) for seed in config.seeds]
         for name in seeds[0]:
             metrics = seeds[0][name]
-            results[name] = {key: np.array([rows[name][key] for rows in seeds]) for key in metrics}
+            results[name] = {
+                key: np.array([number(rows[name][key]) for rows in seeds]) for key in metrics
+            }
     return results
 
 

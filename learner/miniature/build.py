@@ -8,7 +8,6 @@ classifier and a second CLIP. Deterministic from seed and number of threads, on 
 from __future__ import annotations
 
 import gzip
-import json
 import sys
 import zlib
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig, VQTokenizer
 from cluster.console import INTERRUPTED, make_console
+from cluster.strict_json import dumps
 from cluster.tensors import write_tensors
 from cluster.torchvision_ops import ensure_torchvision
 from learner.config import DEFAULT_PRESET, load_preset, to_dict
@@ -121,7 +121,7 @@ class Builder:
         directory.mkdir(exist_ok=True)
         write_vocabulary(directory / VOCABULARY)
         config = open_clip_config(width, depth, heads)
-        (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (directory / "open_clip_config.json").write_text(dumps(config, indent=2) + "\n")
         batches = self.batches(name)
         model = open_clip.CLIP(**config["model_cfg"])
         encode = open_clip.get_tokenizer(

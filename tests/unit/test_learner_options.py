@@ -165,6 +165,7 @@ def test_kl_in_the_reward_is_centred_and_leaves_the_loss(policy_file: str) -> No
     paid = prepared.advantages - torch.from_numpy(batch.advantages)[:, None]
     assert paid.mean().item() == pytest.approx(0, abs=1e-6)
     assert paid.abs().max() > 1e-3
+    assert learner.step(batch_of(learner, 2)).metrics["policy/reference_kl"] != 0
 
 
 @pytest.mark.parametrize("place", ["learner", "cpu"])

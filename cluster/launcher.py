@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from cluster import pulse
+from cluster.invocation import current
 from cluster.placement import place
 from cluster.pool import Worker
 from cluster.ray_private import started
@@ -66,8 +67,7 @@ class Launcher:
         environment, secrets = secret_variables(role.runtime_env or {})
         if environment:
             options["runtime_env"] = environment
-        actor = wrap(equipped(role.factory, secrets), {pulse.GROUP: 1, **threads}).options(
-            **options
-        )
+        factory = equipped(role.factory, secrets, current())
+        actor = wrap(factory, {pulse.GROUP: 1, **threads}).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         return Worker(role, index, handle, started(handle), addition)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster.address import GcsAnswer
+from cluster.invocation import Invocation
 from cluster.ray_token import AUTH_MODE, TOKEN_MODE
 
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -174,3 +175,24 @@ def form_device_group(handles: Sequence[Any], backend: str) -> None:
     from ray.experimental.collective import create_collective_group
 
     create_collective_group(list(handles), backend=backend)
+
+
+def worker_paths(started: Invocation) -> dict[str, Any]:
+    """Options of `ray.init` by which workers import what the driver imports.
+
+    Ray has them search the driver's working directory, and that of its script, before everything
+    else; the command `tessera` does not. And the job's `working_dir` comes before what is
+    installed, by PYTHONPATH, with the user's files of our names."""
+    if not started.by_name:
+        return {}
+    from ray.job_config import JobConfig
+
+    class WithoutPaths(JobConfig):
+        def _get_proto_job_config(self) -> Any:
+            self._py_driver_sys_path.clear()
+            return super()._get_proto_job_config()
+
+    options: dict[str, Any] = {"job_config": WithoutPaths()}
+    if started.hidden:  # not always: workers of a runtime environment start a second later
+        options["runtime_env"] = {"worker_process_setup_hook": "tessera_rl.claim"}
+    return options

@@ -31,8 +31,9 @@ from cluster.address import (
 )
 from cluster.console import bounded
 from cluster.errors import FleetError
+from cluster.invocation import current
 from cluster.machine import check_machine, why_not_started
-from cluster.ray_private import clusters_here, loopback
+from cluster.ray_private import clusters_here, loopback, worker_paths
 from cluster.ray_token import AUTH_MODE, find_token, no_token, shows_token, token
 
 LEAST_STORE_GB = 0.08  # Ray's own least, rounded up
@@ -222,6 +223,7 @@ class RaySession:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         cluster = cluster or find_cluster(config)
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
+        quiet |= worker_paths(current())
         if cluster:
             _join(cluster, quiet)
         else:

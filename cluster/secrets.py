@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.errors import ConfigError
+from cluster.invocation import Invocation, adopt
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
@@ -90,16 +91,20 @@ def _value(name: str, environment: Mapping[str, str]) -> str:
     return environment[name]
 
 
-def equipped(factory: Callable[..., Any], variables: Mapping[str, str]) -> Callable[..., Any]:
-    """The same role, whose process gets some environment variables first. They travel with its
-    class, which Ray keeps in memory and does not log."""
-    if not variables:
+def equipped(
+    factory: Callable[..., Any], variables: Mapping[str, str], started: Invocation | None = None
+) -> Callable[..., Any]:
+    """The same role, whose process first gets some environment variables, and takes itself for part
+    of a program that was started so. Both travel with its class, which Ray keeps in memory and does
+    not log."""
+    if not variables and started in (None, Invocation()):
         return factory
     given = dict(variables)
 
     class Equipped(factory):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             os.environ.update(given)
+            adopt(started or Invocation())
             super().__init__(*args, **kwargs)
 
     Equipped.__name__ = Equipped.__qualname__ = getattr(factory, "__name__", "Equipped")

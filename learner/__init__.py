@@ -1,1 +1,6 @@
 """Learning: the GRPO learner, the main loop, configuration, evaluation and the run directory."""
+
+from pathlib import Path
+from runpy import run_path
+
+run_path(str(Path(__file__).parents[1] / "cluster" / "own_packages.py"))["check"](__file__)

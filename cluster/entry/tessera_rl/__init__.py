@@ -1,0 +1,89 @@
+"""The command `tessera`: every command of this program, from any directory.
+
+It lies in a package of its own because it must be found where other files have the names of the
+four packages: in the working directory, which it searches last, or on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+COMMANDS = {
+    "run": ("learner.run", "tune a policy; without options, the miniature"),
+    "status": ("cluster.status", "how a running job is: workers, iteration, newest metrics"),
+    "scale": ("cluster.scale", "more or fewer workers in a running job"),
+    "stop": ("cluster.stop", "end a running job at the next safe point"),
+    "sample": ("actors.sample", "images of a run's policy, or of a checkpoint"),
+    "weights": ("actors.weights", "list, fetch, convert and export official checkpoints"),
+    "captions": ("actors.captions", "text features of captions"),
+    "reference": ("rewards.reference", "reference moments of a set of images"),
+    "plan": ("learner.plan", "memory of learner and sampler, before renting a GPU"),
+}
+REFUSED = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if given[0] in ("-V", "--version"):
+        print(f"tessera {version('tessera-rl')}")
+        return 0
+    name, *rest = given
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean 'tessera {near[0]}'?" if near else "see 'tessera --help'"
+        print(f"error: there is no command {name!r}: {hint}", file=sys.stderr)
+        return REFUSED
+    hidden = claim()
+    started = importlib.import_module("cluster.invocation")
+    started.begin(_working_directory_last(), hidden=hidden)
+    return int(importlib.import_module(COMMANDS[name][0]).main(rest))
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: tessera COMMAND [OPTIONS]", "", *lines, "", "tessera COMMAND --help: its options"]
+    )
+
+
+def claim() -> bool:
+    """Have the four packages imported from beside this one, also in Ray's workers; returns whether
+    others of their names come before them."""
+    home = next(
+        folder
+        for folder in Path(__file__).resolve().parents
+        if (folder / "cluster" / "own_packages.py").is_file()
+    )
+    spec = importlib.util.spec_from_file_location(
+        f"{__name__}.own_packages", home / "cluster" / "own_packages.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    own: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    return bool(own.claim(home))
+
+
+def _working_directory_last() -> str:
+    """Search the working directory for modules after everything else; returns it."""
+    try:
+        here = os.getcwd()
+    except OSError:  # deleted meanwhile
+        return ""
+    asked = os.environ.get("PYTHONPATH", "").split(os.pathsep) if "PYTHONPATH" in os.environ else []
+    if sys.path[:1] in ([""], [here]) and not {"", ".", here} & set(asked):  # by `python -m`
+        del sys.path[0]
+    sys.path.append(here)
+    return here

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import DataError
 from cluster.files import replacing
+from cluster.invocation import command_of
 from cluster.messages import Condition
 
 ROW_GROUP = 64  # captions: at most 63 MB of flan-t5-xl's features in memory at a time
@@ -85,7 +86,7 @@ def iterate_caption_features(path: Path) -> Iterator[Condition]:
             if name not in there:
                 raise DataError(
                     f"{path}: column {name!r} is missing (found {', '.join(there)}); "
-                    "python -m actors.captions writes such files"
+                    f"{command_of('actors.captions')} writes such files"
                 )
         at = 0
         try:

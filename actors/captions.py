@@ -33,6 +33,7 @@ from actors.caption_files import (
 )
 from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, TesseraError
+from cluster.invocation import command_of
 from cluster.torchvision_ops import ensure_torchvision
 
 __all__ = [
@@ -267,7 +268,7 @@ def encode_file(config: CaptionsConfig) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    config = tyro.cli(CaptionsConfig, args=arguments, prog="python -m actors.captions")
+    config = tyro.cli(CaptionsConfig, args=arguments, prog=command_of("actors.captions"))
     try:
         encode_file(config)
     except TesseraError as error:

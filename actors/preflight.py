@@ -18,6 +18,7 @@ from actors.models.sources import (
 from actors.models.vq import VQConfig
 from actors.models.zoo import MODELS, NamedModel
 from cluster.errors import TesseraError
+from cluster.invocation import command_of
 from cluster.preflight import Download, Findings
 from cluster.sums import sum_file
 from cluster.tensors import locate, read_shapes
@@ -91,7 +92,7 @@ def _absent(model: NamedModel) -> list[Path]:
 
 
 def _not_fetched(field: str, model: NamedModel, absent: list[Path], findings: Findings) -> None:
-    command = f"python -m actors.weights fetch {model.name}"
+    command = f"{command_of('actors.weights')} fetch {model.name}"
     if model.project:
         command += " says where from"
     places = " and ".join(map(str, absent))

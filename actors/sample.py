@@ -39,13 +39,13 @@ from actors.steps import Workspace
 from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, TesseraError
 from cluster.help import answer_help
+from cluster.invocation import command_of
 from cluster.messages import Condition, RequestKey, SamplingSpec
 from cluster.strict_json import dumps
 
 STREAM = "sample"
 PER_CONDITION = 4
 ALL = "all"
-PROG = "python -m actors.sample"
 ABOUT = (
     "Sample images for classes or captions, from a checkpoint or from a run. Without either: the "
     "miniature's base policy, handwritten digits."
@@ -271,8 +271,9 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    arguments = answer_help(arguments, PROG, ABOUT, COMMON, SampleConfig())
-    config = tyro.cli(SampleConfig, args=arguments, prog=PROG)
+    prog = command_of("actors.sample")
+    arguments = answer_help(arguments, prog, ABOUT, COMMON, SampleConfig())
+    config = tyro.cli(SampleConfig, args=arguments, prog=prog)
     status = REFUSED  # nothing is written before everything is loaded and checked
     try:
         plan = prepare(config)

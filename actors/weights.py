@@ -42,6 +42,7 @@ from cluster import logs
 from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.errors import CheckpointError, ConfigError, TesseraError
 from cluster.files import replacing
+from cluster.invocation import command_of
 from cluster.tensors import read_config, read_tensors, write_tensors
 
 POLICY_FILE = "policy.safetensors"  # of a checkpoint directory
@@ -114,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
         | Annotated[ExportCommand, tyro.conf.subcommand("export")],
         args=arguments,
-        prog="python -m actors.weights",
+        prog=command_of("actors.weights"),
         description=__doc__,
     )
     try:

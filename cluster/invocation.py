@@ -47,7 +47,7 @@ def adopt(invocation: Invocation) -> None:
         sys.path.append(invocation.directory)
 
 
-def command(module: str) -> str:
+def command_of(module: str) -> str:
     """How the user calls a command, given its module: the way he called this one."""
     if _current.by_name and module.count(".") == 1:
         return f"{COMMAND} {module.rpartition('.')[2]}"

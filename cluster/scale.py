@@ -20,6 +20,7 @@ import tyro
 from cluster.console import REFUSED, exit_status
 from cluster.control import FleetStatus, WhichRun, ask, reached
 from cluster.errors import FleetError
+from cluster.invocation import command_of
 
 POLL_S = 0.5
 
@@ -89,7 +90,7 @@ def lines(status: FleetStatus) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    asked = tyro.cli(Arguments, args=arguments, prog="python -m cluster.scale")
+    asked = tyro.cli(Arguments, args=arguments, prog=command_of("cluster.scale"))
     wanted = asked.wanted()
     for role, count in wanted.items():
         if count < 1:

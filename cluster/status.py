@@ -33,6 +33,7 @@ from cluster.control import (
     ask,
     reached,
 )
+from cluster.invocation import command_of
 from cluster.object_store import size
 from cluster.ray_private import living_actors
 from cluster.strict_json import dumps
@@ -246,7 +247,7 @@ def _ended(run: Reached) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     try:
-        asked = tyro.cli(Arguments, args=arguments, prog="python -m cluster.status")
+        asked = tyro.cli(Arguments, args=arguments, prog=command_of("cluster.status"))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED

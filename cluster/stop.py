@@ -18,6 +18,7 @@ import tyro
 from cluster.console import exit_status
 from cluster.control import Reached, RunEndedError, WhichRun, ask, reached
 from cluster.errors import FleetError
+from cluster.invocation import command_of
 from cluster.whereabouts import WHEREABOUTS, Place, left_behind, was_killed
 
 POLL_S = 0.5
@@ -99,7 +100,7 @@ def answers_no_more(control: Any) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    asked = tyro.cli(Arguments, args=arguments, prog="python -m cluster.stop")
+    asked = tyro.cli(Arguments, args=arguments, prog=command_of("cluster.stop"))
     deadline = time.monotonic() + asked.timeout_s
 
     def work() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.address import VARIABLE, greet, parse_address
 from cluster.errors import ConfigError, FleetError, UnreachableError
 from cluster.files import replacing
+from cluster.invocation import command_of
 from cluster.ray_token import AUTH_MODE, TOKEN_MODE, find_token
 from cluster.strict_json import dumps
 
@@ -192,7 +193,7 @@ def check_run_name(name: str) -> None:
 
 
 def resume_command(directory: Path) -> str:
-    return f"python -m learner.run --resume --run-dir {shlex.quote(str(directory))}"
+    return f"{command_of('learner.run')} --resume --run-dir {shlex.quote(str(directory))}"
 
 
 def process_lives(pid: int) -> bool:

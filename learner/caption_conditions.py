@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from actors.caption_files import SCHEMA, read_caption_features, read_captions
 from cluster.errors import DataError
+from cluster.invocation import command_of
 from cluster.messages import Condition
 
 TEXT, FEATURES = "text", "features"
@@ -74,7 +75,7 @@ def peek_captions(path: str) -> int:
 
 def _needs(columns: list[str]) -> str:
     return (
-        f"needs a column {TEXT!r}, or those of `python -m actors.captions` "
+        f"needs a column {TEXT!r}, or those of `{command_of('actors.captions')}` "
         f"({', '.join(SCHEMA.names)}); found {', '.join(columns)}"
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from cluster.errors import ConfigError, DataError
 from cluster.fleet import Fleet
+from cluster.invocation import command_of
 from cluster.messages import MAIN_SPACE
 from learner.config import RunConfig
 from learner.datasets import load_images, load_labels
@@ -86,7 +87,7 @@ def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
         found = 0 if stored.class_table is None else len(stored.class_table)
         raise ConfigError(
             f"{term.reference} has joint moments of {found} classes, but the conditions are "
-            f"{classes}: build it again with `python -m rewards.reference --joint`"
+            f"{classes}: build it again with `{command_of('rewards.reference')} --joint`"
         )
     return RewardSpace(stored.class_table, stored.weight), stored.reference
 

@@ -14,6 +14,7 @@ from cluster.control import Progress
 from cluster.errors import LearnerLostError
 from cluster.fleet import Fleet, InlineFleet, StopRequestedError
 from cluster.messages import ScoredGroup
+from cluster.whereabouts import resume_command
 from learner import evaluate, records
 from learner.checkpoint import Checkpoint, restore
 from learner.config import RunConfig
@@ -96,10 +97,7 @@ class Experiment:
         except StopRequestedError:  # training itself ends without it
             stopped = self._newest.stage
         self._checkpoints.wait()
-        logger.info(
-            f"stopped {stopped}; go on with\n"
-            f"  python -m learner.run --resume --run-dir {self._run.path}"
-        )
+        logger.info(f"stopped {stopped}; go on with\n  {resume_command(self._run.path)}")
         return False
 
     def _train_through(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cluster.errors import ConfigError
 from cluster.files import writing
+from cluster.invocation import command_of
 from cluster.locks import OWNER, acquire, owner_of
 from cluster.paths import default_root, output_path
 from cluster.whereabouts import check_run_name
@@ -51,7 +52,7 @@ class Opening:
             RunDirectory.check_unused(path)
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        stop = f"python -m cluster.stop --run {shlex.quote(str(path))}"
+        stop = f"{command_of('cluster.stop')} --run {shlex.quote(str(path))}"
         with acquire(path / OWNER, f"the run directory {path}", stop, path.name) as lock:
             if self.sealed is not None:
                 run = RunDirectory.adopt(path, self.sealed)

@@ -17,6 +17,7 @@ from actors.models.loading import count_parameters
 from actors.models.sources import PolicyArchitecture, Source, planned_policy
 from cluster.console import REFUSED, make_console
 from cluster.errors import TesseraError
+from cluster.invocation import command_of
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset
 from learner.memory import LearnerMemory, learner_memory, sampler_memory
 
@@ -38,7 +39,7 @@ class Command:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    command = tyro.cli(Command, args=arguments, prog="python -m learner.plan")
+    command = tyro.cli(Command, args=arguments, prog=command_of("learner.plan"))
     try:
         config = load_preset(command.preset)
         if command.num_learners:

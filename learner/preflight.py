@@ -14,6 +14,7 @@ from actors.models.sources import PolicyArchitecture
 from actors.models.taming import TamingConfig
 from actors.preflight import check_models, image_side
 from cluster.errors import ConfigError, DataError
+from cluster.invocation import command_of
 from cluster.placement import Placement, place
 from cluster.preflight import Download, Findings, size_of
 from cluster.tensors import locate
@@ -25,9 +26,8 @@ from learner.distribution import read_moments, stored_reference
 from learner.real_tokens import check_source
 from rewards.config import NETWORKS
 from rewards.preflight import check_judge, check_rewards, feature_dim, fits_fingerprint
-from rewards.reference_fetch import COMMAND, PUBLISHED, by_file
-
-BUILD = "python -m rewards.reference --images DIR --out reference.npz"
+from rewards.reference import build_command
+from rewards.reference_fetch import PUBLISHED, by_file, fetch_command
 
 
 def preflight(config: RunConfig) -> Findings:
@@ -64,7 +64,7 @@ def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: 
             "conditions.captions",
             "a file of captions, since the policy draws for captions",
             "none",
-            "name one (python -m actors.captions makes it), or another policy",
+            f"name one ({command_of('actors.captions')} makes it), or another policy",
         )
     known = getattr(policy, "num_classes", 0)
     of_classes = policy is not None and not captions and _has_classes(policy)
@@ -110,7 +110,7 @@ def _captions(
             field,
             "captions with features, which the policy reads",
             "text alone",
-            "python -m actors.captions encodes it, or set conditions.encoder",
+            f"{command_of('actors.captions')} encodes it, or set conditions.encoder",
         )
     elif width and width != policy.caption_dim:
         findings.problem(
@@ -128,7 +128,7 @@ def _reference(config: RunConfig, side: int, findings: Findings) -> None:
     field, term = "rewards.loo_fid.reference", config.rewards.loo_fid
     published = PUBLISHED.get(term.reference)
     if published is not None and not published.place().is_file():
-        command = f"{COMMAND} {published.name}"
+        command = f"{fetch_command()} {published.name}"
         findings.problem(
             field,
             f"{published.name} at {published.place()}",
@@ -157,11 +157,10 @@ def _reference(config: RunConfig, side: int, findings: Findings) -> None:
 
 def _no_reference(path: str) -> str:
     known = by_file(path)
-    remedy = f"build it from real images ({BUILD})"
+    remedy = f"build it from real images ({build_command('DIR')})"
     if known:
-        remedy = (
-            f"name it {known.name} after `{COMMAND} {known.name}`, which brings it from {known.url}"
-        )
+        fetch = f"{fetch_command()} {known.name}"
+        remedy = f"name it {known.name} after `{fetch}`, which brings it from {known.url}"
     return (
         f"expected a file of moments, found none at {Path(path).expanduser().absolute()}: {remedy}"
     )
@@ -175,7 +174,7 @@ def _fits_features(config: RunConfig, side: int, dim: int, table: object, finger
     features = config.rewards.features
     ours = feature_dim(features, side)
     ours += 0 if table is None else table.shape[1]  # type: ignore[attr-defined]
-    again = f"build it with the network of the run ({BUILD})"
+    again = f"build it with the network of the run ({build_command('DIR')})"
     if ours and ours != dim:
         raise DataError(
             f"expected moments of {ours} dimensions, as features of {features.network!r} have, "

@@ -23,6 +23,7 @@ from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.errors import ConfigError, LockLostError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
 from cluster.help import answer_help, asks_help
+from cluster.invocation import command_of
 from cluster.preflight import Findings
 from cluster.whereabouts import WHEREABOUTS, announced
 from learner.config import (
@@ -46,7 +47,6 @@ from rewards.extra_files import changed_since
 
 logger = logging.getLogger(__name__)
 
-PROG = "python -m learner.run"
 ABOUT = (
     "Tune an autoregressive image policy with reinforcement learning. Without arguments: the "
     "miniature, real digits on the CPU, in a few minutes."
@@ -155,7 +155,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, Openi
     command, _ = tyro.cli(Command, args=arguments, return_unknown_args=True, add_help=False)
     if asks_help(arguments):
         options = Command(), load_preset(command.preset)
-        arguments = answer_help(arguments, PROG, ABOUT, COMMON, *options)
+        arguments = answer_help(arguments, command_of("learner.run"), ABOUT, COMMON, *options)
     if command.from_step is not None and not command.resume:
         raise ConfigError("--from-step says where --resume goes on: add --resume")
     where, _ = tyro.cli(Elsewhere, args=arguments, return_unknown_args=True, add_help=False)
@@ -171,7 +171,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, Openi
             Arguments,
             args=arguments,
             default=Arguments(command=command, run=base),
-            prog=PROG,
+            prog=command_of("learner.run"),
         )
     except ValueError as error:  # what a dataclass says of its own fields
         raise ConfigError(f"command line: {error}") from None

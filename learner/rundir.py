@@ -17,6 +17,7 @@ from cluster.files import replacing, writing
 from cluster.locks import OWNER, Lock
 from cluster.paths import default_root
 from cluster.strict_json import dumps, number
+from cluster.whereabouts import resume_command
 from learner.config import RunConfig, dump, parse_yaml
 from learner.sealed import seal, unseal
 
@@ -136,10 +137,7 @@ class RunDirectory:
         except LockLostError as error:
             return str(error)
         if any(self.checkpoints.glob("step_*")) or self.evaluation.is_file():
-            return (
-                f"what was kept is in {self.path}; go on with\n"
-                f"  python -m learner.run --resume --run-dir {self.path}"
-            )
+            return f"what was kept is in {self.path}; go on with\n  {resume_command(self.path)}"
         if not any(file.is_file() for file in self.path.rglob("*") if file.name not in BEGINNING):
             shutil.rmtree(self.path)
             return "nothing was kept"

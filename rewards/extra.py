@@ -23,6 +23,7 @@ import yaml
 
 from cluster.errors import ConfigError
 from cluster.messages import Condition
+from cluster.own_packages import NAMES
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.base import Images
 from rewards.combine import Normalisation, ScorerTerm
@@ -168,14 +169,8 @@ def find_extra(extra: ExtraReward, isolated: Isolation | None = None) -> Callabl
     isolated = isolated or Isolation()
     module, _, qualified = extra.path.rpartition(":")
     ensure_torchvision()  # what it imports may import torchvision
-    hint = (
-        ". A file travels alone: is what it imports installed there? Files beside it are not taken "
-        "along: make a package of them, and name it by its dotted path"
-        if extra.file
-        else ". Is its package installed there, or in the directory that the run was started from?"
-    )
     with (
-        _building(extra, "cannot be imported where reward servers run", hint),
+        _building(extra, "cannot be imported where reward servers run", _hint(extra, module)),
         isolated(_seed(extra.path)),
     ):
         found: Any = _module(extra, module)
@@ -184,6 +179,21 @@ def find_extra(extra: ExtraReward, isolated: Isolation | None = None) -> Callabl
     with _building(extra, "cannot be looked at"), isolated(_seed(extra.path)):
         _check_call(extra, found)
     return found
+
+
+def _hint(extra: ExtraReward, module: str) -> str:
+    """What to do about one that cannot be imported."""
+    if extra.file:
+        return (
+            ". A file travels alone: is what it imports installed there? Files beside it are not "
+            "taken along: make a package of them, and name it by its dotted path"
+        )
+    if (package := module.partition(".")[0]) in NAMES:
+        return (
+            f". {package!r} is a package of this program: rename yours, or name it by its file, "
+            f"./{package}.py:{extra.path.rpartition(':')[2]}"
+        )
+    return ". Is its package installed there, or in the directory that the run was started from?"
 
 
 def _module(extra: ExtraReward, name: str) -> Any:

@@ -23,16 +23,21 @@ import scipy.linalg
 
 from cluster.errors import DataError
 from cluster.files import replacing
+from cluster.invocation import command_of
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
 from rewards.fid import Reference
 from rewards.reference_images import read_header
 
-COMMAND = "python -m rewards.reference --images {} --out reference.npz"
 SYMMETRY = 1e-6  # relative to the largest entry: float32 files are symmetric to rounding
 INDEFINITE = 1e-5  # relative to the norm; rounding to float32 moves eigenvalues by 6e-8 of it
 UNKNOWN = -1
 END_RECORD, MOST_COMMENT, MANY = 22, 1 << 16, 0xFFFF  # of a zip archive (APPNOTE.TXT 4.3.16)
+
+
+def build_command(images: object) -> str:
+    """How a reference is built from images."""
+    return f"{command_of('rewards.reference')} --images {images} --out reference.npz"
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def read_stored(
     if fingerprint and made_with and fingerprint != made_with:
         raise DataError(
             f"{path}: fingerprint: expected features {fingerprint!r}, the file was made with "
-            f"{made_with!r}: build it again with this network, {COMMAND.format('IMAGES')}"
+            f"{made_with!r}: build it again with this network, {build_command('IMAGES')}"
         )
     return StoredReference(
         reference=Reference(mu, sigma, made_with),
@@ -156,7 +161,7 @@ def _open(path: str | os.PathLike[str]) -> Any:
         with place.open("rb") as file:
             start = file.read(6)
         if start == b"\x93NUMPY":
-            what = f"one array; if it holds images, build the reference: {COMMAND.format(path)}"
+            what = f"one array; if it holds images, build the reference: {build_command(path)}"
         elif start[:1] == b"\x80":
             what = "pickled Python objects, which are not read: they can run any program"
         elif start[:2] == b"PK":
@@ -203,13 +208,13 @@ def _no_moments(file: Any, path: str, joint: bool) -> str:
     if joint and "mu" in file:
         return (
             "has no joint moments of features and conditions: build it with "
-            f"{COMMAND.format('IMAGES')} --labels --joint classes"
+            f"{build_command('IMAGES')} --labels --joint classes"
         )
     found = sorted(file.files)
     if any(len(_shape(file, key)) == 4 for key in found):
         return (
             f"holds samples (arrays {found}), not the reference moments 'mu' and 'sigma': build "
-            f"them with {COMMAND.format(path)}"
+            f"them with {build_command(path)}"
         )
     return f"needs arrays 'mu' and 'sigma', found {found}: is this a file of FID statistics?"
 

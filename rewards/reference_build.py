@@ -30,6 +30,7 @@ import tyro
 from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, DataError, TesseraError
 from cluster.help import answer_help
+from cluster.invocation import command_of
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.strict_json import dumps
 from rewards.base import FeatureExtractor
@@ -39,7 +40,6 @@ from rewards.reference_images import ImageSource, open_source, stack
 from rewards.reference_sums import Conditions, Part, ReferenceSums
 
 AHEAD = 3  # batches in flight for each process
-PROG = "python -m rewards.reference"
 ABOUT = (
     "Mean and covariance of real images' features, for FID and the distribution reward. Started "
     "again after a stop, the same command goes on where it was. `fetch imagenet256` instead of "
@@ -340,8 +340,9 @@ def describe(plan: Plan, sums: ReferenceSums) -> list[str]:
 def run(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     example = ReferenceConfig(images="", out=Path())
-    arguments = answer_help(arguments, PROG, ABOUT, COMMON, example)
-    config = tyro.cli(ReferenceConfig, args=arguments, prog=PROG)
+    prog = command_of("rewards.reference")
+    arguments = answer_help(arguments, prog, ABOUT, COMMON, example)
+    config = tyro.cli(ReferenceConfig, args=arguments, prog=prog)
     status = REFUSED  # nothing is computed before everything is loaded and checked
     try:
         with _terminable():

@@ -26,6 +26,7 @@ from huggingface_hub.utils.logging import set_verbosity_error
 from cluster import logs
 from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.errors import CheckpointError, ConfigError, DataError, TesseraError, did_you_mean
+from cluster.invocation import command_of
 from cluster.sums import sha256_of, verify_sum, write_sum
 from cluster.tensors import weights_directory
 from rewards.inception import FEATURES
@@ -33,8 +34,12 @@ from rewards.inception import FEATURES
 logger = logging.getLogger(__name__)
 
 BATCHES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
-COMMAND = "python -m rewards.reference fetch"
 _UNREACHABLE: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError)
+
+
+def fetch_command() -> str:
+    """How a published reference is fetched, but for its name."""
+    return f"{command_of('rewards.reference')} fetch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +240,7 @@ def named(name: str) -> PublishedReference:
 
 def run(arguments: list[str]) -> int:
     """The command; returns the exit status."""
-    command = tyro.cli(FetchReference, args=arguments, prog=COMMAND)
+    command = tyro.cli(FetchReference, args=arguments, prog=fetch_command())
     folder = Path(command.directory).expanduser() if command.directory else weights_directory()
     try:
         with logs.to_console(make_console()):

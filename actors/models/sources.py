@@ -29,6 +29,7 @@ from actors.models.taming_files import (
 from actors.models.vq import VQConfig
 from actors.models.zoo import MODELS, Kind, candidates, named
 from cluster.errors import CheckpointError, ConfigError
+from cluster.invocation import command_of
 from cluster.tensors import locate, read_config
 
 PolicyArchitecture = LlamaGenConfig | TamingConfig
@@ -98,7 +99,7 @@ class Source:
         if not model.project_place().is_file():
             raise CheckpointError(
                 f"{model.name} needs its project file at {model.project_place()}: run "
-                f"`python -m actors.weights fetch {model.name}` to see which one that is"
+                f"`{command_of('actors.weights')} fetch {model.name}` to see which one that is"
             )
         return read_project(model.project_place())
 
@@ -110,8 +111,8 @@ class Source:
         """
         if self.name and not Path(self.file).is_file():
             raise CheckpointError(
-                f"{self.name} is not there (looked for {self.file}): run `python -m actors.weights "
-                f"fetch {self.name}`"
+                f"{self.name} is not there (looked for {self.file}): run "
+                f"`{command_of('actors.weights')} fetch {self.name}`"
             )
         return open_official(self.file, ema=self.ema)
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig, VQTokenizer
 from cluster.console import INTERRUPTED, make_console
+from cluster.invocation import command_of
 from cluster.strict_json import dumps
 from cluster.tensors import write_tensors
 from cluster.torchvision_ops import ensure_torchvision
@@ -212,7 +213,7 @@ def main() -> int:
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     make_console().print(
         f"wrote {size / 1e6:.1f} MB to {config.out}; use them with\n"
-        f"  python -m learner.run --preset {preset}",
+        f"  {command_of('learner.run')} --preset {preset}",
         highlight=False,
         soft_wrap=True,
     )

@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.own_packages import NAMES
+from learner.metrics import read_metrics
 from tests.small_run import flags, recorded
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +110,44 @@ def test_ray_job_submit(head: Head, tmp_path: Path) -> None:
     assert len(recorded(run)) == 4
 
 
+OF_THE_USER = {
+    "my_rewards.py": """
+class Dark:
+    def __init__(self, device): pass
+    def __call__(self, images, conditions):
+        return -images.mean(axis=(1, 2, 3)).astype("float32")
+""",
+    **{f"{name}.py": f"raise SystemExit('{name}.py is the user's')" for name in NAMES},
+}
+ONE_ITERATION = [
+    *flags(), "--iterations", "1", "--evaluation.num-images", "0", "--output.gallery-every", "0",
+    "--rewards.extra", "my_rewards:Dark=0.5",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A user's working directory: a reward of his own, and files of our packages' names."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name, text in OF_THE_USER.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_in_a_job_the_command_minds_no_files_of_our_names(head: Head, folder: Path) -> None:
+    """Ray puts the job's working directory first, by PYTHONPATH, for driver and workers alike."""
+    run = folder.parent / "run"
+    job = head.ray(
+        "job", "submit", "--working-dir", str(folder), "--",
+        "tessera", "run", *ONE_ITERATION, "--run-dir", str(run),
+    )  # fmt: skip
+    text, _ = job.communicate(timeout=400)
+    assert job.returncode == 0, text
+    (row,) = read_metrics(run / "metrics.jsonl")
+    assert row["reward/dark"] < 0
+
+
 def test_without_the_token_nobody_gets_in(head: Head, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     wrong.write_text(secrets.token_hex(32))
@@ -124,17 +164,22 @@ def actors_of(head: Head) -> list[dict[str, str]]:
     return json.loads(text[text.index("[") :])
 
 
-def test_a_private_ray_stays_private_beside_a_running_cluster(head: Head, tmp_path: Path) -> None:
-    """A cluster that somebody else started on this machine is neither joined nor in the way."""
+def test_a_private_ray_stays_private_beside_a_running_cluster(head: Head, folder: Path) -> None:
+    """A cluster that somebody else started on this machine is neither joined nor in the way; nor
+    are the user's files, which Ray has workers search before all others."""
     before = actors_of(head)
+    run, tessera = folder.parent / "run", str(BIN / "tessera")
+    (folder / "torch.py").write_text("raise SystemExit('torch.py is the user's')")
     process = subprocess.run(
-        [sys.executable, "-m", "learner.run", *flags(), "--run-dir", str(tmp_path / "run")],
+        [tessera, "run", *ONE_ITERATION, "--run-dir", str(run)],
         env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        cwd=ROOT,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=400,
         check=False,
     )
     assert process.returncode == 0, process.stdout + process.stderr
+    (row,) = read_metrics(run / "metrics.jsonl")
+    assert row["reward/dark"] < 0
     assert actors_of(head) == before

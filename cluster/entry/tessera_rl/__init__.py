@@ -33,7 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help", "help"):
-        print(usage())
+        try:
+            print(usage(), flush=True)
+        except BrokenPipeError:  # `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if given[0] in ("-V", "--version"):
         print(f"tessera {version('tessera-rl')}")

@@ -1,92 +1,143 @@
 """What a run takes of its GPUs, before it is started: `python -m learner.plan --preset NAME`.
 
-Arithmetic alone (`learner.memory`): no GPU, no weights. Scorers are not counted.
+Arithmetic alone (`learner.memory`, `learner.gpus`): no GPU, no weights.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
+from pydantic import Field
 from rich.table import Table
 
 from actors.models.loading import count_parameters
-from actors.models.sources import PolicyArchitecture, Source, planned_policy
+from actors.models.sources import PolicyArchitecture, Source, planned_policy, planned_tokenizer
 from cluster.console import REFUSED, make_console
-from cluster.errors import TesseraError
+from cluster.errors import ConfigError, TesseraError
+from cluster.help import answer_help, asks_help
 from cluster.invocation import command_of
-from learner.config import DEFAULT_PRESET, RunConfig, load_preset
-from learner.memory import LearnerMemory, learner_memory, sampler_memory
+from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
+from learner.gpus import Gpu, memory_of, of_sampler, pack, processes, rollouts_of
+from learner.memory import LearnerMemory
 
+MODULE = "learner.plan"
+ABOUT = (
+    "Memory that a run takes of its GPUs: of the learner in parts, and of every process on each "
+    "GPU. Takes the options of learner.run."
+)
+COMMON = {
+    "what to plan": ("--preset", "--gpu-memory-gb"),
+    "workers": ("--num-samplers", "--num-reward-servers", "--num-learners", "--sampler.num-gpus",
+                "--reward.num-gpus", "--learner.num-gpus"),
+    "what takes memory": ("--rollouts-per-group", "--learner.microbatch", "--learner.precision",
+                          "--learner.checkpointing", "--sampler.dtype", "--loss.kl-coef"),
+}  # fmt: skip
+"""What --help shows; --help-all shows every option."""
 GB = 1e9
+DEFAULT_GPU_GB = 80.0
 SPARE = 0.1  # share of a GPU that is left to the allocator and to kernels' workspaces
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Memory of learner and sampler under a preset."""
+    """What to plan, beside the run's options."""
 
     preset: Annotated[str, tyro.conf.arg(aliases=("-p",))] = DEFAULT_PRESET
     """Shipped preset by name, or a YAML file by path."""
-    gpu_memory_gb: float = 80.0
-    """Memory of one GPU, GB."""
-    num_learners: int = 0
-    """Learners that share the work; 0 is the preset's number."""
+    gpu_memory_gb: Annotated[float, Field(ge=0)] = 0.0
+    """Memory of one GPU, GB; 0 is that of this machine's first one, or 80 where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Memory that a run takes of its GPUs."""
+
+    command: Annotated[Command, tyro.conf.arg(name="")] = field(default_factory=Command)
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    command = tyro.cli(Command, args=arguments, prog=command_of("learner.plan"))
     try:
-        config = load_preset(command.preset)
-        if command.num_learners:
-            config = dataclasses.replace(config, num_learners=command.num_learners)
-        source = config.policy
-        architecture = planned_policy(Source.of(source.checkpoint, source.architecture, source.ema))
+        command, config = parse(arguments)
+        policy, tokenizer = config.policy, config.tokenizer
+        architecture = planned_policy(Source.of(policy.checkpoint, policy.architecture, policy.ema))
+        codes = planned_tokenizer(
+            Source.of(tokenizer.checkpoint, tokenizer.architecture, tokenizer.ema)
+        )
+        gpus = pack(processes(config, architecture, codes))
+        sampler = of_sampler(config, architecture, codes)
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    show(config, architecture, command.gpu_memory_gb * GB)
+    size = (command.gpu_memory_gb or detected_gb()) * GB
+    show(config, architecture, sampler, size, beside_learner(gpus, memory_of(config, architecture)))
+    show_gpus(gpus, size)
     return 0
 
 
-def memory_of(
-    config: RunConfig, architecture: PolicyArchitecture, microbatch: int = 0
-) -> LearnerMemory:
-    """Of a run's learner; microbatch 0 is the configuration's."""
-    options = config.learner
-    return learner_memory(
-        architecture,
-        microbatch=microbatch or min(options.microbatch, rollouts_of(config)),
-        precision=options.precision,
-        checkpointing=options.checkpointing,
-        reference=config.loss.kl_coef > 0 and options.reference_device == "learner",
-        learners=config.num_learners,
-        guided=config.sampling.learned().guided_sampling,
-    )
+def parse(arguments: list[str] | None) -> tuple[Command, RunConfig]:
+    """
+    Raises:
+        ConfigError: unknown preset, impossible value.
+        SystemExit: --help, or an option that does not exist.
+    """
+    command, _ = tyro.cli(Command, args=arguments, return_unknown_args=True, add_help=False)
+    base = load_preset(command.preset)
+    if asks_help(arguments):
+        arguments = answer_help(arguments, command_of(MODULE), ABOUT, COMMON, Command(), base)
+    default = Arguments(command=command, run=base)
+    try:
+        parsed = tyro.cli(Arguments, args=arguments, default=default, prog=command_of(MODULE))
+    except ValueError as error:  # what a dataclass says of its own fields
+        raise ConfigError(f"command line: {error}") from None
+    if parsed.command.gpu_memory_gb < 0:
+        raise ConfigError(f"--gpu-memory-gb must be >= 0, found {parsed.command.gpu_memory_gb:g}")
+    return parsed.command, validate(to_dict(parsed.run), "command line")
 
 
-def rollouts_of(config: RunConfig) -> int:
-    """Most rollouts of an iteration that one learner has."""
-    return -(-config.groups_per_iteration * config.rollouts_per_group // config.num_learners)
+def beside_learner(gpus: list[Gpu], learner: LearnerMemory) -> float:
+    """Bytes that a learner's GPU holds beside what it computes with: contexts, other processes."""
+    name = "learner"
+    shared = [gpu for gpu in gpus if any(p.name.startswith(name) for p in gpu.processes)]
+    return max((gpu.memory - learner.total for gpu in shared), default=0.0)
+
+
+def detected_gb() -> float:
+    """Memory of this machine's first GPU, or of the one that presets are written for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return DEFAULT_GPU_GB
+    return torch.cuda.get_device_properties(0).total_memory / GB
 
 
 def largest_microbatch(config: RunConfig, architecture: PolicyArchitecture, limit: float) -> int:
     """Most rollouts of one pass that fit `limit` bytes; 0 if not even one does."""
-    found = 0
-    while found < rollouts_of(config):
-        if memory_of(config, architecture, found + 1).total > limit:
-            break
-        found += 1
-    return found
+    sizes = range(1, rollouts_of(config) + 1)
+    return bisect.bisect_right(
+        sizes, limit, key=lambda size: memory_of(config, architecture, size).total
+    )
 
 
-def show(config: RunConfig, architecture: PolicyArchitecture, gpu: float) -> None:
-    """Print the plan."""
-    found, usable = memory_of(config, architecture), gpu * (1 - SPARE)
+def show(
+    config: RunConfig,
+    architecture: PolicyArchitecture,
+    sampler: float,
+    gpu: float,
+    beside: float,
+) -> None:
+    """Print the learner's parts, and the largest microbatch.
+
+    Args:
+        beside: bytes that others take of its GPU, and its own context.
+    """
+    found, usable = memory_of(config, architecture), gpu * (1 - SPARE) - beside
     size = count_parameters(architecture) / 1e6
     table = Table(title=f"{size:.0f} M parameters, {architecture.num_tokens} tokens")
     table.add_column("one learner")
@@ -94,21 +145,42 @@ def show(config: RunConfig, architecture: PolicyArchitecture, gpu: float) -> Non
     for name, value in dataclasses.asdict(found).items():
         table.add_row(name, f"{value / GB:.2f}")
     table.add_row("together", f"{found.total / GB:.2f}", end_section=True)
-    sampler = sampler_memory(
-        architecture,
-        rollouts=config.rollouts_per_group,
-        dtype=config.sampler.dtype,
-        guided=config.sampling.guided_sampling,
-        max_groups=config.sampler.max_groups,
-    )
-    table.add_row("one sampler, but for images", f"{sampler / GB:.2f}")
+    table.add_row("one sampler, with images", f"{sampler / GB:.2f}")
     make_console().print(table)
     fits = "fits" if found.total <= usable else "does not fit"
+    others = f", {beside / GB:.1f} GB beside it" if beside else ""
     largest = largest_microbatch(config, architecture, usable)
     print(
-        f"The learner {fits} {gpu / GB:g} GB ({SPARE:.0%} kept free); the largest "
+        f"The learner {fits} {gpu / GB:g} GB ({SPARE:.0%} kept free{others}); the largest "
         f"learner.microbatch that does: {largest or 'none'}"
     )
+
+
+def show_gpus(gpus: list[Gpu], size: float) -> None:
+    """Print every process on each GPU, and whether they fit."""
+    if not gpus:
+        print("No process asks for a GPU (--learner.num-gpus, --sampler.num-gpus, ...).")
+        return
+    table = Table(title=f"{len(gpus)} GPU{'s' * (len(gpus) > 1)} of {size / GB:g} GB")
+    table.add_column("GPU")
+    for heading in ("share", "GB"):
+        table.add_column(heading, justify="right")
+    for number, gpu in enumerate(gpus):
+        for process in gpu.processes:
+            share = f"{process.share:g}"
+            table.add_row(f"{number}: {process.name}", share, f"{process.memory / GB:.1f}")
+        fits = "" if gpu.memory <= size * (1 - SPARE) else ", does not fit"
+        table.add_row(f"   together{fits}", "", f"{gpu.memory / GB:.1f}", end_section=True)
+    make_console().print(table)
+    unknown = {name for gpu in gpus for process in gpu.processes for name in process.unknown}
+    if unknown:
+        print(f"Not counted, since their sizes are not known: {', '.join(sorted(unknown))}")
+    crowded = [str(at) for at, gpu in enumerate(gpus) if gpu.memory > size * (1 - SPARE)]
+    if crowded:
+        print(
+            f"GPU {', '.join(crowded)} does not fit ({SPARE:.0%} kept free): give its processes "
+            "larger shares (num_gpus), so that fewer are together, or lower learner.microbatch"
+        )
 
 
 if __name__ == "__main__":

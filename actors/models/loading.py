@@ -6,6 +6,7 @@ Weights get memory once, where and in the dtype in which they are wanted.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -155,6 +156,7 @@ def check_fit(tensors: Mapping[str, Tensor], architecture: Architecture, source:
     _load(module, shapes, source, getattr(module, "UNUSED", ()))
 
 
+@functools.lru_cache(maxsize=64)
 def count_parameters(architecture: Architecture) -> int:
     """Parameters of a policy or of a whole tokenizer."""
     return sum(parameter.numel() for parameter in _weightless(architecture).parameters())

@@ -61,6 +61,7 @@ def import_hpsv2(name: str = "hpsv2.src.open_clip") -> Any:
 @contextlib.contextmanager
 def _vocabulary() -> Iterator[None]:
     """open_clip's copy of the vocabulary where hpsv2 opens its own, if that is missing."""
+    ensure_torchvision()
     import open_clip
 
     copy = Path(open_clip.__file__).with_name(VOCABULARY)

@@ -86,6 +86,7 @@ class TextImageModel:
 
     def transform(self) -> Callable[[Any], Tensor]:
         """The model's own evaluation transform: PIL image -> (3, h, w) fp32, on the host."""
+        ensure_torchvision()
         import open_clip
 
         config = open_clip.transform.PreprocessCfg(**self.preprocess_config)
@@ -107,6 +108,7 @@ class TextImageModel:
         tokenizer = self.tokenizer
         if hasattr(tokenizer, "encode"):  # open_clip's own
             return len(tokenizer.encode(text)) + 2, tokenizer.context_length
+        ensure_torchvision()
         from open_clip import tokenizer as cleaning
 
         if hasattr(tokenizer, "clean_fn"):
@@ -126,6 +128,7 @@ def is_own_source(model: str) -> bool:
 
 def _source(model: str, pretrained: str) -> tuple[str, dict[str, str], Path | None]:
     """open_clip's name, options of its tokenizer, and the checkpoint file if it is one."""
+    ensure_torchvision()
     import open_clip
 
     if is_own_source(model):
@@ -204,6 +207,7 @@ def _loading_from(file: Path | None) -> Iterator[None]:
 
 
 def _load_file(model: torch.nn.Module, file: Path, name: str) -> None:
+    ensure_torchvision()
     import open_clip.factory as factory
 
     state = factory.convert_state_dict(model, read_state(str(file)))

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.messages import Condition
+from cluster.torchvision_ops import ensure_torchvision
 from rewards.hpsv2 import ARCHITECTURE, HpsConfig, HpsReward
 from rewards.openclip import Precision
 from tests.parity import text_image
@@ -97,6 +98,7 @@ def main(options: Options) -> None:
 
 def make(architecture: str, checkpoint: Path) -> None:
     """Weights as open_clip initialises them, in the layout of HPSv2's files."""
+    ensure_torchvision()
     import open_clip
 
     torch.manual_seed(0)

@@ -198,6 +198,7 @@ def test_torchvision_features(
     size: tuple[int, int], torchvision_weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a user of `inception_v3(weights=...)` gets, the average pool read by a hook."""
+    ensure_torchvision()
     from torchvision.models import Inception_V3_Weights, inception_v3
     from torchvision.transforms import v2
 

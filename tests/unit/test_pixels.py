@@ -30,6 +30,7 @@ def open_clip_config(**fields: Any) -> Any:
 
 
 def open_clip_pixels(image: np.ndarray, config: Any) -> torch.Tensor:
+    ensure_torchvision()
     import open_clip
 
     return open_clip.transform.image_transform_v2(config, is_train=False)(Image.fromarray(image))

@@ -10,6 +10,7 @@ import torch
 
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
+from cluster.torchvision_ops import ensure_torchvision
 from rewards.base import RowErrors
 from rewards.clip import ClipConfig, ClipReward
 from rewards.prompts import PromptConfig, Prompts
@@ -58,6 +59,7 @@ def test_templates_that_are_none_are_refused(templates: tuple[str, ...], message
 
 def test_templates_average_as_in_zero_shot_classification() -> None:
     """Against open_clip's own zero-shot head."""
+    ensure_torchvision()
     from open_clip.zero_shot_classifier import build_zero_shot_classifier
 
     templates = ("{}", "a {}", "{} of the digits")
@@ -102,6 +104,7 @@ def test_long_captions_are_cut_where_that_is_asked_for() -> None:
 
 def test_a_caption_of_77_tokens_fits_and_one_of_78_does_not() -> None:
     """open_clip's own vocabulary: "a" is one token, start and end take two."""
+    ensure_torchvision()
     import open_clip
 
     clip = ClipReward(ClipConfig())

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cluster.errors import CheckpointError, DataError
 from cluster.messages import Condition
+from cluster.torchvision_ops import ensure_torchvision
 from learner.miniature.data import captions, digits
 from rewards.base import RowErrors, check_images
 from rewards.classifier import ClassifierAccuracy, ClassifierConfig
@@ -37,6 +38,7 @@ def clip() -> ClipReward:
 
 def plain_open_clip(image: np.ndarray, text: str) -> float:
     """One image, one text, as open_clip's own example does it."""
+    ensure_torchvision()
     import open_clip
 
     from cluster.tensors import locate
@@ -202,6 +204,7 @@ def test_what_is_no_batch_of_images_is_refused(images: np.ndarray) -> None:
 
 def test_a_checkpoint_file_for_a_named_model_is_loaded_strictly(tmp_path: Path) -> None:
     """The layout of the HPSv2 files, on a small model: {"state_dict": ...}, nothing unpickled."""
+    ensure_torchvision()
     import open_clip
 
     config = json.loads((Path(open_clip.__file__).parent / "model_configs/RN50.json").read_text())

@@ -49,6 +49,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(weights: Path) -> nn.Module:
     """A network that resamples its position embeddings for every image, not when it is loaded."""
+    ensure_torchvision()
     import timm
 
     network = timm.create_model(SMALL, num_classes=0, dynamic_img_size=True)
@@ -58,6 +59,7 @@ def plain(weights: Path) -> nn.Module:
 
 def plain_timm(network: nn.Module, images: list[np.ndarray]) -> np.ndarray:
     """Image by image, with PIL, and the class token taken by hand."""
+    ensure_torchvision()
     from timm.data import create_transform, resolve_data_config
 
     options = resolve_data_config({}, model=network) | {"input_size": (3, 224, 224)}
@@ -156,6 +158,7 @@ def test_clip_equals_plain_open_clip(
     size: tuple[int, int], resize_mode: str, tmp_path: Path
 ) -> None:
     """CLIP's image features are not of unit length: their length tells images apart, too."""
+    ensure_torchvision()
     import open_clip
 
     directory = clip_directory(tmp_path, resize_mode)

@@ -30,6 +30,7 @@ from actors.steps import Workspace
 from cluster.messages import SamplingSpec
 
 SIZES = {
+    "tiny": (64, 2, 2),  # to try the bench; its figures say nothing
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
     "XL": (1280, 36, 20),
@@ -45,7 +46,7 @@ class Options:
 
     official: Path | None = None
     """Checkout of FoundationVision/LlamaGen."""
-    size: Literal["B", "L", "XL", "XXL", "3B"] = "B"
+    size: Literal["tiny", "B", "L", "XL", "XXL", "3B"] = "B"
     batch: int = 16
     """Images of one batch; guidance decodes twice as many rows."""
     grid: int = 16
@@ -195,9 +196,10 @@ def quiet() -> Iterator[None]:
 def measure(options: Options) -> Machine:
     """Read bandwidth and matrix product rate of this machine, best of several."""
     dtype = getattr(torch, options.dtype)
-    block = torch.ones(2**28 // 4, dtype=torch.float32, device=options.device)
+    small = options.size == "tiny"
+    block = torch.ones(2 ** (20 if small else 26), dtype=torch.float32, device=options.device)
     reading = min(timed(lambda: block.sum()) for _ in range(5))  # type: ignore[arg-type,return-value]
-    side = 2048 if options.device == "cpu" else 8192
+    side = 256 if small else 2048 if options.device == "cpu" else 8192
     a = torch.randn(side, side, dtype=dtype, device=options.device)
     product = min(timed(lambda: a @ a) for _ in range(4))  # type: ignore[arg-type,return-value]
     return Machine(block.numel() * 4 / reading, 2 * side**3 / product)

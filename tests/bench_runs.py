@@ -1,0 +1,51 @@
+"""Benches with their smallest options, as tests start them: in this process, as `python -m` does.
+
+What they set for the whole process is undone after them.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from rewards.isolation import Isolation
+
+RESULT = re.compile(r"^RESULT (\w+)\.(\w+)=(\S+)$", re.MULTILINE)
+SMALLEST = {
+    "checkpoint": "--parameters 200000 --mib-per-s 1000",
+    "decode": "--size tiny --batch 1 --grid 2 --repeats 1 --cfg-scales 1 2",
+    "hpsv2": "--small --images 1 --rounds 1 --calls 1 --size 32",
+    "iteration": "--iterations 1 --groups 1 --rollouts 2",
+    "loo_fid": "--dim 16 --count 4 --history 32 --timed 1 --repeats 1 --checked 1",
+}
+ON_RAY = {
+    "broadcast": "--megabytes 8 --samplers 1 --rounds 1",
+    "pipeline": "--only driver",
+    "reward_server": "--servers 1 --groups 2 --seconds-per-image 0.001",
+}
+ALONE = {"main_job": "--num-samplers 1 --iterations 1 --evaluation.num-images 0"}
+"""Starts a run of its own, as a newcomer would."""
+
+
+def run_bench(
+    name: str, options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> dict[str, str]:
+    """Run one; returns its figures."""
+    monkeypatch.setattr(sys, "argv", [f"tests/bench/{name}.py", *options.split()])
+    monkeypatch.delitem(sys.modules, f"tests.bench.{name}", raising=False)
+    capsys.readouterr()
+    with Isolation()(0):
+        runpy.run_module(f"tests.bench.{name}", run_name="__main__", alter_sys=True)
+    found = RESULT.findall(capsys.readouterr().out)
+    assert found, "no RESULT line"
+    assert {bench for bench, _, _ in found} == {name}
+    return {figure: value for _, figure, value in found}
+
+
+def all_benches() -> set[str]:
+    files = (Path(__file__).parent / "bench").glob("*.py")
+    return {file.stem for file in files} - {"__init__"}

@@ -1,0 +1,28 @@
+"""Every bench on Ray starts, with its smallest options, and prints its figures."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+
+from cluster import runtime
+from cluster.runtime import RaySession
+from tests.bench_runs import ALONE, ON_RAY, run_bench
+
+
+@pytest.mark.parametrize("name", ON_RAY)
+def test_it_starts_and_prints_figures(
+    name: str,
+    ray_session: RaySession,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runtime, "RaySession", lambda config: nullcontext(ray_session))
+    assert run_bench(name, ON_RAY[name], monkeypatch, capsys)
+
+
+@pytest.mark.slow
+def test_the_main_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = run_bench("main_job", ALONE["main_job"], monkeypatch, capsys)
+    assert figures["exit_status"] == "0"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from cluster.errors import FleetError
+
 
 class Background:
     """Runs `work` in a daemon thread, which does not keep a process from ending.
@@ -23,13 +25,17 @@ class Background:
         """Whether it has ended, after so long at most.
 
         Raises:
-            whatever the work raised.
+            FleetError: the work ended by what would end the caller, too (SystemExit and its like).
+            Exception: whatever else the work raised.
         """
         self._thread.join(wait_s)
         if self._thread.is_alive():
             return False
-        if self._error is not None:
+        if isinstance(self._error, Exception):
             raise self._error
+        if self._error is not None:
+            kind, words = type(self._error).__name__, str(self._error)
+            raise FleetError(f"{self.what} ended by {kind}({words})") from self._error
         return True
 
     def _run(self) -> None:

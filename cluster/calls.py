@@ -92,17 +92,18 @@ class Call:
         else:
             self.worker.give(len(self.groups))
 
-    def ask_again(self, most: int) -> None:
+    def ask_again(self, most: int, why: str) -> None:
         """The worker was lost: queue the groups as they were before it had them.
 
         Args:
             most: workers that may be lost with one group in hand, less one.
+            why: what became of it, as `why_lost` says it.
 
         Raises:
             FleetError: whoever gets a group is lost.
         """
         for group in reversed(self.live):
-            group.count_loss(most)
+            group.count_loss(most, self.worker.name, why)
             if self.stage is Stage.SCORE:
                 self.pool.add(group, front=True)
             else:
@@ -115,7 +116,7 @@ class Call:
             FleetError: as above.
         """
         for group in reversed(self.live):
-            group.count_loss(most)
+            group.count_loss(most, self.worker.name, "lost the images")
             group.draw_again()
             for server in servers:
                 server.forget(group)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,10 +20,14 @@ from ray.exceptions import (
     RayActorError,
     RayError,
     RayTaskError,
+    RuntimeEnvSetupError,
 )
 
 from cluster.errors import FleetError, InputLostError, StuckError, TesseraError
+from cluster.logs import FILE_ONLY
 from cluster.object_store import MemoryFullError, memory_full, store_full
+
+logger = logging.getLogger(__name__)
 
 GONE = (RayActorError, ObjectLostError, OwnerDiedError)
 LOST = (RayActorError, MemoryFullError, StuckError)
@@ -59,7 +67,51 @@ def why_lost(error: Exception) -> str:
     """Of a worker that will not answer."""
     if isinstance(error, StuckError):
         return f"does not get on: {error}"
-    return "ran out of memory" if isinstance(error, MemoryFullError) else "was lost"
+    if isinstance(error, MemoryFullError):
+        return "ran out of memory"
+    return f"was lost ({how_ended(error)})" if isinstance(error, RayActorError) else "was lost"
+
+
+def how_ended(error: RayActorError) -> str:
+    """What became of a worker's process, as far as Ray tells."""
+    text = str(error)
+    if found := re.search(r"exit code (-?\d+)", text):
+        return f"its process ended with exit status {found[1]}"
+    if "connection error code" in text:
+        return (
+            "its process ended without a word: a crash as by SIGSEGV, os._exit, a kill, or too "
+            "little memory"
+        )
+    if "node has died" in text or "node was" in text:
+        return "its machine is gone"
+    return " ".join(text.split("\n")[0].split())
+
+
+def last_words(text: str) -> str:
+    """What a worker's traceback ends in, which came as text: the message of one of our errors; of
+    another error its kind and message, and where it was raised."""
+    lines = text.splitlines()
+    frames = [place for place, line in enumerate(lines) if FRAME.match(line)]
+    start = frames[-1] + 1 if frames else 0
+    while start < len(lines) - 1 and lines[start].startswith("    "):  # code, and marks below it
+        start += 1
+    words = "\n".join(lines[start:]).strip()
+    kind, _, message = words.partition(": ")
+    module, _, name = kind.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    if isinstance(found, type) and issubclass(found, TesseraError):
+        return message
+    place = FRAME.match(lines[frames[-1]]) if frames else None
+    return f"{words} ({Path(place['file']).name}, line {place['line']})" if place else words
+
+
+FRAME = re.compile(r'  File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
+
+
+def _failed(what: str, error: RayError) -> FleetError:
+    """A worker's traceback as one message; the whole goes to the run's log."""
+    logger.error(f"{what}:\n{error}", extra=FILE_ONLY)
+    return FleetError(f"{what}: {last_words(str(error))}")
 
 
 def too_late(what: str, timeout_s: float) -> FleetError:
@@ -93,11 +145,17 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
             raise cause from None
         if isinstance(cause, GONE):
             raise InputLostError(f"{what}: an argument was lost ({cause})") from None
-        raise FleetError(f"{what} failed:\n{error}") from None
+        raise _failed(f"{what} failed", error) from error
     except RayActorError as error:
         if getattr(error, "actor_init_failed", False):
-            raise FleetError(f"{what} could not start:\n{error}") from None
+            raise _failed(f"{what} could not start", error) from error
         raise
+    except RuntimeEnvSetupError as error:
+        told = f"{what} could not start, since its runtime_env cannot be made"
+        logger.error(f"{told}:\n{error}", extra=FILE_ONLY)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        faults = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
+        raise FleetError(f"{told}: {' '.join(faults)}") from error
     except (ObjectLostError, OwnerDiedError) as error:
         raise InputLostError(f"{what}: the answer was lost ({error})") from None
     except RayError as error:

@@ -37,7 +37,7 @@ from cluster.placement import Placement
 from cluster.pool import State, Waiting, Worker, WorkerPool
 from cluster.publisher import publisher_of
 from cluster.pulse import Pulse
-from cluster.ray_calls import LOST, RemoteRole, answer, too_late, why_lost
+from cluster.ray_calls import LOST, RemoteRole, answer, how_ended, too_late, why_lost
 from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
@@ -91,14 +91,19 @@ class RayFleet:
         self._tickets = 0
 
     def __enter__(self) -> Self:
+        who = "the fleet's control actor"
         try:
             self._steward.start()
             for worker in self._all():
+                who = worker.name
                 self._keepers.started(worker)
+            who = "a learner"
             self._keepers.meet()
         except RayActorError as error:
             self._end()
-            raise FleetError(f"a worker was lost while the fleet started: {error}") from None
+            raise FleetError(
+                f"{who} was lost while it started: {how_ended(error)}; its log says more"
+            ) from None
         except BaseException:  # whatever ends the start, the others must not stay behind
             self._end()
             raise
@@ -334,7 +339,7 @@ class RayFleet:
             if call.stage is Stage.IMAGES and not group.judges:
                 images = answer(group.images, f"{worker.name}.images", self._plan.timeout_s)
         except LOST as error:
-            call.ask_again(self._plan.max_restarts)
+            call.ask_again(self._plan.max_restarts, why_lost(error))
             self._supervisor.lost(pool, worker, why_lost(error))
             return
         except InputLostError:  # the images went with their node

@@ -31,24 +31,26 @@ class GroupOnTheWay:
     rollouts: RolloutGroup | None = None
     images: Any = None
     """Reference to the images; they stay in the object store."""
-    losses: int = 0
-    """Workers that were lost with it in hand."""
+    losses: list[str] = field(default_factory=list)
+    """Workers that were lost with it in hand, and how."""
     drawing: int = 0
     """How often it was asked for anew; what comes of an earlier drawing is not wanted any more."""
     parts: dict[str, GroupScores] = field(default_factory=dict)
     """Pool -> what it said."""
 
-    def count_loss(self, most: int) -> None:
+    def count_loss(self, most: int, who: str, why: str) -> None:
         """A worker was lost with it in hand.
 
         Raises:
             FleetError: more than `most` + 1 were.
         """
-        self.losses += 1
-        if self.losses > most + 1:
+        self.losses.append(f"{who} {why}")
+        if len(self.losses) > most + 1:
+            stream, iteration, group = self.request.key
             raise FleetError(
-                f"{self.losses} workers were lost with {self.request.key} in hand: look at their "
-                "logs for the reason (out of memory?), or raise --max-restarts"
+                f"{len(self.losses)} workers were lost with group {group} of {stream} {iteration} "
+                f"in hand ({'; '.join(self.losses)}): look at their logs for the reason, or raise "
+                "--max-restarts"
             )
 
     def draw_again(self) -> None:

@@ -220,14 +220,15 @@ class Mirror:
         attempts = Retrying(
             stop=stop_after_attempt(ATTEMPTS),
             wait=WAIT,
-            retry=retry_if_not_exception_type(TesseraError),
+            # tenacity would try again after Ctrl-C, too
+            retry=retry_if_not_exception_type((TesseraError, KeyboardInterrupt)),
             reraise=True,
         )
         try:
             return attempts(act)
-        except TesseraError:
+        except (TesseraError, KeyboardInterrupt):
             raise
-        except Exception as error:  # of any filesystem's library
+        except BaseException as error:  # of any filesystem's library: asyncio's cancellation, too
             raise CheckpointError(
                 f"{what} failed {ATTEMPTS} times ({type(error).__name__}: {error})"
             ) from error

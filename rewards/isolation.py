@@ -30,6 +30,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 TOLD = 500  # characters of a foreign error's own words
+_CALLERS = {Path(__file__).with_name(f"{name}.py") for name in ("isolation", "extra", "panel")}
 _SMALL = 1e-310  # denormal
 _lock = threading.RLock()  # two that are inside at once would restore each other's settings
 
@@ -286,9 +287,15 @@ def describe(error: BaseException) -> str:
             raise
         words = f"(its message cannot be read: {type(another).__name__})"
     whole = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in whole if not frame.filename.startswith("<frozen")]
+    frames = [frame for frame in whole if not _passes_on(frame.filename)]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {words}{place}"
+
+
+def _passes_on(file: str) -> bool:
+    """Whether code of a file calls foreign code, or imports it: no place of an error."""
+    path = Path(file)
+    return file.startswith("<frozen") or path.parent.name == "importlib" or path in _CALLERS
 
 
 def one_line(words: Any) -> str:

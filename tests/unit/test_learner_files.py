@@ -71,6 +71,13 @@ def test_a_background_that_fails_or_lasts() -> None:
 
     with pytest.raises(FleetError, match="no"):
         Background("failing", fail).done(10)
+    for kind in (SystemExit, KeyboardInterrupt, GeneratorExit):  # not the end of whoever asks
+
+        def end(kind: type[BaseException] = kind) -> None:
+            raise kind("why")
+
+        with pytest.raises(FleetError, match=rf"^writing ended by {kind.__name__}\(why\)$"):
+            Background("writing", end).done(10)
     task = Background("sleeping", lambda: time.sleep(0.2))
     assert task.done() is False
     assert task.done(10) is True

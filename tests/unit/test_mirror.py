@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import shutil
 from pathlib import Path
@@ -37,6 +38,7 @@ class Flaky(MemoryFileSystem):
 
     protocol = "flaky"
     failures, written = 0, 0
+    error: BaseException = OSError("connection reset")
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         file = super()._open(path, mode=mode, **options)
@@ -46,7 +48,7 @@ class Flaky(MemoryFileSystem):
 
             def half(data: bytes) -> int:
                 write(bytes(data)[: len(data) // 2])
-                raise OSError("connection reset")
+                raise type(self).error
 
             file.write = half
         return file
@@ -55,7 +57,7 @@ class Flaky(MemoryFileSystem):
 @pytest.fixture
 def flaky() -> str:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    Flaky.failures = 0
+    Flaky.failures, Flaky.error = 0, OSError("connection reset")
     return f"flaky://{secrets.token_hex(4)}"
 
 
@@ -141,6 +143,29 @@ def test_a_storage_that_fails_in_the_middle_is_told_and_made_up_for(
     made.save(3)
     assert Mirror(flaky).steps() == [1, 2, 3]
     made.keeper.close()
+
+
+def test_a_storage_library_that_cancels_is_a_storage_that_fails(
+    tmp_path: Path, flaky: str, logged: list[str]
+) -> None:
+    """fsspec's asynchronous filesystems raise it; it is no Exception, and would end the thread."""
+    made = Kept(tmp_path / "run", checkpoint_url=flaky)
+    Flaky.failures, Flaky.error = 1000, asyncio.CancelledError()
+    made.save(1)
+    assert "failed 4 times (CancelledError: )" in logged[0]
+
+
+def test_ctrl_c_is_not_tried_again(flaky: str) -> None:
+    asked = 0
+
+    def stop() -> None:
+        nonlocal asked
+        asked += 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Mirror(flaky)._try("reading", stop)
+    assert asked == 1
 
 
 def test_later_ones_are_set_aside_there_too(tmp_path: Path, url: str) -> None:

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,11 +28,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from cluster.logs import PACKAGES
+
 logger = logging.getLogger(__name__)
 
 TOLD = 500  # characters of a foreign error's own words
 _CALLERS = {Path(__file__).with_name(f"{name}.py") for name in ("isolation", "extra", "panel")}
 _SMALL = 1e-310  # denormal
+_guards: list[Any] = []  # of inference modes
 _lock = threading.RLock()  # two that are inside at once would restore each other's settings
 
 
@@ -66,6 +70,21 @@ def _autocast(device: str) -> Setting:
     )
 
 
+def _gpu() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+
+
+def _set_gpu(index: int) -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.set_device(index)
+
+
+def _set_inference(value: bool) -> None:
+    guard = torch.inference_mode(value)
+    guard.__enter__()
+    _guards.append(guard)  # when it is collected, its mode ends
+
+
 def _flushes_denormals() -> bool:
     return _SMALL * 0.5 == 0
 
@@ -83,11 +102,14 @@ def _enter_directory(path: str | None) -> None:
 
 
 def _set_environment(values: dict[str, str]) -> None:
+    zone = os.environ.get("TZ")
     for name in os.environ.keys() - values.keys():
         del os.environ[name]
     for name, value in values.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
+    if zone != os.environ.get("TZ"):
+        time.tzset()
 
 
 def _set_filters(value: tuple[list[Any], Any]) -> None:
@@ -111,8 +133,13 @@ def _set_handlers(value: dict[int, Any]) -> None:
 
 
 def _loggers() -> dict[str, tuple[Any, ...]]:
-    known = logging.root.manager.loggerDict
-    named = {name: log for name, log in known.items() if isinstance(log, logging.Logger)}
+    """Ours alone: whoever quietens another library means it."""
+    known = logging.root.manager.loggerDict.items()
+    named = {
+        name: log
+        for name, log in known
+        if name.split(".")[0] in PACKAGES and isinstance(log, logging.Logger)
+    }
     return {
         name: (log.level, log.disabled, log.propagate, tuple(log.handlers))
         for name, log in {**named, "": logging.root}.items()
@@ -132,6 +159,8 @@ SETTINGS: dict[str, Setting] = {
     "torch device": Setting(torch.get_default_device, _set_device),
     "torch threads": Setting(torch.get_num_threads, torch.set_num_threads),
     "torch gradients": Setting(torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch inference": Setting(torch.is_inference_mode_enabled, _set_inference, kept=False),
+    "torch GPU": Setting(_gpu, _set_gpu),
     "torch anomalies": Setting(torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     "torch autocast, CPU": _autocast("cpu"),
     "torch autocast, CUDA": _autocast("cuda"),
@@ -185,11 +214,14 @@ SETTINGS: dict[str, Setting] = {
     "garbage collection": Setting(
         gc.isenabled, lambda value: gc.enable() if value else gc.disable()
     ),
+    "cores": Setting(lambda: os.sched_getaffinity(0), lambda value: os.sched_setaffinity(0, value)),
+    "switch interval": Setting(sys.getswitchinterval, sys.setswitchinterval),
     "socket timeout": Setting(socket.getdefaulttimeout, socket.setdefaulttimeout),
     # these belong to the run, also while foreign code computes
     "stdout": _flag(sys, "stdout")._replace(kept=False),
     "stderr": _flag(sys, "stderr")._replace(kept=False),
     "excepthook": _flag(sys, "excepthook")._replace(kept=False),
+    "thread excepthook": _flag(threading, "excepthook")._replace(kept=False),
     "logging off": _flag(logging.root.manager, "disable")._replace(kept=False),
     "loggers": Setting(_loggers, _set_loggers, kept=False),
 }

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,9 @@ import numpy as np
 import torch
 
 from cluster.messages import Condition
+
+_LEFT_OPEN: list[Any] = sys.__dict__.setdefault("tests_left_open", [])
+# not of this module: modes that are collected some time end some time, in any thread
 
 
 def _reseed() -> None:
@@ -72,6 +76,11 @@ SPOILS: dict[str, Callable[[], object]] = {
     "recursion": lambda: sys.setrecursionlimit(2345),
     "collector": gc.disable,
     "sockets": lambda: socket.setdefaulttimeout(0.5),
+    "inference": lambda: _LEFT_OPEN.append(torch.inference_mode()) or _LEFT_OPEN[-1].__enter__(),
+    "cores": lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
+    "zone": lambda: (os.environ.update(TZ="Asia/Tokyo"), time.tzset()),
+    "switching": lambda: sys.setswitchinterval(0.5),
+    "hooks": lambda: setattr(threading, "excepthook", print),
     "stdout": lambda: setattr(sys, "stdout", sys.__stderr__),
     "signals": _ignore_sigterm,
     "logging": _silence,

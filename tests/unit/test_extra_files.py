@@ -16,6 +16,7 @@ from cluster.errors import ConfigError
 from cluster.messages import Condition
 from learner.config import RunConfig, dump, parse_yaml
 from learner.run import main, parse
+from learner.rundir import RunDirectory
 from rewards.config import RewardsConfig, RewardServerConfig
 from rewards.extra import find_extra, load_extra, parse_extra
 from rewards.extra_files import changed_since
@@ -126,6 +127,20 @@ def test_the_command_line_reads_it_when_the_run_begins(here: Path) -> None:
     assert kept.path == str(here / "my_rewards.py")
     assert kept.text == (here / "my_rewards.py").read_text()
     assert config.fleet_plan().reward_server.config.rewards.extras()[0].kept == kept
+
+
+def test_a_resumed_run_goes_on_with_what_it_began_with(here: Path) -> None:
+    """Also where the command line names the file again, and where it is gone."""
+    begun = config_with_files(small_config(rewards={"extra": ["./my_rewards.py:Scaled=0.5"]}))
+    RunDirectory.create(str(here / "run"), begun)
+    (here / "my_rewards.py").write_text(SCALED.format(factor=7))
+    again = ["--resume", "--run-dir", str(here / "run")]
+    for arguments in (again, [*again, "--rewards.extra", "./my_rewards.py:Scaled=0.5"]):
+        assert parse(arguments)[1].rewards == begun.rewards
+    (here / "my_rewards.py").unlink()
+    assert parse(again)[1].rewards == begun.rewards
+    with pytest.raises(ConfigError, match=r"--resume continues the same run.*rewards\.extra"):
+        parse([*again, "--rewards.extra", "./my_rewards.py:Scaled=2"])
 
 
 def test_odd_texts_survive_config_yaml(here: Path) -> None:

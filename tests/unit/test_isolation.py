@@ -35,6 +35,7 @@ def snapshot() -> dict[str, Any]:
     numbers = np.random.get_state()
     return found | {
         "signals": SIGNALS.get(),
+        "zone": time.strftime("%Z"),
         "generators": (random.getstate(), torch.get_rng_state().tolist(), numbers[1].tolist()),
         "tensor": (torch.ones(1).dtype, torch.ones(1).device, (torch.ones(1) / 3).tolist()),
     }

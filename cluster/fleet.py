@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NewType, Protocol, Self
+from typing import NewType, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from cluster.messages import GroupScores, SampleRequest, ScoredGroup, WeightSnap
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, Role, SamplerRole
 
 Ticket = NewType("Ticket", int)
+Result = TypeVar("Result")
 
 
 class StopRequestedError(TesseraError):
@@ -69,6 +70,11 @@ class Fleet(Protocol):
 
     def refresh_moments(self) -> None:
         """Let the moments server prepare for the next commit, without waiting for it."""
+        ...
+
+    def attend_while(self, work: Callable[[], Result]) -> Result:
+        """What some work in this process returns. It runs in a thread of its own, and the fleet is
+        attended to meanwhile: for whatever may take seconds."""
         ...
 
     def broadcast(self) -> None:
@@ -183,6 +189,9 @@ class InlineFleet:
 
     def refresh_moments(self) -> None:
         self.moments.refresh()
+
+    def attend_while(self, work: Callable[[], Result]) -> Result:
+        return work()  # nobody else is there to be attended to
 
     def broadcast(self) -> None:
         for ticket in list(self._submitted):  # to be drawn with the weights of before

@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError
 from cluster.errors import LearnerLostError
 from cluster.journal import Journal
 from cluster.learner_group import LearnerGroup
+from cluster.listening import Listening
 from cluster.pool import State, Worker
 from cluster.ray_calls import LOST, RemoteRole, answer, why_lost
 from cluster.restarts import RestartBudget
@@ -38,6 +39,7 @@ class Keepers:
     Args:
         wait: how an answer is waited for: (reference, what it is of, longest wait) -> value.
         attend: waits for some references, and keeps the fleet moving meanwhile.
+        listening: when this process did.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Keepers:
         wait: Callable[[Any, str, float], Any],
         attend: Callable[[Sequence[Any], float], Sequence[Any]],
         budget: RestartBudget,
+        listening: Listening,
     ) -> None:
         self._plan, self._launch, self._budget = plan, launch, budget
-        self._wait, self._attend = wait, attend
+        self._wait, self._attend, self._listening = wait, attend, listening
         self.learners = [launch(plan.learner, i, False) for i in range(plan.learner.count)]
         self.moments_worker = launch(plan.moments_server, 0, False)
         self._journal = Journal(
@@ -201,6 +204,7 @@ class Keepers:
             self._wait,
             self._plan.timeout_s,
             self._attend,
+            self._listening,
         )
 
     def _learner_answer(self, ref: Any, what: str, timeout_s: float) -> Any:

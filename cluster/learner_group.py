@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from cluster.errors import FleetError, LearnerLostError
+from cluster.listening import LOOK_S, Listening
 from cluster.object_store import store_full
 from cluster.ray_private import call_inside
 
@@ -22,7 +23,6 @@ Answer = Callable[[Any, str, float], Any]
 Attend = Callable[[Sequence[Any], float], Sequence[Any]]
 """(references, longest wait) -> one of them that is there, if any; what the fleet does meanwhile is
 its own affair."""
-POLL_S = 0.5
 
 
 class LearnerGroup:
@@ -35,9 +35,10 @@ class LearnerGroup:
         answer: Answer,
         timeout_s: float,
         attend: Attend,
+        listening: Listening,
     ) -> None:
         self._handles, self._names, self._attend = list(handles), list(names), attend
-        self._answer, self._timeout_s = answer, timeout_s
+        self._answer, self._timeout_s, self._listening = answer, timeout_s, listening
 
     def meet(self) -> None:
         """Have the learners find each other; the first one's node is the meeting point.
@@ -91,10 +92,10 @@ class LearnerGroup:
         waiting, values = {ref: rank for rank, ref in enumerate(refs)}, [None] * len(refs)
         started = time.monotonic()
         while waiting:
-            for ref in self._attend(list(waiting), POLL_S):
+            for ref in self._attend(list(waiting), LOOK_S):
                 rank = waiting.pop(ref)
                 values[rank] = self._ask(ref, rank)
-            if waiting and time.monotonic() - started > self._timeout_s:
+            if waiting and self._listening.silence(started) > self._timeout_s:
                 late = ", ".join(self._names[rank] for rank in waiting.values())
                 raise FleetError(
                     f"no answer for {self._timeout_s:g} s from {late}: look at their logs, or "

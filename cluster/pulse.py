@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from cluster.listening import Listening
 from cluster.pool import Worker
 from cluster.ray_private import call_inside
 
@@ -31,10 +32,11 @@ class Pulse:
 
     Args:
         silence_s: longest silence; 0 asks nobody.
+        listening: when this process did: only then is anybody silent.
     """
 
-    def __init__(self, silence_s: float) -> None:
-        self._silence_s = silence_s
+    def __init__(self, silence_s: float, listening: Listening) -> None:
+        self._silence_s, self._listening = silence_s, listening
         self._pause_s = min(silence_s / ASKS, LONGEST_PAUSE_S)
         self._asked: dict[Worker, tuple[Any, float]] = {}
         self._heard: dict[Worker, float] = {}
@@ -54,7 +56,8 @@ class Pulse:
         for worker in known - self._asked.keys():
             if now - self._heard.get(worker, -self._pause_s) >= self._pause_s:
                 self._asked[worker] = (call_inside(worker.handle, _here, GROUP), now)
-        silent = [w for w, (_, since) in self._asked.items() if now - since > self._silence_s]
+        silence = self._listening.silence
+        silent = [w for w, (_, since) in self._asked.items() if silence(since) > self._silence_s]
         why = f"gave no sign of life for {self._silence_s:g} s"
         return [*((worker, "was lost") for worker in gone), *((worker, why) for worker in silent)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from ray.exceptions import (
 )
 
 from cluster.errors import FleetError, InputLostError, StuckError, TesseraError
+from cluster.listening import Listening
 from cluster.logs import FILE_ONLY
 from cluster.object_store import MemoryFullError, memory_full, store_full
 
 logger = logging.getLogger(__name__)
 
+LONGEST_GET_S = 5.0
 GONE = (RayActorError, ObjectLostError, OwnerDiedError)
 LOST = (RayActorError, MemoryFullError, StuckError)
 """A worker that was at something will not answer any more."""
@@ -121,6 +124,24 @@ def too_late(what: str, timeout_s: float) -> FleetError:
     )
 
 
+def _within(ref: ray.ObjectRef, timeout_s: float) -> Any:
+    """`ray.get` with a bound on the time in which this process ran: one that was stopped meanwhile
+    (SIGSTOP, a debugger) gives the answer another moment to come in.
+
+    Raises:
+        GetTimeoutError: it did not come.
+    """
+    slice_s = min(LONGEST_GET_S, timeout_s / 4)
+    listening, began = Listening(2 * slice_s), time.monotonic()
+    while True:
+        try:
+            return ray.get(ref, timeout=slice_s)
+        except GetTimeoutError:
+            listening.look()
+            if listening.silence(began) >= timeout_s:
+                raise
+
+
 def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
     """The value of a reference, within bounded time, with errors that name who failed.
 
@@ -132,7 +153,7 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
         FleetError: no answer in time, or an error of the worker's that is no `TesseraError`.
     """
     try:
-        return ray.get(ref, timeout=timeout_s)
+        return _within(ref, timeout_s)
     except GetTimeoutError:
         raise too_late(what, timeout_s) from None
     except (ObjectStoreFullError, OutOfDiskError) as error:  # also as a RayTaskError's cause

@@ -9,35 +9,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
-from cluster.calls import (
-    SAMPLER_THREADS,
-    Call,
-    Stage,
-    ask_for_images,
-    queue_for_tokens,
-    spans_of,
-)
-from cluster.checks import ScoreChecks, check_rollouts
+from cluster.background import Background
+from cluster.calls import SAMPLER_THREADS, queue_for_tokens
 from cluster.control import Progress
 from cluster.delivery import Delivery
-from cluster.errors import FleetError, InputLostError, LearnerLostError
+from cluster.errors import FleetError, LearnerLostError
 from cluster.fleet import StopRequestedError, Ticket
+from cluster.in_flight import InFlight
 from cluster.keepers import Keepers
 from cluster.launcher import Launcher, actor_class
+from cluster.listening import LOOK_S, Listening
 from cluster.messages import SampleRequest, ScoredGroup
 from cluster.placement import Placement
-from cluster.pool import State, Waiting, Worker, WorkerPool
+from cluster.pool import State, Worker, WorkerPool
 from cluster.publisher import publisher_of
 from cluster.pulse import Pulse
-from cluster.ray_calls import LOST, RemoteRole, answer, how_ended, too_late, why_lost
+from cluster.ray_calls import RemoteRole, answer, how_ended, too_late
 from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
@@ -47,7 +42,9 @@ from cluster.tickets import Answers, GroupOnTheWay
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.5  # how often a wait looks for a request to stop
+ATTEND_S = 0.05  # how often the fleet is attended to while something else is computed
+
+Result = TypeVar("Result")
 
 
 class RayFleet:
@@ -69,24 +66,36 @@ class RayFleet:
         ask_to_stop: Callable[[bool], None] = lambda checkpoint: None,
     ) -> None:
         self._plan, self._should_stop = plan, should_stop
-        self._calls: dict[ray.ObjectRef, Call] = {}
+        self._listening = Listening()
         self._launcher = Launcher(plan, session)
         self._weights = publisher_of(plan, session)
         self._delivery = Delivery(
             plan,
             self._weights,
-            self._editions_with_samplers,
+            lambda: self._in_flight.editions,
             self._sampler_lost,
         )
-        self._budget, self._pulse = RestartBudget(plan.max_restarts), Pulse(plan.heartbeat_s)
-        self._keepers = Keepers(plan, self._launch_keeper, self._answer, self._attend, self._budget)
+        self._budget = RestartBudget(plan.max_restarts)
+        self._pulse = Pulse(plan.heartbeat_s, self._listening)
+        self._keepers = Keepers(
+            plan, self._launch_keeper, self._answer, self._attend, self._budget, self._listening
+        )
         self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
         self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
-        self._supervisor = Supervisor(plan, self.pools, self._budget, self._kill)
+        self._supervisor = Supervisor(plan, self.pools, self._budget, self._listening, self._kill)
         self._steward = Steward(
             self.pools, run, others=lambda: self._keepers.workers, stop=ask_to_stop
         )
-        self._check = ScoreChecks()
+        self._in_flight = InFlight(
+            plan,
+            self._samplers,
+            self._servers,
+            self._delivery,
+            self._supervisor,
+            self._budget,
+            self._listening,
+        )
+        self._calls = self._in_flight.calls
         self._answers: dict[Ticket, Answers] = {}
         self._tickets = 0
 
@@ -147,9 +156,6 @@ class RayFleet:
         self._delivery.forget(self._samplers, self._replace)
         self._keepers.replace_learners(str(error))
 
-    def _editions_with_samplers(self) -> Iterator[int]:
-        yield from (c.edition for c in self._calls.values() if c.pool is self._samplers)
-
     def _sampler_lost(self, worker: Worker) -> None:
         self._supervisor.lost(self._samplers, worker)
 
@@ -177,6 +183,13 @@ class RayFleet:
 
     def refresh_moments(self) -> None:
         self._keepers.refresh_moments()
+
+    def attend_while(self, work: Callable[[], Result]) -> Result:
+        found: list[Result] = []
+        task = Background("computing", lambda: found.append(work()))
+        while not task.done(ATTEND_S):
+            self._turn(timeout_s=0.0, waited_for=False)
+        return found[0]
 
     def broadcast(self) -> None:
         self._delivery.broadcast(self._keepers.learners, self._samplers)
@@ -232,7 +245,7 @@ class RayFleet:
                 raise StopRequestedError("stopped while sampling")
             if self._turn():
                 progress = time.monotonic()
-            elif time.monotonic() - progress > self._plan.timeout_s:
+            elif self._listening.silence(progress) > self._plan.timeout_s:
                 raise FleetError(
                     f"nothing happened for {self._plan.timeout_s:g} s ({self._who_is_there()}): is "
                     "the cluster short of CPUs or GPUs? (--timeout-s sets the bound)"
@@ -241,9 +254,9 @@ class RayFleet:
 
     def _attend(self, refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
         """Wait until one of some answers is there, and keep groups moving meanwhile; returns it,
-        or nothing if the time is over."""
-        deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > 0:
+        or nothing if the time is over, without what this process spent on other things."""
+        began = time.monotonic()
+        while (left := timeout_s - self._listening.silence(began)) > 0:
             self._turn(refs, left)
             ready, _ = ray.wait(list(refs), num_returns=1, timeout=0)
             if ready:
@@ -256,35 +269,51 @@ class RayFleet:
             raise too_late(what, timeout_s)
         return answer(ref, what, timeout_s)
 
-    def _turn(self, others: Sequence[ray.ObjectRef] = (), timeout_s: float = POLL_S) -> bool:
-        """Hand out what there is to do, and take the next thing that happens; False if none of the
-        fleet's own did. `others` end the wait, and are left to the caller."""
+    def _turn(
+        self,
+        others: Sequence[ray.ObjectRef] = (),
+        timeout_s: float = LOOK_S,
+        *,
+        waited_for: bool = True,
+    ) -> bool:
+        """Hand out what there is to do, wait until something happens, and take all that has; False
+        if nothing of the fleet's own did. Only then is anybody's silence judged, by time in which
+        this process listened: what came while it did other things lies ready.
+
+        Args:
+            others: end the wait, and are left to the caller.
+            waited_for: whether the caller can do nothing without groups.
+        """
         # while the learner learns and nothing is on its way, idle workers are no surplus
-        decide = bool(self._calls) or not others
+        decide = bool(self._calls) or (waited_for and not others)
         self._steward.tend(self.restarts, self._delivery.newest, decide=decide)
         self._supervisor.tend()
-        moved = self._supervisor.overdue() or self._missed()
         self._dispatch()
         starting = {worker.ready: (pool, worker) for pool, worker in self._supervisor.starting()}
         refs = [*others, *self._calls, *self._delivery.under_way, *starting, *self._steward.refs()]
-        timeout_s = min(timeout_s, POLL_S)
-        ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s) if refs else ([], [])
-        if not refs:
-            time.sleep(timeout_s)
-        for ref in ready:
-            if ref in self._calls:
-                self._advance(ref)
-            elif ref in self._delivery.under_way:
-                self._delivery.taken_up(ref)
-            elif ref in starting:
-                self._supervisor.started(*starting[ref])
-            elif ref in self._steward.refs():
+        took = [self._take(ref, starting) for ref in _ready(refs, min(timeout_s, LOOK_S))]
+        if self._listening.look():
+            self._steward.restart()  # what waited for this process did not wait for workers
+        overdue, missed = self._supervisor.overdue(), self._missed()
+        return any(took) or overdue or missed
+
+    def _take(
+        self, ref: ray.ObjectRef, starting: Mapping[ray.ObjectRef, tuple[WorkerPool, Worker]]
+    ) -> bool:
+        """Take an answer that is there; whether it moves work on."""
+        if ref in self._calls:
+            self._in_flight.advance(ref)
+        elif ref in self._delivery.under_way:
+            self._delivery.taken_up(ref)
+        elif ref in starting:
+            pool, worker = starting[ref]
+            if worker in pool.workers:  # not one that was dropped meanwhile
+                self._supervisor.started(pool, worker)
+        else:
+            if ref in self._steward.refs():
                 self._steward.heard(ref)
-                continue
-            else:
-                continue
-            moved = True
-        return moved
+            return False
+        return True
 
     def _missed(self) -> bool:
         """Replace those that are gone or silent; says whether there were any."""
@@ -309,75 +338,9 @@ class RayFleet:
         """Hand waiting work to whoever of the role that it needs would finish it first."""
         for pool in self.pools:
             while picked := pool.next():
-                self._send(pool, *picked)
+                self._in_flight.send(pool, *picked)
         self._samplers.turn_back()
         self._delivery.catch_up(self._samplers)
-
-    def _send(self, pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
-        groups: tuple[GroupOnTheWay, ...] = tuple(waiting.task for waiting in picked)
-        first, now = groups[0], time.monotonic()
-        if pool is self._samplers:
-            self._delivery.bring(worker, first.edition)
-            requests = [group.request for group in groups]
-            stage, ref = Stage.SAMPLE, worker.handle.sample.remote(requests)
-        else:
-            stage, ref = Stage.SCORE, worker.handle.score.remote(first.request, first.images)
-        waited_s = tuple(now - waiting.since for waiting in picked)
-        self._follow(ref, Call(groups, pool, worker, stage, waited_s))
-
-    def _follow(self, ref: ray.ObjectRef, call: Call) -> None:
-        call.began()
-        self._calls[ref] = call
-
-    def _advance(self, ref: ray.ObjectRef) -> None:
-        """Take one finished call: pass its groups on, or ask again where its worker was lost."""
-        call, images = self._calls.pop(ref), None
-        group, pool, worker = call.groups[0], call.pool, call.worker
-        call.ended()
-        try:
-            value = answer(ref, worker.name, self._plan.timeout_s)
-            if call.stage is Stage.IMAGES and not group.judges:
-                images = answer(group.images, f"{worker.name}.images", self._plan.timeout_s)
-        except LOST as error:
-            call.ask_again(self._plan.max_restarts, why_lost(error))
-            self._supervisor.lost(pool, worker, why_lost(error))
-            return
-        except InputLostError:  # the images went with their node
-            call.ask_anew(self._samplers, self._servers.values(), self._plan.max_restarts)
-            return
-        self._budget.worked(worker.name)
-        call.measure(spans_of(value))
-        pool.dismiss()
-        if not call.live:
-            return
-        self._examine(call, value)
-        if call.stage is Stage.SAMPLE:
-            for span, images_call in ask_for_images(call, value):
-                self._follow(span, images_call)
-        elif call.stage is Stage.SCORE:
-            group.put_scores(pool.role.name, value)
-        elif group.judges:
-            group.put_images(value)
-            for name in group.judges:
-                self._servers[name].add(group)
-        else:
-            group.answers.put(group.position, images)
-
-    def _examine(self, call: Call, value: Any) -> None:
-        """Check an answer against what was asked.
-
-        Raises:
-            FleetError: it is not what it should be.
-        """
-        role, name = call.pool.role, call.worker.name
-        if call.stage is Stage.SCORE:
-            request = call.groups[0].request
-            scorers = role.scorers.get(request.panel)
-            self._check(value, request, pool=role.name, worker=name, scorers=scorers)
-        elif call.stage is Stage.SAMPLE:
-            for group, drawn in zip(call.groups, value, strict=True):
-                if group.judges:
-                    check_rollouts(drawn, group.request, name)
 
     def _ask_server(self, panel: str, method: str, *args: Any) -> Any:
         """Ask any server that has a panel's feature network; another one, if it is lost."""
@@ -392,12 +355,23 @@ class RayFleet:
 
     def _someone(self, pool: WorkerPool) -> Worker:
         """One that serves, once there is one."""
-        deadline = time.monotonic() + self._plan.timeout_s
+        began = time.monotonic()
         while not pool.of(State.SERVING):
-            if time.monotonic() > deadline:
+            if self._listening.silence(began) > self._plan.timeout_s:
                 raise FleetError(
                     f"no {pool.role.name} was ready within {self._plan.timeout_s:g} s: is the "
                     "cluster short of CPUs or GPUs? (--timeout-s sets the bound)"
                 )
             self._turn()
         return pool.of(State.SERVING)[0]
+
+
+def _ready(refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
+    """Wait until one of some references is there; returns all that are, or none in time."""
+    if not refs:
+        time.sleep(timeout_s)
+        return []
+    refs = list(refs)
+    if not ray.wait(refs, num_returns=1, timeout=timeout_s)[0]:
+        return []
+    return list(ray.wait(refs, num_returns=len(refs), timeout=0)[0])

@@ -83,6 +83,11 @@ class Steward:
         self._spoken = now
         self._exchange = self._control.exchange.remote(self.status(restarts, edition))
 
+    def restart(self) -> None:
+        """Observe anew: what was seen so far says nothing of how many workers are needed."""
+        for pool in self._pools.values():
+            pool.meter.restart(time.monotonic())
+
     def heard(self, ref: Any) -> None:
         """The control actor's answer: carry out what is wanted."""
         import ray

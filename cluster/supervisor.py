@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ray.exceptions import RayActorError
 
 from cluster.errors import FleetError, InputLostError, LearnerLostError
+from cluster.listening import Listening
 from cluster.pool import State, Worker, WorkerPool
 from cluster.ray_calls import answer
 from cluster.restarts import RestartBudget
@@ -21,6 +22,7 @@ class Supervisor:
     """Lets workers serve once they are ready, and replaces lost ones, within a budget.
 
     Args:
+        listening: when this process did: only then is anybody silent.
         stop: ends a worker's process, whatever state it is in.
     """
 
@@ -29,10 +31,11 @@ class Supervisor:
         plan: FleetPlan,
         pools: Sequence[WorkerPool],
         budget: RestartBudget,
+        listening: Listening,
         stop: Callable[[Worker], None],
     ) -> None:
         self._plan, self._pools, self._budget = plan, pools, budget
-        self._stop = stop
+        self._listening, self._stop = listening, stop
         self._due: dict[Worker, tuple[float, WorkerPool]] = {}  # lost ones, to be replaced when
         self._late: set[Worker] = set()  # said to be waiting for room
 
@@ -67,25 +70,28 @@ class Supervisor:
         self._late.discard(worker)
 
     def tend(self) -> None:
-        """Replace lost ones when their time has come; give up on what does not start."""
+        """Replace lost ones when their time has come."""
         now = time.monotonic()
         for worker, (due, pool) in list(self._due.items()):
             if now >= due:
                 del self._due[worker]
                 pool.replace(worker)
-        for pool, worker in list(self.starting()):
-            if now - worker.since > self._plan.timeout_s and pool.of(State.SERVING):
-                self._go_on_without(pool, worker)
 
     def overdue(self) -> bool:
-        """Replace workers that have work in hand and have not answered within the longest wait;
-        says whether there were any."""
-        now, found = time.monotonic(), False
+        """Replace workers that have work in hand and have not answered within the longest wait, and
+        go on without those that do not start; says whether any was replaced. To be asked when all
+        answers that lie ready have been taken."""
+        found, limit = False, self._plan.timeout_s
         for pool in self._pools:
-            for worker in pool.of(State.SERVING) + pool.of(State.DRAINING):
-                if not worker.idle and now - worker.heard > self._plan.timeout_s:
-                    limit = f"{self._plan.timeout_s:g} s (--timeout-s)"
-                    self.lost(pool, worker, f"did not answer within {limit}")
+            for worker in list(pool.workers):
+                if worker.state is State.STARTING:
+                    late = self._listening.silence(worker.since) > limit
+                    if late and pool.of(State.SERVING):
+                        self._go_on_without(pool, worker)
+                elif worker.state is State.LOST or worker.idle:
+                    continue
+                elif self._listening.silence(worker.heard) > limit:
+                    self.lost(pool, worker, f"did not answer within {limit:g} s (--timeout-s)")
                     found = True
         return found
 

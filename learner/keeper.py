@@ -20,6 +20,7 @@ from cluster.background import Background
 from cluster.errors import CheckpointError, ConfigError, StorageError, TesseraError
 from cluster.files import replacing, sync, writing
 from cluster.fleet import Fleet
+from cluster.listening import Listening
 from cluster.roles import LearnerRole
 from cluster.strict_json import dumps
 from learner import records
@@ -133,9 +134,10 @@ class Checkpoints:
         Raises:
             CheckpointError, StorageError: it could not be made, or not in time.
         """
-        deadline = time.monotonic() + self._config.timeout_s
+        listening, began = Listening(2 * WAIT_S), time.monotonic()
         while not self._go_on(WAIT_S):
-            if time.monotonic() > deadline:
+            listening.look()
+            if listening.silence(began) > self._config.timeout_s:
                 what = self._task.what if self._task else "the learner's files"
                 raise CheckpointError(
                     f"{what}: not done within {self._config.timeout_s:g} s: a faster storage, a "

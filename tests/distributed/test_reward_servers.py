@@ -48,15 +48,21 @@ class KillsInMidBatch(RayFleet):
 
     victims: list[int]
 
-    def _send(self, pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
-        super()._send(pool, picked, worker)
-        asked = picked[0].task.request
-        first = (asked.stream, asked.iteration) == ("train", 1) and not self.victims
-        if first and pool is not self._samplers:
-            pid = pid_of(worker)
-            time.sleep(0.05)  # of the scorer's .15 s
-            os.kill(pid, signal.SIGKILL)
-            self.victims.append(pid)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        send = self._in_flight.send
+
+        def send_and_kill(pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
+            send(pool, picked, worker)
+            asked = picked[0].task.request
+            first = (asked.stream, asked.iteration) == ("train", 1) and not self.victims
+            if first and pool is not self._samplers:
+                pid = pid_of(worker)
+                time.sleep(0.05)  # of the scorer's .15 s
+                os.kill(pid, signal.SIGKILL)
+                self.victims.append(pid)
+
+        self._in_flight.send = send_and_kill
 
 
 @pytest.mark.parametrize(

@@ -126,13 +126,13 @@ def test_images_are_decoded_beside_the_next_groups_tokens(ray_session: RaySessio
         fleet.broadcast()
         fleet.sample_images(requests(1))
         spans: list[Span] = []
-        advance = fleet._advance
+        advance = fleet._in_flight.advance
 
         def listen(ref: ray.ObjectRef) -> None:
             spans.extend(spans_of(ray.get(ref)))
             advance(ref)
 
-        fleet._advance = listen
+        fleet._in_flight.advance = listen
         images = fleet.sample_images(requests(8))
         assert [int(image[0, 0]) for image in images] == list(range(8))
         (worker,) = fleet.pools[0].workers

@@ -1,0 +1,56 @@
+"""Time in which this process listened for answers: what the silence of others is judged by. Pure.
+
+Whoever does not look hears nothing: while this process computes, or is stopped, answers may lie
+ready, and their workers are not silent. So a gap between two looks counts only up to a bound.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+
+LOOK_S = 0.5  # how often whoever waits looks
+LONGEST_S = 2 * LOOK_S
+
+
+class Listening:
+    """Looks of this process, and the pauses between them.
+
+    Args:
+        longest_s: gap between two looks that counts as listening; the rest of a longer one is a
+            pause.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, longest_s: float = LONGEST_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._longest_s, self._clock = longest_s, clock
+        self._last = clock()
+        self._starts: list[float] = []  # of each pause, in order
+        self._ends: list[float] = []
+        self._before: list[float] = [0.0]  # seconds of pauses before each of them, and of all
+
+    def look(self) -> float:
+        """It looks for answers now; returns the seconds of pause since the look before."""
+        now = self._clock()
+        pause = max(now - self._last - self._longest_s, 0.0)
+        if pause:
+            self._starts.append(now - pause)
+            self._ends.append(now)
+            self._before.append(self._before[-1] + pause)
+        self._last = now
+        return pause
+
+    def paused(self, since: float) -> float:
+        """Seconds of pauses between a time (of the clock) and the last look."""
+        first = bisect_right(self._ends, since)
+        total = self._before[-1] - self._before[first]
+        if first < len(self._starts):  # a time within a pause
+            total -= max(since - self._starts[first], 0.0)
+        return total
+
+    def silence(self, since: float) -> float:
+        """Seconds between a time (of the clock) and the last look in which it listened."""
+        return max(self._last - since - self.paused(since), 0.0)

@@ -1,0 +1,68 @@
+"""The driver computes, sleeps or is stopped for longer than any bound: nobody is taken for lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+
+import pytest
+
+from cluster.ray_fleet import RayFleet
+from cluster.runtime import RaySession
+from tests.distributed.test_pipeline import slow_plan
+from tests.distributed.test_ray_fleet import requests
+
+BOUND_S = 4.0
+PAUSE_S = 6.0
+
+
+def test_the_drivers_own_pauses_cost_no_worker(
+    ray_session: RaySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = dataclasses.replace(slow_plan(0.1, 0.1), heartbeat_s=BOUND_S)
+    with RayFleet(plan, ray_session) as fleet:
+        fleet.broadcast()
+        fleet.sample_images(requests(4))
+        workers = [worker.name for pool in fleet.pools for worker in pool.workers]
+        object.__setattr__(plan, "timeout_s", BOUND_S)  # which would be short for a start
+
+        between = fleet._submit(requests(8), scored=False)
+        time.sleep(PAUSE_S)
+        assert len(fleet._collect(between)) == 8
+
+        def pause_once() -> bool:
+            monkeypatch.setattr(fleet, "_should_stop", lambda: False)
+            time.sleep(PAUSE_S)
+            return False
+
+        within = fleet._submit(requests(8), scored=False)
+        monkeypatch.setattr(fleet, "_should_stop", pause_once)
+        assert len(fleet._collect(within)) == 8
+
+        attend = fleet._attend
+
+        def attend_late(refs, timeout_s):
+            time.sleep(PAUSE_S)
+            return attend(refs, timeout_s)
+
+        monkeypatch.setattr(fleet, "_attend", attend_late)
+        assert fleet.learner.step(0.0) > 0
+        assert fleet.restarts == 0
+        assert workers == [worker.name for pool in fleet.pools for worker in pool.workers]
+
+
+def test_groups_move_on_while_the_driver_computes(ray_session: RaySession) -> None:
+    with RayFleet(slow_plan(0.1), ray_session) as fleet:
+        fleet.broadcast()
+        ticket = fleet._submit(requests(6), scored=False)  # three times what a worker has in hand
+
+        def until_all_are_there() -> str:
+            deadline = time.monotonic() + 60
+            while fleet._answers[ticket].missing and time.monotonic() < deadline:
+                time.sleep(0.05)
+            return f"{os.getpid()}, {fleet._answers[ticket].missing} missing"
+
+        assert fleet.attend_while(until_all_are_there) == f"{os.getpid()}, 0 missing"
+        with pytest.raises(ZeroDivisionError):
+            fleet.attend_while(lambda: 1 // 0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import DataError
+from rewards import fidelity as fidelity_module
 from rewards.fidelity import fidelity
 
 
@@ -33,6 +34,26 @@ def test_equals_the_definitions() -> None:
     found = fidelity(real, generated, k=3)
     for name, value in by_definition(real, generated, 3).items():
         assert getattr(found, name) == pytest.approx(value)
+
+
+def test_duplicates_and_ties_count_as_in_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix product rounds; strict comparisons of equal distances must not see it. Far from the
+    origin many digits cancel; a few rows at a time change nothing."""
+    generator = np.random.default_rng(0)
+    real = (1e3 + np.round(generator.normal(size=(40, 6)))).astype(np.float32)
+    sets = {
+        "ties": (1e3 + np.round(generator.normal(size=(30, 6)))).astype(np.float32),
+        "copies": np.concatenate([real[:15], real[:15]]),
+        "the same": real,
+        "one point": np.repeat(real[:1], 30, axis=0),
+    }
+    for held in (fidelity_module.HELD, 100):
+        monkeypatch.setattr(fidelity_module, "HELD", held)
+        monkeypatch.setattr(fidelity_module, "COLUMNS", 7 if held == 100 else 4096)
+        for name, generated in sets.items():
+            found = fidelity(real, generated, k=3)
+            for figure, value in by_definition(real, generated, 3).items():
+                assert getattr(found, figure) == pytest.approx(value, abs=1e-12), (name, figure)
 
 
 def test_a_collapsed_sample_is_dense_and_covers_nothing() -> None:

@@ -23,6 +23,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
+from operator import is_
 from typing import Any
 
 import ray
@@ -119,7 +121,7 @@ class Call:
             group.count_loss(most, self.worker.name, "lost the images")
             group.draw_again()
             for server in servers:
-                server.forget(group)
+                server.waiting.remove(partial(is_, group))
             queue_for_tokens(samplers, group, front=True)
 
     def measure(self, spans: Iterable[Span]) -> None:

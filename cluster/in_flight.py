@@ -14,12 +14,13 @@ from cluster.checks import ScoreChecks, check_rollouts
 from cluster.delivery import Delivery
 from cluster.errors import InputLostError
 from cluster.listening import Listening
-from cluster.pool import Waiting, Worker, WorkerPool
+from cluster.pool import Worker, WorkerPool
 from cluster.ray_calls import LOST, answer, why_lost
 from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan
 from cluster.supervisor import Supervisor
 from cluster.tickets import GroupOnTheWay
+from cluster.work_queue import Waiting
 
 
 class InFlight:

@@ -10,17 +10,16 @@ keeps its place for the one that comes after it.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import islice, takewhile
 from typing import Any
 
 from cluster.messages import Span
 from cluster.roles import Role
 from cluster.scaling import LoadMeter
-from cluster.schedule import Candidate, Pace, batch_size, choose
+from cluster.schedule import Candidate, Pace, batch_size, choose_of_runs
+from cluster.work_queue import Waiting, WorkQueue
 
 
 class State(Enum):
@@ -115,18 +114,6 @@ class Worker:
         return seconds
 
 
-@dataclass
-class Waiting:
-    """One piece of work in a pool's queue."""
-
-    task: Any
-    edition: int = 0
-    """Weights that it needs; of samplers' work."""
-    kind: Any = None
-    """Pieces of one kind (and edition) may go to a worker in one call."""
-    since: float = field(default_factory=time.monotonic)
-
-
 class WorkerPool:
     """The workers of a role, and the work that waits for them.
 
@@ -144,7 +131,7 @@ class WorkerPool:
     ) -> None:
         self.role, self._launch, self._stop = role, launch, stop
         self.workers = [launch(role, index, False, False) for index in range(role.count)]
-        self.waiting: deque[Waiting] = deque()
+        self.waiting = WorkQueue()
         self.meter = LoadMeter(time.monotonic())
 
     @property
@@ -158,48 +145,37 @@ class WorkerPool:
     def add(self, task: Any, *, front: bool = False, edition: int = 0, kind: Any = None) -> None:
         """Queue a piece of work; at the front of its edition, if it was begun before. Editions are
         queued in order."""
-        place = len(self.waiting)
+        waiting = Waiting(task, edition, kind)
         if front:
-            later = (i for i, other in enumerate(self.waiting) if other.edition >= edition)
-            place = next(later, place)
-        self.waiting.insert(place, Waiting(task, edition, kind))
-
-    def forget(self, task: Any) -> None:
-        """A piece of work that waits is not wanted any more."""
-        self.waiting = deque(waiting for waiting in self.waiting if waiting.task is not task)
+            self.waiting.add_first(waiting)
+        else:
+            self.waiting.add(waiting)
 
     def next(self, now: float | None = None) -> tuple[list[Waiting], Worker] | None:
         """The next work to hand out, of one kind, and the worker for it; None if there is no work,
         no room, or nobody with room who would finish it first."""
         if not self.waiting:
             return None
-        now = time.monotonic() if now is None else now
         serving = self.of(State.SERVING)
+        if not any(worker.has_room for worker in serving):  # mostly: all have their hands full
+            return None
+        now = time.monotonic() if now is None else now
         candidates = [worker.candidate(now) for worker in serving]
-        chosen = choose([waiting.edition for waiting in self.waiting], candidates)
+        chosen = choose_of_runs(self.waiting.runs(), candidates)
         if chosen is None:
             return None
         place, index = chosen
         count = 1
         if self.role.max_groups > 1:
-            edition = self.waiting[place].edition
+            edition = self.waiting.edition(place)
             able = [each for each in candidates if each.edition <= edition]
-            which, alike = able.index(candidates[index]), self._alike(place)
+            which, alike = able.index(candidates[index]), self.waiting.alike(place)
             count = batch_size(self.role.max_groups, alike, able, which)
-        picked = [self.waiting[place + offset] for offset in range(count)]
-        for _ in picked:
-            del self.waiting[place]
+        picked = self.waiting.take(place, count)
         for worker in serving:
             if worker is not serving[index] and not worker.busy:
                 worker.passed_over += count
         return picked, serving[index]
-
-    def _alike(self, place: int) -> int:
-        """How many pieces from a place on may go together."""
-        first = self.waiting[place]
-        rest = islice(self.waiting, place, None)
-        same = takewhile(lambda w: (w.edition, w.kind) == (first.edition, first.kind), rest)
-        return sum(1 for _ in same)
 
     def scale(self, count: int) -> None:
         """Come to `count` workers: those that were to leave stay first, then new ones start; those
@@ -235,7 +211,7 @@ class WorkerPool:
         whoever was to do it is gone: put a new worker in the place of an idle one."""
         coming = self.of(State.SERVING) + self.of(State.STARTING)
         if not self.waiting or any(
-            worker.oldest_work <= self.waiting[0].edition for worker in coming
+            worker.oldest_work <= self.waiting.first.edition for worker in coming
         ):
             return None
         idle = next((w for w in self.of(State.SERVING) if w.idle), None)

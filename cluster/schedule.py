@@ -11,8 +11,11 @@ up), and one that was passed over for long is tried again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import insort
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import inf
 
 MEMORY = 0.9  # weight of what was measured before, with every piece
 CLOSE = 0.5  # of the best worker's pace: ends of a piece that differ by less count as equal
@@ -84,7 +87,7 @@ def free_in(worker: Candidate, pace: float) -> float:
     return left + max(worker.pieces - worker.current, 0.0) * pace
 
 
-def choose(editions: Sequence[int], workers: Sequence[Candidate]) -> tuple[int, int] | None:
+def choose(editions: Iterable[int], workers: Sequence[Candidate]) -> tuple[int, int] | None:
     """The next handing-out, from a plan for all work that waits: each piece in turn to whoever is
     expected to finish it first, or nearly so (of those: one with room, with the fewest in hand, who
     began longest ago). The first piece that falls to a worker with room is handed out; those that
@@ -96,16 +99,27 @@ def choose(editions: Sequence[int], workers: Sequence[Candidate]) -> tuple[int, 
     Returns:
         Place of the piece and of the worker; None where nothing is to be handed out now.
     """
+    runs = [(edition, sum(1 for _ in run)) for edition, run in groupby(editions)]
+    return choose_of_runs(runs, workers)
+
+
+def choose_of_runs(
+    runs: Sequence[tuple[int, int]], workers: Sequence[Candidate]
+) -> tuple[int, int] | None:
+    """`choose`, of (edition, number of pieces) for pieces that wait one after another: what nobody
+    is able to do costs nothing, however much it is."""
     if not any(worker.has_room for worker in workers):
         return None
-    plan = _Plan(workers)
-    for place, edition in enumerate(editions):
-        able = [index for index, worker in enumerate(workers) if worker.edition <= edition]
-        if not able:
-            continue
-        best = plan.give(able)
-        if workers[best].has_room:
-            return place, best
+    plan, place = _Plan(workers), 0
+    for number, (edition, count) in enumerate(runs):
+        if plan.admit(edition):
+            if not plan.given and plan.holds_back(runs[number:]):
+                return None
+            for offset in range(count):
+                best = plan.give()
+                if workers[best].has_room:
+                    return place + offset, best
+        place += count
     return None
 
 
@@ -120,32 +134,169 @@ def batch_size(most: int, waiting: int, workers: Sequence[Candidate], chosen: in
         workers: that could be given them.
         chosen: which one is.
     """
-    plan, everybody, count = _Plan(workers), range(len(workers)), 0
-    for _ in range(waiting):
-        count += plan.give(everybody) == chosen
-        if count == most:
-            break
+    plan, count = _Plan(workers), 0
+    plan.admit(max(worker.edition for worker in workers))
+    if waiting > plan.enough_for(chosen, most):
+        count = most
+    else:
+        for _ in range(waiting):
+            count += plan.give() == chosen
+            if count == most:
+                break
     return int(2 ** (max(count, 1).bit_length() - 1))
 
 
 class _Plan:
-    """Gives one piece after another to whoever would finish it first, or nearly so."""
+    """Gives one piece after another to whoever would finish it first, or nearly so. To begin one
+    takes a look at each worker; to give a piece, the logarithm of their number."""
 
     def __init__(self, workers: Sequence[Candidate]) -> None:
         self._workers, self._pace = workers, paces(workers)
-        self._free = [free_in(worker, each) for worker, each in zip(workers, self._pace)]
+        self._end = [free_in(worker, pace) + pace for worker, pace in zip(workers, self._pace)]
+        """When each would end one more piece."""
         self._pieces = [worker.pieces for worker in workers]
+        self._able: list[int] = []
+        self._edition = 0
+        self._trees: _Trees | None = None
+        self.given = 0
 
-    def give(self, able: Sequence[int]) -> int:
+    def admit(self, edition: int) -> bool:
+        """From now on, pieces that need this edition are given; whether anybody is able to do
+        them."""
+        if not self._able or edition != self._edition:
+            self._edition, workers = edition, self._workers
+            self._able = [i for i, worker in enumerate(workers) if worker.edition <= edition]
+            self._trees = None
+        return bool(self._able)
+
+    def give(self) -> int:
         """The worker, of those that are able, that the next piece falls to."""
-        ends = {index: self._free[index] + self._pace[index] for index in able}
-        first = min(ends, key=ends.__getitem__)
-        latest = ends[first] + CLOSE * self._pace[first]
-        best = min((index for index in able if ends[index] <= latest), key=self._turn)
-        self._free[best] = ends[best]
+        if not self.given:  # often, that is all there is to give
+            first = min(self._able, key=self._end.__getitem__)
+            latest = self._end[first] + CLOSE * self._pace[first]
+            best = min((i for i in self._able if self._end[i] <= latest), key=self._turn)
+        else:
+            if self._trees is None:
+                self._trees = _Trees(self._able, self._end, self._turn)
+            first = self._trees.first
+            best = self._trees.best(self._end[first] + CLOSE * self._pace[first])
+        self.given += 1
+        self._end[best] += self._pace[best]
         self._pieces[best] += 1
+        if self._trees is not None:
+            self._trees.moved(best)
         return best
+
+    def holds_back(self, runs: Sequence[tuple[int, int]]) -> bool:
+        """Whether all pieces of some runs certainly fall to workers without room. None falls to one
+        with room before the others would all end theirs about as late as that one its next: how
+        many they have been given by then, at the least, is a sum."""
+        workers, oldest = self._workers, min(edition for edition, _ in runs)
+        busy = [i for i, worker in enumerate(workers) if not worker.has_room]
+        if not busy:
+            return False
+        soonest = min(end for end, w in zip(self._end, workers) if w.has_room)
+        bound = soonest - CLOSE * max(self._pace[i] for i in busy)
+        able = (i for i in busy if workers[i].edition <= oldest)
+        gaps = ((bound - self._end[i]) / self._pace[i] for i in able)
+        return sum(int(gap) for gap in gaps if gap > 0) > sum(count for _, count in runs)
+
+    def enough_for(self, chosen: int, most: int) -> float:
+        """So many pieces are enough for one worker to be given `most` of them, for certain: until
+        then, no other is given one that would end long after its last."""
+        last = self._end[chosen] + most * self._pace[chosen]
+        bound = last + CLOSE * max(self._pace[i] for i in self._able)
+        gaps = ((bound - self._end[i]) / self._pace[i] for i in self._able)
+        return sum(int(gap) + 2 for gap in gaps if gap > -1)
 
     def _turn(self, index: int) -> tuple[bool, int, float, int]:
         worker = self._workers[index]
         return not worker.has_room, self._pieces[index], -worker.elapsed, index
+
+
+class _Trees:
+    """Which of some workers ends its next piece first, and whose turn it is of those that end it by
+    some time.
+
+    Args:
+        able: the workers, by index.
+        end: when each would end its next piece; the owner changes it, and says so.
+        turn: (no room, pieces in hand, and what never changes): the least comes first.
+    """
+
+    def __init__(
+        self,
+        able: Sequence[int],
+        end: Sequence[float],
+        turn: Callable[[int], tuple[bool, int, float, int]],
+    ) -> None:
+        self._able, self._end = able, end
+        self._by_turn = sorted(able, key=lambda index: turn(index)[2:])
+        self._place = {index: place for place, index in enumerate(self._by_turn)}
+        self._number = {index: number for number, index in enumerate(able)}
+        self._ends = _Minima([end[index] for index in able])
+        self._level = {index: turn(index)[:2] for index in able}
+        self._levels: dict[tuple[bool, int], _Minima] = {}
+        for level in set(self._level.values()):
+            here = [end[i] if self._level[i] == level else inf for i in self._by_turn]
+            self._levels[level] = _Minima(here)
+        self._order = sorted(self._levels)
+
+    @property
+    def first(self) -> int:
+        """Who ends its next piece first."""
+        return self._able[self._ends.first(self._ends.least)]
+
+    def best(self, latest: float) -> int:
+        """Whose turn it is, of those that end theirs by some time."""
+        levels = self._levels
+        while levels[self._order[0]].least == inf:
+            del levels[self._order.pop(0)]
+        for level in self._order:
+            if levels[level].least <= latest:
+                return self._by_turn[levels[level].first(latest)]
+        raise ValueError(f"nobody ends a piece by {latest}")
+
+    def moved(self, index: int) -> None:
+        """A worker was given a piece."""
+        place, end, level = self._place[index], self._end[index], self._level[index]
+        self._levels[level].put(place, inf)
+        level = self._level[index] = level[0], level[1] + 1
+        if level not in self._levels:
+            self._levels[level] = _Minima([inf] * len(self._by_turn))
+            insort(self._order, level)
+        self._levels[level].put(place, end)
+        self._ends.put(self._number[index], end)
+
+
+class _Minima:
+    """Numbers in a row, and the least of them: a tree of minima."""
+
+    def __init__(self, numbers: Sequence[float]) -> None:
+        self._size = size = 1 << max(len(numbers) - 1, 0).bit_length()
+        self._nodes = nodes = [*[inf] * size, *numbers, *[inf] * (size - len(numbers))]
+        for node in range(size - 1, 0, -1):
+            nodes[node] = min(nodes[2 * node], nodes[2 * node + 1])
+
+    @property
+    def least(self) -> float:
+        return self._nodes[1]
+
+    def put(self, place: int, number: float) -> None:
+        nodes, node = self._nodes, self._size + place
+        nodes[node] = number
+        while node > 1:
+            other, node = nodes[node ^ 1], node >> 1
+            least = number if number <= other else other
+            if nodes[node] == least:
+                return
+            nodes[node] = number = least
+
+    def first(self, bound: float) -> int:
+        """The first place with a number of at most `bound`; there is one."""
+        nodes, node = self._nodes, 1
+        while node < self._size:
+            node *= 2
+            if nodes[node] > bound:
+                node += 1
+        return node - self._size

@@ -17,10 +17,11 @@ import ray
 from cluster.control import Control, FleetStatus, find_control
 from cluster.errors import FleetError, TesseraError
 from cluster.fleet import InlineFleet
-from cluster.pool import State, Waiting, Worker, WorkerPool
+from cluster.pool import State, Worker, WorkerPool
 from cluster.ray_fleet import RayFleet
 from cluster.runtime import RaySession
 from cluster.scale import scale
+from cluster.work_queue import Waiting
 from learner.loop import Iteration
 from tests.distributed.kills import pid_of
 from tests.small_run import run_training, small_config

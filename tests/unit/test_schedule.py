@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from random import Random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cluster.pool import State, Waiting, Worker, WorkerPool
+from cluster.pool import State, Worker, WorkerPool
 from cluster.roles import Resources, Role
 from cluster.schedule import Candidate, Pace, batch_size, choose, free_in, paces
+from cluster.work_queue import Waiting, WorkQueue
+from tests.unit import old_schedule
 
 
 def candidate(
@@ -185,7 +190,7 @@ def least_busy(pool: WorkerPool, now: float) -> tuple[list[Waiting], Worker] | N
     able = [worker for worker in pool.workers if worker.has_room]
     if not (pool.waiting and able):
         return None
-    return [pool.waiting.popleft()], min(able, key=lambda worker: (worker.busy, worker.index))
+    return pool.waiting.take(0, 1), min(able, key=lambda worker: (worker.busy, worker.index))
 
 
 def best_makespan(seconds: list[float], count: int) -> float:
@@ -248,3 +253,88 @@ def test_only_alike_pieces_go_together() -> None:
     while picked := pool.next(0.0):
         taken.append([waiting.task for waiting in picked[0]])
     assert taken == [["a", "b"], ["c", "d"], ["e"]]
+
+
+quarters = st.integers(1, 24).map(lambda number: number / 4)  # ends that fall together, exactly
+seconds = quarters | st.floats(0.01, 100.0, allow_subnormal=False)
+
+
+@st.composite
+def candidates(draw: st.DrawFn) -> Candidate:
+    pieces = draw(st.sampled_from([0, 0, 1, 1, 2, 4, 16]))
+    return Candidate(
+        pace=draw(st.none() | seconds),
+        pieces=pieces,
+        current=draw(st.sampled_from([1.0, float(pieces), pieces / 2])) if pieces else 0.0,
+        elapsed=draw(st.just(0.0) | seconds),
+        edition=draw(st.integers(0, 3)),
+        has_room=draw(st.booleans() | st.just(False)),
+        passed_over=draw(st.sampled_from([0, 0, 3, 1000])),
+    )
+
+
+@settings(max_examples=300)
+@given(
+    workers=st.lists(candidates(), min_size=1, max_size=24),
+    editions=st.lists(st.integers(0, 4), max_size=300),
+    most=st.integers(1, 9),
+    in_order=st.booleans(),
+    data=st.data(),
+)
+def test_choices_are_those_of_the_definition(
+    workers: list[Candidate], editions: list[int], most: int, in_order: bool, data: st.DataObject
+) -> None:
+    editions = sorted(editions) if in_order else editions
+    assert choose(editions, workers) == old_schedule.choose(editions, workers)
+    chosen = data.draw(st.integers(0, len(workers) - 1))
+    for waiting in (len(editions), 10 * len(editions)):
+        expected = old_schedule.batch_size(most, waiting, workers, chosen)
+        assert batch_size(most, waiting, workers, chosen) == expected
+
+
+def test_a_slow_worker_beside_many_without_room_is_looked_at_as_by_definition() -> None:
+    """Long plans: thousands of pieces go to the others, or fewer than it would take."""
+    random = Random(0)
+    for slow in (1.0, 3.0, 9.0, 40.0, 1000.0):
+        pace = [random.choice([1.0, 1.1, 0.3, random.random() + 0.1]) for _ in range(40)]
+        workers = [candidate(p, 2, random.random(), room=False) for p in pace]
+        workers[7] = candidate(slow, 1)
+        for waiting in (1, 300, 3000):
+            editions = [0] * waiting
+            assert choose(editions, workers) == old_schedule.choose(editions, workers)
+
+
+operations = st.lists(
+    st.tuples(st.sampled_from(["add", "first", "take", "remove"]), st.integers(0, 9)), max_size=60
+)
+
+
+@given(operations)
+def test_a_queue_is_a_list_in_order_of_editions(operations: list[tuple[str, int]]) -> None:
+    queue, model, newest = WorkQueue(), list[Waiting](), 0
+    for number, (what, value) in enumerate(operations):
+        if what == "add":
+            newest += value == 9
+            waiting = Waiting(number, newest, value % 2)
+            queue.add(waiting)
+            model.append(waiting)
+        elif what == "first":
+            waiting = Waiting(number, min(value, newest), value % 2)
+            queue.add_first(waiting)
+            older = sum(each.edition < waiting.edition for each in model)
+            model.insert(older, waiting)
+        elif what == "remove":
+            queue.remove(lambda task, value=value: task % 10 == value)
+            model = [each for each in model if each.task % 10 != value]
+        elif value < len(model):
+            same = 1
+            while value + same < len(model) and model[value].goes_with(model[value + same]):
+                same += 1
+            assert queue.alike(value) == same
+            assert queue.edition(value) == model[value].edition
+            count = (same + 1) // 2
+            assert queue.take(value, count) == model[value : value + count]
+            del model[value : value + count]
+        assert [*queue] == model
+        assert len(queue) == len(model) == sum(count for _, count in queue.runs())
+        assert [e for e, count in queue.runs() for _ in range(count)] == [w.edition for w in model]

@@ -12,7 +12,7 @@ the same groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import NewType, Protocol, Self, TypeVar
 
@@ -26,6 +26,7 @@ from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole,
 
 Ticket = NewType("Ticket", int)
 Result = TypeVar("Result")
+STOPPED = "stopped while sampling"
 
 
 class StopRequestedError(TesseraError):
@@ -56,12 +57,33 @@ class Fleet(Protocol):
         """Raises StopRequestedError when a stop is asked for meanwhile, unless told to `finish`."""
         ...
 
-    def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
-        """Images (K, H, W, 3) uint8 of each request, unscored: for galleries, not for training."""
+    def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
+        """The groups of some requests, in order, for whoever does not train on them. They are asked
+        for as slots become free (`FleetPlan.slots`), so that any number of them can be.
+
+        Raises:
+            StopRequestedError: a stop was asked for meanwhile.
+        """
         ...
 
-    def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]:
-        """Features of real images (N, H, W, 3) uint8 in a panel's spaces: (N, D) float32 each."""
+    def sample_images(self, requests: Iterable[SampleRequest]) -> list[np.ndarray]:
+        """Images (K, H, W, 3) uint8 of each request, unscored: for galleries, not for training.
+        They are asked for as slots become free.
+
+        Raises:
+            StopRequestedError: a stop was asked for meanwhile.
+        """
+        ...
+
+    def features(self, batches: Iterable[np.ndarray], panel: str) -> dict[str, np.ndarray]:
+        """Features of real images in a panel's spaces: (N, D) float32 each.
+
+        Args:
+            batches: (B, H, W, 3) uint8, one after another; N images in all.
+
+        Raises:
+            StopRequestedError: a stop was asked for meanwhile.
+        """
         ...
 
     def fingerprint(self, panel: str) -> str:
@@ -154,16 +176,28 @@ class InlineFleet:
     def _work(self, ticket: Ticket, finish: bool) -> list[ScoredGroup]:
         groups = []
         for request in self._submitted[ticket]:
-            if self._should_stop() and not finish:
-                raise StopRequestedError("stopped while sampling")
-            (rollouts,) = self._sampler.sample([request])
-            check_rollouts(rollouts, request, self._plan.sampler.worker_name(0))
-            images, span = self._sampler.images(rollouts)
-            judges = self._plan.judges(request.panel)
-            scores = merge_scores([self._score(role, request, images) for role in judges])
-            groups.append(ScoredGroup(rollouts=rollouts.with_span(span), scores=scores))
+            if not finish:
+                self._stop_if_asked()
+            groups.append(self._group(request))
         del self._submitted[ticket]
         return groups
+
+    def _stop_if_asked(self) -> None:
+        if self._should_stop():
+            raise StopRequestedError(STOPPED)
+
+    def _group(self, request: SampleRequest) -> ScoredGroup:
+        (rollouts,) = self._sampler.sample([request])
+        check_rollouts(rollouts, request, self._plan.sampler.worker_name(0))
+        images, span = self._sampler.images(rollouts)
+        judges = self._plan.judges(request.panel)
+        scores = merge_scores([self._score(role, request, images) for role in judges])
+        return ScoredGroup(rollouts=rollouts.with_span(span), scores=scores)
+
+    def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
+        for request in requests:
+            self._stop_if_asked()
+            yield self._group(request)
 
     def _score(self, role: Role, request: SampleRequest, images: np.ndarray) -> GroupScores:
         scores = self._servers[role.name].score(request, images)
@@ -171,12 +205,20 @@ class InlineFleet:
         self._check(scores, request, pool=role.name, worker=name, scorers=scorers)
         return scores
 
-    def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
-        groups = (self._sampler.sample([request])[0] for request in requests)
-        return [self._sampler.images(group)[0] for group in groups]
+    def sample_images(self, requests: Iterable[SampleRequest]) -> list[np.ndarray]:
+        images = []
+        for request in requests:
+            self._stop_if_asked()
+            (rollouts,) = self._sampler.sample([request])
+            images.append(self._sampler.images(rollouts)[0])
+        return images
 
-    def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]:
-        return self._feature_server(panel).features(images, panel)
+    def features(self, batches: Iterable[np.ndarray], panel: str) -> dict[str, np.ndarray]:
+        server, parts = self._feature_server(panel), []
+        for batch in batches:
+            self._stop_if_asked()
+            parts.append(server.features(batch, panel))
+        return join_features(parts)
 
     def fingerprint(self, panel: str) -> str:
         return self._feature_server(panel).fingerprint(panel)
@@ -201,3 +243,8 @@ class InlineFleet:
             self._sampler.load_weights(self.learner.adapter_snapshot(), self._base)
         else:
             self._sampler.load_weights(self.learner.snapshot())
+
+
+def join_features(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Features of batches as those of all their images: space -> (N, D)."""
+    return {space: np.concatenate([part[space] for part in parts]) for space in parts[0]}

@@ -31,18 +31,21 @@ class StoreNeed:
     snapshot: int
     """Weights of one version."""
     group: int
-    """Images of one group."""
+    """Images of one group: of the largest, be it of training, an evaluation or a gallery."""
     groups: int
-    """Groups on their way: (S + 1) P."""
+    """Groups on their way: (S + 1) P, whatever they are for."""
+    batch: int = 0
+    """Real images that a reward server is sent at a time."""
 
     @property
     def total(self) -> int:
-        return SNAPSHOTS * self.snapshot + self.groups * self.group
+        return SNAPSHOTS * self.snapshot + self.groups * self.group + self.batch
 
     def __str__(self) -> str:
         return (
             f"{self.groups} groups on their way, (S + 1) P, with {size(self.group)} of images "
-            f"each, and {SNAPSHOTS} snapshots of weights of {size(self.snapshot)}: "
+            f"each, {f'{size(self.batch)} of real images ' if self.batch else ''}and {SNAPSHOTS} "
+            f"snapshots of weights of {size(self.snapshot)}: "
             f"{size(self.total)}"
         )
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import ray
@@ -22,7 +23,7 @@ from cluster.calls import SAMPLER_THREADS, queue_for_tokens
 from cluster.control import Progress
 from cluster.delivery import Delivery
 from cluster.errors import FleetError, LearnerLostError
-from cluster.fleet import StopRequestedError, Ticket
+from cluster.fleet import Result, Ticket, join_features
 from cluster.in_flight import InFlight
 from cluster.keepers import Keepers
 from cluster.launcher import Launcher, actor_class
@@ -38,13 +39,11 @@ from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
 from cluster.steward import Steward
 from cluster.supervisor import Supervisor
-from cluster.tickets import Answers, GroupOnTheWay
+from cluster.tickets import GroupOnTheWay, Tickets
 
 logger = logging.getLogger(__name__)
 
 ATTEND_S = 0.05  # how often the fleet is attended to while something else is computed
-
-Result = TypeVar("Result")
 
 
 class RayFleet:
@@ -96,8 +95,10 @@ class RayFleet:
             self._listening,
         )
         self._calls = self._in_flight.calls
-        self._answers: dict[Ticket, Answers] = {}
-        self._tickets = 0
+        self._tickets = Tickets(
+            plan, self._listening, self._turn, lambda: self._should_stop(), self._who_is_there
+        )
+        self._answers = self._tickets.answers
 
     def __enter__(self) -> Self:
         who = "the fleet's control actor"
@@ -148,9 +149,7 @@ class RayFleet:
         return self._keepers.moments
 
     def recover_learner(self, error: LearnerLostError) -> None:
-        for answers in self._answers.values():
-            answers.abandoned = True
-        self._answers.clear()
+        self._tickets.abandon(list(self._answers))
         for pool in self.pools:
             pool.waiting.clear()
         self._delivery.forget(self._samplers, self._replace)
@@ -172,11 +171,18 @@ class RayFleet:
     def collect(self, ticket: Ticket, *, finish: bool = False) -> list[ScoredGroup]:
         return self._collect(ticket, finish=finish)
 
-    def sample_images(self, requests: Sequence[SampleRequest]) -> list[np.ndarray]:
-        return self._collect(self._submit(requests, scored=False))
+    def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
+        return self._stream(requests, scored=True)
 
-    def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]:
-        return self._ask_server(panel, "features", images, panel)
+    def sample_images(self, requests: Iterable[SampleRequest]) -> list[np.ndarray]:
+        return [*self._stream(requests, scored=False)]
+
+    def features(self, batches: Iterable[np.ndarray], panel: str) -> dict[str, np.ndarray]:
+        parts = []
+        for batch in batches:
+            self._tickets.stop_if_asked()
+            parts.append(self._ask_server(panel, "features", batch, panel))
+        return join_features(parts)
 
     def fingerprint(self, panel: str) -> str:
         return self._ask_server(panel, "fingerprint", panel)
@@ -226,9 +232,7 @@ class RayFleet:
         return [*self._keepers.workers, *pooled]
 
     def _submit(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
-        self._tickets += 1
-        ticket = Ticket(self._tickets)
-        answers = self._answers[ticket] = Answers([None] * len(requests))
+        ticket, answers = self._tickets.issue(len(requests))
         for position, request in enumerate(requests):
             judges = tuple(role.name for role in self._plan.judges(request.panel)) if scored else ()
             edition = self._delivery.newest
@@ -237,20 +241,16 @@ class RayFleet:
         self._dispatch()
         return ticket
 
+    def _stream(self, requests: Iterable[SampleRequest], *, scored: bool) -> Iterator[Any]:
+        submits = (partial(self._submit, [request], scored=scored) for request in requests)
+        try:
+            yield from self._tickets.stream(submits)
+        finally:
+            for pool in self.pools:
+                pool.waiting.remove(lambda group: group.answers.abandoned)
+
     def _collect(self, ticket: Ticket, *, finish: bool = False) -> list[Any]:
-        answers = self._answers[ticket]
-        progress = time.monotonic()
-        while answers.missing:
-            if self._should_stop() and not finish:
-                raise StopRequestedError("stopped while sampling")
-            if self._turn():
-                progress = time.monotonic()
-            elif self._listening.silence(progress) > self._plan.timeout_s:
-                raise FleetError(
-                    f"nothing happened for {self._plan.timeout_s:g} s ({self._who_is_there()}): is "
-                    "the cluster short of CPUs or GPUs? (--timeout-s sets the bound)"
-                )
-        return self._answers.pop(ticket).results
+        return self._tickets.collect(ticket, finish=finish)
 
     def _attend(self, refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
         """Wait until one of some answers is there, and keep groups moving meanwhile; returns it,

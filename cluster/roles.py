@@ -23,6 +23,9 @@ from cluster.messages import (
 )
 from cluster.scaling import AutoscaleConfig
 
+FEATURE_BATCH = 256
+"""Real images that a reward server is sent, and computes features of, at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
@@ -97,6 +100,8 @@ class FleetPlan:
     learner: Role
     reward_pools: tuple[Role, ...] = ()
     """Further reward servers, with other scorers."""
+    slots: int = 64
+    """Groups on their way at a time, those to train on and others: (S + 1) P of a run."""
     timeout_s: float = 600.0
     """Longest wait for any one answer; past it the run stops and says who did not answer."""
     heartbeat_s: float = 60.0

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import FleetError
+from cluster.fleet import STOPPED, StopRequestedError, Ticket
+from cluster.listening import Listening
 from cluster.messages import (
     GroupScores,
     RolloutGroup,
@@ -14,6 +19,7 @@ from cluster.messages import (
     Span,
     merge_scores,
 )
+from cluster.roles import FleetPlan
 
 
 @dataclass(eq=False)
@@ -90,3 +96,103 @@ class Answers:
     def put(self, position: int, result: Any) -> None:
         self.results[position] = result
         self.missing -= 1
+
+
+class Tickets:
+    """What was asked for, and the waits for it.
+
+    Args:
+        listening: when this process did: a wait is too long only by that time.
+        turn: hands out work and takes what happens; False if nothing did.
+        who_is_there: for the error of a wait that is too long.
+    """
+
+    def __init__(
+        self,
+        plan: FleetPlan,
+        listening: Listening,
+        turn: Callable[[], bool],
+        should_stop: Callable[[], bool],
+        who_is_there: Callable[[], str],
+    ) -> None:
+        self._plan, self._listening, self._turn = plan, listening, turn
+        self._should_stop, self._who_is_there = should_stop, who_is_there
+        self.answers: dict[Ticket, Answers] = {}
+        """Of what somebody waits for."""
+        self._issued = 0
+
+    @property
+    def missing(self) -> int:
+        """Groups on their way."""
+        return sum(answers.missing for answers in self.answers.values())
+
+    def issue(self, groups: int) -> tuple[Ticket, Answers]:
+        """A ticket for so many groups, and the place for their answers."""
+        self._issued += 1
+        ticket = Ticket(self._issued)
+        answers = self.answers[ticket] = Answers([None] * groups)
+        return ticket, answers
+
+    def collect(self, ticket: Ticket, *, finish: bool = False) -> list[Any]:
+        """Wait for the answers of a ticket, in order. See `_wait`."""
+        answers = self.answers[ticket]
+        self._wait(lambda: not answers.missing, finish=finish)
+        return self.answers.pop(ticket).results
+
+    def stream(self, submits: Iterable[Callable[[], Ticket]]) -> Iterator[Any]:
+        """Answers of single groups, in order, each asked for when there is a slot for it: groups of
+        whatever ticket take slots until they are there, and these until they are given out."""
+        left, ahead, slots = iter(submits), deque[Ticket](), self._plan.slots
+        asked_all = False
+
+        def there() -> bool:
+            """Ask for more where there is room; whether the next answer is there, or none is left
+            to come."""
+            nonlocal asked_all
+            free = min(slots - self.missing, slots - len(ahead))
+            while free > 0 and not asked_all:
+                submit = next(left, None)
+                if submit is None:
+                    asked_all = True
+                else:
+                    ahead.append(submit())
+                    free -= 1
+            return not self.answers[ahead[0]].missing if ahead else asked_all
+
+        try:
+            while True:
+                self._wait(there)
+                if not ahead:
+                    return
+                yield self.answers.pop(ahead.popleft()).results[0]
+        finally:
+            self.abandon(ahead)
+
+    def abandon(self, tickets: Iterable[Ticket]) -> None:
+        """Nobody waits for some tickets any more."""
+        for ticket in tickets:
+            if answers := self.answers.pop(ticket, None):
+                answers.abandoned = True
+
+    def stop_if_asked(self) -> None:
+        if self._should_stop():
+            raise StopRequestedError(STOPPED)
+
+    def _wait(self, there: Callable[[], bool], *, finish: bool = False) -> None:
+        """Until what somebody waits for is there.
+
+        Raises:
+            StopRequestedError: a stop is asked for, and it is not to `finish` all the same.
+            FleetError: nothing happens for too long.
+        """
+        progress, limit = time.monotonic(), self._plan.timeout_s
+        while not there():
+            if not finish:
+                self.stop_if_asked()
+            if self._turn():
+                progress = time.monotonic()
+            elif self._listening.silence(progress) > limit:
+                raise FleetError(
+                    f"nothing happened for {limit:g} s ({self._who_is_there()}): is the cluster "
+                    "short of CPUs or GPUs? (--timeout-s sets the bound)"
+                )

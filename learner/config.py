@@ -131,6 +131,11 @@ class RunConfig:
             if pool not in used:
                 raise ValueError(f"reward_pools: no scorer names {pool!r} as its pool")
 
+    @property
+    def slots(self) -> int:
+        """Groups on their way at a time: (S + 1) P."""
+        return (self.max_staleness + 1) * self.groups_per_iteration
+
     def fleet_plan(self) -> FleetPlan:
         """The roles of this run, with their configurations."""
         sampler = SamplerConfig(
@@ -185,6 +190,7 @@ class RunConfig:
             timeout_s=self.timeout_s,
             heartbeat_s=self.heartbeat_s,
             max_restarts=self.max_restarts,
+            slots=self.slots,
             max_staleness=self.max_staleness,
             transport=self.weights.transport,
             adapters_alone=self.learner.lora.rank > 0,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from cluster.errors import DataError
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
 from rewards.base import check_images
-from rewards.reference_images import CLASSES, SAMPLES
+from rewards.reference_images import CLASSES, SAMPLES, SampleImages
 
 DIGITS = "digits:"
 
@@ -29,6 +31,26 @@ def load_images(source: str) -> np.ndarray:
     images = _array(source, SAMPLES, "an array")
     check_images(images)
     return images
+
+
+def iterate_images(source: str, batch: int) -> Iterator[np.ndarray]:
+    """The images of `load_images`, (B, H, W, 3) at a time: a file is read as far as it is asked
+    for.
+
+    Raises:
+        DataError: as `load_images`, when it comes to it.
+    """
+    if source.startswith(DIGITS):
+        images = load_images(source)
+        yield from (images[at : at + batch] for at in range(0, len(images), batch))
+        return
+    try:
+        samples = SampleImages(locate(source))
+        for at in range(0, len(samples), batch):
+            read = samples.read(at, at + batch)
+            yield np.stack([image.pixels for image in read if image.pixels is not None])
+    except DAMAGED_ARRAYS as error:
+        raise DataError(f"{source}: not a readable .npz file ({error})") from error
 
 
 def load_labels(source: str) -> np.ndarray:

@@ -10,8 +10,9 @@ from cluster.errors import ConfigError, DataError
 from cluster.fleet import Fleet
 from cluster.invocation import command_of
 from cluster.messages import MAIN_SPACE
+from cluster.roles import FEATURE_BATCH
 from learner.config import RunConfig
-from learner.datasets import load_images, load_labels
+from learner.datasets import iterate_images, load_labels
 from rewards.fid import Reference
 from rewards.joint import class_table, equal_trace_weight, joint_features
 from rewards.moments import Moments
@@ -53,17 +54,24 @@ def set_reference(config: RunConfig, fleet: Fleet) -> RewardSpace:
     """
     term, fingerprint = config.rewards.loo_fid, fleet.fingerprint("rewards")
     if stored_reference(term.reference):
-        space, reference = read_moments(config)
+        space, reference = fleet.attend_while(lambda: read_moments(config))
     else:
-        features = fleet.features(load_images(term.reference), "rewards")[MAIN_SPACE]
-        classes = np.zeros(len(features), int)
-        space = RewardSpace()
-        if term.joint:
-            classes = load_labels(term.reference)
-            space = _joint_space(config, features, classes)
-        reference = Reference.from_features(space(features, classes), fingerprint)
+        images = iterate_images(term.reference, FEATURE_BATCH)
+        features = fleet.features(images, "rewards")[MAIN_SPACE]
+        space, reference = fleet.attend_while(lambda: _built(config, features, fingerprint))
     fleet.moments.set_reference(reference, fingerprint)
     return space
+
+
+def _built(
+    config: RunConfig, features: np.ndarray, fingerprint: str
+) -> tuple[RewardSpace, Reference]:
+    """The space and reference of real images by their features (N, D)."""
+    term, space, classes = config.rewards.loo_fid, RewardSpace(), np.zeros(len(features), int)
+    if term.joint:
+        classes = load_labels(term.reference)
+        space = _joint_space(config, features, classes)
+    return space, Reference.from_features(space(features, classes), fingerprint)
 
 
 def stored_reference(reference: str) -> bool:

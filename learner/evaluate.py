@@ -10,9 +10,10 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.fleet import Fleet
-from cluster.messages import MAIN_SPACE, SampleRequest, SamplingSpec
+from cluster.messages import MAIN_SPACE, GroupScores, SampleRequest, SamplingSpec
+from cluster.roles import FEATURE_BATCH
 from learner.config import RunConfig
-from learner.datasets import load_images
+from learner.datasets import iterate_images
 from learner.loop import failures
 from rewards.fid import frechet_distance
 from rewards.fidelity import fidelity
@@ -50,7 +51,7 @@ def tuned_row(config: RunConfig) -> Row:
 
 def real_features(config: RunConfig, fleet: Fleet) -> dict[str, np.ndarray]:
     """Features of the held-out images in each of the judge's spaces, (N, D)."""
-    return fleet.features(load_images(config.evaluation.images), PANEL)
+    return fleet.features(iterate_images(config.evaluation.images, FEATURE_BATCH), PANEL)
 
 
 def examine(
@@ -66,21 +67,29 @@ def examine(
     Raises:
         DataError: an image could not be judged.
     """
-    groups = fleet.collect(fleet.submit(list(_requests(config, spec))))
-    failed, _ = failures(groups)
+    requests, judged = list(_requests(config, spec)), list[GroupScores]()
+    entropies = list[np.ndarray]()
+    for group in fleet.stream(requests):  # of every image, no more is kept than this
+        judged.append(group.scores)
+        entropies.append(group.rollouts.entropies.mean(1, dtype=np.float64))
+    failed, images = failures(judged)
     if failed:
         raise DataError(f"the judge failed on {len(failed)} images; the first: {failed[0]}")
-    metrics: dict[str, float] = {}
-    for space, theirs in real.items():
-        prefix = "" if space == MAIN_SPACE else f"{space}/"
-        ours = np.concatenate([group.scores.features[space] for group in groups])
-        graded = compare(ours, theirs, config.evaluation.neighbours)
-        metrics |= {prefix + name: value for name, value in graded.items()}
-    for name in groups[0].scores.scores:
-        scores = np.concatenate([group.scores.scores[name] for group in groups])
-        metrics[name] = float(scores.mean())
-    entropies = np.concatenate([group.rollouts.entropies for group in groups])
-    return metrics | {"entropy": float(entropies.mean()), "images": float(len(entropies))}
+
+    def grade() -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for space, theirs in real.items():
+            prefix = "" if space == MAIN_SPACE else f"{space}/"
+            ours = np.concatenate([scores.features[space] for scores in judged])
+            graded = compare(ours, theirs, config.evaluation.neighbours)
+            metrics |= {prefix + name: value for name, value in graded.items()}
+        return metrics
+
+    metrics = fleet.attend_while(grade)
+    for name in judged[0].scores:
+        metrics[name] = float(np.concatenate([scores.scores[name] for scores in judged]).mean())
+    entropy = float(np.concatenate(entropies).mean())
+    return metrics | {"entropy": entropy, "images": float(images)}
 
 
 def compare(generated: np.ndarray, real: np.ndarray, neighbours: int) -> dict[str, float]:

@@ -40,7 +40,7 @@ TUNED_GALLERY = "tuned.png"
 
 def first_failure(groups: Sequence[ScoredGroup]) -> str:
     """How many images of an iteration were not scored, and why the first was not; or nothing."""
-    failed, images = failures(groups)
+    failed, images = failures(group.scores for group in groups)
     return f"{len(failed)} of {images}; the first: {failed[0]}" if failed else ""
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from actors.models.loading import count_parameters
 from actors.models.sources import Source, planned_policy, planned_tokenizer
 from cluster.object_store import StoreNeed
+from cluster.roles import FEATURE_BATCH
 from learner.config import RunConfig
+from learner.evaluate import GROUP as EVALUATION_GROUP
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +34,19 @@ def store_need(config: RunConfig) -> StoreNeed:
     )
     side = math.isqrt(architecture.num_tokens) * codes.downsampling
     width = FP32 if config.weights.wire(config.sampler.dtype) == "float32" else FP32 // 2
+    image = side * side * 3
     return StoreNeed(
         snapshot=width * count_parameters(architecture),
-        group=config.rollouts_per_group * side * side * 3,
-        groups=(config.max_staleness + 1) * config.groups_per_iteration,
+        group=largest_group(config) * image,
+        groups=config.slots,
+        batch=FEATURE_BATCH * image,
     )
+
+
+def largest_group(config: RunConfig) -> int:
+    """Images of the largest group that a run asks for."""
+    sizes = [config.rollouts_per_group, config.output.gallery_columns]
+    return max(*sizes, min(EVALUATION_GROUP, config.evaluation.num_images))
 
 
 def checkpoint_bytes(config: RunConfig) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,14 @@ import numpy as np
 
 from cluster.errors import DataError, FleetError
 from cluster.fleet import Fleet, StopRequestedError
-from cluster.messages import MAIN_SPACE, Condition, ScoredGroup, Span
+from cluster.messages import (
+    MAIN_SPACE,
+    Condition,
+    GroupScores,
+    SampleRequest,
+    ScoredGroup,
+    Span,
+)
 from learner.advantage import Advantages, group_advantages
 from learner.batch import make_batch
 from learner.config import RunConfig
@@ -69,8 +76,9 @@ def train(
                 groups = pipeline.take(iteration)
         except StopRequestedError:
             return iteration
-        check_failures(groups, config.max_failed_share)
-        features, valid, classes = _features(groups, space)
+        scores = [group.scores for group in groups]
+        check_failures(scores, config.max_failed_share)
+        features, valid, classes = _features([g.rollouts.request for g in groups], scores, space)
         with clock("wait_moments"):
             answer = fleet.moments.commit(iteration, features, valid, run=run, classes=classes)
         check_history(answer, iteration, config.max_staleness)
@@ -100,11 +108,14 @@ def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, fl
     history and the entropy that controllers are anchored to."""
     conditions, size = config.conditions.conditions(), config.rollouts_per_group
     groups = -(-config.rewards.loo_fid.seed_images // size)
-    asked = spread(conditions, groups)
-    seeds = fleet.collect(fleet.submit(requests_for(config, asked, "moments", 0)))
-    check_failures(seeds, config.max_failed_share)
-    features, valid, _ = _features(seeds, space)
-    entropy = float(np.mean([group.rollouts.entropies.mean() for group in seeds]))
+    asked = requests_for(config, spread(conditions, groups), "moments", 0)
+    scores, entropies = list[GroupScores](), list[np.ndarray]()
+    for group in fleet.stream(asked):  # of ten thousand images, no more is kept than this
+        scores.append(group.scores)
+        entropies.append(group.rollouts.entropies.mean())
+    check_failures(scores, config.max_failed_share)
+    features, valid, _ = _features(asked, scores, space)
+    entropy = float(np.mean(entropies))
     fleet.learner.start(entropy)
     fid = fleet.moments.seed(features[valid])
     fleet.refresh_moments()
@@ -133,13 +144,13 @@ def check_history(answer: DistributionReward, iteration: int, max_staleness: int
         )
 
 
-def check_failures(groups: Sequence[ScoredGroup], allowed: float) -> None:
+def check_failures(scores: Iterable[GroupScores], allowed: float) -> None:
     """Stop when too many images could not be scored: that is no accident any more.
 
     Raises:
         DataError: with the first error.
     """
-    failed, images = failures(groups)
+    failed, images = failures(scores)
     if len(failed) > allowed * images:
         raise DataError(
             f"{len(failed)} of {images} images could not be scored, more than the share "
@@ -147,22 +158,22 @@ def check_failures(groups: Sequence[ScoredGroup], allowed: float) -> None:
         )
 
 
-def failures(groups: Sequence[ScoredGroup]) -> tuple[list[str], int]:
+def failures(scores: Iterable[GroupScores]) -> tuple[list[str], int]:
     """Why images were not scored, each that was not; and how many images there are."""
-    errors = [error for group in groups for error in group.scores.errors]
+    errors = [error for group in scores for error in group.errors]
     return [error for error in errors if error], len(errors)
 
 
 def _features(
-    groups: Sequence[ScoredGroup], space: RewardSpace
+    requests: Sequence[SampleRequest], scores: Sequence[GroupScores], space: RewardSpace
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features (N, D) in the reward's space, validity (N,) and classes (N,; -1 of captions) of a
     batch, in the order of its groups."""
-    features = concatenate_features([group.scores.features[MAIN_SPACE] for group in groups])
-    valid = np.concatenate([group.scores.valid for group in groups])
-    asked = [group.rollouts.request.condition.class_index for group in groups]
+    features = concatenate_features([group.features[MAIN_SPACE] for group in scores])
+    valid = np.concatenate([group.valid for group in scores])
+    asked = [request.condition.class_index for request in requests]
     each = [-1 if index is None else index for index in asked]
-    classes = np.repeat(each, [group.rollouts.request.num_rollouts for group in groups])
+    classes = np.repeat(each, [request.num_rollouts for request in requests])
     return space(features, classes), valid, classes
 
 

@@ -20,6 +20,7 @@ from cluster.messages import (
     ServerStats,
     Span,
 )
+from cluster.roles import FEATURE_BATCH
 from rewards.base import FeatureExtractor, Images, Scorer
 from rewards.batcher import Batcher
 from rewards.classifier import ClassifierAccuracy
@@ -105,7 +106,9 @@ class RewardServer:
             spans=tuple(spans),
         )
 
-    def features(self, images: np.ndarray, panel: str, batch: int = 256) -> dict[str, np.ndarray]:
+    def features(
+        self, images: np.ndarray, panel: str, batch: int = FEATURE_BATCH
+    ) -> dict[str, np.ndarray]:
         """Features of real images (N, H, W, 3) uint8: space -> (N, D) float32."""
         torch.set_num_threads(self._threads)
         batches = [images[at : at + batch] for at in range(0, len(images), batch)]

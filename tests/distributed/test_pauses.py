@@ -66,3 +66,20 @@ def test_groups_move_on_while_the_driver_computes(ray_session: RaySession) -> No
         assert fleet.attend_while(until_all_are_there) == f"{os.getpid()}, 0 missing"
         with pytest.raises(ZeroDivisionError):
             fleet.attend_while(lambda: 1 // 0)
+
+
+def test_galleries_and_evaluations_take_no_more_than_the_slots(
+    ray_session: RaySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = dataclasses.replace(slow_plan(0.0, 0.0), slots=3)
+    with RayFleet(plan, ray_session) as fleet:
+        fleet.broadcast()
+        most = []
+
+        def advance(ref, advance=fleet._in_flight.advance) -> None:
+            most.append(len({id(group) for call in fleet._calls.values() for group in call.groups}))
+            advance(ref)
+
+        monkeypatch.setattr(fleet._in_flight, "advance", advance)
+        assert len(fleet.sample_images(requests(12))) == 12
+        assert max(most) <= 3

@@ -151,7 +151,7 @@ def test_8_real_and_generated_images_take_one_path() -> None:
         )
         (group,) = fleet.collect(fleet.submit([asked]))
         (images,) = fleet.sample_images([asked])
-        built = fleet.features(images, "rewards")[MAIN_SPACE]
+        built = fleet.features([images], "rewards")[MAIN_SPACE]
     np.testing.assert_array_equal(group.scores.features[MAIN_SPACE], built)
 
 

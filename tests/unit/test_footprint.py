@@ -28,11 +28,12 @@ NEED = StoreNeed(snapshot=1_000_000_000, group=50_000_000, groups=20)
 
 
 def test_need_of_the_miniature() -> None:
-    config = small_config(max_staleness=1)
+    config = small_config(max_staleness=1, evaluation={"num_images": 40})
     weights = sum(p.numel() for p in load_policy(config.policy).parameters())
     need = store_need(config)
     assert need.groups == 2 * 4
-    assert need.group == 4 * 8 * 8 * 3  # digits have 8 pixels a side
+    assert need.group == 40 * 8 * 8 * 3  # an evaluation's; digits have 8 pixels a side
+    assert need.batch == 256 * 8 * 8 * 3
     assert need.snapshot == 4 * weights
     assert checkpoint_bytes(config) == 12 * weights
 

@@ -38,6 +38,10 @@ class Background:
             raise FleetError(f"{self.what} ended by {kind}({words})") from self._error
         return True
 
+    def end(self) -> None:
+        """Wait until it has ended, however it does."""
+        self._thread.join()
+
     def _run(self) -> None:
         try:
             self._work()

@@ -22,7 +22,7 @@ from cluster.background import Background
 from cluster.calls import SAMPLER_THREADS, queue_for_tokens
 from cluster.control import Progress
 from cluster.delivery import Delivery
-from cluster.errors import FleetError, LearnerLostError
+from cluster.errors import FleetError, LearnerLostError, TesseraError
 from cluster.fleet import Result, Ticket, join_features
 from cluster.in_flight import InFlight
 from cluster.keepers import Keepers
@@ -193,8 +193,12 @@ class RayFleet:
     def attend_while(self, work: Callable[[], Result]) -> Result:
         found: list[Result] = []
         task = Background("computing", lambda: found.append(work()))
-        while not task.done(ATTEND_S):
-            self._turn(timeout_s=0.0, waited_for=False)
+        try:
+            while not task.done(ATTEND_S):
+                self._turn(timeout_s=0.0, waited_for=False)
+        except TesseraError:  # of a worker: whoever goes on must not meet work half done
+            task.end()
+            raise
         return found[0]
 
     def broadcast(self) -> None:

@@ -20,7 +20,7 @@ from learner.checkpoint import Checkpoint, restore
 from learner.config import RunConfig
 from learner.distribution import RewardSpace, set_reference
 from learner.footprint import DiskWatch, checkpoint_bytes, free_bytes
-from learner.gallery import sample_gallery, save_sheet, save_side_by_side
+from learner.gallery import contact_sheet, sample_gallery, save_sheet, save_side_by_side
 from learner.guards import Guards, SlowServers
 from learner.keeper import Checkpoints
 from learner.loop import Iteration, failures, prepare, train
@@ -137,7 +137,9 @@ class Experiment:
                 logger.warning(f"note: images without a score leave the iteration ({fault})")
             found = guards(done.row)
             row = done.row | found.metrics
-            recorder.record(row, done.groups, done.advantages, done.spans)
+            self._fleet.attend_while(
+                lambda: recorder.record(row, done.groups, done.advantages, done.spans)
+            )
             for line in (*done.advice, *found.notes, *slow(done.spans)):
                 logger.warning(f"note: {line}")
             console.update(row)
@@ -203,7 +205,7 @@ class Experiment:
             f"base policy: FID {base['fid']:.3f} in the reward's features, "
             f"entropy {base['entropy']:.3f} nats a token"
         )
-        save_sheet(sample_gallery(self._config, self._fleet), self._run.gallery / BASE_GALLERY)
+        self._gallery(BASE_GALLERY)
         for row in evaluate.base_rows(self._config):
             self._examine(row)
         return 0
@@ -243,8 +245,7 @@ class Experiment:
             self._checkpoint(done, figures)
         if output.gallery_every and done % output.gallery_every == 0:
             with contextlib.suppress(StopRequestedError):
-                sheet = sample_gallery(self._config, self._fleet)
-                save_sheet(sheet, self._run.gallery / f"step_{done:06d}.png")
+                self._gallery(f"step_{done:06d}.png")
 
     def _checkpoint(self, done: int, figures: dict[str, float] | None = None) -> None:
         if self._kept == done:
@@ -254,6 +255,12 @@ class Experiment:
         self._kept = done
         if done == self._config.iterations:  # before the exam, which may be long
             self._checkpoints.wait()
+
+    def _gallery(self, name: str) -> None:
+        """Draw and write a sheet of the policy that the fleet now holds."""
+        rows = sample_gallery(self._config, self._fleet)
+        file = self._run.gallery / name
+        self._fleet.attend_while(lambda: save_sheet(contact_sheet(rows), file))
 
     def _real_features(self) -> dict[str, np.ndarray]:
         if self._real is None:
@@ -288,9 +295,8 @@ class Experiment:
         self._tell("after training, in the last exam")
         self._rows.pop(evaluate.TUNED, None)  # of an earlier, shorter run
         self._examine(evaluate.tuned_row(self._config))
-        sheet = sample_gallery(self._config, self._fleet)
         gallery = self._run.gallery
-        save_sheet(sheet, gallery / TUNED_GALLERY)
+        self._gallery(TUNED_GALLERY)
         sheets = {"base policy": gallery / BASE_GALLERY, "tuned policy": gallery / TUNED_GALLERY}
         # a directory that was made again from a checkpoint has no images of the base policy
         there = {name: file for name, file in sheets.items() if file.is_file()}
@@ -301,7 +307,7 @@ class Experiment:
             inline = isinstance(self._fleet, InlineFleet)
             advice = bottleneck(self._shares, self._config.max_staleness, inline=inline)
             self._console.timeline(self._shares, advice)
-        write_report(self._run, self._config, self._rows)
+        self._fleet.attend_while(lambda: write_report(self._run, self._config, self._rows))
         logger.info(
             f"gallery: {gallery / BEFORE_AFTER}\nreport:  {self._run.report}\n"
             f"everything is in {self._run.path}"

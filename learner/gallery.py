@@ -20,8 +20,8 @@ MARGIN = 12
 TITLE = 20
 
 
-def sample_gallery(config: RunConfig, fleet: Fleet) -> np.ndarray:
-    """A contact sheet (H, W, 3) uint8 of the policy that the fleet now holds."""
+def sample_gallery(config: RunConfig, fleet: Fleet) -> list[np.ndarray]:
+    """Rows of images (K, H, W, 3) uint8 of the policy that the fleet now holds."""
     requests = [
         SampleRequest(
             stream="gallery",
@@ -34,7 +34,7 @@ def sample_gallery(config: RunConfig, fleet: Fleet) -> np.ndarray:
         )
         for group, condition in enumerate(config.conditions.conditions()[:MAX_ROWS])
     ]
-    return contact_sheet(fleet.sample_images(requests))
+    return fleet.sample_images(requests)
 
 
 def contact_sheet(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -17,11 +17,12 @@ from cluster.errors import ConfigError, DataError
 from cluster.invocation import command_of
 from cluster.placement import Placement, place
 from cluster.preflight import Download, Findings, size_of
+from cluster.roles import FEATURE_BATCH
 from cluster.tensors import locate
 from learner.caption_conditions import peek_captions
 from learner.conditions import DIGITS as DIGIT_NAMES
 from learner.config import RunConfig
-from learner.datasets import DIGITS, load_images
+from learner.datasets import DIGITS, iterate_images
 from learner.distribution import read_moments, stored_reference
 from learner.real_tokens import check_source
 from rewards.config import NETWORKS
@@ -195,7 +196,8 @@ def _images(field: str, source: str, config: RunConfig) -> None:
     """
     if not source.startswith(DIGITS):
         locate(source)
-    load_images(source)
+    for _ in iterate_images(source, FEATURE_BATCH):
+        pass
     conditions = config.conditions
     if source.startswith(DIGITS) and not conditions.captions:
         ours = len(conditions.class_names)

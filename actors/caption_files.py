@@ -3,11 +3,19 @@
 The Parquet file has one row a caption: `caption` (string), `features` (list of float32, the (n, D)
 matrix row by row) and `shape` (list of int32, [n, D]). Features of a bf16 encoder have two empty
 bytes a number, which the file's compression takes away: nothing would be gained by storing halves.
+Somebody else's file has columns `text` and `features` (lists of n lists of D floats).
+
+A program holds the captions and where their features lie (`FeatureRow`); whoever uses a caption's
+features reads its row, or the few rows that are stored together with it.
 """
 
 from __future__ import annotations
 
+import socket
+import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -18,9 +26,13 @@ import pyarrow.parquet as pq
 from cluster.errors import DataError
 from cluster.files import replacing
 from cluster.invocation import command_of
-from cluster.messages import Condition
+from cluster.messages import Condition, FeatureRow
 
-ROW_GROUP = 64  # captions: at most 63 MB of flan-t5-xl's features in memory at a time
+ROW_GROUP = 8  # captions, the least that can be read: at most 8 MB of flan-t5-xl's features
+LARGEST_ROW_GROUP = 256 << 20  # bytes: what may have to be read for one caption of others' files
+READ_AT_ONCE = 64
+KEPT_ROWS = 64  # captions whose features a process keeps
+TEXT, FEATURES = "text", "features"
 SCHEMA = pa.schema(
     [
         pa.field("caption", pa.string()),
@@ -81,6 +93,7 @@ def iterate_caption_features(path: Path) -> Iterator[Condition]:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
     with file:
+        _check_row_groups(path, file)
         there = file.schema_arrow.names
         for name in SCHEMA.names:
             if name not in there:
@@ -90,7 +103,7 @@ def iterate_caption_features(path: Path) -> Iterator[Condition]:
                 )
         at = 0
         try:
-            for batch in file.iter_batches(batch_size=ROW_GROUP, columns=SCHEMA.names):
+            for batch in file.iter_batches(batch_size=READ_AT_ONCE, columns=SCHEMA.names):
                 for offset in range(batch.num_rows):
                     yield _condition(path, at + offset, batch, offset)
                 at += batch.num_rows
@@ -99,31 +112,131 @@ def iterate_caption_features(path: Path) -> Iterator[Condition]:
 
 
 def read_caption_features(path: Path) -> list[Condition]:
-    """Captions with their features, as conditions for a caption-conditional policy.
+    """Captions with their features, as conditions for a caption-conditional policy. Every row is
+    looked at, and none is kept.
 
     Returns:
-        One condition a row: `text`, and `features` (n, D), unpadded, of the file's precision.
+        One condition a row: `text`, and a `FeatureRow` for `features` (see `features_of`).
 
     Raises:
         DataError: names file, column and row (from 0) of the first thing that is wrong: nothing
             readable, a missing column, an empty cell, numbers that do not fill the shape or are not
             finite, rows of different widths; or there are no rows.
     """
-    conditions: list[Condition] = []
-    for condition in iterate_caption_features(path):
-        conditions.append(condition)
-        widths = [_width(conditions[0]), _width(condition)]
-        if widths[0] != widths[1]:
-            raise _wrong(
-                path, "shape", len(conditions) - 1, f"width {widths[1]}, but row 0 has {widths[0]}"
-            )
+    conditions, first = list[Condition](), 0
+    for row, condition in enumerate(iterate_caption_features(path)):
+        width = condition.features.shape[1] if isinstance(condition.features, np.ndarray) else 0
+        first = first or width
+        if width != first:
+            raise _wrong(path, "shape", row, f"width {width}, but row 0 has {first}")
+        conditions.append(by_row(path, row, condition))
     if not conditions:
         raise DataError(f"{path}: the file holds no caption")
     return conditions
 
 
-def _width(condition: Condition) -> int:
-    return 0 if condition.features is None else condition.features.shape[1]
+def iterate_text_features(path: Path) -> Iterator[Condition]:
+    """The captions of somebody else's file, with columns `text` and perhaps `features`, one after
+    another.
+
+    Raises:
+        DataError: names file, column and row of what is wrong.
+        OSError, ArrowException: it cannot be read.
+    """
+    with pq.ParquetFile(path.expanduser()) as file:
+        columns = [name for name in (TEXT, FEATURES) if name in file.schema_arrow.names]
+        if FEATURES in columns:
+            _check_row_groups(path, file)
+        at = 0
+        for batch in file.iter_batches(batch_size=READ_AT_ONCE, columns=columns):
+            for offset in range(batch.num_rows):
+                text = batch.column(TEXT)[offset].as_py()
+                if not isinstance(text, str) or not text.strip():
+                    raise _wrong_list(path, TEXT, at, f"found {text!r}, not text")
+                yield Condition(text=text, features=_listed(path, at, batch, offset))
+                at += 1
+
+
+def by_row(path: Path, row: int, condition: Condition) -> Condition:
+    """A condition that was read from a file, with its features by where they lie."""
+    features = condition.features
+    if not isinstance(features, np.ndarray):
+        return condition
+    there = FeatureRow(path=str(path.expanduser().absolute()), row=row, digest=_digest(features))
+    return replace(condition, features=there)
+
+
+def features_of(condition: Condition) -> np.ndarray | None:
+    """Features (n, D) of a condition, read from its file where it says where they lie; None where
+    it has none. Not to be written to.
+
+    Raises:
+        DataError: the file is not there, or was changed since the program began with it.
+    """
+    found = condition.features
+    return _read_row(found) if isinstance(found, FeatureRow) else found
+
+
+@lru_cache(maxsize=KEPT_ROWS)
+def _read_row(row: FeatureRow) -> np.ndarray:
+    path = Path(row.path)
+    try:
+        with pq.ParquetFile(path) as file:
+            features = _features_at(path, file, row.row)
+    except FileNotFoundError:
+        raise DataError(
+            f"captions {path}: not there on {socket.gethostname()}: samplers and learner read "
+            "features from it, so that it must lie on storage that every node has under this path"
+        ) from None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"captions {path}: not readable any more ({_first_line(error)})") from error
+    if features is None or _digest(features) != row.digest:
+        raise DataError(
+            f"captions {path}: row {row.row} is not what it was when the run began: the file was "
+            "changed or is another one on this node; put it back and go on with --resume"
+        )
+    features.flags.writeable = False  # shared by all that ask for it
+    return features
+
+
+def _features_at(path: Path, file: pq.ParquetFile, row: int) -> np.ndarray | None:
+    """Features of one row; None where there is no such row, or it has none."""
+    names, first = file.schema_arrow.names, 0
+    own = set(SCHEMA.names) <= set(names)
+    columns = ["features", "shape"] if own else [FEATURES]
+    if not set(columns) <= set(names):
+        return None
+    for group in range(file.metadata.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        if row < first + count:
+            for batch in file.iter_batches(READ_AT_ONCE, row_groups=[group], columns=columns):
+                if row < first + batch.num_rows:
+                    read = _matrix if own else _listed
+                    return read(path, row, batch, row - first)
+                first += batch.num_rows
+        first += count
+    return None
+
+
+def _check_row_groups(path: Path, file: pq.ParquetFile) -> None:
+    """A caption's features are read together with those in its row group: refuse large ones.
+
+    Raises:
+        DataError: says how the file is to be written.
+    """
+    for group in range(file.metadata.num_row_groups):
+        found = file.metadata.row_group(group)
+        if found.total_byte_size > LARGEST_ROW_GROUP and found.num_rows > 1:
+            raise DataError(
+                f"captions {path}: row group {group} holds {found.num_rows} captions in "
+                f"{found.total_byte_size / 1e6:.0f} MB, which would be read for each of them: "
+                "write the file with python -m actors.captions, or with "
+                f"pyarrow.parquet.write_table(table, file, row_group_size={ROW_GROUP})"
+            )
+
+
+def _digest(features: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(features).data, zlib.crc32(str(features.shape).encode()))
 
 
 def _row(path: Path, at: int, text: str | None, features: np.ndarray | None) -> dict[str, object]:
@@ -144,15 +257,41 @@ def _condition(path: Path, at: int, batch: pa.RecordBatch, offset: int) -> Condi
     for name, cell in cells.items():
         if not cell.is_valid:
             raise _wrong(path, name, at, "nothing")
-    text, shape = cells["caption"].as_py(), cells["shape"].as_py()
+    text = cells["caption"].as_py()
     if not isinstance(text, str):
         raise _wrong(path, "caption", at, f"{type(text).__name__}, expected text")
+    return Condition(text=text, features=_matrix(path, at, batch, offset))
+
+
+def _matrix(path: Path, at: int, batch: pa.RecordBatch, offset: int) -> np.ndarray:
+    """Features (n, D) of a row of our own files."""
+    shape = batch.column("shape")[offset].as_py()
     if not isinstance(shape, list) or len(shape) != 2 or not all(_counts(part) for part in shape):
         raise _wrong(path, "shape", at, f"{shape}, expected [n, D]")
-    numbers = _numbers(path, at, cells["features"])
+    numbers = _numbers(path, at, batch.column("features")[offset])
     if numbers.size != shape[0] * shape[1]:
         raise _wrong(path, "features", at, f"{numbers.size} numbers, expected {shape} of them")
-    return Condition(text=text, features=numbers.reshape(shape))
+    return numbers.reshape(shape)
+
+
+def _listed(path: Path, at: int, batch: pa.RecordBatch, offset: int) -> np.ndarray | None:
+    """Features (n, D) of a row of somebody else's files; None where it has none."""
+    there = FEATURES in batch.schema.names
+    features = batch.column(FEATURES)[offset].as_py() if there else None
+    if features is None:
+        return None
+    try:
+        matrix = np.array(features, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise _wrong_list(path, FEATURES, at, f"not n lists of D floats ({error})") from error
+    if matrix.ndim != 2 or not matrix.size or not np.isfinite(matrix).all():
+        found = f"found shape {matrix.shape}, expected n lists of D finite floats"
+        raise _wrong_list(path, FEATURES, at, found)
+    return matrix
+
+
+def _wrong_list(path: Path, column: str, row: int, what: str) -> DataError:
+    return DataError(f"captions {path}: column {column!r}, row {row}: {what}")
 
 
 def _counts(value: object) -> bool:

@@ -77,6 +77,18 @@ class SamplingSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureRow:
+    """A caption's features by where they lie: a row of a Parquet file, which is read where they are
+    used. (A caption's features may have 1 MB; there are many, and they do not travel.)"""
+
+    path: str
+    """Absolute, on storage that every node reads."""
+    row: int
+    digest: int
+    """Of the numbers and their shape: a file that was changed is noticed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
     """What an image is asked to show: a class of the policy, and the words for it."""
 
@@ -84,9 +96,9 @@ class Condition:
     """Read by text-image scorers, and by caption-conditional policies."""
     class_index: int | None = None
     """Row of the class table, for class-conditional policies and classifiers."""
-    features: np.ndarray | None = field(default=None, compare=False, repr=False)
+    features: np.ndarray | FeatureRow | None = field(default=None, compare=False, repr=False)
     """(n, D) float: a text encoder's features of the caption, unpadded, for caption-conditional
-    policies. Not compared: they follow from the text."""
+    policies; or where they lie. Not compared: they follow from the text."""
 
 
 class RequestKey(NamedTuple):

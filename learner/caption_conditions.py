@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actors.caption_files import SCHEMA, read_caption_features, read_captions
+from actors.caption_files import (
+    FEATURES,
+    SCHEMA,
+    TEXT,
+    by_row,
+    iterate_text_features,
+    read_caption_features,
+    read_captions,
+    write_caption_features,
+)
 from cluster.errors import DataError
 from cluster.invocation import command_of
 from cluster.messages import Condition
 
-TEXT, FEATURES = "text", "features"
 
-
-def caption_conditions(path: str, encoder: str = "") -> list[Condition]:
-    """The captions of a file, in its order.
+def caption_conditions(path: str) -> list[Condition]:
+    """The captions of a file, in its order. Their features stay there: a condition says in which
+    row (see `actors.caption_files.features_of`).
 
     Args:
         path: a .txt file, one caption a line, empty lines skipped; or a .parquet file: as
             `python -m actors.captions` writes them, or with a column `text` and, for
             caption-conditional policies, a column `features` (lists of n lists of D floats).
-        encoder: T5 model (folder or name) that encodes captions whose file has no features; empty
-            leaves them without, which is enough for scorers.
 
     Raises:
         DataError: names file, column and row of what is wrong.
-        ConfigError: the encoder cannot be loaded.
     """
     file = Path(path)
-    found = _from_parquet(file) if file.suffix == ".parquet" else _from_text(file)
-    if encoder and any(condition.features is None for condition in found):
+    return _from_parquet(file) if file.suffix == ".parquet" else _from_text(file)
+
+
+def encode_captions(path: str, encoder: str, target: Path) -> bool:
+    """Encode the captions of a file that has no features (or not of all) into one that has.
+
+    Args:
+        encoder: T5 model (folder or name).
+        target: Parquet file to write; one that holds the same captions already stays.
+
+    Returns:
+        Whether there was anything to encode: else the file itself has what is needed.
+
+    Raises:
+        DataError: one of the files cannot be read.
+        ConfigError: the encoder cannot be loaded.
+    """
+    found = caption_conditions(path)
+    if all(condition.features is not None for condition in found):
+        return False
+    texts = [condition.text for condition in found]
+    if not target.is_file() or [each.text for each in read_caption_features(target)] != texts:
         from actors.captions import CaptionEncoder
 
-        encoded = CaptionEncoder(encoder)([condition.text for condition in found])
-        found = [dataclasses.replace(c, features=f) for c, f in zip(found, encoded)]
-    return found
+        write_caption_features(target, texts, CaptionEncoder(encoder).stream(texts))
+    return True
 
 
 def peek_captions(path: str) -> int:
@@ -92,32 +114,10 @@ def _from_parquet(path: Path) -> list[Condition]:
                 return read_caption_features(path)
             if TEXT not in columns:
                 raise DataError(f"captions {path}: {_needs(columns)}")
-            table = file.read([name for name in (TEXT, FEATURES) if name in columns])
+        rows = enumerate(iterate_text_features(path))
+        found = [by_row(path, row, condition) for row, condition in rows]
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"captions {path}: not a readable Parquet file ({error})") from error
-    if not len(table):
+    if not found:
         raise DataError(f"captions {path}: the file holds no caption")
-    texts = table[TEXT].to_pylist()
-    features = (
-        table[FEATURES].to_pylist() if FEATURES in table.column_names else [None] * len(texts)
-    )
-    return [_condition(path, row, *pair) for row, pair in enumerate(zip(texts, features))]
-
-
-def _condition(path: Path, row: int, text: object, features: object) -> Condition:
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"captions {path}: column {TEXT!r}, row {row}: found {text!r}, not text")
-    if features is None:
-        return Condition(text=text)
-    try:
-        matrix = np.array(features, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"captions {path}: column {FEATURES!r}, row {row}: not n lists of D floats ({error})"
-        ) from error
-    if matrix.ndim != 2 or not matrix.size or not np.isfinite(matrix).all():
-        raise DataError(
-            f"captions {path}: column {FEATURES!r}, row {row}: found shape {matrix.shape}, "
-            "expected n lists of D finite floats"
-        )
-    return Condition(text=text, features=matrix)
+    return found

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from cluster.errors import DataError
 from cluster.messages import Condition
-from learner.caption_conditions import caption_conditions
+from learner.caption_conditions import caption_conditions, encode_captions
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGENET = "imagenet"
@@ -34,7 +35,7 @@ class ConditionsConfig:
     and, for caption-conditional policies, features (or as `python -m actors.captions` has it)."""
     encoder: str = ""
     """T5 model (folder or name) that encodes captions whose file has no features, when the run
-    starts."""
+    starts, into its directory."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -61,8 +62,16 @@ class ConditionsConfig:
         """One name a class of the policy, asked for or not."""
         return imagenet_names() if self.all_of_imagenet else tuple(self.names)
 
+    def encoded(self, target: Path) -> ConditionsConfig:
+        """These conditions, or, where there is an `encoder` and captions that need it, those of a
+        file that it has written. See `encode_captions`."""
+        if not (self.captions and self.encoder):
+            return self
+        found = encode_captions(self.captions, self.encoder, target)
+        return replace(self, captions=str(target) if found else self.captions, encoder="")
+
     def conditions(self) -> list[Condition]:
-        """Every condition there is to draw from.
+        """Every condition there is to draw from; captions with features where their file has them.
 
         Raises:
             DataError: the file of captions cannot be read, or a class is not there.
@@ -74,7 +83,7 @@ class ConditionsConfig:
 def _conditions(config: ConditionsConfig) -> Sequence[Condition]:
     """Read once: a file may be long, and its features are compared by nobody."""
     if config.captions:
-        return caption_conditions(config.captions, config.encoder)
+        return caption_conditions(config.captions)
     names = config.class_names
     if max(config.classes, default=0) >= len(names):
         raise DataError(f"conditions.classes: {max(config.classes)} is not below {len(names)}")

@@ -17,6 +17,7 @@ from cluster.messages import ScoredGroup
 from cluster.whereabouts import resume_command
 from learner import evaluate, records
 from learner.checkpoint import Checkpoint, restore
+from learner.conditions import ConditionsConfig
 from learner.config import RunConfig
 from learner.distribution import RewardSpace, set_reference
 from learner.footprint import DiskWatch, checkpoint_bytes, free_bytes
@@ -28,7 +29,7 @@ from learner.metrics import Recorder, add_exam, read_metrics
 from learner.pipeline import Pipeline
 from learner.progress import RunConsole
 from learner.report import write_report
-from learner.rundir import BEFORE_AFTER, RunDirectory
+from learner.rundir import BEFORE_AFTER, CAPTIONS, RunDirectory
 from learner.timeline import RoleUse, bottleneck
 from rewards.combine import Combiner
 
@@ -63,7 +64,8 @@ class Experiment:
     ) -> None:
         """last_checkpoint: whether a run that was asked to stop writes one where it ends."""
         self._last_checkpoint = last_checkpoint
-        self._config, self._run, self._fleet = config, run, fleet
+        self._given = self._config = config
+        self._run, self._fleet = run, fleet
         self._console, self._should_stop = console, should_stop
         self._rows = run.read_evaluation()
         self._real: dict[str, np.ndarray] | None = None
@@ -166,10 +168,18 @@ class Experiment:
 
     def _begin(self) -> int:
         """Bring the fleet to where training starts; returns the first iteration."""
-        if self._run.read_config() != self._config:
-            self._run.write_config(self._config)
+        if self._run.read_config() != self._given:
+            self._run.write_config(self._given)
+        conditions = self._fleet.attend_while(self._read_conditions)
+        self._config = replace(self._given, conditions=conditions)
         self._space = set_reference(self._config, self._fleet)
         return self.restore()
+
+    def _read_conditions(self) -> ConditionsConfig:
+        """The conditions, with captions encoded where they are to be; what is slow is done once."""
+        found = self._given.conditions.encoded(self._run.path / CAPTIONS)
+        found.conditions()
+        return found
 
     def restore(self) -> int:
         """Bring everything to the newest complete checkpoint, or to the very beginning if there is

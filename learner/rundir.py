@@ -22,6 +22,7 @@ from learner.config import RunConfig, dump, parse_yaml
 from learner.sealed import seal, unseal
 
 CONFIG = "config.yaml"
+CAPTIONS = "captions.parquet"
 LOG = "run.log"
 BEFORE_AFTER = "before_after.png"
 BEGINNING = (CONFIG, OWNER, LOG)

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actors.caption_files import features_of
 from actors.models.base import Conditions, DecodeState, Window, class_of
 from actors.models.layers import Linear, allocate_cache, cached_attention, run_block
 from cluster.errors import ConfigError, DataError
@@ -375,7 +376,7 @@ def _key_bias(conditions: Conditions, slots: int) -> Tensor | None:
 
 def _pad_left(condition: Condition, config: LlamaGenConfig) -> tuple[Tensor, Tensor]:
     """Features (C, D), zeros first, and mask (C,)."""
-    found = condition.features
+    found = features_of(condition)
     if found is None:
         raise DataError(
             f"this policy is caption-conditional, but the condition {condition.text!r} carries no "

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from actors import captions, sample
-from actors.caption_files import iterate_caption_features, read_captions
+from actors.caption_files import features_of, iterate_caption_features, read_captions
 from actors.captions import (
     CaptionEncoder,
     main,
@@ -163,9 +163,11 @@ def test_parquet_round_trip(tmp_path: Path, encoder: CaptionEncoder) -> None:
     assert [condition.text for condition in conditions] == texts
     for condition, rows in zip(conditions, encoder(texts)):
         assert condition.class_index is None
-        assert condition.features is not None
-        assert condition.features.dtype == np.float32
-        assert np.array_equal(condition.features, rows)
+        features = features_of(condition)
+        assert features is not None
+        assert features.dtype == np.float32
+        assert not features.flags.writeable
+        assert np.array_equal(features, rows)
     assert pq.ParquetFile(path).num_row_groups > 1
     assert next(iterate_caption_features(path)).text == texts[0]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -176,8 +178,9 @@ def test_half_precision_files_are_read(tmp_path: Path) -> None:
     table = pa.table({"shape": [[2, 3]], "caption": ["a"], "features": halves, "more": [1]})
     pq.write_table(table, tmp_path / "half.parquet")
     (condition,) = read_caption_features(tmp_path / "half.parquet")
-    assert condition.features is not None
-    assert condition.features.tolist() == [[0, 1, 2], [3, 4, 5]]
+    features = features_of(condition)
+    assert features is not None
+    assert features.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_features_fit_a_caption_conditional_policy(encoder: CaptionEncoder, tmp_path: Path) -> None:
@@ -272,7 +275,7 @@ def test_command(tmp_path: Path, encoder_path: str, capsys: pytest.CaptureFixtur
     assert main(arguments) == 0
     assert f"4 captions, features of width {WIDTH}" in capsys.readouterr().out
     wanted = CaptionEncoder(encoder_path)(TEXTS)
-    found = [condition.features for condition in read_caption_features(target)]
+    found = [features_of(condition) for condition in read_caption_features(target)]
     assert all(np.array_equal(one, other) for one, other in zip(found, wanted))
     assert main(arguments) == 2
     assert "features.parquet exists" in capsys.readouterr().err
@@ -353,8 +356,13 @@ def test_a_run_may_encode_its_captions_itself(encoder_path: str, tmp_path: Path)
 
     (tmp_path / "captions.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     config = ConditionsConfig(captions=str(tmp_path / "captions.txt"), encoder=encoder_path)
-    found = config.conditions()
+    encoded = config.encoded(tmp_path / "encoded.parquet")
+    assert (encoded.captions, encoded.encoder) == (str(tmp_path / "encoded.parquet"), "")
+    found = encoded.conditions()
     for condition, text, wanted in zip(found, TEXTS, reference(encoder_path, TEXTS), strict=True):
         assert condition.text == text
-        assert np.abs(condition.features - wanted).max() <= 1e-5
-    assert config.conditions()[0].features is found[0].features  # encoded once
+        assert np.abs(features_of(condition) - wanted).max() <= 1e-5
+    written = (tmp_path / "encoded.parquet").stat().st_mtime_ns
+    assert config.encoded(tmp_path / "encoded.parquet") == encoded
+    assert (tmp_path / "encoded.parquet").stat().st_mtime_ns == written  # encoded once
+    assert encoded.encoded(tmp_path / "again.parquet") is encoded

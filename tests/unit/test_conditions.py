@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.caption_files import write_caption_features
+from actors import caption_files
+from actors.caption_files import features_of, write_caption_features
 from cluster.errors import DataError
 from cluster.messages import Condition
 from learner.conditions import ConditionsConfig, ConditionStream
@@ -88,7 +90,7 @@ def test_captions_of_parquet_with_and_without_features(tmp_path: Path) -> None:
     found = ConditionsConfig(captions=str(tmp_path / "features.parquet")).conditions()
     assert [c.text for c in found] == ["a", "b"]
     for condition, expected in zip(found, features):
-        np.testing.assert_array_equal(condition.features, np.array(expected, np.float32))
+        np.testing.assert_array_equal(features_of(condition), np.array(expected, np.float32))
 
 
 def test_captions_as_the_encoder_writes_them(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_captions_as_the_encoder_writes_them(tmp_path: Path) -> None:
     write_caption_features(file, ["a cat"], [features])
     (found,) = ConditionsConfig(captions=str(file)).conditions()
     assert found.text == "a cat"
-    np.testing.assert_array_equal(found.features, features)
+    np.testing.assert_array_equal(features_of(found), features)
 
 
 @pytest.mark.parametrize(
@@ -137,3 +139,75 @@ def test_names_may_be_given_on_the_command_line_and_in_yaml() -> None:
     _, config, _ = parse(["--conditions.names", "cat", "dog"])
     assert config.conditions.class_names == ("cat", "dog")
     assert len(validate({"conditions": {"names": "imagenet"}}, "x").conditions.class_names) == 1000
+
+
+def caption_file(path: Path, kind: str, features: list[np.ndarray], group: int) -> None:
+    texts = [f"caption {row}" for row in range(len(features))]
+    if kind == "ours":
+        write_caption_features(path, texts, features)
+    else:
+        table = pa.table({"text": texts, "features": [rows.tolist() for rows in features]})
+        pq.write_table(table, path, row_group_size=group)
+
+
+@pytest.mark.parametrize("kind", ["ours", "theirs"])
+def test_features_are_read_by_row_where_they_are_used(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1 MB each, none travels and few are kept; what is read are the bits that were written."""
+    generator, path = np.random.default_rng(0), tmp_path / f"{kind}.parquet"
+    width = 2048 if kind == "ours" else 16
+    features = [
+        generator.normal(size=(1 + row % 120, width)).astype(np.float32) for row in range(30)
+    ]
+    caption_file(path, kind, features, 7)
+    monkeypatch.chdir(tmp_path)
+    found = ConditionsConfig(captions=path.name).conditions()
+    assert len(pickle.dumps(found)) < 200 * len(found)
+    assert pickle.loads(pickle.dumps(found)) == found
+    monkeypatch.chdir("/")
+    for row in (29, 0, 13, 6, 7, 13):
+        read = features_of(found[row])
+        assert read.dtype == np.float32
+        assert not read.flags.writeable
+        np.testing.assert_array_equal(read, features[row])
+
+
+@pytest.mark.parametrize("kind", ["ours", "theirs"])
+@pytest.mark.parametrize("fault", ["gone", "other numbers", "fewer rows", "no features", "damaged"])
+def test_a_file_that_is_gone_or_changed_is_an_error_where_it_is_read(
+    tmp_path: Path, kind: str, fault: str
+) -> None:
+    path = tmp_path / "captions.parquet"
+    features = [np.full((2, 3), row, np.float32) for row in range(4)]
+    caption_file(path, kind, features, 2)
+    condition = ConditionsConfig(captions=str(path)).conditions()[3]
+    if fault == "gone":
+        path.unlink()
+    elif fault == "other numbers":
+        caption_file(path, kind, [*features[:3], features[3].reshape(3, 2)], 2)
+    elif fault == "fewer rows":
+        caption_file(path, kind, features[:2], 2)
+    elif fault == "no features":
+        pq.write_table(pa.table({"text": ["a"] * 4}), path)
+    else:
+        path.write_bytes(path.read_bytes()[:50])
+    expected = {
+        "gone": "not there on .*storage that every node",
+        "damaged": "not readable any more",
+    }
+    with pytest.raises(DataError, match=expected.get(fault, "row 3 is not what it was")):
+        features_of(condition)
+
+
+def test_captions_that_cannot_be_read_alone_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "captions.parquet"
+    features = [np.ones((8, 64), np.float32) * row for row in range(40)]
+    monkeypatch.setattr(caption_files, "LARGEST_ROW_GROUP", 30_000)
+    caption_file(path, "theirs", [rows + np.random.rand(8, 64) for rows in features], 40)
+    with pytest.raises(DataError, match=r"row group 0 holds 40 captions .* row_group_size=8"):
+        ConditionsConfig(captions=str(path)).conditions()
+    caption_file(path, "theirs", features, 8)
+    assert len(ConditionsConfig(captions=str(path), template="{}!").conditions()) == 40

@@ -157,8 +157,8 @@ class WorkerPool:
         if not self.waiting:
             return None
         serving = self.of(State.SERVING)
-        if not any(worker.has_room for worker in serving):  # mostly: all have their hands full
-            return None
+        if not any(worker.busy < self.role.depth for worker in serving):
+            return None  # mostly: all have their hands full
         now = time.monotonic() if now is None else now
         candidates = [worker.candidate(now) for worker in serving]
         chosen = choose_of_runs(self.waiting.runs(), candidates)

@@ -43,7 +43,7 @@ class Pace:
         return self._seconds / self._pieces if self._seconds and self._pieces else None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Candidate:
     """A worker, as the choice sees it."""
 
@@ -113,12 +113,12 @@ def choose_of_runs(
     plan, place = _Plan(workers), 0
     for number, (edition, count) in enumerate(runs):
         if plan.admit(edition):
-            if not plan.given and plan.holds_back(runs[number:]):
-                return None
             for offset in range(count):
                 best = plan.give()
                 if workers[best].has_room:
                     return place + offset, best
+                if plan.given == 1 and plan.holds_back(runs[number:]):
+                    return None
         place += count
     return None
 

@@ -230,7 +230,7 @@ def _check_row_groups(path: Path, file: pq.ParquetFile) -> None:
             raise DataError(
                 f"captions {path}: row group {group} holds {found.num_rows} captions in "
                 f"{found.total_byte_size / 1e6:.0f} MB, which would be read for each of them: "
-                "write the file with python -m actors.captions, or with "
+                f"write the file with {command_of('actors.captions')}, or with "
                 f"pyarrow.parquet.write_table(table, file, row_group_size={ROW_GROUP})"
             )
 

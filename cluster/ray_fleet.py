@@ -236,17 +236,22 @@ class RayFleet:
         return [*self._keepers.workers, *pooled]
 
     def _submit(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
+        ticket = self._queue(requests, scored=scored)
+        self._dispatch()
+        return ticket
+
+    def _queue(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
         ticket, answers = self._tickets.issue(len(requests))
         for position, request in enumerate(requests):
             judges = tuple(role.name for role in self._plan.judges(request.panel)) if scored else ()
             edition = self._delivery.newest
             group = GroupOnTheWay(answers, position, request, judges, edition)
             queue_for_tokens(self._samplers, group)
-        self._dispatch()
         return ticket
 
     def _stream(self, requests: Iterable[SampleRequest], *, scored: bool) -> Iterator[Any]:
-        submits = (partial(self._submit, [request], scored=scored) for request in requests)
+        # handed out by the next turn, all that are asked for by then: some may go together
+        submits = (partial(self._queue, [request], scored=scored) for request in requests)
         try:
             yield from self._tickets.stream(submits)
         finally:

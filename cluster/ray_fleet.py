@@ -43,6 +43,7 @@ from cluster.tickets import GroupOnTheWay, Tickets
 
 logger = logging.getLogger(__name__)
 
+JUDGE_S = 0.25  # how often somebody's silence is judged
 ATTEND_S = 0.05  # how often the fleet is attended to while something else is computed
 
 
@@ -65,7 +66,7 @@ class RayFleet:
         ask_to_stop: Callable[[bool], None] = lambda checkpoint: None,
     ) -> None:
         self._plan, self._should_stop = plan, should_stop
-        self._listening = Listening()
+        self._listening, self._judged = Listening(), 0.0
         self._launcher = Launcher(plan, session)
         self._weights = publisher_of(plan, session)
         self._delivery = Delivery(
@@ -303,8 +304,17 @@ class RayFleet:
         took = [self._take(ref, starting) for ref in _ready(refs, min(timeout_s, LOOK_S))]
         if self._listening.look():
             self._steward.restart()  # what waited for this process did not wait for workers
+        return self._judge() or any(took)
+
+    def _judge(self) -> bool:
+        """Look for those that are silent, now and then, since that asks after every worker; whether
+        any was replaced."""
+        now = time.monotonic()
+        if now - self._judged < JUDGE_S:
+            return False
+        self._judged = now
         overdue, missed = self._supervisor.overdue(), self._missed()
-        return any(took) or overdue or missed
+        return overdue or missed
 
     def _take(
         self, ref: ray.ObjectRef, starting: Mapping[ray.ObjectRef, tuple[WorkerPool, Worker]]

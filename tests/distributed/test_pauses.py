@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
+import subprocess
 import time
 
 import pytest
@@ -17,6 +19,13 @@ BOUND_S = 4.0
 PAUSE_S = 6.0
 
 
+def stopped(seconds: float) -> None:
+    """Stop this process, as a debugger or Ctrl-Z does, for so long."""
+    waker = subprocess.Popen(["/bin/sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    waker.wait()
+
+
 def test_the_drivers_own_pauses_cost_no_worker(
     ray_session: RaySession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -28,7 +37,7 @@ def test_the_drivers_own_pauses_cost_no_worker(
         object.__setattr__(plan, "timeout_s", BOUND_S)  # which would be short for a start
 
         between = fleet._submit(requests(8), scored=False)
-        time.sleep(PAUSE_S)
+        stopped(PAUSE_S)
         assert len(fleet._collect(between)) == 8
 
         def pause_once() -> bool:

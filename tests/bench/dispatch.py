@@ -24,8 +24,8 @@ from cluster.roles import Resources, Role
 from cluster.schedule import Candidate, choose_of_runs
 from tests.unit import old_schedule
 
-SPEEDS = {"equal": [1.0], "uneven": [0.7, 1.0, 1.3, 4.0]}
-"""Seconds a piece, of worker after worker."""
+SPEEDS = {"equal": [1.0], "uneven": [0.7, 1.0, 1.3, 4.0], "straggler": [1.0] * 63 + [100.0]}
+"""Seconds a piece, of worker after worker, again and again."""
 
 
 def made(seconds: list[float]) -> WorkerPool:

@@ -20,6 +20,7 @@ LEAST_FILES = 256  # Ray's raylet starts with 55, and takes 3 to 4 for every wor
 LEAST_FREE = 16 * MIB  # Ray's sockets and logs
 LONGEST_SOCKET = 107  # bytes of the path of a Unix socket
 SOCKET = "session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+SHARED_MEMORY = "/dev/shm"
 TEMP_OPTION = "--ray.temp-dir"
 BUSY = ("timed out", "overloaded", "timeout")
 
@@ -36,6 +37,15 @@ def check_machine(temp_dir: str) -> None:
     check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     check_temp_root(temp_root(temp_dir), _chosen_by(temp_dir))
     ensure_token()
+
+
+def shared_memory() -> int:
+    """Bytes that are free in the system's shared memory, where Ray keeps its object store."""
+    try:
+        there = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return 0
+    return there.f_bavail * there.f_frsize
 
 
 def check_open_files(limit: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.errors import FleetError
 
@@ -81,6 +82,24 @@ def check_store(need: StoreNeed, store: int) -> str:
     return (
         f"the object store has {size(store)}, less than what may be in it at a time ({need}); Ray "
         f"will write to disk what does not fit, which is slow: {CHANGES}"
+    )
+
+
+def store_on_disk(store: int, shared_memory: int, directory: Path) -> str:
+    """What to say of a private Ray that keeps its store in files, for want of shared memory;
+    nothing if it does not.
+
+    Args:
+        store, shared_memory: bytes; the latter as they were free before it started.
+        directory: where Ray keeps the files then.
+    """
+    if store <= shared_memory:
+        return ""
+    return (
+        f"/dev/shm has room for {size(shared_memory)}, less than Ray's object store of "
+        f"{size(store)}, which lies in files in {directory} instead: weights and images travel at "
+        "the speed of that disk. Give a container more (`docker run --shm-size=8g`; Kubernetes: an "
+        "emptyDir of medium Memory at /dev/shm), or lower --ray.object-store-memory"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 from dataclasses import dataclass
@@ -32,9 +33,12 @@ from cluster.address import (
 from cluster.console import bounded
 from cluster.errors import FleetError
 from cluster.invocation import current
-from cluster.machine import check_machine, why_not_started
+from cluster.machine import check_machine, shared_memory, why_not_started
+from cluster.object_store import store_on_disk
 from cluster.ray_private import clusters_here, loopback, worker_paths
 from cluster.ray_token import AUTH_MODE, find_token, no_token, shows_token, token
+
+logger = logging.getLogger(__name__)
 
 LEAST_STORE_GB = 0.08  # Ray's own least, rounded up
 ANSWER_S = 10.0  # longest wait for a cluster's control service, which may be busy
@@ -199,12 +203,23 @@ def _start(config: RayConfig, quiet: dict[str, Any]) -> None:
     # Ray turns token authentication on by itself for a private Ray; naming the mode here would
     # reach the clusters that this process may join later.
     check_machine(config.temp_dir)
+    room = shared_memory()
     try:
         # without "local", Ray joins whatever was last started on this machine
         with loopback():
             ray.init(address="local", **_private(config), **quiet)
     except Exception as error:  # Ray raises bare ones, too
         raise FleetError(why_not_started(error, temp_root(config.temp_dir))) from error
+    if note := store_on_disk(_smallest_store(), room, temp_root(config.temp_dir)):
+        logger.warning(f"note: {note}")
+
+
+def _smallest_store() -> int:
+    """Bytes of the object store, of the machine that has the smallest."""
+    import ray
+
+    alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return int(min(resources.get("object_store_memory", 0) for resources in alive))
 
 
 class RaySession:
@@ -238,10 +253,7 @@ class RaySession:
     @property
     def object_store(self) -> int:
         """Bytes of the object store, of the machine that has the smallest."""
-        import ray
-
-        alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
-        return int(min(resources.get("object_store_memory", 0) for resources in alive))
+        return _smallest_store()
 
     @property
     def address(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.errors import FleetError
 from cluster.runtime import RayConfig, RaySession, find_cluster
-from cluster.whereabouts import Place, check_alive, killed, locate_run
+from cluster.whereabouts import Place, check_alive, killed, starting
 
 NAMESPACE = "tessera"
 PREFIX = "fleet:"
@@ -201,10 +201,11 @@ class WhichRun:
     """What every command beside a run is told."""
 
     run: str = ""
-    """Name of the run, or its directory; empty takes the newest that is active under runs/, or the
-    only one on the cluster."""
+    """Name of the run, or its directory; empty takes the newest that is active under runs/, else the
+    only active one."""
     address: str = ""
-    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS."""
+    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS, else this machine's
+    (`ray start`)."""
 
 
 @dataclass(frozen=True)
@@ -217,14 +218,18 @@ class Reached:
 
 
 @contextmanager
-def reached(run: str, address: str) -> Iterator[Reached]:
-    """Join a run's cluster, for as long as the block runs. See `locate_run`.
+def reached(place: Place) -> Iterator[Reached]:
+    """Join a run's cluster, for as long as the block runs.
+
+    Args:
+        place: of `locate_run`.
 
     Raises:
-        FleetError: it is not there, was killed, or cannot be reached; within seconds.
+        FleetError: the run is starting, was killed, or cannot be reached; within seconds.
     """
-    place = locate_run(run, address)
     check_alive(place)
+    if not place.address:
+        raise FleetError(f"{starting(place)}. Try again in a moment")
     cluster = find_cluster(RayConfig(address=place.address), place.source)
     with RaySession(RayConfig(), cluster):
         try:

@@ -25,9 +25,8 @@ from typing import Literal, Self
 
 from cluster.errors import LockHeldError, LockLostError
 from cluster.files import writing
-from cluster.processes import process_start, this_machine
+from cluster.processes import process_lives, process_start, this_machine
 from cluster.strict_json import dumps
-from cluster.whereabouts import process_lives
 
 logger = logging.getLogger(__name__)
 

@@ -32,3 +32,15 @@ def process_start(pid: int) -> str:
         return subprocess.run(line, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this machine is there; one that ended and was not waited for is not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.is_file() and status.read_text().rpartition(")")[2].split()[0] == "Z")

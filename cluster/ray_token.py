@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import secrets
-import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from cluster.errors import FleetError
+from cluster.user_files import ours_alone, user_directories
 
 AUTH_MODE, TOKEN_MODE = "RAY_AUTH_MODE", "token"
 TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -67,7 +67,7 @@ def ensure_token() -> None:
     for file in (*([standard] if standard else []), *_own_token_files()):
         with suppress(OSError):
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if file != standard and not _ours_alone(file.parent):
+            if file != standard and not ours_alone(file.parent):
                 continue
             _make_token(file)
             find_token()
@@ -100,7 +100,7 @@ def find_token() -> bool:
         return False
     for file in _own_token_files():
         with suppress(OSError):
-            if _ours_alone(file.parent) and file.stat().st_size:
+            if ours_alone(file.parent) and file.stat().st_size:
                 os.environ[TOKEN_PATH] = str(file)
                 return True
     return False
@@ -108,28 +108,6 @@ def find_token() -> bool:
 
 def _own_token_files() -> list[Path]:
     return [directory / FILE.name for directory in user_directories()]
-
-
-def user_directories() -> Iterator[Path]:
-    """Where this program may keep small files of the user's between runs, best place first; a user
-    without a home directory, or with one that cannot be written, has the last."""
-    if os.environ.get("XDG_STATE_HOME"):
-        yield Path(os.environ["XDG_STATE_HOME"]) / "tessera"
-    else:
-        with suppress(RuntimeError):
-            yield Path.home() / ".local" / "state" / "tessera"
-    yield Path(tempfile.gettempdir()) / f"tessera-{os.getuid()}"
-
-
-def _ours_alone(directory: Path) -> bool:
-    """Whether a directory is this user's, and nobody else reads or writes it: anybody may have made
-    one under /tmp."""
-    found = directory.lstat()
-    return (
-        stat.S_ISDIR(found.st_mode)
-        and found.st_uid == os.getuid()
-        and not found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
-    )
 
 
 def _token_place(environment: Mapping[str, str]) -> str:

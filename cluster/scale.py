@@ -21,6 +21,7 @@ from cluster.console import REFUSED, exit_status
 from cluster.control import FleetStatus, WhichRun, ask, reached
 from cluster.errors import FleetError
 from cluster.invocation import command_of
+from cluster.whereabouts import locate_run
 
 POLL_S = 0.5
 
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             return REFUSED
 
     def work() -> None:
-        with reached(asked.run, asked.address) as run:
+        with reached(locate_run(asked.run, asked.address)) as run:
             if wanted:
                 status = scale(run.control, wanted, asked.timeout_s)
             else:

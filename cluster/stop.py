@@ -19,7 +19,7 @@ from cluster.console import exit_status
 from cluster.control import Reached, RunEndedError, WhichRun, ask, reached
 from cluster.errors import FleetError
 from cluster.invocation import command_of
-from cluster.whereabouts import WHEREABOUTS, Place, left_behind, was_killed
+from cluster.whereabouts import WHEREABOUTS, Place, left_behind, locate_run, was_killed
 
 POLL_S = 0.5
 
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + asked.timeout_s
 
     def work() -> None:
-        with reached(asked.run, asked.address) as run:
+        with reached(locate_run(asked.run, asked.address)) as run:
             directory = stop(run, asked.checkpoint, asked.timeout_s)
             print(f"run {run.name}: stopping at the next safe point", flush=True)
             if directory is None:  # on a cluster that stays, whose run directory is elsewhere

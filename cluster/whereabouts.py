@@ -6,18 +6,21 @@ import json
 import os
 import shlex
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.address import VARIABLE, greet, parse_address
-from cluster.errors import ConfigError, FleetError, UnreachableError
+from cluster.address import AUTO, VARIABLE, current_cluster, greet, parse_address, written_address
+from cluster.errors import ConfigError, FleetError, TesseraError, UnreachableError
 from cluster.files import replacing
 from cluster.invocation import command_of
-from cluster.ray_token import AUTH_MODE, TOKEN_MODE, find_token
+from cluster.locks import OWNER, look, owner_of
+from cluster.processes import process_lives
+from cluster.ray_token import AUTH_MODE, TOKEN_MODE, find_token, shows_token
 from cluster.strict_json import dumps
+from cluster.user_files import remember_run, remembered_runs
 
 WHEREABOUTS = "fleet.json"
 LONGEST_NAME = 200
@@ -34,7 +37,7 @@ class Place:
     run: str
     """Its name; empty: the only one on the cluster."""
     address: str
-    """Of its cluster, host:port or "auto"."""
+    """Of its cluster, host:port or "auto"; empty: the run is starting."""
     directory: Path | None = None
     """Its directory, where that is known."""
     host: str = ""
@@ -50,21 +53,26 @@ class Place:
 
 
 @contextmanager
-def announced(directory: Path, address: str) -> Iterator[None]:
-    """While the block runs, a file in the run's directory says which cluster it is on."""
+def announced(directory: Path) -> Iterator[Callable[[str], None]]:
+    """While the block runs, a file in the run's directory says that it starts; and on which cluster
+    it is, once the function that this yields was given the address."""
     file = directory / WHEREABOUTS
-    token = os.environ.get(AUTH_MODE) == TOKEN_MODE  # Ray says so once it has turned it on
-    with replacing(file) as partial:
+
+    def at(address: str) -> None:
         found = {
             "run": directory.name,
             "address": address,
-            "token_authentication": token,
+            "token_authentication": shows_token(os.environ),  # Ray says so once it has turned it on
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        partial.write_text(dumps(found) + "\n")
+        with replacing(file) as partial:
+            partial.write_text(dumps(found) + "\n")
+
+    at("")
+    remember_run(directory)
     try:
-        yield
+        yield at
     finally:
         file.unlink(missing_ok=True)
 
@@ -88,9 +96,7 @@ def whereabouts(directory: Path) -> Place:
         run, address = str(found["run"]), str(found["address"])
         return Place(run, address, directory, host, pid, str(file))
     except FileNotFoundError:
-        raise FleetError(
-            f"no run is active in {directory}: it has ended, or was started with --inline"
-        ) from None
+        raise not_active(directory) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FleetError(
             f"{file} cannot be read ({error}): name the cluster by --address"
@@ -101,46 +107,156 @@ def locate_run(run: str, address: str) -> Place:
     """Where a run is.
 
     Args:
-        run: its name, or its directory; empty: the newest that is active under runs/, or the only
-            one on the cluster.
-        address: of its cluster; empty: as its directory says, else $RAY_ADDRESS. Ray is not asked
-            to look for clusters unless told to ("auto"): it would find any that runs on the
-            machine, and wait for minutes for one that takes nobody in.
+        run: its directory, or its name: of one under runs/, of one that this user started from
+            anywhere, or of one on the cluster. Empty: the newest that is active under runs/, else
+            the only active one.
+        address: of its cluster; empty: as its directory says, else $RAY_ADDRESS, else the cluster
+            that `ray start` started on this machine.
 
     Raises:
-        FleetError: the directory that was named holds no active run, or there is none.
+        FleetError: the directory that was named holds no active run, there is none, or several
+            have the name.
     """
-    roots = [Path("runs"), Path.home() / "tessera-runs"]
-    cluster, searched = os.environ.get(VARIABLE, "").strip(), " or ".join(map(str, roots))
     if address:
         name = Path(run).name
         if name:
             check_run_name(name)
         return Place(name, address)
-    if run:
-        there = [path for path in (Path(run), *(root / run for root in roots)) if path.is_dir()]
-        if there:
-            return whereabouts(there[0])
-        if Path(run).name != run:
+    if run and (Path(run).name != run or holds_run(Path(run))):
+        if not os.path.isdir(run):
             raise FleetError(f"there is no directory {run}: name a run, or its directory")
-        if not cluster:
-            raise FleetError(f"there is no run {run!r} under {searched}: {HINT}")
-        return Place(run, cluster, source=f"${VARIABLE}")
-    if cluster:
-        return Place("", cluster, source=f"${VARIABLE}")
-    files = [file for root in roots for file in root.glob(f"*/{WHEREABOUTS}")]
-    files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-    places = [whereabouts(file.parent) for file in files]
-    for place in places:
-        if not was_killed(place):
+        return whereabouts(Path(run))
+    return _named(run) if run else _newest()
+
+
+def _named(run: str) -> Place:
+    """The run of a name."""
+    there = [path for path in (*_under_roots(), *remembered_runs()) if path.name == run]
+    there = list({path.resolve(): path for path in reversed(there)}.values())[::-1]
+    living = [place for path in there if (place := _living(path))]
+    if len(living) > 1:
+        raise FleetError(_several(f"several runs named {run!r} are active", living))
+    if living:
+        return living[0]
+    if cluster := _cluster_here():
+        return replace(cluster, run=run)
+    if there:
+        raise _ended_place(there[0])
+    raise FleetError(f"there is no run {run!r} under {_searched()}: {HINT}")
+
+
+def _newest() -> Place:
+    """The run that is meant where none is named."""
+    cluster = _cluster_here()
+    if cluster and cluster.source == f"${VARIABLE}":
+        return cluster
+    ours = _under_roots()
+    for path in ours:
+        if place := _living(path):
             return place
-    if places:
-        raise killed(places[0])
-    raise FleetError(f"no run is active under {searched}: {HINT}")
+    others = [path for path in remembered_runs() if path not in ours]
+    living = [place for path in others if (place := _living(path))]
+    if len(living) > 1:
+        raise FleetError(_several("several runs are active", living))
+    if living:
+        return living[0]
+    if cluster:
+        return cluster
+    if ours or others:
+        raise _ended_place((ours or others)[0])
+    raise FleetError(f"no run is active under {_searched()}: {HINT}")
+
+
+def _roots() -> list[Path]:
+    """Where runs lie that were given no directory of their own."""
+    roots = [Path("runs")]
+    with suppress(RuntimeError):  # a user without a home directory
+        roots.append(Path.home() / "tessera-runs")
+    return roots
+
+
+def _searched() -> str:
+    return " or ".join(map(str, _roots()))
+
+
+def _under_roots() -> list[Path]:
+    """Directories of runs under `_roots`, those that were started last first."""
+    found = [path for root in _roots() for path in root.glob("*/") if holds_run(path)]
+    return sorted(found, key=_started, reverse=True)
+
+
+def _started(directory: Path) -> float:
+    """About when a run began, or was gone on with; for comparisons."""
+    times = [os.stat(file).st_mtime for file in _marks(directory) if os.path.isfile(file)]
+    return max(times, default=0.0)
+
+
+def _marks(directory: Path) -> list[Path]:
+    """The files of which a directory of a run has one."""
+    return [directory / name for name in (WHEREABOUTS, OWNER, "config.yaml")]
+
+
+def holds_run(directory: Path) -> bool:
+    return any(os.path.isfile(file) for file in _marks(directory))
+
+
+def _living(directory: Path) -> Place | None:
+    """Where an active run is; None if its fleet cannot be spoken with."""
+    if not os.path.isfile(directory / WHEREABOUTS):
+        return None
+    place = whereabouts(directory)
+    return None if was_killed(place) else place
+
+
+def _cluster_here() -> Place | None:
+    """Where a run may be whose directory is not known: on the cluster that the environment names,
+    or else on that of this machine."""
+    text, source = written_address("")
+    if text and text != AUTO:
+        return Place("", text, source=source)
+    with suppress(TesseraError):
+        if found := current_cluster():
+            greet(found)
+            return Place("", AUTO, source="--address")
+    return None
+
+
+def _several(what: str, places: list[Place]) -> str:
+    lines = [f"  --run {shlex.quote(str(place.directory))}" for place in places]
+    return "\n".join([f"{what}: choose one by its directory", *lines])
+
+
+def _ended_place(directory: Path) -> FleetError:
+    """That the last run there was is not active any more."""
+    if os.path.isfile(directory / WHEREABOUTS):
+        return killed(whereabouts(directory))
+    return not_active(directory)
+
+
+def not_active(directory: Path) -> FleetError:
+    """That a directory has no run that can be spoken with: it never held one, it runs without Ray,
+    or it has ended, with what it kept."""
+    if not holds_run(directory):
+        return FleetError(f"{directory} holds no run: name a run, or its directory")
+    if owner := owner_of(directory):
+        return FleetError(
+            f"the run in {directory} has no fleet to speak with: it runs in one process "
+            f"(--inline), or is about to start ({owner}). Ctrl-C there, or SIGTERM to that process, "
+            "stops it"
+        )
+    start = f"no run is active in {directory}: it has ended"
+    if os.path.isfile(directory / "report.html"):
+        return FleetError(f"{start}, and left {directory / 'report.html'}")
+    left = left_behind(directory)
+    newest = Path(left["checkpoint"]).name if left["checkpoint"] else "none yet"
+    return FleetError(f"{start}; newest checkpoint: {newest}. Go on with\n  {left['resume']}")
 
 
 def was_killed(place: Place) -> bool:
     """Whether the program that drove a run is gone, as far as this machine can tell."""
+    sight = look(place.directory / OWNER) if place.directory else None
+    if sight is not None and sight.holder is not None and sight.holder.here:
+        return not sight.holder.lives
     return place.here and bool(place.pid) and not process_lives(place.pid)
 
 
@@ -193,19 +309,16 @@ def check_run_name(name: str) -> None:
 
 
 def resume_command(directory: Path) -> str:
-    return f"{command_of('learner.run')} --resume --run-dir {shlex.quote(str(directory))}"
+    """What to type to go on with a run, in a shell and from any working directory."""
+    return f"{command_of('learner.run')} --resume --run-dir {shlex.quote(str(directory.absolute()))}"
 
 
-def process_lives(pid: int) -> bool:
-    """Whether a process of this machine is there; one that ended and was not waited for is not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    status = Path(f"/proc/{pid}/stat")
-    return not (status.is_file() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+def starting(place: Place) -> str:
+    """That the program of a run is there, and its workers are not yet."""
+    return (
+        f"the run {place.run} is starting (process {place.pid} on {place.host}): its workers are not "
+        "there yet"
+    )
 
 
 def left_behind(directory: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 
 from cluster import scale, status, stop
 from cluster.errors import FleetError
+from cluster.processes import process_lives
 from cluster.whereabouts import (
     WHEREABOUTS,
     Place,
@@ -21,7 +22,6 @@ from cluster.whereabouts import (
     check_alive,
     left_behind,
     locate_run,
-    process_lives,
 )
 
 

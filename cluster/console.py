@@ -26,14 +26,27 @@ REFUSED = 2  # as for any bad command line
 INTERRUPTED = 130  # asked to stop, as shells count it
 
 LINES_WITHOUT_TERMINAL = 10
+NARROWEST, USUAL = 20, 80  # columns
 
 
 def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
-    """A console on a standard stream: a terminal if the stream is one, whatever FORCE_COLOR says of
-    a file, since a bar in a file is control codes."""
+    """A console on a standard stream: a terminal if the stream is one that moves its cursor,
+    whatever FORCE_COLOR says of a file, since a bar in a file is control codes. What it is given is
+    text, without markup: names of runs and files may have brackets."""
     stream = sys.stderr if stderr else sys.stdout
-    terminal = stream is not None and stream.isatty()
-    return Console(stderr=stderr, width=width, force_terminal=terminal)
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    terminal = stream is not None and stream.isatty() and not dumb
+    console = Console(
+        stderr=stderr,
+        width=width,
+        force_terminal=terminal,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    if console.width < NARROWEST:  # COLUMNS=0, say
+        console.width = USUAL
+    return console
 
 
 def exit_status(work: Callable[[], None]) -> int:
@@ -78,10 +91,10 @@ def counting(task: str, total: int, unit: str, first: int = 0) -> Iterator[Calla
     """
     console = make_console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -201,8 +201,8 @@ class WhichRun:
     """What every command beside a run is told."""
 
     run: str = ""
-    """Name of the run, or its directory; empty takes the newest that is active under runs/, else the
-    only active one."""
+    """Name of the run, or its directory; empty takes the newest that is active under runs/, else
+    the only active one."""
     address: str = ""
     """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS, else this machine's
     (`ray start`)."""

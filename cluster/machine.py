@@ -1,5 +1,5 @@
-"""What this machine and user give a private Ray: open files, a directory for its sockets and logs,
-a token. Looked at before Ray starts, whose own errors name few of their causes.
+"""What this machine gives a private Ray: open files, and a directory for its sockets and logs.
+Looked at before Ray starts, whose own errors name few of their causes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from cluster.address import temp_root
 from cluster.errors import FleetError
 from cluster.files import MIB, advice
-from cluster.ray_token import ensure_token
 
 LEAST_FILES = 256  # Ray's raylet starts with 55, and takes 3 to 4 for every worker
 LEAST_FREE = 16 * MIB  # Ray's sockets and logs
@@ -26,7 +25,7 @@ BUSY = ("timed out", "overloaded", "timeout")
 
 
 def check_machine(temp_dir: str) -> None:
-    """Whether a private Ray can start here; makes its token, if there is none.
+    """Whether a private Ray can start here.
 
     Args:
         temp_dir: where it is to keep sockets and logs; empty: Ray's choice.
@@ -36,7 +35,6 @@ def check_machine(temp_dir: str) -> None:
     """
     check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     check_temp_root(temp_root(temp_dir), _chosen_by(temp_dir))
-    ensure_token()
 
 
 def shared_memory() -> int:

@@ -36,7 +36,7 @@ from cluster.invocation import current
 from cluster.machine import check_machine, shared_memory, why_not_started
 from cluster.object_store import store_on_disk
 from cluster.ray_private import clusters_here, loopback, worker_paths
-from cluster.ray_token import AUTH_MODE, find_token, no_token, shows_token, token
+from cluster.ray_token import AUTH_MODE, ensure_token, find_token, no_token, shows_token, token
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,17 @@ def find_cluster(config: RayConfig, source: str = OPTION) -> Address | None:
     if text != AUTO:
         return check_cluster(parse_address(text, source))
     return check_cluster(_found_here(config.temp_dir, source), ours=True)
+
+
+def check_ray(config: RayConfig) -> None:
+    """Whether a run would have its Ray, before anything is started: the cluster answers, or this
+    machine has what a private Ray needs.
+
+    Raises:
+        ConfigError, FleetError: no; says why.
+    """
+    if find_cluster(config) is None:
+        check_machine(config.temp_dir)
 
 
 def _found_here(temp_dir: str, source: str) -> Address:
@@ -203,6 +214,7 @@ def _start(config: RayConfig, quiet: dict[str, Any]) -> None:
     # Ray turns token authentication on by itself for a private Ray; naming the mode here would
     # reach the clusters that this process may join later.
     check_machine(config.temp_dir)
+    ensure_token()
     room = shared_memory()
     try:
         # without "local", Ray joins whatever was last started on this machine

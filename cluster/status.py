@@ -9,9 +9,11 @@ python -m cluster.status --json              for programs
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +28,7 @@ from cluster.console import REFUSED, exit_status, make_console
 from cluster.control import (
     FleetStatus,
     PoolStatus,
+    Progress,
     Reached,
     RunEndedError,
     WhichRun,
@@ -37,7 +40,7 @@ from cluster.invocation import command_of
 from cluster.object_store import size
 from cluster.ray_private import living_actors
 from cluster.strict_json import dumps
-from cluster.whereabouts import WHEREABOUTS
+from cluster.whereabouts import WHEREABOUTS, Place, check_alive, locate_run, whereabouts
 
 WIDTH = 120  # columns, where there is no terminal
 PID_WIDTH = 8
@@ -187,6 +190,8 @@ def _state(role: Mapping[str, Any]) -> str:
 def headlines(found: Mapping[str, Any]) -> list[str]:
     """What is known of the run as a whole."""
     lines = [f"run {found['run']}: {found['stage']}  {found['directory']}"]
+    if not found["roles"]:
+        return [*lines, "its workers are not there yet"]
     parts = [f"iteration {found['iteration']} of {found['iterations'] or '?'}"]
     if found["iterations_per_h"]:
         parts.append(f"{found['iterations_per_h']:.4g} an hour")
@@ -216,9 +221,10 @@ def figures(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def console() -> Console:
-    """Wide enough for the table where nobody's terminal says how wide it is."""
+    """Wide enough for the table where nobody says how wide it is."""
     here = make_console()
-    return here if here.is_terminal else make_console(width=max(here.width, WIDTH))
+    told = here.is_terminal or os.environ.get("COLUMNS") == str(here.width)
+    return here if told else make_console(width=max(here.width, WIDTH))
 
 
 def look(run: Reached) -> dict[str, Any]:
@@ -226,22 +232,75 @@ def look(run: Reached) -> dict[str, Any]:
     return as_dict(run.name, ask(run.control.status.remote()), living_actors())
 
 
-def watch(run: Reached, seconds: float, *, as_json: bool) -> None:
+def before_its_fleet(place: Place) -> dict[str, Any]:
+    """The same of a run that is starting: everything that is not known yet is empty."""
+    directory = str(place.directory or "")
+    return as_dict(place.run, FleetStatus(progress=Progress(directory=directory)), {})
+
+
+def watch(run: Reached, show: Callable[[dict[str, Any]], None], seconds: float) -> None:
     """Show it again and again, until the run ends."""
+    while not _ended(run.place):
+        show(look(run))
+        time.sleep(seconds)
+
+
+def await_fleet(place: Place, show: Callable[[dict[str, Any]], None], seconds: float) -> Place:
+    """Show again and again that a run is starting, until it has its fleet.
+
+    Raises:
+        FleetError: it has ended before that.
+    """
+    while not place.address:
+        check_alive(place)
+        show(before_its_fleet(place))
+        time.sleep(seconds)
+        place = whereabouts(place.directory) if place.directory else place
+    return place
+
+
+def _ended(place: Place) -> bool:
+    return place.directory is not None and not (place.directory / WHEREABOUTS).is_file()
+
+
+@contextmanager
+def shown(*, as_json: bool, live: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Shows a status: as JSON, as a table that a terminal refreshes, or table after table."""
     if as_json:
-        while not _ended(run):
-            print(dumps(look(run)), flush=True)
-            time.sleep(seconds)
+        yield lambda found: print(dumps(found), flush=True)
         return
-    with Live(console=console(), auto_refresh=False) as live:
-        while not _ended(run):
-            live.update(table(look(run)), refresh=True)
-            time.sleep(seconds)
+    here = console()
+    if not here.is_terminal:  # without a break in a line of text
+        yield lambda found: here.print(table(found), soft_wrap=True)
+        return
+    if not live:
+        yield lambda found: here.print(table(found))
+        return
+    with Live(console=here, auto_refresh=False) as screen:
+        yield lambda found: screen.update(table(found), refresh=True)
 
 
-def _ended(run: Reached) -> bool:
-    directory = run.place.directory
-    return directory is not None and not (directory / WHEREABOUTS).is_file()
+def report(asked: Arguments) -> None:
+    """Look once, or until the run ends.
+
+    Raises:
+        FleetError: no run is active there; says what it left.
+    """
+    place = locate_run(asked.run, asked.address)
+    with shown(as_json=asked.json, live=bool(asked.watch)) as show:
+        if not place.address and not asked.watch:
+            check_alive(place)
+            show(before_its_fleet(place))
+            return
+        place = await_fleet(place, show, asked.watch)
+        with reached(place) as run:
+            if asked.watch:
+                with contextlib.suppress(RunEndedError):  # told below, however it was noticed
+                    watch(run, show, asked.watch)
+            else:
+                show(look(run))
+    if asked.watch:
+        print("the run has ended", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -251,19 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-
-    def work() -> None:
-        with reached(asked.run, asked.address) as run:
-            if asked.watch:
-                with contextlib.suppress(RunEndedError):  # told below, however it was noticed
-                    watch(run, asked.watch, as_json=asked.json)
-                print("the run has ended", file=sys.stderr)
-            elif asked.json:
-                print(dumps(look(run)))
-            else:
-                console().print(table(look(run)), highlight=False)
-
-    return exit_status(work)
+    return exit_status(lambda: report(asked))
 
 
 if __name__ == "__main__":

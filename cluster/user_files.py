@@ -33,8 +33,8 @@ def user_directories() -> Iterator[Path]:
 
 
 def ours_alone(directory: Path) -> bool:
-    """Whether a directory is this user's, and nobody else writes it: anybody may have made one under
-    /tmp."""
+    """Whether a directory is this user's, and nobody else writes it: anybody may have made one
+    under /tmp."""
     found = directory.lstat()
     return (
         stat.S_ISDIR(found.st_mode)

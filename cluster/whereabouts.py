@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.address import AUTO, VARIABLE, current_cluster, greet, parse_address, written_address
 from cluster.errors import ConfigError, FleetError, TesseraError, UnreachableError
-from cluster.files import replacing
+from cluster.files import replacing, writing
 from cluster.invocation import command_of
 from cluster.locks import OWNER, look, owner_of
 from cluster.processes import process_lives
@@ -66,7 +66,7 @@ def announced(directory: Path) -> Iterator[Callable[[str], None]]:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        with replacing(file) as partial:
+        with writing(file), replacing(file) as partial:
             partial.write_text(dumps(found) + "\n")
 
     at("")
@@ -241,8 +241,8 @@ def not_active(directory: Path) -> FleetError:
     if owner := owner_of(directory):
         return FleetError(
             f"the run in {directory} has no fleet to speak with: it runs in one process "
-            f"(--inline), or is about to start ({owner}). Ctrl-C there, or SIGTERM to that process, "
-            "stops it"
+            f"(--inline), or is about to start ({owner}). Ctrl-C there stops it, or SIGTERM to "
+            "that process"
         )
     start = f"no run is active in {directory}: it has ended"
     if os.path.isfile(directory / "report.html"):
@@ -316,8 +316,8 @@ def resume_command(directory: Path) -> str:
 def starting(place: Place) -> str:
     """That the program of a run is there, and its workers are not yet."""
     return (
-        f"the run {place.run} is starting (process {place.pid} on {place.host}): its workers are not "
-        "there yet"
+        f"the run {place.run} is starting (process {place.pid} on {place.host}): its workers are "
+        "not there yet"
     )
 
 

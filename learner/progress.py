@@ -66,10 +66,10 @@ class RunConsole:
         self._bar = 10 if self._console.width < NARROW else 24
         self._recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=self._bar),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
@@ -150,7 +150,9 @@ class RunConsole:
     def _show(self, table: Table) -> None:
         """On the console in its width, in the log in one that fits."""
         text = io.StringIO()
-        Console(file=text, width=NARROW, force_terminal=False).print(table)
+        Console(file=text, width=NARROW, force_terminal=False, markup=False, emoji=False).print(
+            table
+        )
         logger.info(f"\n{text.getvalue().rstrip()}", extra=FILE_ONLY)
         self._console.print(table)
 

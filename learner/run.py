@@ -25,6 +25,8 @@ from cluster.fleet import Fleet, InlineFleet
 from cluster.help import answer_help, asks_help
 from cluster.invocation import command_of
 from cluster.preflight import Findings
+from cluster.runtime import check_ray, local_resources
+from cluster.user_files import remember_run
 from cluster.whereabouts import WHEREABOUTS, announced
 from learner.config import (
     DEFAULT_PRESET,
@@ -194,6 +196,9 @@ def _main(arguments: list[str] | None, console: Console) -> int:
         try:
             command, config, opening = parse(arguments)
             found = preflight(config)
+            if not command.inline:
+                with found.of("ray"):
+                    check_ray(config.ray)
             if command.dry_run:
                 return dry_run(config, found)
             found.enforce()
@@ -267,6 +272,7 @@ def open_fleet(
     directory tells other commands where (`cluster.scale`)."""
     if command.inline:
         (run.path / WHEREABOUTS).unlink(missing_ok=True)  # of a run on Ray that was killed
+        remember_run(run.path)
         with InlineFleet(config.fleet_plan(), should_stop) as inline:
             yield inline
         return
@@ -276,6 +282,7 @@ def open_fleet(
 
     need = store_need(config)
     with (
+        announced(run.path) as announce,
         RaySession(config.ray) as session,
         explained(need, session.object_store),
     ):
@@ -287,18 +294,14 @@ def open_fleet(
         if note := check_store(need, session.object_store):
             logger.warning(f"note: {note}")
         plan, name = config.fleet_plan(), run.path.name
-        with (
-            RayFleet(plan, session, should_stop, run=name, ask_to_stop=should_stop.ask) as fleet,
-            announced(run.path, session.address),
-        ):
+        with RayFleet(plan, session, should_stop, run=name, ask_to_stop=should_stop.ask) as fleet:
+            announce(session.address)
             yield fleet
 
 
 def dry_run(config: RunConfig, found: Findings) -> int:
     """Print what the run lacks, its configuration and where it would run; returns the exit status:
     whether it could start, but for the resources of this machine."""
-    from cluster.runtime import local_resources
-
     cpus, gpus = local_resources()
     for line in listed(found):
         print(f"# {line}")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from cluster import scale, status, stop
+from cluster import scale, status, stop, user_files
 from cluster.errors import FleetError
+from cluster.locks import OWNER, Holder, locked
 from cluster.processes import process_lives
 from cluster.whereabouts import (
     WHEREABOUTS,
@@ -22,7 +27,20 @@ from cluster.whereabouts import (
     check_alive,
     left_behind,
     locate_run,
+    resume_command,
 )
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a user without runs, on a machine without a cluster."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("RAY_TMPDIR", str(home))
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return home
 
 
 @pytest.fixture
@@ -55,7 +73,11 @@ def write(directory: Path, **changes: object) -> Path:
 
 
 def test_a_run_says_where_it_is_while_it_runs(tmp_path: Path) -> None:
-    with announced(tmp_path, "10.0.0.1:6379"):
+    (tmp_path / "config.yaml").touch()
+    with announced(tmp_path) as at:
+        place = locate_run(str(tmp_path), "")
+        assert (place.address, place.pid) == ("", os.getpid())
+        at("10.0.0.1:6379")
         place = locate_run(str(tmp_path), "")
         assert place == Place(
             tmp_path.name,
@@ -161,3 +183,180 @@ def test_processes(gone: int) -> None:
         time.sleep(0.05)
     assert not process_lives(zombie.pid)  # though nobody has waited for it
     zombie.wait()
+
+
+def active(directory: Path, **changes: object) -> Path:
+    """The directory of a run that this process drives."""
+    write(directory, **changes)
+    (directory / "config.yaml").touch()
+    user_files.remember_run(directory)
+    return directory
+
+
+def ended(directory: Path, *steps: int) -> Path:
+    (active(directory) / WHEREABOUTS).unlink()
+    for step in steps:
+        (directory / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    return directory
+
+
+def found(run: str) -> Path:
+    place = locate_run(run, "")
+    assert place.directory is not None
+    return place.directory
+
+
+def test_a_run_is_found_by_name_wherever_its_directory_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--run-dir /shared/runs/first`, then `cluster.scale --run first` from another shell."""
+    with announced(tmp_path / "shared" / "runs" / "first") as at:
+        at("10.0.0.1:6379")
+        elsewhere = tmp_path / "elsewhere"
+        (elsewhere / "first").mkdir(parents=True)  # a folder of the name that holds no run
+        monkeypatch.chdir(elsewhere)
+        assert locate_run("first", "").address == "10.0.0.1:6379"
+        assert found("") == tmp_path / "shared" / "runs" / "first"
+
+
+def test_a_name_that_several_active_runs_have_is_not_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = [active(tmp_path / folder / "first") for folder in ("my shared", "b")]
+    active(tmp_path / "killed" / "first", pid=gone)
+    with pytest.raises(FleetError, match="several runs named 'first' are active") as error:
+        locate_run("first", "")
+    assert f"--run '{places[0]}'" in str(error.value)  # with a blank in it
+    assert f"--run {places[1]}" in str(error.value)
+    assert "killed" not in str(error.value)
+    assert found(str(places[1])) == places[1]
+    with pytest.raises(FleetError, match="several runs are active: choose one"):
+        locate_run("", "")
+    here = active(tmp_path / "runs" / "here")
+    assert found("").resolve() == here
+
+
+def test_a_name_under_runs_and_remembered_is_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    directory = active(tmp_path / "runs" / "first")
+    assert found("first").resolve() == directory
+
+
+def test_after_an_end_the_last_run_is_named_with_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended(tmp_path / "before")
+    last = ended(tmp_path / "my last", 2, 10)
+    os.utime(tmp_path / "before" / "config.yaml", (1, 1))
+    for run in ("my last", str(last), ""):
+        with pytest.raises(FleetError, match="has ended; newest checkpoint: step_000010") as error:
+            locate_run(run, "")
+        assert str(error.value).endswith(f"--resume --run-dir '{last}'")
+    with pytest.raises(FleetError, match="newest checkpoint: none yet"):
+        locate_run("before", "")
+    (last / "report.html").touch()
+    with pytest.raises(FleetError, match=r"has ended, and left .*report\.html"):
+        locate_run("my last", "")
+
+
+def test_a_run_in_one_process_has_no_fleet(tmp_path: Path) -> None:
+    ended(tmp_path / "first")
+    with (
+        locked(tmp_path / "first", "the run directory"),
+        pytest.raises(FleetError, match=rf"one process \(--inline\).*process {os.getpid()} on"),
+    ):
+        locate_run("first", "")
+
+
+def test_a_directory_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FleetError, match="holds no run"):
+        locate_run(str(tmp_path / "home"), "")
+
+
+def test_a_process_number_that_went_to_another_program(tmp_path: Path) -> None:
+    """Killed, though a process of that number lives: the lock says when its owner began."""
+    directory = active(tmp_path / "first")
+    mine = Holder.this_process()
+    earlier = Holder(**{**asdict(mine), "started": "1"})
+    (directory / OWNER).write_bytes(earlier.to_bytes())
+    with pytest.raises(FleetError, match="it was killed"):
+        check_alive(locate_run(str(directory), ""))
+    (directory / OWNER).write_bytes(mine.to_bytes())
+    with pytest.raises(FleetError, match="it was killed"):
+        check_alive(locate_run(str(directory), ""))  # its port is closed
+
+
+@pytest.mark.parametrize("name", ["my run", "it's", "-x", "$(rm x)", "a;b", "[bold]x", "Ünï"])
+def test_commands_to_go_on_are_quoted_for_a_shell(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(resume_command(tmp_path / name))
+    assert words[-2:] == ["--run-dir", str(tmp_path / name)]
+    assert shlex.split(resume_command(Path(name))) == words  # it works from anywhere
+
+
+def test_a_run_that_starts_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = active(tmp_path / "[bold]first", address="")
+    assert status.main(["--run", str(directory)]) == 0
+    shown = capsys.readouterr().out
+    assert f"run [bold]first: starting  {directory}" in shown.splitlines()
+    assert "its workers are not there yet" in shown
+    assert status.main(["--run", "[bold]first", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["stage"], found["run"]) == ("starting", "[bold]first")
+    assert found["directory"] == str(directory)
+    for command in (scale, stop):
+        assert command.main(["--run", str(directory)]) == 1
+        assert f"is starting (process {os.getpid()}" in capsys.readouterr().err
+
+
+def test_watching_a_start_ends_with_the_run(
+    tmp_path: Path, gone: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = active(tmp_path / "first", address="")
+    timer = threading.Timer(0.5, lambda: write(directory, address="", pid=gone))
+    timer.start()
+    assert status.main(["--run", str(directory), "--watch", "0.1", "--json"]) == 1
+    lines = capsys.readouterr()
+    assert {json.loads(line)["stage"] for line in lines.out.splitlines()} == {"starting"}
+    assert "it was killed" in lines.err
+
+
+def test_runs_are_remembered_where_the_user_may_write(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    directory = active(tmp_path / "first")
+    assert user_files.remembered_runs() == [directory]
+    (private,) = temporary.iterdir()
+    assert private.stat().st_mode & 0o777 == 0o700
+    private.chmod(0o777)  # anybody could have put something there
+    assert user_files.remembered_runs() == []
+
+
+def test_no_place_to_remember_a_run_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    user_files.remember_run(tmp_path)
+    assert "found by its directory, but not by its name" in caplog.text
+
+
+def test_only_the_newest_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user_files, "KEPT", 3)
+    for number in range(5):
+        user_files.remember_run(active(tmp_path / f"run{number}"))
+        time.sleep(0.02)
+    names = [path.name for path in user_files.remembered_runs()]
+    assert names == ["run4", "run3", "run2"]
+    (tmp_path / "run3").rename(tmp_path / "moved")
+    assert [path.name for path in user_files.remembered_runs()] == ["run4", "run2"]

@@ -310,7 +310,9 @@ def check_run_name(name: str) -> None:
 
 def resume_command(directory: Path) -> str:
     """What to type to go on with a run, in a shell and from any working directory."""
-    return f"{command_of('learner.run')} --resume --run-dir {shlex.quote(str(directory.absolute()))}"
+    return (
+        f"{command_of('learner.run')} --resume --run-dir {shlex.quote(str(directory.absolute()))}"
+    )
 
 
 def starting(place: Place) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from cluster.errors import LockHeldError, LockLostError
 from cluster.files import writing
@@ -62,6 +62,8 @@ class Holder:
     since: float
     """When it took the lock, seconds since 1970 by its own clock."""
     run: str = ""
+    renewed: int = 0
+    """How often, where the file has no modification time to tell (`learner.remote_owner`)."""
 
     @classmethod
     def this_process(cls, run: str = "") -> Self:
@@ -98,10 +100,11 @@ class Holder:
         try:
             found = json.loads(data)
             values = {f.name: found[f.name] for f in fields(cls)}
-            for name, kind in (("pid", int), ("since", (int, float))):
+            numbers: dict[str, Any] = {"pid": int, "since": (int, float), "renewed": int}
+            for name, kind in numbers.items():
                 if not isinstance(values[name], kind):
                     return None
-            texts = values.keys() - {"pid", "since"}
+            texts = values.keys() - numbers.keys()
             if not all(isinstance(values[name], str) for name in texts):
                 return None
             return cls(**values) if TOKEN.fullmatch(values["token"]) else None

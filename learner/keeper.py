@@ -74,7 +74,7 @@ class Checkpoints:
         self._run, self._root, self._config = run, run.checkpoints, config
         self._identity = run.identity
         url = config.output.checkpoint_url
-        self._mirror = Mirror(url, self._identity) if url else None
+        self._mirror = Mirror(url, self._identity, run.check_remote) if url else None
         self._making: Making | None = None
         self._task: Background | None = None
         self._unsent: TesseraError | None = None

@@ -26,6 +26,7 @@ ATTEMPTS = 4
 WAIT = wait_exponential(multiplier=0.5, max=8)
 CHUNK = 8 << 20  # bytes
 MOST_MANIFEST = 1 << 20
+OWNER = "owner.json"
 
 
 def open_url(url: str) -> tuple[fs.FileSystem, str]:
@@ -54,22 +55,20 @@ class Mirror:
 
     Args:
         run: the run's identity; empty takes any run's.
+        check_owned: asked before anything is changed there; what it raises leaves all as it is.
 
     Raises:
         ConfigError: see `open_url`; another run's checkpoints are there.
     """
 
-    def __init__(self, url: str, run: str = "") -> None:
-        self.url = url
+    def __init__(
+        self, url: str, run: str = "", check_owned: Callable[[], None] = lambda: None
+    ) -> None:
+        self.url, self._run, self._check_owned = url, run, check_owned
         self._fs, self._base = open_url(url)
         self._base = self._base.rstrip("/")
-        for step in self.steps()[-1:]:
-            theirs = self.manifest(step).run
-            if run and theirs and theirs != run:
-                raise ConfigError(
-                    f"output.checkpoint_url {url} holds checkpoints of run {theirs}, this is run "
-                    f"{run}: name a directory of its own for each run"
-                )
+        if foreign := self._foreign():
+            raise ConfigError(foreign)
 
     def steps(self) -> list[int]:
         """Of complete checkpoints (those with a manifest), oldest first.
@@ -116,6 +115,7 @@ class Mirror:
         Raises:
             CheckpointError: not within the attempts there are.
         """
+        self._before_writing()
         manifest, data = read_manifest(here), (here / MANIFEST).read_bytes()
         if self._manifest_bytes(manifest.step) == data:
             return
@@ -153,6 +153,7 @@ class Mirror:
             CheckpointError: not within the attempts there are.
         """
         staying = set(steps)
+        self._before_writing()
         for step in self.steps():
             if step not in staying:
                 place = self._place(step)
@@ -165,6 +166,7 @@ class Mirror:
         Raises:
             CheckpointError: not within the attempts there are.
         """
+        self._before_writing()
         place, target = self._place(step), f"{self._base}/{folder}/{name_of(step)}"
         files = self._listed(place)
         if not files:
@@ -178,6 +180,48 @@ class Mirror:
                 lambda source=source, name=name: self._fs.move(source, f"{target}/{name}"),  # type: ignore[misc]
             )
         self._try(f"removing {place}", lambda: self._fs.delete_dir(place))
+
+    def owner(self) -> bytes | None:
+        """What the process that writes there has left of itself (`learner.remote_owner`).
+
+        Raises:
+            CheckpointError: the place does not answer.
+        """
+        return self._content(f"{self._base}/{OWNER}")
+
+    def write_owner(self, data: bytes) -> None:
+        """Leave a mark of this process."""
+
+        def write() -> None:
+            self._fs.create_dir(self._base, recursive=True)
+            with self._fs.open_output_stream(f"{self._base}/{OWNER}") as stream:
+                stream.write(data)
+
+        self._try(f"writing {OWNER} to {self.url}", write)
+
+    def remove_owner(self) -> None:
+        """Remove the mark."""
+        file = f"{self._base}/{OWNER}"
+        self._try(f"removing {file}", lambda: self._fs.delete_file(file))
+
+    def _before_writing(self) -> None:
+        """Raises:
+        CheckpointError: another run writes there.
+        """
+        self._check_owned()
+        if foreign := self._foreign():
+            raise CheckpointError(foreign)
+
+    def _foreign(self) -> str:
+        """What is wrong if the newest checkpoint there is another run's; empty if nothing is."""
+        for step in self.steps()[-1:]:
+            theirs = self.manifest(step).run
+            if self._run and theirs and theirs != self._run:
+                return (
+                    f"output.checkpoint_url {self.url} holds checkpoints of run {theirs}, this is "
+                    f"run {self._run}: name a directory of its own for each run"
+                )
+        return ""
 
     def _place(self, step: int) -> str:
         return f"{self._base}/{name_of(step)}"
@@ -194,7 +238,10 @@ class Mirror:
             self._try(f"removing {file}", lambda: self._fs.delete_file(file))
 
     def _manifest_bytes(self, step: int) -> bytes | None:
-        file = f"{self._place(step)}/{MANIFEST}"
+        return self._content(f"{self._place(step)}/{MANIFEST}")
+
+    def _content(self, file: str) -> bytes | None:
+        """A small file; None if there is none."""
 
         def read() -> bytes | None:
             if self._fs.get_file_info(file).type != fs.FileType.File:

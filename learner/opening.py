@@ -6,11 +6,11 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, TesseraError
 from cluster.files import writing
 from cluster.invocation import command_of
 from cluster.locks import OWNER, acquire, owner_of
@@ -18,6 +18,7 @@ from cluster.paths import default_root, output_path
 from cluster.whereabouts import check_run_name
 from learner.config import RunConfig, parse_yaml
 from learner.mirror import Mirror
+from learner.remote_owner import RemoteOwner
 from learner.rundir import CONFIG, RunDirectory, new_name
 from learner.sealed import unseal
 
@@ -61,7 +62,16 @@ class Opening:
             else:
                 run = RunDirectory.create(str(path), config)
             run.lock = lock
-            yield run
+            with ExitStack() as stack:
+                if url := config.output.checkpoint_url:
+                    try:
+                        run.remote = RemoteOwner.acquire(Mirror(url, run.identity), path.name)
+                    except TesseraError:
+                        if self.saved is None:  # nothing was there before
+                            run.farewell()
+                        raise
+                    stack.enter_context(run.remote)
+                yield run
 
 
 def choose(run_dir: str, *, resume: bool, auto_resume: bool, url: str) -> Opening:

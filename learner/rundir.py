@@ -19,6 +19,7 @@ from cluster.paths import default_root
 from cluster.strict_json import dumps, number
 from cluster.whereabouts import resume_command
 from learner.config import RunConfig, dump, parse_yaml
+from learner.remote_owner import RemoteOwner
 from learner.sealed import seal, unseal
 
 CONFIG = "config.yaml"
@@ -47,6 +48,8 @@ class RunDirectory:
         self.log = self.path / LOG
         self.lock: Lock | None = None
         """Held by the process that writes here (`learner.opening`)."""
+        self.remote: RemoteOwner | None = None
+        """The same for its checkpoints at a URL."""
 
     def check_owned(self) -> None:
         """To be asked before anything is written.
@@ -56,6 +59,15 @@ class RunDirectory:
         """
         if self.lock is not None:
             self.lock.check()
+
+    def check_remote(self) -> None:
+        """The same, before anything is written to `output.checkpoint_url`.
+
+        Raises:
+            LockLostError: another process took the place over.
+        """
+        if self.remote is not None:
+            self.remote.check()
 
     @classmethod
     def create(cls, run_dir: str, config: RunConfig) -> RunDirectory:

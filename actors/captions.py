@@ -34,6 +34,8 @@ from actors.caption_files import (
 from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, TesseraError
 from cluster.invocation import command_of
+from cluster.locks import locked_file
+from cluster.paths import output_path
 from cluster.torchvision_ops import ensure_torchvision
 
 __all__ = [
@@ -250,8 +252,14 @@ def encode_file(config: CaptionsConfig) -> None:
     """
     if config.batch < 1 or config.max_tokens < 1:
         raise ConfigError("batch and max_tokens must be >= 1")
-    if config.features.exists():
-        raise ConfigError(f"{config.features} exists: name another file, or remove it first")
+    features = output_path(config.features, "FEATURES")
+    with locked_file(features, str(features)):
+        if features.exists():
+            raise ConfigError(f"{features} exists: name another file, or remove it first")
+        _encode(config, features)
+
+
+def _encode(config: CaptionsConfig, features: Path) -> None:
     texts = read_captions(config.captions)
     encoder = CaptionEncoder(
         config.encoder,
@@ -262,8 +270,8 @@ def encode_file(config: CaptionsConfig) -> None:
         normalise=config.normalise,
     )
     with counting("encoding", len(texts), "captions") as advance:
-        write_caption_features(config.features, texts, encoder.stream(texts, advance))
-    print(f"{len(texts)} captions, features of width {encoder.width}: {config.features}")
+        write_caption_features(features, texts, encoder.stream(texts, advance))
+    print(f"{len(texts)} captions, features of width {encoder.width}: {features}")
 
 
 def main(arguments: list[str] | None = None) -> int:

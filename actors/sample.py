@@ -34,13 +34,15 @@ from actors.models.base import Policy
 from actors.models.loading import load_decoder, load_policy
 from actors.models.vq import VQDecoder
 from actors.sample_files import ContactSheet, NpzWriter, PngWriter
-from actors.sample_source import SampleConfig, Source, check, find_source
+from actors.sample_source import SampleConfig, Source, check, check_unused, find_source
 from actors.steps import Workspace
 from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
-from cluster.errors import ConfigError, TesseraError
+from cluster.errors import ConfigError, LockHeldError, TesseraError
 from cluster.help import answer_help
 from cluster.invocation import command_of
+from cluster.locks import locked, locked_file
 from cluster.messages import Condition, RequestKey, SamplingSpec
+from cluster.paths import output_path
 from cluster.strict_json import dumps
 
 STREAM = "sample"
@@ -129,6 +131,8 @@ def prepare(config: SampleConfig) -> Plan:
     Raises:
         TesseraError: what is wrong, and what to do.
     """
+    npz = output_path(config.npz, "--npz") if config.npz else None
+    config = dataclasses.replace(config, out=output_path(config.out, "--out"), npz=npz)
     check(config)
     source, device = find_source(config), resolve_device(config.device)
     dtype = _dtype(config.dtype, device)
@@ -203,8 +207,16 @@ def class_conditions(classes: str, policy: Policy) -> list[Condition]:
 
 def write(plan: Plan) -> None:
     """Sample, and write everything. samples.json comes last: with it, the directory is whole."""
+    with ExitStack() as owned:
+        owned.enter_context(locked(plan.config.out, f"--out {plan.config.out}"))
+        check_unused(plan.config.out)  # anew, as its owner
+        if plan.config.npz:
+            owned.enter_context(locked_file(plan.config.npz, f"--npz {plan.config.npz}"))
+        _write(plan)
+
+
+def _write(plan: Plan) -> None:
     config, out = plan.config, plan.config.out
-    out.mkdir(parents=True, exist_ok=True)
     sheet = ContactSheet(len(plan.conditions), plan.num_images)
     writers: list[ContactSheet | PngWriter | NpzWriter] = [sheet]
     start = time.monotonic()
@@ -281,11 +293,11 @@ def main(arguments: list[str] | None = None) -> int:
         write(plan)
     except (TesseraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return status
+        return REFUSED if isinstance(error, LockHeldError) else status
     except KeyboardInterrupt:
         print("stopped; without a samples.json, a directory is not whole", file=sys.stderr)
         return INTERRUPTED
-    print(f"{plan.num_images} images of {len(plan.conditions)} conditions: {config.out}")
+    print(f"{plan.num_images} images of {len(plan.conditions)} conditions: {plan.config.out}")
     return 0
 
 

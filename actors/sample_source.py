@@ -21,7 +21,9 @@ from actors.captions import DEFAULT_ENCODER, DType
 from actors.models.loading import PolicyConfig, TokenizerConfig
 from actors.models.zoo import MODELS
 from cluster.errors import ConfigError
+from cluster.locks import is_lock
 from cluster.messages import SamplingSpec
+from cluster.paths import MANIFEST
 
 CONFIG = "config.yaml"
 POLICY_FILE = "policy.safetensors"
@@ -132,10 +134,19 @@ def check(config: SampleConfig) -> None:
         raise ConfigError("--step and --base need a --run to choose from")
     if config.base and config.step is not None:
         raise ConfigError("--base and --step exclude each other: the base policy has no steps")
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise ConfigError(f"--out {config.out} is not empty: name another directory")
+    check_unused(config.out)
     if config.npz:
         _check_npz(config.npz.absolute(), config.out.absolute())
+
+
+def check_unused(out: Path) -> None:
+    """Refuse an output directory that holds something, beside a lock.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if out.exists() and not (out.is_dir() and all(is_lock(file) for file in out.iterdir())):
+        raise ConfigError(f"--out {out} is not empty: name another directory")
 
 
 def _check_npz(npz: Path, out: Path) -> None:
@@ -249,10 +260,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _checkpoint(run: Path, step: int | None) -> Path:
-    folders = [
-        path for path in (run / "checkpoints").glob("step_*") if (path / POLICY_FILE).is_file()
-    ]
-    steps = {_number(path): path for path in folders if STEP.fullmatch(path.name)}
+    steps = complete_checkpoints(run)
     if not steps:
         raise ConfigError(
             f"{run} has no checkpoint yet (checkpoints/step_*/{POLICY_FILE}); --base samples the "
@@ -264,6 +272,16 @@ def _checkpoint(run: Path, step: int | None) -> Path:
         kept = ", ".join(str(number) for number in sorted(steps))
         raise ConfigError(f"{run} keeps no checkpoint of step {step}: there are {kept}")
     return steps[step]
+
+
+def complete_checkpoints(run: Path) -> dict[int, Path]:
+    """Step -> directory of each checkpoint with a policy that is there as a whole: a run beside may
+    be writing, or removing, others."""
+    return {
+        _number(path): path
+        for path in (run / "checkpoints").glob("step_*")
+        if STEP.fullmatch(path.name) and all((path / f).is_file() for f in (POLICY_FILE, MANIFEST))
+    }
 
 
 def _number(path: Path) -> int:

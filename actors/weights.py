@@ -8,11 +8,10 @@ bit.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,11 +37,14 @@ from actors.models.taming import TamingConfig
 from actors.models.taming_files import official_policy_tensors, read_project
 from actors.models.vq import VQConfig
 from actors.models.zoo import MODELS, Kind, NamedModel, named, weights_directory
+from actors.sample_source import complete_checkpoints
 from cluster import logs
 from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.errors import CheckpointError, ConfigError, TesseraError
 from cluster.files import replacing
 from cluster.invocation import command_of
+from cluster.locks import locked_file
+from cluster.paths import output_path
 from cluster.tensors import read_config, read_tensors, write_tensors
 
 POLICY_FILE = "policy.safetensors"  # of a checkpoint directory
@@ -139,7 +141,7 @@ def run_fetch(command: FetchCommand) -> None:
 
 
 def _directory(given: str) -> Path:
-    return Path(given).expanduser() if given else weights_directory()
+    return output_path(given, "--directory") if given else weights_directory()
 
 
 def run_list(command: ListCommand) -> None:
@@ -157,6 +159,7 @@ def run_list(command: ListCommand) -> None:
 
 def run_convert(command: ConvertCommand) -> None:
     """Official file to safetensors."""
+    command = replace(command, target=output_path(command.target, "TARGET"))
     source = Source.of(command.source, command.architecture, command.ema)
     if not source.official:
         raise ConfigError(f"{command.source} is no official file ({' '.join(SUFFIXES)})")
@@ -177,6 +180,7 @@ def run_convert(command: ConvertCommand) -> None:
 
 def run_export(command: ExportCommand) -> None:
     """Safetensors to an official layout."""
+    command = replace(command, target=output_path(command.target, "TARGET"))
     source = newest_policy(command.source)
     if command.target.suffix not in SUFFIXES:
         raise ConfigError(f"{command.target}: expected a name that ends in {' '.join(SUFFIXES)}")
@@ -240,11 +244,7 @@ def newest_policy(path: Path) -> Path:
         return path
     if (path / POLICY_FILE).is_file():
         return path / POLICY_FILE
-    steps = {
-        int(found[1]): place
-        for place in path.glob(f"checkpoints/step_*/{POLICY_FILE}")
-        if (found := re.fullmatch(r"step_(\d+)", place.parent.name))
-    }
+    steps = {step: place / POLICY_FILE for step, place in complete_checkpoints(path).items()}
     if not steps:
         raise ConfigError(
             f"{path}: expected a safetensors file, a checkpoint directory with {POLICY_FILE}, or a "
@@ -266,11 +266,12 @@ def _laid_out(tensors: dict[str, Tensor], layout: str, taming: bool) -> dict[str
 @contextmanager
 def _fresh(target: Path) -> Iterator[Path]:
     """A file to write, which becomes `target` when it is whole; never over an existing one."""
-    if target.exists():
-        raise ConfigError(f"{target} exists and is not overwritten; name another file")
     try:
-        with replacing(target) as partial:
-            yield partial
+        with locked_file(target, str(target)):
+            if target.exists():
+                raise ConfigError(f"{target} exists and is not overwritten; name another file")
+            with replacing(target) as partial:
+                yield partial
     except (OSError, RuntimeError, SafetensorError) as error:  # the latter two: a full disk
         raise CheckpointError(f"{target}: not written ({error})") from error
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from cluster import pulse
 from cluster.invocation import current
+from cluster.paths import in_ray_package
 from cluster.placement import place
 from cluster.pool import Worker
 from cluster.ray_private import started
@@ -36,6 +38,10 @@ class Launcher:
 
     def __init__(self, plan: FleetPlan, session: RaySession) -> None:
         self._session = session
+        # A cluster that was joined starts its workers where `ray start` was called: relative paths
+        # would lead elsewhere than here. Those of a job have its package on every node.
+        here = Path.cwd()
+        self._directory = str(here) if session.joined and not in_ray_package(here) else ""
         self.placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
 
     def __call__(
@@ -67,7 +73,7 @@ class Launcher:
         environment, secrets = secret_variables(role.runtime_env or {})
         if environment:
             options["runtime_env"] = environment
-        factory = equipped(role.factory, secrets, current())
+        factory = equipped(role.factory, secrets, current(), self._directory)
         actor = wrap(factory, {pulse.GROUP: 1, **threads}).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         return Worker(role, index, handle, started(handle), addition)

@@ -9,6 +9,7 @@ token, so that exactly one succeeds.
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -215,7 +216,7 @@ def acquire(path: Path, what: str, stop: str = "", run: str = "") -> Lock:
             if taken is None:
                 time.sleep(0.05)
                 continue
-            for leftover in path.parent.glob(f".{path.name.lstrip('.')}.*"):
+            for leftover in path.parent.glob(f".{glob.escape(path.name.lstrip('.'))}.*"):
                 leftover.unlink(missing_ok=True)
             if taken.before:
                 logger.warning(f"note: took over {what} from {taken.before}, which is gone")
@@ -240,6 +241,24 @@ def locked(directory: Path, what: str) -> Iterator[Lock]:
 class _Taken:
     before: str = ""
     """The owner from whom it was taken over; empty if it was free."""
+
+
+@contextmanager
+def locked_file(file: Path, what: str) -> Iterator[Lock]:
+    """Own a file that a command writes, and what it keeps beside it, while the block runs.
+
+    Raises:
+        LockHeldError, StorageError: see `acquire`.
+    """
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with acquire(file.with_name(f".{file.name}.lock"), what) as lock:
+        yield lock
+
+
+def is_lock(file: Path) -> bool:
+    """Whether a file belongs to a directory's lock."""
+    return file.name == OWNER or file.name.startswith(f".{OWNER}.")
 
 
 def _attempt(path: Path, mine: Holder, what: str, stop: str) -> _Taken | None:

@@ -10,6 +10,8 @@ from cluster.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 RUNS = "runs"
+MANIFEST = "manifest.msgpack"
+"""Of a checkpoint, written last: a directory that has it is a complete one."""
 RAY_PACKAGES = "runtime_resources"
 """Folder of Ray's session, into which it unpacks the package of a job."""
 

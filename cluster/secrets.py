@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError
 from cluster.invocation import Invocation, adopt
+from cluster.paths import in_ray_package
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
@@ -92,12 +94,20 @@ def _value(name: str, environment: Mapping[str, str]) -> str:
 
 
 def equipped(
-    factory: Callable[..., Any], variables: Mapping[str, str], started: Invocation | None = None
+    factory: Callable[..., Any],
+    variables: Mapping[str, str],
+    started: Invocation | None = None,
+    directory: str = "",
 ) -> Callable[..., Any]:
     """The same role, whose process first gets some environment variables, and takes itself for part
     of a program that was started so. Both travel with its class, which Ray keeps in memory and does
-    not log."""
-    if not variables and started in (None, Invocation()):
+    not log.
+
+    Args:
+        directory: where the process then works, if it is there and the process is not in a package
+            of its own; empty: where Ray starts it.
+    """
+    if not variables and started in (None, Invocation()) and not directory:
         return factory
     given = dict(variables)
 
@@ -105,6 +115,8 @@ def equipped(
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             os.environ.update(given)
             adopt(started or Invocation())
+            if directory and os.path.isdir(directory) and not in_ray_package(Path.cwd()):
+                os.chdir(directory)
             super().__init__(*args, **kwargs)
 
     Equipped.__name__ = Equipped.__qualname__ = getattr(factory, "__name__", "Equipped")

@@ -270,6 +270,7 @@ class Experiment:
         """Draw and write a sheet of the policy that the fleet now holds."""
         rows = sample_gallery(self._config, self._fleet)
         file = self._run.gallery / name
+        self._run.check_owned()
         self._fleet.attend_while(lambda: save_sheet(contact_sheet(rows), file))
 
     def _real_features(self) -> dict[str, np.ndarray]:

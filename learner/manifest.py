@@ -13,12 +13,14 @@ from typing import Any
 import msgpack
 
 from cluster.errors import CheckpointError
+from cluster.paths import MANIFEST
 from cluster.sealing import UNREADABLE, count
+
+__all__ = ["MANIFEST", "FileSum", "Manifest"]
 
 FORMAT = 3
 UNSIGNED_FORMAT = 2  # of version 0.1: no checksum of its own, no run, no configuration
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-MANIFEST = "manifest.msgpack"
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from tenacity import (
 
 from cluster.errors import CheckpointError, ConfigError, TesseraError
 from cluster.files import sync, writing
+from cluster.paths import in_ray_package
 from learner.checkpoint import name_of, read_manifest, step_of
 from learner.manifest import MANIFEST, Manifest
+from learner.output import LOCAL
 
 ATTEMPTS = 4
 WAIT = wait_exponential(multiplier=0.5, max=8)
@@ -35,6 +37,12 @@ def open_url(url: str) -> tuple[fs.FileSystem, str]:
     Raises:
         ConfigError: nobody knows the scheme, or it cannot be opened.
     """
+    scheme, _, rest = url.partition("://")
+    if scheme in LOCAL and in_ray_package(Path(rest)):
+        raise ConfigError(
+            f"output.checkpoint_url {url} lies in the package of this job, which Ray deletes after "
+            "it: name a place that stays"
+        )
     try:
         try:
             return fs.FileSystem.from_uri(url)

@@ -10,6 +10,9 @@ from pydantic import Field
 FIGURES = ("fid", "density", "coverage", "precision", "recall", "accuracy", "clip", "entropy")
 """What `output.keep_best` may name."""
 
+LOCAL = ("file", "local")
+"""Schemes of URLs that name a place on this machine."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -100,6 +103,11 @@ def check_url(url: str) -> None:
     if url and not (scheme and mark):
         raise ValueError(
             f"output.checkpoint_url must be a URL (s3://bucket/run, file:///place), found {url!r}"
+        )
+    if scheme in LOCAL and not rest.startswith("/"):
+        raise ValueError(
+            f"output.checkpoint_url must name a place by its whole path (file:///place), found "
+            f"{url!r}: where a relative one leads depends on where a command is started"
         )
     if "@" in rest.partition("/")[0]:
         raise ValueError(

@@ -18,7 +18,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Literal
@@ -31,6 +31,8 @@ from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
 from cluster.errors import ConfigError, DataError, TesseraError
 from cluster.help import answer_help
 from cluster.invocation import command_of
+from cluster.locks import locked_file
+from cluster.paths import output_path
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.strict_json import dumps
 from rewards.base import FeatureExtractor
@@ -345,7 +347,9 @@ def run(arguments: list[str] | None = None) -> int:
     config = tyro.cli(ReferenceConfig, args=arguments, prog=prog)
     status = REFUSED  # nothing is computed before everything is loaded and checked
     try:
-        with _terminable():
+        config = replace(config, out=output_path(config.out, "--out"))
+        config.check()
+        with _terminable(), locked_file(config.out, f"--out {config.out}"):
             plan = prepare(config)
             status = FAILED
             sums = build(plan)

@@ -13,9 +13,10 @@ import csv
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import stats
 
-from cluster.console import make_console
+from cluster.console import FAILED, REFUSED, make_console
+from cluster.errors import ConfigError, TesseraError
 from cluster.files import replacing
 from cluster.fleet import InlineFleet
+from cluster.locks import locked
+from cluster.paths import output_path
 from cluster.strict_json import dumps, number
 from learner import evaluate
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, merge, validate
@@ -102,9 +106,21 @@ class ArmsConfig:
             raise ValueError(f"no arms {unknown}: there are {', '.join(ARMS | FURTHER)}")
 
 
-def main() -> None:
-    config = tyro.cli(ArmsConfig, description=__doc__, prog="python -m learner.miniature.arms")
-    config.out.mkdir(parents=True, exist_ok=True)
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    prog = "python -m learner.miniature.arms"
+    config = tyro.cli(ArmsConfig, args=arguments, description=__doc__, prog=prog)
+    try:
+        config = replace(config, out=output_path(config.out, "--out"))
+        with locked(config.out, f"--out {config.out}"):
+            _run(config)
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED if isinstance(error, ConfigError) else FAILED
+    return 0
+
+
+def _run(config: ArmsConfig) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn()) as progress:
         run_all(config, progress)
@@ -273,4 +289,4 @@ def plot(results: Results, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig, VQTokenizer
-from cluster.console import INTERRUPTED, make_console
+from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
+from cluster.errors import ConfigError, TesseraError
 from cluster.invocation import command_of
+from cluster.locks import locked
+from cluster.paths import output_path
 from cluster.strict_json import dumps
 from cluster.tensors import write_tensors
 from cluster.torchvision_ops import ensure_torchvision
@@ -198,9 +201,19 @@ def with_networks(folder: Path) -> dict[str, Any]:
     return values
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    config = tyro.cli(BuildConfig, description=__doc__)
+    config = tyro.cli(BuildConfig, args=arguments, description=__doc__)
+    try:
+        config = replace(config, out=output_path(config.out, "--out"))
+        with locked(config.out, f"--out {config.out}"):
+            return _build(config)
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED if isinstance(error, ConfigError) else FAILED
+
+
+def _build(config: BuildConfig) -> int:
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn())
     try:
         with Progress(*columns, TimeElapsedColumn()) as progress:

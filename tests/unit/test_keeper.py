@@ -371,6 +371,8 @@ def test_the_best_one_stays_and_is_pointed_to(tmp_path: Path) -> None:
         ({"evaluation": {"every": 2, "num_images": 0}}, "set how many images each has"),
         ({"output": {"keep_every": 3}}, r"must be a multiple of output.checkpoint_every \(2\)"),
         ({"output": {"checkpoint_url": "/tmp/x"}}, "must be a URL"),
+        ({"output": {"checkpoint_url": "file://runs/x"}}, "by its whole path"),
+        ({"output": {"checkpoint_url": "local://x"}}, "by its whole path"),
         ({"output": {"checkpoint_url": "s3://me:secret@bucket/x"}}, "a user or a password"),
     ],
 )

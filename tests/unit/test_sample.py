@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from actors.sample_files import GAP, SMALLEST_CELL, ContactSheet, NpzWriter
 from actors.sample_source import own_tokenizer
 from cluster.errors import DataError
 from cluster.messages import Condition, SamplingSpec
+from cluster.paths import MANIFEST
 from cluster.tensors import read_config, read_tensors, write_tensors
 
 SIDE = 8  # pixels of the miniature's images
@@ -177,8 +179,11 @@ def run_dir(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         tensors["output.weight"] = tensors["output.weight"] * 0.5
         write_tensors(folder / "policy.safetensors", tensors, header)
+        (folder / MANIFEST).touch()
     (run / "checkpoints" / ".step_000150.partial").mkdir()
     (run / "checkpoints" / "step_000150").mkdir()
+    shutil.copytree(folder, run / "checkpoints" / "step_000200")  # a copy that was cut short
+    (run / "checkpoints" / "step_000200" / MANIFEST).unlink()
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     return run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +98,22 @@ def test_names_that_lead_elsewhere_are_refused(name: str) -> None:
 def test_a_run_directory_needs_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--inline", "--run-dir", ".."]) == 2
     assert "a run is named after its directory" in capsys.readouterr().err
+
+
+def test_a_worker_of_a_cluster_works_where_the_driver_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that relative paths lead to the same files, on storage that all nodes share."""
+
+    class Here:
+        def __init__(self) -> None:
+            self.found = Path.cwd()
+
+    package = tmp_path / "runtime_resources" / "_ray_pkg_1"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shared").mkdir()
+    assert equipped(Here, {}, directory=str(tmp_path / "nowhere"))().found == tmp_path
+    assert equipped(Here, {}, directory=str(tmp_path / "shared"))().found == tmp_path / "shared"
+    monkeypatch.chdir(package)  # of its pool
+    assert equipped(Here, {}, directory=str(tmp_path / "shared"))().found == package

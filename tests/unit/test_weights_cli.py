@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from actors.models.taming_files import official_policy_tensors
 from actors.models.vq import VQConfig, VQTokenizer
 from actors.models.zoo import named
 from actors.weights import FAILED, INTERRUPTED, REFUSED, main
+from cluster.paths import MANIFEST
 from cluster.tensors import read_config, read_tensors, write_tensors
 from tests.unit.helpers import TINY, tiny_policy
 
@@ -341,6 +343,10 @@ def test_export_takes_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
         place.mkdir(parents=True)
         tensors = {name: tensor + step for name, tensor in tiny_policy().state_dict().items()}
         write_tensors(place / "policy.safetensors", tensors, TINY.to_dict())
+        (place / MANIFEST).touch()
+    part = place.parent / "step_3000000"  # a copy that was cut short
+    part.mkdir()
+    shutil.copy(place / "policy.safetensors", part)
     (tmp_path / "run" / "checkpoints" / ".step_2000000.partial").mkdir()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "newest.pt")]) == 0
     assert same(plain(tmp_path / "newest.pt")["model"], tensors)

@@ -112,8 +112,8 @@ def _set_environment(values: dict[str, str]) -> None:
         time.tzset()
 
 
-def _set_filters(value: tuple[list[Any], Any]) -> None:
-    warnings.filters, warnings.showwarning = list(value[0]), value[1]
+def _set_filters(value: list[Any]) -> None:
+    warnings.filters = list(value)
     with warnings.catch_warnings():
         pass  # leaving it makes Python forget which warnings it has shown, as it must
 
@@ -202,7 +202,7 @@ SETTINGS: dict[str, Setting] = {
     },
     "numpy errors": Setting(np.geterr, lambda value: np.seterr(**value)),
     "numpy error call": Setting(np.geterrcall, np.seterrcall),
-    "warnings": Setting(lambda: (list(warnings.filters), warnings.showwarning), _set_filters),
+    "warning filters": Setting(lambda: list(warnings.filters), _set_filters),
     "locale": Setting(
         lambda: locale.setlocale(locale.LC_ALL),
         lambda value: locale.setlocale(locale.LC_ALL, value),
@@ -218,6 +218,7 @@ SETTINGS: dict[str, Setting] = {
     "switch interval": Setting(sys.getswitchinterval, sys.setswitchinterval),
     "socket timeout": Setting(socket.getdefaulttimeout, socket.setdefaulttimeout),
     # these belong to the run, also while foreign code computes
+    "warnings": _flag(warnings, "showwarning")._replace(kept=False),
     "stdout": _flag(sys, "stdout")._replace(kept=False),
     "stderr": _flag(sys, "stderr")._replace(kept=False),
     "excepthook": _flag(sys, "excepthook")._replace(kept=False),

@@ -46,6 +46,9 @@ class Stage(Enum):
     SCORE = "score"
 
 
+ASKED = {Stage.SAMPLE: "the tokens", Stage.IMAGES: "the images", Stage.SCORE: "the scores"}
+
+
 @dataclass(frozen=True)
 class Call:
     """A worker's answer that is being waited for."""
@@ -64,6 +67,11 @@ class Call:
         drawings = tuple(group.drawing for group in self.groups)
         object.__setattr__(self, "drawings", drawings)
 
+    def __str__(self) -> str:
+        stream, iteration, group = self.groups[0].request.key
+        more = f" and {len(self.groups) - 1} more" if len(self.groups) > 1 else ""
+        return f"{ASKED[self.stage]} of group {group} of {stream} {iteration}{more}"
+
     @property
     def live(self) -> list[GroupOnTheWay]:
         """Those whose answers somebody still waits for."""
@@ -79,6 +87,7 @@ class Call:
 
     def began(self) -> None:
         """The worker has it in hand."""
+        self.worker.calls[id(self)] = self, time.monotonic()
         if self.worker.idle:
             self.worker.heard = time.monotonic()
         if self.stage is Stage.IMAGES:
@@ -88,6 +97,7 @@ class Call:
 
     def ended(self) -> None:
         """The worker has it in hand no more."""
+        self.worker.calls.pop(id(self), None)
         self.worker.heard = time.monotonic()
         if self.stage is Stage.IMAGES:
             self.worker.decoding -= 1

@@ -60,10 +60,19 @@ class Worker:
     since: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     """When it last answered, or was given work after it had none."""
+    calls: dict[int, tuple[object, float]] = field(default_factory=dict)
+    """Those it has in hand, by any number: what is asked (as text), and since when."""
 
     @property
     def name(self) -> str:
         return self.role.worker_name(self.index)
+
+    def at(self, now: float) -> str:
+        """The call that it has had longest, for messages; empty if it has none."""
+        if not self.calls:
+            return ""
+        what, since = min(self.calls.values(), key=lambda call: call[1])
+        return f"{what} for {now - since:.0f} s"
 
     @property
     def oldest_work(self) -> int:

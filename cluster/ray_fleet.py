@@ -347,11 +347,12 @@ class RayFleet:
         return bool(missed)
 
     def _who_is_there(self) -> str:
-        counts = (
+        found = [
             f"{pool.role.name}: {len(pool.of(State.SERVING))} of {pool.target} serve"
             for pool in self.pools
-        )
-        return ", ".join(counts)
+        ]
+        held = ((worker.name, worker.at(time.monotonic())) for worker in self._all())
+        return ", ".join([*found, *(f"{name} has had {at}" for name, at in held if at)])
 
     def _dispatch(self) -> None:
         """Hand waiting work to whoever of the role that it needs would finish it first."""

@@ -91,7 +91,9 @@ class Supervisor:
                 elif worker.state is State.LOST or worker.idle:
                     continue
                 elif self._listening.silence(worker.heard) > limit:
-                    self.lost(pool, worker, f"did not answer within {limit:g} s (--timeout-s)")
+                    had = worker.at(time.monotonic())
+                    within = f"within {limit:g} s (--timeout-s)"
+                    self.lost(pool, worker, f"did not answer {within}: it has had {had}")
                     found = True
         return found
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.calls import Call, Stage
 from cluster.messages import Span
 from cluster.pool import State, Worker, WorkerPool
 from cluster.roles import Resources, Role
 from cluster.scaling import AutoscaleConfig
+from cluster.tickets import Answers, GroupOnTheWay
+from tests.unit.helpers import request
 
 
 class Pool:
@@ -191,3 +194,20 @@ def test_whoever_is_alone_in_its_role_is_not_to_wait_for_room() -> None:
     for index, alone in enumerate([False, False, True]):
         made.pool.replace(made.pool.workers[index])
         assert made.alone == alone
+
+
+def test_a_worker_tells_what_it_has_had_longest() -> None:
+    """Of a real call; what an error says of a worker that does not answer."""
+    worker = Pool().pool.workers[0]
+    group = GroupOnTheWay(Answers([None]), 0, request(group=3, iteration=5), ("server",))
+    assert worker.at(0.0) == ""
+    first = Call((group,), Pool().pool, worker, Stage.SCORE)
+    second = Call((group, group), Pool().pool, worker, Stage.SAMPLE)
+    for call in (first, second):
+        call.began()
+    now = worker.calls[id(first)][1]
+    assert worker.at(now + 600) == "the scores of group 3 of train 5 for 600 s"
+    first.ended()
+    assert worker.at(now).startswith("the tokens of group 3 of train 5 and 1 more for ")
+    second.ended()
+    assert worker.at(now) == ""

@@ -352,7 +352,8 @@ class RayFleet:
             for pool in self.pools
         ]
         held = ((worker.name, worker.at(time.monotonic())) for worker in self._all())
-        return ", ".join([*found, *(f"{name} has had {at}" for name, at in held if at)])
+        had = [f"{name} has had {at}" for name, at in held if at]
+        return ", ".join([*found, *had[:3]])
 
     def _dispatch(self) -> None:
         """Hand waiting work to whoever of the role that it needs would finish it first."""

@@ -113,7 +113,9 @@ def main() -> None:
             print(
                 f"{name:7s} {waiting:6d} x {workers:4d}: {found[part]:.3f} ms an event", flush=True
             )
-        both = Compared(max(options.waiting // options.compared, 1))
+        both = Compared(
+            max(options.waiting // options.compared, 1) | 1
+        )  # hits and misses alternate
         pool_module.choose_of_runs = both
         run(seconds, waiting)
         pool_module.choose_of_runs = choose_of_runs

@@ -6,7 +6,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import pulse
@@ -44,6 +44,7 @@ def test_a_gap_counts_up_to_a_bound() -> None:
     assert listening.silence(clock.now + 5) == 0
 
 
+@settings(deadline=None)
 @given(
     gaps=st.lists(st.integers(1, 80), min_size=1, max_size=30),
     start=st.integers(0, 2000),

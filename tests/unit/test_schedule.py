@@ -273,7 +273,7 @@ def candidates(draw: st.DrawFn) -> Candidate:
     )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     workers=st.lists(candidates(), min_size=1, max_size=24),
     editions=st.lists(st.integers(0, 4), max_size=300),
@@ -309,6 +309,7 @@ operations = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(operations)
 def test_a_queue_is_a_list_in_order_of_editions(operations: list[tuple[str, int]]) -> None:
     queue, model, newest = WorkQueue(), list[Waiting](), 0

@@ -1,11 +1,25 @@
-"""Parts of the main loop that need no fleet."""
+"""Parts of the main loop that need no fleet, and what is kept of many images."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
 import numpy as np
 
-from cluster.messages import Condition
-from learner.loop import concatenate_features, spread
+from cluster.messages import (
+    MAIN_SPACE,
+    Condition,
+    GroupScores,
+    RolloutGroup,
+    SampleRequest,
+    ScoredGroup,
+)
+from learner.distribution import RewardSpace
+from learner.evaluate import examine
+from learner.loop import concatenate_features, prepare, spread
+from tests.small_run import small_config
 
 
 def names(conditions: int, count: int) -> list[int]:
@@ -29,3 +43,68 @@ def test_a_group_without_any_scored_image_becomes_nan_rows() -> None:
     assert features.shape == (6, 3)
     assert np.isnan(features[:4]).all()
     assert (features[4:] == 1).all()
+
+
+class Drawing:
+    """The part of a fleet that seed images and evaluations need. It says how many groups' rollouts
+    were alive at once; features tell which image they are of."""
+
+    def __init__(self) -> None:
+        self.learner = self.moments = self
+        self.alive = weakref.WeakSet[Any]()
+        self.most, self.asked, self.seeded = 0, 0, np.zeros((0, 2))
+
+    def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
+        generator = np.random.default_rng(0)
+        for request in requests:
+            size = request.num_rollouts
+            numbers = generator.random((size, 3), np.float32)
+            kept = Rollouts(
+                request=request, version=0, tokens=numbers, logprobs=numbers, entropies=numbers
+            )
+            self.alive.add(kept)
+            features = {MAIN_SPACE: numbers[:, :2]}
+            scores = GroupScores(
+                key=request.key, scores={}, features=features, errors=(None,) * size
+            )
+            self.most, self.asked = max(self.most, len(self.alive)), self.asked + size
+            yield ScoredGroup(rollouts=kept, scores=scores)
+            del kept
+
+    def attend_while(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def start(self, entropy: float) -> None:
+        assert 0.4 < entropy < 0.6
+
+    def seed(self, features: np.ndarray) -> float:
+        self.seeded = features
+        return 0.0
+
+    def refresh_moments(self) -> None:
+        pass
+
+
+class Rollouts(RolloutGroup):
+    """One that can be asked after."""
+
+    __slots__ = ("__weakref__",)
+    __hash__ = object.__hash__
+
+
+def test_of_ten_thousand_seed_images_the_features_are_kept() -> None:
+    config, fleet = small_config(rewards={"loo_fid": {"seed_images": 10_000}}), Drawing()
+    prepare(config, fleet, RewardSpace())  # type: ignore[arg-type]
+    assert fleet.asked == len(fleet.seeded) == 10_000
+    expected = np.random.default_rng(0).random((10_000, 3), np.float32)[:, :2]
+    np.testing.assert_array_equal(fleet.seeded, expected)
+    assert fleet.most <= 2
+
+
+def test_of_an_evaluations_images_the_features_are_kept() -> None:
+    config, fleet = small_config(evaluation={"num_images": 2_000}), Drawing()
+    real = {MAIN_SPACE: np.random.default_rng(1).random((300, 2), np.float32)}
+    figures = examine(config, fleet, config.sampling, real)  # type: ignore[arg-type]
+    assert figures["images"] == fleet.asked == 2_000
+    assert abs(figures["fid"]) < 0.01
+    assert fleet.most <= 2

@@ -18,6 +18,7 @@ RESULT = re.compile(r"^RESULT (\w+)\.(\w+)=(\S+)$", re.MULTILINE)
 SMALLEST = {
     "checkpoint": "--parameters 200000 --mib-per-s 1000",
     "decode": "--size tiny --batch 1 --grid 2 --repeats 1 --cfg-scales 1 2",
+    "dispatch": "--waiting 32 --workers 4 --compared 2",
     "hpsv2": "--small --images 1 --rounds 1 --calls 1 --size 32",
     "iteration": "--iterations 1 --groups 1 --rollouts 2",
     "loo_fid": "--dim 16 --count 4 --history 32 --timed 1 --repeats 1 --checked 1",

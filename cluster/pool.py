@@ -107,13 +107,13 @@ class Worker:
     def candidate(self, now: float) -> Candidate:
         """What the choice of a worker goes by."""
         return Candidate(
-            pace=self.pace.value,
-            pieces=self.pieces,
-            current=self.pieces / self.busy if self.busy else 0.0,
-            elapsed=now - self.begun,
-            edition=self.oldest_work,
-            has_room=self.has_room,
-            passed_over=self.passed_over,
+            self.pace.value,
+            self.pieces,
+            self.pieces / self.busy if self.busy else 0.0,
+            now - self.begun,
+            self.oldest_work,
+            self.has_room,
+            self.passed_over,
         )
 
     def count_work(self, span: Span) -> float:

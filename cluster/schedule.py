@@ -69,8 +69,10 @@ def paces(workers: Sequence[Candidate]) -> list[float]:
     known = [worker.pace for worker in workers if worker.pace is not None]
     mean = sum(known) / len(known) if known else 1.0
     pace = [mean if worker.pace is None else worker.pace for worker in workers]
-    speed = sum(1 / each for each in pace)
-    for index, worker in enumerate(workers):
+    passed = [index for index, worker in enumerate(workers) if worker.passed_over]
+    speed = sum(1 / each for each in pace) if passed else 0.0
+    for index in passed:
+        worker = workers[index]
         others = speed * pace[index] - 1  # pieces that they do while it does one
         if worker.passed_over > TRY_AGAIN * others > 0:
             pace[index] = min(pace)

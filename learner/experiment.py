@@ -194,7 +194,9 @@ class Experiment:
         self._pipeline = Pipeline(self._config, self._fleet)
         step, self._from_step = self._from_step, None
         checkpoints = self._checkpoints
-        found = checkpoints.newest() if step is None else checkpoints.at(step)
+        found = self._fleet.attend_while(  # every file's digest is computed anew
+            lambda: checkpoints.newest() if step is None else checkpoints.at(step)
+        )
         checkpoints.clear()
         self._kept = found.step if found else 0
         if found is None:

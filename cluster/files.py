@@ -13,6 +13,7 @@ from cluster.errors import StorageError
 
 MIB = 1 << 20
 RESUME = "go on with --resume"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -68,22 +69,27 @@ def storage_error(
     Args:
         number: the operating system's for the reason; None: not known.
     """
+    free = f"; {_free(path)}" if number is None or number in NO_ROOM else ""
+    whole = f" {kept}." if kept else ""
+    return StorageError(
+        f"{path} could not be written: {reason}{free}.{whole} {advice(number)}, then {then}"
+    )
+
+
+def _free(path: Path) -> str:
+    """How much room there is where a path lies, for a message."""
     place = path
     while not os.path.exists(place) and place != place.parent:
         place = place.parent
     try:
-        free = f"{shutil.disk_usage(place).free / MIB:,.0f} MiB are free there"
+        return f"{shutil.disk_usage(place).free / MIB:,.0f} MiB are free there"
     except OSError as error:
-        free = f"the storage does not say how much is free ({error.strerror})"
-    whole = f" {kept}." if kept else ""
-    return StorageError(
-        f"{path} could not be written: {reason}; {free}.{whole} {advice(number)}, then {then}"
-    )
+        return f"the storage does not say how much is free ({error.strerror})"
 
 
 def advice(number: int | None) -> str:
     """What to do about an error of the operating system, by its number; without a full stop."""
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if number in NO_ROOM:
         return "Make room (or lift the limit)"
     if number in (errno.EACCES, errno.EPERM):
         return "Have it made writable for this user"
@@ -95,4 +101,4 @@ def advice(number: int | None) -> str:
         return "Free memory or processes (or lift the limit)"
     if number in (errno.ESTALE, errno.EIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT):
         return "See that the storage is there, and whole"
-    return "Mend that"
+    return "See to that"

@@ -51,7 +51,7 @@ class Opening:
             path = new_name()
         elif self.saved is None or self.sealed is not None:
             RunDirectory.check_unused(path)
-        with writing(path):
+        with writing(path, then="start again, or name another directory by --run-dir"):
             path.mkdir(parents=True, exist_ok=True)
         stop = f"{command_of('cluster.stop')} --run {shlex.quote(str(path))}"
         with acquire(path / OWNER, f"the run directory {path}", stop, path.name) as lock:

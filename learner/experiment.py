@@ -21,7 +21,13 @@ from learner.conditions import ConditionsConfig
 from learner.config import RunConfig
 from learner.distribution import RewardSpace, set_reference
 from learner.footprint import DiskWatch, checkpoint_bytes, free_bytes
-from learner.gallery import contact_sheet, sample_gallery, save_sheet, save_side_by_side
+from learner.gallery import (
+    gallery_sheet,
+    sample_gallery,
+    save_sheet,
+    save_side_by_side,
+    shown_note,
+)
 from learner.guards import Guards, SlowServers
 from learner.keeper import Checkpoints
 from learner.loop import Iteration, failures, prepare, train
@@ -148,7 +154,7 @@ class Experiment:
             self._tell("training", row)
             found.enforce()
             room()
-            self._keep(done.row["iteration"] + 1)
+            self._keep(done.row["iteration"])
 
         try:
             return train(
@@ -217,6 +223,8 @@ class Experiment:
             f"base policy: FID {base['fid']:.3f} in the reward's features, "
             f"entropy {base['entropy']:.3f} nats a token"
         )
+        if some := shown_note(self._config):
+            logger.info(f"note: galleries show {some}; --output.gallery-rows names others")
         self._gallery(BASE_GALLERY)
         for row in evaluate.base_rows(self._config):
             self._examine(row)
@@ -273,7 +281,8 @@ class Experiment:
         rows = sample_gallery(self._config, self._fleet)
         file = self._run.gallery / name
         self._run.check_owned()
-        self._fleet.attend_while(lambda: save_sheet(contact_sheet(rows), file))
+        config = self._config
+        self._fleet.attend_while(lambda: save_sheet(gallery_sheet(config, rows), file))
 
     def _real_features(self) -> dict[str, np.ndarray]:
         if self._real is None:
@@ -292,7 +301,7 @@ class Experiment:
     def _tell(self, stage: str, row: Mapping[str, Any] | None = None) -> None:
         """How far the run is, to whoever asks the fleet."""
         if row:
-            done, pace = row["iteration"] + 1, self._console.seconds_per_iteration
+            done, pace = row["iteration"], self._console.seconds_per_iteration
             self._newest = replace(self._newest, done=done, seconds=pace, metrics=row)
         self._newest = replace(
             self._newest,

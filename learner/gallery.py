@@ -1,4 +1,7 @@
-"""Contact sheets: one row a class, always from the same random numbers."""
+"""Contact sheets: one row a class or caption, always from the same random numbers.
+
+Where there are more conditions than rows, it says how many it shows, and what each row is of.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,55 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from actors.sample_files import Grid
+from cluster.errors import ConfigError
 from cluster.fleet import Fleet
-from cluster.messages import SampleRequest
+from cluster.messages import Condition, SampleRequest
 from learner.config import RunConfig
 
+Row = tuple[int, Condition]
+"""Class index, or number of the caption in its file; and the condition."""
 SMALLEST_CELL = 32  # pixels: small images are enlarged to be seen
 LARGEST_SHEET = 1600  # pixels: large ones are reduced
 MAX_ROWS = 16
 MARGIN = 12
 TITLE = 20
+LABEL = 180  # pixels, of a row's label
+LETTERS = 26  # of it
+
+
+def gallery_rows(config: RunConfig) -> list[Row]:
+    """What galleries show: what `output.gallery_rows` names; or every condition, or some that are
+    spread evenly over them.
+
+    Raises:
+        ConfigError: there is no such class or caption.
+    """
+    conditions = config.conditions.conditions()
+    numbers = [at if c.class_index is None else c.class_index for at, c in enumerate(conditions)]
+    there = dict(zip(numbers, conditions))
+    if chosen := config.output.gallery_rows:
+        if absent := [number for number in chosen if number not in there]:
+            what = "captions" if config.conditions.captions else "classes"
+            raise ConfigError(
+                f"output.gallery_rows: expected {what} that are asked for, from {min(there)} to "
+                f"{max(there)}, found {', '.join(map(str, absent))}"
+            )
+        return [(number, there[number]) for number in chosen]
+    step = max(len(numbers) / MAX_ROWS, 1.0)
+    shown = [numbers[int(row * step)] for row in range(min(len(numbers), MAX_ROWS))]
+    return [(number, there[number]) for number in shown]
+
+
+def shown_note(config: RunConfig) -> str:
+    """How many of the conditions galleries show, where it is not all."""
+    shown, there = len(gallery_rows(config)), len(config.conditions.conditions())
+    what = "captions" if config.conditions.captions else "classes"
+    return f"{shown} of {there} {what}" if shown < there else ""
 
 
 def sample_gallery(config: RunConfig, fleet: Fleet) -> list[np.ndarray]:
     """Rows of images (K, H, W, 3) uint8 of the policy that the fleet now holds."""
+    rows = gallery_rows(config)
     requests = [
         SampleRequest(
             stream="gallery",
@@ -32,9 +71,35 @@ def sample_gallery(config: RunConfig, fleet: Fleet) -> list[np.ndarray]:
             seed=config.seed,
             spec=config.sampling,
         )
-        for group, condition in enumerate(config.conditions.conditions()[:MAX_ROWS])
+        for group, (_, condition) in enumerate(rows)
     ]
     return fleet.sample_images(requests)
+
+
+def gallery_sheet(config: RunConfig, images: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of `sample_gallery` as one image (R, C, 3) uint8; where they are not all there are, it
+    says so, and what each is of."""
+    sheet, note = contact_sheet(images), shown_note(config)
+    return labelled(sheet, note, [label(*row) for row in gallery_rows(config)]) if note else sheet
+
+
+def label(number: int, condition: Condition) -> str:
+    """Of a row: the number that `output.gallery_rows` takes, and the text."""
+    text = f"{number} {condition.text}"
+    return text if len(text) <= LETTERS else f"{text[: LETTERS - 3]}..."
+
+
+def labelled(sheet: np.ndarray, title: str, labels: Sequence[str]) -> np.ndarray:
+    """A contact sheet under a title, with a label at the left of each row."""
+    height, width, _ = sheet.shape
+    canvas = Image.new("RGB", (width + LABEL, height + TITLE), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    draw.text((4, 3), title, fill="black", font=font)
+    for row, text in enumerate(labels):
+        middle = TITLE + (row + 0.5) * height / len(labels)
+        draw.text((4, middle), text, fill="black", font=font, anchor="lm")
+    canvas.paste(Image.fromarray(sheet), (LABEL, TITLE))
+    return np.asarray(canvas)
 
 
 def contact_sheet(rows: Sequence[np.ndarray]) -> np.ndarray:

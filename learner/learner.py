@@ -295,7 +295,7 @@ class Learner:
             self._optimizer.zero_grad()
         else:
             self._optimizer.step(lr)
-        self._count(skipped, stats, f"iteration {batch.iteration}, update {update}")
+        self._count(skipped, stats, f"iteration {batch.iteration + 1}, update {update + 1}")
         return stats
 
     def _count(self, skipped: bool, stats: dict[str, float], where: str) -> None:

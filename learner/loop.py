@@ -138,7 +138,7 @@ def check_history(answer: DistributionReward, iteration: int, max_staleness: int
     staleness = iteration - answer.version
     if not 0 <= staleness <= max_staleness:
         raise FleetError(
-            f"iteration {iteration} was judged with moments of {answer.version} iterations: "
+            f"iteration {iteration + 1} was judged with moments of {answer.version} iterations: "
             f"staleness {staleness} is outside 0 to max_staleness {max_staleness}; was the moments "
             "server restored from another checkpoint than the learner?"
         )

@@ -14,7 +14,7 @@ from cluster.files import replacing, writing
 from cluster.messages import ScoredGroup, Span
 from cluster.strict_json import dumps
 from learner.advantage import Advantages
-from learner.records import ITERATION, STEP, cut_back, read_rows, rollout_file
+from learner.records import ITERATION, STEP, counted_from, cut_back, read_rows, rollout_file
 from learner.rollout_files import rollout_table, write_rollouts
 from learner.rows import staleness_of
 from learner.rundir import RunDirectory
@@ -28,23 +28,24 @@ and images are decoded while the next group's tokens are."""
 
 
 class Recorder:
-    """Appends to a run's files. `first` is the iteration that training begins with: what an
-    interrupted run wrote from there on is dropped, so that no row is doubled.
+    """Appends to a run's files. `done` is how many iterations there are before: what an
+    interrupted run wrote after them is dropped, so that no row is doubled.
 
     Every method raises StorageError where there is no room.
     """
 
-    def __init__(self, run: RunDirectory, first: int, *, rollouts: bool) -> None:
+    def __init__(self, run: RunDirectory, done: int, *, rollouts: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run, self._rollouts = run, rollouts
-        cut_back(run, first, rollouts=rollouts)
+        self._base = counted_from(run)  # before rows are cut: the run keeps to it
+        cut_back(run, done, rollouts=rollouts)
         with writing(run.metrics):
             self._metrics = run.metrics.open("a", buffering=1)
         with writing(run.tensorboard):
-            purge = first if any(run.tensorboard.iterdir()) else None
+            purge = done + self._base if any(run.tensorboard.iterdir()) else None
             self._events = SummaryWriter(str(run.tensorboard), purge_step=purge)
-        self._trace = Trace(run.trace, resume=first > 0)
+        self._trace = Trace(run.trace, resume=done > 0)
         self.usage = Usage(time.time())
         """How much each role worked since now."""
 
@@ -57,15 +58,15 @@ class Recorder:
     ) -> None:
         """Everything of one iteration."""
         self._run.check_owned()
-        iteration = row["iteration"]
+        iteration = row[ITERATION] - 1 + self._base
         if self._rollouts:  # before its row: a row has its rollouts
             moments = row.get("moments/version", 0)
             table = rollout_table(iteration, groups, advantages, moments)
             write_rollouts(rollout_file(self._run, iteration), table)
         with writing(self._run.metrics):
-            self._metrics.write(dumps({ITERATION: iteration, **row}) + "\n")
+            self._metrics.write(dumps({**row, ITERATION: iteration}) + "\n")
         with writing(self._run.tensorboard):
-            self._scalars(row, iteration)
+            self._scalars({**row, ITERATION: iteration}, iteration)
             self._histograms(advantages, iteration)
             if "version" in row:
                 ages = staleness_of(groups, row["version"] - 1)

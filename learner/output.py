@@ -59,6 +59,9 @@ class OutputConfig:
     """Iterations between galleries; 0 keeps only the one before and the one after."""
     gallery_columns: Annotated[int, Field(ge=1, le=64)] = 12
     """Images of each class in a gallery, always from the same random numbers."""
+    gallery_rows: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Classes that galleries show, by index (captions by their number in the file, from 0). Empty:
+    all, or 16 spread evenly over them."""
     rollouts: bool = True
     """Write every rollout with its scores to Parquet."""
 

@@ -24,6 +24,7 @@ from learner.conditions import DIGITS as DIGIT_NAMES
 from learner.config import RunConfig
 from learner.datasets import DIGITS, iterate_images
 from learner.distribution import read_moments, stored_reference
+from learner.gallery import gallery_rows
 from learner.real_tokens import check_source
 from rewards.config import NETWORKS
 from rewards.preflight import check_judge, check_rewards, feature_dim, fits_fingerprint
@@ -48,6 +49,9 @@ def preflight(config: RunConfig) -> Findings:
         findings.problem(
             "learner.lora", "peft to be installed", "none", "pip install 'tessera-rl[lora]'"
         )
+    with findings.of("output.gallery_rows"):
+        if config.output.gallery_rows and not config.conditions.captions:  # files may be long
+            gallery_rows(config)
     findings.notes += notes(config, side)
     return findings
 

@@ -105,7 +105,7 @@ class RunConsole:
 
     def update(self, row: Mapping[str, Any]) -> None:
         """One iteration's metrics."""
-        done = row["iteration"] + 1
+        done = row["iteration"]
         seconds = row["time/iteration"]
         self._recent.append((seconds, row["time/images_per_s"] * seconds))
         rate = sum(images for _, images in self._recent) / sum(s for s, _ in self._recent)

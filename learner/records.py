@@ -3,6 +3,10 @@
 Rows are lines of JSON that begin with the step they belong to, in order. Whatever a crash left
 (half a line, rows after the checkpoint, a Parquet file without its row) is put right when a run
 goes on.
+
+Iterations are counted by how many are done, from 1, as steps are: row, file and checkpoint of the
+same number belong together. Runs that were begun when rows counted from 0 keep to that, since
+their checkpoints vouch for the rows as they are; arguments here are numbers of done iterations.
 """
 
 from __future__ import annotations
@@ -30,7 +34,19 @@ ITERATION, STEP = "iteration", "step"
 ROLLOUTS = re.compile(r"iteration_(\d{6,})\.parquet")
 
 
+def counted_from(run: RunDirectory) -> int:
+    """The number of a run's first iteration in its records: 1, or 0 where it was begun so."""
+    rows = _rows(run.metrics, ITERATION)
+    if rows:
+        first = rows[0][1]
+        number: int = first[ITERATION]
+        done = first.get("version", number or 1)  # of the policy, after the iteration
+        return 0 if number == done - 1 else 1
+    return 0 if rollout_file(run, 0).is_file() else 1
+
+
 def rollout_file(run: RunDirectory, iteration: int) -> Path:
+    """The file of an iteration, by its number in the run's records."""
     return run.rollouts / f"iteration_{iteration:06d}.parquet"
 
 
@@ -51,7 +67,7 @@ def vouch(run: RunDirectory, step: int) -> dict[str, str]:
         DataError: a file cannot be read.
     """
     parts = {
-        run.metrics: _lines(run.metrics, ITERATION, step),
+        run.metrics: _lines(run.metrics, ITERATION, step + counted_from(run)),
         run.exams: _lines(run.exams, STEP, step + 1),
         run.evaluation: _table(run),
     }
@@ -68,7 +84,7 @@ def check(run: RunDirectory, step: int, vouched: Mapping[str, str]) -> None:
     for name, digest in vouched.items():
         file = run.path / name
         if not file.is_file():
-            logger.warning("note: %s is gone: its rows before iteration %d are missing", name, step)
+            logger.warning("note: %s is gone: its rows up to iteration %d are missing", name, step)
         elif now.get(name) != digest:
             raise DataError(
                 f"{file} is not what it was when iteration {step} was done: it is damaged, or was "
@@ -77,14 +93,15 @@ def check(run: RunDirectory, step: int, vouched: Mapping[str, str]) -> None:
             )
 
 
-def cut_back(run: RunDirectory, first: int, *, rollouts: bool) -> None:
-    """Leave what belongs to the iterations before `first`, each once.
+def cut_back(run: RunDirectory, done: int, *, rollouts: bool) -> None:
+    """Leave what belongs to the first `done` iterations, each once.
 
     Raises:
         DataError: a row cannot be read.
         StorageError: there is no room.
     """
-    for path, field, end in ((run.metrics, ITERATION, first), (run.exams, STEP, first + 1)):
+    base = counted_from(run)
+    for path, field, end in ((run.metrics, ITERATION, done + base), (run.exams, STEP, done + 1)):
         if path.is_file():
             kept = _lines(path, field, end)
             with writing(path), replacing(path, durable=True) as partial:
@@ -93,9 +110,10 @@ def cut_back(run: RunDirectory, first: int, *, rollouts: bool) -> None:
         file.unlink()
     for file in run.rollouts.iterdir():
         found = ROLLOUTS.fullmatch(file.name)
-        if found and (int(found.group(1)) >= first or not _readable(file)):
+        if found and (int(found.group(1)) >= done + base or not _readable(file)):
             file.unlink()
-    lacking = [i for i in range(first) if rollouts and not rollout_file(run, i).is_file()]
+    numbers = range(base, done + base) if rollouts else ()
+    lacking = [number for number in numbers if not rollout_file(run, number).is_file()]
     if lacking:
         logger.warning(
             f"note: the rollouts of {len(lacking)} iterations are missing or damaged, the first of "
@@ -106,11 +124,15 @@ def cut_back(run: RunDirectory, first: int, *, rollouts: bool) -> None:
 def keep(run: RunDirectory, iterations: range, *, rollouts: bool) -> None:
     """Have the records of some iterations on the disk.
 
+    Args:
+        iterations: by how many were done before each.
+
     Raises:
         StorageError: they cannot be brought there.
     """
     files = [run.metrics, run.exams]
-    files += [rollout_file(run, i) for i in iterations] if rollouts else []
+    base = counted_from(run)
+    files += [rollout_file(run, i + base) for i in iterations] if rollouts else []
     for file in files:
         if file.is_file():
             with writing(file):

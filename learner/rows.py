@@ -43,7 +43,7 @@ def metrics_row(
     rewards = {n: v for n, v in advantages.rewards.items() if not np.isnan(v).all()}
     ages = staleness_of(groups, report.version - 1).tolist()
     return {
-        "iteration": iteration,
+        "iteration": iteration + 1,  # as everywhere in the records: how many are done with it
         "version": report.version,
         **{f"staleness/groups_{age}": ages.count(age) for age in range(max_staleness + 1)},
         "staleness/mixed_tokens": float(np.mean([g.rollouts.mixed_share for g in groups])),

@@ -288,7 +288,7 @@ def memory(session: RaySession, seconds: float) -> None:
 
         def after(done: Iteration) -> None:
             recorder.record(done.row, done.groups, done.advantages, done.spans)
-            if (done.row["iteration"] + 1) % 100 == 0:
+            if done.row["iteration"] % 100 == 0:
                 sizes.append(process.memory_info().rss / 2**20)
 
         run(session, Costs(), config, after=after)

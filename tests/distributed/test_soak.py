@@ -97,7 +97,7 @@ def test_nothing_is_lost_or_doubled(
 
     # every iteration once, with every group and rollout once, judged by all iterations before it
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [row["iteration"] for row in rows] == list(range(iterations))
+    assert [row["iteration"] for row in rows] == list(range(1, iterations + 1))
     for iteration in range(iterations):
         table = pq.read_table(tmp_path / f"run/rollouts/iteration_{iteration:06d}.parquet")
         found = list(zip(*(table[name].to_pylist() for name in ("group", "rollout"))))

@@ -44,7 +44,7 @@ def run_until(path: Path, staleness: int, last: int = STEPS, **output: Any) -> P
 
     class Killing(RunConsole):
         def update(self, row: Any) -> None:
-            if row["iteration"] + 1 == last < STEPS:
+            if row["iteration"] == last < STEPS:
                 raise KilledError
 
     with Killing(STEPS) as console, InlineFleet(config.fleet_plan()) as fleet:
@@ -73,7 +73,7 @@ def assert_same(found: Path, expected: Path) -> None:
         [repeatable(row) for row in read_metrics(p / "metrics.jsonl")] for p in (found, expected)
     ]
     assert rows[0] == rows[1]
-    assert [row["iteration"] for row in rows[0]] == list(range(STEPS))
+    assert [row["iteration"] for row in rows[0]] == list(range(1, STEPS + 1))
     assert rows[0][-1]["policy/entropy_coef"] != 0.01  # the controller did steer
     for pattern in ("rollouts/*.parquet", "exams.jsonl", "evaluation.json"):
         theirs = {path.name: path.read_bytes() for path in expected.glob(pattern)}
@@ -161,7 +161,7 @@ def test_an_exam_that_a_stop_cut_off_is_made_up_for(whole: tuple, tmp_path: Path
 
     class Stopping(RunConsole):
         def update(self, row: Any) -> None:
-            if row["iteration"] == 2:  # and then the exam of step 3 is due
+            if row["iteration"] == 3:  # and then the exam of step 3 is due
                 stopping.append(True)
 
     with (
@@ -182,7 +182,7 @@ def test_everything_can_be_brought_back_several_times_within_a_run(
     staleness, expected = whole
     config = config_of(staleness)
     run = RunDirectory.create(str(tmp_path / "run"), config)
-    lost = [1, 3, 4]
+    lost = [2, 4, 5]
 
     class Losing(RunConsole):
         def update(self, row: Any) -> None:
@@ -258,4 +258,4 @@ def test_rows_that_are_not_what_they_were_are_noticed(
     said = capsys.readouterr().out
     assert "note: metrics.jsonl is gone" in said
     assert "the rollouts of 1 iterations are missing or damaged, the first of 1" in said
-    assert [row["iteration"] for row in read_metrics(run / "metrics.jsonl")] == [4, 5]
+    assert [row["iteration"] for row in read_metrics(run / "metrics.jsonl")] == [5, 6]

@@ -139,7 +139,7 @@ def test_a_colour_forced_on_a_file_gives_lines(
     console = make_console()
     with logs.to_console(console), logs.to_file(tmp_path / "log"), RunConsole(2, console) as shown:
         shown.start(0)
-        shown.update({"iteration": 0, "time/iteration": 1.0, "time/images_per_s": 8.0} | FIGURES)
+        shown.update({"iteration": 1, "time/iteration": 1.0, "time/images_per_s": 8.0} | FIGURES)
         shown.table({"base": {"fid": 1.0}})
     for text in (capsys.readouterr().out, (tmp_path / "log").read_text()):
         assert "iteration 1/2" in text

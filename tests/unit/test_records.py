@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster.errors import ConfigError, DataError, StorageError
 from cluster.messages import Span
+from learner import records
 from learner.advantage import group_advantages
 from learner.config import RunConfig
 from learner.gallery import contact_sheet
@@ -61,47 +64,100 @@ def record(recorder: Recorder, iteration: int) -> None:
 def test_a_resumed_run_has_every_row_once(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     recorder = Recorder(run, 0, rollouts=True)
-    for iteration in range(5):
+    for iteration in range(1, 6):
         record(recorder, iteration)
     recorder.close()
-    resumed = Recorder(run, 3, rollouts=True)  # the checkpoint was written after iteration 2
-    assert [row["iteration"] for row in read_metrics(run.metrics)] == [0, 1, 2]
+    resumed = Recorder(run, 3, rollouts=True)  # the checkpoint was written after iteration 3
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [1, 2, 3]
     assert len(list(run.rollouts.iterdir())) == 3
-    for iteration in range(3, 6):
+    for iteration in range(4, 7):
         record(resumed, iteration)
     resumed.close()
-    assert [row["iteration"] for row in read_metrics(run.metrics)] == list(range(6))
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == list(range(1, 7))
     assert len(list(run.rollouts.iterdir())) == 6
     events = json.loads(run.trace.read_text())
     assert len([event for event in events if event["ph"] == "M"]) == 1
     assert len([event for event in events if event["ph"] == "X"]) == 8
 
 
+def test_row_rollouts_and_checkpoint_of_a_moment_have_one_number(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    recorder = Recorder(run, 0, rollouts=True)
+    for iteration in range(1, 4):
+        record(recorder, iteration)
+    recorder.close()
+    names = sorted(file.name for file in run.rollouts.iterdir())
+    assert names == [f"iteration_{number:06d}.parquet" for number in (1, 2, 3)]
+    assert pq.read_table(run.rollouts / names[2])["iteration"].to_pylist() == [3, 3]
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [event.step for event in events.Scalars("reward/clip")] == [1, 2, 3]
+    Recorder(run, 2, rollouts=True).close()  # as --from-step 2 does
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [1, 2]
+    assert sorted(file.name for file in run.rollouts.iterdir()) == names[:2]
+
+
+@pytest.mark.parametrize("rollouts", [True, False])
+@pytest.mark.parametrize("versions", [True, False])
+def test_a_run_that_counts_from_0_keeps_to_it(
+    tmp_path: Path, rollouts: bool, versions: bool
+) -> None:
+    """Its checkpoints vouch for the rows as they are."""
+    run = new_run(tmp_path / "run")
+    rows = [{"iteration": at, **({"version": at + 1} if versions else {})} for at in range(4)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    run.metrics.write_text("".join(lines))
+    recorder = Recorder(new_run(tmp_path / "other"), 0, rollouts=True)
+    for number in range(1, 5):
+        record(recorder, number)
+        made = tmp_path / "other" / "rollouts" / f"iteration_{number:06d}.parquet"
+        made.rename(run.rollouts / f"iteration_{number - 1:06d}.parquet")
+    recorder.close()
+    assert (
+        records.vouch(run, 3)[run.metrics.name] == sha256("".join(lines[:3]).encode()).hexdigest()
+    )
+    resumed = Recorder(run, 3, rollouts=rollouts)
+    record(resumed, 4)
+    resumed.close()
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [0, 1, 2, 3]
+    kept = sorted(int(file.stem[-6:]) for file in run.rollouts.iterdir())
+    assert kept == ([0, 1, 2, 3] if rollouts else [0, 1, 2])
+
+
+def test_a_run_that_lost_its_first_rows_is_told_by_its_versions(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    run.metrics.write_text('{"iteration": 4, "version": 5}\n')
+    assert records.counted_from(run) == 0
+    run.metrics.write_text('{"iteration": 5, "version": 5}\n')
+    assert records.counted_from(run) == 1
+    run.metrics.unlink()
+    assert records.counted_from(run) == 1
+
+
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     recorder = Recorder(run, 0, rollouts=False)
-    for iteration in range(3):
+    for iteration in range(1, 4):
         record(recorder, iteration)
     recorder.close()
     with run.metrics.open("a") as file:
         file.write('{"iter')
-    assert [row["iteration"] for row in read_metrics(run.metrics)] == [0, 1, 2]
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [1, 2, 3]
     resumed = Recorder(run, 3, rollouts=False)
-    record(resumed, 3)
+    record(resumed, 4)
     resumed.close()
-    assert [row["iteration"] for row in read_metrics(run.metrics)] == [0, 1, 2, 3]
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [1, 2, 3, 4]
     lines = run.metrics.read_text().splitlines()
     run.metrics.write_text("\n".join([lines[0], "{", *lines[2:]]) + "\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: not JSON"):
         read_metrics(run.metrics)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "iteration_000001.parquet"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "iteration_000002.parquet"])
 def test_no_room_for_records(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was whole stays whole, and the run can be gone on with."""
     run = new_run(tmp_path / "run")
     recorder = Recorder(run, 0, rollouts=True)
-    record(recorder, 0)
+    record(recorder, 1)
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -111,21 +167,21 @@ def test_no_room_for_records(tmp_path: Path, name: str, monkeypatch: pytest.Monk
     else:
         monkeypatch.setattr(pq, "write_table", refuse)
     with pytest.raises(StorageError, match=rf"{name} could not be written: No space left.*MiB are"):
-        record(recorder, 1)
+        record(recorder, 2)
     monkeypatch.undo()
     recorder.close()
-    assert [row["iteration"] for row in read_metrics(run.metrics)] == [0]
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [1]
     resumed = Recorder(run, 1, rollouts=True)
-    record(resumed, 1)
+    record(resumed, 2)
     resumed.close()
-    assert [row["iteration"] for row in read_metrics(run.metrics)] == [0, 1]
+    assert [row["iteration"] for row in read_metrics(run.metrics)] == [1, 2]
     assert len([file for file in run.rollouts.iterdir() if pq.read_metadata(file)]) == 2
 
 
 def test_rollouts_have_everything(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     recorder = Recorder(run, 0, rollouts=True)
-    record(recorder, 0)
+    record(recorder, 1)
     recorder.close()
     rows = pq.read_table(next(run.rollouts.iterdir())).to_pylist()
     assert len(rows) == 2

@@ -18,6 +18,7 @@ from cluster.invocation import command_of
 from cluster.placement import Placement, place
 from cluster.preflight import Download, Findings, size_of
 from cluster.roles import FEATURE_BATCH
+from cluster.runtime_env import check_runtime_env
 from cluster.tensors import locate
 from learner.caption_conditions import peek_captions
 from learner.conditions import DIGITS as DIGIT_NAMES
@@ -39,6 +40,9 @@ def preflight(config: RunConfig) -> Findings:
     side = image_side(policy, tokenizer)
     _conditions(config, policy, findings)
     foreign = {name for name, pool in config.reward_pools.items() if pool.runtime_env}
+    for name in sorted(foreign):
+        with findings.of(f"reward_pools.{name}"):
+            check_runtime_env(config.reward_pools[name].runtime_env)
     check_rewards(config.rewards, foreign, side, findings)
     _reference(config, side, findings)
     _evaluation(config, side, findings)

@@ -25,6 +25,7 @@ from learner.preflight import listed, preflight
 from learner.run import REFUSED, main
 from rewards.preflight import clip_parameters
 from tests.reduced import random_run
+from tests.small_run import small_config
 
 NETWORKS = "package://learner.miniature/networks"
 
@@ -526,3 +527,33 @@ def test_findings_are_listed_problems_first() -> None:
     assert lines[0] == "the run cannot start, 1 problem:"
     assert lines[2] == "downloads, together about 0.6 GB:"
     assert lines[-1].startswith("note: learner.warmup")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"working_dir": "/nowhere"}, "/nowhere is not a valid path"),
+        ({"pip": {"packages": ["x"], "oops": 1}}, "can only have these fields"),
+        ({"env_vars": {"A": 1}}, "env_vars"),
+        ({"env_vars": {"A": "${TESSERA_NOT_SET}"}}, "has no TESSERA_NOT_SET"),
+        ({"pip": ["a"], "conda": "b"}, "cannot be specified at the same time"),
+        ({"py_modules": "no list"}, "py_modules"),
+    ],
+)
+def test_an_environment_of_a_pool_that_ray_refuses(
+    environment: dict[str, Any], message: str
+) -> None:
+    extra = ["tests.stand_ins:Brightness=1,pool=apart"]
+    pools = {"apart": {"runtime_env": environment}}
+    (problem,) = preflight(small_config(rewards={"extra": extra}, reward_pools=pools)).problems
+    assert problem.startswith("reward_pools.apart: ")
+    assert message in problem
+    assert "\n" not in problem
+
+
+def test_an_environment_of_a_pool_that_ray_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TESSERA_SET", "1")
+    environment = {"pip": ["a==1"], "env_vars": {"A": "${TESSERA_SET}"}}
+    rewards = {"extra": ["nowhere.here:Brightness=1,pool=apart"]}
+    pools = {"apart": {"runtime_env": environment}}
+    assert not preflight(small_config(rewards=rewards, reward_pools=pools)).problems

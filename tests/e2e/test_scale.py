@@ -16,7 +16,7 @@ from cluster.whereabouts import WHEREABOUTS
 from tests.small_run import flags
 
 ROOT = Path(__file__).parents[2]
-START_S = 120.0
+START_S = 300.0
 SLOW = "tests.stand_ins:Brightness=0.2,seconds=0.2"
 
 

@@ -242,7 +242,9 @@ def _write(plan: Plan) -> None:
             advance(len(images))
     sheet.save(out / "grid.png")
     record = describe(plan) | {"seconds": round(time.monotonic() - start, 3)}
-    (out / "samples.json").write_text(dumps(record, indent=2, ensure_ascii=False) + "\n")
+    (out / "samples.json").write_text(
+        dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -290,7 +290,7 @@ def _number(path: Path) -> int:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file.parent} is not a run directory: no readable {CONFIG}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

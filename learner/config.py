@@ -290,7 +290,9 @@ def load_preset(name: str) -> RunConfig:
         if entry.name.endswith(".yaml")
     )
     if name in shipped:
-        return parse_yaml(folder.joinpath(f"{name}.yaml").read_text(), f"preset {name}")
+        return parse_yaml(
+            folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}"
+        )
     path = Path(name).expanduser()
     if path.is_dir() or not path.exists():
         raise ConfigError(_no_preset(name, path, shipped))

@@ -35,7 +35,7 @@ def write_report(
     run.check_owned()
     template = importlib.resources.files("learner").joinpath("templates", "report.html")
     environment = jinja2.Environment(autoescape=True)
-    page = environment.from_string(template.read_text()).render(
+    page = environment.from_string(template.read_text(encoding="utf-8")).render(
         name=run.path.name,
         iterations=config.iterations,
         groups=config.groups_per_iteration,
@@ -47,7 +47,7 @@ def write_report(
         gallery=_encoded(run.gallery / BEFORE_AFTER),
         config=dump(config),
     )
-    run.report.write_text(page)
+    run.report.write_text(page, encoding="utf-8")
 
 
 def image_rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

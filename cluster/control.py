@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.errors import FleetError
 from cluster.runtime import RayConfig, RaySession, find_cluster
-from cluster.whereabouts import Place, check_alive, killed, starting
+from cluster.whereabouts import Place, check_alive, killed, not_on_cluster, starting
 
 NAMESPACE = "tessera"
 PREFIX = "fleet:"
@@ -235,7 +235,8 @@ def reached(place: Place) -> Iterator[Reached]:
         try:
             name, control = find_control(place.run)
         except FleetError as error:
-            raise (killed(place) if place.directory else error) from None
+            known = place.directory is not None
+            raise (killed(place) if known else not_on_cluster(place.run, error)) from None
         yield Reached(name, control, place)
 
 

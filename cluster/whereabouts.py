@@ -129,10 +129,23 @@ def locate_run(run: str, address: str) -> Place:
     return _named(run) if run else _newest()
 
 
+def _directories(run: str) -> list[Path]:
+    """Directories of runs of a name (empty: any) that are known, newest first; each once."""
+    there = [path for path in (*_under_roots(), *remembered_runs()) if run in ("", path.name)]
+    return list({path.resolve(): path for path in reversed(there)}.values())[::-1]
+
+
+def not_on_cluster(run: str, error: FleetError) -> FleetError:
+    """That a cluster has no such run, and what is known of one of the name that has ended."""
+    for path in _directories(run):
+        if not _living(path):
+            return FleetError(f"{error}; {_ended_place(path)}")
+    return error
+
+
 def _named(run: str) -> Place:
     """The run of a name."""
-    there = [path for path in (*_under_roots(), *remembered_runs()) if path.name == run]
-    there = list({path.resolve(): path for path in reversed(there)}.values())[::-1]
+    there = _directories(run)
     living = [place for path in there if (place := _living(path))]
     if len(living) > 1:
         raise FleetError(_several(f"several runs named {run!r} are active", living))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import platform
 import time
 import tomllib
 from pathlib import Path
@@ -14,6 +15,8 @@ import ray
 from packaging.requirements import Requirement
 
 from cluster import ray_private
+from cluster.address import GcsAnswer
+from cluster.ray_token import find_token, token
 from cluster.runtime import RaySession
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +77,42 @@ def test_a_private_ray_is_on_loopback(ray_session: RaySession) -> None:
 
 def test_a_private_ray_is_shown_a_token(ray_session: RaySession) -> None:
     assert ray_private.shows_token() is True
+
+
+def test_the_control_service_says_its_versions(ray_session: RaySession) -> None:
+    """Shown the token that it asks for; and what a wrong one, or none, is answered with."""
+    address = ray_session.address
+    assert find_token()
+    answer = ray_private.ask_gcs(address, token(os.environ), WAIT_S)
+    assert answer == GcsAnswer("OK", "", ray.__version__, platform.python_version(), True)
+    for shown in ("", "wrong"):
+        assert ray_private.ask_gcs(address, shown, WAIT_S).code == "UNAUTHENTICATED"
+
+
+def test_nodes_and_clusters_of_this_machine_are_found(ray_session: RaySession) -> None:
+    (node,) = ray.nodes()
+    assert node["NodeID"] in ray_private.nodes_here()
+    assert ray_session.address in ray_private.clusters_here()
+
+
+def test_a_private_ray_is_told_its_directory() -> None:
+    """Rays of other tests show that it is used; here, that `ray.init` still takes the option."""
+    from ray._private.worker import init
+
+    assert "_temp_dir" in ray_private.in_directory("/tmp/short")
+    assert "_temp_dir" in inspect.getsource(init)
+    assert ray_private.in_directory("") == {}
+
+
+def test_one_attempt_is_still_rays_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.node import Node
+
+    name = "RAY_gcs_server_port_wait_time_s"
+    assert name in inspect.getsource(Node)
+    monkeypatch.delenv(name, raising=False)
+    with ray_private.one_attempt():
+        assert os.environ[name] == "1"
+    assert name not in os.environ
 
 
 def test_actors_have_ids_nodes_and_processes(counter: Any) -> None:

@@ -1,14 +1,18 @@
-"""The same run as a Ray job, on loopback, with Ray's token authentication on."""
+"""A run as a Ray job, by README's commands as they are written, with Ray's token authentication."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import secrets
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,32 +34,107 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def readme_block() -> list[str]:
+    """The commands of README's section on clusters, in order, without comments and breaks."""
+    section = (ROOT / "README.md").read_text().partition("\n## On a cluster\n")[2]
+    block = section.partition("```\n")[2].partition("```")[0]
+    lines = block.replace("\\\n", " ").splitlines()
+    return [line.partition("  #")[0].strip() for line in lines]
+
+
+def small(command: str, *changes: tuple[str, str]) -> str:
+    """A command with what this machine has not got taken out. Every change must find its place."""
+    for old, new in changes:
+        command, count = re.subn(old, new, command)
+        assert count, f"README has no {old!r} any more"
+    return command
+
+
 class Head:
-    """A Ray head node of this test's own, and how to talk to it."""
+    """A Ray head node of this test's own, started as README says by a user who has no token, and
+    how to talk to it."""
 
     def __init__(self, folder: Path) -> None:
         self.ports = {name: free_port() for name in ("gcs", "dashboard", "client", "agent")}
-        token = folder / "token"
-        token.write_text(secrets.token_hex(32))
-        self.environment = {
-            **os.environ,
+        self.mark = secrets.token_hex(8)
+        home = folder / "home"
+        home.mkdir()
+        # Ray's sockets need a short path, and its note of the newest cluster a place of its own
+        self.temporary = tempfile.mkdtemp(prefix="tessera", dir="/tmp")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "XDG_"))}
+        self.other_shell = {
+            **kept,
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
+            "HOME": str(home),
+            "RAY_TMPDIR": self.temporary,
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.ports['dashboard']}",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "TESSERA_TEST": self.mark,
         }
-        self.environment.pop("RAY_ADDRESS", None)
+        export, self.make_token, self.start_head, self.submit = readme_block()
+        assert export == "export RAY_AUTH_MODE=token"
+        self.environment = {**self.other_shell, "RAY_AUTH_MODE": "token"}
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self) -> subprocess.CompletedProcess[str]:
+        """Ray's processes go on by themselves."""
         ports = self.ports
-        return self.ray(
-            "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
-            f"--port={ports['gcs']}", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={ports['dashboard']}",
-            f"--dashboard-agent-listen-port={ports['agent']}",
-            f"--ray-client-server-port={ports['client']}", "--disable-usage-stats",
-        )  # fmt: skip
+        options = (
+            f" --num-cpus=4 --port={ports['gcs']} --dashboard-port={ports['dashboard']}"
+            f" --dashboard-agent-listen-port={ports['agent']}"
+            f" --ray-client-server-port={ports['client']} --object-store-memory=200000000"
+        )
+        return self.shell(f"{self.make_token}\n{self.start_head}{options}")
+
+    def shell(self, script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-ec", script],
+            env=self.environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+
+    def job(self, run: Path, *options: str) -> str:
+        """README's job, small enough for this machine."""
+        line = small(
+            self.submit,
+            (r"--num-samplers 8", "--num-samplers 2"),
+            (r"--num-reward-servers 4", "--num-reward-servers 1"),
+            (r" --(sampler|reward|learner)\.num-gpus \S+", ""),
+            (r"/shared/runs/first", shlex.quote(str(run))),
+        )
+        return shlex.join([*shlex.split(line), *options])
+
+    def command(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A command of ours in another shell, which exports nothing, from another directory."""
+        return subprocess.run(
+            [sys.executable, "-m", name, *arguments],
+            env={**self.other_shell, "PYTHONPATH": str(ROOT)},
+            cwd=self.temporary,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """Those that this test started, by their environment."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("TESSERA_TEST") == self.mark:
+                    found.append(process)
+        return found
+
+    def end(self) -> None:
+        for _ in range(3):  # some start others while they are ended
+            members = self.processes()
+            for member in members:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(members, timeout=10)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def ray(self, *arguments: str, **changes: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -72,42 +151,72 @@ class Head:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     head = Head(tmp_path_factory.mktemp("head"))
-    process = head.start()
     try:
+        started = head.start()
+        assert started.returncode == 0, started.stdout
         deadline = time.monotonic() + 120
         while True:
             listing = head.ray("job", "list")
             text, _ = listing.communicate(timeout=60)
             if listing.returncode == 0:
                 break
-            assert process.poll() is None, "".join(process.stdout or [])
             assert time.monotonic() < deadline, text
             time.sleep(1)
         yield head
     finally:
-        family = [
-            psutil.Process(process.pid),
-            *psutil.Process(process.pid).children(recursive=True),
-        ]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.terminate()
-        _, alive = psutil.wait_procs(family, timeout=10)
-        for straggler in alive:
-            straggler.kill()
+        head.end()
 
 
-def test_ray_job_submit(head: Head, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    job = head.ray(
-        "job", "submit", "--working-dir", ".", "--", "python", "-m", "learner.run",
-        "--num-samplers", "2", *flags(), "--run-dir", str(run),
-    )  # fmt: skip
-    text, _ = job.communicate(timeout=400)
-    assert job.returncode == 0, text
-    assert "succeeded" in text
-    assert "Traceback" not in text
+def test_readmes_commands_run_a_job(head: Head, tmp_path: Path) -> None:
+    run = tmp_path / "first"
+    done = head.shell(head.job(run, *flags()))
+    assert done.returncode == 0, done.stdout
+    assert "succeeded" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "asks for no token" not in done.stdout
     assert len(recorded(run)) == 4
+
+
+def test_readmes_commands_beside_a_job(head: Head, tmp_path: Path) -> None:
+    """`--run first`, from a shell that was told neither an address nor a token."""
+    run = tmp_path / "shared" / "first"
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "`python -m cluster.scale --run first --reward-servers 6 --samplers 12`" in readme
+    options = [*flags(), "--iterations", "5000", "--evaluation.num-images", "0"]
+    submit = head.shell(head.job(run, *options).replace("job submit", "job submit --no-wait", 1))
+    assert submit.returncode == 0, submit.stdout
+    deadline = time.monotonic() + 400
+    while not (run / "metrics.jsonl").is_file():
+        assert time.monotonic() < deadline, submit.stdout
+        time.sleep(0.5)
+    scaled = head.command("cluster.scale", "--run", "first", "--reward-servers", "2")
+    assert scaled.returncode == 0, scaled.stderr
+    assert "run first\n" in scaled.stdout
+    assert "reward-server: 2 serving" in scaled.stdout
+    shown = head.command("cluster.status", "--json")
+    assert json.loads(shown.stdout)["directory"] == str(run), shown.stderr
+    stopped = head.command("cluster.stop", "--run", "first", "--checkpoint")
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"--resume --run-dir {run}" in stopped.stdout
+    after = head.command("cluster.status", "--run", "first")
+    assert after.returncode == 1
+    assert f"no run is active in {run}: it has ended; newest checkpoint: step_" in after.stderr
+
+
+def test_an_address_without_its_token(head: Head, tmp_path: Path) -> None:
+    """Refused within seconds, before anything is made, and told where the token is read from."""
+    start, run = time.monotonic(), tmp_path / "run"
+    refused = head.command(
+        "learner.run", "--ray.address", f"127.0.0.1:{head.ports['gcs']}", "--run-dir", str(run)
+    )
+    assert time.monotonic() - start < 60
+    assert refused.returncode == 2
+    token = Path(head.environment["HOME"]) / ".ray" / "auth_token"
+    assert (
+        "asks for a token, and this program shows none: set RAY_AUTH_MODE=token" in refused.stderr
+    )
+    assert f"it is then read from {token}" in refused.stderr
+    assert not run.exists()
 
 
 OF_THE_USER = {

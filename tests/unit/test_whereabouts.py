@@ -27,6 +27,7 @@ from cluster.whereabouts import (
     check_alive,
     left_behind,
     locate_run,
+    not_on_cluster,
     resume_command,
 )
 
@@ -261,6 +262,20 @@ def test_after_an_end_the_last_run_is_named_with_how_to_go_on(
     (last / "report.html").touch()
     with pytest.raises(FleetError, match=r"has ended, and left .*report\.html"):
         locate_run("my last", "")
+
+
+def test_a_cluster_without_the_run_is_told_with_what_ended(tmp_path: Path) -> None:
+    """The cluster outlives its runs; a run that lives, on another one, is no end."""
+    error = FleetError("no run named 'first' on this cluster: no run is active there")
+    assert not_on_cluster("first", error) is error
+    directory = ended(tmp_path / "first", 4)
+    assert str(not_on_cluster("first", error)).startswith(
+        f"{error}; no run is active in {directory}"
+    )
+    assert "newest checkpoint: step_000004" in str(not_on_cluster("", error))
+    assert not_on_cluster("second", error) is error
+    active(directory)
+    assert not_on_cluster("first", error) is error
 
 
 def test_a_run_in_one_process_has_no_fleet(tmp_path: Path) -> None:

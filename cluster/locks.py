@@ -10,24 +10,20 @@ token, so that exactly one succeeds.
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
-import re
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from cluster.errors import LockHeldError, LockLostError
 from cluster.files import writing
-from cluster.processes import process_lives, process_start, this_machine
-from cluster.strict_json import dumps
+from cluster.processes import Holder
 
 logger = logging.getLogger(__name__)
 
@@ -41,76 +37,10 @@ WATCH_S = 3 * BEAT_S
 """But it is watched for at least so long: clocks of machines differ by minutes, and some
 filesystems write the client's."""
 POLL_S = 1.0
-TOKEN = re.compile(r"[0-9a-f]{16}")  # becomes part of file names
 ATTEMPTS = 100  # at a lock that others create, take over and release meanwhile
 WRITTEN_S = 1.0  # longest wait for the content of one that has just been created
 
 Verdict = Literal["held", "stale", "watch"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holder:
-    """The process that a lock names."""
-
-    token: str
-    """Of this one acquisition."""
-    host: str
-    machine: str
-    """Boot and process namespace: where process numbers mean the same."""
-    pid: int
-    started: str
-    """When the process began, which tells it from a later one of the same number."""
-    since: float
-    """When it took the lock, seconds since 1970 by its own clock."""
-    run: str = ""
-    renewed: int = 0
-    """How often, where the file has no modification time to tell (`learner.remote_owner`)."""
-
-    @classmethod
-    def this_process(cls, run: str = "") -> Self:
-        pid = os.getpid()
-        return cls(
-            token=secrets.token_hex(8),
-            host=socket.gethostname(),
-            machine=this_machine(),
-            pid=pid,
-            started=process_start(pid),
-            since=time.time(),
-            run=run,
-        )
-
-    @property
-    def here(self) -> bool:
-        """Whether this process can see that one, if it lives."""
-        return self.machine == this_machine()
-
-    @property
-    def lives(self) -> bool:
-        """Of one that is here."""
-        if not process_lives(self.pid):
-            return False
-        now = process_start(self.pid)
-        return not (now and self.started) or now == self.started
-
-    def to_bytes(self) -> bytes:
-        return (dumps(asdict(self)) + "\n").encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self | None:
-        """None if that is no lock's content."""
-        try:
-            found = json.loads(data)
-            values = {f.name: found[f.name] for f in fields(cls)}
-            numbers: dict[str, Any] = {"pid": int, "since": (int, float), "renewed": int}
-            for name, kind in numbers.items():
-                if not isinstance(values[name], kind):
-                    return None
-            texts = values.keys() - numbers.keys()
-            if not all(isinstance(values[name], str) for name in texts):
-                return None
-            return cls(**values) if TOKEN.fullmatch(values["token"]) else None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,87 @@
-"""What tells one process from every other one: its machine, its number, and when it began."""
+"""What tells one process from every other one (its machine, its number, and when it began), and how
+a lock names it."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import secrets
 import socket
 import subprocess
+import time
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Self
+
+from cluster.strict_json import dumps
+
+TOKEN = re.compile(r"[0-9a-f]{16}")  # becomes part of file names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The process that a lock names."""
+
+    token: str
+    """Of this one acquisition."""
+    host: str
+    machine: str
+    """Boot and process namespace: where process numbers mean the same."""
+    pid: int
+    started: str
+    """When the process began, which tells it from a later one of the same number."""
+    since: float
+    """When it took the lock, seconds since 1970 by its own clock."""
+    run: str = ""
+    renewed: int = 0
+    """How often, where the file has no modification time to tell (`learner.remote_owner`)."""
+
+    @classmethod
+    def this_process(cls, run: str = "") -> Self:
+        pid = os.getpid()
+        return cls(
+            token=secrets.token_hex(8),
+            host=socket.gethostname(),
+            machine=this_machine(),
+            pid=pid,
+            started=process_start(pid),
+            since=time.time(),
+            run=run,
+        )
+
+    @property
+    def here(self) -> bool:
+        """Whether this process can see that one, if it lives."""
+        return self.machine == this_machine()
+
+    @property
+    def lives(self) -> bool:
+        """Of one that is here."""
+        if not process_lives(self.pid):
+            return False
+        now = process_start(self.pid)
+        return not (now and self.started) or now == self.started
+
+    def to_bytes(self) -> bytes:
+        return (dumps(asdict(self)) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self | None:
+        """None if that is no lock's content."""
+        try:
+            found = json.loads(data)
+            values = {f.name: found[f.name] for f in fields(cls)}
+            numbers: dict[str, Any] = {"pid": int, "since": (int, float), "renewed": int}
+            for name, kind in numbers.items():
+                if not isinstance(values[name], kind):
+                    return None
+            texts = values.keys() - numbers.keys()
+            if not all(isinstance(values[name], str) for name in texts):
+                return None
+            return cls(**values) if TOKEN.fullmatch(values["token"]) else None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
 
 
 def this_machine() -> str:

@@ -6,7 +6,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ class Recorder:
         self.usage = Usage(time.time())
         """How much each role worked since now."""
 
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """While the block writes one of the run's files, which must still be this process's."""
+        self._run.check_owned()
+        with writing(path):
+            yield
+
     def record(
         self,
         row: dict[str, Any],
@@ -57,15 +65,15 @@ class Recorder:
         spans: Iterable[Span],
     ) -> None:
         """Everything of one iteration."""
-        self._run.check_owned()
         iteration = row[ITERATION] - 1 + self._base
         if self._rollouts:  # before its row: a row has its rollouts
             moments = row.get("moments/version", 0)
             table = rollout_table(iteration, groups, advantages, moments)
+            self._run.check_owned()
             write_rollouts(rollout_file(self._run, iteration), table)
-        with writing(self._run.metrics):
+        with self._writing(self._run.metrics):
             self._metrics.write(dumps({**row, ITERATION: iteration}) + "\n")
-        with writing(self._run.tensorboard):
+        with self._writing(self._run.tensorboard):
             self._scalars({**row, ITERATION: iteration}, iteration)
             self._histograms(advantages, iteration)
             if "version" in row:
@@ -73,14 +81,15 @@ class Recorder:
                 self._events.add_histogram("staleness/groups", ages, iteration)
         spans = tuple(spans)
         self.usage.add(spans)
-        with writing(self._run.trace):
+        with self._writing(self._run.trace):
             self._trace.add(spans)
             self._trace.idle({use.role: use.idle for use in self.usage.shares()})
+            self._trace.flush()
 
     def exam(self, step: int, figures: Mapping[str, float]) -> None:
         """An exam while training, after so many iterations."""
         add_exam(self._run, step, figures)
-        with writing(self._run.tensorboard):
+        with self._writing(self._run.tensorboard):
             self._scalars({f"exam/{key}": value for key, value in figures.items()}, step)
 
     def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
@@ -106,7 +115,7 @@ class Recorder:
         with writing(self._run.tensorboard):
             self._events.close()
         with writing(self._run.trace):
-            self._trace.close()
+            self._trace.close(whole=self._run.owned)
 
 
 def add_exam(run: RunDirectory, step: int, figures: Mapping[str, float]) -> None:
@@ -152,8 +161,13 @@ class Trace:
         event = {"name": "idle share", "ph": "C", "ts": round(time.time() * 1e6), "pid": 1}
         self._write({**event, "args": values})
 
-    def close(self) -> None:
-        self._file.write("\n]\n" if self._separator == ",\n" else "[]\n")
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self, *, whole: bool = True) -> None:
+        """whole: with what makes it JSON; not if the file became another process's."""
+        if whole:
+            self._file.write("\n]\n" if self._separator == ",\n" else "[]\n")
         self._file.close()
 
     def _write(self, event: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Self
 
 from cluster.errors import LockHeldError, LockLostError, TesseraError
-from cluster.locks import Holder, Sight, described
+from cluster.locks import Sight, described
+from cluster.processes import Holder
 from learner.mirror import Mirror
 
 logger = logging.getLogger(__name__)

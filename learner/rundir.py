@@ -60,6 +60,15 @@ class RunDirectory:
         if self.lock is not None:
             self.lock.check()
 
+    @property
+    def owned(self) -> bool:
+        """Whether no other process took the directory over."""
+        try:
+            self.check_owned()
+        except LockLostError:
+            return False
+        return True
+
     def check_remote(self) -> None:
         """The same, before anything is written to `output.checkpoint_url`.
 

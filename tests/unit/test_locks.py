@@ -17,8 +17,8 @@ import pytest
 
 from cluster import locks
 from cluster.errors import LockHeldError, LockLostError
-from cluster.locks import OWNER, Holder, Sight, acquire, judge, locked, look, owner_of
-from cluster.processes import process_start, this_machine
+from cluster.locks import OWNER, Sight, acquire, judge, locked, look, owner_of
+from cluster.processes import Holder, process_start, this_machine
 
 WAIT_S = 60.0
 OWNING = """

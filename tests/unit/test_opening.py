@@ -11,8 +11,9 @@ import pytest
 
 from cluster import paths
 from cluster.errors import ConfigError, LockHeldError
-from cluster.locks import OWNER, Holder, acquire
+from cluster.locks import OWNER, acquire
 from cluster.paths import default_root, output_path
+from cluster.processes import Holder
 from learner.opening import Opening, choose, newest
 from learner.run import REFUSED, main, parse
 from learner.rundir import CONFIG, RunDirectory

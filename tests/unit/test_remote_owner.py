@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import CheckpointError, ConfigError, LockHeldError, LockLostError
-from cluster.locks import Holder
+from cluster.processes import Holder
 from learner import remote_owner
 from learner.mirror import Mirror
 from learner.opening import Opening

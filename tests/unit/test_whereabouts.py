@@ -18,8 +18,8 @@ import pytest
 
 from cluster import scale, status, stop, user_files
 from cluster.errors import FleetError
-from cluster.locks import OWNER, Holder, locked
-from cluster.processes import process_lives
+from cluster.locks import OWNER, locked
+from cluster.processes import Holder, process_lives
 from cluster.whereabouts import (
     WHEREABOUTS,
     Place,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +41,9 @@ def logged() -> Iterator[list[str]]:
     """Messages that the packages log while the test runs."""
     with messages() as found:
         yield found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_are_not_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Runs of tests are not remembered among those of whoever tests; subprocesses inherit it."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))

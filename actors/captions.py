@@ -13,6 +13,13 @@ Shapes: n tokens of a caption, D width of the encoder.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program import run_command
+
+    sys.exit(run_command("actors.captions"))
+
 import html
 import re
 import sys
@@ -289,7 +296,3 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; nothing was written", file=sys.stderr)
         return INTERRUPTED
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

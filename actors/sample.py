@@ -11,6 +11,13 @@ Shapes: N images, B batch, T tokens, H and W pixels.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program import run_command
+
+    sys.exit(run_command("actors.sample"))
+
 import dataclasses
 import sys
 import time
@@ -43,6 +50,7 @@ from cluster.invocation import command_of
 from cluster.locks import locked, locked_file
 from cluster.messages import Condition, RequestKey, SamplingSpec
 from cluster.paths import output_path
+from cluster.streams import printable
 from cluster.strict_json import dumps
 
 STREAM = "sample"
@@ -242,9 +250,8 @@ def _write(plan: Plan) -> None:
             advance(len(images))
     sheet.save(out / "grid.png")
     record = describe(plan) | {"seconds": round(time.monotonic() - start, 3)}
-    (out / "samples.json").write_text(
-        dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = printable(dumps(record, indent=2, ensure_ascii=False))
+    (out / "samples.json").write_text(text + "\n", encoding="utf-8")
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -301,7 +308,3 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     print(f"{plan.num_images} images of {len(plan.conditions)} conditions: {plan.config.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,6 +8,13 @@ bit.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program import run_command
+
+    sys.exit(run_command("actors.weights"))
+
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -313,7 +320,3 @@ def _human(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

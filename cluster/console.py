@@ -36,7 +36,7 @@ def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
     terminal = stream is not None and stream.isatty() and not dumb
-    console = Console(
+    console = _Console(
         stderr=stderr,
         width=width,
         force_terminal=terminal,
@@ -47,6 +47,13 @@ def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
     if console.width < NARROWEST:  # COLUMNS=0, say
         console.width = USUAL
     return console
+
+
+class _Console(Console):
+    @property
+    def encoding(self) -> str:
+        """The stream's, so that tables have no lines that it cannot show."""
+        return (getattr(self.file, "encoding", None) or "utf-8").lower()
 
 
 def exit_status(work: Callable[[], None]) -> int:

@@ -26,6 +26,15 @@ class UnreachableError(FleetError):
     """Nothing takes a connection where a cluster is said to be."""
 
 
+class StopRequestedError(TesseraError):
+    """The user asked the run to stop while it waited for something."""
+
+
+class LostWhileStoppingError(StopRequestedError):
+    """A worker was lost after the run was asked to stop, and nobody takes its place: what it had
+    reached since the last checkpoint is lost."""
+
+
 class LearnerLostError(FleetError):
     """The learner is gone, with what it learned since the last checkpoint."""
 

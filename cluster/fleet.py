@@ -14,23 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import NewType, Protocol, Self, TypeVar
+from typing import Any, NewType, Protocol, Self, TypeVar
 
 import numpy as np
 
 from cluster.checks import ScoreChecks, check_rollouts
 from cluster.control import Progress
-from cluster.errors import ConfigError, LearnerLostError, TesseraError
+from cluster.errors import ConfigError, LearnerLostError, StopRequestedError
 from cluster.messages import GroupScores, SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, Role, SamplerRole
 
 Ticket = NewType("Ticket", int)
 Result = TypeVar("Result")
 STOPPED = "stopped while sampling"
-
-
-class StopRequestedError(TesseraError):
-    """The user asked the run to stop while it waited for groups."""
 
 
 class Fleet(Protocol):
@@ -129,9 +125,8 @@ class InlineFleet:
     restarts = 0
 
     def __init__(self, plan: FleetPlan, should_stop: Callable[[], bool] = lambda: False) -> None:
-        def build(index: int = 0, *, role: str) -> object:
-            spec = getattr(plan, role)
-            return spec.factory(spec.config, name=spec.worker_name(index))
+        def build(role: Role) -> Any:
+            return role.factory(role.config, name=role.worker_name(0))
 
         if plan.learner.count > 1:
             raise ConfigError(
@@ -140,13 +135,11 @@ class InlineFleet:
             )
         self._should_stop = should_stop
         self._base: WeightSnapshot | None = None
-        self.learner: LearnerRole = build(role="learner")  # type: ignore[assignment]
-        self.moments: MomentsRole = build(role="moments_server")  # type: ignore[assignment]
-        self._sampler: SamplerRole = build(role="sampler")  # type: ignore[assignment]
+        self.learner: LearnerRole = build(plan.learner)
+        self.moments: MomentsRole = build(plan.moments_server)
+        self._sampler: SamplerRole = build(plan.sampler)
         self._plan = plan
-        self._servers: dict[str, RewardServerRole] = {
-            role.name: role.factory(role.config, name=role.worker_name(0)) for role in plan.servers
-        }
+        self._servers: dict[str, RewardServerRole] = {r.name: build(r) for r in plan.servers}
         self._submitted: dict[Ticket, list[SampleRequest]] = {}
         self._done: dict[Ticket, list[ScoredGroup]] = {}
         self._tickets = 0

@@ -17,6 +17,7 @@ from cluster.ray_private import started
 from cluster.roles import FleetPlan, Role
 from cluster.runtime import RaySession
 from cluster.secrets import equipped, secret_variables
+from cluster.signals import shielded
 
 
 def actor_class(factory: Callable[..., Any], groups: Mapping[str, int]) -> Any:
@@ -73,7 +74,7 @@ class Launcher:
         environment, secrets = secret_variables(role.runtime_env or {})
         if environment:
             options["runtime_env"] = environment
-        factory = equipped(role.factory, secrets, current(), self._directory)
+        factory = shielded(equipped(role.factory, secrets, current(), self._directory))
         actor = wrap(factory, {pulse.GROUP: 1, **threads}).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         return Worker(role, index, handle, started(handle), addition)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.streams import console_failure
+
 PACKAGES = ("actors", "cluster", "learner", "rewards")
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 TIME = "%Y-%m-%d %H:%M:%S%z"
@@ -52,7 +54,14 @@ class RunLog(logging.FileHandler):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
-        self._failed = False
+        self._failed = self._console_told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._console_told and (why := console_failure()):
+            self._console_told = True
+            note = f"note: the console cannot be written, the run goes on: {why}"
+            super().emit(logger.makeRecord(__name__, logging.WARNING, "", 0, note, (), None))
+        super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (its name there)
         if not self._failed:

@@ -75,7 +75,7 @@ class RayFleet:
             lambda: self._in_flight.editions,
             self._sampler_lost,
         )
-        self._budget = RestartBudget(plan.max_restarts)
+        self._budget = RestartBudget(plan.max_restarts, stopping=should_stop)
         self._pulse = Pulse(plan.heartbeat_s, self._listening)
         self._keepers = Keepers(
             plan, self._launch_keeper, self._answer, self._attend, self._budget, self._listening
@@ -97,7 +97,12 @@ class RayFleet:
         )
         self._calls = self._in_flight.calls
         self._tickets = Tickets(
-            plan, self._listening, self._turn, lambda: self._should_stop(), self._who_is_there
+            plan,
+            self._listening,
+            self._turn,
+            lambda: self._should_stop(),
+            self._who_is_there,
+            lambda: next((pool.role.name for pool in self.pools if not pool.workers), ""),
         )
         self._answers = self._tickets.answers
 
@@ -378,6 +383,7 @@ class RayFleet:
         """One that serves, once there is one."""
         began = time.monotonic()
         while not pool.of(State.SERVING):
+            self._tickets.stop_if_asked()
             if self._listening.silence(began) > self._plan.timeout_s:
                 raise FleetError(
                     f"no {pool.role.name} was ready within {self._plan.timeout_s:g} s: is the "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cluster.errors import FleetError
+from cluster.errors import FleetError, LostWhileStoppingError
 
 PERIOD_S = 3600.0
 LONGEST_DELAY_S = 60.0
@@ -24,10 +25,16 @@ class RestartBudget:
     Args:
         most: replacements of a worker within the period; one more ends the run.
         period_s: seconds.
+        stopping: whether the run was asked to stop: nobody is replaced any more.
     """
 
-    def __init__(self, most: int, period_s: float = PERIOD_S) -> None:
-        self._most, self._period_s = most, period_s
+    def __init__(
+        self,
+        most: int,
+        period_s: float = PERIOD_S,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._most, self._period_s, self.stopping = most, period_s, stopping
         self._slots: dict[str, _Slot] = {}
         self.spent = 0
         """Replacements so far, of all workers."""
@@ -38,7 +45,10 @@ class RestartBudget:
 
         Raises:
             FleetError: it was replaced too often.
+            LostWhileStoppingError: the run stops.
         """
+        if self.stopping():
+            raise LostWhileStoppingError(f"{name} {why} while the run stopped")
         slot = self._slots.setdefault(name, _Slot())
         while slot.times and now - slot.times[0] > self._period_s:
             slot.times.popleft()

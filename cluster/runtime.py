@@ -37,6 +37,7 @@ from cluster.machine import check_machine, shared_memory, why_not_started
 from cluster.object_store import store_on_disk
 from cluster.ray_private import clusters_here, loopback, worker_paths
 from cluster.ray_token import AUTH_MODE, ensure_token, find_token, no_token, shows_token, token
+from cluster.signals import held
 
 logger = logging.getLogger(__name__)
 
@@ -251,10 +252,11 @@ class RaySession:
         cluster = cluster or find_cluster(config)
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
         quiet |= worker_paths(current())
-        if cluster:
-            _join(cluster, quiet)
-        else:
-            _start(config, quiet)
+        with held():  # Ray installs handlers, and one that crashes at SIGTERM
+            if cluster:
+                _join(cluster, quiet)
+            else:
+                _start(config, quiet)
         self.joined = cluster is not None
 
     @property

@@ -9,6 +9,13 @@ New workers serve once they are warm; those that leave finish what they have in 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program import run_command
+
+    sys.exit(run_command("cluster.scale"))
+
 import sys
 import time
 from collections.abc import Mapping
@@ -107,10 +114,3 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join([f"run {run.name}", *lines(status)]))
 
     return exit_status(work)
-
-
-if __name__ == "__main__":
-    # Imported under its own name, so that messages keep their modules on both sides.
-    from cluster.scale import main as imported_main
-
-    sys.exit(imported_main())

@@ -8,6 +8,13 @@ python -m cluster.status --json              for programs
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program import run_command
+
+    sys.exit(run_command("cluster.status"))
+
 import contextlib
 import os
 import sys
@@ -311,10 +318,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     return exit_status(lambda: report(asked))
-
-
-if __name__ == "__main__":
-    # Imported under its own name, so that messages keep their modules on both sides.
-    from cluster.status import main as imported_main
-
-    sys.exit(imported_main())

@@ -6,6 +6,13 @@ python -m cluster.stop --run NAME         without: what came after its newest on
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program import run_command
+
+    sys.exit(run_command("cluster.stop"))
+
 import sys
 import time
 from collections.abc import Callable
@@ -119,10 +126,3 @@ def main(arguments: list[str] | None = None) -> int:
             print("stopped; what it kept is in its run directory, where --resume goes on")
 
     return exit_status(work)
-
-
-if __name__ == "__main__":
-    # Imported under its own name, so that messages keep their modules on both sides.
-    from cluster.stop import main as imported_main
-
-    sys.exit(imported_main())

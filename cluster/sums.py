@@ -28,7 +28,8 @@ def sha256_of(file: Path, advance: Callable[[int], None] = lambda size: None) ->
 
 def write_sum(file: Path, digest: str) -> None:
     """Note the SHA-256 of a file beside it."""
-    sum_file(file).write_text(f"{digest}  {file.name}\n")
+    line = f"{digest}  {file.name}\n"
+    sum_file(file).write_text(line, encoding="utf-8", errors="surrogateescape")
 
 
 def verify_sum(file: Path, advance: Callable[[int], None] = lambda size: None) -> bool:
@@ -40,7 +41,7 @@ def verify_sum(file: Path, advance: Callable[[int], None] = lambda size: None) -
     note = sum_file(file)
     if not note.is_file():
         return False
-    expected = note.read_text().split()[:1]
+    expected = note.read_text(encoding="utf-8", errors="surrogateescape").split()[:1]
     found = sha256_of(file, advance)
     if expected != [found]:
         raise CheckpointError(

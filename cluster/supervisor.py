@@ -109,6 +109,10 @@ class Supervisor:
             self._stop(worker)
             pool.replace(worker)
             return
+        if self._budget.stopping():  # with those that are left, or without
+            pool.drop(worker)
+            logger.warning("%s %s while the run stops: nobody takes its place", worker.name, why)
+            return
         delay = self._budget.spend(worker.name, why, time.monotonic())
         self._stop(worker)
         later = f" in {delay:g} s" if delay else ""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.errors import FleetError
+from cluster.errors import FleetError, LostWhileStoppingError
 from cluster.fleet import STOPPED, StopRequestedError, Ticket
 from cluster.listening import Listening
 from cluster.messages import (
@@ -114,9 +114,11 @@ class Tickets:
         turn: Callable[[], bool],
         should_stop: Callable[[], bool],
         who_is_there: Callable[[], str],
+        lacking: Callable[[], str] = lambda: "",
     ) -> None:
         self._plan, self._listening, self._turn = plan, listening, turn
         self._should_stop, self._who_is_there = should_stop, who_is_there
+        self._lacking = lacking
         self.answers: dict[Ticket, Answers] = {}
         """Of what somebody waits for."""
         self._issued = 0
@@ -183,12 +185,15 @@ class Tickets:
 
         Raises:
             StopRequestedError: a stop is asked for, and it is not to `finish` all the same.
+            LostWhileStoppingError: it is, but nobody is left who could.
             FleetError: nothing happens for too long.
         """
         progress, limit = time.monotonic(), self._plan.timeout_s
         while not there():
             if not finish:
                 self.stop_if_asked()
+            elif self._should_stop() and (role := self._lacking()):
+                raise LostWhileStoppingError(f"no {role} is left")
             if self._turn():
                 progress = time.monotonic()
             elif self._listening.silence(progress) > limit:

@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 
 from cluster.control import Progress
-from cluster.errors import LearnerLostError
-from cluster.fleet import Fleet, InlineFleet, StopRequestedError
+from cluster.errors import (
+    FleetError,
+    LearnerLostError,
+    LostWhileStoppingError,
+    StopRequestedError,
+)
+from cluster.fleet import Fleet, InlineFleet
 from cluster.messages import ScoredGroup
 from cluster.whereabouts import resume_command
 from learner import evaluate, records
-from learner.checkpoint import Checkpoint, restore
+from learner.checkpoint import Checkpoint, name_of, restore
 from learner.conditions import ConditionsConfig
 from learner.config import RunConfig
 from learner.distribution import RewardSpace, set_reference
@@ -95,18 +100,42 @@ class Experiment:
 
     def _begin_to_end(self) -> bool:
         self._tell("before training")
+        lost = ""
         try:
             done = self._train_through()
             if done == self._config.iterations:
                 return True
-            if self._last_checkpoint():
-                self._checkpoint(done)
             stopped = f"after {done} of {self._config.iterations} iterations"
-        except StopRequestedError:  # training itself ends without it
+            lost = self._keep_the_last(done if self._last_checkpoint() else None)
+        except StopRequestedError as error:  # training itself ends without it
             stopped = self._newest.stage
-        self._checkpoints.wait()
-        logger.info(f"stopped {stopped}; go on with\n  {resume_command(self._run.path)}")
+            lost = self._keep_the_last(None)
+            if isinstance(error, LostWhileStoppingError):
+                lost = str(error)
+        self._tell_stopped(stopped, lost)
         return False
+
+    def _keep_the_last(self, done: int | None) -> str:
+        """Write the checkpoint that a stop ends with, if one is wanted, and finish what is in the
+        making; returns why that cannot be, where a worker that is needed for it is gone."""
+        try:
+            if done is not None:
+                self._checkpoint(done)
+            self._checkpoints.wait()
+        except (FleetError, LostWhileStoppingError) as error:
+            self._checkpoints.abandon()
+            return str(error)
+        return ""
+
+    def _tell_stopped(self, stopped: str, lost: str) -> None:
+        text = f"stopped {stopped}"
+        if lost:
+            steps = self._checkpoints.steps()
+            newest = f"the newest is {name_of(steps[-1])}" if steps else "there is none"
+            text += f", without a checkpoint of where it was ({lost}); {newest}"
+        if self._run.kept_anything():
+            text += f"; go on with\n  {resume_command(self._run.path)}"
+        (logger.warning if lost else logger.info)(text)
 
     def _train_through(self) -> int:
         """Training and what comes after it, from the beginning or the newest checkpoint; and again
@@ -119,6 +148,8 @@ class Experiment:
                     self._finish()
                 return done
             except LearnerLostError as error:
+                if self._should_stop():
+                    raise LostWhileStoppingError(f"{error} while the run stopped") from error
                 self._fleet.recover_learner(error)
 
     def _train(self, first: int) -> int:
@@ -323,13 +354,13 @@ class Experiment:
         # a directory that was made again from a checkpoint has no images of the base policy
         there = {name: file for name, file in sheets.items() if file.is_file()}
         save_side_by_side(there, gallery / BEFORE_AFTER)
+        self._fleet.attend_while(lambda: write_report(self._run, self._config, self._rows))
         if self._rows:
             self._console.table(self._rows)
         if self._shares:
             inline = isinstance(self._fleet, InlineFleet)
             advice = bottleneck(self._shares, self._config.max_staleness, inline=inline)
             self._console.timeline(self._shares, advice)
-        self._fleet.attend_while(lambda: write_report(self._run, self._config, self._rows))
         logger.info(
             f"gallery: {gallery / BEFORE_AFTER}\nreport:  {self._run.report}\n"
             f"everything is in {self._run.path}"

@@ -15,6 +15,7 @@ from cluster.files import writing
 from cluster.invocation import command_of
 from cluster.locks import OWNER, acquire, owner_of
 from cluster.paths import default_root, output_path
+from cluster.streams import printable
 from cluster.whereabouts import check_run_name
 from learner.config import RunConfig, parse_yaml
 from learner.mirror import Mirror
@@ -46,10 +47,10 @@ class Opening:
             ConfigError: another process owns it, or it holds something else.
             StorageError: it cannot be written.
         """
-        path = self.path
-        if path is None:
-            path = new_name()
-        elif self.saved is None or self.sealed is not None:
+        path = self.path or new_name()
+        if printable(path) != str(path):  # TensorBoard, for one, cannot write there
+            raise ConfigError(f"the run directory {printable(path)} is not UTF-8: name another")
+        if self.path is not None and (self.saved is None or self.sealed is not None):
             RunDirectory.check_unused(path)
         with writing(path, then="start again, or name another directory by --run-dir"):
             path.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,13 @@ Arithmetic alone (`learner.memory`, `learner.gpus`): no GPU, no weights.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program import run_command
+
+    sys.exit(run_command("learner.plan"))
+
 import bisect
 import dataclasses
 import sys
@@ -181,9 +188,3 @@ def show_gpus(gpus: list[Gpu], size: float) -> None:
             f"GPU {', '.join(crowded)} does not fit ({SPARE:.0%} kept free): give its processes "
             "larger shares (num_gpus), so that fewer are together, or lower learner.microbatch"
         )
-
-
-if __name__ == "__main__":
-    from learner.plan import main as imported_main
-
-    sys.exit(imported_main())

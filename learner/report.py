@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from cluster.streams import printable
 from cluster.strict_json import number
 from learner.config import RunConfig, dump
 from learner.metrics import read_metrics
@@ -47,7 +48,7 @@ def write_report(
         gallery=_encoded(run.gallery / BEFORE_AFTER),
         config=dump(config),
     )
-    run.report.write_text(page, encoding="utf-8")
+    run.report.write_text(printable(page), encoding="utf-8")
 
 
 def image_rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -6,13 +6,18 @@ leaves everything in a run directory.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program import run_command
+
+    sys.exit(run_command("learner.run"))
+
 import logging
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Annotated
 
 import tyro
@@ -26,6 +31,8 @@ from cluster.help import answer_help, asks_help
 from cluster.invocation import command_of
 from cluster.preflight import Findings
 from cluster.runtime import check_ray, local_resources
+from cluster.signals import StopFlag, handled_by, held
+from cluster.streams import safe_streams
 from cluster.user_files import remember_run
 from cluster.whereabouts import WHEREABOUTS, announced
 from learner.config import (
@@ -110,43 +117,6 @@ class Arguments:
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
-class StopFlag:
-    """Set by the first Ctrl-C or SIGTERM: the run then ends where nothing is lost. A second one
-    ends it at once."""
-
-    def __init__(self) -> None:
-        self._set = False
-        self.checkpoint = True
-        """Whether the run is to write a checkpoint where it ends."""
-
-    def __call__(self) -> bool:
-        return self._set
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if self._set:
-            raise KeyboardInterrupt
-        self._set = True
-        logger.info("stopping at the next safe point; once more to stop at once")
-
-    def ask(self, checkpoint: bool) -> None:
-        """What `python -m cluster.stop` does."""
-        if not self._set:
-            self._set, self.checkpoint = True, checkpoint
-            how = "with" if checkpoint else "without"
-            logger.info(f"asked to stop: stopping at the next safe point, {how} a checkpoint")
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Handle the signals while the block runs."""
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self.handle) for number in signals]
-        try:
-            yield
-        finally:
-            for number, handler in zip(signals, before):
-                signal.signal(number, handler)
-
-
 def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, Opening]:
     """Command line to a validated configuration, and the run directory that is meant.
 
@@ -202,13 +172,19 @@ def _main(arguments: list[str] | None, console: Console) -> int:
             if command.dry_run:
                 return dry_run(config, found)
             found.enforce()
+            stop = StopFlag()
+            owned.enter_context(handled_by(stop.handle))
+            start = owned.enter_context(ExitStack())
+            start.callback(stop.begin)
+            if not command.inline:  # from before any thread is there that Ray's handlers could hit
+                start.enter_context(held())
             run = owned.enter_context(opening.take(config))
             if command.from_step is not None:  # before a fleet is started for nothing
                 Checkpoints(run, config).at(command.from_step)
         except (TesseraError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return REFUSED
-        return carry_out(command, config, run, console, listed(found))
+        return carry_out(command, config, run, console, stop, start.close, listed(found))
 
 
 def carry_out(
@@ -216,28 +192,37 @@ def carry_out(
     config: RunConfig,
     run: RunDirectory,
     console: Console,
+    stop: StopFlag,
+    started: Callable[[], None],
     told: Sequence[str] = (),
 ) -> int:
     """The run, on the fleet that it asks for; returns the exit status.
 
     Args:
+        started: called when the fleet is there.
         told: what is to be told first.
     """
-    with logs.to_file(run.log), RunConsole(config.iterations, console) as shown:
-        stop = StopFlag()
+    with (
+        safe_streams(output_is_all=False),
+        logs.to_file(run.log),
+        RunConsole(config.iterations, console) as shown,
+    ):
         try:
             for line in told:
                 logger.info(line)
             logger.info(starting(command, config))
             for line in changed_since(config.rewards.files):
                 logger.warning(f"note: {line}")
-            opened = open_fleet(command, config, run, stop)
-            # once more inside, since Ray puts a handler of its own in the place of SIGTERM's
-            with stop.installed(), opened as fleet, stop.installed():
+            with open_fleet(command, config, run, stop) as fleet:
+                started()
                 experiment = Experiment(
                     config, run, fleet, shown, stop, command.from_step, lambda: stop.checkpoint
                 )
-                return 0 if experiment.run() else INTERRUPTED
+                if experiment.run():
+                    return 0
+            if not run.kept_anything():
+                logger.info(run.farewell())
+            return INTERRUPTED
         except LockLostError as error:  # what is in the directory is another process's
             logger.error(f"error: {error}")
             return FAILED
@@ -310,10 +295,3 @@ def dry_run(config: RunConfig, found: Findings) -> int:
     for line in placement_lines(config, cpus, gpus):
         print(f"#   {line}")
     return REFUSED if found.problems else 0
-
-
-if __name__ == "__main__":
-    # Imported under its own name, so that what it defines reaches workers as learner.run.
-    from learner.run import main as imported_main
-
-    sys.exit(imported_main())

@@ -161,7 +161,7 @@ class RunDirectory:
         if any(self.checkpoints.glob("step_*")) or self.evaluation.is_file():
             return f"what was kept is in {self.path}; go on with\n  {resume_command(self.path)}"
         if not any(file.is_file() for file in self.path.rglob("*") if file.name not in BEGINNING):
-            shutil.rmtree(self.path)
+            shutil.rmtree(self.path, ignore_errors=True)  # NFS keeps the name of an open log
             return "nothing was kept"
         return f"what was kept is in {self.path}"
 

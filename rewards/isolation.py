@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from cluster.logs import PACKAGES
+from cluster.streams import printable
 
 logger = logging.getLogger(__name__)
 
@@ -322,7 +323,7 @@ def describe(error: BaseException) -> str:
     whole = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in whole if not _passes_on(frame.filename)]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {words}{place}"
+    return printable(f"{type(error).__name__}: {words}{place}")
 
 
 def _passes_on(file: str) -> bool:
@@ -335,4 +336,4 @@ def one_line(words: Any) -> str:
     """Foreign words as one line of bounded length, which any file can hold."""
     text = " ".join(str(words).split())
     text = text if len(text) <= TOLD else f"{text[:TOLD]}..."
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return printable(text)

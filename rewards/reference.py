@@ -10,6 +10,13 @@ Shapes: D feature dimensions, E embedding dimensions, C classes.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program import run_command
+
+    sys.exit(run_command("rewards.reference"))
+
 import os
 import struct
 import sys
@@ -274,7 +281,3 @@ def main(arguments: list[str] | None = None) -> int:
     from rewards.reference_build import run  # it imports this module
 
     return run(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,13 +14,12 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -34,6 +33,7 @@ from cluster.invocation import command_of
 from cluster.locks import locked_file
 from cluster.paths import output_path
 from cluster.sealing import DAMAGED_ARRAYS
+from cluster.signals import STOPPING, handled_by, interrupt
 from cluster.strict_json import dumps
 from rewards.base import FeatureExtractor
 from rewards.features import FeaturesConfig, load_features
@@ -236,7 +236,8 @@ def _start_worker(
     source: ImageSource, features: FeaturesConfig, device: str, num_threads: int
 ) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends its workers
+    for number in STOPPING:  # Ctrl-C and schedulers' go to all; the parent ends its workers
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(num_threads)
     _worker = source, load_features(features, device)
 
@@ -349,7 +350,7 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         config = replace(config, out=output_path(config.out, "--out"))
         config.check()
-        with _terminable(), locked_file(config.out, f"--out {config.out}"):
+        with handled_by(interrupt), locked_file(config.out, f"--out {config.out}"):
             plan = prepare(config)
             status = FAILED
             sums = build(plan)
@@ -361,17 +362,3 @@ def run(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     print("\n".join(describe(plan, sums)))
     return 0
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM as Ctrl-C while the block runs: what was added up is saved, processes end."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -239,7 +239,7 @@ def _header(source: Source, kind: Kind) -> Mapping[str, Any]:
     if Path(source.architecture).suffix != JSON:
         named(source.architecture)  # raises: it is no name either
     try:
-        fields = json.loads(locate(source.architecture).read_text())
+        fields = json.loads(locate(source.architecture).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{source.architecture}: not valid JSON ({error})") from error
     if not isinstance(fields, dict):

@@ -9,13 +9,21 @@ with the same --out goes on.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program import run_command
+
+    sys.exit(run_command("learner.miniature.arms"))
+
 import csv
 import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +36,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import stats
 
-from cluster.console import FAILED, REFUSED, make_console
+from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.errors import ConfigError, TesseraError
 from cluster.files import replacing
 from cluster.fleet import InlineFleet
 from cluster.locks import locked
 from cluster.paths import output_path
+from cluster.streams import safe_streams
 from cluster.strict_json import dumps, number
 from learner import evaluate
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, merge, validate
@@ -113,29 +122,36 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = replace(config, out=output_path(config.out, "--out"))
         with locked(config.out, f"--out {config.out}"):
-            _run(config)
+            return _run(config)
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED if isinstance(error, ConfigError) else FAILED
-    return 0
 
 
-def _run(config: ArmsConfig) -> None:
+def _run(config: ArmsConfig) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn()) as progress:
-        run_all(config, progress)
+    try:
+        with (
+            safe_streams(output_is_all=False),
+            Progress(*columns, TimeElapsedColumn(), console=make_console()) as progress,
+        ):
+            run_all(config, progress)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the arms that are not done", file=sys.stderr)
+        return INTERRUPTED
     results = collect(config)
     write_csv(results, config.out / "results.csv")
     plot(results, config.out / "arms.png")
     console = make_console()
     report(results, console if console.is_terminal else make_console(width=WIDTH))
+    return 0
 
 
 def run_all(config: ArmsConfig, progress: Progress) -> None:
     """Build the networks of each seed, then train every arm, as many at a time as asked for."""
     workers = config.workers or len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")  # a forked process inherits torch's threads
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool, _ending_processes():
         for title, job, arguments in (
             ("building networks", build_networks, [(config, seed) for seed in config.seeds]),
             (
@@ -153,6 +169,17 @@ def run_all(config: ArmsConfig, progress: Progress) -> None:
                 if not progress.console.is_terminal:
                     what = ", ".join(str(part) for part in futures[future][1:])
                     print(f"{title}: {what} done", flush=True)
+
+
+@contextmanager
+def _ending_processes() -> Iterator[None]:
+    """An interrupt ends the processes of this one, too: an arm takes minutes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
 
 
 def build_networks(config: ArmsConfig, seed: int) -> None:
@@ -286,7 +313,3 @@ def plot(results: Results, path: Path) -> None:
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,6 +7,13 @@ classifier and a second CLIP. Deterministic from seed and number of threads, on 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program import run_command
+
+    sys.exit(run_command("learner.miniature.build"))
+
 import gzip
 import sys
 import zlib
@@ -26,6 +33,7 @@ from cluster.errors import ConfigError, TesseraError
 from cluster.invocation import command_of
 from cluster.locks import locked
 from cluster.paths import output_path
+from cluster.streams import safe_streams
 from cluster.strict_json import dumps
 from cluster.tensors import write_tensors
 from cluster.torchvision_ops import ensure_torchvision
@@ -216,7 +224,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _build(config: BuildConfig) -> int:
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn())
     try:
-        with Progress(*columns, TimeElapsedColumn()) as progress:
+        with (
+            safe_streams(output_is_all=False),
+            Progress(*columns, TimeElapsedColumn(), console=make_console()) as progress,
+        ):
             Builder(config, progress).build()
     except KeyboardInterrupt:
         print(f"stopped: {config.out} is not whole", file=sys.stderr)
@@ -231,7 +242,3 @@ def _build(config: BuildConfig) -> int:
         soft_wrap=True,
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

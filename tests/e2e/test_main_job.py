@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,8 +18,10 @@ import yaml
 from PIL import Image
 
 from actors.models.taming import TamingConfig, TamingGPT
+from cluster.errors import LearnerLostError
 from cluster.fleet import InlineFleet
 from cluster.tensors import read_tensors, write_tensors
+from cluster.whereabouts import resume_command
 from learner.experiment import Experiment
 from learner.progress import COLUMNS, RunConsole
 from learner.run import INTERRUPTED, REFUSED, main
@@ -221,8 +223,16 @@ def test_on_ray_with_more_samplers_than_cores(finished: Path, tmp_path: Path) ->
     assert recorded(tmp_path / "run") == recorded(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_writes_a_checkpoint_and_leaves_no_process(
+def signal_everybody(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """As a scheduler does: to every process of the job, whatever its group."""
+    driver = psutil.Process(process.pid)
+    for each in (*driver.children(recursive=True), driver):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.send_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_every_process_writes_a_checkpoint_and_leaves_no_process(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     options = {**OPTIONS, "iterations": 2000, "output": {"checkpoint_every": 5000}}
@@ -236,18 +246,73 @@ def test_ctrl_c_writes_a_checkpoint_and_leaves_no_process(
         assert process.poll() is None, "".join(lines_of(process))
         time.sleep(0.2)
         family.update(psutil.Process(process.pid).children(recursive=True))
-    if number is signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does: to the whole group
-    else:
-        process.send_signal(number)  # as a scheduler does
+    signal_everybody(process, number)
     text = "".join(lines_of(process))
     assert process.wait() == INTERRUPTED, text
     assert "Traceback" not in text
+    assert "takes its place" not in text
     done = len(metrics.read_text().splitlines())
     assert (run / "checkpoints" / f"step_{done:06d}" / "manifest.msgpack").is_file()
-    assert f"stopped after {done} of 2000 iterations" in text
+    assert f"stopped after {done} of 2000 iterations; go on with" in text
+    assert f"{number.name}: stopping at the next safe point" in (run / "run.log").read_text()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
+
+
+def test_a_signal_while_ray_starts_leaves_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("--run-dir", str(run))
+    driver, family = psutil.Process(process.pid), set[psutil.Process]()
+    deadline = time.monotonic() + 120
+    while len(family) < 2:
+        assert time.monotonic() < deadline, "Ray did not start"
+        time.sleep(0.05)
+        family.update(driver.children(recursive=True))
+    signal_everybody(process, signal.SIGTERM)
+    text = "".join(lines_of(process))
+    assert process.wait() == INTERRUPTED, text
+    assert text.splitlines()[1:] == ["SIGTERM: stopping", "stopped at once; nothing was kept"]
+    assert not run.exists()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+
+
+class Gone:
+    """A role of which nothing is left when a stop was asked for."""
+
+    def __init__(self, role: object, stop: Callable[[], bool]) -> None:
+        self._role, self._stop = role, stop
+
+    def __getattr__(self, name: str) -> object:
+        if self._stop():
+            raise LearnerLostError("learner-0 was lost")
+        return getattr(self._role, name)
+
+
+@pytest.mark.parametrize("role", ["learner", "moments"])
+def test_a_worker_lost_while_stopping_is_told_and_not_replaced(
+    role: str, tmp_path: Path, logged: list[str]
+) -> None:
+    config = small_config(evaluation={"num_images": 0}, iterations=9)
+    run = RunDirectory.create(str(tmp_path / "run"), config)
+    seen: list[int] = []
+
+    class Counting(RunConsole):
+        def update(self, row) -> None:
+            seen.append(row["iteration"])
+
+    def stop() -> bool:
+        return len(seen) >= 3
+
+    with Counting(9) as console, InlineFleet(config.fleet_plan(), stop) as fleet:
+        setattr(fleet, role, Gone(getattr(fleet, role), stop))
+        assert Experiment(config, run, fleet, console, stop).run() is False
+    (told,) = [line for line in logged if "stopped" in line]
+    assert told == (
+        "stopped after 3 of 9 iterations, without a checkpoint of where it was (learner-0 was "
+        f"lost); the newest is step_000002; go on with\n  {resume_command(run.path)}"
+    )
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step_000002"]
 
 
 def test_a_taming_policy_is_tuned_by_the_same_program(tmp_path: Path) -> None:

@@ -226,3 +226,14 @@ def test_a_run_in_a_job_is_resumed_by_the_same_name(package: Path) -> None:
         with opening.take(config) as run:
             assert run.path == Path.home() / "tessera-runs" / "A"
     assert list(package.iterdir()) == []
+
+
+def test_a_path_that_is_not_utf_8_is_refused_before_anything_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    opening = chosen(str(folder / "run"), resume=False)
+    with (
+        pytest.raises(ConfigError, match=r"caf\\udce9/run is not UTF-8"),
+        opening.take(small_config()),
+    ):
+        pass
+    assert not folder.exists()

@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     hidden = claim()
     started = importlib.import_module("cluster.invocation")
     started.begin(_working_directory_last(), hidden=hidden)
-    return int(importlib.import_module(COMMANDS[name][0]).main(rest))
+    program = importlib.import_module("cluster.program")
+    return int(program.run_command(COMMANDS[name][0], rest))
 
 
 def usage() -> str:

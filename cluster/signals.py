@@ -1,0 +1,184 @@
+"""Signals that end a program: SIGINT (Ctrl-C), SIGTERM (kill, scancel), SIGHUP (the terminal was
+closed), SIGUSR1 and SIGUSR2 (Slurm's `--signal`, some time before the limit).
+
+A run stops at a safe point; other commands are interrupted, as by Ctrl-C. Schedulers send such
+signals to every process of a job: those of a private Ray are started with them blocked, and workers
+leave them to the driver, so that the driver still has somebody to make the checkpoint with.
+"""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+ONE_REQUEST_S = 0.2
+"""Signals that come closer together are one request: `timeout` and shells send theirs twice."""
+LOOK_S = 0.1
+
+Handler = Callable[[int, FrameType | None], Any]
+logger = logging.getLogger(__name__)
+
+
+class StopFlag:
+    """Set by the first signal: the run then ends where nothing is lost. A second one ends it at
+    once, by a KeyboardInterrupt; while the run starts, where nothing can be lost, so does the first
+    one."""
+
+    def __init__(self) -> None:
+        self._asked: float | None = None  # when
+        self._at_once = self._started = False
+        self.checkpoint = True
+        """Whether the run is to write a checkpoint where it ends."""
+
+    def __call__(self) -> bool:
+        return self._asked is not None
+
+    def begin(self) -> None:
+        """The fleet is there, and work begins that may be lost."""
+        self._started = True
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """A signal's handler."""
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+            name = signal.Signals(number).name
+            why = "" if number == signal.SIGINT else f"{name}: "
+            if not self._started:
+                logger.info(f"{why}stopping")
+                self._at_once = True
+                raise KeyboardInterrupt
+            logger.info(f"{why}stopping at the next safe point; once more to stop at once")
+        elif self._at_once or now - self._asked > ONE_REQUEST_S:
+            self._at_once = True
+            raise KeyboardInterrupt
+
+    def ask(self, checkpoint: bool) -> None:
+        """What `python -m cluster.stop` does."""
+        if self._asked is None:
+            self._asked, self.checkpoint = time.monotonic(), checkpoint
+            how = "with" if checkpoint else "without"
+            logger.info(f"asked to stop: stopping at the next safe point, {how} a checkpoint")
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler: as Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def heeded() -> list[signal.Signals]:
+    """All of them, but for a SIGHUP that is ignored: `nohup` wants it so."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [each for each in STOPPING if not (ignored and each is signal.SIGHUP)]
+
+
+@contextmanager
+def handled_by(handler: Handler) -> Iterator[None]:
+    """Have the signals handled while the block runs, if this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in heeded()}
+    try:
+        yield
+    finally:
+        _install(before)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """For a block whose code installs handlers of its own, such as `ray.init`: the signals go on to
+    the handlers from before, which are there again at its end. Meanwhile they are blocked: also in
+    all threads and processes that the block starts, for good."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in heeded()}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+    ended = threading.Event()
+    watch = threading.Thread(target=_pass_on, args=(handlers, ended), name="signals", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        _install(handlers)
+        ended.set()
+        watch.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _install(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None:  # one that is not Python's cannot be put back
+            signal.signal(number, handler)
+
+
+def _pass_on(handlers: Mapping[signal.Signals, Any], ended: threading.Event) -> None:
+    interrupted = False
+    while not ended.is_set():
+        found = signal.sigtimedwait(list(handlers), LOOK_S)
+        if found is None:
+            continue
+        number = signal.Signals(found.si_signo)
+        if interrupted or handlers[number] is signal.SIG_DFL:
+            os._exit(128 + number)  # the main thread may be somewhere where it hears nothing
+        try:
+            if callable(handlers[number]):
+                handlers[number](number, None)
+        except KeyboardInterrupt:
+            interrupted = True
+            _thread.interrupt_main()
+
+
+def shielded(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """The same role, in whose process the signals do nothing: its driver has them, too, and ends
+    it. Processes that the role starts are ended by them as usual."""
+
+    class Shielded(factory):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            _shield()
+            super().__init__(*args, **kwargs)
+
+    Shielded.__name__ = Shielded.__qualname__ = getattr(factory, "__name__", "Shielded")
+    return Shielded
+
+
+def _shield() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in STOPPING:  # SIG_IGN, or a blocked signal, would be inherited
+        signal.signal(number, _nothing)
+    os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_as_usual)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+_before_fork = threading.local()
+
+
+def _block() -> None:
+    """Between fork and `_as_usual`, a signal would be lost on the child."""
+    _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _before_fork.mask)
+
+
+def _as_usual() -> None:
+    for number in STOPPING:
+        usual = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual)
+    _unblock()

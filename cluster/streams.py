@@ -1,0 +1,130 @@
+"""Standard streams that may fail: the reader of a pipe has gone, a disk is full, a terminal was
+closed, a character is not in the encoding. None of that is worth a run, or a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as shells count it
+NOT_WRITTEN = 1
+FAILURES = (OSError, ValueError)
+"""Of writing; ValueError is a closed file's."""
+
+
+def printable(text: object) -> str:
+    """Text that every file and console in UTF-8 takes: bytes of a file name that are not UTF-8, and
+    other lone surrogates, are written out (\\udcff)."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class SafeStream:
+    """A standard stream whose failure is noted in `failure`; what comes after it is dropped.
+
+    Args:
+        ends: a failure ends the program, quietly where the reader of a pipe has gone.
+    """
+
+    def __init__(self, stream: TextIO | None, name: str, *, ends: bool) -> None:
+        self._stream, self._name, self._ends = stream, name, ends
+        self.failure = "" if stream is not None else "it is closed"
+
+    def write(self, text: str) -> int:
+        self._attempt("write", text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self._attempt("flush")
+
+    def isatty(self) -> bool:
+        return not self.failure and self._stream is not None and self._stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _attempt(self, method: str, *text: str) -> None:
+        if self.failure or self._stream is None:
+            return
+        try:
+            getattr(self._stream, method)(*text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            self._attempt(method, *(t.encode(encoding, "replace").decode(encoding) for t in text))
+        except RuntimeError:
+            pass  # from a signal's handler that writes while something is being written
+        except FAILURES as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self.failure = getattr(error, "strerror", None) or str(error)
+        _drain(self._stream)
+        if not self._ends:
+            return
+        if getattr(error, "errno", None) == errno.EPIPE:
+            raise SystemExit(CLOSED_PIPE)
+        with suppress(*FAILURES):
+            print(f"error: the {self._name} cannot be written: {self.failure}", file=sys.stderr)
+        raise SystemExit(NOT_WRITTEN)
+
+
+def _drain(stream: TextIO | None) -> None:
+    """Let a stream's buffer go nowhere, so that the interpreter, which flushes it at its end, does
+    not complain. (https://docs.python.org/3/library/signal.html#note-on-sigpipe)"""
+    with suppress(*FAILURES):
+        number = stream.fileno() if stream is not None else -1
+        if number in (1, 2):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
+@contextmanager
+def safe_streams(*, output_is_all: bool) -> Iterator[None]:
+    """Standard output and error are `SafeStream`s while the block runs.
+
+    Args:
+        output_is_all: nobody needs the block's work if its output cannot be written: that ends it.
+    """
+    before = sys.stdout, sys.stderr
+    _open_missing()
+    sys.stdout = _safe(before[0], "standard output", ends=output_is_all)
+    sys.stderr = _safe(before[1], "standard error", ends=False)
+    try:
+        try:
+            yield
+        except SystemExit:  # as after --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def console_failure() -> str:
+    """Why the standard output cannot be written; empty if it can, as far as is known."""
+    return getattr(sys.stdout, "failure", "")
+
+
+def _safe(stream: Any, name: str, *, ends: bool) -> Any:
+    if not isinstance(stream, SafeStream):
+        return SafeStream(stream, name, ends=ends)
+    safe = SafeStream(stream._stream, name, ends=ends)
+    safe.failure = stream.failure
+    return safe
+
+
+def _open_missing() -> None:
+    """Have the numbers 0 to 2 taken, so that no other file gets them, and what somebody prints."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free

@@ -1,0 +1,101 @@
+"""A console that fails, or cannot show everything, ends no run; a command whose output nobody reads
+ends quietly."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from learner.run import main
+from tests.small_run import flags
+
+NOTE = "WARNING cluster.logs: note: the console cannot be written, the run goes on: "
+
+
+def closed_pipe() -> TextIO:
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+
+def full_disk() -> TextIO:
+    return open("/dev/full", "w")
+
+
+def ascii_only() -> TextIO:
+    return io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+
+
+CONSOLES: dict[str, tuple[Callable[[], TextIO | None], str]] = {
+    "a pipe that nobody reads": (closed_pipe, "Broken pipe"),
+    "a full disk": (full_disk, "No space left on device"),
+    "none": (lambda: None, "it is closed"),
+    "ASCII": (ascii_only, ""),
+}
+
+
+@pytest.mark.parametrize("console", CONSOLES)
+def test_a_run_goes_on_to_its_end(
+    console: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, why = CONSOLES[console]
+    stream = make()
+    run = tmp_path / "run"
+    arguments = [*flags(), "--iterations", "1", "--inline", "--run-dir", str(run)]
+    arguments += ["--evaluation.num-images", "20", "--evaluation.cfg-scales"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert main(arguments) == 0
+    assert (run / "evaluation.json").is_file()
+    assert (run / "checkpoints" / "step_000001" / "manifest.msgpack").is_file()
+    assert (run / "report.html").is_file()
+    notes = [line for line in (run / "run.log").read_text().splitlines() if NOTE in line]
+    assert [line.partition(NOTE)[2] for line in notes] == ([why] if why else [])
+    if console == "ASCII":
+        assert isinstance(stream, io.TextIOWrapper)
+        shown = stream.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+        assert "FID?" in shown
+        assert "everything is in" in shown
+    if stream is not None:
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+COMMANDS = [
+    ["learner.run", "--help"],
+    ["learner.run", "--help-all"],
+    ["learner.run", "--dry-run", "--inline"],
+    ["learner.plan"],
+    ["actors.weights", "list"],
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=" ".join)
+def test_a_command_whose_output_nobody_reads_ends_quietly(line: list[str], tmp_path: Path) -> None:
+    """All of it at once: each takes seconds to start."""
+    running = {
+        target: subprocess.Popen(
+            ["sh", "-c", f'exec "$@" {target}', "sh", sys.executable, "-m", *line],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        for target in ("", "> /dev/full", ">&-")
+    }
+    pipe = running[""]
+    assert pipe.stdout is not None
+    pipe.stdout.close()
+    errors = {target: process.communicate(timeout=300)[1] for target, process in running.items()}
+    assert (pipe.returncode, errors[""]) == (141, "")
+    full = "error: the standard output cannot be written: No space left on device\n"
+    assert (running["> /dev/full"].returncode, errors["> /dev/full"]) == (1, full)
+    assert (running[">&-"].returncode, errors[">&-"]) == (0, "")

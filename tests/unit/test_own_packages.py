@@ -163,11 +163,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_messages_name_the_command_that_was_used(
     started: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert resume_command(Path("runs/my run")) == (
-        "python -m learner.run --resume --run-dir 'runs/my run'"
-    )
+    run = Path("/runs/my run")
+    assert resume_command(run) == "python -m learner.run --resume --run-dir '/runs/my run'"
     monkeypatch.setattr(invocation, "_current", Invocation(by_name=True))
-    assert resume_command(Path("runs/my run")) == "tessera run --resume --run-dir 'runs/my run'"
+    assert resume_command(run) == "tessera run --resume --run-dir '/runs/my run'"
     assert command_of("actors.weights") == "tessera weights"
     assert command_of("learner.miniature.arms") == "python -m learner.miniature.arms"
 

@@ -293,7 +293,8 @@ class Gone:
 def test_a_worker_lost_while_stopping_is_told_and_not_replaced(
     role: str, tmp_path: Path, logged: list[str]
 ) -> None:
-    config = small_config(evaluation={"num_images": 0}, iterations=9)
+    output = {"background": False, "gallery_every": 0}
+    config = small_config(evaluation={"num_images": 0}, iterations=9, output=output)
     run = RunDirectory.create(str(tmp_path / "run"), config)
     seen: list[int] = []
 
@@ -312,7 +313,7 @@ def test_a_worker_lost_while_stopping_is_told_and_not_replaced(
         "stopped after 3 of 9 iterations, without a checkpoint of where it was (learner-0 was "
         f"lost); the newest is step_000002; go on with\n  {resume_command(run.path)}"
     )
-    assert [path.name for path in run.checkpoints.iterdir()] == ["step_000002"]
+    assert [path.name for path in run.checkpoints.glob("step_*")] == ["step_000002"]
 
 
 def test_a_taming_policy_is_tuned_by_the_same_program(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from actors.caption_files import (
     read_captions,
     write_caption_features,
 )
-from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
+from cluster.console import counting, exit_status
 from cluster.errors import ConfigError, TesseraError
 from cluster.invocation import command_of
 from cluster.locks import locked_file
@@ -284,15 +284,8 @@ def _encode(config: CaptionsConfig, features: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     config = tyro.cli(CaptionsConfig, args=arguments, prog=command_of("actors.captions"))
-    try:
-        encode_file(config)
-    except TesseraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return exit_status(
+        lambda: encode_file(config),
+        refused=(TesseraError,),
+        stopped="stopped; nothing was written",
+    )

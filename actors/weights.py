@@ -46,8 +46,8 @@ from actors.models.vq import VQConfig
 from actors.models.zoo import MODELS, Kind, NamedModel, named, weights_directory
 from actors.sample_source import complete_checkpoints
 from cluster import logs
-from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
-from cluster.errors import CheckpointError, ConfigError, TesseraError
+from cluster.console import exit_status, make_console
+from cluster.errors import CheckpointError, ConfigError
 from cluster.files import replacing
 from cluster.invocation import command_of
 from cluster.locks import locked_file
@@ -127,19 +127,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog=command_of("actors.weights"),
         description=__doc__,
     )
-    try:
-        with logs.to_console(make_console()):
-            commands[type(command)](command)
-    except (ConfigError, UnreachableError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
-    except TesseraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it can", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    with logs.to_console(make_console()):
+        return exit_status(
+            lambda: commands[type(command)](command),
+            refused=(ConfigError, UnreachableError),
+            stopped="stopped; the same command goes on where it can",
+        )
 
 
 def run_fetch(command: FetchCommand) -> None:

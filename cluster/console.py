@@ -56,14 +56,25 @@ class _Console(Console):
         return (getattr(self.file, "encoding", None) or "utf-8").lower()
 
 
-def exit_status(work: Callable[[], None]) -> int:
-    """Do a command's work; what it raises becomes a message and an exit status."""
+def exit_status(
+    work: Callable[[], object],
+    refused: tuple[type[TesseraError], ...] = (),
+    stopped: str = "",
+) -> int:
+    """Do a command's work; what it raises becomes a message and an exit status.
+
+    Args:
+        refused: errors that mean that nothing was begun.
+        stopped: what to say when the user interrupts it.
+    """
     try:
         work()
-    except TesseraError as error:
+    except (TesseraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return REFUSED if isinstance(error, refused) else FAILED
     except KeyboardInterrupt:
+        if stopped:
+            print(stopped, file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +181,14 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
         raise InputLostError(f"{what}: the answer was lost ({error})") from None
     except RayError as error:
         raise FleetError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def ready_of(refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
+    """Wait until one of some references is there; returns all that are, or none in time."""
+    if not refs:
+        time.sleep(timeout_s)
+        return []
+    refs = list(refs)
+    if not ray.wait(refs, num_returns=1, timeout=timeout_s)[0]:
+        return []
+    return list(ray.wait(refs, num_returns=len(refs), timeout=0)[0])

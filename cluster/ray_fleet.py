@@ -33,7 +33,7 @@ from cluster.placement import Placement
 from cluster.pool import State, Worker, WorkerPool
 from cluster.publisher import publisher_of
 from cluster.pulse import Pulse
-from cluster.ray_calls import RemoteRole, answer, how_ended, too_late
+from cluster.ray_calls import RemoteRole, answer, how_ended, ready_of, too_late
 from cluster.restarts import RestartBudget
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.runtime import RaySession
@@ -306,7 +306,7 @@ class RayFleet:
         self._dispatch()
         starting = {worker.ready: (pool, worker) for pool, worker in self._supervisor.starting()}
         refs = [*others, *self._calls, *self._delivery.under_way, *starting, *self._steward.refs()]
-        took = [self._take(ref, starting) for ref in _ready(refs, min(timeout_s, LOOK_S))]
+        took = [self._take(ref, starting) for ref in ready_of(refs, min(timeout_s, LOOK_S))]
         if self._listening.look():
             self._steward.restart()  # what waited for this process did not wait for workers
         return self._judge() or any(took)
@@ -391,14 +391,3 @@ class RayFleet:
                 )
             self._turn()
         return pool.of(State.SERVING)[0]
-
-
-def _ready(refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
-    """Wait until one of some references is there; returns all that are, or none in time."""
-    if not refs:
-        time.sleep(timeout_s)
-        return []
-    refs = list(refs)
-    if not ray.wait(refs, num_returns=1, timeout=timeout_s)[0]:
-        return []
-    return list(ray.wait(refs, num_returns=len(refs), timeout=0)[0])

@@ -91,7 +91,7 @@ class Command:
     """As --resume, or a new run where --run-dir holds none yet: one command line for the first
     start and every requeue of a job."""
     from_step: int | None = None
-    """With --resume: go on from the checkpoint of this step. Later ones are set aside, later rows
+    """Go on from the checkpoint of this step, with --resume. Later ones are set aside, later rows
     dropped."""
     inline: bool = False
     """Every role in this process, without Ray."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from huggingface_hub.utils import WeakFileLock
 from huggingface_hub.utils.logging import set_verbosity_error
 
 from cluster import logs
-from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
+from cluster.console import exit_status, make_console
 from cluster.errors import CheckpointError, ConfigError, DataError, TesseraError, did_you_mean
 from cluster.invocation import command_of
 from cluster.sums import sha256_of, verify_sum, write_sum
@@ -242,16 +241,9 @@ def run(arguments: list[str]) -> int:
     """The command; returns the exit status."""
     command = tyro.cli(FetchReference, args=arguments, prog=fetch_command())
     folder = Path(command.directory).expanduser() if command.directory else weights_directory()
-    try:
-        with logs.to_console(make_console()):
-            fetch(named(command.name), folder)
-    except (ConfigError, UnreachableError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
-    except TesseraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    with logs.to_console(make_console()):
+        return exit_status(
+            lambda: fetch(named(command.name), folder),
+            refused=(ConfigError, UnreachableError),
+            stopped="stopped; the same command goes on where it was",
+        )

@@ -19,7 +19,8 @@ from actors.models.taming import TamingConfig, TamingGPT
 from actors.models.taming_files import official_policy_tensors
 from actors.models.vq import VQConfig, VQTokenizer
 from actors.models.zoo import named
-from actors.weights import FAILED, INTERRUPTED, REFUSED, main
+from actors.weights import main
+from cluster.console import FAILED, INTERRUPTED, REFUSED
 from cluster.paths import MANIFEST
 from cluster.tensors import read_config, read_tensors, write_tensors
 from tests.unit.helpers import TINY, tiny_policy

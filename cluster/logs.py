@@ -8,6 +8,7 @@ others from WARNING on, and what goes through `warnings` is logged, too.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import traceback
 import warnings
@@ -60,6 +61,7 @@ class RunLog(logging.FileHandler):
         if not self._console_told and (why := console_failure()):
             self._console_told = True
             note = f"note: the console cannot be written, the run goes on: {why}"
+            print(note, file=sys.stderr)
             super().emit(logger.makeRecord(__name__, logging.WARNING, "", 0, note, (), None))
         super().emit(record)
 

@@ -43,7 +43,8 @@ def place(plan: FleetPlan, cpus: float, gpus: float) -> list[Placement]:
         )
     if wanted_gpus > gpus:
         raise ConfigError(
-            f"the fleet asks for {wanted_gpus:g} GPUs, but there are {gpus:g}: lower num_gpus "
+            f"the fleet asks for {wanted_gpus:g} GPU{'s' * (wanted_gpus != 1)}, but there are "
+            f"{gpus:g}: lower num_gpus "
             "(fractions share one GPU, 0 computes on the CPU) or the number of workers"
         )
     return [

@@ -30,7 +30,9 @@ class SafeStream:
     """
 
     def __init__(self, stream: TextIO | None, name: str, *, ends: bool) -> None:
-        self._stream, self._name, self._ends = stream, name, ends
+        # closed: libraries ask for its encoding and number all the same
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self._name, self._ends = name, ends
         self.failure = "" if stream is not None else "it is closed"
 
     def write(self, text: str) -> int:
@@ -45,13 +47,13 @@ class SafeStream:
         self._attempt("flush")
 
     def isatty(self) -> bool:
-        return not self.failure and self._stream is not None and self._stream.isatty()
+        return not self.failure and self._stream.isatty()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def _attempt(self, method: str, *text: str) -> None:
-        if self.failure or self._stream is None:
+        if self.failure:
             return
         try:
             getattr(self._stream, method)(*text)
@@ -75,11 +77,11 @@ class SafeStream:
         raise SystemExit(NOT_WRITTEN)
 
 
-def _drain(stream: TextIO | None) -> None:
+def _drain(stream: TextIO) -> None:
     """Let a stream's buffer go nowhere, so that the interpreter, which flushes it at its end, does
     not complain. (https://docs.python.org/3/library/signal.html#note-on-sigpipe)"""
     with suppress(*FAILURES):
-        number = stream.fileno() if stream is not None else -1
+        number = stream.fileno()
         if number in (1, 2):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, number)

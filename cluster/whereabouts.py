@@ -302,8 +302,8 @@ def killed(place: Place) -> FleetError:
     """That a run ended without taking its leave."""
     assert place.directory is not None
     return FleetError(
-        f"the run in {place.directory} is not running any more, but left {WHEREABOUTS}: it was "
-        f"killed. Go on with\n  {resume_command(place.directory)}"
+        f"the run in {place.directory} is not running any more: it was killed. Go on with\n"
+        f"  {resume_command(place.directory)}"
     )
 
 

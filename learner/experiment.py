@@ -243,6 +243,11 @@ class Experiment:
         restore(found, self._fleet, self._combiner, self._pipeline)
         self._fleet.broadcast()
         logger.info(f"resumed from {found.path.name}")
+        if found.step >= self._config.iterations:
+            logger.info(
+                f"note: all {self._config.iterations} iterations are done: only what follows them "
+                "is done again; a larger --iterations trains on"
+            )
         self._catch_up(found)
         return found.step
 

@@ -50,12 +50,16 @@ class Opening:
         path = self.path or new_name()
         if printable(path) != str(path):  # TensorBoard, for one, cannot write there
             raise ConfigError(f"the run directory {printable(path)} is not UTF-8: name another")
+        stop = f"{command_of('cluster.stop')} --run {shlex.quote(str(path))}"
+        what = f"the run directory {path}"
         if self.path is not None and (self.saved is None or self.sealed is not None):
+            if owner_of(path):  # who it is matters more than what it holds
+                with acquire(path / OWNER, what, stop, path.name):
+                    pass  # it has ended meanwhile
             RunDirectory.check_unused(path)
         with writing(path, then="start again, or name another directory by --run-dir"):
             path.mkdir(parents=True, exist_ok=True)
-        stop = f"{command_of('cluster.stop')} --run {shlex.quote(str(path))}"
-        with acquire(path / OWNER, f"the run directory {path}", stop, path.name) as lock:
+        with acquire(path / OWNER, what, stop, path.name) as lock:
             if self.sealed is not None:
                 run = RunDirectory.adopt(path, self.sealed)
             elif self.saved is not None:

@@ -37,6 +37,8 @@ MAY_CHANGE = (
 """Beginnings of the fields that a resumed run may set anew: they change how it is carried out, not
 what it computes. (More iterations stretch the learning rate's schedule.)"""
 
+SHOWN = 5  # fields
+
 
 def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
     """Refuse to go on with a run under a configuration that makes it another run.
@@ -51,9 +53,10 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
         if value != before[name] and not name.startswith(MAY_CHANGE)
     ]
     if changed:
+        more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise ConfigError(
-            f"--resume continues the same run, and cannot change {', '.join(changed)}: leave it "
-            "out, or start a new run"
+            f"--resume continues the same run, and cannot change {', '.join(changed[:SHOWN])}"
+            f"{more}: leave the option (or --preset) out, or start a new run"
         )
 
 

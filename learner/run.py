@@ -124,7 +124,15 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, Openi
         ConfigError: unknown preset, impossible value, nothing to resume.
         SystemExit: --help, or an option that does not exist (the nearest one is named).
     """
-    command, _ = tyro.cli(Command, args=arguments, return_unknown_args=True, add_help=False)
+    command, _ = tyro.cli(
+        Command,
+        args=arguments,
+        default=Command(preset=""),
+        return_unknown_args=True,
+        add_help=False,
+    )
+    preset = command.preset  # empty, where none is named
+    command = replace(command, preset=preset or DEFAULT_PRESET)
     if asks_help(arguments):
         options = Command(), load_preset(command.preset)
         arguments = answer_help(arguments, command_of("learner.run"), ABOUT, COMMON, *options)
@@ -137,7 +145,24 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, Openi
         auto_resume=command.auto_resume,
         url=where.output.checkpoint_url,
     )
-    base = opening.saved or load_preset(command.preset)
+    config = with_flags(arguments, command, opening.saved or load_preset(command.preset))
+    config = replace(config, rewards=config.rewards.with_files())
+    if opening.saved:
+        check_resume(opening.saved, config)
+        if preset:  # the run's own settings hold; the preset that is named must be the run's
+            named = with_flags(arguments, command, load_preset(preset))
+            kept = replace(named.rewards, files=opening.saved.rewards.files)
+            check_resume(opening.saved, replace(named, rewards=kept))
+    return command, config, opening
+
+
+def with_flags(arguments: list[str] | None, command: Command, base: RunConfig) -> RunConfig:
+    """A configuration, with what the command line sets in it.
+
+    Raises:
+        ConfigError: an impossible value.
+        SystemExit: an option that does not exist.
+    """
     try:
         parsed = tyro.cli(
             Arguments,
@@ -147,11 +172,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, Openi
         )
     except ValueError as error:  # what a dataclass says of its own fields
         raise ConfigError(f"command line: {error}") from None
-    config = validate(to_dict(parsed.run), "command line")
-    config = replace(config, rewards=config.rewards.with_files())
-    if opening.saved:
-        check_resume(base, config)
-    return parsed.command, config, opening
+    return validate(to_dict(parsed.run), "command line")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -294,4 +315,9 @@ def dry_run(config: RunConfig, found: Findings) -> int:
     print(f"# placement on this machine ({cpus:g} CPUs, {gpus:g} GPUs)")
     for line in placement_lines(config, cpus, gpus):
         print(f"#   {line}")
-    return REFUSED if found.problems else 0
+    try:
+        found.enforce()
+    except ConfigError as error:  # once more: what comes first has scrolled away
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    return 0

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import yaml
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, did_you_mean
 from cluster.messages import Condition
 from cluster.own_packages import NAMES
 from cluster.torchvision_ops import ensure_torchvision
@@ -37,6 +37,7 @@ IN_FILE = re.compile(
 )  # of any name: with spaces, commas, equals signs
 SECRET_OPTION = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
 OF_THE_TERM = ("normalise", "limit", "pool")
+SHOWN = 5  # names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +176,7 @@ def find_extra(extra: ExtraReward, isolated: Isolation | None = None) -> Callabl
     ):
         found: Any = _module(extra, module)
         for part in qualified.split("."):
-            found = getattr(found, part)
+            found = _member(extra, module, found, part)
     with _building(extra, "cannot be looked at"), isolated(_seed(extra.path)):
         _check_call(extra, found)
     return found
@@ -194,6 +195,25 @@ def _hint(extra: ExtraReward, module: str) -> str:
             f"./{package}.py:{extra.path.rpartition(':')[2]}"
         )
     return ". Is its package installed there, or in the directory that the run was started from?"
+
+
+def _member(extra: ExtraReward, module: str, owner: Any, name: str) -> Any:
+    """A module's class, or what that holds."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        home = getattr(owner, "__name__", None)
+        own = sorted(
+            key
+            for key, value in getattr(owner, "__dict__", {}).items()
+            if callable(value) and getattr(value, "__module__", None) == home and key[0] != "_"
+        )
+        hint = did_you_mean(name, own) or (f"it has {', '.join(own[:SHOWN])}" if own else "")
+        ours = _hint(extra, module) if module.partition(".")[0] in NAMES else ""
+        raise ConfigError(
+            f"rewards.extra: {extra.path} cannot be found, there is no {name!r} in it"
+            f"{f': {hint.strip()}' if hint else ''}{ours}"
+        ) from None
 
 
 def _module(extra: ExtraReward, name: str) -> Any:

@@ -96,7 +96,19 @@ def test_a_live_run_is_refused_and_not_touched(
         assert "python -m cluster.stop --run runs/A" in said
         assert f"kill {os.getpid()}" in said
         assert main(["--inline", "--run-dir", "runs/A"]) == REFUSED  # and as a new one
+        assert f"in use by process {os.getpid()} on" in capsys.readouterr().err
         assert files(runs) == before
+
+
+def test_a_preset_beside_resume_must_be_the_runs(runs: Path) -> None:
+    config = small_config()
+    with chosen("runs/A", resume=False).take(config):
+        pass
+    line = ["--run-dir", "runs/A", *flags()]
+    for resume in ("--resume", "--auto-resume"):
+        assert parse([resume, *line, "--preset", "miniature"])[1] == config
+        with pytest.raises(ConfigError, match=r"(?s)cannot change .*policy.*\(or --preset\)"):
+            parse([resume, *line, "--preset", "llamagen-b-256"])
 
 
 def test_a_refused_step_removes_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,8 @@ def test_dry_run(
     monkeypatch.chdir(tmp_path)
     status = main(["--preset", name, "--dry-run"])
     assert status == (0 if name == "miniature" else REFUSED)
-    text = capsys.readouterr().out
+    text, told = capsys.readouterr()
+    assert ("the run cannot start" in told) == bool(status)  # and last
     assert yaml.safe_load(text)["iterations"] == values_of(name)["iterations"]
     assert text.startswith("# ") == (name != "miniature")  # problems first
     if name != "miniature":

@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from cluster.errors import CheckpointError, ConfigError, nearest
 from cluster.preflight import Download, Findings
 from cluster.tensors import locate, read_config, read_shapes
+from cluster.torchvision_ops import ensure_torchvision
 from rewards.classifier import ClassifierConfig
 from rewards.clip import ClipConfig
 from rewards.config import JudgeConfig, RewardsConfig
@@ -289,6 +290,7 @@ def _unknown(model: str) -> str:
             f"expected a directory in open_clip's layout, an open_clip name or {HUB}owner/name, "
             f"found {model!r}, and there is no such directory (looked at {Path(model).absolute()})"
         )
+    ensure_torchvision()
     import open_clip
 
     close = nearest(model, open_clip.list_models())

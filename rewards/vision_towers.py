@@ -45,6 +45,7 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
     """
     model = model or DINOV2
     settings = _settings(known_tower(model), model)
+    ensure_torchvision()
     import timm
 
     overlay: dict[str, Any] = {}

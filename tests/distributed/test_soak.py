@@ -98,12 +98,12 @@ def test_nothing_is_lost_or_doubled(
     # every iteration once, with every group and rollout once, judged by all iterations before it
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["iteration"] for row in rows] == list(range(1, iterations + 1))
-    for iteration in range(iterations):
-        table = pq.read_table(tmp_path / f"run/rollouts/iteration_{iteration:06d}.parquet")
+    for before in range(iterations):
+        table = pq.read_table(tmp_path / f"run/rollouts/iteration_{before + 1:06d}.parquet")
         found = list(zip(*(table[name].to_pylist() for name in ("group", "rollout"))))
         groups, rollouts = config.groups_per_iteration, config.rollouts_per_group
         assert found == [(g, k) for g in range(groups) for k in range(rollouts)]
-        assert set(table["moments_version"].to_pylist()) == {iteration}
+        assert set(table["moments_version"].to_pylist()) == {before}
     assert memory[-1] - memory[len(memory) // 2] < MEMORY_MIB
 
     with InlineFleet(config.fleet_plan()) as fleet, RunConsole(iterations) as console:

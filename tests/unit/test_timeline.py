@@ -75,7 +75,7 @@ def test_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
     from learner.run import main
 
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main(["--help-all"])
     text = capsys.readouterr().out
     flags = ["--num-samplers", "--num-reward-servers", "--num-learners", "--max-staleness"]
     output = ["no-rollouts", "--output.checkpoint-every"]

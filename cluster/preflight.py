@@ -57,9 +57,15 @@ class Findings:
             ConfigError: there are problems; lists all of them.
         """
         if self.problems:
-            count = len(self.problems)
-            listed = "".join(f"\n  {problem}" for problem in self.problems)
-            raise ConfigError(f"the run cannot start, {count} problem{'s' * (count > 1)}:{listed}")
+            raise ConfigError("\n".join(self.refusal()))
+
+    def refusal(self) -> list[str]:
+        """The problems, in lines; nothing where there are none."""
+        if not self.problems:
+            return []
+        count = len(self.problems)
+        listed = [f"  {problem}" for problem in self.problems]
+        return [f"the run cannot start, {count} problem{'s' * (count > 1)}:", *listed]
 
     def fetched(self, download: Download, *, offline: bool) -> None:
         """A file that the run would fetch by itself, where it may."""

@@ -260,11 +260,7 @@ def notes(config: RunConfig, side: int = 0) -> list[str]:
 
 def listed(findings: Findings) -> list[str]:
     """Problems, downloads and notes, in lines; nothing where there is nothing to say."""
-    lines: list[str] = []
-    if findings.problems:
-        count = len(findings.problems)
-        lines.append(f"the run cannot start, {count} problem{'s' * (count > 1)}:")
-        lines += [f"  {problem}" for problem in findings.problems]
+    lines = findings.refusal()
     if findings.downloads:
         total = sum(download.size for download in findings.downloads)
         lines.append(f"downloads, together {size_of(total)}:")

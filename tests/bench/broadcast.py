@@ -106,14 +106,18 @@ def private_bytes(pid: int) -> int:
 
 @contextmanager
 def peaks(pids: Sequence[int], into: dict[int, int], every_s: float = 0.05) -> Iterator[None]:
-    """Largest private memory of each process while the block runs."""
+    """Largest private memory of each process at the start, at the end and in between."""
     done = threading.Event()
+
+    def look() -> None:
+        for pid in pids:
+            into[pid] = max(into.get(pid, 0), private_bytes(pid))
 
     def watch() -> None:
         while not done.wait(every_s):
-            for pid in pids:
-                into[pid] = max(into.get(pid, 0), private_bytes(pid))
+            look()
 
+    look()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -121,6 +125,7 @@ def peaks(pids: Sequence[int], into: dict[int, int], every_s: float = 0.05) -> I
     finally:
         done.set()
         watcher.join()
+    look()  # a block shorter than `every_s` was not looked at in between
 
 
 class Bench:

@@ -13,6 +13,7 @@ import locale
 import logging
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.overrides import _len_torch_function_stack, _pop_mode
 
 from cluster.logs import PACKAGES
 from cluster.streams import printable
@@ -37,6 +39,7 @@ TOLD = 500  # characters of a foreign error's own words
 _CALLERS = {Path(__file__).with_name(f"{name}.py") for name in ("isolation", "extra", "panel")}
 _SMALL = 1e-310  # denormal
 _guards: list[Any] = []  # of inference modes
+_TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _lock = threading.RLock()  # two that are inside at once would restore each other's settings
 
 
@@ -86,6 +89,13 @@ def _set_inference(value: bool) -> None:
     _guards.append(guard)  # when it is collected, its mode ends
 
 
+def _leave_modes(count: int) -> None:
+    """Of torch's function modes, such as `torch.device(...)`, those that were entered and not
+    left."""
+    while _len_torch_function_stack() > count:
+        _pop_mode()
+
+
 def _flushes_denormals() -> bool:
     return _SMALL * 0.5 == 0
 
@@ -111,6 +121,32 @@ def _set_environment(values: dict[str, str]) -> None:
             os.environ[name] = value
     if zone != os.environ.get("TZ"):
         time.tzset()
+
+
+def _umask() -> int:
+    value = os.umask(0o022)  # of what another thread creates at this moment
+    os.umask(value)
+    return value
+
+
+def _limit(number: int) -> Setting:
+    """A soft limit of the system's: of open files, of a file's size, of memory."""
+    return Setting(
+        lambda: resource.getrlimit(number)[0],
+        lambda soft: resource.setrlimit(number, (soft, resource.getrlimit(number)[1])),
+        kept=False,
+    )
+
+
+def _timers() -> list[bool]:
+    return [signal.getitimer(each)[0] > 0 for each in _TIMERS]
+
+
+def _stop_timers(before: list[bool]) -> None:
+    """A timer that goes off later would end the process; one that was there is not started anew."""
+    for timer, on in zip(_TIMERS, before):
+        if not on:
+            signal.setitimer(timer, 0)
 
 
 def _set_filters(value: list[Any]) -> None:
@@ -142,22 +178,33 @@ def _loggers() -> dict[str, tuple[Any, ...]]:
         if name.split(".")[0] in PACKAGES and isinstance(log, logging.Logger)
     }
     return {
-        name: (log.level, log.disabled, log.propagate, tuple(log.handlers))
+        name: (
+            log.level,
+            log.disabled,
+            log.propagate,
+            list(log.filters),
+            [(each, each.level, list(each.filters)) for each in log.handlers],
+        )
         for name, log in {**named, "": logging.root}.items()
     }
 
 
 def _set_loggers(value: dict[str, tuple[Any, ...]]) -> None:
-    for name, (level, disabled, propagate, handlers) in value.items():
+    for name, (level, disabled, propagate, filters, handlers) in value.items():
         log = logging.getLogger(name or None)
         log.setLevel(level)
-        log.disabled, log.propagate, log.handlers[:] = disabled, propagate, handlers
+        log.disabled, log.propagate, log.filters[:] = disabled, propagate, filters
+        log.handlers[:] = [handler for handler, _, _ in handlers]
+        for handler, its_level, its_filters in handlers:
+            handler.setLevel(its_level)
+            handler.filters[:] = its_filters
 
 
 _cuda = torch.backends.cuda
 SETTINGS: dict[str, Setting] = {
     "torch dtype": Setting(torch.get_default_dtype, torch.set_default_dtype),
     "torch device": Setting(torch.get_default_device, _set_device),
+    "torch modes": Setting(_len_torch_function_stack, _leave_modes, kept=False),
     "torch threads": Setting(torch.get_num_threads, torch.set_num_threads),
     "torch gradients": Setting(torch.is_grad_enabled, torch.set_grad_enabled),
     "torch inference": Setting(torch.is_inference_mode_enabled, _set_inference, kept=False),
@@ -218,6 +265,13 @@ SETTINGS: dict[str, Setting] = {
     "cores": Setting(lambda: os.sched_getaffinity(0), lambda value: os.sched_setaffinity(0, value)),
     "switch interval": Setting(sys.getswitchinterval, sys.setswitchinterval),
     "socket timeout": Setting(socket.getdefaulttimeout, socket.setdefaulttimeout),
+    **{
+        f"limit {name[7:]}": _limit(getattr(resource, name))
+        for name in dir(resource)
+        if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"  # NOFILE's other name
+    },
+    "file modes": Setting(_umask, os.umask, kept=False),
+    "timers": Setting(_timers, _stop_timers, kept=False),
     # these belong to the run, also while foreign code computes
     "warnings": _flag(warnings, "showwarning")._replace(kept=False),
     "stdout": _flag(sys, "stdout")._replace(kept=False),

@@ -11,6 +11,7 @@ import locale
 import logging
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -43,6 +44,18 @@ def _ignore_sigterm() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
+
+
+def _mute() -> None:
+    for handler in logging.root.handlers:
+        handler.setLevel(logging.CRITICAL + 1)
+        handler.addFilter(lambda record: False)
+    logging.getLogger("learner").addFilter(lambda record: False)
+
+
+def _limits() -> None:
+    for number, soft in ((resource.RLIMIT_FSIZE, 1000), (resource.RLIMIT_NOFILE, 30)):
+        resource.setrlimit(number, (soft, resource.getrlimit(number)[1]))
 
 
 def _silence() -> None:
@@ -83,7 +96,12 @@ SPOILS: dict[str, Callable[[], object]] = {
     "hooks": lambda: setattr(threading, "excepthook", print),
     "stdout": lambda: setattr(sys, "stdout", sys.__stderr__),
     "signals": _ignore_sigterm,
+    "handlers": _mute,
     "logging": _silence,
+    "limits": _limits,
+    "file modes": lambda: os.umask(0o777),
+    "timer": lambda: signal.setitimer(signal.ITIMER_REAL, 3600),
+    "modes": lambda: torch.device("meta").__enter__(),
 }
 
 

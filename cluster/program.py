@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-from cluster.signals import handled_by, held, interrupt
+from cluster.signals import handled_by, held, ignored, interrupt
 from cluster.streams import FAILURES, safe_streams
 
 FAILED = 1
@@ -36,6 +36,7 @@ def run_command(module: str, *arguments: list[str]) -> int:
                     status = INTERRUPTED
                 return status
     finally:
+        ignored()
         threading.Thread(target=_leave_threads, args=(status,), daemon=True).start()
 
 

@@ -1,5 +1,6 @@
 """Signals that end a program: SIGINT (Ctrl-C), SIGTERM (kill, scancel), SIGHUP (the terminal was
-closed), SIGUSR1 and SIGUSR2 (Slurm's `--signal`, some time before the limit).
+closed), SIGUSR1 and SIGUSR2 (Slurm's `--signal`, some time before the limit), SIGXCPU (a limit of
+CPU time, some time before its end).
 
 A run stops at a safe point; other commands are interrupted, as by Ctrl-C. Schedulers send such
 signals to every process of a job: those of a private Ray are started with them blocked, and workers
@@ -19,7 +20,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+INSISTING = (signal.SIGINT, signal.SIGTERM)
+"""Those of which a second one ends the program at once. The others warn: they are often followed by
+one of these, or come again by themselves."""
+STOPPING = (*INSISTING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 ONE_REQUEST_S = 0.2
 """Signals that come closer together are one request: `timeout` and shells send theirs twice."""
 LOOK_S = 0.1
@@ -29,18 +33,18 @@ logger = logging.getLogger(__name__)
 
 
 class StopFlag:
-    """Set by the first signal: the run then ends where nothing is lost. A second one ends it at
-    once, by a KeyboardInterrupt; while the run starts, where nothing can be lost, so does the first
-    one."""
+    """Set by the first signal: the run then ends where nothing is lost. A second SIGINT or SIGTERM
+    ends it at once, by a KeyboardInterrupt; while the run starts, where nothing can be lost, so
+    does the first signal."""
 
     def __init__(self) -> None:
-        self._asked: float | None = None  # when
-        self._at_once = self._started = False
+        self._asked = self._started = False
+        self._insisted: float | None = None  # since when
         self.checkpoint = True
         """Whether the run is to write a checkpoint where it ends."""
 
     def __call__(self) -> bool:
-        return self._asked is not None
+        return self._asked
 
     def begin(self) -> None:
         """The fleet is there, and work begins that may be lost."""
@@ -48,26 +52,33 @@ class StopFlag:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """A signal's handler."""
-        now = time.monotonic()
-        if self._asked is None:
-            self._asked = now
-            name = signal.Signals(number).name
-            why = "" if number == signal.SIGINT else f"{name}: "
-            if not self._started:
-                logger.info(f"{why}stopping")
-                self._at_once = True
-                raise KeyboardInterrupt
-            logger.info(f"{why}stopping at the next safe point; once more to stop at once")
-        elif self._at_once or now - self._asked > ONE_REQUEST_S:
-            self._at_once = True
+        now, first, insisted = time.monotonic(), not self._asked, self._insisted
+        self._asked = True
+        if insisted is None and (number in INSISTING or not self._started):
+            self._insisted = now
+        name = signal.Signals(number).name
+        why = "" if number == signal.SIGINT else f"{name}: "
+        if first and not self._started:
+            logger.info(f"{why}stopping")
+            raise KeyboardInterrupt
+        if first or (number in INSISTING and insisted is None):
+            more = "; once more to stop at once" if number in INSISTING else ""
+            logger.info(f"{why}stopping at the next safe point{more}")
+        elif number in INSISTING and insisted is not None and now - insisted > ONE_REQUEST_S:
             raise KeyboardInterrupt
 
     def ask(self, checkpoint: bool) -> None:
         """What `python -m cluster.stop` does."""
-        if self._asked is None:
-            self._asked, self.checkpoint = time.monotonic(), checkpoint
+        if not self._asked:
+            self._asked, self.checkpoint = True, checkpoint
             how = "with" if checkpoint else "without"
             logger.info(f"asked to stop: stopping at the next safe point, {how} a checkpoint")
+
+
+def ignored() -> None:
+    """From here on the program ends by itself, with its own status."""
+    if threading.current_thread() is threading.main_thread():
+        _install(dict.fromkeys(heeded(), signal.SIG_IGN))
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -123,19 +134,23 @@ def _install(handlers: Mapping[signal.Signals, Any]) -> None:
 
 
 def _pass_on(handlers: Mapping[signal.Signals, Any], ended: threading.Event) -> None:
-    interrupted = False
+    interrupted: float | None = None  # when
     while not ended.is_set():
         found = signal.sigtimedwait(list(handlers), LOOK_S)
         if found is None:
             continue
         number = signal.Signals(found.si_signo)
-        if interrupted or handlers[number] is signal.SIG_DFL:
-            os._exit(128 + number)  # the main thread may be somewhere where it hears nothing
+        if handlers[number] is signal.SIG_DFL:
+            os._exit(128 + number)
+        if interrupted is not None:
+            if number in INSISTING and time.monotonic() - interrupted > ONE_REQUEST_S:
+                os._exit(128 + number)  # the main thread may be somewhere where it hears nothing
+            continue
         try:
             if callable(handlers[number]):
                 handlers[number](number, None)
         except KeyboardInterrupt:
-            interrupted = True
+            interrupted = time.monotonic()
             _thread.interrupt_main()
 
 

@@ -15,7 +15,7 @@ import pytest
 from cluster import signals
 from cluster.errors import LostWhileStoppingError
 from cluster.restarts import RestartBudget
-from cluster.signals import STOPPING, StopFlag, handled_by, held
+from cluster.signals import INSISTING, STOPPING, StopFlag, handled_by, held
 
 LIMIT_S = 60.0
 
@@ -36,7 +36,7 @@ def until(condition: object) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", INSISTING)
 def test_the_first_signal_asks_and_the_second_interrupts(
     number: signal.Signals, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +58,36 @@ def test_the_first_signal_asks_and_the_second_interrupts(
 def _kill_and_wait(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
     time.sleep(LIMIT_S)
+
+
+@pytest.mark.parametrize("number", [each for each in STOPPING if each not in INSISTING])
+def test_a_warning_ends_nothing_at_once(
+    number: signal.Signals, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGHUP of the kernel and of the shell; Slurm's SIGUSR1, then its SIGTERM; SIGXCPU comes every
+    second."""
+    monkeypatch.setattr(signals, "ONE_REQUEST_S", 0.0)
+    stop = StopFlag()
+    stop.begin()
+    for _ in range(3):
+        stop.handle(number, None)
+        time.sleep(0.002)
+    assert stop()
+    assert logged == [f"{number.name}: stopping at the next safe point"]
+    stop.handle(signal.SIGTERM, None)
+    assert "SIGTERM: stopping at the next safe point; once more" in logged[1]
+    time.sleep(0.002)
+    stop.handle(number, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGTERM, None)
+
+
+def test_while_the_run_starts_a_signal_that_comes_twice_disturbs_no_tidying_up() -> None:
+    stop = StopFlag()
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGTERM, None)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        stop.handle(number, None)
 
 
 def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +143,9 @@ for number in STOPPING:
     found.clear()
 try:
     with handled_by(interrupt), held():
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.02)
         for _ in range(3000): time.sleep(0.01)
 except KeyboardInterrupt:
     print("there")

@@ -17,6 +17,8 @@ from typing import Any, Self
 from cluster.strict_json import dumps
 
 TOKEN = re.compile(r"[0-9a-f]{16}")  # becomes part of file names
+LARGEST_PID = 1 << 30  # smaller ones than 1 are groups of processes
+LATEST = 1e11  # seconds since 1970
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +74,22 @@ class Holder:
         try:
             found = json.loads(data)
             values = {f.name: found[f.name] for f in fields(cls)}
-            numbers: dict[str, Any] = {"pid": int, "since": (int, float), "renewed": int}
-            for name, kind in numbers.items():
-                if not isinstance(values[name], kind):
-                    return None
-            texts = values.keys() - numbers.keys()
-            if not all(isinstance(values[name], str) for name in texts):
-                return None
-            return cls(**values) if TOKEN.fullmatch(values["token"]) else None
-        except (ValueError, KeyError, TypeError, AttributeError):
+            return cls(**values) if _sound(dict(values)) else None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
+
+
+def _sound(values: dict[str, Any]) -> bool:
+    """Whether a lock's fields are what they are read as, and shown as, by whoever finds it."""
+    pid, since, renewed = (values.pop(name) for name in ("pid", "since", "renewed"))
+    if not (type(pid) is int and 0 < pid <= LARGEST_PID and type(renewed) is int):
+        return False
+    if type(since) not in (int, float) or not 0 <= since < LATEST:
+        return False
+    texts = values.values()
+    return all(isinstance(text, str) and text.isprintable() for text in texts) and bool(
+        TOKEN.fullmatch(values["token"])
+    )
 
 
 def this_machine() -> str:
@@ -112,6 +120,8 @@ def process_start(pid: int) -> str:
 
 def process_lives(pid: int) -> bool:
     """Whether a process of this machine is there; one that ended and was not waited for is not."""
+    if not 0 < pid <= LARGEST_PID:  # of a damaged file
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

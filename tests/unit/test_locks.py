@@ -197,6 +197,29 @@ def test_a_token_that_leads_elsewhere_as_a_path_is_no_lock(tmp_path: Path) -> No
     assert Holder.from_bytes(json.dumps(found).encode()) is None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pid": 0}, {"pid": -1}, {"pid": True}, {"pid": 10**30}, {"pid": 1.0},
+        {"since": 1e30}, {"since": True}, {"since": -1}, {"since": None},
+        {"renewed": "1"}, {"run": "A\nB"}, {"host": "\x1b[31m"}, {"run": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_no_process_writes_is_no_lock(change: dict[str, object]) -> None:
+    """It would be shown, or advised to be killed, or fail where it is used."""
+    found = asdict(Holder.this_process("A"))
+    assert Holder.from_bytes(json.dumps(found).encode()) is not None
+    assert Holder.from_bytes(json.dumps(found | change).encode()) is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"pid":' * 50_000, b"NaN", b"\xff\xfe" * 9, b"\x00" * 99]
+)
+def test_any_content_is_read(content: bytes) -> None:
+    assert Holder.from_bytes(content) is None
+
+
 def test_the_heartbeat_renews(tmp_path: Path, quick: None) -> None:
     with acquire(tmp_path / OWNER, "A") as lock:
         first = look(lock.path).renewed_ns

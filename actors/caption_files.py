@@ -27,6 +27,7 @@ from cluster.errors import DataError
 from cluster.files import replacing
 from cluster.invocation import command_of
 from cluster.messages import Condition, FeatureRow
+from cluster.paths import expanded
 
 ROW_GROUP = 8  # captions, the least that can be read: at most 8 MB of flan-t5-xl's features
 LARGEST_ROW_GROUP = 256 << 20  # bytes: what may have to be read for one caption of others' files
@@ -49,7 +50,7 @@ def read_captions(path: Path) -> list[str]:
         DataError: there is no such file, it is not text, or it holds no caption.
     """
     try:
-        lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = expanded(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"captions {path}: not a readable UTF-8 text file ({error})") from error
     captions = [line.strip() for line in lines if line.strip()]
@@ -89,7 +90,7 @@ def write_caption_features(
 def iterate_caption_features(path: Path) -> Iterator[Condition]:
     """The captions of a file as conditions, one after another; see `read_caption_features`."""
     try:
-        file = pq.ParquetFile(path.expanduser())
+        file = pq.ParquetFile(expanded(path))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
     with file:
@@ -143,7 +144,7 @@ def iterate_text_features(path: Path) -> Iterator[Condition]:
         DataError: names file, column and row of what is wrong.
         OSError, ArrowException: it cannot be read.
     """
-    with pq.ParquetFile(path.expanduser()) as file:
+    with pq.ParquetFile(expanded(path)) as file:
         columns = [name for name in (TEXT, FEATURES) if name in file.schema_arrow.names]
         if FEATURES in columns:
             _check_row_groups(path, file)
@@ -162,7 +163,7 @@ def by_row(path: Path, row: int, condition: Condition) -> Condition:
     features = condition.features
     if not isinstance(features, np.ndarray):
         return condition
-    there = FeatureRow(path=str(path.expanduser().absolute()), row=row, digest=_digest(features))
+    there = FeatureRow(path=str(expanded(path).absolute()), row=row, digest=_digest(features))
     return replace(condition, features=there)
 
 

@@ -23,7 +23,7 @@ from actors.models.zoo import MODELS
 from cluster.errors import ConfigError
 from cluster.locks import is_lock
 from cluster.messages import SamplingSpec
-from cluster.paths import MANIFEST
+from cluster.paths import MANIFEST, expanded
 
 CONFIG = "config.yaml"
 POLICY_FILE = "policy.safetensors"
@@ -218,14 +218,14 @@ def run_source(run: Path, step: int | None = None, base: bool = False) -> Source
         ConfigError: not a run directory, no such checkpoint, or a section of its configuration that
             this version does not understand.
     """
-    file = run.expanduser() / CONFIG
+    file = expanded(run) / CONFIG
     values = _read_yaml(file)
     policy = build(PolicyConfig, _section(values, "policy", file), f"{file}: policy")
     tokenizer = build(TokenizerConfig, _section(values, "tokenizer", file), f"{file}: tokenizer")
     spec = build(SamplingSpec, _section(values, "sampling", file), f"{file}: sampling")
     if base:
         return Source(policy=policy, tokenizer=tokenizer, spec=spec, step=0)
-    found = _checkpoint(run.expanduser(), step)
+    found = _checkpoint(expanded(run), step)
     # Its header carries the architecture, so nothing else of the base policy's section counts.
     tuned = PolicyConfig(checkpoint=str(found / POLICY_FILE))
     return Source(policy=tuned, tokenizer=tokenizer, spec=spec.learned(), step=_number(found))

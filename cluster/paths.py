@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from cluster.errors import ConfigError
@@ -14,6 +15,21 @@ MANIFEST = "manifest.msgpack"
 """Of a checkpoint, written last: a directory that has it is a complete one."""
 RAY_PACKAGES = "runtime_resources"
 """Folder of Ray's session, into which it unpacks the package of a job."""
+
+
+def expanded(given: str | os.PathLike[str]) -> Path:
+    """A path as a user writes it, ~ for his home directory.
+
+    Raises:
+        ConfigError: nobody knows that directory.
+    """
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{given}: the home directory that ~ stands for is not known: set HOME, or write the "
+            "whole path"
+        ) from error
 
 
 def in_ray_package(path: Path) -> bool:
@@ -37,7 +53,7 @@ def output_path(given: str | Path, option: str) -> Path:
     Raises:
         ConfigError: it lies in the package all the same.
     """
-    path = Path(given).expanduser()
+    path = expanded(given)
     if not in_ray_package(path):
         return path
     deleted = "the package of this job, which Ray deletes after it"

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from cluster.errors import CheckpointError
 from cluster.files import storage_error, writing
+from cluster.paths import expanded
 from cluster.strict_json import dumps
 
 PACKAGE = "package://"
@@ -28,7 +29,7 @@ OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors names the system'
 
 def weights_directory() -> Path:
     """Where fetched files are kept: $TESSERA_WEIGHTS, or ~/.cache/tessera."""
-    return Path(os.environ.get(WEIGHTS_VARIABLE) or "~/.cache/tessera").expanduser()
+    return expanded(os.environ.get(WEIGHTS_VARIABLE) or "~/.cache/tessera")
 
 
 def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
@@ -48,7 +49,7 @@ def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
         except ModuleNotFoundError as error:
             raise CheckpointError(f"{text}: no package named {package!r} is installed") from error
     else:
-        place = Path(text).expanduser()
+        place = expanded(text)
     if not (place.is_dir() if directory else place.is_file()):
         kind = "directory" if directory else "file"
         raise CheckpointError(f"{text}: no such {kind} (looked at {place.absolute()})")

@@ -20,6 +20,7 @@ from actors.caption_files import (
 from cluster.errors import DataError
 from cluster.invocation import command_of
 from cluster.messages import Condition
+from cluster.paths import expanded
 
 
 def caption_conditions(path: str) -> list[Condition]:
@@ -77,7 +78,7 @@ def peek_captions(path: str) -> int:
         read_captions(file)
         return 0
     try:
-        with pq.ParquetFile(file.expanduser()) as parquet:
+        with pq.ParquetFile(expanded(file)) as parquet:
             names, rows = parquet.schema_arrow.names, parquet.metadata.num_rows
             if not rows:
                 raise DataError(f"captions {path}: the file holds no caption")
@@ -108,7 +109,7 @@ def _from_text(path: Path) -> list[Condition]:
 
 def _from_parquet(path: Path) -> list[Condition]:
     try:
-        with pq.ParquetFile(path.expanduser()) as file:
+        with pq.ParquetFile(expanded(path)) as file:
             columns = file.schema_arrow.names
             if set(SCHEMA.names) <= set(columns):
                 return read_caption_features(path)

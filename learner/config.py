@@ -22,6 +22,7 @@ from actors.models.loading import PolicyConfig, TokenizerConfig
 from actors.sampler import Sampler, SamplerConfig, SamplerResources
 from cluster.errors import ConfigError, did_you_mean, nearest
 from cluster.messages import SamplingSpec
+from cluster.paths import expanded
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.runtime import RayConfig
 from cluster.transports import WeightsConfig
@@ -293,7 +294,7 @@ def load_preset(name: str) -> RunConfig:
         return parse_yaml(
             folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}"
         )
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir() or not path.exists():
         raise ConfigError(_no_preset(name, path, shipped))
     return load_file(path)

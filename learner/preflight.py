@@ -7,7 +7,6 @@ What workers on other machines have is theirs to say when they start.
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.sources import PolicyArchitecture
@@ -15,6 +14,7 @@ from actors.models.taming import TamingConfig
 from actors.preflight import check_models, image_side
 from cluster.errors import ConfigError, DataError
 from cluster.invocation import command_of
+from cluster.paths import expanded
 from cluster.placement import Placement, place
 from cluster.preflight import Download, Findings, size_of
 from cluster.roles import FEATURE_BATCH
@@ -158,7 +158,7 @@ def _reference(config: RunConfig, side: int, findings: Findings) -> None:
         if not stored_reference(term.reference):
             _images(field, term.reference, config)
             return
-        if published is None and not Path(term.reference).expanduser().is_file():
+        if published is None and not expanded(term.reference).is_file():
             raise ConfigError(_no_reference(term.reference))
         space, reference = read_moments(config)
         _fits_features(config, side, len(reference.mu), space.table, reference.fingerprint)
@@ -170,9 +170,7 @@ def _no_reference(path: str) -> str:
     if known:
         fetch = f"{fetch_command()} {known.name}"
         remedy = f"name it {known.name} after `{fetch}`, which brings it from {known.url}"
-    return (
-        f"expected a file of moments, found none at {Path(path).expanduser().absolute()}: {remedy}"
-    )
+    return f"expected a file of moments, found none at {expanded(path).absolute()}: {remedy}"
 
 
 def _fits_features(config: RunConfig, side: int, dim: int, table: object, fingerprint: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ from actors.models.base import Policy
 from actors.models.loading import TokenizerConfig, load_tokenizer
 from cluster.errors import DataError
 from cluster.messages import Condition
+from cluster.paths import expanded
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
 from learner.datasets import DIGITS, load_images, load_labels
@@ -120,7 +120,7 @@ def _load(source: str, policy: Policy, tokenizer: TokenizerConfig) -> tuple[np.n
         return _from_parquet(source)
     if not source.startswith(DIGITS):
         try:
-            with np.load(Path(source).expanduser(), allow_pickle=False) as file:
+            with np.load(expanded(source), allow_pickle=False) as file:
                 if TOKENS in file and CLASSES in file:
                     return file[TOKENS].astype(np.int64), file[CLASSES].astype(np.int64)
         except DAMAGED_ARRAYS as error:
@@ -130,7 +130,7 @@ def _load(source: str, policy: Policy, tokenizer: TokenizerConfig) -> tuple[np.n
 
 def _from_parquet(source: str) -> tuple[np.ndarray, np.ndarray]:
     try:
-        table = pq.read_table(Path(source).expanduser(), columns=[TOKENS, PARQUET_CLASSES])
+        table = pq.read_table(expanded(source), columns=[TOKENS, PARQUET_CLASSES])
         tokens = np.stack(table[TOKENS].to_numpy())
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(

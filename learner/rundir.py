@@ -15,7 +15,7 @@ from pathlib import Path
 from cluster.errors import ConfigError, DataError, LockLostError
 from cluster.files import replacing, writing
 from cluster.locks import OWNER, Lock
-from cluster.paths import default_root
+from cluster.paths import default_root, expanded
 from cluster.strict_json import dumps, number
 from cluster.whereabouts import resume_command
 from learner.config import RunConfig, dump, parse_yaml
@@ -88,7 +88,7 @@ class RunDirectory:
         Raises:
             ConfigError: the directory already holds something.
         """
-        path = Path(run_dir).expanduser() if run_dir else new_name()
+        path = expanded(run_dir) if run_dir else new_name()
         cls.check_unused(path)
         run = cls(path)
         run._make_folders()
@@ -116,7 +116,7 @@ class RunDirectory:
                 f"--run-dir {path} is not empty: add --resume to continue the run in it, or name "
                 "another directory"
             )
-        if any(file.name not in BEGINNING for file in path.rglob("*") if not _is_leftover(file)):
+        if any(not _of_the_beginning(path, file) for file in path.rglob("*")):
             raise ConfigError(
                 f"--run-dir {path} is not empty, and holds no run: name another directory"
             )
@@ -160,7 +160,10 @@ class RunDirectory:
             return str(error)
         if any(self.checkpoints.glob("step_*")) or self.evaluation.is_file():
             return f"what was kept is in {self.path}; go on with\n  {resume_command(self.path)}"
-        if not any(file.is_file() for file in self.path.rglob("*") if file.name not in BEGINNING):
+        if all(_of_the_beginning(self.path, file) for file in self.path.rglob("*")):
+            for file in self.path.iterdir() if self.path.is_symlink() else ():
+                if file.is_file():
+                    file.unlink(missing_ok=True)
             shutil.rmtree(self.path, ignore_errors=True)  # NFS keeps the name of an open log
             return "nothing was kept"
         return f"what was kept is in {self.path}"
@@ -234,9 +237,13 @@ def _figure(value: object) -> float:
     return float(value)
 
 
-def _is_leftover(file: Path) -> bool:
-    """What a start makes before its configuration: folders, and files on their way."""
-    return file.is_dir() or file.name.startswith((f".{OWNER}.", f".{CONFIG}."))
+def _of_the_beginning(run: Path, file: Path) -> bool:
+    """Whether something in a run's directory is what a start makes: folders, files of a run that
+    has not done anything yet, and files on their way. (Below it, they are another run's.)"""
+    if file.is_dir():
+        return True
+    on_its_way = file.name.startswith((f".{OWNER}.", f".{CONFIG}."))
+    return file.parent == run and (file.name in BEGINNING or on_its_way)
 
 
 def new_name() -> Path:

@@ -19,6 +19,7 @@ from types import ModuleType
 
 from cluster.errors import ConfigError
 from cluster.files import MIB
+from cluster.paths import expanded
 
 PREFIX = "tessera_reward_"
 LARGEST = MIB  # of a file that is kept in every checkpoint
@@ -70,7 +71,7 @@ def read_file(name: str) -> RewardFile:
     Raises:
         ConfigError: no such file, not Python, or too large.
     """
-    path = Path(name).expanduser().absolute()
+    path = expanded(name).absolute()
     what = f"rewards.extra: {name}"
     if not path.is_file():
         found = "a directory" if path.is_dir() else "no such file"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.errors import CheckpointError
+from cluster.paths import expanded
 from cluster.tensors import PACKAGE, load_strict, locate
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.packed import pack_blocks
@@ -224,7 +225,7 @@ def directory_of(model: str) -> Path | None:
     """
     if model.startswith(PACKAGE):
         return locate(model, directory=True)
-    path = Path(model).expanduser()
+    path = expanded(model)
     return path if path.is_dir() else None
 
 

@@ -31,6 +31,7 @@ import scipy.linalg
 from cluster.errors import DataError
 from cluster.files import replacing
 from cluster.invocation import command_of
+from cluster.paths import expanded
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
 from rewards.fid import Reference
@@ -150,7 +151,7 @@ def write_reference(
         "images": np.array(images),
         "ddof": np.array(ddof),
     }
-    write_arrays(Path(path).expanduser(), arrays | (extra or {}))
+    write_arrays(expanded(path), arrays | (extra or {}))
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:

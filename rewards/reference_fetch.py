@@ -26,6 +26,7 @@ from cluster import logs
 from cluster.console import exit_status, make_console
 from cluster.errors import CheckpointError, ConfigError, DataError, TesseraError, did_you_mean
 from cluster.invocation import command_of
+from cluster.paths import output_path
 from cluster.sums import sha256_of, verify_sum, write_sum
 from cluster.tensors import weights_directory
 from rewards.inception import FEATURES
@@ -240,10 +241,15 @@ def named(name: str) -> PublishedReference:
 def run(arguments: list[str]) -> int:
     """The command; returns the exit status."""
     command = tyro.cli(FetchReference, args=arguments, prog=fetch_command())
-    folder = Path(command.directory).expanduser() if command.directory else weights_directory()
+
+    def work() -> None:
+        given = command.directory
+        folder = output_path(given, "--directory") if given else weights_directory()
+        fetch(named(command.name), folder)
+
     with logs.to_console(make_console()):
         return exit_status(
-            lambda: fetch(named(command.name), folder),
+            work,
             refused=(ConfigError, UnreachableError),
             stopped="stopped; the same command goes on where it was",
         )

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.errors import DataError
+from cluster.paths import expanded
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
 from rewards.base import check_images
@@ -75,7 +76,7 @@ def open_source(images: str, image_column: str = "", label_column: str = "") -> 
     Raises:
         CheckpointError, DataError: nothing there, or nothing that holds images.
     """
-    place = Path(images).expanduser()
+    place = expanded(images)
     if place.is_dir():
         parquet = sorted(place.rglob("*.parquet"))
         if parquet:

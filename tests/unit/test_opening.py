@@ -230,6 +230,12 @@ def test_outside_of_jobs_paths_are_what_they_say(runs: Path) -> None:
     assert paths.default_root() == runs
 
 
+@pytest.mark.parametrize("line", ["--run-dir ~nobody-here/A", "--preset ~nobody-here/a.yaml"])
+def test_a_home_that_nobody_knows_is_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*line.split(), "--inline"]) == REFUSED
+    assert "the home directory that ~ stands for is not known: set HOME" in capsys.readouterr().err
+
+
 def test_a_run_in_a_job_is_resumed_by_the_same_name(package: Path) -> None:
     line = ["--run-dir", "runs/A", "--auto-resume", *flags()]
     for saved in (False, True):

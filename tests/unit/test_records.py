@@ -54,6 +54,23 @@ def test_a_run_that_kept_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert run.evaluation.is_file()
 
 
+def test_what_lies_below_is_another_runs(tmp_path: Path) -> None:
+    """A run started in the folder of runs, of which one has just begun."""
+    other = new_run(tmp_path / "runs" / "other")
+    with pytest.raises(ConfigError, match="is not empty, and holds no run: name another"):
+        new_run(tmp_path / "runs")
+    assert "what was kept" in RunDirectory(tmp_path / "runs").farewell()
+    assert other.read_config() == RunConfig()
+
+
+def test_a_run_behind_a_link_that_kept_nothing_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    for _ in range(2):  # the same command line again
+        assert new_run(tmp_path / "run").farewell() == "nothing was kept"
+    assert not [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
+
+
 def record(recorder: Recorder, iteration: int) -> None:
     groups = [scored_group({"clip": [0.1, np.nan]}, errors=[None, "clip: boom"])]
     advantages = group_advantages(groups, {}, Combiner({"clip": RewardTerm()}))

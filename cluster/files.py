@@ -13,6 +13,7 @@ from cluster.errors import StorageError
 
 MIB = 1 << 20
 RESUME = "go on with --resume"
+AGAIN = "start again"  # where there is nothing to go on with
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from cluster.errors import LockHeldError, LockLostError
-from cluster.files import writing
+from cluster.files import AGAIN, writing
 from cluster.processes import Holder
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def acquire(path: Path, what: str, stop: str = "", run: str = "") -> Lock:
         StorageError: the lock cannot be written.
     """
     mine = Holder.this_process(run)
-    with writing(path):
+    with writing(path, then=AGAIN):
         for _ in range(ATTEMPTS):
             taken = _attempt(path, mine, what, stop)
             if taken is None:
@@ -161,7 +161,7 @@ def locked(directory: Path, what: str) -> Iterator[Lock]:
     Raises:
         LockHeldError, StorageError: see `acquire`.
     """
-    with writing(directory):
+    with writing(directory, then=AGAIN):
         directory.mkdir(parents=True, exist_ok=True)
     with acquire(directory / OWNER, what) as lock:
         yield lock
@@ -180,7 +180,7 @@ def locked_file(file: Path, what: str) -> Iterator[Lock]:
     Raises:
         LockHeldError, StorageError: see `acquire`.
     """
-    with writing(file.parent):
+    with writing(file.parent, then=AGAIN):
         file.parent.mkdir(parents=True, exist_ok=True)
     with acquire(file.with_name(f".{file.name}.lock"), what) as lock:
         yield lock

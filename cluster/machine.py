@@ -70,6 +70,11 @@ def check_temp_root(root: Path, source: str) -> None:
     Raises:
         FleetError: no.
     """
+    if not root.is_absolute():
+        raise FleetError(
+            f"Ray's sockets and logs would lie in {root} ({source}), which is no absolute path: "
+            "Ray's processes have other working directories. Write it in full, from /"
+        )
     length = len(os.fsencode(root / SOCKET))
     if length > LONGEST_SOCKET:
         raise FleetError(

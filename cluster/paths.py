@@ -40,7 +40,7 @@ def in_ray_package(path: Path) -> bool:
 def default_root() -> Path:
     """Of runs: `runs/` here, or `~/tessera-runs` inside the package of a job."""
     here = Path.cwd()
-    return Path.home() / "tessera-runs" if in_ray_package(here) else here / RUNS
+    return expanded("~/tessera-runs") if in_ray_package(here) else here / RUNS
 
 
 def output_path(given: str | Path, option: str) -> Path:

@@ -49,20 +49,33 @@ def token_file(environment: Mapping[str, str]) -> Path | None:
         return None
 
 
+def check_token(environment: Mapping[str, str]) -> None:
+    """Whether the token that the environment names for a private Ray is there.
+
+    Raises:
+        FleetError: no.
+    """
+    if environment.get(AUTH_MODE, TOKEN_MODE).lower() != TOKEN_MODE or token(environment):
+        return
+    if environment.get(TOKEN):
+        raise FleetError(f"{TOKEN} is set, and blank: put a token there, or unset {TOKEN}")
+    if environment.get(TOKEN_PATH):
+        raise FleetError(
+            f"{TOKEN_PATH} names {environment[TOKEN_PATH]}, where no token can be read: put one "
+            f"there (`ray get-auth-token --generate` prints one), or unset {TOKEN_PATH}"
+        )
+
+
 def ensure_token() -> None:
     """Have a token that a private Ray asks for and other commands of this user can show: where Ray
     has it, ~/.ray/auth_token, or where that cannot be written, in `user_directories`.
 
     Raises:
-        FleetError: there is no place for one that others cannot read.
+        FleetError: `check_token` refuses, or there is no place for one that others cannot read.
     """
+    check_token(os.environ)
     if os.environ.get(AUTH_MODE, TOKEN_MODE).lower() != TOKEN_MODE or find_token():
         return
-    if os.environ.get(TOKEN_PATH):
-        raise FleetError(
-            f"{TOKEN_PATH} names {os.environ[TOKEN_PATH]}, where no token can be read: put one "
-            f"there (`ray get-auth-token --generate` prints one), or unset {TOKEN_PATH}"
-        )
     standard = token_file(os.environ)
     for file in (*([standard] if standard else []), *_own_token_files()):
         with suppress(OSError):

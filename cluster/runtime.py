@@ -36,7 +36,15 @@ from cluster.invocation import current
 from cluster.machine import check_machine, shared_memory, why_not_started
 from cluster.object_store import store_on_disk
 from cluster.ray_private import clusters_here, loopback, worker_paths
-from cluster.ray_token import AUTH_MODE, ensure_token, find_token, no_token, shows_token, token
+from cluster.ray_token import (
+    AUTH_MODE,
+    check_token,
+    ensure_token,
+    find_token,
+    no_token,
+    shows_token,
+    token,
+)
 from cluster.signals import held
 
 logger = logging.getLogger(__name__)
@@ -127,6 +135,7 @@ def check_ray(config: RayConfig) -> None:
     """
     if find_cluster(config) is None:
         check_machine(config.temp_dir)
+        check_token(os.environ)
 
 
 def _found_here(temp_dir: str, source: str) -> Address:

@@ -4,6 +4,9 @@ python -m cluster.status                     the newest run under runs/
 python -m cluster.status --run NAME          another one: a name, or its directory
 python -m cluster.status --watch 5           again and again
 python -m cluster.status --json              for programs
+
+A run that is not active any more is shown, too: how it ended, what it left, how to go on. The exit
+status is 0 where a run is shown, however it is, and 1 where there is none or it cannot be reached.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -47,12 +51,21 @@ from cluster.invocation import command_of
 from cluster.object_store import size
 from cluster.ray_private import living_actors
 from cluster.strict_json import dumps
-from cluster.whereabouts import WHEREABOUTS, Place, check_alive, locate_run, whereabouts
+from cluster.whereabouts import (
+    WHEREABOUTS,
+    LastRunError,
+    Place,
+    check_alive,
+    left_behind,
+    locate_run,
+    whereabouts,
+)
 
 WIDTH = 120  # columns, where there is no terminal
 PID_WIDTH = 8
 SHOWN = 16  # workers of a role in the table; --json has all
 QUIET_S = 10.0  # a run that has said nothing for so long is named
+LEFT = ("checkpoint", "report", "resume")  # of a run that has ended
 FIGURES = ("fid/", "reward/", "policy/entropy", "policy/reference_kl", "staleness/", "guards/")
 
 
@@ -245,6 +258,25 @@ def before_its_fleet(place: Place) -> dict[str, Any]:
     return as_dict(place.run, FleetStatus(progress=Progress(directory=directory)), {})
 
 
+def after_its_end(directory: Path) -> dict[str, Any]:
+    """The same of a run that is not active any more, and what it left: `checkpoint`, `report` and
+    `resume`. What only a fleet would know is empty."""
+    left = left_behind(directory)
+    progress = Progress(stage=left["stage"], directory=str(directory))
+    unknown = {"iteration": None, "restarts": None, "edition": None}
+    found = as_dict(directory.absolute().name, FleetStatus(progress=progress), {})
+    return found | unknown | {name: left[name] or None for name in LEFT}
+
+
+def last_lines(found: Mapping[str, Any]) -> list[str]:
+    """What `after_its_end` found, for people."""
+    lines = [f"last run: {found['run']}, {found['stage']}  {found['directory']}"]
+    if found["report"]:
+        return [*lines, f"report: {found['report']}"]
+    newest = found["checkpoint"] or "none: it will begin anew"
+    return [*lines, f"newest checkpoint: {newest}", f"resume with\n  {found['resume']}"]
+
+
 def watch(run: Reached, show: Callable[[dict[str, Any]], None], seconds: float) -> None:
     """Show it again and again, until the run ends."""
     while not _ended(run.place):
@@ -256,7 +288,7 @@ def await_fleet(place: Place, show: Callable[[dict[str, Any]], None], seconds: f
     """Show again and again that a run is starting, until it has its fleet.
 
     Raises:
-        FleetError: it has ended before that.
+        LastRunError: it has ended before that.
     """
     while not place.address:
         check_alive(place)
@@ -288,10 +320,23 @@ def shown(*, as_json: bool, live: bool) -> Iterator[Callable[[dict[str, Any]], N
 
 
 def report(asked: Arguments) -> None:
-    """Look once, or until the run ends.
+    """Look once, or until the run ends; one that has ended is shown as it left its directory.
 
     Raises:
-        FleetError: no run is active there; says what it left.
+        FleetError: there is no run, or it cannot be reached.
+    """
+    try:
+        look_or_watch(asked)
+    except LastRunError as error:
+        found = after_its_end(error.directory)
+        print(dumps(found) if asked.json else "\n".join(last_lines(found)), flush=True)
+
+
+def look_or_watch(asked: Arguments) -> None:
+    """
+    Raises:
+        LastRunError: it is not active any more.
+        FleetError: as `report`.
     """
     place = locate_run(asked.run, asked.address)
     with shown(as_json=asked.json, live=bool(asked.watch)) as show:

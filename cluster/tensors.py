@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cluster.errors import CheckpointError
-from cluster.files import storage_error, writing
+from cluster.errors import CheckpointError, ConfigError
+from cluster.files import AGAIN, storage_error, writing
 from cluster.paths import expanded
 from cluster.strict_json import dumps
 
@@ -28,8 +28,16 @@ OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors names the system'
 
 
 def weights_directory() -> Path:
-    """Where fetched files are kept: $TESSERA_WEIGHTS, or ~/.cache/tessera."""
-    return expanded(os.environ.get(WEIGHTS_VARIABLE) or "~/.cache/tessera")
+    """Where fetched files are kept: $TESSERA_WEIGHTS, or ~/.cache/tessera.
+
+    Raises:
+        ConfigError: there is no home directory, and the variable is not set.
+    """
+    given = os.environ.get(WEIGHTS_VARIABLE)
+    try:
+        return expanded(given or "~/.cache/tessera")
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or set {WEIGHTS_VARIABLE}") from error
 
 
 def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
@@ -85,21 +93,29 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    *,
+    then: str = AGAIN,
 ) -> None:
     """Write a safetensors file whose header carries `config` (JSON).
+
+    Args:
+        then: what to do once the cause of an error is mended.
 
     Raises:
         StorageError: there is no room for it.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     place = Path(path)
-    with writing(place):
+    with writing(place, then=then):
         try:
             save_file(plain, place, metadata={CONFIG_KEY: dumps(dict(config))})
         except SafetensorError as error:  # what the system said, in its own words
             number = OS_ERROR.search(str(error))
-            raise storage_error(place, str(error), int(number[1]) if number else None) from error
+            code = int(number[1]) if number else None
+            raise storage_error(place, str(error), code, then=then) from error
         os.chmod(place, 0o644)  # safetensors writes files that nobody else may read
 
 

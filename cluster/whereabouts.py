@@ -10,13 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cluster.address import AUTO, VARIABLE, current_cluster, greet, parse_address, written_address
-from cluster.errors import ConfigError, FleetError, TesseraError, UnreachableError
+from cluster.errors import (
+    ConfigError,
+    FleetError,
+    TesseraError,
+    UnreachableError,
+    did_you_mean,
+)
 from cluster.files import replacing, writing
 from cluster.invocation import command_of
 from cluster.locks import OWNER, look, owner_of
+from cluster.paths import expanded
 from cluster.processes import process_lives
 from cluster.ray_token import AUTH_MODE, TOKEN_MODE, find_token, shows_token
 from cluster.strict_json import dumps
@@ -28,6 +34,14 @@ HINT = (
     "one that has just been started is found when its Ray is there; name another's directory by "
     "--run, or its cluster by --address"
 )
+
+
+class LastRunError(FleetError):
+    """The run that is meant is not active any more; says what it left."""
+
+    def __init__(self, message: str, directory: Path) -> None:
+        super().__init__(message)
+        self.directory = directory
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,7 @@ def whereabouts(directory: Path) -> Place:
     have been imported yet.
 
     Raises:
+        LastRunError: the run there has ended.
         FleetError: nothing runs there, or the file is damaged.
     """
     file = directory / WHEREABOUTS
@@ -98,6 +113,8 @@ def whereabouts(directory: Path) -> Place:
     except FileNotFoundError:
         raise not_active(directory) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not owner_of(directory):  # of a run that a power cut ended, say
+            raise not_active(directory) from None
         raise FleetError(
             f"{file} cannot be read ({error}): name the cluster by --address"
         ) from None
@@ -122,6 +139,7 @@ def locate_run(run: str, address: str) -> Place:
         if name:
             check_run_name(name)
         return Place(name, address)
+    run = str(expanded(run)) if run.startswith("~") else run
     if run and (Path(run).name != run or holds_run(Path(run))):
         if not os.path.isdir(run):
             raise FleetError(f"there is no directory {run}: name a run, or its directory")
@@ -139,7 +157,9 @@ def not_on_cluster(run: str, error: FleetError) -> FleetError:
     """That a cluster has no such run, and what is known of one of the name that has ended."""
     for path in _directories(run):
         if not _living(path):
-            return FleetError(f"{error}; {_ended_place(path)}")
+            last = _ended_place(path)
+            message = f"{error}; {last}"
+            return LastRunError(message, path) if isinstance(last, LastRunError) else last
     return error
 
 
@@ -155,7 +175,8 @@ def _named(run: str) -> Place:
         return replace(cluster, run=run)
     if there:
         raise _ended_place(there[0])
-    raise FleetError(f"there is no run {run!r} under {_searched()}: {HINT}")
+    hint = did_you_mean(run, [path.name for path in _directories("")])
+    raise FleetError(f"there is no run {run!r} under {_searched()}: {hint}{HINT}")
 
 
 def _newest() -> Place:
@@ -217,7 +238,10 @@ def _living(directory: Path) -> Place | None:
     """Where an active run is; None if its fleet cannot be spoken with."""
     if not os.path.isfile(directory / WHEREABOUTS):
         return None
-    place = whereabouts(directory)
+    try:
+        place = whereabouts(directory)
+    except LastRunError:
+        return None
     return None if was_killed(place) else place
 
 
@@ -257,12 +281,12 @@ def not_active(directory: Path) -> FleetError:
             f"(--inline), or is about to start ({owner}). Ctrl-C there stops it, or SIGTERM to "
             "that process"
         )
-    start = f"no run is active in {directory}: it has ended"
-    if os.path.isfile(directory / "report.html"):
-        return FleetError(f"{start}, and left {directory / 'report.html'}")
-    left = left_behind(directory)
+    start, left = f"no run is active in {directory}: it has ended", left_behind(directory)
+    if left["report"]:
+        return LastRunError(f"{start}, and left {left['report']}", directory)
     newest = Path(left["checkpoint"]).name if left["checkpoint"] else "none yet"
-    return FleetError(f"{start}; newest checkpoint: {newest}. Go on with\n  {left['resume']}")
+    said = f"{start}; newest checkpoint: {newest}. Go on with\n  {left['resume']}"
+    return LastRunError(said, directory)
 
 
 def was_killed(place: Place) -> bool:
@@ -301,9 +325,10 @@ def check_alive(place: Place) -> None:
 def killed(place: Place) -> FleetError:
     """That a run ended without taking its leave."""
     assert place.directory is not None
-    return FleetError(
+    return LastRunError(
         f"the run in {place.directory} is not running any more: it was killed. Go on with\n"
-        f"  {resume_command(place.directory)}"
+        f"  {resume_command(place.directory)}",
+        place.directory,
     )
 
 
@@ -336,7 +361,17 @@ def starting(place: Place) -> str:
     )
 
 
-def left_behind(directory: Path) -> dict[str, Any]:
-    """What a run that ended has kept: its newest checkpoint, if any, and how to go on."""
-    steps = sorted((directory / "checkpoints").glob("step_*"))
-    return {"checkpoint": str(steps[-1]) if steps else "", "resume": resume_command(directory)}
+def left_behind(directory: Path) -> dict[str, str]:
+    """How a run ended, its newest checkpoint, the report of one that came to its end, and how to go
+    on; empty where there is none."""
+    steps, report = sorted((directory / "checkpoints").glob("step_*")), directory / "report.html"
+    finished = report.is_file()
+    if finished and steps:  # one that was gone on with after its end has an older report
+        finished = report.stat().st_mtime >= steps[-1].stat().st_mtime
+    killed = any(os.path.isfile(directory / name) for name in (WHEREABOUTS, OWNER))
+    return {
+        "stage": "killed" if killed else "finished" if finished else "ended",
+        "checkpoint": str(steps[-1]) if steps else "",
+        "report": str(report) if finished else "",
+        "resume": resume_command(directory),
+    }

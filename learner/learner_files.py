@@ -13,7 +13,7 @@ import msgpack
 from torch import Tensor
 
 from cluster.errors import CheckpointError
-from cluster.files import sync, writing
+from cluster.files import RESUME, sync, writing
 from cluster.sealing import UNREADABLE, count, seal, unseal
 from cluster.tensors import write_tensors
 from learner.entropy import EntropyState
@@ -90,7 +90,7 @@ class LearnerFiles:
             StorageError: there is no room for it.
         """
         for name, file in self.tensors.items():
-            write_tensors(directory / name, file.tensors, file.config)
+            write_tensors(directory / name, file.tensors, file.config, then=RESUME)
         with writing(directory / STATE_FILE):
             (directory / STATE_FILE).write_bytes(self.state.to_bytes())
             for name in (*self.tensors, STATE_FILE):

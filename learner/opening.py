@@ -20,7 +20,7 @@ from cluster.whereabouts import check_run_name
 from learner.config import RunConfig, parse_yaml
 from learner.mirror import Mirror
 from learner.remote_owner import RemoteOwner
-from learner.rundir import CONFIG, RunDirectory, new_name
+from learner.rundir import AFRESH, CONFIG, RunDirectory, new_name
 from learner.sealed import unseal
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Opening:
                 with acquire(path / OWNER, what, stop, path.name):
                     pass  # it has ended meanwhile
             RunDirectory.check_unused(path)
-        with writing(path, then="start again, or name another directory by --run-dir"):
+        with writing(path, then=AFRESH):
             path.mkdir(parents=True, exist_ok=True)
         with acquire(path / OWNER, what, stop, path.name) as lock:
             if self.sealed is not None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from cluster.errors import ConfigError, DataError, LockLostError
-from cluster.files import replacing, writing
+from cluster.files import AGAIN, RESUME, replacing, writing
 from cluster.locks import OWNER, Lock
 from cluster.paths import default_root, expanded
 from cluster.strict_json import dumps, number
@@ -28,6 +28,8 @@ LOG = "run.log"
 BEFORE_AFTER = "before_after.png"
 BEGINNING = (CONFIG, OWNER, LOG)
 """Files of a run that has not done anything yet."""
+AFRESH = f"{AGAIN}, or name another directory by --run-dir"
+"""What to do where a directory cannot be made."""
 
 
 class RunDirectory:
@@ -137,7 +139,7 @@ class RunDirectory:
 
     def _make_folders(self) -> None:
         for folder in (self.checkpoints, self.rollouts, self.gallery, self.tensorboard):
-            with writing(folder, then="start again, or name another directory by --run-dir"):
+            with writing(folder, then=AFRESH):
                 folder.mkdir(parents=True, exist_ok=True)
 
     def kept_anything(self) -> bool:
@@ -193,7 +195,8 @@ class RunDirectory:
 
     def _write_config(self, text: str) -> None:
         self.check_owned()
-        with writing(self.config), replacing(self.config, durable=True) as partial:
+        then = RESUME if self.config.is_file() else AFRESH
+        with writing(self.config, then=then), replacing(self.config, durable=True) as partial:
             partial.write_text(text, encoding="utf-8")
 
     def _read_config(self) -> tuple[str, str]:
@@ -250,7 +253,7 @@ def new_name() -> Path:
     """A directory that was not there, made here: no two runs get the same."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path, number = default_root() / stamp, 1
-    with writing(path):
+    with writing(path, then=AFRESH):
         while True:
             try:
                 path.mkdir(parents=True)

@@ -89,6 +89,8 @@ def read_file(name: str) -> RewardFile:
     except SyntaxError as error:
         place = f" (line {error.lineno})" if error.lineno else ""
         raise ConfigError(f"{what} is no Python: {error.msg}{place}") from None
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"{what} cannot be read: {error}") from error
 

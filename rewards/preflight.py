@@ -18,11 +18,11 @@ import torch
 from huggingface_hub import constants
 
 from cluster.errors import CheckpointError, ConfigError, nearest
+from cluster.paths import expanded
 from cluster.preflight import Download, Findings
 from cluster.tensors import locate, read_config, read_shapes
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.classifier import ClassifierConfig
-from rewards.clip import ClipConfig
 from rewards.config import JudgeConfig, RewardsConfig
 from rewards.convnet import FAMILY
 from rewards.extra import find_extra
@@ -81,7 +81,7 @@ def check_judge(
     Args:
         classes: that are asked for; None where conditions are captions.
     """
-    _clip("judge.clip", judge.clip, findings)
+    _text_image("judge.clip", judge.clip.model, judge.clip.pretrained, findings)
     _classifier(judge.classifier, side, classes, findings)
     check_features("judge.features", judge.features, side, findings, judge=True)
     check_features("judge.second", judge.second, side, findings, judge=True)
@@ -175,10 +175,6 @@ def family_of(path: str) -> str:
         return str(read_config(path).get("family", ""))
     except CheckpointError:
         return ""
-
-
-def _clip(field: str, config: ClipConfig, findings: Findings) -> None:
-    _text_image(field, config.model, config.pretrained, findings)
 
 
 def _hps(config: HpsConfig, findings: Findings) -> None:
@@ -311,7 +307,7 @@ def _tagged(
             download = Download(field=field, name=name, url=url, size=size)
             findings.fetched(download, offline=_offline())
     elif (url := str(config.get("url", ""))) and not (
-        Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]
+        expanded("~/.cache/clip") / url.rpartition("/")[2]
     ).is_file():
         findings.downloads.append(Download(field=field, name=name, url=url, size=size))
 

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.errors import FleetError
 from cluster.ray_token import AUTH_MODE, TOKEN, TOKEN_PATH, ensure_token, find_token, token
+from cluster.runtime import RayConfig, check_ray
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     return home
 
@@ -105,8 +107,13 @@ def test_what_the_user_says_is_kept_to(home: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(TOKEN_PATH, str(home / "other"))
     with pytest.raises(FleetError, match=r"RAY_AUTH_TOKEN_PATH names .*other, where no token"):
         ensure_token()
+    with pytest.raises(FleetError, match="where no token"):  # by a dry run, too
+        check_ray(RayConfig())
     (home / "other").write_text("mine\n")
     ensure_token()
     assert token(os.environ) == "mine"
+    monkeypatch.setenv(TOKEN, " ")  # Ray would not start with it, after half a minute
+    with pytest.raises(FleetError, match="RAY_AUTH_TOKEN is set, and blank"):
+        ensure_token()
     monkeypatch.setenv(TOKEN, "first")
     assert token(os.environ) == "first"

@@ -5,21 +5,29 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import resource
 import shutil
 import tempfile
 from collections import namedtuple
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
-from cluster import machine
+from actors import sample, weights
+from cluster import machine, status
 from cluster.errors import FleetError, StorageError
 from cluster.files import writing
+from cluster.locks import locked
 from cluster.machine import check_machine, check_open_files, check_temp_root, why_not_started
 from cluster.runtime import RayConfig
+from cluster.tensors import write_tensors
+from learner import run
 from learner.opening import Opening
 from learner.rundir import RunDirectory
+from rewards import reference
 from tests.small_run import small_config
 
 Usage = namedtuple("Usage", "total used free")
@@ -116,6 +124,93 @@ def test_a_run_directory_that_cannot_be_made() -> None:
         Opening(Path("/proc/run")).take(small_config()),
     ):
         pass
+
+
+def test_what_is_not_a_run_is_not_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that the run names itself, and what other commands write."""
+    monkeypatch.chdir("/proc")
+    with (
+        pytest.raises(StorageError, match="another directory by --run-dir"),
+        Opening(None).take(small_config()),
+    ):
+        pass
+    with (
+        pytest.raises(StorageError, match=r"/proc/samples .*, then start again$"),
+        locked(Path("/proc/samples"), "--out"),
+    ):
+        pass
+    with pytest.raises(StorageError, match=r", then start again$"):
+        write_tensors("/proc/x.safetensors", {"a": torch.zeros(1)}, {})
+
+
+@pytest.mark.parametrize("given", ["ray", "~/ray", "./ray"])
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_relative_directory_is_refused_wherever_it_is_named(
+    name: str, given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray's processes would look for it elsewhere, and time out after half a minute."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(name, given)
+    with pytest.raises(FleetError, match=rf"\(\${name}\), which is no absolute path"):
+        check_machine("")
+    assert not any(tmp_path.iterdir())
+
+
+COMMANDS = {
+    "run directory": (run, ["--dry-run", "--run-dir", "~PLACE/x"]),
+    "preset": (run, ["--dry-run", "--preset", "~PLACE/x.yaml"]),
+    "reward": (run, ["--dry-run", "--rewards.extra", "~PLACE/x.py:Name"]),
+    "reference": (run, ["--dry-run", "--rewards.loo-fid.reference", "~PLACE/x.npz"]),
+    "status": (status, ["--run", "~PLACE/x"]),
+    "sample": (sample, ["--classes", "0", "--out", "~PLACE/x"]),
+    "run to sample": (sample, ["--classes", "0", "--run", "~PLACE/x"]),
+    "moments": (reference, ["--images", "~PLACE/x", "--out", "y.npz"]),
+    "export": (weights, ["export", "y", "~PLACE/x.pt"]),
+}
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user without HOME or an entry in the passwd file, as containers have them."""
+
+    def nobody(_: object) -> None:
+        raise KeyError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("HOME", "TESSERA_WEIGHTS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("homeless")
+@pytest.mark.parametrize("user", ["", "nobody-of-this-name"])
+@pytest.mark.parametrize(("module", "arguments"), COMMANDS.values(), ids=COMMANDS)
+def test_a_home_directory_that_is_not_there(
+    module: ModuleType, arguments: list[str], user: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module.main([word.replace("PLACE", user) for word in arguments]) in (1, 2)
+    told = capsys.readouterr().err
+    assert f"~{user}/x" in told
+    assert "the home directory that ~ stands for is not known" in told
+
+
+@pytest.mark.usefixtures("homeless")
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (weights, ["list"]),
+        (weights, ["fetch", "llamagen-vq-16"]),
+        (reference, ["fetch", "imagenet256"]),
+        (run, ["--dry-run", "--rewards.loo-fid.reference", "imagenet256"]),
+        (run, ["--dry-run", "--preset", "llamagen-b-256"]),
+    ],
+)
+def test_weights_without_a_home_directory(
+    module: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module.main(arguments) == 2
+    assert "or set TESSERA_WEIGHTS" in capsys.readouterr().err
 
 
 def test_the_directory_of_a_private_ray_is_absolute() -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from cluster.control import Control, FleetStatus, PoolStatus, Progress, StopWish, Wish, WorkerStatus
-from cluster.status import as_dict, figures, headlines, table
+from cluster.locks import OWNER
+from cluster.processes import Holder
+from cluster.status import as_dict, figures, headlines, main, table
 
 STATUS = FleetStatus(
     pools=(
@@ -114,3 +123,69 @@ def test_the_actor_answers_by_itself_and_says_how_old_its_news_are(
     assert control.exchange(STATUS) == []
     now = 107.0
     assert control.status().age_s == 7
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a run that was stopped."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "runs" / "my [bold]run"
+    (directory / "checkpoints" / "step_000010").mkdir(parents=True)
+    (directory / "config.yaml").touch()
+    return directory
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    lines = capsys.readouterr()
+    assert not lines.err
+    return lines.out
+
+
+@pytest.mark.parametrize("which", ["", "my [bold]run", "runs/my [bold]run/"])
+def test_a_run_that_has_ended(
+    which: str, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No error: how it ended, what it left, and how to go on."""
+    lines = shown(capsys, "--run", which).splitlines()
+    assert lines[0].startswith("last run: my [bold]run, ended  ")
+    assert lines[1].endswith("checkpoints/step_000010")
+    assert lines[2] == "resume with"
+    assert shlex.split(lines[3])[-2:] == ["--run-dir", str(directory)]
+    found = json.loads(shown(capsys, "--run", which, "--json"))
+    assert found.keys() - as_dict("", STATUS, {}).keys() == {"checkpoint", "report", "resume"}
+    assert (found["stage"], found["roles"], found["iteration"]) == ("ended", [], None)
+    assert shlex.split(found["resume"]) == shlex.split(lines[3])
+    assert found["report"] is None
+    assert json.loads(shown(capsys, "--run", which, "--json", "--watch", "9")) == found
+
+
+def test_how_a_run_ended(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def stage() -> str:
+        return str(json.loads(shown(capsys, "--json"))["stage"])
+
+    (directory / "report.html").touch()
+    assert stage() == "finished"
+    lines = shown(capsys)
+    assert f"report: runs/{directory.name}/report.html" in lines
+    assert "resume" not in lines
+    os.utime(directory / "report.html", (1, 1))  # it went on after that, and was stopped
+    assert stage() == "ended"
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait(30)
+    killed = Holder(**{**asdict(Holder.this_process()), "pid": process.pid, "started": "1"})
+    (directory / OWNER).write_bytes(killed.to_bytes())
+    assert stage() == "killed"
+    assert "last run: my [bold]run, killed" in shown(capsys)
+
+
+def test_no_run_at_all_is_an_error(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for other in ("my-bold-run", "runs/other", str(directory / "checkpoints")):
+        assert main(["--run", other]) == 1
+        assert capsys.readouterr().err.startswith("error: ")
+    assert main(["--run", "my [bold]rum"]) == 1
+    assert "did you mean 'my [bold]run'?" in capsys.readouterr().err

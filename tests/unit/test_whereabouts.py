@@ -22,6 +22,7 @@ from cluster.locks import OWNER, locked
 from cluster.processes import Holder, process_lives
 from cluster.whereabouts import (
     WHEREABOUTS,
+    LastRunError,
     Place,
     announced,
     check_alive,
@@ -39,6 +40,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("RAY_TMPDIR", str(home))
+    monkeypatch.setattr(tempfile, "tempdir", str(home))  # notes of runs may be there, too
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "XDG_STATE_HOME"):
         monkeypatch.delenv(name, raising=False)
     return home
@@ -153,17 +155,25 @@ def test_every_command_says_so_in_seconds(
     command, tmp_path: Path, gone: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory, start = write(tmp_path / "night", pid=gone), time.monotonic()
-    assert command(["--run", str(directory)]) == 1
+    asked = command is status.main  # how it is; the others cannot do what they are for
+    assert command(["--run", str(directory)]) == (0 if asked else 1)
     assert time.monotonic() - start < 10
-    error = capsys.readouterr().err
-    assert "error: the run in" in error
-    assert f"--resume --run-dir {directory}" in error
+    told = capsys.readouterr()
+    assert (
+        told.out.startswith("last run: night, killed") if asked else "error: the run in" in told.err
+    )
+    assert f"--resume --run-dir {directory}" in told.out + told.err
 
 
 def test_damaged_files_and_odd_names(tmp_path: Path) -> None:
-    (tmp_path / WHEREABOUTS).write_text('{"run": 1')
-    with pytest.raises(FleetError, match="cannot be read"):
-        locate_run(str(tmp_path), "")
+    first = tmp_path / "runs" / "first"
+    first.mkdir(parents=True)
+    for damage in ('{"run": 1', ""):  # a power cut leaves an empty one
+        (first / WHEREABOUTS).write_text(damage)
+        with locked(first, "x"), pytest.raises(FleetError, match="cannot be read"):
+            locate_run(str(first), "")
+        with pytest.raises(LastRunError, match="it has ended"):
+            locate_run(str(first), "")
     with pytest.raises(FleetError, match=r"there is no directory \.\./other"):
         locate_run("../other", "")
 
@@ -336,10 +346,11 @@ def test_watching_a_start_ends_with_the_run(
     directory = active(tmp_path / "first", address="")
     timer = threading.Timer(0.5, lambda: write(directory, address="", pid=gone))
     timer.start()
-    assert status.main(["--run", str(directory), "--watch", "0.1", "--json"]) == 1
-    lines = capsys.readouterr()
-    assert {json.loads(line)["stage"] for line in lines.out.splitlines()} == {"starting"}
-    assert "it was killed" in lines.err
+    assert status.main(["--run", str(directory), "--watch", "0.1", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["stage"] for line in lines[:-1]} == {"starting"}
+    assert lines[-1]["stage"] == "killed"
+    assert lines[-1]["resume"] == resume_command(directory)
 
 
 def test_runs_are_remembered_where_the_user_may_write(

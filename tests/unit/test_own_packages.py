@@ -148,6 +148,20 @@ def test_help_and_errors_of_the_command(tmp_path: Path) -> None:
     assert wrong.stderr == ("error: there is no command 'stauts': did you mean 'tessera status'?\n")
 
 
+@pytest.mark.parametrize("asked", [[], ["--version"], ["stauts"]])
+def test_a_console_that_fails_is_no_traceback(asked: list[str]) -> None:
+    line = [sys.executable, "-m", "tessera_rl", *asked]
+    with open("/dev/full", "w") as full:
+        one = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+        both = subprocess.run(line, stdout=full, stderr=full)
+    full_disk = "error: the standard output cannot be written: No space left on device\n"
+    assert (one.returncode, one.stderr == full_disk) == (
+        (2, False) if asked == ["stauts"] else (1, True)
+    )
+    assert one.stderr.count("\n") == 1
+    assert both.returncode == one.returncode
+
+
 @pytest.mark.parametrize("command", ["run", "stop"])
 def test_commands_call_themselves_by_the_users_name(tmp_path: Path, command: str) -> None:
     found = start(tmp_path, "-m", "tessera_rl", command, "--help")

@@ -33,25 +33,31 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help", "help"):
-        try:
-            print(usage(), flush=True)
-        except BrokenPipeError:  # `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _show(usage())
     if given[0] in ("-V", "--version"):
-        print(f"tessera {version('tessera-rl')}")
-        return 0
+        return _show(f"tessera {version('tessera-rl')}")
     name, *rest = given
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean 'tessera {near[0]}'?" if near else "see 'tessera --help'"
-        print(f"error: there is no command {name!r}: {hint}", file=sys.stderr)
-        return REFUSED
+        return _show("", f"error: there is no command {name!r}: {hint}")
     hidden = claim()
     started = importlib.import_module("cluster.invocation")
     started.begin(_working_directory_last(), hidden=hidden)
     program = importlib.import_module("cluster.program")
     return int(program.run_command(COMMANDS[name][0], rest))
+
+
+def _show(text: str, error: str = "") -> int:
+    """Print a text, or an error, as every command does where nobody reads it; returns the exit
+    status."""
+    claim()
+    with importlib.import_module("cluster.streams").safe_streams(output_is_all=True):
+        if error:
+            print(error, file=sys.stderr)
+            return REFUSED
+        print(text)
+    return 0
 
 
 def usage() -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.streams import console_failure
+from cluster.streams import console_failure, unending
 
 PACKAGES = ("actors", "cluster", "learner", "rewards")
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -45,7 +45,10 @@ class ConsoleHandler(logging.Handler):
             return
         try:
             text = self.format(record)
-            self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+            with unending():
+                self._console.print(
+                    text, highlight=False, markup=False, emoji=False, soft_wrap=True
+                )
         except Exception:
             self.handleError(record)
 

@@ -34,6 +34,8 @@ class SafeStream:
         self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self._name, self._ends = name, ends
         self.failure = "" if stream is not None else "it is closed"
+        self._error: Exception | None = None
+        """Of the failure, as long as the program has not ended by it."""
 
     def write(self, text: str) -> int:
         self._attempt("write", text)
@@ -54,6 +56,7 @@ class SafeStream:
 
     def _attempt(self, method: str, *text: str) -> None:
         if self.failure:
+            self._end()
             return
         try:
             getattr(self._stream, method)(*text)
@@ -67,9 +70,15 @@ class SafeStream:
 
     def _failed(self, error: Exception) -> None:
         self.failure = getattr(error, "strerror", None) or str(error)
+        self._error = error
         _drain(self._stream)
-        if not self._ends:
+        self._end()
+
+    def _end(self) -> None:
+        error = self._error
+        if not self._ends or error is None:
             return
+        self._error = None
         if getattr(error, "errno", None) == errno.EPIPE:
             raise SystemExit(CLOSED_PIPE)
         with suppress(*FAILURES):
@@ -110,6 +119,21 @@ def safe_streams(*, output_is_all: bool) -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+@contextmanager
+def unending() -> Iterator[None]:
+    """What is printed in the block is beside the program's output: if it cannot be written, the
+    program ends by what is printed after it, or at its end."""
+    stream = sys.stdout
+    if not isinstance(stream, SafeStream):
+        yield
+        return
+    ends, stream._ends = stream._ends, False
+    try:
+        yield
+    finally:
+        stream._ends = ends
+
+
 def console_failure() -> str:
     """Why the standard output cannot be written; empty if it can, as far as is known."""
     return getattr(sys.stdout, "failure", "")
@@ -120,6 +144,8 @@ def _safe(stream: Any, name: str, *, ends: bool) -> Any:
         return SafeStream(stream, name, ends=ends)
     safe = SafeStream(stream._stream, name, ends=ends)
     safe.failure = stream.failure
+    if not ends:
+        stream._error = None
     return safe
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.console import make_console
+from cluster.logs import to_console
 from cluster.streams import console_failure, printable, safe_streams
 
 
@@ -65,6 +68,33 @@ def test_what_nobody_needs_is_ended(
         make_console().print("one")
     assert ended.value.code == status
     assert capsys.readouterr().err.count("cannot be written: full") == (status == 1)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_message_that_cannot_be_shown_ends_no_work(
+    goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `--auto-resume` has before the run, and `fetch` before the download."""
+    monkeypatch.setattr(sys, "stdout", Failing(OSError(28, "full")))
+    done: list[str] = []
+
+    def command() -> None:
+        with safe_streams(output_is_all=True), to_console(make_console()):
+            for what in ("begun", "gone on"):
+                logging.getLogger("learner").info("starting")
+                done.append(what)
+            with safe_streams(output_is_all=False) if goes_on else contextlib.nullcontext():
+                done.append(console_failure())
+                print("the run")
+            done.append("ended")
+
+    if goes_on:  # a run
+        command()
+    else:
+        with pytest.raises(SystemExit) as ended:
+            command()
+        assert ended.value.code == 1
+    assert done == ["begun", "gone on", "full", "ended"][: 4 if goes_on else 3]
 
 
 def test_a_failure_that_comes_with_the_last_flush_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.errors import FleetError
@@ -117,6 +117,25 @@ def find_token() -> bool:
                 os.environ[TOKEN_PATH] = str(file)
                 return True
     return False
+
+
+@contextmanager
+def token_in_environment() -> Iterator[None]:
+    """While the block runs, the token is in the environment itself. A private Ray that is started
+    so hands it to every worker to come: it outlives a change of the file, which other clusters of
+    this user share (`ray get-auth-token --generate`, a home directory that is cleaned)."""
+    before, known = os.environ.get(TOKEN), token(os.environ)
+    if os.environ.get(AUTH_MODE, TOKEN_MODE).lower() != TOKEN_MODE or not known:
+        yield
+        return
+    os.environ[TOKEN] = known
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TOKEN]
+        else:
+            os.environ[TOKEN] = before
 
 
 def _own_token_files() -> list[Path]:

@@ -44,6 +44,7 @@ from cluster.ray_token import (
     no_token,
     shows_token,
     token,
+    token_in_environment,
 )
 from cluster.signals import held
 
@@ -228,7 +229,7 @@ def _start(config: RayConfig, quiet: dict[str, Any]) -> None:
     room = shared_memory()
     try:
         # without "local", Ray joins whatever was last started on this machine
-        with loopback():
+        with loopback(), token_in_environment():
             ray.init(address="local", **_private(config), **quiet)
     except Exception as error:  # Ray raises bare ones, too
         raise FleetError(why_not_started(error, temp_root(config.temp_dir))) from error

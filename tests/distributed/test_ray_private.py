@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from cluster import ray_private
 from cluster.address import GcsAnswer
-from cluster.ray_token import find_token, token
+from cluster.ray_token import TOKEN, find_token, token
 from cluster.runtime import RaySession
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +33,9 @@ class Counter:
     def busy(self, seconds: float) -> float:
         time.sleep(seconds)
         return time.monotonic()
+
+    def token(self) -> str:
+        return os.environ[TOKEN]
 
     def whose(self) -> str:
         return ray.get_runtime_context().get_actor_id()
@@ -77,6 +80,11 @@ def test_a_private_ray_is_on_loopback(ray_session: RaySession) -> None:
 
 def test_a_private_ray_is_shown_a_token(ray_session: RaySession) -> None:
     assert ray_private.shows_token() is True
+
+
+def test_workers_have_the_token_whatever_becomes_of_its_file(counter: Any) -> None:
+    find_token()
+    assert ray.get(counter.token.remote(), timeout=WAIT_S) == token(os.environ)
 
 
 def test_the_control_service_says_its_versions(ray_session: RaySession) -> None:

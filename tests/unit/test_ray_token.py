@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from cluster.errors import FleetError
-from cluster.ray_token import AUTH_MODE, TOKEN, TOKEN_PATH, ensure_token, find_token, token
+from cluster.ray_token import (
+    AUTH_MODE,
+    TOKEN,
+    TOKEN_PATH,
+    ensure_token,
+    find_token,
+    token,
+    token_in_environment,
+)
 from cluster.runtime import RayConfig, check_ray
 
 
@@ -117,3 +126,24 @@ def test_what_the_user_says_is_kept_to(home: Path, monkeypatch: pytest.MonkeyPat
         ensure_token()
     monkeypatch.setenv(TOKEN, "first")
     assert token(os.environ) == "first"
+
+
+def test_what_is_started_has_the_token_itself(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with token_in_environment():
+        assert TOKEN not in os.environ, "there is none"
+    ensure_token()
+    made = token(os.environ)
+    with suppress(ZeroDivisionError), token_in_environment():
+        (home / ".ray" / "auth_token").write_text("another cluster's")
+        assert os.environ[TOKEN] == token(os.environ) == made
+        raise ZeroDivisionError
+    assert TOKEN not in os.environ
+    assert token(os.environ) == "another cluster's"
+    monkeypatch.setenv(TOKEN, "mine")
+    with token_in_environment():
+        assert os.environ[TOKEN] == "mine"
+    assert os.environ[TOKEN] == "mine"
+    monkeypatch.setenv(AUTH_MODE, "disabled")
+    monkeypatch.delenv(TOKEN)
+    with token_in_environment():
+        assert TOKEN not in os.environ

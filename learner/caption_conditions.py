@@ -89,7 +89,7 @@ def peek_captions(path: str) -> int:
             if not wanted:
                 return 0
             first = next(parquet.iter_batches(1, columns=wanted)).column(0)[0].as_py()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeError, pa.ArrowException) as error:
         raise DataError(f"captions {path}: not a readable Parquet file ({error})") from error
     if own:
         return int(first[1]) if first and len(first) == 2 else 0
@@ -117,7 +117,7 @@ def _from_parquet(path: Path) -> list[Condition]:
                 raise DataError(f"captions {path}: {_needs(columns)}")
         rows = enumerate(iterate_text_features(path))
         found = [by_row(path, row, condition) for row, condition in rows]
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeError, pa.ArrowException) as error:
         raise DataError(f"captions {path}: not a readable Parquet file ({error})") from error
     if not found:
         raise DataError(f"captions {path}: the file holds no caption")

@@ -101,7 +101,7 @@ def check_source(source: str) -> None:
     if place.suffix == ".parquet":
         try:
             names = pq.read_schema(place).names
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, UnicodeError, pa.ArrowException) as error:
             raise DataError(f"{source}: not a readable Parquet file ({error})") from error
         wanted: tuple[str, ...] = (TOKENS, PARQUET_CLASSES)
     else:

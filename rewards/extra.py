@@ -85,7 +85,7 @@ def parse_extra(text: str) -> ExtraReward:
             "run directory: read it from the environment instead (env_vars of a pool's "
             "runtime_env, written ${NAME})"
         )
-    read = {key: yaml.safe_load(value) for key, value in values.items()}
+    read = {key: _value(text, key, value) for key, value in values.items()}
     for key in ("weight", "limit"):
         value = read.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
@@ -94,6 +94,18 @@ def parse_extra(text: str) -> ExtraReward:
     term = {key: read.pop(key) for key in ("weight", *OF_THE_TERM) if key in read}
     file = found.groupdict().get("file") or ""
     return ExtraReward(name=name, path=path, term=_term(text, term), options=read, file=file)
+
+
+def _value(text: str, key: str, value: str) -> Any:
+    """What a value is as YAML: a number, a flag, a word."""
+    try:
+        return yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date that is none
+        why = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise ValueError(
+            f"{text!r}: the {key} {value!r} cannot be read as YAML ({why}): put it in quotes (a "
+            "comma begins the next option)"
+        ) from None
 
 
 class ForeignScorer:

@@ -120,7 +120,7 @@ class FolderImages:
         if not self._names:
             raise DataError(f"{root}: no {', '.join(SUFFIXES)} files in it or below")
         lines = (f"{name} {(root / name).stat().st_size}" for name in self._names)
-        self.fingerprint = _digest("\n".join(lines).encode())
+        self.fingerprint = _digest(os.fsencode("\n".join(lines)))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -174,7 +174,7 @@ class ParquetImages:
         if not end:
             raise DataError(f"{files[0]}: no rows")
         self._count = end
-        self.fingerprint = _digest("\n".join([self._column, *described]).encode())
+        self.fingerprint = _digest(os.fsencode("\n".join([self._column, *described])))
         self._held: tuple[_RowGroup, list[Any]] | None = None
 
     def __len__(self) -> int:
@@ -247,7 +247,7 @@ class SampleImages:
                 f"{self.path}: expected images (N, H, W, 3) of uint8, found {dtype} of shape "
                 f"{self._shape}"
             )
-        self.fingerprint = _digest(f"{self.path.name} {self._shape} {size}".encode())
+        self.fingerprint = _digest(os.fsencode(f"{self.path.name} {self._shape} {size}"))
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -337,6 +337,8 @@ def _parquet(file: Path) -> Any:
 
     try:
         return pq.ParquetFile(file)
+    except UnicodeError as error:
+        raise DataError(f"{file}: pyarrow reads no file of such a name ({error})") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{file}: not a whole Parquet file ({error}): fetch it again") from error
 

@@ -52,6 +52,13 @@ def test_without_a_weight_it_counts_once() -> None:
         ("a:B=-1", "'a:B=-1': weight must be >= 0, found -1"),
         ("a:B=1,normalise=z", "normalise must be one of group, batch, anchored, centred"),
         ("a:B=1,odd", "expected option=value, found 'odd'"),
+        ("a:B=1,v=[1", r"the v '\[1' cannot be read as YAML \(expected ',' or"),
+        ("a:B=1,v=@x", "the v '@x' cannot be read as YAML .*put it in quotes"),
+        ("a:B=1,v=*", "cannot be read as YAML"),
+        ("a:B=1,v=\0", r"the v '\\x00' cannot be read as YAML \(special characters"),
+        ("a:B=1,v=x\udce9", "cannot be read as YAML"),
+        ("a:B=1,v=2001-13-45", "cannot be read as YAML .month must be in"),
+        ("a:B={", "the weight '{' cannot be read as YAML"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:

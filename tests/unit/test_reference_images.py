@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -23,6 +24,31 @@ def test_sources_are_read_from_anywhere(kind: str, tmp_path: Path) -> None:
     for start, stop in ((25, 30), (3, 19), (0, 1), (28, 40)):
         pixels = [image.pixels for image in again.read(start, stop)]
         np.testing.assert_array_equal(np.stack(pixels), IMAGES[start:stop])
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "npy"])
+def test_names_that_are_not_utf_8_are_read(kind: str, tmp_path: Path) -> None:
+    name, other = os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8")
+    fingerprints = []
+    for folder in (tmp_path / name, tmp_path / other):
+        folder.mkdir()
+        file = folder / f"{folder.name}.{'png' if kind == 'folder' else kind}"
+        if kind == "folder":
+            file.write_bytes(png(IMAGES[0]))
+        elif kind == "npy":
+            np.save(file, IMAGES[:1])
+        else:
+            parquet(tmp_path / "p.parquet", [png(IMAGES[0])])
+            (tmp_path / "p.parquet").rename(file)
+        if kind == "parquet":
+            with pytest.raises(DataError, match="pyarrow reads no file of such a name"):
+                open_source(str(folder))
+            return
+        source = open_source(str(file if kind == "npy" else folder))
+        (image,) = source.read(0, 1)
+        np.testing.assert_array_equal(image.pixels, IMAGES[0])
+        fingerprints.append(source.fingerprint)
+    assert len(set(fingerprints)) == 2
 
 
 def test_sources_that_hold_no_images_are_refused(tmp_path: Path) -> None:

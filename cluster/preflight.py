@@ -48,8 +48,9 @@ class Findings:
         try:
             yield
         except TesseraError as error:
-            text = str(error)
-            self.problems.append(text if text.startswith(field) else f"{field}: {text}")
+            text = str(error) if str(error).startswith(field) else f"{field}: {error}"
+            if text not in self.problems:  # a file that is needed twice is missing once
+                self.problems.append(text)
 
     def enforce(self) -> None:
         """

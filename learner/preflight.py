@@ -12,7 +12,7 @@ from actors.models.llamagen import LlamaGenConfig
 from actors.models.sources import PolicyArchitecture
 from actors.models.taming import TamingConfig
 from actors.preflight import check_models, image_side
-from cluster.errors import ConfigError, DataError
+from cluster.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from cluster.invocation import command_of
 from cluster.paths import expanded
 from cluster.placement import Placement, place
@@ -201,7 +201,13 @@ def _images(field: str, source: str, config: RunConfig) -> None:
         DataError: they are not.
     """
     if not source.startswith(DIGITS):
-        locate(source)
+        moments = field.startswith("rewards")
+        names = [f"{DIGITS}train", f"{DIGITS}held-out", *(PUBLISHED if moments else ())]
+        try:
+            locate(source)
+        except CheckpointError as error:
+            hint = did_you_mean(source, names).strip() or f"there are {', '.join(names)}, or a file"
+            raise CheckpointError(f"{error}: {hint}") from error
     for _ in iterate_images(source, FEATURE_BATCH):
         pass
     conditions = config.conditions

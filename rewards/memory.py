@@ -12,8 +12,14 @@ from typing import Any
 from cluster.tensors import locate
 from rewards.config import RewardServerConfig
 from rewards.features import MINIATURE, FeaturesConfig
-from rewards.openclip import DIRECTORY_CONFIG, Precision, architecture_of, directory_of
-from rewards.preflight import DINOV2_BYTES, INCEPTION_BYTES, clip_parameters
+from rewards.openclip import (
+    DIRECTORY_CONFIG,
+    Precision,
+    architecture_of,
+    clip_parameters,
+    directory_of,
+)
+from rewards.preflight import DINOV2_BYTES, INCEPTION_BYTES
 from rewards.text_image import IMAGE_BATCH
 from rewards.vision_towers import CLIP, DINOV2
 from rewards.weight_files import given

@@ -241,3 +241,18 @@ def _tokenizer_options(directory: Path) -> dict[str, str]:
     if "bpe_path" not in options:
         return {}
     return {"bpe_path": str(directory / options["bpe_path"])}
+
+
+def clip_parameters(architecture: dict[str, Any]) -> int:
+    """About how many weights an open_clip model of two plain transformers has; 0 for others."""
+    vision, text = architecture.get("vision_cfg", {}), architecture.get("text_cfg", {})
+    try:
+        width, patch, layers = vision["width"], vision["patch_size"], vision["layers"]
+        ratio, places = vision.get("mlp_ratio", 4.0), (vision["image_size"] // patch) ** 2
+        seen = layers * (4 + 2 * ratio) * width**2 + (3 * patch**2 + places) * width
+        inner, deep = text["width"], 4 + 2 * text.get("mlp_ratio", 4.0)
+        rows = text["vocab_size"] + text.get("context_length", 77)
+        read = text["layers"] * deep * inner**2 + rows * inner
+        return round(seen + read + architecture["embed_dim"] * (width + inner))
+    except (KeyError, TypeError):
+        return 0

@@ -34,6 +34,7 @@ from rewards.openclip import (
     HUB,
     architecture_of,
     check_activation,
+    clip_parameters,
     directory_of,
     is_file,
     pretrained_of,
@@ -187,6 +188,15 @@ def _hps(config: HpsConfig, findings: Findings) -> None:
             "pip install 'tessera-rl[hpsv2]', or set the backend to open_clip",
         )
     if config.pretrained not in PUBLISHED:
+        known = config.pretrained in tags_of(ARCHITECTURE) or is_file(config.pretrained)
+        if config.model == ARCHITECTURE and not known:
+            findings.problem(
+                f"{field}.pretrained",
+                "a published checkpoint of HPS, or a file",
+                repr(config.pretrained),
+                f"choose one of {', '.join(PUBLISHED)}",
+            )
+            return
         _text_image(field, config.model, config.pretrained, findings)
         return
     if config.model != ARCHITECTURE:
@@ -310,21 +320,6 @@ def _tagged(
         expanded("~/.cache/clip") / url.rpartition("/")[2]
     ).is_file():
         findings.downloads.append(Download(field=field, name=name, url=url, size=size))
-
-
-def clip_parameters(architecture: dict[str, Any]) -> int:
-    """About how many weights an open_clip model of two plain transformers has; 0 for others."""
-    vision, text = architecture.get("vision_cfg", {}), architecture.get("text_cfg", {})
-    try:
-        width, patch, layers = vision["width"], vision["patch_size"], vision["layers"]
-        ratio, places = vision.get("mlp_ratio", 4.0), (vision["image_size"] // patch) ** 2
-        seen = layers * (4 + 2 * ratio) * width**2 + (3 * patch**2 + places) * width
-        inner, deep = text["width"], 4 + 2 * text.get("mlp_ratio", 4.0)
-        rows = text["vocab_size"] + text.get("context_length", 77)
-        read = text["layers"] * deep * inner**2 + rows * inner
-        return round(seen + read + architecture["embed_dim"] * (width + inner))
-    except (KeyError, TypeError):
-        return 0
 
 
 def _inception(field: str, network: str, findings: Findings) -> None:

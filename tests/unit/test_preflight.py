@@ -23,7 +23,7 @@ from cluster.tensors import locate, write_tensors
 from learner.config import load_preset, merge, to_dict, validate
 from learner.preflight import listed, preflight
 from learner.run import REFUSED, main
-from rewards.preflight import clip_parameters
+from rewards.openclip import clip_parameters
 from tests.reduced import random_run
 from tests.small_run import small_config
 
@@ -410,6 +410,41 @@ def test_a_published_reference_says_the_command(name: str) -> None:
     (problem,) = problems(rewards=features)
     assert "python -m rewards.reference fetch imagenet256" in problem
     assert "https://openaipublic.blob.core.windows.net/" in problem
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("imagenet25", "imagenet256"),
+        ("Imagenet_256", "imagenet256"),
+        ("digit:train", "digits:train"),
+    ],
+)
+def test_a_reference_by_a_wrong_name(written: str, meant: str) -> None:
+    (problem,) = problems(rewards={"loo_fid": {"reference": written}})
+    assert f"{written}: no such file" in problem
+    assert f"did you mean {meant!r}?" in problem
+
+
+def test_a_reference_of_no_known_name() -> None:
+    (problem,) = problems(rewards={"loo_fid": {"reference": "xyz"}})
+    assert "there are digits:train, digits:held-out, imagenet256" in problem
+    (problem,) = problems(evaluation={"images": "xyz"})
+    assert problem.endswith("there are digits:train, digits:held-out, or a file")
+
+
+def test_a_file_that_is_needed_twice_is_missing_once() -> None:
+    (problem,) = problems(judge={"classifier": {"checkpoint": "nofile"}})
+    assert problem.startswith("judge.classifier.checkpoint: nofile: no such file")
+
+
+@pytest.mark.parametrize("pretrained", ["", "v2.2", "v2"])
+def test_hps_without_a_checkpoint_is_told_its_own(pretrained: str) -> None:
+    (problem,) = problems(rewards={"hps": {"model": "ViT-H-14", "pretrained": pretrained}})
+    assert problem == (
+        "rewards.hps.pretrained: expected a published checkpoint of HPS, or a file, found "
+        f"{pretrained!r}: choose one of v2.0, v2.1"
+    )
 
 
 def test_digits_by_a_wrong_name() -> None:

@@ -40,6 +40,7 @@ class StopFlag:
     def __init__(self) -> None:
         self._asked = self._started = False
         self._insisted: float | None = None  # since when
+        self._passed_on = False  # by a thread, which wakes the main one (`held`)
         self.checkpoint = True
         """Whether the run is to write a checkpoint where it ends."""
 
@@ -58,8 +59,13 @@ class StopFlag:
             self._insisted = now
         name = signal.Signals(number).name
         why = "" if number == signal.SIGINT else f"{name}: "
+        main = threading.current_thread() is threading.main_thread()
         if first and not self._started:
             logger.info(f"{why}stopping")
+            self._passed_on = not main
+            raise KeyboardInterrupt
+        if self._passed_on and main:
+            self._passed_on = False
             raise KeyboardInterrupt
         if first or (number in INSISTING and insisted is None):
             more = "; once more to stop at once" if number in INSISTING else ""
@@ -137,7 +143,7 @@ def _pass_on(handlers: Mapping[signal.Signals, Any], ended: threading.Event) -> 
     interrupted: float | None = None  # when
     while not ended.is_set():
         found = signal.sigtimedwait(list(handlers), LOOK_S)
-        if found is None:
+        if found is None or found.si_signo not in handlers:  # Python's, after an EINTR, is random
             continue
         number = signal.Signals(found.si_signo)
         if handlers[number] is signal.SIG_DFL:

@@ -123,7 +123,7 @@ def test_nohup_is_respected() -> None:
 
 HELD = """
 import os, signal, subprocess, sys, time
-from cluster.signals import STOPPING, handled_by, held, interrupt
+from cluster.signals import STOPPING, StopFlag, handled_by, held, interrupt
 found = []
 def until(count):
     deadline = time.monotonic() + 30
@@ -148,7 +148,15 @@ try:
             time.sleep(0.02)
         for _ in range(3000): time.sleep(0.01)
 except KeyboardInterrupt:
-    print("there")
+    stop = StopFlag()
+    try:
+        with handled_by(stop.handle), held():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+            for _ in range(3000): time.sleep(0.01)
+    except KeyboardInterrupt:
+        print("there")
 """
 SHIELDED = """
 import multiprocessing, os, signal, subprocess, sys, time

@@ -29,6 +29,8 @@ from cluster.strict_json import dumps
 from cluster.user_files import remember_run, remembered_runs
 
 WHEREABOUTS = "fleet.json"
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""Of JSON that is another than was written."""
 LONGEST_NAME = 200
 HINT = (
     "one that has just been started is found when its Ray is there; name another's directory by "
@@ -112,7 +114,7 @@ def whereabouts(directory: Path) -> Place:
         return Place(run, address, directory, host, pid, str(file))
     except FileNotFoundError:
         raise not_active(directory) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         if not owner_of(directory):  # of a run that a power cut ended, say
             raise not_active(directory) from None
         raise FleetError(

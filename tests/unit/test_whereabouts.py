@@ -168,7 +168,8 @@ def test_every_command_says_so_in_seconds(
 def test_damaged_files_and_odd_names(tmp_path: Path) -> None:
     first = tmp_path / "runs" / "first"
     first.mkdir(parents=True)
-    for damage in ('{"run": 1', ""):  # a power cut leaves an empty one
+    endless = '{"run": "a", "token_authentication": 0, "pid": 1e999}'
+    for damage in ('{"run": 1', "", "[" * 100_000, endless):  # a power cut leaves an empty one
         (first / WHEREABOUTS).write_text(damage)
         with locked(first, "x"), pytest.raises(FleetError, match="cannot be read"):
             locate_run(str(first), "")

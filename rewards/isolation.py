@@ -130,10 +130,10 @@ def _umask() -> int:
 
 
 def _limit(number: int) -> Setting:
-    """A soft limit of the system's: of open files, of a file's size, of memory."""
+    """Of open files, of a file's size, of memory; whoever is not root lowers a hard one for good."""
     return Setting(
-        lambda: resource.getrlimit(number)[0],
-        lambda soft: resource.setrlimit(number, (soft, resource.getrlimit(number)[1])),
+        lambda: resource.getrlimit(number),
+        lambda value: resource.setrlimit(number, value),
         kept=False,
     )
 

@@ -130,7 +130,7 @@ def _umask() -> int:
 
 
 def _limit(number: int) -> Setting:
-    """Of open files, of a file's size, of memory; whoever is not root lowers a hard one for good."""
+    """Of open files, of a file's size, of memory. Who is not root lowers a hard one for good."""
     return Setting(
         lambda: resource.getrlimit(number),
         lambda value: resource.setrlimit(number, value),

@@ -69,8 +69,7 @@ def parse_address(text: str, source: str) -> Address:
             raise ConfigError(f"{start}: an IPv6 address is written [address]:port, [::1]:{PORT}")
         port = rest[1:]
     elif text.count(":") > 1:
-        hint = f": write [{text}]:{PORT}" if _is_ipv6(text) else f", as in [::1]:{PORT}"
-        raise ConfigError(f"{start}: an IPv6 address is written in brackets, with a port{hint}")
+        raise ConfigError(f"{start}: {_of_colons(text)}")
     else:
         host, _, port = text.partition(":")
     if not host or any(mark.isspace() or mark in "/@\\" for mark in host):
@@ -84,6 +83,18 @@ def parse_address(text: str, source: str) -> Address:
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise ConfigError(f"{start}: the port must be a number up to 65535, found {port!r}")
     return Address(host, int(port), source)
+
+
+def _of_colons(text: str) -> str:
+    """What is to be written instead of several colons without brackets."""
+    host, _, last = text.rpartition(":")
+    if _is_ipv6(host) and last.isdecimal() and 1024 <= int(last) < 1 << 16:  # meant as a port
+        whole = f"[{host}]:{last}"
+    elif _is_ipv6(text):
+        whole = f"[{text}]:{PORT}"
+    else:
+        return f"expected one host:port (an IPv6 address in brackets, as in [::1]:{PORT})"
+    return f"an IPv6 address is written in brackets, with a port: write {whole}"
 
 
 def _of_scheme(text: str) -> str:

@@ -157,10 +157,13 @@ def _found_here(temp_dir: str, source: str) -> Address:
             f"{source} is auto, and several Ray clusters have a node on this machine: name one, "
             + " or ".join(map(str, running))
         )
+    without = (
+        "to have the run looked for" if source == "--address" else "for a Ray of the run's own"
+    )
     raise FleetError(
         f"{source} is auto, but no Ray cluster runs on this machine: start one by `ray start "
-        f"--head` (or join one by `ray start --address=HOST:{PORT}`), or leave out {source} for a "
-        "Ray of the run's own"
+        f"--head` (or join one by `ray start --address=HOST:{PORT}`), or leave out {source} "
+        f"{without}"
     )
 
 

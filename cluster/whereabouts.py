@@ -11,7 +11,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.address import AUTO, VARIABLE, current_cluster, greet, parse_address, written_address
+from cluster.address import (
+    AUTO,
+    PRIVATE,
+    VARIABLE,
+    current_cluster,
+    greet,
+    parse_address,
+    written_address,
+)
 from cluster.errors import (
     ConfigError,
     FleetError,
@@ -133,9 +141,16 @@ def locate_run(run: str, address: str) -> Place:
             that `ray start` started on this machine.
 
     Raises:
+        ConfigError: the address stands for none.
         FleetError: the directory that was named holds no active run, there is none, or several
             have the name.
     """
+    address = address.strip()
+    if address in PRIVATE and address:
+        raise ConfigError(
+            f"--address is {address!r}, which no other command can reach: leave it out, and name a "
+            "run of its own Ray by --run"
+        )
     if address:
         name = Path(run).name
         if name:

@@ -316,6 +316,23 @@ def test_a_process_number_that_went_to_another_program(tmp_path: Path) -> None:
         check_alive(locate_run(str(directory), ""))  # its port is closed
 
 
+@pytest.mark.parametrize("command", [scale.main, status.main, stop.main])
+def test_no_ray_is_started_to_look_for_a_run(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--address local` started a Ray of the command's own, and asked that for the run."""
+    monkeypatch.chdir(tmp_path)
+    start = time.monotonic()
+    for run in ("", "first"):
+        assert command(["--address", "local", "--run", run]) == 1
+        assert "--address is 'local', which no other command can reach" in capsys.readouterr().err
+        assert command(["--address", " ", "--run", run]) == 1  # as if it were left out
+        assert "under runs or" in capsys.readouterr().err
+    assert command(["--address", "auto"]) == 1
+    assert "leave out --address to have the run looked for" in capsys.readouterr().err
+    assert time.monotonic() - start < 10
+
+
 @pytest.mark.parametrize("name", ["my run", "it's", "-x", "$(rm x)", "a;b", "[bold]x", "Ünï"])
 def test_commands_to_go_on_are_quoted_for_a_shell(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -130,10 +130,10 @@ def _umask() -> int:
 
 
 def _limit(number: int) -> Setting:
-    """Of open files, of a file's size, of memory. Who is not root lowers a hard one for good."""
+    """A soft limit of the system's: of open files, of a file's size, of memory."""
     return Setting(
-        lambda: resource.getrlimit(number),
-        lambda value: resource.setrlimit(number, value),
+        lambda: resource.getrlimit(number)[0],
+        lambda soft: resource.setrlimit(number, (soft, resource.getrlimit(number)[1])),
         kept=False,
     )
 

@@ -55,8 +55,7 @@ def _mute() -> None:
 
 def _limits() -> None:
     for number, soft in ((resource.RLIMIT_FSIZE, 1000), (resource.RLIMIT_NOFILE, 30)):
-        hard = soft if os.getuid() == 0 else resource.getrlimit(number)[1]
-        resource.setrlimit(number, (soft, hard))
+        resource.setrlimit(number, (soft, resource.getrlimit(number)[1]))
 
 
 def _silence() -> None:

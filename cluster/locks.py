@@ -328,7 +328,8 @@ def _held(path: Path, sight: Sight, what: str, stop: str) -> LockHeldError:
     ways = [f"`{stop}`"] if stop else []
     if holder is not None:
         ways.append(f"`kill {holder.pid}`" + ("" if holder.here else f" on {holder.host}"))
-    quiet = " (it stands still: is it suspended?)" if age_s > STALE_S else ""
+    copied = f"is it suspended? In a copy of its directory, remove {path}"
+    quiet = f" (it stands still: {copied})" if age_s > STALE_S else ""
     how = f"Stop it with {' or '.join(ways)}" if ways else "Wait until it has ended"
     return LockHeldError(
         f"{what} is in use by {described(sight)}, last heartbeat {age_s:.0f} s ago{quiet}. {how}, "

@@ -333,7 +333,8 @@ def report(asked: Arguments) -> None:
 
 
 def look_or_watch(asked: Arguments) -> None:
-    """
+    """Look once, or until the run ends, at one that is active.
+
     Raises:
         LastRunError: it is not active any more.
         FleetError: as `report`.

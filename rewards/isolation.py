@@ -169,15 +169,21 @@ def _set_handlers(value: dict[int, Any]) -> None:
             signal.signal(number, handler)
 
 
+_UNTOUCHED: tuple[Any, ...] = (logging.NOTSET, False, True, [], [])
+"""State of a logger that nobody has set, or that is not there yet."""
+
+
+def _our_loggers() -> dict[str, logging.Logger]:
+    """Ours alone, and the root: whoever quietens another library means it."""
+    known = list(logging.root.manager.loggerDict.items())
+    named = {name: log for name, log in known if isinstance(log, logging.Logger)}
+    ours = {name: log for name, log in named.items() if name.split(".")[0] in PACKAGES}
+    return {**ours, "": logging.root}
+
+
 def _loggers() -> dict[str, tuple[Any, ...]]:
-    """Ours alone: whoever quietens another library means it."""
-    known = logging.root.manager.loggerDict.items()
-    named = {
-        name: log
-        for name, log in known
-        if name.split(".")[0] in PACKAGES and isinstance(log, logging.Logger)
-    }
-    return {
+    """State of those that are not untouched."""
+    found = {
         name: (
             log.level,
             log.disabled,
@@ -185,13 +191,14 @@ def _loggers() -> dict[str, tuple[Any, ...]]:
             list(log.filters),
             [(each, each.level, list(each.filters)) for each in log.handlers],
         )
-        for name, log in {**named, "": logging.root}.items()
+        for name, log in _our_loggers().items()
     }
+    return {name: state for name, state in found.items() if state != _UNTOUCHED}
 
 
 def _set_loggers(value: dict[str, tuple[Any, ...]]) -> None:
-    for name, (level, disabled, propagate, filters, handlers) in value.items():
-        log = logging.getLogger(name or None)
+    for name, log in _our_loggers().items():
+        level, disabled, propagate, filters, handlers = value.get(name, _UNTOUCHED)
         log.setLevel(level)
         log.disabled, log.propagate, log.filters[:] = disabled, propagate, filters
         log.handlers[:] = [handler for handler, _, _ in handlers]

@@ -61,6 +61,7 @@ def _limits() -> None:
 def _silence() -> None:
     logging.disable(logging.CRITICAL)
     logging.getLogger("cluster").disabled = True
+    logging.getLogger("learner.of_a_later_import").disabled = True
     logging.root.handlers.clear()
     logging.basicConfig(level=logging.DEBUG)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import random
 import signal
 import sys
@@ -74,6 +75,17 @@ def test_it_is_undone_where_foreign_code_fails(hostile: Any) -> None:
     with pytest.raises(SystemExit), Isolation()(0):
         fail_after(hostile.spoil)
     assert snapshot() == before
+
+
+def test_a_logger_that_is_not_there_yet_cannot_be_muted(hostile: Any) -> None:
+    """A module of ours that is imported later logs all the same."""
+    logging.root.manager.loggerDict.pop("learner.of_a_later_import", None)
+    with Isolation()(0):
+        hostile.SPOILS["logging"]()
+        hostile.SPOILS["handlers"]()
+    for name in ("learner.of_a_later_import", "cluster", "learner"):
+        assert logging.getLogger(name).isEnabledFor(logging.WARNING)
+        assert logging.getLogger(name).filters == []
 
 
 def fail_after(act: Callable[[], None]) -> None:

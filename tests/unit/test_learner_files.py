@@ -42,9 +42,9 @@ def test_what_is_written_is_what_was_there_when_it_was_asked_for(
     held = threading.Event()
     write = write_tensors
 
-    def slow(*arguments: Any) -> None:
+    def slow(*arguments: Any, **options: Any) -> None:
         assert held.wait(30)
-        write(*arguments)
+        write(*arguments, **options)
 
     monkeypatch.setattr(learner_files, "write_tensors", slow)
     learner.save(tmp_path / "during", background=True)

@@ -29,6 +29,8 @@ from cluster.invocation import command_of
 from cluster.messages import Condition, FeatureRow
 from cluster.paths import expanded
 
+UNREADABLE_PARQUET = (OSError, UnicodeError, pa.ArrowException)
+"""What reading a Parquet file raises; UnicodeError: of a name that is not UTF-8."""
 ROW_GROUP = 8  # captions, the least that can be read: at most 8 MB of flan-t5-xl's features
 LARGEST_ROW_GROUP = 256 << 20  # bytes: what may have to be read for one caption of others' files
 READ_AT_ONCE = 64
@@ -91,7 +93,7 @@ def iterate_caption_features(path: Path) -> Iterator[Condition]:
     """The captions of a file as conditions, one after another; see `read_caption_features`."""
     try:
         file = pq.ParquetFile(expanded(path))
-    except (OSError, UnicodeError, pa.ArrowException) as error:
+    except UNREADABLE_PARQUET as error:
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
     with file:
         _check_row_groups(path, file)
@@ -108,7 +110,7 @@ def iterate_caption_features(path: Path) -> Iterator[Condition]:
                 for offset in range(batch.num_rows):
                     yield _condition(path, at + offset, batch, offset)
                 at += batch.num_rows
-        except (OSError, UnicodeError, pa.ArrowException) as error:
+        except UNREADABLE_PARQUET as error:
             raise DataError(f"{path}: damaged after row {at} ({_first_line(error)})") from error
 
 
@@ -189,7 +191,7 @@ def _read_row(row: FeatureRow) -> np.ndarray:
             f"captions {path}: not there on {socket.gethostname()}: samplers and learner read "
             "features from it, so that it must lie on storage that every node has under this path"
         ) from None
-    except (OSError, UnicodeError, pa.ArrowException) as error:
+    except UNREADABLE_PARQUET as error:
         raise DataError(f"captions {path}: not readable any more ({_first_line(error)})") from error
     if features is None or _digest(features) != row.digest:
         raise DataError(

@@ -10,11 +10,13 @@ import secrets
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from cluster.strict_json import dumps
+from cluster.strict_json import MALFORMED, dumps
 
 TOKEN = re.compile(r"[0-9a-f]{16}")  # becomes part of file names
 LARGEST_PID = 1 << 30  # smaller ones than 1 are groups of processes
@@ -75,7 +77,7 @@ class Holder:
             found = json.loads(data)
             values = {f.name: found[f.name] for f in fields(cls)}
             return cls(**values) if _sound(dict(values)) else None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except MALFORMED:
             return None
 
 
@@ -90,6 +92,20 @@ def _sound(values: dict[str, Any]) -> bool:
     return all(isinstance(text, str) and text.isprintable() for text in texts) and bool(
         TOKEN.fullmatch(values["token"])
     )
+
+
+@contextmanager
+def in_environment(name: str, value: str) -> Iterator[None]:
+    """While the block runs, the variable has this value, also for processes that it starts."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def this_machine() -> str:

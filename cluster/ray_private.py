@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.address import GcsAnswer
 from cluster.invocation import Invocation
+from cluster.processes import in_environment
 from cluster.ray_token import AUTH_MODE, TOKEN_MODE
 
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -26,16 +27,13 @@ def loopback() -> Iterator[None]:
     (It ignores an address of loopback that `ray.init` is given.) Its processes inherit this."""
     from ray._private import ray_constants
 
-    before = os.environ.get(ONE_MACHINE), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[ONE_MACHINE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        yield
+        with in_environment(ONE_MACHINE, "0"):
+            yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before[1]
-        if before[0] is None:
-            del os.environ[ONE_MACHINE]
-        else:
-            os.environ[ONE_MACHINE] = before[0]
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def shows_token() -> bool:
@@ -119,13 +117,8 @@ def one_attempt() -> Iterator[None]:
     """While the block runs, Ray tries once, for 41 s, to reach a cluster that was there a moment
     ago, and not twenty times."""
     name = "RAY_gcs_server_port_wait_time_s"
-    before = os.environ.get(name)
-    os.environ[name] = before or "1"
-    try:
+    with in_environment(name, os.environ.get(name) or "1"):
         yield
-    finally:
-        if before is None:
-            del os.environ[name]
 
 
 def in_directory(path: str) -> dict[str, Any]:

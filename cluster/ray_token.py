@@ -11,10 +11,11 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from cluster.errors import FleetError
+from cluster.processes import in_environment
 from cluster.user_files import ours_alone, user_directories
 
 AUTH_MODE, TOKEN_MODE = "RAY_AUTH_MODE", "token"
@@ -25,6 +26,11 @@ FILE = Path(".ray", "auth_token")  # below the home directory
 def shows_token(environment: Mapping[str, str]) -> bool:
     """Whether Ray shows a token to a cluster that it is told to join."""
     return environment.get(AUTH_MODE, "").lower() == TOKEN_MODE
+
+
+def wants_token(environment: Mapping[str, str]) -> bool:
+    """Whether a private Ray asks for a token: unless it is told another mode."""
+    return environment.get(AUTH_MODE, TOKEN_MODE).lower() == TOKEN_MODE
 
 
 def token(environment: Mapping[str, str]) -> str:
@@ -55,7 +61,7 @@ def check_token(environment: Mapping[str, str]) -> None:
     Raises:
         FleetError: no.
     """
-    if environment.get(AUTH_MODE, TOKEN_MODE).lower() != TOKEN_MODE or token(environment):
+    if not wants_token(environment) or token(environment):
         return
     if environment.get(TOKEN):
         raise FleetError(f"{TOKEN} is set, and blank: put a token there, or unset {TOKEN}")
@@ -74,7 +80,7 @@ def ensure_token() -> None:
         FleetError: `check_token` refuses, or there is no place for one that others cannot read.
     """
     check_token(os.environ)
-    if os.environ.get(AUTH_MODE, TOKEN_MODE).lower() != TOKEN_MODE or find_token():
+    if not wants_token(os.environ) or find_token():
         return
     standard = token_file(os.environ)
     for file in (*([standard] if standard else []), *_own_token_files()):
@@ -124,18 +130,9 @@ def token_in_environment() -> Iterator[None]:
     """While the block runs, the token is in the environment itself. A private Ray that is started
     so hands it to every worker to come: it outlives a change of the file, which other clusters of
     this user share (`ray get-auth-token --generate`, a home directory that is cleaned)."""
-    before, known = os.environ.get(TOKEN), token(os.environ)
-    if os.environ.get(AUTH_MODE, TOKEN_MODE).lower() != TOKEN_MODE or not known:
+    known = token(os.environ)
+    with in_environment(TOKEN, known) if wants_token(os.environ) and known else nullcontext():
         yield
-        return
-    os.environ[TOKEN] = known
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[TOKEN]
-        else:
-            os.environ[TOKEN] = before
 
 
 def _own_token_files() -> list[Path]:

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading JSON raises that is another than was written."""
+
 
 def dumps(value: Any, **options: Any) -> str:
     """JSON text of plain values, of numpy's scalars, and of mappings and sequences of them.

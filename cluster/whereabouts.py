@@ -33,12 +33,10 @@ from cluster.locks import OWNER, look, owner_of
 from cluster.paths import expanded
 from cluster.processes import process_lives
 from cluster.ray_token import AUTH_MODE, TOKEN_MODE, find_token, shows_token
-from cluster.strict_json import dumps
+from cluster.strict_json import MALFORMED, dumps
 from cluster.user_files import remember_run, remembered_runs
 
 WHEREABOUTS = "fleet.json"
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-"""Of JSON that is another than was written."""
 LONGEST_NAME = 200
 HINT = (
     "one that has just been started is found when its Ray is there; name another's directory by "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.caption_files import (
     FEATURES,
     SCHEMA,
     TEXT,
+    UNREADABLE_PARQUET,
     by_row,
     iterate_text_features,
     read_caption_features,
@@ -89,7 +89,7 @@ def peek_captions(path: str) -> int:
             if not wanted:
                 return 0
             first = next(parquet.iter_batches(1, columns=wanted)).column(0)[0].as_py()
-    except (OSError, UnicodeError, pa.ArrowException) as error:
+    except UNREADABLE_PARQUET as error:
         raise DataError(f"captions {path}: not a readable Parquet file ({error})") from error
     if own:
         return int(first[1]) if first and len(first) == 2 else 0
@@ -117,7 +117,7 @@ def _from_parquet(path: Path) -> list[Condition]:
                 raise DataError(f"captions {path}: {_needs(columns)}")
         rows = enumerate(iterate_text_features(path))
         found = [by_row(path, row, condition) for row, condition in rows]
-    except (OSError, UnicodeError, pa.ArrowException) as error:
+    except UNREADABLE_PARQUET as error:
         raise DataError(f"captions {path}: not a readable Parquet file ({error})") from error
     if not found:
         raise DataError(f"captions {path}: the file holds no caption")

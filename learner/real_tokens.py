@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from actors.caption_files import UNREADABLE_PARQUET
 from actors.models.base import Policy
 from actors.models.loading import TokenizerConfig, load_tokenizer
 from cluster.errors import DataError
@@ -101,7 +102,7 @@ def check_source(source: str) -> None:
     if place.suffix == ".parquet":
         try:
             names = pq.read_schema(place).names
-        except (OSError, UnicodeError, pa.ArrowException) as error:
+        except UNREADABLE_PARQUET as error:
             raise DataError(f"{source}: not a readable Parquet file ({error})") from error
         wanted: tuple[str, ...] = (TOKENS, PARQUET_CLASSES)
     else:

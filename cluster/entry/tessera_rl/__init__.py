@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean 'tessera {near[0]}'?" if near else "see 'tessera --help'"
-        return _show("", f"error: there is no command {name!r}: {hint}")
+        return _show(f"error: there is no command {name!r}: {hint}", REFUSED)
     hidden = claim()
     started = importlib.import_module("cluster.invocation")
     started.begin(_working_directory_last(), hidden=hidden)
@@ -48,16 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
     return int(program.run_command(COMMANDS[name][0], rest))
 
 
-def _show(text: str, error: str = "") -> int:
-    """Print a text, or an error, as every command does where nobody reads it; returns the exit
+def _show(text: str, status: int = 0) -> int:
+    """Print a text, or what is wrong, as every command does where nobody reads it; returns the exit
     status."""
     claim()
     with importlib.import_module("cluster.streams").safe_streams(output_is_all=True):
-        if error:
-            print(error, file=sys.stderr)
-            return REFUSED
-        print(text)
-    return 0
+        print(text, file=sys.stderr if status else sys.stdout)
+    return status
 
 
 def usage() -> str:

@@ -1,14 +1,10 @@
-"""Damaged files: a clear error or what was good before, never another library's traceback.
-
-Every case is a function of its number. Cuts, flipped bits, overwritten stretches, swapped files.
-"""
+"""Damaged files: a clear error or what was good before, never another library's traceback."""
 
 from __future__ import annotations
 
 import ast
 import io
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,30 +32,13 @@ from rewards.moments import Moments
 from rewards.moments_config import MomentsConfig
 from rewards.moments_server import MomentsServer
 from rewards.reference import read_stored, write_reference
+from tests.fuzzing import damage
 from tests.small_run import small_config
 from tests.unit.checkpoint_cases import Kept
 from tests.unit.helpers import scored_group
 from tests.unit.learner_cases import batch_of, make, tiny_policy_file
 
 ROOT = Path(__file__).parents[2]
-
-
-def damage(data: bytes, case: int) -> bytes:
-    """Other bytes, by the number of the case."""
-    draw = random.Random(case)
-    kind = draw.choice(("flip", "flip", "flip", "cut", "overwrite", "insert", "drop"))
-    at = draw.randrange(min(len(data), 400) if draw.random() < 0.5 else len(data))
-    if kind == "flip":
-        return data[:at] + bytes([data[at] ^ (1 << draw.randrange(8))]) + data[at + 1 :]
-    if kind == "cut":
-        return data[:at]
-    if kind == "overwrite":
-        junk = draw.randbytes(draw.randrange(1, 16))
-        changed = data[:at] + junk + data[at + len(junk) :]
-        return changed if changed != data else data[:at]
-    if kind == "insert":
-        return data[:at] + draw.randbytes(draw.randrange(1, 16)) + data[at:]
-    return data[:at] + data[at + draw.randrange(1, 16) :]
 
 
 def features(seed: int, count: int = 40) -> np.ndarray:

@@ -1,0 +1,154 @@
+"""What a file is, by its content; the suffix decides only where the content leaves it open.
+
+Names lie: downloads arrive as `model.pt` and hold a web page, a checkpoint is renamed from `.bin`
+to `.safetensors`, statistics are called `STATS.NPZ`. Readers ask `file_kind` which reader a file
+needs, and `described` for the sentence to refuse it with.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import struct
+import zipfile
+from pathlib import Path
+
+HEAD = 4096  # bytes that are looked at
+
+
+class FileKind(enum.Enum):
+    """Kinds that a user may hand in, each with the noun that messages use."""
+
+    EMPTY = "an empty file"
+    HTML = "a web page"
+    LFS_POINTER = "a Git LFS pointer"
+    SAFETENSORS = "a safetensors file"
+    TORCH = "a PyTorch file"
+    """torch.save's zip archive, of whatever objects."""
+    TORCH_LEGACY = "a PyTorch file of the format before torch 1.6"
+    TORCHSCRIPT = "a TorchScript archive"
+    PICKLE = "a pickle"
+    NPZ = "an .npz file"
+    NPY = "an .npy file"
+    PARQUET = "a Parquet file"
+    IMAGE = "an image"
+    HDF5 = "an HDF5 file"
+    GGUF = "a GGUF file"
+    GZIP = "a gzip file"
+    ZIP = "a zip archive"
+    CUT_ZIP = "a zip archive that was cut off"
+    TAR = "a tar archive"
+    ARCHIVE = "an archive"
+    """7z, xz, bzip2, zstd, RAR."""
+    PDF = "a PDF"
+    TEXT = "a text file"
+    BINARY = "a binary file of a kind that is not known here"
+
+
+REMEDIES: dict[FileKind, str] = {
+    FileKind.EMPTY: "fetch it again",
+    FileKind.HTML: "the download went to a page about the file; fetch the file itself",
+    FileKind.LFS_POINTER: "run `git lfs pull` where it came from, or fetch the file itself",
+    FileKind.CUT_ZIP: "it is not whole; fetch it again",
+    FileKind.GZIP: "unpack it first",
+    FileKind.ZIP: "unpack it first",
+    FileKind.TAR: "unpack it first",
+    FileKind.ARCHIVE: "unpack it first",
+    FileKind.PICKLE: "pickled Python objects are not read: they can run any program",
+}
+"""What to do about a file of a kind that no reader takes."""
+
+_STARTS: tuple[tuple[bytes, FileKind], ...] = (
+    (b"version https://git-lfs", FileKind.LFS_POINTER),
+    (b"\x93NUMPY", FileKind.NPY),
+    (b"PAR1", FileKind.PARQUET),
+    (b"\x89HDF\r\n\x1a\n", FileKind.HDF5),
+    (b"GGUF", FileKind.GGUF),
+    (b"\x1f\x8b", FileKind.GZIP),
+    (b"7z\xbc\xaf\x27\x1c", FileKind.ARCHIVE),
+    (b"\xfd7zXZ\x00", FileKind.ARCHIVE),
+    (b"BZh", FileKind.ARCHIVE),
+    (b"\x28\xb5\x2f\xfd", FileKind.ARCHIVE),
+    (b"Rar!\x1a\x07", FileKind.ARCHIVE),
+    (b"%PDF-", FileKind.PDF),
+    (b"\x89PNG\r\n\x1a\n", FileKind.IMAGE),
+    (b"\xff\xd8\xff", FileKind.IMAGE),
+    (b"GIF87a", FileKind.IMAGE),
+    (b"GIF89a", FileKind.IMAGE),
+    (b"II*\x00", FileKind.IMAGE),
+    (b"MM\x00*", FileKind.IMAGE),
+)
+_PAGES = (b"<!doctype html", b"<html", b"<head", b"<script")
+_BOMS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+_TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # torch.serialization.MAGIC_NUMBER
+_TAR_AT = 257
+
+
+def file_kind(path: str | os.PathLike[str]) -> FileKind:
+    """The kind of an existing regular file.
+
+    Reads the first few kilobytes, and the directory of a zip archive; nothing is unpickled.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    place = Path(path)
+    with place.open("rb") as file:
+        head = file.read(HEAD)
+    if not head:
+        return FileKind.EMPTY
+    if head.startswith(b"PK\x03\x04") or head.startswith(b"PK\x05\x06"):
+        return _archive(place)
+    for start, kind in _STARTS:
+        if head.startswith(start):
+            return kind
+    if head[8:10] == b'{"' and struct.unpack("<Q", head[:8])[0] < 1 << 40:
+        return FileKind.SAFETENSORS
+    if head[:1] == b"\x80":
+        # torch's legacy files are a series of pickles, of which the first is a magic number.
+        return FileKind.TORCH_LEGACY if _TORCH_MAGIC in head[:32] else FileKind.PICKLE
+    if head[_TAR_AT : _TAR_AT + 5] == b"ustar":
+        return FileKind.TAR
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return FileKind.IMAGE
+    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"heic", b"mif1"):
+        return FileKind.IMAGE
+    text = head.removeprefix(_BOMS[0]).lstrip().lower()
+    if text.startswith(_PAGES) or (text.startswith(b"<?xml") and b"<html" in text):
+        return FileKind.HTML
+    if head.startswith(_BOMS) or not any(byte < 9 or 13 < byte < 27 for byte in head):
+        return FileKind.TEXT
+    # What has no mark of its own: pickles of protocol 0, files cut off at the front.
+    return FileKind.BINARY
+
+
+def described(path: str | os.PathLike[str]) -> str:
+    """What a file is and, for kinds that nothing reads, what to do: "a web page; the download …".
+
+    A file of no known kind is described by its first bytes.
+    """
+    kind = file_kind(path)
+    if kind is FileKind.BINARY:
+        with Path(path).open("rb") as file:
+            head = file.read(8)
+        return f"a file that begins with {head!r}; is it whole, and is it the right one?"
+    remedy = REMEDIES.get(kind)
+    return f"{kind.value}; {remedy}" if remedy else kind.value
+
+
+def _archive(place: Path) -> FileKind:
+    try:
+        with zipfile.ZipFile(place) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error, UnicodeError, EOFError):
+        return FileKind.CUT_ZIP
+    # torch puts everything below one folder, whose name is that of the file it first wrote.
+    inside = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in inside or any(part.startswith("code/") for part in inside):
+        return FileKind.TORCHSCRIPT
+    if "data.pkl" in inside:
+        return FileKind.TORCH
+    arrays = sum(name.endswith(".npy") for name in names)
+    if (arrays and arrays == len(names)) or (not names and place.suffix.lower() == ".npz"):
+        return FileKind.NPZ
+    return FileKind.ZIP

@@ -63,7 +63,7 @@ ABOUT = (
 COMMON = {
     "what to sample from": ("--checkpoint", "--tokenizer", "--run", "--step", "--base"),
     "what to sample": ("--classes", "--captions", "--num-images", "--per-condition", "--seed"),
-    "how": ("--cfg-scale", "--temperature", "--top-k", "--top-p", "--batch", "--device"),
+    "how": ("--cfg-scale", "--temperature", "--top-k", "--top-p", "--size", "--batch", "--device"),
     "where to": ("--out", "--npz", "--png"),
 }
 """What --help shows; --help-all shows every option."""
@@ -77,12 +77,14 @@ def decode_batch(
     spec: SamplingSpec,
     uniforms: np.ndarray,
     workspace: Workspace,
+    size: int = 0,
 ) -> np.ndarray:
-    """One condition and one row of uniforms (B, T) an image -> (B, H, W, 3) uint8."""
+    """One condition and one row of uniforms (B, T) an image -> (B, H, W, 3) uint8, resized to
+    `size` where that is not 0."""
     encoded = policy.encode(conditions)
     draws = torch.from_numpy(uniforms).to(encoded.values.device)
     decoded = decode_tokens(policy, encoded, draws, spec, workspace)
-    return decoder.pixels(policy.codes(decoded.tokens)).cpu().numpy()
+    return decoder.pixels(policy.codes(decoded.tokens), size).cpu().numpy()
 
 
 def sample_images(
@@ -94,6 +96,7 @@ def sample_images(
     num_images: int,
     seed: int,
     batch: int,
+    size: int = 0,
 ) -> Iterator[np.ndarray]:
     """Images of the conditions, round and round, in batches.
 
@@ -101,6 +104,7 @@ def sample_images(
         conditions: image i shows number i mod len(conditions).
         seed: with the image's number it determines its uniforms.
         batch: images decoded at once; no part of the result.
+        size: pixels a side that images are resized to; 0: as they are decoded.
 
     Yields:
         (B, H, W, 3) uint8, B = batch but for the last.
@@ -117,7 +121,8 @@ def sample_images(
             for number in numbers
         ]
         shown = [conditions[number % len(conditions)] for number in numbers]
-        yield decode_batch(policy, decoder, shown, spec, np.concatenate(uniforms), workspace)
+        draws = np.concatenate(uniforms)
+        yield decode_batch(policy, decoder, shown, spec, draws, workspace, size)
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,7 @@ def _write(plan: Plan) -> None:
             num_images=plan.num_images,
             seed=config.seed,
             batch=config.batch,
+            size=config.size,
         )
         for images in batches:
             for writer in writers:
@@ -265,6 +271,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "spec": dataclasses.asdict(source.spec),
         "seed": config.seed,
         "batch": config.batch,
+        "size": config.size or None,
         "device": plan.device,
         "dtype": str(_dtype(config.dtype, plan.device)).removeprefix("torch."),
         "num_images": plan.num_images,

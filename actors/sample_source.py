@@ -27,6 +27,7 @@ from cluster.paths import MANIFEST, expanded
 
 CONFIG = "config.yaml"
 POLICY_FILE = "policy.safetensors"
+MAX_SIZE = 4096  # pixels a side
 STEP = re.compile(r"step_(\d+)")
 
 T = TypeVar("T")
@@ -78,6 +79,9 @@ class SampleConfig:
     """Of all random numbers; image i depends on it and on i alone."""
     batch: int = 32
     """Images decoded at once."""
+    size: int = 0
+    """Pixels a side that images are resized to before they are rounded to 8 bits, as LlamaGen's
+    --image-size-eval does: 256 for evaluating 384-pixel policies. 0: as they are decoded."""
     encoder: str = DEFAULT_ENCODER
     """Text encoder for a text file of captions."""
     device: str = "auto"
@@ -112,6 +116,8 @@ def check(config: SampleConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be >= 1, found {value}")
+    if not 0 <= config.size <= MAX_SIZE:
+        raise ConfigError(f"--size must be in [0, {MAX_SIZE}] pixels a side, found {config.size}")
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"--seed must be in [0, 2^63), found {config.seed}")
     for name in ("cfg_scale", "temperature", "top_p"):

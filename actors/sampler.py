@@ -208,7 +208,8 @@ class Sampler:
         start = time.time()
         with self._image_stream():
             tokens = torch.from_numpy(group.tokens.astype(np.int64)).to(self._device)
-            images = self._decoder.pixels(self._policy.codes(tokens)).cpu().numpy()
+            codes, size = self._policy.codes(tokens), group.request.image_size
+            images = self._decoder.pixels(codes, size).cpu().numpy()
         return images, Span(self.name, "decode", start, time.time())
 
     def _image_stream(self) -> AbstractContextManager[object]:

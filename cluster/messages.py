@@ -125,10 +125,14 @@ class SampleRequest:
     spec: SamplingSpec
     panel: str = "rewards"
     """Which panel of scorers judges the images: "rewards" or "judge"."""
+    image_size: int = 0
+    """Height and width that the images are resized to, pixels; 0: as they are decoded."""
 
     def __post_init__(self) -> None:
         if self.num_rollouts < 1:
             raise ValueError(f"num_rollouts must be >= 1, found {self.num_rollouts}")
+        if self.image_size < 0:
+            raise ValueError(f"image_size must be >= 0, found {self.image_size}")
         if min(self.iteration, self.group, self.seed) < 0:
             raise ValueError("iteration, group and seed must be >= 0")
 

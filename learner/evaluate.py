@@ -116,5 +116,6 @@ def _requests(config: RunConfig, spec: SamplingSpec) -> Iterator[SampleRequest]:
                 seed=config.seed,
                 spec=spec,
                 panel=PANEL,
+                image_size=config.evaluation.image_size,
             )
             group += 1

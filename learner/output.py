@@ -28,6 +28,9 @@ class EvaluationConfig:
     report); each has a checkpoint. 0: only before and after training."""
     images: str = "digits:held-out"
     """Real images to compare with: "digits:held-out", or an .npz file with uint8 images arr_0."""
+    image_size: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Pixels a side that samples are resized to before they are rounded to 8 bits, as LlamaGen's
+    --image-size-eval does (256 for policies of 384 pixels); 0: as they are decoded."""
     neighbours: Annotated[int, Field(ge=1)] = 5
     """k of precision, recall, density and coverage."""
 

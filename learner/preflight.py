@@ -227,7 +227,8 @@ def _evaluation(config: RunConfig, side: int, findings: Findings) -> None:
     if not evaluation.num_images:
         return
     asked = conditions.classes or range(len(conditions.class_names))
-    check_judge(config.judge, side, None if conditions.captions else asked, findings)
+    judged = evaluation.image_size or side
+    check_judge(config.judge, judged, None if conditions.captions else asked, findings)
     with findings.of("evaluation.images"):
         _images("evaluation.images", evaluation.images, config)
 

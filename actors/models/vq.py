@@ -257,9 +257,14 @@ class VQDecoder(nn.Module):
         """(B, h, w) integers -> (B, 3, H, W) float, about [-1, 1]."""
         return self.decode_latents(F.embedding(codes, self.quantize.rows()).permute(0, 3, 1, 2))
 
-    def pixels(self, codes: Tensor) -> Tensor:
-        """(B, h, w) integers -> (B, H, W, 3) uint8, by this tokenizer's own rule."""
-        return to_uint8(self(codes), self.config.pixel_rule)
+    def pixels(self, codes: Tensor, size: int = 0) -> Tensor:
+        """(B, h, w) integers -> (B, H, W, 3) uint8, by this tokenizer's own rule.
+
+        Args:
+            size: height and width of the images, which are resized to it; 0 leaves them as they are
+                decoded.
+        """
+        return to_uint8(resized(self(codes), size), self.config.pixel_rule)
 
 
 class VQTokenizer(VQDecoder):
@@ -283,6 +288,17 @@ class VQTokenizer(VQDecoder):
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, h, w) int64 codes."""
         return self.nearest_codes(self.encode_latents(images))
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) decoder output -> (B, 3, size, size) fp32; unchanged where size is 0 or theirs.
+
+    As LlamaGen's `sample_c2i_ddp.py --image-size-eval` has it: bicubic without antialias, on the
+    decoder's output, before it is clamped and rounded. Evaluators' numbers depend on both.
+    """
+    if not size or images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images.float(), size=(size, size), mode="bicubic")
 
 
 def to_uint8(images: Tensor, rule: PixelRule = "llamagen") -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from actors.models.vq import VQConfig, VQDecoder, VQTokenizer
 from cluster.tensors import load_strict
@@ -53,3 +56,30 @@ def test_the_decoding_half_is_the_same(tokenizer: VQTokenizer, reference: Refere
     load_strict(decoder, reference.state(), reference.path.name, ignore=VQDecoder.UNUSED)
     codes = reference.tensor("decode/codes")[:, :8, :8]
     assert torch.equal(decoder.eval()(codes), tokenizer(codes))
+
+
+def official_levels(samples: Tensor, image_size_eval: int) -> np.ndarray:
+    """What LlamaGen's sample_c2i_ddp.py writes for decoded samples (B, 3, H, W), --image-size-eval
+    being given: resized as they come from the decoder, then clamped and cut to whole levels."""
+    if image_size_eval != samples.shape[-1]:
+        samples = F.interpolate(samples, size=(image_size_eval, image_size_eval), mode="bicubic")
+    levels = torch.clamp(127.5 * samples + 128.0, 0, 255).permute(0, 2, 3, 1)
+    return levels.to("cpu", dtype=torch.uint8).numpy()
+
+
+@torch.inference_mode()
+def test_resizing_before_rounding(
+    tokenizer: VQTokenizer, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--size of actors.sample and evaluation.image_size: 384 to 256 is 2/3; and other sizes."""
+    codes = reference.tensor("decode/codes")[:2, :8, :8]
+    samples = tokenizer(codes) * 1.5  # beyond [-1, 1]: to be clamped after resizing alone
+    monkeypatch.setattr(tokenizer, "forward", lambda _: samples)
+    side, differ = samples.shape[-1], 0
+    for size in (side * 2 // 3, side // 2, side - 1, side, side + 5):
+        expected = official_levels(samples, size)
+        np.testing.assert_array_equal(tokenizer.pixels(codes, size).numpy(), expected)
+        levels = torch.from_numpy(official_levels(samples, side)).permute(0, 3, 1, 2).float()
+        late = F.interpolate(levels, size=(size, size), mode="bicubic").clamp(0, 255)
+        differ += int((late.to(torch.uint8).permute(0, 2, 3, 1).numpy() != expected).sum())
+    assert differ  # to round first gives other images

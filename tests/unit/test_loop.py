@@ -19,6 +19,7 @@ from cluster.messages import (
 from learner.distribution import RewardSpace
 from learner.evaluate import examine
 from learner.loop import concatenate_features, prepare, spread
+from learner.pipeline import requests_for
 from tests.small_run import small_config
 
 
@@ -53,11 +54,13 @@ class Drawing:
         self.learner = self.moments = self
         self.alive = weakref.WeakSet[Any]()
         self.most, self.asked, self.seeded = 0, 0, np.zeros((0, 2))
+        self.sizes = set[int]()
 
     def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
         generator = np.random.default_rng(0)
         for request in requests:
             size = request.num_rollouts
+            self.sizes.add(request.image_size)
             numbers = generator.random((size, 3), np.float32)
             kept = Rollouts(
                 request=request, version=0, tokens=numbers, logprobs=numbers, entropies=numbers
@@ -106,5 +109,16 @@ def test_of_an_evaluations_images_the_features_are_kept() -> None:
     real = {MAIN_SPACE: np.random.default_rng(1).random((300, 2), np.float32)}
     figures = examine(config, fleet, config.sampling, real)  # type: ignore[arg-type]
     assert figures["images"] == fleet.asked == 2_000
+    assert fleet.sizes == {0}
     assert abs(figures["fid"]) < 0.01
     assert fleet.most <= 2
+
+
+def test_images_of_an_evaluation_are_resized_and_no_others() -> None:
+    """384 pixels to 256, as published figures of LlamaGen are measured."""
+    config, fleet = small_config(evaluation={"num_images": 20, "image_size": 256}), Drawing()
+    real = {MAIN_SPACE: np.random.default_rng(1).random((300, 2), np.float32)}
+    examine(config, fleet, config.sampling, real)  # type: ignore[arg-type]
+    assert fleet.sizes == {256}
+    trained = requests_for(config, config.conditions.conditions(), "train", 0)
+    assert {request.image_size for request in trained} == {0}

@@ -473,6 +473,8 @@ def test_the_judge_of_digits_is_refused_for_other_images() -> None:
         assert "expected images of 8 x 8 pixels" in problem
         assert "found 16 x 16 from the policy" in problem
     assert "set evaluation.num_images to 0" in told[-1]
+    smaller = problems(**ours, evaluation={"image_size": 8})
+    assert not any(p.startswith("judge") for p in smaller)
     off = {"evaluation": {"num_images": 0}, "rewards": {"features": {"network": "inception"}}}
     assert not any(p.startswith("judge") for p in problems(**ours, **off))
 

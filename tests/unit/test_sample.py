@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from PIL import Image
 
@@ -90,6 +91,36 @@ def test_npz_holds_the_same_images(tmp_path: Path) -> None:
         assert np.array_equal(image, png)
     bare = run_sample(tmp_path / "bare", "--num-images", 3, "--no-png")
     assert sorted(file.name for file in bare.iterdir()) == ["grid.png", "samples.json"]
+
+
+@pytest.mark.parametrize("size", [5, 8, 12])
+def test_images_are_resized_before_they_are_rounded(tmp_path: Path, size: int) -> None:
+    """As LlamaGen's script does with --image-size-eval; in the .npz and the files alike."""
+    options = ["--num-images", 6, "--batch", 4, "--npz", tmp_path / "s.npz", "--size", size]
+    out = run_sample(tmp_path / "out", *options)
+    policy, decoder = load_policy(PolicyConfig()), load_decoder(TokenizerConfig())
+    shown = [Condition(text="", class_index=number) for number in range(6)]
+    decoded: list[torch.Tensor] = []
+    decoder.register_forward_hook(lambda _, __, image: decoded.append(image))
+    spec = SamplingSpec()
+    list(sample_images(policy, decoder, shown, spec, num_images=6, seed=0, batch=4))
+    samples = torch.cat(decoded)
+    if size != SIDE:
+        samples = F.interpolate(samples, size=(size, size), mode="bicubic")
+    expected = torch.clamp(127.5 * samples + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+    with np.load(tmp_path / "s.npz") as file:
+        np.testing.assert_array_equal(file["arr_0"], expected.numpy())
+    for image, png in zip(expected.numpy(), pngs(out).values(), strict=True):
+        np.testing.assert_array_equal(png, image)
+    assert record(out)["size"] == size
+
+
+@pytest.mark.parametrize("size", [-1, 5000])
+def test_an_impossible_size_is_refused(
+    tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--out", str(tmp_path / "o"), "--classes", "0", "--size", str(size)]) == 2
+    assert f"--size must be in [0, 4096] pixels a side, found {size}" in capsys.readouterr().err
 
 
 def test_npz_is_what_numpy_writes(tmp_path: Path) -> None:

@@ -82,6 +82,10 @@ def test_images_are_of_the_tokens_whoever_decodes_them(tmp_path: Path) -> None:
     codes = role._policy.codes(torch.from_numpy(groups[1].tokens).long())
     assert np.array_equal(alone[1], role._decoder.pixels(codes).numpy())
     assert (alone[0].shape[0], alone[0].dtype) == (3, np.uint8)
+    smaller = dataclasses.replace(groups[1].request, image_size=5)
+    resized = role.images(dataclasses.replace(groups[1], request=smaller))[0]
+    assert np.array_equal(resized, role._decoder.pixels(codes, 5).numpy())
+    assert resized.shape[1:3] == (5, 5)
 
     with ThreadPoolExecutor(1) as beside:  # as on Ray
         again, pending = [], []

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
@@ -448,5 +449,7 @@ def test_pixel_rules() -> None:
     decoder = VQDecoder(VQConfig(**SMALL, multipliers=(1,), pixel_rule="taming")).eval()
     codes = torch.arange(4).view(1, 2, 2)
     assert torch.equal(decoder.pixels(codes), to_uint8(decoder(codes), "taming"))
+    enlarged = F.interpolate(decoder(codes), size=(3, 3), mode="bicubic")
+    assert torch.equal(decoder.pixels(codes, 3), to_uint8(enlarged, "taming"))
     with pytest.raises(ConfigError, match="pixel_rule"):
         VQConfig(pixel_rule="other")  # type: ignore[arg-type]

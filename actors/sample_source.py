@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from actors.captions import DEFAULT_ENCODER, DType
 from actors.models.loading import PolicyConfig, TokenizerConfig
 from actors.models.zoo import MODELS
+from cluster import strict_yaml
 from cluster.errors import ConfigError
 from cluster.locks import is_lock
 from cluster.messages import SamplingSpec
@@ -296,12 +295,11 @@ def _number(path: Path) -> int:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = strict_yaml.load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file.parent} is not a run directory: no readable {CONFIG}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = " ".join(str(error).split())
-        raise ConfigError(f"{file} is not valid YAML: {first}") from error
+    except ValueError as error:  # not UTF-8, not YAML
+        raise ConfigError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must be a mapping of fields, found {type(values).__name__}")
     return values

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,11 +20,13 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from actors.models.loading import PolicyConfig, TokenizerConfig
 from actors.sampler import Sampler, SamplerConfig, SamplerResources
+from cluster import strict_yaml
 from cluster.errors import ConfigError, did_you_mean, nearest
 from cluster.messages import SamplingSpec
 from cluster.paths import expanded
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.runtime import RayConfig
+from cluster.strict_yaml import MalformedYamlError
 from cluster.transports import WeightsConfig
 from learner.conditions import ConditionsConfig
 from learner.entropy import EntropyConfig
@@ -258,10 +260,27 @@ def validate(values: Mapping[str, Any], source: str) -> RunConfig:
         ConfigError: names every wrong field, what was expected and what was found.
     """
     try:
-        return _ADAPTER.validate_python(dict(values))
+        config = _ADAPTER.validate_python(dict(values))
     except ValidationError as error:
         lines = [_explain(item, values) for item in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+    if lines := list(_flags_as_numbers(values, config)):
+        raise ConfigError(f"{source}: " + "; ".join(lines))
+    return config
+
+
+def _flags_as_numbers(given: Any, taken: Any, name: str = "") -> Iterator[str]:
+    """Fields where `true`, or YAML's `yes` and `on`, was taken for the number 1."""
+    if isinstance(given, bool):
+        if not isinstance(taken, bool):
+            yield f"{name} must be a number, found {str(given).lower()}"
+    elif isinstance(given, Mapping):
+        for key, value in given.items():
+            inner = taken.get(key) if isinstance(taken, Mapping) else getattr(taken, key, value)
+            yield from _flags_as_numbers(value, inner, f"{name}.{key}" if name else key)
+    elif isinstance(given, list | tuple) and isinstance(taken, list | tuple):
+        for number, (value, inner) in enumerate(zip(given, taken)):
+            yield from _flags_as_numbers(value, inner, f"{name}[{number}]")
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -346,8 +365,8 @@ def parse_yaml(text: str, source: str) -> RunConfig:
         ConfigError: no YAML, or it does not validate.
     """
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = strict_yaml.load(text)
+    except MalformedYamlError as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{source} must be a mapping of fields, found {type(values).__name__}")

@@ -19,11 +19,12 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-import yaml
 
+from cluster import strict_yaml
 from cluster.errors import ConfigError, did_you_mean
 from cluster.messages import Condition
 from cluster.own_packages import NAMES
+from cluster.strict_yaml import MalformedYamlError
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.base import Images
 from rewards.combine import Normalisation, ScorerTerm
@@ -99,11 +100,10 @@ def parse_extra(text: str) -> ExtraReward:
 def _value(text: str, key: str, value: str) -> Any:
     """What a value is as YAML: a number, a flag, a word."""
     try:
-        return yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date that is none
-        why = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        return strict_yaml.load(value)
+    except MalformedYamlError as error:
         raise ValueError(
-            f"{text!r}: the {key} {value!r} cannot be read as YAML ({why}): put it in quotes (a "
+            f"{text!r}: the {key} {value!r} cannot be read as YAML ({error}): put it in quotes (a "
             "comma begins the next option)"
         ) from None
 

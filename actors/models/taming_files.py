@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 
 from actors.models.permuters import inverse, permutation
 from actors.models.taming import TamingConfig
 from actors.models.vq import VQConfig
+from cluster import strict_yaml
 from cluster.errors import CheckpointError, ConfigError
 from cluster.tensors import locate
 
@@ -103,8 +103,8 @@ def read_project(path: str | os.PathLike[str]) -> TamingProject:
     """
     source = os.fspath(path)
     try:
-        content = yaml.safe_load(locate(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = strict_yaml.load(locate(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, not YAML
         raise CheckpointError(f"{source}: not a YAML file ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(

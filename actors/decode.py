@@ -12,12 +12,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from actors.distribution import log_distribution, mixed_logits
+from actors.distribution import log_distribution, mixed_logits, unfiltered_logprobs
 from actors.models.base import Conditions, Policy
 from actors.steps import Drawn, Workspace, guided_rows
 from cluster.messages import RequestKey, SamplingSpec
@@ -89,9 +90,28 @@ def decode_tokens(
     return Decoded(*(torch.stack(column, dim=1) for column in zip(*columns)))
 
 
+class Likelihoods(NamedTuple):
+    """Of given tokens under a spec, teacher-forced; (B, T) fp32, nats."""
+
+    logprobs: Tensor
+    """-inf where the spec filters the token out."""
+    entropies: Tensor
+    """Of the filtered distribution."""
+    unfiltered: Tensor
+    """Log-probabilities before top-k and top-p, always finite; `logprobs` itself without them."""
+
+
 def token_logprobs(
     policy: Policy, tokens: Tensor, conditions: Conditions, spec: SamplingSpec
 ) -> tuple[Tensor, Tensor]:
+    """The first two of `token_likelihoods`: logprobs (-inf where filtered out) and entropies."""
+    found = token_likelihoods(policy, tokens, conditions, spec)
+    return found.logprobs, found.entropies
+
+
+def token_likelihoods(
+    policy: Policy, tokens: Tensor, conditions: Conditions, spec: SamplingSpec
+) -> Likelihoods:
     """Log-probabilities of given tokens under the spec, teacher-forced, with gradients.
 
     Under `guided` both branches get gradients; under `distil` the conditional policy alone counts
@@ -100,13 +120,12 @@ def token_logprobs(
     Args:
         tokens: (B, T) integers.
         conditions: B rows, from `policy.encode`.
-
-    Returns:
-        logprobs (B, T) and entropies (B, T), fp32. -inf where the spec filters the token out.
     """
     learned = spec.learned()
     rows = guided_rows(policy, conditions, learned)
     guided = learned.guided_sampling
     logits = mixed_logits(policy(tokens.repeat(2, 1) if guided else tokens, rows), learned)
     logp, entropies = log_distribution(logits, learned)
-    return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropies
+    logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    unfiltered = unfiltered_logprobs(logits, tokens, learned) if learned.filters else logprobs
+    return Likelihoods(logprobs, entropies, unfiltered)

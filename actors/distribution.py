@@ -27,14 +27,18 @@ def mixed_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
     return guided_logits(conditional, unconditional, spec.cfg_scale)
 
 
+def tempered_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
+    """Logits divided by the temperature; at temperature 1 they are returned as they are."""
+    return logits if spec.temperature == 1 else logits / spec.temperature
+
+
 def filtered_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
     """Temperature, top-k, top-p; filtered tokens become -inf. logits (..., V) fp32.
 
     Ties at rank k stay. Top-p works on the softmax of what top-k left and keeps the first token
     that takes the sum over p.
     """
-    if spec.temperature != 1:
-        logits = logits / spec.temperature
+    logits = tempered_logits(logits, spec)
     if 0 < spec.top_k < logits.shape[-1]:
         kth = logits.detach().topk(spec.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits.detach() < kth, -torch.inf)
@@ -51,10 +55,17 @@ def log_distribution(logits: Tensor, spec: SamplingSpec) -> tuple[Tensor, Tensor
     """Log-probabilities (..., V) and entropy (...), nats, after the spec's filters."""
     logp = filtered_logits(logits, spec).log_softmax(-1)
     finite = logp
-    if spec.top_k or spec.top_p < 1:
+    if spec.filters:
         # 0 log 0 = 0: keep the -inf of filtered tokens away from the product and its gradient.
         finite = logp.masked_fill(logp == -torch.inf, 0)
     return logp, -(logp.exp() * finite).sum(-1)
+
+
+def unfiltered_logprobs(logits: Tensor, tokens: Tensor, spec: SamplingSpec) -> Tensor:
+    """Log-probabilities (...) of tokens (...) by logits (..., V), before top-k and top-p: finite for
+    every token."""
+    logits = tempered_logits(logits, spec)
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 def sample_tokens(logp: Tensor, uniforms: Tensor) -> Tensor:

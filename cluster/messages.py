@@ -75,6 +75,15 @@ class SamplingSpec:
             return self
         return SamplingSpec(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
+    @property
+    def filters(self) -> bool:
+        """Whether tokens may be filtered out, by top-k or top-p."""
+        return self.top_k > 0 or self.top_p < 1
+
+    def unfiltered(self) -> SamplingSpec:
+        """The spec without top-k and top-p: same temperature, same guidance."""
+        return replace(self, top_k=0, top_p=1.0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureRow:

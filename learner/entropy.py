@@ -107,7 +107,8 @@ def next_state(config: EntropyConfig, state: EntropyState, found: Measured) -> E
     average = found.entropy
     if state.average is not None and config.damping:
         average = config.damping * state.average + (1 - config.damping) * found.entropy
-    gap = (target - average) / target
+    # a base policy without entropy (top_k 1) has none to hold: what is above it is not rewarded
+    gap = (target - average) / target if target > 0 else -float(average > 0)
     coefficient = min(max(state.coefficient + config.gain * gap, 0.0), config.max_coef)
     return EntropyState(coefficient, average)
 

@@ -90,6 +90,46 @@ def too_many_skipped(config: GuardsConfig, updates: Sequence[bool]) -> bool:
     return skipped >= config.min_skipped and skipped > config.max_skipped_share * len(recent)
 
 
+def not_finite_because(stats: Mapping[str, float]) -> str:
+    """What most likely made an update's statistics not finite, and what to do: a sentence.
+
+    Args:
+        stats: of the update, by the names of `learner.loss.LossStats`, with grad_norm and real_ce.
+    """
+
+    def wrong(name: str) -> bool:
+        return not math.isfinite(stats.get(name, 0.0))
+
+    if wrong("entropy"):  # of all statistics the one that the policy's logits alone decide
+        return (
+            "The policy's own logits are not finite: its weights or activations have overflowed. "
+            "Go on from an earlier checkpoint with a lower learner.lr, or learner.precision "
+            "fp32; sampling.cfg_scale and sampling.temperature of ordinary size keep logits small"
+        )
+    if wrong("reference_kl"):
+        return (
+            "The KL to the base policy overflows: the two give a token probabilities that differ "
+            "by more than a float holds. A lower learner.lr or a larger loss.kl_coef from the start "
+            "keeps them together; loss.kl_estimator k2 does not take their exponential"
+        )
+    if wrong("real_ce"):
+        return (
+            "The cross-entropy on real tokens is what is not finite: look at real.source, or set "
+            "real.weight to 0"
+        )
+    if wrong("surrogate"):
+        return (
+            "The ratio of learner to behaviour policy overflows, or an advantage is not finite: "
+            "logprobs have run away from those of the sampler (policy/logprob_gap). A lower "
+            "learner.lr, fewer updates_per_iteration, a smaller max_staleness or narrower clips "
+            "hold them"
+        )
+    return (
+        "The loss is finite, its gradient is not: it overflowed on its way through the network. "
+        "learner.precision fp32 or a lower learner.lr mends this"
+    )
+
+
 @dataclass(frozen=True)
 class Findings:
     """What the guards say of one iteration."""

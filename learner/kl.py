@@ -12,6 +12,14 @@ As terms of a *loss* they differ in what their gradient means. The gradient of k
 whose expectation is zero: it is noise, and k1 belongs to the reward. The gradient of k2 has the
 expectation of the KL's own gradient; that of k3 agrees with it in first order of d.
 
+Both logprobs are of the *unfiltered* distributions: temperature and guidance are applied, top-k and
+top-p are not. A filter is a rule of sampling; what the KL holds near the base policy are the
+weights. And with filters the divergence is infinite as soon as the policy may draw one token that
+is outside the reference's own top-k, whatever the estimator. NeMo RL does the same: filtered
+logprobs in the ratio, unfiltered ones of both policies in the KL
+(https://github.com/NVIDIA-NeMo/RL/pull/2053). Samples are still drawn under the filter, so that the
+estimates are expectations over the tokens that it keeps: they say nothing of the tail.
+
 Shapes: B rollouts, T tokens.
 """
 
@@ -55,8 +63,8 @@ def divergence(
     """Estimates of KL(policy || reference).
 
     Args:
-        logprobs: (B, T) of the policy.
-        reference: (B, T) of the frozen base policy.
+        logprobs: (B, T) of the policy, unfiltered.
+        reference: (B, T) of the frozen base policy, unfiltered.
         level: token: one estimate a token. sequence: one a rollout, of the length-normalised
             logprobs (1/T) sum_t log p_t, as the public code of 2603.23086 has it.
 

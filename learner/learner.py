@@ -20,7 +20,7 @@ from cluster.tensors import read_tensors
 from cluster.weights import Packer, SnapshotName, open_snapshot, pack_adapters
 from learner.batch import TrainingBatch
 from learner.entropy import EntropyConfig, Measured, initial_state, next_state
-from learner.guards import GuardsConfig, too_many_skipped
+from learner.guards import GuardsConfig, not_finite_because, too_many_skipped
 from learner.learner_files import OPTIMIZER_FILE, LearnerFiles, LearnerState, TensorFile
 from learner.loss import LossConfig, grpo_loss
 from learner.optimizer import OptimizerConfig, PolicyAdamW
@@ -307,9 +307,8 @@ class Learner:
             raise LearningError(
                 f"{where}: the loss or its gradient is not finite ({found}). "
                 f"{sum(self._skipped)} of the last {len(self._skipped)} updates were left out for "
-                f"that, more than guards.max_skipped_share {guards.max_skipped_share:g} allows. A "
-                "lower learner.lr or narrower clips help where logprobs have run away; filters "
-                "(top_k, top_p) give -inf where learner and sampler round differently"
+                f"that, more than guards.max_skipped_share {guards.max_skipped_share:g} allows. "
+                f"{not_finite_because(stats)}"
             )
 
     def _accumulate(self, part: Prepared, total: int, most: int) -> dict[str, float]:
@@ -320,12 +319,10 @@ class Learner:
         sums = Sums(reference_kl=in_loss)
         for rows in self._passes.rounds(part, most):
             share = len(rows) / total
-            logprobs, entropies = self._policy.logprobs(
-                rows.tokens, self._passes.conditions(rows), config.spec
-            )
+            found = self._policy.logprobs(rows.tokens, self._passes.conditions(rows), config.spec)
             loss, stats = grpo_loss(
-                logprobs,
-                entropies,
+                found.logprobs,
+                found.entropies,
                 rows.behaviour,
                 rows.advantages,
                 rows.reference if in_loss else None,
@@ -333,6 +330,7 @@ class Learner:
                 config.loss,
                 old=rows.proximal if config.loss.ratio_to == "proximal" else None,
                 weights=rows.weights,
+                unfiltered=found.unfiltered,
             )
             (loss * share).backward()
             sums.add(stats, share)
@@ -348,7 +346,7 @@ class Learner:
             rows = slice(at, min(at + size, mine.stop))
             given = self._policy.module.encode(conditions[rows])
             here = torch.from_numpy(tokens[rows]).to(self._policy.device)
-            logprobs, _ = self._policy.logprobs(here, given, SamplingSpec())
+            logprobs = self._policy.logprobs(here, given, SamplingSpec()).logprobs
             loss = cross_entropy(logprobs) * (len(here) / len(tokens))
             (loss * self._config.real.weight).backward()
             sum_of_parts += float(loss.detach())

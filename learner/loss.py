@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from learner.kl import Estimator, Level, divergence, k3
+from learner.off_policy import mean_log_ratio
 
 Aggregation = Literal["token-mean", "seq-mean", "sequence-ratio"]
 
@@ -121,11 +122,11 @@ def clipped_surrogate(
 
 def sequence_ratio(logprobs: Tensor, old: Tensor) -> Tensor:
     """GSPO's ratio of a rollout (Zheng et al. 2025, 2507.18071): exp((1/T) sum_t (log p - log q)),
-    the geometric mean of its tokens' ratios.
+    the geometric mean of its tokens' ratios. Tokens that a filter drops (`mean_log_ratio`) leave it.
 
     Args, returns: (B, T) logprobs; (B, 1).
     """
-    return (logprobs - old).mean(1, keepdim=True).exp()
+    return mean_log_ratio(logprobs - old).exp()
 
 
 def constant_length(tokens: int, divisor: int) -> float:
@@ -150,8 +151,9 @@ def grpo_loss(
     *,
     old: Tensor | None = None,
     weights: Tensor | None = None,
+    unfiltered: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
-    """GRPO loss (Shao et al. 2024, 2402.03300), entropy bonus included.
+    """The GRPO loss (Shao et al. 2024, 2402.03300), entropy bonus included.
 
         c mean_bt [ w_bt surrogate_bt + kl_coef k(learner || reference)_bt - entropy_coef H_bt ]
 
@@ -159,19 +161,29 @@ def grpo_loss(
     `learner.off_policy`), so parts of a batch add up exactly, weighted by their rollouts. c is
     `constant_length`'s.
 
+    A drawn token that the learner's own top-k or top-p drops (logprob -inf: the policy has moved
+    since the draw, or rounds differently) has ratio 0 and no gradient in the surrogate.
+
     Args:
         logprobs: (B, T) learner logprobs, with gradients.
         entropies: (B, T) of the learner's distribution, with gradients.
         behaviour: (B, T) behaviour logprobs.
         advantages: (B,) or (B, T)
-        reference: (B, T) logprobs of the frozen base policy, or None for no KL in the loss.
-        old: (B, T) what the ratio is against; None is `behaviour`.
+        reference: (B, T) unfiltered logprobs of the frozen base policy, or None for no KL in the
+            loss.
+        old: (B, T) what the ratio is against, the proximal policy's; None is `behaviour`. Where it
+            is -inf, the ratio is 0 as well.
         weights: (B, T) or (B, 1) of the surrogate; None is 1.
+        unfiltered: (B, T) learner logprobs before top-k and top-p, with gradients, for the KL (see
+            `learner.kl`); None is `logprobs`, where nothing is filtered.
 
     Returns:
         The loss and its statistics.
     """
-    old = behaviour if old is None else old
+    if old is None:
+        old = behaviour
+    else:  # a ratio against probability 0 is none: +inf takes the token out, as the learner's own 0
+        old = old.masked_fill(old == -torch.inf, torch.inf)
     ratio = (logprobs - old).exp()
     if config.aggregation == "sequence-ratio":
         ratio = sequence_ratio(logprobs, old)
@@ -182,7 +194,8 @@ def grpo_loss(
     loss = surrogate.mean() - entropy_coef * entropies.mean()
     reference_kl = None
     if reference is not None:
-        estimates = divergence(logprobs, reference, config.kl_estimator, config.kl_level)
+        own = logprobs if unfiltered is None else unfiltered
+        estimates = divergence(own, reference, config.kl_estimator, config.kl_level)
         reference_kl = estimates.mean()
         loss = loss + config.kl_coef * reference_kl
     if config.length_divisor:

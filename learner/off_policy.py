@@ -13,6 +13,15 @@ import torch
 from torch import Tensor
 
 
+def mean_log_ratio(gap: Tensor) -> Tensor:
+    """(1/T) sum_t of log-ratios (B, T), over the tokens that both policies may draw; (B, 1).
+
+    A token that top-k or top-p drops has log-ratio -inf. It counts as 0 here, so that one such
+    token does not make the ratio of the whole rollout 0; and it has no gradient.
+    """
+    return gap.masked_fill(gap == -torch.inf, 0).mean(1, keepdim=True)
+
+
 def truncated_weights(
     proximal: Tensor, behaviour: Tensor, cap: float, *, sequence: bool = False
 ) -> Tensor:
@@ -30,7 +39,7 @@ def truncated_weights(
     """
     gap = (proximal - behaviour).detach()
     if sequence:
-        gap = gap.mean(1, keepdim=True)
+        gap = mean_log_ratio(gap)
     return gap.exp().clamp(max=cap)
 
 

@@ -39,8 +39,10 @@ class Prepared:
     """(B,), or (B, 1) or (B, T) with KL in the reward"""
     proximal: Tensor | None = None
     """(B, T) logprobs before the first update."""
+    unfiltered: Tensor | None = None
+    """(B, T) the same before top-k and top-p, as the KL to the reference takes them."""
     reference: Tensor | None = None
-    """(B, T) logprobs of the frozen base policy."""
+    """(B, T) logprobs of the frozen base policy, before top-k and top-p."""
     weights: Tensor | None = None
     """(B, T) or (B, 1), of the surrogate."""
 
@@ -140,17 +142,17 @@ class Passes:
     @torch.no_grad()
     def _with_proximal(self, prepared: Prepared, total: int) -> tuple[Prepared, dict[str, float]]:
         """Logprobs before the update, and what they say of the policy that acted."""
-        parts, entropy = [torch.empty_like(prepared.behaviour[:0])], 0.0
+        none = torch.empty_like(prepared.behaviour[:0])
+        parts, entropy = [(none, none)], 0.0
         for part in self._rounds(prepared, total):
-            logprobs, entropies = self._policy.logprobs(
-                part.tokens, self.conditions(part), self._spec
-            )
-            parts.append(logprobs)
-            entropy += float(entropies.sum())
-        proximal, behaviour = torch.cat(parts), prepared.behaviour
+            found = self._policy.logprobs(part.tokens, self.conditions(part), self._spec)
+            parts.append((found.logprobs, found.unfiltered))
+            entropy += float(found.entropies.sum())
+        proximal, unfiltered = (torch.cat(column) for column in zip(*parts))
+        behaviour = prepared.behaviour
         gap = (proximal - behaviour).abs().max() if len(prepared) else torch.zeros(())
         mismatch, entropy = self._means(total, k3(behaviour, proximal).sum(), entropy)
-        return dataclasses.replace(prepared, proximal=proximal), {
+        return dataclasses.replace(prepared, proximal=proximal, unfiltered=unfiltered), {
             "entropy": entropy,
             "mismatch_kl": mismatch,
             "logprob_gap": self._peers.largest([float(gap)])[0],
@@ -158,11 +160,11 @@ class Passes:
 
     def _with_kl(self, prepared: Prepared, total: int) -> tuple[Prepared, dict[str, float]]:
         """Advantages less the divergence from the reference, which then leaves the loss."""
-        assert prepared.proximal is not None
+        assert prepared.unfiltered is not None
         assert prepared.reference is not None
         loss = self._loss
         estimates = divergence(
-            prepared.proximal, prepared.reference, loss.kl_estimator, loss.kl_level
+            prepared.unfiltered, prepared.reference, loss.kl_estimator, loss.kl_level
         )
         mean = self._means(total, estimates.mean(1).sum() * prepared.tokens.shape[1])[0]
         advantages = penalised_advantages(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from actors.decode import token_logprobs
+from actors.decode import Likelihoods, token_likelihoods, token_logprobs
 from actors.models.base import Conditions
 from actors.models.loading import PolicyConfig, PolicyModule, load_policy
 from cluster.messages import Condition, SamplingSpec
@@ -49,12 +49,11 @@ class TrainedPolicy:
             kept = self.device if options.reference_device == "learner" else "cpu"
             self._reference = load_policy(config, device=kept)
 
-    def logprobs(
-        self, tokens: Tensor, conditions: Conditions, spec: SamplingSpec
-    ) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies (B, T) fp32, with gradients; see `token_logprobs`."""
+    def logprobs(self, tokens: Tensor, conditions: Conditions, spec: SamplingSpec) -> Likelihoods:
+        """Logprobs, entropies and unfiltered logprobs (B, T) fp32, with gradients; see
+        `token_likelihoods`."""
         with self._precision():
-            return token_logprobs(self.module, tokens, conditions, spec)
+            return token_likelihoods(self.module, tokens, conditions, spec)
 
     def join(self, peers: Peers) -> None:
         """Keep a part of the weights alone. The reference, where it is a copy, stays whole."""
@@ -68,7 +67,7 @@ class TrainedPolicy:
             conditions: one that the policy can encode.
         """
         tokens = torch.zeros(1, self.module.num_tokens, dtype=torch.long, device=self.device)
-        logprobs, _ = self.logprobs(tokens, self.module.encode(conditions), SamplingSpec())
+        logprobs = self.logprobs(tokens, self.module.encode(conditions), SamplingSpec()).logprobs
         if logprobs.requires_grad:
             (0 * logprobs.sum()).backward()
 
@@ -90,9 +89,10 @@ class TrainedPolicy:
     def reference_logprobs(
         self, reference: PolicyModule, tokens: Tensor, conditions: Conditions, spec: SamplingSpec
     ) -> Tensor:
-        """Logprobs (B, T) fp32 of the module that `reference` gave."""
+        """Logprobs (B, T) fp32 of the module that `reference` gave, unfiltered (see `learner.kl`):
+        temperature and guidance are the spec's, top-k and top-p are not applied."""
         with torch.no_grad(), self._precision():
-            return token_logprobs(reference, tokens, conditions, spec)[0]
+            return token_logprobs(reference, tokens, conditions, spec.unfiltered())[0]
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict of a plain policy, adapters merged in; every learner of a group must call

@@ -142,7 +142,7 @@ def test_its_gradient_adds_to_the_others(npz: str, tmp_path: Path) -> None:
     together = torch.cat([p.grad.flatten() for p in parameters])
     tokens, conditions = learner._real.draw(0, 0)
     given = plain._policy.module.encode(conditions)
-    logprobs, _ = plain._policy.logprobs(torch.from_numpy(tokens), given, plain._config.spec)
+    logprobs, *_ = plain._policy.logprobs(torch.from_numpy(tokens), given, plain._config.spec)
     alone = torch.autograd.grad(-logprobs.mean() * 0.5, list(plain._policy.module.parameters()))
     expected = gradient(plain, batch) + torch.cat([part.flatten() for part in alone])
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-6)

@@ -61,7 +61,7 @@ def inputs(policy: TrainedPolicy) -> tuple:
 
 def gradients(policy: TrainedPolicy, spec: SamplingSpec = SamplingSpec()) -> dict:  # noqa: B008
     tokens, conditions = inputs(policy)
-    logprobs, entropies = policy.logprobs(tokens, conditions, spec)
+    logprobs, entropies, _ = policy.logprobs(tokens, conditions, spec)
     (logprobs.sum() - 0.1 * entropies.sum()).backward()
     named = policy.module.named_parameters()
     return {name: p.grad for name, p in named if p.grad is not None}

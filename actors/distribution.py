@@ -62,8 +62,8 @@ def log_distribution(logits: Tensor, spec: SamplingSpec) -> tuple[Tensor, Tensor
 
 
 def unfiltered_logprobs(logits: Tensor, tokens: Tensor, spec: SamplingSpec) -> Tensor:
-    """Log-probabilities (...) of tokens (...) by logits (..., V), before top-k and top-p: finite for
-    every token."""
+    """Log-probabilities (...) of tokens (...) by logits (..., V), before top-k and top-p: every
+    token's is finite."""
     logits = tempered_logits(logits, spec)
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 

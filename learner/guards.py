@@ -109,8 +109,8 @@ def not_finite_because(stats: Mapping[str, float]) -> str:
     if wrong("reference_kl"):
         return (
             "The KL to the base policy overflows: the two give a token probabilities that differ "
-            "by more than a float holds. A lower learner.lr or a larger loss.kl_coef from the start "
-            "keeps them together; loss.kl_estimator k2 does not take their exponential"
+            "by more than a float holds. A lower learner.lr or a larger loss.kl_coef from the "
+            "start keeps them together; loss.kl_estimator k2 does not take their exponential"
         )
     if wrong("real_ce"):
         return (

@@ -122,7 +122,8 @@ def clipped_surrogate(
 
 def sequence_ratio(logprobs: Tensor, old: Tensor) -> Tensor:
     """GSPO's ratio of a rollout (Zheng et al. 2025, 2507.18071): exp((1/T) sum_t (log p - log q)),
-    the geometric mean of its tokens' ratios. Tokens that a filter drops (`mean_log_ratio`) leave it.
+    the geometric mean of its tokens' ratios. Tokens that a filter drops leave it
+    (`mean_log_ratio`).
 
     Args, returns: (B, T) logprobs; (B, 1).
     """
@@ -180,10 +181,8 @@ def grpo_loss(
     Returns:
         The loss and its statistics.
     """
-    if old is None:
-        old = behaviour
-    else:  # a ratio against probability 0 is none: +inf takes the token out, as the learner's own 0
-        old = old.masked_fill(old == -torch.inf, torch.inf)
+    # A ratio against probability 0 is none: +inf makes it 0, as the learner's own -inf does.
+    old = behaviour if old is None else old.masked_fill(old == -torch.inf, torch.inf)
     ratio = (logprobs - old).exp()
     if config.aggregation == "sequence-ratio":
         ratio = sequence_ratio(logprobs, old)

@@ -25,11 +25,11 @@ def permutation(name: str, grid: int) -> Tensor:
     Raises:
         ConfigError: no such order, or none for this size.
     """
-    if name not in _ORDERS:
-        raise ConfigError(f"permuter {name!r} is unknown: choose one of {', '.join(_ORDERS)}")
+    if name not in ORDERS:
+        raise ConfigError(f"permuter {name!r} is unknown: choose one of {', '.join(ORDERS)}")
     if grid < 1:
         raise ConfigError(f"grid must be >= 1, found {grid}")
-    return torch.from_numpy(_ORDERS[name](grid).astype(np.int64))
+    return torch.from_numpy(ORDERS[name](grid).astype(np.int64))
 
 
 def inverse(forward: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _by_bits(grid: int, ranks: range) -> Cells:
     return places.argsort()
 
 
-_ORDERS: dict[str, Callable[[int], Cells]] = {
+ORDERS: dict[str, Callable[[int], Cells]] = {
     "Identity": _rows,
     "Subsample": _coarse_to_fine,
     "ZCurve": _quadrants,

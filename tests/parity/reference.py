@@ -14,11 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tests.parity import recipe
 
 TINY_WIDTH = 128  # up to here, the closer tolerances apply
+
+
+class Arrays(dict[str, np.ndarray]):
+    """Entries of a file. A test that asks for one that is not there is skipped, by its name: files
+    hold what their maker could compute."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as file:
+            super().__init__({name: file[name] for name in file.files})
+        self._path = path
+
+    def __missing__(self, name: str) -> np.ndarray:
+        pytest.skip(f"{self._path.name} has no {name!r}")
 
 
 @dataclass(frozen=True)
@@ -28,9 +42,8 @@ class Reference:
     path: Path
 
     @cached_property
-    def arrays(self) -> dict[str, np.ndarray]:
-        with np.load(self.path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+    def arrays(self) -> Arrays:
+        return Arrays(self.path)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -45,8 +58,14 @@ class Reference:
         state = recipe.make_state_dict(self.config["shapes"], self.config["seed"])
         recipe.check(state, self.config["weight_sums"])
         tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-        buffers = self.config["architecture_buffers"]
+        buffers = self.config.get("architecture_buffers", {})
         return tensors | {name: torch.zeros(shape) for name, shape in buffers.items()}
+
+    def part(self, name: str) -> Any:
+        """A part of the configuration; a test of what is not there is skipped, by its name."""
+        if not self.config.get(name):
+            pytest.skip(f"the configuration of {self.path.name} has no {name!r}")
+        return self.config[name]
 
     def tensor(self, name: str) -> torch.Tensor:
         array = self.arrays[name]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from actors.models.base import Conditions
-from actors.models.permuters import inverse, permutation
+from actors.models.permuters import ORDERS, inverse, permutation
 from actors.models.taming import TamingGPT, coordinate_tokens
 from actors.models.taming_files import (
     NET2NET,
@@ -32,6 +32,7 @@ from cluster.tensors import load_strict
 from tests.parity.compare import (
     check_close,
     check_codes,
+    check_compared,
     check_distribution,
     check_greedy,
     check_images,
@@ -41,6 +42,7 @@ from tests.parity.compare import (
 from tests.parity.reference import TINY_WIDTH, Reference
 
 FAMILY = "taming-"
+FORWARD = "/forward_shuffle_idx"
 TARGETS = {"taming-net2net": NET2NET, "taming-vqgan": VQGAN}
 
 
@@ -102,11 +104,15 @@ def tolerance(policy: TamingGPT) -> float:
 
 
 def test_logits(policy: TamingGPT, logits: Tensor, reference: Reference) -> None:
-    bound = tolerance(policy)
     picked = logits[:, reference.tensor("positions")][:, :, reference.tensor("columns")]
-    check_close(picked, reference.tensor("tokens/logits_cond"), bound, "logits")
-    sums = logits.logsumexp(-1)
-    check_close(sums, reference.tensor("tokens/lse_cond"), bound, "logsumexp")
+    check_close(picked, reference.tensor("tokens/logits_cond"), tolerance(policy), "logits")
+
+
+def test_logsumexp_over_the_whole_vocabulary(
+    policy: TamingGPT, logits: Tensor, reference: Reference
+) -> None:
+    expected = reference.tensor("tokens/lse_cond")
+    check_close(logits.logsumexp(-1), expected, tolerance(policy), "logsumexp")
 
 
 def test_logprobs_entropies_and_supports(
@@ -114,7 +120,8 @@ def test_logprobs_entropies_and_supports(
 ) -> None:
     rows, bound = list(sampling_specs(reference)), tolerance(policy)
     counts = [check_distribution(reference, "tokens", row, logits, bound)[0] for row in rows]
-    assert sum(counts) >= 0.4 * reference.tensor("tokens").numel() * len(rows)
+    least = 0.4 * reference.tensor("tokens").numel() * len(rows)
+    check_compared(reference, sum(counts), least)
 
 
 @torch.inference_mode()
@@ -124,8 +131,9 @@ def test_greedy_decoding_with_the_cache(policy: TamingGPT, reference: Reference)
     columns = [policy.prefill(state, conditions).argmax(-1)]
     while len(columns) < policy.num_tokens:
         columns.append(policy.decode_step(state, columns[-1]).argmax(-1))
-    for name in reference.config["greedy"]:
-        assert check_greedy(reference, name, torch.stack(columns, 1)) > 0
+    tokens = torch.stack(columns, 1)
+    compared = [check_greedy(reference, name, tokens) for name in reference.part("greedy")]
+    check_compared(reference, sum(compared), 1)
 
 
 def test_condition_tokens(policy: TamingGPT, reference: Reference) -> None:
@@ -143,17 +151,29 @@ def test_condition_tokens(policy: TamingGPT, reference: Reference) -> None:
 
 def test_decoding_images(loaded: Loaded, reference: Reference) -> None:
     codes = loaded.codes(reference, "decode/codes")
-    if loaded.gpt is not None:
-        assert torch.equal(codes, reference.tensor("decode/codes_raster"))
     check_images(reference, loaded.tokenizer(codes), loaded.image_bound)
-    check_levels(reference, loaded.tokenizer.pixels(codes))
 
 
-def test_encoding_images(loaded: Loaded, reference: Reference) -> None:
-    images = reference.tensor("encode/image_uint8").permute(0, 3, 1, 2) / 127.5 - 1
-    latents = loaded.tokenizer.encode_latents(images)
+def test_levels(loaded: Loaded, reference: Reference) -> None:
+    check_levels(reference, loaded.tokenizer.pixels(loaded.codes(reference, "decode/codes")))
+
+
+def test_codes_in_raster_order(policy: TamingGPT, loaded: Loaded, reference: Reference) -> None:
+    codes = loaded.codes(reference, "decode/codes")
+    assert torch.equal(codes, reference.tensor("decode/codes_raster"))
+
+
+def given(reference: Reference) -> Tensor:
+    return reference.tensor("encode/image_uint8").permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def test_latents(loaded: Loaded, reference: Reference) -> None:
+    latents = loaded.tokenizer.encode_latents(given(reference))
     check_close(latents, reference.tensor("encode/latent"), loaded.image_bound, "latent")
-    codes = loaded.tokenizer.encode(images)
+
+
+def test_codes(loaded: Loaded, reference: Reference) -> None:
+    codes = loaded.tokenizer.encode(given(reference))
     if loaded.gpt is None:
         check_codes(reference, codes, "encode/codes", "encode/margin")
     else:
@@ -171,13 +191,22 @@ def test_the_decoding_half_is_the_same(loaded: Loaded, reference: Reference) -> 
 
 
 def test_permuters(reference: Reference) -> None:
-    tables = [name for name in reference.arrays if name.endswith("/forward_shuffle_idx")]
-    if not tables:
-        pytest.skip("a file without permuters")
+    """Tables of taming's permuter classes by name and size. Others are skipped, by name: a file's
+    own (`permuter/`), and those of no class that taming has."""
+    tables = [name for name in reference.arrays if name.endswith(FORWARD)]
+    unknown = []
     for table in tables:
-        match = re.fullmatch(r"permuters/(\w+)_(\d+)x\2/forward_shuffle_idx", table)
-        assert match is not None, table
+        match = re.fullmatch(rf"permuters/(\w+)_(\d+)x\2{FORWARD}", table)
+        if match is None or match[1] not in ORDERS:
+            unknown.append(table)
+            continue
         forward = permutation(match[1], int(match[2]))
         np.testing.assert_array_equal(forward, reference.arrays[table], err_msg=table)
-        backward = reference.arrays[table.replace("forward", "backward")]
-        np.testing.assert_array_equal(inverse(forward), backward, err_msg=table)
+        backward = table.replace("forward", "backward")
+        if backward in reference.arrays:
+            expected = reference.arrays[backward]
+            np.testing.assert_array_equal(inverse(forward), expected, err_msg=backward)
+    if unknown or not tables:
+        pytest.skip(
+            f"{reference.path.name}: tables that are not compared: {unknown or 'no tables'}"
+        )

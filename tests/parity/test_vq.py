@@ -41,14 +41,27 @@ def tokenizer(reference: Reference) -> VQTokenizer:
 def test_decoding(tokenizer: VQTokenizer, reference: Reference) -> None:
     codes = reference.tensor("decode/codes")
     check_images(reference, tokenizer(codes), tolerance(reference))
-    check_levels(reference, tokenizer.pixels(codes))
 
 
-def test_encoding(tokenizer: VQTokenizer, reference: Reference) -> None:
-    images = reference.tensor("encode/image_uint8").permute(0, 3, 1, 2) / 127.5 - 1
-    expected = reference.tensor("encode/latent")
-    check_close(tokenizer.encode_latents(images), expected, tolerance(reference), "latent")
-    check_codes(reference, tokenizer.encode(images), "encode/codes", "encode/margin")
+def test_levels(tokenizer: VQTokenizer, reference: Reference) -> None:
+    check_levels(reference, tokenizer.pixels(reference.tensor("decode/codes")))
+
+
+def test_latents(tokenizer: VQTokenizer, reference: Reference) -> None:
+    latents, expected = (
+        tokenizer.encode_latents(given(reference)),
+        reference.tensor("encode/latent"),
+    )
+    check_close(latents, expected, tolerance(reference), "latent")
+
+
+def test_codes(tokenizer: VQTokenizer, reference: Reference) -> None:
+    codes = tokenizer.encode(given(reference))
+    check_codes(reference, codes, "encode/codes", "encode/margin")
+
+
+def given(reference: Reference) -> Tensor:
+    return reference.tensor("encode/image_uint8").permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def test_the_decoding_half_is_the_same(tokenizer: VQTokenizer, reference: Reference) -> None:

@@ -1,4 +1,4 @@
-"""The comparisons themselves, on files that are hard: ties, missing entries, tables of their own."""
+"""The comparisons themselves, on files that are hard: ties, missing entries, own tables."""
 
 from __future__ import annotations
 

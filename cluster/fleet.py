@@ -86,6 +86,10 @@ class Fleet(Protocol):
         """Names the feature network of a panel."""
         ...
 
+    def feature_dim(self, panel: str) -> int:
+        """Dimensions of a panel's features; 0 where they depend on the images."""
+        ...
+
     def refresh_moments(self) -> None:
         """Let the moments server prepare for the next commit, without waiting for it."""
         ...
@@ -215,6 +219,9 @@ class InlineFleet:
 
     def fingerprint(self, panel: str) -> str:
         return self._feature_server(panel).fingerprint(panel)
+
+    def feature_dim(self, panel: str) -> int:
+        return self._feature_server(panel).feature_dim(panel)
 
     def _feature_server(self, panel: str) -> RewardServerRole:
         return self._servers[self._plan.feature_server(panel).name]

@@ -193,6 +193,9 @@ class RayFleet:
     def fingerprint(self, panel: str) -> str:
         return self._ask_server(panel, "fingerprint", panel)
 
+    def feature_dim(self, panel: str) -> int:
+        return self._ask_server(panel, "feature_dim", panel)
+
     def refresh_moments(self) -> None:
         self._keepers.refresh_moments()
 

@@ -11,6 +11,7 @@ import zlib
 from typing import Any
 
 import msgpack
+import numpy as np
 
 UNREADABLE = (
     ValueError,
@@ -47,6 +48,19 @@ def count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"a count was expected, found {value!r}")
     return value
+
+
+def pack_array(array: np.ndarray) -> dict[str, Any]:
+    """An array as msgpack can hold it."""
+    return {"dtype": array.dtype.str, "shape": array.shape, "data": array.tobytes()}
+
+
+def unpack_array(fields: dict[str, Any]) -> np.ndarray:
+    """Inverse of `pack_array`."""
+    dtype = np.dtype(str(fields["dtype"]))
+    if dtype.kind not in "fiub":
+        raise ValueError(f"numbers were expected, found an array of {dtype}")
+    return np.frombuffer(fields["data"], dtype=dtype).reshape(fields["shape"]).copy()
 
 
 def seal(body: bytes) -> bytes:

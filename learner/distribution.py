@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +14,14 @@ from cluster.messages import MAIN_SPACE
 from cluster.roles import FEATURE_BATCH
 from learner.config import RunConfig
 from learner.datasets import iterate_images, load_labels
+from rewards.diagnostics import few_images_warning
 from rewards.fid import Reference
 from rewards.joint import class_table, equal_trace_weight, joint_features
 from rewards.moments import Moments
 from rewards.reference import read_stored
 from rewards.reference_fetch import reference_file
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class RewardSpace:
     """(C, E) embedding of each class; None: features alone."""
     weight: float = 0.0
     """Factor of the embeddings."""
+
+    @property
+    def added(self) -> int:
+        """E; 0 of features alone."""
+        return 0 if self.table is None else self.table.shape[1]
 
     def __call__(self, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
         """Features (N, D) and classes (N,; -1 of captions) -> (N, D) or (N, D + E).
@@ -49,16 +58,20 @@ def set_reference(config: RunConfig, fleet: Fleet) -> RewardSpace:
     """Give the moments server the real images' moments; returns the space they are in.
 
     Raises:
-        DataError: unreadable or unsuitable reference, or another feature network's.
+        DataError: unreadable or unsuitable reference, of another feature network or dimension.
         ConfigError: a file without joint moments, where these are asked for.
     """
     term, fingerprint = config.rewards.loo_fid, fleet.fingerprint("rewards")
     if stored_reference(term.reference):
         space, reference = fleet.attend_while(lambda: read_moments(config))
+        if dim := fleet.feature_dim("rewards"):
+            reference.check_dim(dim + space.added, fingerprint)
     else:
         images = iterate_images(term.reference, FEATURE_BATCH)
         features = fleet.features(images, "rewards")[MAIN_SPACE]
         space, reference = fleet.attend_while(lambda: _built(config, features, fingerprint))
+    if few := few_images_warning(reference, term.covariance):
+        logger.warning(f"note: {few}")
     fleet.moments.set_reference(reference, fingerprint)
     return space
 
@@ -69,9 +82,27 @@ def _built(
     """The space and reference of real images by their features (N, D)."""
     term, space, classes = config.rewards.loo_fid, RewardSpace(), np.zeros(len(features), int)
     if term.joint:
-        classes = load_labels(term.reference)
+        classes = _labels(config, len(features))
         space = _joint_space(config, features, classes)
-    return space, Reference.from_features(space(features, classes), fingerprint)
+    return space, Reference.from_features(space(features, classes), fingerprint, term.reference)
+
+
+def _labels(config: RunConfig, images: int) -> np.ndarray:
+    """Classes (N,) int64 of the real images that a joint reference is made from.
+
+    Raises:
+        DataError: not one of each image, or none of the run's classes.
+    """
+    source = config.rewards.loo_fid.reference
+    labels, known = load_labels(source), len(config.conditions.class_names)
+    if len(labels) != images:
+        raise DataError(f"{source}: {images} images, but {len(labels)} classes")
+    if labels.min() < 0 or labels.max() >= known:
+        raise DataError(
+            f"{source}: expected classes 0 to {known - 1}, as conditions.names has them, found "
+            f"{labels.min()} to {labels.max()}: is it labelled for another policy?"
+        )
+    return labels
 
 
 def stored_reference(reference: str) -> bool:

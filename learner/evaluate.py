@@ -94,6 +94,11 @@ def examine(
 
 def compare(generated: np.ndarray, real: np.ndarray, neighbours: int) -> dict[str, float]:
     """Distances of two sets of features, (M, D) and (N, D)."""
+    if generated.shape[1] != real.shape[1]:
+        raise DataError(
+            f"evaluation.images: its features have {real.shape[1]} dimensions, those of the "
+            f"policy's images {generated.shape[1]}: pixels are compared of images of one size"
+        )
     ours, theirs = Moments.from_features(generated), Moments.from_features(real)
     near = fidelity(real, generated, neighbours)
     fid = frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov)

@@ -10,8 +10,7 @@ import numpy as np
 
 from cluster.errors import CheckpointError
 from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ScoredGroup
-from cluster.sealing import UNREADABLE
-from rewards.moments_server import pack_array, unpack_array
+from cluster.sealing import UNREADABLE, pack_array, unpack_array
 
 
 def pack_group(group: ScoredGroup) -> bytes:

@@ -24,10 +24,13 @@ from learner.caption_conditions import peek_captions
 from learner.conditions import DIGITS as DIGIT_NAMES
 from learner.config import RunConfig
 from learner.datasets import DIGITS, iterate_images
-from learner.distribution import read_moments, stored_reference
+from learner.distribution import RewardSpace, read_moments, stored_reference
 from learner.gallery import gallery_rows
 from learner.real_tokens import check_source
 from rewards.config import NETWORKS
+from rewards.diagnostics import few_images, few_images_warning
+from rewards.features import FeaturesConfig
+from rewards.fid import Reference
 from rewards.preflight import check_judge, check_rewards, feature_dim, fits_fingerprint
 from rewards.reference import build_command
 from rewards.reference_fetch import PUBLISHED, by_file, fetch_command
@@ -156,12 +159,23 @@ def _reference(config: RunConfig, side: int, findings: Findings) -> None:
         return
     with findings.of(field):
         if not stored_reference(term.reference):
-            _images(field, term.reference, config)
+            shape = _images(field, term.reference, config)
+            _suit(
+                config.rewards.features,
+                field,
+                term.reference,
+                shape,
+                side,
+                term.covariance,
+                findings,
+            )
             return
         if published is None and not expanded(term.reference).is_file():
             raise ConfigError(_no_reference(term.reference))
         space, reference = read_moments(config)
-        _fits_features(config, side, len(reference.mu), space.table, reference.fingerprint)
+        _fits_features(config, side, space, reference)
+        if few := few_images_warning(reference, term.covariance):
+            findings.notes.append(f"{field}: {few}")
 
 
 def _no_reference(path: str) -> str:
@@ -173,20 +187,15 @@ def _no_reference(path: str) -> str:
     return f"expected a file of moments, found none at {expanded(path).absolute()}: {remedy}"
 
 
-def _fits_features(config: RunConfig, side: int, dim: int, table: object, fingerprint: str) -> None:
+def _fits_features(config: RunConfig, side: int, space: RewardSpace, reference: Reference) -> None:
     """
     Raises:
         DataError: moments of other features than the run's.
     """
-    features = config.rewards.features
-    ours = feature_dim(features, side)
-    ours += 0 if table is None else table.shape[1]  # type: ignore[attr-defined]
+    features, fingerprint = config.rewards.features, reference.fingerprint
+    if ours := feature_dim(features, side):
+        reference.check_dim(ours + space.added, repr(features.network))
     again = f"build it with the network of the run ({build_command('DIR')})"
-    if ours and ours != dim:
-        raise DataError(
-            f"expected moments of {ours} dimensions, as features of {features.network!r} have, "
-            f"found {dim}: {again}, or set rewards.features to the reference's"
-        )
     if fingerprint and not fits_fingerprint(features, fingerprint):
         raise DataError(
             f"expected moments of the features of {features.network!r}, found those of "
@@ -194,8 +203,11 @@ def _fits_features(config: RunConfig, side: int, dim: int, table: object, finger
         )
 
 
-def _images(field: str, source: str, config: RunConfig) -> None:
+def _images(field: str, source: str, config: RunConfig) -> tuple[int, int, int]:
     """Real images by name: there, and of the same things as the policy's.
+
+    Returns:
+        N, H, W of the images.
 
     Raises:
         DataError: they are not.
@@ -208,8 +220,9 @@ def _images(field: str, source: str, config: RunConfig) -> None:
         except CheckpointError as error:
             hint = did_you_mean(source, names).strip() or f"there are {', '.join(names)}, or a file"
             raise CheckpointError(f"{error}: {hint}") from error
-    for _ in iterate_images(source, FEATURE_BATCH):
-        pass
+    count, height, width = 0, 0, 0
+    for images in iterate_images(source, FEATURE_BATCH):
+        count, (height, width) = count + len(images), images.shape[1:3]
     conditions = config.conditions
     if source.startswith(DIGITS) and not conditions.captions:
         ours = len(conditions.class_names)
@@ -220,6 +233,34 @@ def _images(field: str, source: str, config: RunConfig) -> None:
                 f"digits ({source}): set {what} to images or moments of these classes"
                 + ("" if field.startswith("rewards") else ", or evaluation.num_images to 0")
             )
+    return count, height, width
+
+
+def _suit(
+    features: FeaturesConfig,
+    field: str,
+    source: str,
+    shape: tuple[int, int, int],
+    side: int,
+    covariance: str,
+    findings: Findings,
+) -> None:
+    """Real images beside the policy's, in a feature space: of the same size where that decides the
+    dimension, and more than dimensions.
+
+    Raises:
+        DataError: pixels are compared, and the images are of another size.
+    """
+    count, height, width = shape
+    if features.network == "pixels" and side and (height, width) != (side, side):
+        raise DataError(
+            f"{source}: expected images of {side} x {side}, as the policy's, since pixels are "
+            f"compared ({side * side} dimensions), found {height} x {width} ({height * width}): "
+            "resize them, or choose a network"
+        )
+    dim = feature_dim(features, side)
+    if dim and covariance == "full" and (few := few_images(source, count, dim)):
+        findings.notes.append(f"{field}: {few}")
 
 
 def _evaluation(config: RunConfig, side: int, findings: Findings) -> None:
@@ -230,7 +271,9 @@ def _evaluation(config: RunConfig, side: int, findings: Findings) -> None:
     judged = evaluation.image_size or side
     check_judge(config.judge, judged, None if conditions.captions else asked, findings)
     with findings.of("evaluation.images"):
-        _images("evaluation.images", evaluation.images, config)
+        shape = _images("evaluation.images", evaluation.images, config)
+        for space in (config.judge.features, config.judge.second):
+            _suit(space, "evaluation.images", evaluation.images, shape, judged, "full", findings)
 
 
 def notes(config: RunConfig, side: int = 0) -> list[str]:

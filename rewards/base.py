@@ -33,7 +33,8 @@ class Scorer(Protocol):
 class FeatureExtractor(Protocol):
     """One vector an image: the space in which distributions are compared.
 
-    It may have a method `warm() -> None`, which is called once before it serves.
+    It may have a method `warm() -> None`, which is called once before it serves, and an attribute
+    `dim`: D, or 0 as long as that is not known.
     """
 
     @property

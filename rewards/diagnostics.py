@@ -55,6 +55,24 @@ def short_window_warning(effective: float, reference: Reference) -> str:
     )
 
 
+def few_images_warning(reference: Reference, covariance: str = "full") -> str:
+    """What to say about a reference of fewer images than dimensions; empty if they are enough, or
+    if nobody knows how many they are."""
+    if covariance != "full" or reference.images < 0:
+        return ""
+    return few_images(reference.source or "the reference", reference.images, reference.dim)
+
+
+def few_images(source: str, images: int, dim: int) -> str:
+    """What to say about moments of so few real images; empty if they are enough."""
+    if images > dim:
+        return ""
+    return (
+        f"{source} has {images} images, which give no full covariance in {dim} dimensions: every "
+        "distance to it is too high. More images help, or features of fewer dimensions"
+    )
+
+
 def lag_warning(fid: float, batch_fid: float) -> str:
     """What to say about a history that stays behind the policy."""
     return (

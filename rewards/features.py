@@ -81,6 +81,7 @@ class ConvNetFeatures:
         self._network = load_convnet(checkpoint, device)
         digest = hashlib.sha256(locate(checkpoint).read_bytes()).hexdigest()
         self.fingerprint = f"convnet-{digest[:16]}"
+        self.dim = self._network.config.dim
 
     def __call__(self, images: Images) -> np.ndarray:
         """(N, S, S, 3) uint8 -> (N, D) float32."""

@@ -35,6 +35,10 @@ class Reference:
     """(D, D). FID tools divide by N - 1; Tessera's own moments divide by N."""
     fingerprint: str = ""
     """Extractor that made the features; empty where the file does not say."""
+    source: str = ""
+    """File it was read from, or name of the images; for messages."""
+    images: int = -1
+    """How many images; -1 where the file does not say."""
 
     def __post_init__(self) -> None:
         dim = len(self.mu)
@@ -53,16 +57,32 @@ class Reference:
     def dim(self) -> int:
         return len(self.mu)
 
+    def check_dim(self, dim: int, extractor: str = "") -> None:
+        """Refuse features of another dimension than the reference's.
+
+        Raises:
+            DataError: names the file, both dimensions and the extractor.
+        """
+        if dim != self.dim:
+            raise DataError(
+                f"{self.source or 'the reference'}: expected moments of {dim} dimensions, as the "
+                f"features of {extractor or self.fingerprint or 'the run'} have, found {self.dim}: "
+                "build it with the network of the run (`python -m rewards.reference`), or set "
+                "rewards.features to the reference's"
+            )
+
     @cached_property
     def factor(self) -> np.ndarray:
         """L (D, R) with L L' = sigma, R its numerical rank."""
         return covariance_factor(self.sigma)
 
     @classmethod
-    def from_features(cls, features: np.ndarray, fingerprint: str = "") -> Reference:
+    def from_features(
+        cls, features: np.ndarray, fingerprint: str = "", source: str = ""
+    ) -> Reference:
         """Reference of (N, D) features."""
         moments = Moments.from_features(features)
-        return cls(moments.mean, moments.cov, fingerprint)
+        return cls(moments.mean, moments.cov, fingerprint, source, len(features))
 
     @classmethod
     def from_images(

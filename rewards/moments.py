@@ -242,6 +242,11 @@ class SlidingWindow:
     """(N, D) features each, oldest first."""
 
     @property
+    def dim(self) -> int:
+        """D; 0 of an empty window."""
+        return self.batches[0].shape[1] if self.batches else 0
+
+    @property
     def effective_size(self) -> float:
         """Images in the window."""
         return float(sum(len(batch) for batch in self.batches))

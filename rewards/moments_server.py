@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from cluster.errors import CheckpointError, DataError
 from cluster.messages import Span
-from cluster.sealing import UNREADABLE, seal, unseal
+from cluster.sealing import UNREADABLE, pack_array, seal, unpack_array, unseal
 from rewards.diagnostics import (
     LAG_COMMITS,
     LAG_SHARE,
@@ -119,13 +119,17 @@ class MomentsServer:
         """Set the real images' moments.
 
         Raises:
-            DataError: the reference was made with another feature network.
+            DataError: the reference was made with another feature network, or the history has
+                another dimension.
         """
         if reference.fingerprint and reference.fingerprint != fingerprint:
             raise DataError(
                 f"the reference was made with features {reference.fingerprint!r}, but the reward "
                 f"servers use {fingerprint!r}: build the reference again with this network"
             )
+        reference = replace(reference, fingerprint=fingerprint)
+        if self._history is not None and self._history.effective_size:
+            reference.check_dim(self._history.dim)
         self._reference, self._bias_constant, self._basis = reference, None, None
 
     def seed(self, features: np.ndarray) -> float:
@@ -133,7 +137,12 @@ class MomentsServer:
 
         With N = 0 it starts empty, and the answer is NaN: the first iteration is then judged by
         itself, and an exponential average is debiased while it fills up.
+
+        Raises:
+            DataError: the reference has another dimension, as in `commit` and `restore`.
         """
+        if self._reference is not None and len(features):
+            self._reference.check_dim(features.shape[1])
         sliding = self._config.kind == "sliding"
         self._run, self._key, self._answer, self._warned = None, None, None, False
         self._lagging = 0
@@ -177,6 +186,7 @@ class MomentsServer:
             return repeated
         if self._history is None or self._reference is None:
             raise DataError("the moments server needs a reference and seeded moments first")
+        self._reference.check_dim(features.shape[1])
         used = features[valid]
         rewards = np.full(len(features), np.nan)
         # One thread: the last bits of a product then do not depend on where the server runs.
@@ -269,6 +279,8 @@ class MomentsServer:
                 f"the stored history is of kind {found!r}, the configuration asks for "
                 f"{self._config.kind!r}: go on with kind={found}"
             )
+        if self._reference is not None and history.effective_size:
+            self._reference.check_dim(history.dim)
         self._history, self._answer = history, answer
         self._rebase(base)
         self._pending, self._pending_share = pending, pending_share
@@ -373,19 +385,6 @@ class MomentsServer:
         full = self._config.covariance == "full"
         distance = distance_to_reference if full else diagonal_distance
         return distance(moments.mean, moments.cov, self._reference)
-
-
-def pack_array(array: np.ndarray) -> dict[str, Any]:
-    """An array as msgpack can hold it."""
-    return {"dtype": array.dtype.str, "shape": array.shape, "data": array.tobytes()}
-
-
-def unpack_array(fields: dict[str, Any]) -> np.ndarray:
-    """Inverse of `pack_array`."""
-    dtype = np.dtype(str(fields["dtype"]))
-    if dtype.kind not in "fiub":
-        raise ValueError(f"numbers were expected, found an array of {dtype}")
-    return np.frombuffer(fields["data"], dtype=dtype).reshape(fields["shape"]).copy()
 
 
 def _unpack_history(fields: dict[str, Any]) -> Moments | SlidingWindow:

@@ -45,6 +45,7 @@ class NetworkFeatures:
         self._embed, self._preprocess = embed, preprocess
         self._device, self._batch, self._precision = torch.device(device), batch, precision
         self.fingerprint = fingerprint if precision == "fp32" else f"{fingerprint}-{precision}"
+        self.dim = 0  # not known before the first image
 
     def warm(self) -> None:
         """One image through the network: libraries load and memory is reserved before it serves."""
@@ -54,7 +55,9 @@ class NetworkFeatures:
     def __call__(self, images: Images) -> np.ndarray:
         """N uint8 images -> (N, D) float32."""
         starts = range(0, len(images), self._batch)
-        return np.concatenate([self._extract(images[at : at + self._batch]) for at in starts])
+        found = np.concatenate([self._extract(images[at : at + self._batch]) for at in starts])
+        self.dim = found.shape[1]
+        return found
 
     def _extract(self, images: Images) -> np.ndarray:
         with self._computing():

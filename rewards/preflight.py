@@ -40,7 +40,7 @@ from rewards.openclip import (
     pretrained_of,
     tags_of,
 )
-from rewards.vision_towers import CLIP, CLIP_TAG, DINOV2, known_tower
+from rewards.vision_towers import CLIP, CLIP_TAG, DINOV2, known_tower, tower_dim
 from rewards.weight_files import given
 
 HUB_PAGE = "https://huggingface.co"
@@ -121,12 +121,15 @@ def feature_dim(config: FeaturesConfig, side: int) -> int:
         return side * side
     if config.network == "convnet":
         header = read_config(config.checkpoint if given(config.checkpoint) else MINIATURE)
-        return int(header.get("features") or header["channels"][-1])
+        channels = header.get("channels") or [0]  # none: another network's, as is told elsewhere
+        return int(header.get("features") or channels[-1]) if header["family"] == FAMILY else 0
     if config.network in INCEPTION_BYTES:
         return FEATURES
-    if config.network == "clip" and directory_of(config.model or CLIP) is None:
-        return int(architecture_of(config.model or CLIP).get("embed_dim", 0))
-    return 0
+    if config.network == "dinov2":
+        return tower_dim(config.model or DINOV2)
+    if (directory := directory_of(config.model or CLIP)) is not None:
+        return int(_described(directory)["embed_dim"])
+    return int(architecture_of(config.model or CLIP).get("embed_dim", 0))
 
 
 def fits_fingerprint(config: FeaturesConfig, made_with: str) -> bool:
@@ -240,6 +243,17 @@ def _check_directory(directory: Path) -> None:
     Raises:
         CheckpointError: it is not in open_clip's layout.
     """
+    _described(directory)
+    weights = [directory / name for name in HUB_WEIGHTS if (directory / name).is_file()]
+    if not weights:
+        raise CheckpointError(
+            f"{directory}: expected weights ({' or '.join(HUB_WEIGHTS)}), found none: was the "
+            "directory copied whole?"
+        )
+    check_weights(str(weights[0]))
+
+
+def _described(directory: Path) -> dict[str, Any]:
     try:
         described = json.loads((directory / DIRECTORY_CONFIG).read_text(encoding="utf-8"))
         described["model_cfg"]["embed_dim"]
@@ -248,13 +262,7 @@ def _check_directory(directory: Path) -> None:
             f"{directory}: expected a directory in open_clip's layout, with {DIRECTORY_CONFIG} and "
             f"weights, found none that can be read ({type(error).__name__}: {error})"
         ) from error
-    weights = [directory / name for name in HUB_WEIGHTS if (directory / name).is_file()]
-    if not weights:
-        raise CheckpointError(
-            f"{directory}: expected weights ({' or '.join(HUB_WEIGHTS)}), found none: was the "
-            "directory copied whole?"
-        )
-    check_weights(str(weights[0]))
+    return described["model_cfg"]
 
 
 def _on_the_hub(field: str, repository: str, findings: Findings) -> None:

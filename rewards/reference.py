@@ -120,9 +120,10 @@ def read_stored(
             f"{path}: fingerprint: expected features {fingerprint!r}, the file was made with "
             f"{made_with!r}: build it again with this network, {build_command('IMAGES')}"
         )
+    images = int(fields.get("images", UNKNOWN))
     return StoredReference(
-        reference=Reference(mu, sigma, made_with),
-        images=int(fields.get("images", UNKNOWN)),
+        reference=Reference(mu, sigma, made_with, str(path), images),
+        images=images,
         ddof=int(fields.get("ddof", 1)),
         class_counts=fields.get("class_counts"),
         class_table=fields.get("joint_table"),

@@ -80,6 +80,10 @@ class RewardServer:
         """Which feature network the panel has in its main space."""
         return self._extractors(panel)[MAIN_SPACE].fingerprint
 
+    def feature_dim(self, panel: str) -> int:
+        """D of that network's features; 0 where it depends on the images."""
+        return int(getattr(self._extractors(panel)[MAIN_SPACE], "dim", 0))
+
     def score(self, request: SampleRequest, images: Images) -> GroupScores:
         """Scores of one group's images: K of them, (K, H, W, 3) uint8 or a list.
 

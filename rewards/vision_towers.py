@@ -9,6 +9,7 @@ import difflib
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, ConfigError
@@ -84,6 +85,20 @@ def known_tower(model: str) -> Any:
     except RuntimeError as error:  # a tag, after the dot, that is not there
         tags = ", ".join(timm.list_models(f"{name}.*", pretrained=True)) or "none"
         raise ConfigError(f"model: {model!r}: {brief(error)}; timm has {tags}") from error
+
+
+def tower_dim(model: str) -> int:
+    """D of a vision transformer of timm; no weights are loaded.
+
+    Raises:
+        ConfigError: it has none of that name.
+    """
+    known_tower(model)
+    import timm
+
+    with torch.device("meta"):
+        network: Any = timm.create_model(model, pretrained=False, num_classes=0)
+    return int(network.num_features)
 
 
 def _settings(config: Any, model: str) -> Preprocess:

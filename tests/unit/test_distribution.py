@@ -9,6 +9,7 @@ import pytest
 
 from cluster.errors import ConfigError, DataError
 from cluster.messages import MAIN_SPACE
+from learner import distribution
 from learner.config import RunConfig
 from learner.datasets import load_labels
 from learner.distribution import RewardSpace, set_reference
@@ -28,6 +29,9 @@ class Bench:
 
     def fingerprint(self, panel: str) -> str:
         return "colours"
+
+    def feature_dim(self, panel: str) -> int:
+        return DIM
 
     def attend_while(self, work: Callable[[], Any]) -> Any:
         return work()
@@ -104,3 +108,53 @@ def test_labels_go_with_images(tmp_path: Path) -> None:
     np.savez(file, arr_0=np.zeros((3, 8, 8, 3), np.uint8))
     with pytest.raises(DataError, match="needs the classes as 'arr_1'"):
         load_labels(str(file))
+
+
+# References of another dimension.
+
+
+def foreign(path: Path, dim: int, **arrays: Any) -> str:
+    """Moments as other tools write them: nothing says of which network."""
+    np.savez(path, mu=np.zeros(dim), sigma=np.eye(dim), **arrays)
+    return str(path)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_a_reference_of_another_dimension_is_not_set(tmp_path: Path, covariance: str) -> None:
+    bench, file = Bench(), foreign(tmp_path / "fid.npz", 5)
+    with pytest.raises(DataError, match=r"fid.npz: expected .* 3 .* of colours have, found 5"):
+        set_on(bench, config(reference=file, covariance=covariance))
+    assert bench.reference is None
+
+
+def test_joint_moments_of_another_dimension_are_not_set(tmp_path: Path) -> None:
+    joint = {"joint_mu": np.zeros(6), "joint_sigma": np.eye(6), "joint_weight": np.array(1.0)}
+    file = foreign(tmp_path / "r.npz", 3, joint_table=np.eye(CLASSES), **joint)
+    with pytest.raises(DataError, match=r"expected moments of 13 dimensions.* found 6"):
+        set_on(Bench(), config(reference=file, joint=True))
+
+
+@pytest.mark.parametrize(("images", "told"), [(3, True), (4, False), (None, False)])
+def test_few_images_are_told(
+    tmp_path: Path, images: int | None, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = {} if images is None else {"images": np.array(images)}
+    file = foreign(tmp_path / "r.npz", DIM, **known)
+    with caplog.at_level("WARNING", "learner.distribution"):
+        set_on(Bench(), config(reference=file))
+        assert ("r.npz has 3 images, which give no full covariance in 3" in caplog.text) == told
+        caplog.clear()
+        set_on(Bench(), config(reference=file, covariance="diagonal"))
+        assert not caplog.text
+
+
+def test_classes_that_the_policy_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config(joint=True)
+    for labels, message in {
+        tuple(range(11)) * 91: "1000 images, but 1001 classes",
+        (*range(11), *[0] * 989): "expected classes 0 to 9, .* found 0 to 10",
+        (-1, *[0] * 999): "found -1 to 0",
+    }.items():
+        monkeypatch.setattr(distribution, "load_labels", lambda _, labels=labels: np.array(labels))
+        with pytest.raises(DataError, match=message):
+            set_on(Bench(), given)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 
+from cluster.errors import DataError
 from cluster.messages import (
     MAIN_SPACE,
     Condition,
@@ -17,7 +19,7 @@ from cluster.messages import (
     ScoredGroup,
 )
 from learner.distribution import RewardSpace
-from learner.evaluate import examine
+from learner.evaluate import compare, examine
 from learner.loop import concatenate_features, prepare, spread
 from learner.pipeline import requests_for
 from tests.small_run import small_config
@@ -122,3 +124,8 @@ def test_images_of_an_evaluation_are_resized_and_no_others() -> None:
     assert fleet.sizes == {256}
     trained = requests_for(config, config.conditions.conditions(), "train", 0)
     assert {request.image_size for request in trained} == {0}
+
+
+def test_features_of_two_dimensions_are_not_compared() -> None:
+    with pytest.raises(DataError, match="have 5 dimensions, those of the policy's images 4"):
+        compare(np.zeros((9, 4)), np.zeros((9, 5)), 3)

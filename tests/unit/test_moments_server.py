@@ -408,3 +408,26 @@ def test_a_lag_that_stays_is_told_once() -> None:
         for i, s in enumerate([9.0] * 30 + [1.0] * 30, 25)
     ]
     assert not any(again)  # not when it lags a second time, either
+
+
+@pytest.mark.parametrize("kind", ["ema", "sliding"])
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_a_reference_of_another_dimension_is_refused(kind: Any, covariance: Any) -> None:
+    """Wherever features and reference meet: seeded, committed, restored, or set anew."""
+    settings = {"kind": kind, "covariance": covariance, "window": 100}
+    wider = Reference(np.zeros(7), np.eye(7), source="stats.npz")  # of another tool: no fingerprint
+    message = r"stats.npz: expected moments of 4 dimensions, as the features of net have, found 7"
+    server = MomentsServer(MomentsConfig(**settings))
+    server.set_reference(wider, "net")
+    with pytest.raises(DataError, match=message):
+        server.seed(features(60, 1))
+    server.seed(np.zeros((0, 4), np.float32))  # empty: nothing to compare yet
+    with pytest.raises(DataError, match=message):
+        server.commit(0, features(12, 2), ALL)
+    good = make_server(**settings)
+    good.commit(0, features(12, 2), ALL)
+    with pytest.raises(DataError, match=message):
+        server.restore(good.state())
+    with pytest.raises(DataError, match=message):
+        good.set_reference(wider, "net")
+    good.commit(1, features(12, 3), ALL)  # and nothing has changed by it

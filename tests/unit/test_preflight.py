@@ -392,6 +392,71 @@ def test_a_reference_that_fits_is_taken() -> None:
     assert problems(rewards={"loo_fid": {"reference": "r.npz"}}) == []
 
 
+@pytest.mark.parametrize(
+    ("features", "dim"),
+    [
+        ({"network": "convnet"}, 64),
+        ({"network": "pixels"}, 64),
+        ({"network": "inception"}, 2048),
+        ({"network": "torchvision-inception"}, 2048),
+        ({"network": "dinov2", "model": "vit_tiny_patch16_224"}, 192),
+        ({"network": "clip"}, 512),
+        ({"network": "clip", "model": "ViT-L-14", "checkpoint": "openai"}, 768),
+        ({"network": "clip", "model": "./clip"}, 96),
+    ],
+)
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_a_reference_of_another_dimension(
+    features: dict[str, str], dim: int, covariance: str
+) -> None:
+    """A file of another tool names no network: its dimension alone tells. No weights are here."""
+    Path("clip").mkdir()
+    Path("clip/open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 96}}')
+    moments("r.npz", dim=7)
+    term = {"reference": "r.npz", "covariance": covariance}
+    told = problems(rewards={"loo_fid": term, "features": features})
+    (problem,) = [p for p in told if p.startswith("rewards.loo_fid.reference: ")]
+    name = features["network"]
+    assert f"r.npz: expected moments of {dim} dimensions, as the features of {name!r}" in problem
+    assert "found 7" in problem
+    moments("r.npz", dim=dim)
+    told = problems(rewards={"loo_fid": term, "features": features})
+    assert not any(p.startswith("rewards.loo_fid.reference: ") for p in told)
+
+
+def test_joint_moments_of_another_dimension() -> None:
+    arrays = {"joint_mu": np.zeros(75), "joint_sigma": np.eye(75), "joint_weight": np.array(1.0)}
+    moments("r.npz", joint_table=np.eye(10), **arrays)
+    (problem,) = problems(rewards={"loo_fid": {"reference": "r.npz", "joint": True}})
+    assert "expected moments of 74 dimensions" in problem
+    assert "found 75" in problem
+
+
+def test_real_images_whose_pixels_are_more_than_the_policys() -> None:
+    np.savez("s.npz", arr_0=np.zeros((70, 4, 16, 3), np.uint8), arr_1=np.zeros(70, int))
+    rewards = {"features": {"network": "pixels"}, "loo_fid": {"reference": "digits:train"}}
+    assert problems(rewards=rewards) == []
+    (problem,) = problems(rewards=rewards, evaluation={"images": "./s.npz"})
+    assert problem.startswith("evaluation.images: ./s.npz: expected images of 8 x 8")
+    assert "found 4 x 16 (64)" in problem
+
+
+def test_few_images_are_noted() -> None:
+    few = "r.npz has 64 images, which give no full covariance in 64 dimensions"
+    moments("r.npz", images=64)
+    term = {"reference": "r.npz"}
+    (note,) = found(rewards={"loo_fid": term}).notes
+    assert note.startswith("rewards.loo_fid.reference: ")
+    assert few in note
+    assert found(rewards={"loo_fid": {**term, "covariance": "diagonal"}}).notes == []
+    for known in ({"images": 65}, {"images": -1}, {}):
+        moments("r.npz", **known)
+        assert found(rewards={"loo_fid": term}).notes == []
+    np.savez("s.npz", arr_0=np.zeros((40, 8, 8, 3), np.uint8))
+    notes = found(evaluation={"images": "./s.npz"}).notes
+    assert any("s.npz has 40 images, which give no full covariance in 64" in n for n in notes)
+
+
 def test_a_joint_reference_must_have_the_classes_of_the_run() -> None:
     moments("plain.npz")
     joint = {"joint": True, "reference": "plain.npz"}
@@ -466,13 +531,15 @@ def test_the_judge_of_digits_is_refused_for_other_images() -> None:
     told = problems(**ours)
     assert {p.partition(":")[0] for p in told} == {
         "rewards.features.checkpoint",
+        "evaluation.images",
         "judge.classifier.checkpoint",
         "judge.features.checkpoint",
     }
     for problem in told:
-        assert "expected images of 8 x 8 pixels" in problem
-        assert "found 16 x 16 from the policy" in problem
-    assert "set evaluation.num_images to 0" in told[-1]
+        of_pixels = "expected images of 16 x 16, as the policy's, since pixels are compared"
+        eight = "expected images of 8 x 8 pixels" in problem
+        assert of_pixels in problem or (eight and "found 16 x 16 from the policy" in problem)
+    assert "set evaluation.num_images to 0" in told[-2]
     smaller = problems(**ours, evaluation={"image_size": 8})
     assert not any(p.startswith("judge") for p in smaller)
     off = {"evaluation": {"num_images": 0}, "rewards": {"features": {"network": "inception"}}}

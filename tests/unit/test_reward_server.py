@@ -131,3 +131,8 @@ def test_what_is_no_scorer_is_named(text: str, message: str) -> None:
 
 def gives_a_number(device: str) -> int:
     return 3
+
+
+def test_the_dimension_of_its_features_is_known(server: RewardServer) -> None:
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    assert server.feature_dim("rewards") == server.features(images, "rewards")["features"].shape[1]

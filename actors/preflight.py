@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 from actors.models.loading import PolicyConfig, TokenizerConfig, check_fit, count_parameters
-from actors.models.official import sniff
 from actors.models.sources import (
     Architecture,
     PolicyArchitecture,
@@ -20,8 +19,7 @@ from actors.models.zoo import MODELS, NamedModel
 from cluster.errors import TesseraError
 from cluster.invocation import command_of
 from cluster.preflight import Download, Findings
-from cluster.sums import sum_file
-from cluster.tensors import locate, read_shapes
+from cluster.tensors import anywhere, read_shapes
 
 FP32 = 4
 
@@ -66,7 +64,7 @@ def _check(
         return _planned(field, source)
     name = f"{field}.checkpoint"
     with findings.of(name):
-        locate(source.file)  # before the architecture, which may stand in it
+        anywhere(source.file)  # before the architecture, which may stand in it
         architecture: Architecture = (planned_policy if field == "policy" else planned_tokenizer)(
             source
         )
@@ -76,14 +74,12 @@ def _check(
 
 
 def _check_file(source: Source, architecture: Architecture) -> None:
-    """Names and shapes; not the sum of a fetched file, which takes reading all of it."""
-    if not source.official:
-        check_fit(read_shapes(source.file), architecture, source)
-        return
-    file = locate(source.file)
-    legacy = sniff(file)  # those cannot be mapped, and would be read whole
-    if not legacy and not sum_file(file).is_file():
-        check_fit(official_tensors(source, architecture), architecture, source)
+    """Names and shapes; not checksums, which take reading all of it."""
+    if source.official:
+        tensors = official_tensors(source, architecture, check=False)
+    else:
+        tensors = read_shapes(source.file)
+    check_fit(tensors, architecture, source)
 
 
 def _absent(model: NamedModel) -> list[Path]:

@@ -15,8 +15,9 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     sys.exit(run_command("actors.weights"))
 
+import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,6 @@ from torch import Tensor
 
 from actors.hub import UnreachableError, fetch
 from actors.models.loading import check_fit, count_parameters
-from actors.models.official import SUFFIXES
 from actors.models.sources import (
     Architecture,
     Source,
@@ -53,7 +53,11 @@ from cluster.invocation import command_of
 from cluster.locks import locked_file
 from cluster.paths import output_path
 from cluster.tensors import read_config, read_tensors, write_tensors
+from cluster.weight_checks import check_finite, losses
 
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")  # of what the official scripts load
 POLICY_FILE = "policy.safetensors"  # of a checkpoint directory
 CODEBOOK_USED = "quantize.codebook_used"
 CODEBOOK_USED_SIZE = 65536
@@ -82,7 +86,8 @@ class ConvertCommand:
     """Turn an official file into a safetensors file that carries its architecture."""
 
     source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
-    """Official file (.pt .pth .ckpt .bin), or the name of a fetched model."""
+    """Official checkpoint (torch.save's, safetensors, a directory of shards), or the name of a
+    fetched model."""
     target: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="TARGET")]]
     """File to write, *.safetensors."""
     architecture: str = ""
@@ -90,9 +95,10 @@ class ConvertCommand:
     ema: bool = False
     """Take the trainer's moving average of the weights."""
     part: Literal["auto", "policy", "tokenizer"] = "auto"
-    """taming's policy files hold a tokenizer, too; auto takes the policy."""
+    """Files of taming's policies and of AR-GRPO hold a tokenizer, too; auto takes what the
+    architecture is of, of taming's the policy."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
-    """Of the tensors in the target."""
+    """Of the tensors in the target. A number that would become infinite is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +168,10 @@ def run_convert(command: ConvertCommand) -> None:
     command = replace(command, target=output_path(command.target, "TARGET"))
     source = Source.of(command.source, command.architecture, command.ema)
     if not source.official:
-        raise ConfigError(f"{command.source} is no official file ({' '.join(SUFFIXES)})")
-    if command.target.suffix != ".safetensors":
+        raise ConfigError(
+            f"{command.source} is no official file: it was written by this program already"
+        )
+    if command.target.suffix.lower() != ".safetensors":
         raise ConfigError(f"{command.target}: expected a name that ends in .safetensors")
     kind: Kind = kind_of(source) if command.part == "auto" else command.part
     of_kind = {"policy": policy_architecture, "tokenizer": tokenizer_architecture}
@@ -171,18 +179,34 @@ def run_convert(command: ConvertCommand) -> None:
     with _fresh(command.target) as partial:
         tensors = official_tensors(source, architecture)
         check_fit(tensors, architecture, source)
+        check_finite(tensors, source.file)
         if command.dtype != "keep":
-            dtype = getattr(torch, command.dtype)
-            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            tensors = in_dtype(tensors, getattr(torch, command.dtype), source.file)
         write_tensors(partial, tensors, architecture.to_dict())
     _report(command.target, tensors)
+
+
+def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> dict[str, Tensor]:
+    """Tensors in another type; numbers too small for it are told of.
+
+    Args:
+        source: the file's name, for messages.
+
+    Raises:
+        CheckpointError: one would become infinite.
+    """
+    lost = losses(tensors, dtype)
+    lost.refuse_overflow(source, dtype)
+    if told := lost.told(dtype):
+        logger.warning("%s: %s", source, told)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def run_export(command: ExportCommand) -> None:
     """Safetensors to an official layout."""
     command = replace(command, target=output_path(command.target, "TARGET"))
     source = newest_policy(command.source)
-    if command.target.suffix not in SUFFIXES:
+    if command.target.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{command.target}: expected a name that ends in {' '.join(SUFFIXES)}")
     header = read_config(source)
     kind: Kind = "tokenizer" if header.get("family") == "llamagen-vq" else "policy"
@@ -195,6 +219,7 @@ def run_export(command: ExportCommand) -> None:
     with _fresh(command.target) as partial:
         tensors = read_tensors(source)
         check_fit(tensors, architecture, Source(file=str(source)))
+        check_finite(tensors, str(source))
         tensors = official_names(tensors, architecture, command.base)
         torch.save(_laid_out(tensors, command.layout, taming), partial)
     _report(command.target, tensors)

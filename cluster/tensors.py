@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import json
+import logging
+import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -19,10 +21,27 @@ from cluster.errors import CheckpointError, ConfigError
 from cluster.files import AGAIN, storage_error, writing
 from cluster.paths import expanded
 from cluster.strict_json import dumps
+from cluster.weight_checks import largest, losses, narrower, not_finite
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = "package://"
 WEIGHTS_VARIABLE = "TESSERA_WEIGHTS"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types of safetensors' headers."""
 CONFIG_KEY = "config"
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors names the system's
 
@@ -64,6 +83,18 @@ def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
     return place
 
 
+def anywhere(path: str | os.PathLike[str]) -> Path:
+    """As `locate`, file or directory."""
+    try:
+        return locate(path)
+    except CheckpointError:
+        try:
+            return locate(path, directory=True)
+        except CheckpointError:
+            pass
+        raise
+
+
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The architecture stored in a safetensors file's header; no tensor is read."""
     with _open(path) as file:
@@ -72,12 +103,12 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_shapes(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Names and shapes of a safetensors file, as tensors without memory; no more than the header is
-    read. Types that are not floating-point are all int8."""
+    read. Types that are not known here are int8."""
     with _open(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {
             name: torch.empty(
-                part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.int8), device="meta"
+                part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.int8), device="meta"
             )
             for name, part in slices.items()
         }
@@ -126,14 +157,16 @@ def load_strict(
     *,
     ignore: Collection[str] = (),
 ) -> None:
-    """Load a state dict and accept nothing but an exact fit.
+    """Load a state dict and accept nothing but an exact fit of finite numbers.
 
     Args:
         source: the file's name, for the error.
         ignore: prefixes of tensors that the file may hold and this module does not want.
 
     Raises:
-        CheckpointError: names the first missing or unexpected tensor, or the wrong shape.
+        CheckpointError: names the first missing or unexpected tensor, or one of another shape,
+            of whole numbers where fractions belong, that is not finite, or that the module's type
+            cannot hold.
     """
     wanted = module.state_dict()
     given = {
@@ -147,12 +180,44 @@ def load_strict(
         raise CheckpointError(_misfit(module, source, missing, unexpected))
     for name, tensor in given.items():
         if tensor.shape != wanted[name].shape:
+            raise CheckpointError(_misshapen(module, source, name, tensor, wanted[name]))
+        if wanted[name].is_floating_point() and not tensor.is_floating_point():
             raise CheckpointError(
-                f"{source}: tensor {name!r} has shape {tuple(tensor.shape)}, but "
-                f"{type(module).__name__} expects {tuple(wanted[name].shape)}: "
-                "is this the file of another model size?"
+                f"{source}: tensor {name!r} is {tensor.dtype}, expected floating-point weights; "
+                "take the file that was not quantised"
             )
+        _check_numbers(source, name, tensor, wanted[name])
     module.load_state_dict(given, strict=True)
+
+
+def _check_numbers(source: str, name: str, given: torch.Tensor, own: torch.Tensor) -> None:
+    """Finite, before and after the change to the module's type."""
+    bound = largest(given)
+    if not math.isfinite(bound):
+        if not own.is_meta and torch.equal(given.cpu(), own.cpu().to(given.dtype)):
+            return  # a mask of the module itself
+        raise CheckpointError(not_finite(source, name, given))
+    if narrower(given.dtype, own.dtype):
+        if torch.tensor(bound, dtype=torch.float64).to(own.dtype).isinf():
+            losses({name: given}, own.dtype).refuse_overflow(source, own.dtype)
+        if own.dtype is torch.float16 and (
+            told := losses({name: given}, own.dtype).told(own.dtype)
+        ):
+            logger.warning("%s: %s", source, told)
+
+
+def _misshapen(
+    module: torch.nn.Module, source: str, name: str, given: torch.Tensor, own: torch.Tensor
+) -> str:
+    if own.numel() and not given.numel():
+        return (
+            f"{source}: tensor {name!r} is empty, of shape {tuple(given.shape)}: ZeRO-3 and FSDP "
+            "write such files where a process has no part of it; save the whole state dict"
+        )
+    return (
+        f"{source}: tensor {name!r} has shape {tuple(given.shape)}, but {type(module).__name__} "
+        f"expects {tuple(own.shape)}: is this the file of another model size?"
+    )
 
 
 def _misfit(module: torch.nn.Module, source: str, missing: list[str], unexpected: list[str]) -> str:

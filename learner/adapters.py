@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, ConfigError
 from cluster.torchvision_ops import ensure_torchvision
+from cluster.weight_checks import check_finite
 
 ADAPTER = "default"
 MARK = "lora_"
@@ -120,12 +121,13 @@ class Adapters:
         """Inverse of `tensors`.
 
         Raises:
-            CheckpointError: they are of other layers, or of another rank.
+            CheckpointError: they are of other layers, of another rank, or not finite.
         """
         own = self.tensors()
         for name in own.keys() | tensors.keys():
             if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
                 raise CheckpointError(f"{source}: adapter {name!r} does not fit this run's lora")
+        check_finite(tensors, source)
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
 

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cluster.checkpoint_files import read_checkpoint
 from cluster.errors import CheckpointError, ConfigError
 from cluster.tensors import load_strict
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.openclip import DTYPES, Precision
-from rewards.weight_files import read_state
 
 EXTRA = "tessera-rl[hpsv2]"
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
@@ -124,7 +124,7 @@ class PackageModel:
             )
         except RuntimeError as error:
             raise CheckpointError(f"hpsv2 model {model!r} cannot be made: {error}") from error
-        load_strict(self.model, read_state(checkpoint), checkpoint)
+        load_strict(self.model, read_checkpoint(checkpoint), checkpoint)
         self.model.eval().requires_grad_(False)
         self._tokenize = fork.get_tokenizer(model)
         self._encode = fork.tokenizer._tokenizer.encode

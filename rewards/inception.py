@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.checkpoint_files import read_checkpoint
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.pixels import normalise
 from rewards.resize import resize_tensorflow
-from rewards.weight_files import load_network, read_state, weights_file
+from rewards.weight_files import load_network, weights_file
 
 SIZE = 299
 FEATURES = 2048
@@ -232,7 +233,7 @@ def load_fid_inception(checkpoint: str = "") -> FidInception:
     """
     network = FidInception()
     source = weights_file(checkpoint, FID_URL)
-    load_network(network, read_state(source), source)
+    load_network(network, read_checkpoint(source), source)
     return network
 
 
@@ -265,7 +266,7 @@ def load_torchvision_inception(checkpoint: str = "") -> nn.Module:
 
     network = inception_v3(weights=None, transform_input=True, init_weights=False)
     source = weights_file(checkpoint, Inception_V3_Weights.IMAGENET1K_V1.url)
-    load_network(network, read_state(source), source)
+    load_network(network, read_checkpoint(source), source)
     network.fc = nn.Identity()
     network.AuxLogits = None  # for training alone
     return network

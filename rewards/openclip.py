@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluster.checkpoint_files import read_checkpoint
 from cluster.errors import CheckpointError
 from cluster.paths import expanded
 from cluster.tensors import PACKAGE, load_strict, locate
 from cluster.torchvision_ops import ensure_torchvision
+from cluster.weight_checks import check_finite
 from rewards.packed import pack_blocks
-from rewards.weight_files import read_state
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,6 +71,8 @@ class TextImageModel:
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(f"open_clip model {model!r} cannot be loaded: {error}") from error
         self.model.eval().requires_grad_(False)
+        if file is None:  # a file's were looked at one by one
+            check_finite(self.model.state_dict(), f"{model} {pretrained}".strip())
         if pack and self.device.type == "cpu":
             pack_blocks(self.model, open_clip.transformer.ResidualAttentionBlock)
         self.tokenizer = open_clip.get_tokenizer(name, **kwargs)
@@ -211,7 +214,7 @@ def _load_file(model: torch.nn.Module, file: Path, name: str) -> None:
     ensure_torchvision()
     import open_clip.factory as factory
 
-    state = factory.convert_state_dict(model, read_state(str(file)))
+    state = factory.convert_state_dict(model, read_checkpoint(str(file)))
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = factory.convert_to_custom_text_state_dict(state)
     load_strict(model, state, name)

@@ -17,6 +17,7 @@ import huggingface_hub
 import torch
 from huggingface_hub import constants
 
+from cluster.checkpoint_files import is_own, open_checkpoint
 from cluster.errors import CheckpointError, ConfigError, nearest
 from cluster.paths import expanded
 from cluster.preflight import Download, Findings
@@ -146,26 +147,17 @@ def fits_fingerprint(config: FeaturesConfig, made_with: str) -> bool:
 
 
 def check_weights(path: str) -> None:
-    """Whether a file of weights is there and is one, by its beginning.
+    """Whether a file of weights is there and is one, by its names and shapes.
 
     Raises:
         CheckpointError: it is not.
     """
-    file = locate(path)
-    if file.suffix == ".safetensors":
-        if family := family_of(path):
-            raise CheckpointError(
-                f"{path}: expected published weights, found a {family!r} of this program: leave it "
-                "empty for the published ones, or name another file"
-            )
-        return
-    with file.open("rb") as stream:
-        head = stream.read(64)
-    if not head.startswith((b"PK", b"\x80")):
+    if is_own(path):
         raise CheckpointError(
-            f"{path}: expected a file that torch.save wrote, or a .safetensors, found one that "
-            f"begins with {head[:12]!r}: fetch it again"
+            f"{path}: expected published weights, found a {family_of(path)!r} of this program: "
+            "leave it empty for the published ones, or name another file"
         )
+    open_checkpoint(path)
 
 
 def family_of(path: str) -> str:

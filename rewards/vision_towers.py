@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cluster.checkpoint_files import read_checkpoint
 from cluster.errors import CheckpointError, ConfigError
 from cluster.torchvision_ops import ensure_torchvision
+from cluster.weight_checks import check_finite
 from rewards.openclip import TextImageModel
 from rewards.pixels import SUPPORT, Preprocess, ResizeMode
-from rewards.weight_files import brief, given, read_state, weights_digest
+from rewards.weight_files import brief, given, weights_digest
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224  # pixels a side, as in Stein et al. 2023; the weights were made with 518
@@ -51,13 +53,14 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
 
     overlay: dict[str, Any] = {}
     if given(checkpoint):
-        overlay = {"state_dict": read_state(checkpoint)}
+        overlay = {"state_dict": read_checkpoint(checkpoint)}
     try:
         network: Any = timm.create_model(
             model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0
         )
     except Exception as error:  # of the hub, of the network, of a misfit: timm passes on any
         raise CheckpointError(_unloadable(model, checkpoint, error)) from error
+    check_finite(network.state_dict(), checkpoint if given(checkpoint) else model)
     digest = weights_digest(network)
     network.set_input_size((DINOV2_SIZE, DINOV2_SIZE))
     return network, settings, digest

@@ -1,24 +1,18 @@
-"""Files of published networks: fetched once, read without unpickling, told apart by a digest."""
+"""Files of published networks: fetched once, told apart by a digest of their weights."""
 
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cluster.errors import CheckpointError
-from cluster.tensors import load_strict, locate
+from cluster.tensors import load_strict
 
 PUBLISHED = "published"
-WRAPPERS = ("state_dict", "model")  # keys under which training programs keep the tensors
-PARALLEL = "module."  # before every name, in files of data-parallel training
 COUNTER = "num_batches_tracked"  # of batch norm: means nothing here, and some files lack it
 TOLD = 300  # characters of another library's error that are worth repeating
 
@@ -66,45 +60,6 @@ def published_file(url: str) -> Path:
     return place
 
 
-def read_state(path: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or PyTorch file, on the CPU; nothing is unpickled.
-
-    PyTorch's are mapped rather than read, so that a large one is in memory but once; names lose the
-    prefix of data-parallel training.
-
-    Raises:
-        CheckpointError: no such file, damaged, or something other than tensors in it.
-    """
-    file = locate(path)
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        mapped = zipfile.is_zipfile(file)  # files older than torch's zip format cannot be
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}): fetch it again"
-        ) from error
-    except Exception as error:  # what torch makes of a damaged or foreign file is anything
-        raise CheckpointError(
-            f"{path}: expected a state dict as torch.save writes it, of tensors alone; torch.load "
-            f"says: {brief(error)}. Other objects are not read, they can run any program: fetch "
-            "the file again, or save its state dict as safetensors"
-        ) from error
-    for key in WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
-        raise CheckpointError(
-            f"{path}: expected a state dict, names and tensors, found {_describe(state)}"
-        )
-    if all(name.startswith(PARALLEL) for name in state):
-        return {name.removeprefix(PARALLEL): tensor for name, tensor in state.items()}
-    return dict(state)
-
-
 def load_network(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """`load_strict`, whether or not the file has batch norm's counters."""
     wanted = {name: value for name, value in network.state_dict().items() if _counts(name)}
@@ -134,10 +89,3 @@ def brief(error: Exception) -> str:
 
 def _counts(name: str) -> bool:
     return name.endswith(COUNTER)
-
-
-def _describe(state: Any) -> str:
-    if not isinstance(state, Mapping):
-        return type(state).__name__
-    odd = next(name for name, value in state.items() if not isinstance(value, Tensor))
-    return f"{type(state[odd]).__name__} under {odd!r}"

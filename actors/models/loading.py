@@ -40,8 +40,8 @@ class PolicyConfig:
     """The policy to tune."""
 
     checkpoint: str = "package://learner.miniature/networks/policy.safetensors"
-    """Safetensors file of this program, official file (.pt .pth .ckpt .bin), or the name of a
-    fetched model (`python -m actors.weights list`)."""
+    """Safetensors file of this program, official checkpoint (torch.save's, safetensors, or the
+    directory of its shards), or the name of a fetched model (`python -m actors.weights list`)."""
     architecture: str = ""
     """Of an official file: name of a model, taming's *-project.yaml, or a .json of the fields."""
     ema: bool = False
@@ -56,8 +56,8 @@ class TokenizerConfig:
     """The VQ tokenizer that turns tokens into pixels."""
 
     checkpoint: str = "package://learner.miniature/networks/tokenizer.safetensors"
-    """Safetensors file of this program, official file (.pt .pth .ckpt .bin), or the name of a
-    fetched model (`python -m actors.weights list`)."""
+    """Safetensors file of this program, official checkpoint (torch.save's, safetensors, or the
+    directory of its shards), or the name of a fetched model (`python -m actors.weights list`)."""
     architecture: str = ""
     """Of an official file: name of a model, taming's *-project.yaml, or a .json of the fields."""
     ema: bool = False
@@ -181,12 +181,6 @@ def _fill(
 def _load(
     module: nn.Module, tensors: Mapping[str, Tensor], source: Source, ignore: Collection[str]
 ) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{source.file}: tensor {name!r} is {tensor.dtype}, expected floating-point "
-                "weights; quantised files cannot be tuned"
-            )
     try:
         load_strict(module, tensors, source.file, ignore=ignore)
     except CheckpointError as error:

@@ -1,9 +1,9 @@
 """Where a model's tensors and its architecture are: our file, an official one, or a name.
 
-Our safetensors files carry their architecture. Official files (`actors.models.official`) do not: a
-row of the table of models (`actors.models.zoo`), taming's project file or a JSON file has to say
-it. Nothing is guessed: head count and grid are not in an official file, and wrong ones would load
-without complaint and draw noise.
+Our safetensors files carry their architecture. Files of other programs (`actors.models.official`)
+do not, safetensors or not: a row of the table of models (`actors.models.zoo`), taming's project
+file or a JSON file has to say it. Nothing is guessed: head count and grid are not in an official
+file, and wrong ones would load without complaint and draw noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from actors.models.llamagen import LlamaGenConfig
-from actors.models.official import SUFFIXES, OfficialFile, open_official
+from actors.models.official import OfficialFile, open_official
 from actors.models.taming import TamingConfig
 from actors.models.taming_files import (
     TamingProject,
@@ -28,9 +28,10 @@ from actors.models.taming_files import (
 )
 from actors.models.vq import VQConfig
 from actors.models.zoo import MODELS, Kind, candidates, named
+from cluster.checkpoint_files import is_own
 from cluster.errors import CheckpointError, ConfigError
 from cluster.invocation import command_of
-from cluster.tensors import locate, read_config
+from cluster.tensors import anywhere, locate, read_config
 
 PolicyArchitecture = LlamaGenConfig | TamingConfig
 Architecture = PolicyArchitecture | VQConfig
@@ -42,6 +43,7 @@ FAMILIES: dict[str, type[Architecture]] = {
 }
 YAML = (".yaml", ".yml")
 JSON = ".json"
+SAFETENSORS = ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +78,25 @@ class Source:
                 )
             return cls(file=str(model.place()), architecture=checkpoint, ema=ema, name=checkpoint)
         source = cls(file=checkpoint, architecture=architecture, ema=ema)
-        if architecture and Path(architecture).suffix not in (*YAML, JSON):
+        if architecture and _suffix(architecture) not in (*YAML, JSON):
             named(architecture)  # refuses what is no name
-        if not source.official and (architecture or ema):
+        if (architecture or ema) and not source.official:
             raise ConfigError(
-                f"{checkpoint} is no official file ({' '.join(SUFFIXES)}): it carries its own "
-                "architecture and one set of weights, so leave architecture empty and ema off"
+                f"{checkpoint} is no official file: it was written by this program and carries its "
+                "own architecture and one set of weights, so leave architecture empty and ema off"
             )
         return source
 
     @property
     def official(self) -> bool:
-        return Path(self.file).suffix in SUFFIXES
+        """Whether the file is another program's. Of one that is not there, the options say."""
+        if Path(self.file).suffix.lower() != SAFETENSORS or self.architecture or self.ema:
+            return not is_own(self.file)
+        return _is_there(self.file) and not is_own(self.file)
 
     def project(self) -> TamingProject | None:
         """What a taming project file says, if it is one that describes this source."""
-        if Path(self.architecture).suffix in YAML:
+        if _suffix(self.architecture) in YAML:
             return read_project(self.architecture)
         model = MODELS.get(self.architecture)
         if model is None or not model.project:
@@ -103,8 +108,8 @@ class Source:
             )
         return read_project(model.project_place())
 
-    def open(self) -> OfficialFile:
-        """Read an official file.
+    def open(self, kind: Kind | None = None, *, check: bool = True) -> OfficialFile:
+        """Read an official file; see `open_official`.
 
         Raises:
             CheckpointError: see `open_official`; or not fetched yet, with the command to do it.
@@ -114,7 +119,7 @@ class Source:
                 f"{self.name} is not there (looked for {self.file}): run "
                 f"`{command_of('actors.weights')} fetch {self.name}`"
             )
-        return open_official(self.file, ema=self.ema)
+        return open_official(self.file, kind, ema=self.ema, check=check)
 
 
 def policy_architecture(source: Source) -> PolicyArchitecture:
@@ -169,13 +174,19 @@ def kind_of(source: Source) -> Kind:
     return "tokenizer" if _header(source, "policy").get("family") == "llamagen-vq" else "policy"
 
 
-def official_tensors(source: Source, architecture: Architecture) -> dict[str, Tensor]:
+def official_tensors(
+    source: Source, architecture: Architecture, *, check: bool = True
+) -> dict[str, Tensor]:
     """The tensors of an official file under our names, in the file's dtypes.
+
+    Args:
+        check: compare checksums; without, no weights are read before they are used.
 
     Raises:
         CheckpointError: see `open_official`; or the file contradicts the architecture.
     """
-    file = source.open()
+    kind: Kind = "tokenizer" if isinstance(architecture, VQConfig) else "policy"
+    file = source.open(kind, check=check)
     _refuse_contradiction(source, file, architecture)
     if isinstance(architecture, TamingConfig):
         return policy_tensors(file.tensors, architecture, source.file)
@@ -236,7 +247,7 @@ def _header(source: Source, kind: Kind) -> Mapping[str, Any]:
         return read_config(source.file)
     if not source.architecture:
         raise ConfigError(_which_architecture(source, kind))
-    if Path(source.architecture).suffix != JSON:
+    if _suffix(source.architecture) != JSON:
         named(source.architecture)  # raises: it is no name either
     try:
         fields = json.loads(locate(source.architecture).read_text(encoding="utf-8"))
@@ -248,7 +259,7 @@ def _header(source: Source, kind: Kind) -> Mapping[str, Any]:
 
 
 def _which_architecture(source: Source, kind: Kind) -> str:
-    tensors = source.open().tensors
+    tensors = source.open(kind, check=False).tensors
     if any(name.startswith(("transformer.", "decoder.up.")) for name in tensors):
         advice = "this is a taming file, so give the path of its *-project.yaml"
     elif names := candidates(tensors, kind) or candidates(tensors, "tokenizer"):
@@ -295,4 +306,17 @@ def _refuse_contradiction(source: Source, file: OfficialFile, architecture: Arch
 
 def _looks_like_name(checkpoint: str) -> bool:
     """Neither a path nor a file name: then it is meant as a model's name."""
-    return not ({"/", "\\"} & set(checkpoint) or Path(checkpoint).suffix)
+    if {"/", "\\"} & set(checkpoint) or Path(checkpoint).suffix:
+        return False
+    return not Path(checkpoint).exists()
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return anywhere(path).exists()
+    except CheckpointError:
+        return False
+
+
+def _suffix(path: str) -> str:
+    return Path(path).suffix.lower()

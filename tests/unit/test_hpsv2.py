@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.checkpoint_files import read_checkpoint
 from cluster.errors import CheckpointError, ConfigError
 from cluster.messages import Condition
 from rewards import hpsv2_package
 from rewards.hpsv2 import HpsConfig, HpsReward, fetch_published
-from rewards.weight_files import read_state
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("hpsv2") is None, reason="the extra tessera-rl[hpsv2] is not installed"
@@ -79,12 +79,12 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     file = tmp_path / "evil.pt"
     torch.save({"state_dict": Evil(tmp_path / "made")}, file)
     with pytest.raises(
-        CheckpointError, match=r"evil\.pt: expected a state dict .*can run any program"
+        CheckpointError, match=r"evil\.pt: expected tensors .*, which runs programs"
     ):
-        read_state(str(file))
+        read_checkpoint(str(file))
     file.write_bytes(pickle.dumps(Evil(tmp_path / "made"), protocol=2))
     with pytest.raises(CheckpointError, match="can run any program"):
-        read_state(str(file))
+        read_checkpoint(str(file))
     assert not (tmp_path / "made").exists()
 
 
@@ -99,15 +99,17 @@ def test_layouts_of_checkpoint_files(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     save_file(tensors, tmp_path / "file.safetensors")
     for name in ("plain.pt", "nested.pt", "parallel.pt", "old.pt", "file.safetensors"):
-        found = read_state(str(tmp_path / name))
+        found = read_checkpoint(str(tmp_path / name))
         assert sorted(found) == ["a", "b.c"], name
         assert torch.equal(found["a"], tensors["a"])
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match=r"list\.pt: expected a state dict.* found list"):
-        read_state(str(tmp_path / "list.pt"))
+    with pytest.raises(CheckpointError, match=r"list\.pt: expected a dict of tensors.* found list"):
+        read_checkpoint(str(tmp_path / "list.pt"))
     (tmp_path / "cut.pt").write_bytes((tmp_path / "plain.pt").read_bytes()[:200])
-    with pytest.raises(CheckpointError, match=r"cut\.pt: expected a state dict"):
-        read_state(str(tmp_path / "cut.pt"))
+    with pytest.raises(
+        CheckpointError, match=r"cut\.pt: expected a checkpoint .* that was cut off"
+    ):
+        read_checkpoint(str(tmp_path / "cut.pt"))
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

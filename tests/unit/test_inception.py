@@ -81,7 +81,7 @@ def oracle(weights: str) -> nn.Module:
 
     file = Path(weights).with_name("with-counters.pth")
     network = FidInception()
-    inception.load_network(network, inception.read_state(weights), weights)
+    inception.load_network(network, inception.read_checkpoint(weights), weights)
     torch.save(network.state_dict(), file)
     return FeatureExtractorInceptionV3(
         "oracle", ["2048", "logits"], feature_extractor_weights_path=str(file)

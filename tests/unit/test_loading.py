@@ -29,6 +29,7 @@ from tests.unit.helpers import TINY, tiny_policy
 from tests.unit.test_official import same, trainer_file
 
 Tensors = dict[str, Tensor]
+OWN = "package://learner.miniature/networks/policy.safetensors"
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_an_official_file_name_contradicts_another_grid(tmp_path: Path) -> None:
             ConfigError,
             "leave architecture empty",
         ),
-        ({"checkpoint": "x/y.safetensors", "ema": True}, ConfigError, "ema off"),
+        ({"checkpoint": OWN, "ema": True}, ConfigError, "ema off"),
         (
             {"checkpoint": "x/y.pt", "architecture": "llamagen-b-265"},
             ConfigError,

@@ -101,8 +101,8 @@ def test_a_preset_at_reduced_width_lacks_nothing(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda file: None, "policy.safetensors: no such file"),
-        (lambda file: file.write_bytes(b""), "not a whole safetensors file"),
-        (lambda file: file.write_text("<html>"), "not a whole safetensors file"),
+        (lambda file: file.write_bytes(b""), "found an empty file; fetch it again"),
+        (lambda file: file.write_text("<html>"), "found a web page; "),
         (lambda file: write_tensors(file, {}, {"family": "convnet"}), "holds a 'convnet'"),
         (lambda file: tokenizer_file(file), "holds a 'llamagen-vq'"),
     ],
@@ -266,7 +266,7 @@ def test_more_classes_than_the_policy_has() -> None:
         ({"model": "empty"}, "expected a directory in open_clip's layout"),
         ({"model": "torn"}, "expected a directory in open_clip's layout"),
         ({"model": "bare"}, "expected weights (open_clip_model.safetensors"),
-        ({"model": "damaged"}, "not a whole safetensors file"),
+        ({"model": "damaged"}, "found a text file; name the weights"),
     ],
 )
 def test_clip(clip: dict[str, str], message: str) -> None:
@@ -352,7 +352,7 @@ def test_the_size_of_a_clip_is_that_of_its_towers() -> None:
             {"network": "inception", "checkpoint": f"{NETWORKS}/judge.safetensors"},
             "expected published weights, found a 'convnet'",
         ),
-        ({"network": "inception", "checkpoint": "./page.pth"}, "begins with b'<html>'"),
+        ({"network": "inception", "checkpoint": "./page.pth"}, "found a web page; "),
         ({"network": "dinov2", "model": "vit_large_patch41_dinov2"}, "none of timm's"),
         ({"network": "clip", "model": "ViT-B-32", "checkpoint": "openia"}, "did you mean 'openai'"),
     ],

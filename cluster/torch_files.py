@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.pickles import MalformedError, Name, Opaque, read_pickle
+from cluster.pickles import Call, MalformedError, Name, Opaque, read_pickle
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -103,7 +103,14 @@ class TorchFile:
         OSError: it cannot be read.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, call: Call = lambda name, arguments: None) -> None:
+        """call: the meaning of calls that torch itself does not write (`read_pickle`)."""
+
+        def answer(name: str, arguments: tuple[Any, ...]) -> Any:
+            given = call(name, arguments)
+            return _call(name, arguments) if given is None else given
+
+        self._call = answer
         self.names: set[str] = set()
         """Functions and classes that the file names; none is imported."""
         self._members: dict[str, tuple[int, int, int]] = {}  # offset, bytes, CRC-32 or 0
@@ -173,7 +180,7 @@ class TorchFile:
         data = self._bytes(pickle)
         if pickle.CRC and zlib.crc32(data) != pickle.CRC:
             raise MalformedError("the checksum of data.pkl differs")
-        return read_pickle(io.BytesIO(data), _call, _storage, self.names)
+        return read_pickle(io.BytesIO(data), self._call, _storage, self.names)
 
     def _bytes(self, member: zipfile.ZipInfo) -> bytes:
         offset, size = self._place(member)
@@ -210,7 +217,7 @@ class TorchFile:
         machine = read_pickle(stream)
         if not isinstance(machine, dict) or machine.get("little_endian") is not True:
             raise MalformedError("written on a big-endian machine")
-        content = read_pickle(stream, _call, storage, self.names)
+        content = read_pickle(stream, self._call, storage, self.names)
         keys = read_pickle(stream)
         if not isinstance(keys, list):
             raise MalformedError("no list of storages")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from cluster.errors import ConfigError, DataError
+from cluster.errors import CheckpointError, ConfigError, DataError
+from cluster.file_kinds import FileKind, file_kind
 from cluster.fleet import Fleet
 from cluster.invocation import command_of
 from cluster.messages import MAIN_SPACE
 from cluster.roles import FEATURE_BATCH
+from cluster.tensors import locate
 from learner.config import RunConfig
-from learner.datasets import iterate_images, load_labels
+from learner.datasets import DIGITS, iterate_images, load_labels
 from rewards.diagnostics import few_images_warning
 from rewards.fid import Reference
 from rewards.joint import class_table, equal_trace_weight, joint_features
@@ -22,6 +27,9 @@ from rewards.reference import read_stored
 from rewards.reference_fetch import reference_file
 
 logger = logging.getLogger(__name__)
+
+STATISTICS = (".npz", ".pt", ".pth", ".pkl")
+"""Suffixes, in lower case, of files of moments that are not there."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,31 @@ def _labels(config: RunConfig, images: int) -> np.ndarray:
 
 
 def stored_reference(reference: str) -> bool:
-    """Whether a configured reference is a file of moments (else images by name)."""
-    return reference_file(reference).endswith(".npz")
+    """Whether a configured reference is a file of moments; else images by name, or an .npy file of
+    them. A file that is neither is taken for moments, and refused where these are read."""
+    path = reference_file(reference)
+    if path.startswith(DIGITS):
+        return False
+    with suppress(CheckpointError, ConfigError, OSError):
+        return file_kind(locate(path)) is not FileKind.NPY
+    return Path(path).suffix.lower() in STATISTICS or os.path.isdir(path)
+
+
+def seed_moments(config: RunConfig, dim: int, fingerprint: str) -> Moments:
+    """The moments that `rewards.loo_fid.seed_from` names.
+
+    Args:
+        dim: of the run's features; 0 where it is not known.
+        fingerprint: of the run's features; empty where it is not known.
+
+    Raises:
+        CheckpointError, DataError: no such file, or not moments of so many images in this space.
+    """
+    term = config.rewards.loo_fid
+    stored = read_stored(term.seed_from, fingerprint, covariance=term.covariance)
+    if dim:
+        stored.reference.check_dim(dim, fingerprint or repr(config.rewards.features.network))
+    return stored.moments()
 
 
 def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
@@ -118,7 +149,8 @@ def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
         ConfigError: its joint moments are of other classes than the conditions.
     """
     term = config.rewards.loo_fid
-    stored = read_stored(reference_file(term.reference), joint=term.joint)
+    path = reference_file(term.reference)
+    stored = read_stored(path, joint=term.joint, covariance=term.covariance)
     if not term.joint:
         return RewardSpace(), stored.reference
     classes = len(config.conditions.class_names)

@@ -255,6 +255,9 @@ class Experiment:
         """The beginning of a run: the base policy, its statistics and exams."""
         self._fleet.broadcast()
         base = prepare(self._config, self._fleet, self._space)
+        source = self._config.rewards.loo_fid.seed_from
+        if source:
+            logger.info(f"the history starts from {source}, moments of {base['images']:.0f} images")
         logger.info(
             f"base policy: FID {base['fid']:.3f} in the reward's features, "
             f"entropy {base['entropy']:.3f} nats a token"

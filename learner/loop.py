@@ -22,12 +22,13 @@ from cluster.messages import (
 from learner.advantage import Advantages, group_advantages
 from learner.batch import make_batch
 from learner.config import RunConfig
-from learner.distribution import RewardSpace
+from learner.distribution import RewardSpace, seed_moments
 from learner.pipeline import Pipeline, requests_for
 from learner.rows import all_spans, metrics_row, times
 from learner.timeline import Stopwatch
 from rewards.combine import Combiner
 from rewards.config import LOO_FID
+from rewards.moments import Moments
 from rewards.moments_server import DistributionReward
 
 
@@ -105,9 +106,17 @@ def train(
 
 def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, float]:
     """Before the first iteration: from images of the base policy, the start of the moments'
-    history and the entropy that controllers are anchored to."""
-    conditions, size = config.conditions.conditions(), config.rollouts_per_group
-    groups = -(-config.rewards.loo_fid.seed_images // size)
+    history and the entropy that controllers are anchored to.
+
+    Where the history starts from a file (`seed_from`), the images of one iteration are enough.
+    """
+    conditions, term = config.conditions.conditions(), config.rewards.loo_fid
+    start: Moments | None = None
+    groups = -(-term.seed_images // config.rollouts_per_group)
+    if term.seed_from:
+        dim, fingerprint = fleet.feature_dim("rewards"), fleet.fingerprint("rewards")
+        start = fleet.attend_while(lambda: seed_moments(config, dim, fingerprint))
+        groups = min(groups, config.groups_per_iteration)
     asked = requests_for(config, spread(conditions, groups), "moments", 0)
     scores, entropies = list[GroupScores](), list[np.ndarray]()
     for group in fleet.stream(asked):  # of ten thousand images, no more is kept than this
@@ -117,9 +126,9 @@ def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, fl
     features, valid, _ = _features(asked, scores, space)
     entropy = float(np.mean(entropies))
     fleet.learner.start(entropy)
-    fid = fleet.moments.seed(features[valid])
+    fid = fleet.moments.seed(features[valid] if start is None else start)
     fleet.refresh_moments()
-    return {"fid": fid, "entropy": entropy}
+    return {"fid": fid, "entropy": entropy, "images": start.weight if start else valid.sum()}
 
 
 def spread(conditions: Sequence[Condition], count: int) -> list[Condition]:

@@ -7,6 +7,7 @@ What workers on other machines have is theirs to say when they start.
 from __future__ import annotations
 
 import importlib.util
+import os
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.sources import PolicyArchitecture
@@ -32,8 +33,8 @@ from rewards.diagnostics import few_images, few_images_warning
 from rewards.features import FeaturesConfig
 from rewards.fid import Reference
 from rewards.preflight import check_judge, check_rewards, feature_dim, fits_fingerprint
-from rewards.reference import build_command
-from rewards.reference_fetch import PUBLISHED, by_file, fetch_command
+from rewards.reference import build_command, read_stored
+from rewards.reference_fetch import PUBLISHED, by_file, fetch_command, reference_file
 
 
 def preflight(config: RunConfig) -> Findings:
@@ -48,6 +49,7 @@ def preflight(config: RunConfig) -> Findings:
             check_runtime_env(config.reward_pools[name].runtime_env)
     check_rewards(config.rewards, foreign, side, findings)
     _reference(config, side, findings)
+    _seed(config, side, findings)
     _evaluation(config, side, findings)
     if config.real.weight:
         with findings.of("real.source"):
@@ -170,12 +172,35 @@ def _reference(config: RunConfig, side: int, findings: Findings) -> None:
                 findings,
             )
             return
-        if published is None and not expanded(term.reference).is_file():
+        if published is None and not expanded(term.reference).exists():
             raise ConfigError(_no_reference(term.reference))
         space, reference = read_moments(config)
         _fits_features(config, side, space, reference)
         if few := few_images_warning(reference, term.covariance):
             findings.notes.append(f"{field}: {few}")
+
+
+def _seed(config: RunConfig, side: int, findings: Findings) -> None:
+    """Moments that the history starts from."""
+    field, term = "rewards.loo_fid.seed_from", config.rewards.loo_fid
+    if not term.seed_from:
+        return
+    with findings.of(field):
+        features = config.rewards.features
+        stored = read_stored(term.seed_from, covariance=term.covariance)
+        moments = stored.moments()
+        _fits_features(config, side, RewardSpace(), stored.reference)
+        made_with = stored.reference.fingerprint or f"believed to be of {features.network!r}"
+        findings.notes.append(
+            f"{field}: the history starts from {term.seed_from}, moments of {moments.weight:.0f} "
+            f"images in {moments.dim} dimensions ({made_with}); seed_images are not sampled"
+        )
+        files = (term.seed_from, reference_file(term.reference))
+        if len({os.path.realpath(expanded(file)) for file in files}) == 1:
+            findings.notes.append(
+                f"{field}: this is the reference itself: the history is meant to start from images "
+                "of the base policy, whose moments differ from those of real images"
+            )
 
 
 def _no_reference(path: str) -> str:

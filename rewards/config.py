@@ -71,6 +71,10 @@ class LooFidTerm(MomentsConfig, RewardTerm):
     them."""
     seed_images: int = 1000
     """Images of the base policy that start the moving average; at least two groups' worth."""
+    seed_from: str = ""
+    """A file of moments of the base policy's images that starts the moving average instead, so that
+    these need not be sampled: `python -m rewards.reference` makes one of a folder of samples, and
+    the public code of 2603.23086 has pretrained_gen_stats.npz."""
     joint: bool = False
     """Conditional LOO-FID: of features joined with the class that was asked for, so that an image
     counts for its class alone."""
@@ -82,6 +86,16 @@ class LooFidTerm(MomentsConfig, RewardTerm):
     def __post_init__(self) -> None:
         MomentsConfig.__post_init__(self)
         RewardTerm.__post_init__(self)
+        if self.seed_from and (self.joint or self.kind == "sliding"):
+            why = (
+                "joint, which needs every image's class"
+                if self.joint
+                else "kind=sliding, which needs every image's features"
+            )
+            raise ValueError(
+                f"seed_from {self.seed_from!r} does not go with {why}: leave it empty "
+                "(seed_images of the base policy are then sampled), or change that"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,8 @@ class Reference:
     """File it was read from, or name of the images; for messages."""
     images: int = -1
     """How many images; -1 where the file does not say."""
+    diagonal: bool = False
+    """Only variances are known, and sigma is a diagonal matrix of them: no covariance."""
 
     def __post_init__(self) -> None:
         dim = len(self.mu)
@@ -73,7 +75,16 @@ class Reference:
 
     @cached_property
     def factor(self) -> np.ndarray:
-        """L (D, R) with L L' = sigma, R its numerical rank."""
+        """L (D, R) with L L' = sigma, R its numerical rank.
+
+        Raises:
+            DataError: only variances are known.
+        """
+        if self.diagonal:
+            raise DataError(
+                "the reference holds variances alone (sigma_diagonal), no covariance: set "
+                "rewards.loo_fid.covariance to diagonal, or take statistics with sigma"
+            )
         return covariance_factor(self.sigma)
 
     @classmethod

@@ -119,9 +119,15 @@ class MomentsServer:
         """Set the real images' moments.
 
         Raises:
-            DataError: the reference was made with another feature network, or the history has
-                another dimension.
+            DataError: the reference was made with another feature network, has variances alone
+                where covariances are compared, or the history has another dimension.
         """
+        if reference.diagonal and self._config.covariance == "full":
+            raise DataError(
+                f"{reference.source or 'the reference'} holds variances alone (sigma_diagonal), "
+                "but covariance=full compares covariances: set rewards.loo_fid.covariance to "
+                "diagonal, or take statistics with sigma"
+            )
         if reference.fingerprint and reference.fingerprint != fingerprint:
             raise DataError(
                 f"the reference was made with features {reference.fingerprint!r}, but the reward "
@@ -132,27 +138,40 @@ class MomentsServer:
             reference.check_dim(self._history.dim)
         self._reference, self._bias_constant, self._basis = reference, None, None
 
-    def seed(self, features: np.ndarray) -> float:
-        """Start the history from images of the base policy, (N, D); returns their FID.
+    def seed(self, start: np.ndarray | Moments) -> float:
+        """Start the history from images of the base policy, by their features (N, D) or moments;
+        returns their FID.
 
         With N = 0 it starts empty, and the answer is NaN: the first iteration is then judged by
         itself, and an exponential average is debiased while it fills up.
 
         Raises:
-            DataError: the reference has another dimension, as in `commit` and `restore`.
+            DataError: the reference has another dimension, as in `commit` and `restore`; or a
+                sliding window is to start from moments.
         """
-        if self._reference is not None and len(features):
-            self._reference.check_dim(features.shape[1])
-        sliding = self._config.kind == "sliding"
+        sliding, empty = self._config.kind == "sliding", False
+        if isinstance(start, Moments):
+            if sliding:
+                raise DataError("a sliding window starts from features, not from moments")
+            dim, moments = start.dim, start
+        else:
+            empty, dim = start.ndim == 2 and not len(start), start.shape[-1]
+        if self._reference is not None and not empty:
+            self._reference.check_dim(dim)
         self._run, self._key, self._answer, self._warned = None, None, None, False
         self._lagging = 0
         self._rebase(None)
         with threadpool_limits(1):
-            if features.ndim == 2 and len(features) == 0:
-                self._history = SlidingWindow() if sliding else Moments.empty(features.shape[1])
+            if empty:
+                self._history = SlidingWindow() if sliding else Moments.empty(dim)
                 return float("nan")
-            moments = Moments.from_features(features)
-            self._history = SlidingWindow().push(features, len(features)) if sliding else moments
+            if not isinstance(start, Moments):
+                moments = Moments.from_features(start)
+            self._history = (
+                SlidingWindow().push(start, len(start))
+                if sliding and not isinstance(start, Moments)
+                else moments
+            )
             return self._fid(moments)
 
     def commit(

@@ -312,8 +312,11 @@ def stack(images: list[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
         yield found, batch
 
 
-def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+def read_header(file: IO[bytes], *, fortran: bool = False) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of the array file that begins here.
+
+    Args:
+        fortran: an array in Fortran order will do.
 
     Raises:
         ValueError: not an array file, or not in C order.
@@ -325,8 +328,8 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     }.get(version)
     if read is None:
         raise ValueError(f"array file format {version}")
-    shape, fortran, dtype = read(file)
-    if fortran:
+    shape, in_columns, dtype = read(file)
+    if in_columns and not fortran:
         raise ValueError("the array is in Fortran order: write it with numpy.ascontiguousarray")
     return shape, dtype
 

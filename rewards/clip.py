@@ -34,7 +34,9 @@ class ClipReward(TextImageScorer):
     """Cosine of image and text features, no logit scale: about [-1, 1], higher is better."""
 
     def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
-        model = TextImageModel(config.model, config.pretrained, device, config.precision)
+        model = TextImageModel(
+            config.model, config.pretrained, device, config.precision, tag=config.tag
+        )
         super().__init__(model, config.prompts, config.batch_size)
         self._transform = model.transform() if config.preprocessing == "host" else None
         self._pixels = None if self._transform else Preprocess.of(model.preprocess_config)

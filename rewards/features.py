@@ -47,6 +47,10 @@ class FeaturesConfig:
     model: str = ""
     """dinov2: a timm name; empty is vit_large_patch14_dinov2.lvd142m. clip: an open_clip name or a
     directory in its layout; empty is ViT-B-32-quickgelu with OpenAI's weights."""
+    tag: str = ""
+    """clip, for a checkpoint file: open_clip's pretrained tag that its weights are of, which names
+    preprocessing and activation. Empty: those of the configuration beside the file, or of the
+    model's tags if all agree."""
     precision: Precision = "fp32"
     """bf16 for dinov2 and clip: faster on GPUs, and a space of its own."""
     batch: int = 32
@@ -64,6 +68,10 @@ class FeaturesConfig:
             raise ConfigError(
                 f"model: {chosen} are of one model, found {self.model!r}: it is for "
                 f"{' and '.join(CHOICE_OF_MODEL)}"
+            )
+        if self.tag and self.network != "clip":
+            raise ConfigError(
+                f"tag: {chosen} have no tags of open_clip, found {self.tag!r}: it is for clip"
             )
         if self.precision != "fp32" and self.network not in CHOICE_OF_MODEL:
             raise ConfigError(
@@ -143,8 +151,8 @@ def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
         network, settings, digest = load_dinov2(config.model, config.checkpoint)
         embed, prepared, prepare = network, settings.fingerprint, _as_trained(device, settings)
     else:
-        tower = ClipTower(config.model, config.checkpoint, device)
-        digest, prepared = weights_digest(tower.visual), tower.settings.fingerprint
+        tower = ClipTower(config.model, config.checkpoint, device, config.tag)
+        digest, prepared = weights_digest(tower.visual), tower.fingerprint
         network, embed, prepare = tower.network, tower, _as_trained(device, tower.settings)
     return NetworkFeatures(
         network,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cluster.errors import CheckpointError, ConfigError
 from rewards.hpsv2_package import PackageModel
-from rewards.openclip import TextImageModel, is_own_source
+from rewards.openclip import TextImageModel
+from rewards.openclip_sources import is_file, is_own_source
 from rewards.pixels import Preprocess, fit_floats, longest_size, normalise, to_device, too_narrow
 from rewards.text_image import TextImageConfig, TextImageScorer
 
@@ -23,6 +24,8 @@ REPOSITORY = "xswu/HPSv2"
 PUBLISHED = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 """Version -> file in the Hugging Face repository."""
 ARCHITECTURE = "ViT-H-14"
+TUNED_FROM = "laion2b_s32b_b79k"
+"""The tag of that architecture whose weights HPSv2 was tuned from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,11 @@ class HpsConfig(TextImageConfig):
                 f"pretrained {self.pretrained!r} is a checkpoint of {ARCHITECTURE}: set model to "
                 f"{ARCHITECTURE}, found {self.model!r}"
             )
+        if self.pretrained in PUBLISHED and self.tag:
+            raise ConfigError(
+                f"tag: what {self.pretrained!r} was tuned from is known, found {self.tag!r}: leave "
+                "it empty"
+            )
 
 
 class HpsReward(TextImageScorer):
@@ -65,7 +73,9 @@ class HpsReward(TextImageScorer):
             model = PackageModel(config.model, checkpoint, device, config.precision)
             self._constants = None
         else:
-            model = TextImageModel(config.model, checkpoint, device, config.precision)
+            model = TextImageModel(
+                config.model, checkpoint, device, config.precision, tag=tag_of(config)
+            )
             transform = Preprocess.of(model.preprocess_config)
             self._constants = transform.mean, transform.std
         height, width = model.image_size
@@ -96,6 +106,13 @@ class HpsReward(TextImageScorer):
                 "to open_clip"
             )
         return None
+
+
+def tag_of(config: HpsConfig) -> str:
+    """The tag that the weights were tuned from: a file of HPSv2's architecture is of its layout."""
+    file = config.pretrained in PUBLISHED or is_file(config.pretrained)
+    known = TUNED_FROM if config.model == ARCHITECTURE and file else ""
+    return config.tag or known
 
 
 def fetch_published(version: str) -> str:

@@ -5,20 +5,15 @@ Weights are counted, activations estimated: a pass holds a few times the widest 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.tensors import locate
 from rewards.config import RewardServerConfig
 from rewards.features import MINIATURE, FeaturesConfig
-from rewards.openclip import (
-    DIRECTORY_CONFIG,
-    Precision,
-    architecture_of,
-    clip_parameters,
-    directory_of,
-)
+from rewards.openclip import Precision, clip_parameters
+from rewards.openclip_configs import read_directory
+from rewards.openclip_sources import architecture_of, directory_of
 from rewards.preflight import DINOV2_BYTES, INCEPTION_BYTES
 from rewards.text_image import IMAGE_BATCH
 from rewards.vision_towers import CLIP, DINOV2
@@ -91,8 +86,7 @@ def _described(model: str) -> dict[str, Any]:
     directory = directory_of(model)
     if directory is None:
         return architecture_of(model)
-    text = (directory / DIRECTORY_CONFIG).read_text(encoding="utf-8")
-    return json.loads(text)["model_cfg"]
+    return read_directory(directory)["model_cfg"]
 
 
 def _add_features(found: ServerMemory, name: str, config: FeaturesConfig) -> None:

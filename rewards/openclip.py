@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +14,36 @@ from torch import Tensor
 
 from cluster.checkpoint_files import read_checkpoint
 from cluster.errors import CheckpointError
-from cluster.paths import expanded
-from cluster.tensors import PACKAGE, load_strict, locate
+from cluster.tensors import load_strict
 from cluster.torchvision_ops import ensure_torchvision
 from cluster.weight_checks import check_finite
+from rewards.openclip_configs import DIRECTORY_CONFIG
+from rewards.openclip_sources import (
+    LOCAL_DIR,
+    TOKENIZERS,
+    Source,
+    architecture_of,
+    find_source,
+)
 from rewards.packed import pack_blocks
+from rewards.weight_files import brief
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LOCAL_DIR = "local-dir:"
-HUB = "hf-hub:"
-DIRECTORY_CONFIG = "open_clip_config.json"
+UNUSED = (
+    "input_resolution",  # OpenAI's files tell three sizes as tensors
+    "context_length",
+    "vocab_size",
+    "text.transformer.embeddings.position_ids",  # of transformers before 4.31
+)
+"""Tensors that open_clip, too, leaves out of files."""
+ROOM = 1 << 22  # numbers by which a model may be larger than its file says, whatever its size
+
+logger = logging.getLogger(__name__)
+
+
+class _NoTokenizerError(Exception):
+    """A tokenizer cannot be had; the message says whose and what to do."""
 
 
 class TextImageModel:
@@ -36,6 +54,8 @@ class TextImageModel:
             open_clip's layout (`open_clip_config.json` and weights), as a path or `package://`.
         pretrained: for a name: open_clip's pretrained tag, or a checkpoint file (.pt,
             .safetensors). Empty for the others, which come with their weights.
+        tag: for a checkpoint file, the pretrained tag whose preprocessing and activation belong to
+            it; needed where those of the model differ (`openclip_sources`).
         precision: bf16 is open_clip's: linear maps and convolutions in bf16, normalisations and
             what this class returns in fp32.
         pack: on a CPU, lay the transformer's weights out for speed; the model is then for
@@ -53,6 +73,7 @@ class TextImageModel:
         device: str,
         precision: Precision = "fp32",
         *,
+        tag: str = "",
         pack: bool = True,
     ) -> None:
         ensure_torchvision()
@@ -60,22 +81,30 @@ class TextImageModel:
 
         self.device = torch.device(device)
         self.dtype = DTYPES[precision]
-        options = {"precision": precision, "device": device}
+        source = find_source(model, pretrained, tag)
         try:
-            name, kwargs, file = _source(model, pretrained)
-            tag = None if file else pretrained or None
-            with _loading_from(file):
-                self.model = open_clip.create_model(name, pretrained=tag, **options)
-            if file is not None:
-                _load_file(self.model, file, pretrained)
-        except (RuntimeError, ValueError, OSError) as error:
+            with _loading_from(source.file):
+                self.model: Any = _create(source, precision=precision, device=device)
+            self.model.eval().requires_grad_(False)
+            self.tokenizer = _tokenizer(source)
+        except _NoTokenizerError as error:
+            raise CheckpointError(f"open_clip model {model!r}: {error}") from error
+        except CheckpointError:
+            raise
+        except Exception as error:  # open_clip, timm and transformers raise anything
             raise CheckpointError(f"open_clip model {model!r} cannot be loaded: {error}") from error
-        self.model.eval().requires_grad_(False)
-        if file is None:  # a file's were looked at one by one
+        if not source.file:  # a file's were looked at one by one
             check_finite(self.model.state_dict(), f"{model} {pretrained}".strip())
+        if source.settings is not None:
+            logger.info(
+                "%s with the weights of %s: settings %s (%s)",
+                model,
+                source.file,
+                source.origin,
+                source.settings,
+            )
         if pack and self.device.type == "cpu":
             pack_blocks(self.model, open_clip.transformer.ResidualAttentionBlock)
-        self.tokenizer = open_clip.get_tokenizer(name, **kwargs)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -125,82 +154,12 @@ class TextImageModel:
         return len(tokenizer.tokenizer(text).input_ids), tokenizer.context_length
 
 
-def is_own_source(model: str) -> bool:
-    """Whether a model's name stands for weights, too: a directory, or a model on the hub."""
-    return model.startswith(HUB) or directory_of(model) is not None
-
-
-def _source(model: str, pretrained: str) -> tuple[str, dict[str, str], Path | None]:
-    """open_clip's name, options of its tokenizer, and the checkpoint file if it is one."""
-    ensure_torchvision()
-    import open_clip
-
-    if is_own_source(model):
-        if pretrained:
-            raise CheckpointError(
-                f"{model} comes with its own weights, so pretrained must be empty, found "
-                f"{pretrained!r}; for other weights set model to an open_clip name"
-            )
-        directory = directory_of(model)
-        if directory is None:
-            return model, {}, None
-        return f"{LOCAL_DIR}{directory}", _tokenizer_options(directory), None
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if not pretrained:
-        raise CheckpointError(
-            f"open_clip model {model!r} needs weights: set pretrained to one of its tags "
-            f"({', '.join(tags) or '-'}) or to a checkpoint file"
-        )
-    if is_file(pretrained):
-        return model, {}, locate(pretrained)
-    check_activation(model, pretrained)
-    return model, {}, None
-
-
-def check_activation(model: str, tag: str) -> None:
-    """open_clip only warns where weights were trained with QuickGELU and the model has GELU.
-
-    Raises:
-        CheckpointError: names the model that has the right activation.
-    """
-    trained = pretrained_of(model, tag).get("quick_gelu", False)
-    if trained and not architecture_of(model).get("quick_gelu", False):
-        raise CheckpointError(
-            f"open_clip's {tag!r} weights of {model} were trained with another activation "
-            f"(QuickGELU), and would score wrongly: set model to {model}-quickgelu"
-        )
-
-
-def architecture_of(model: str) -> dict[str, Any]:
-    """open_clip's description of a model of that name; empty if it has none."""
-    ensure_torchvision()
-    import open_clip
-
-    return open_clip.get_model_config(model) or {}
-
-
-def tags_of(model: str) -> list[str]:
-    """open_clip's pretrained tags of a model."""
-    ensure_torchvision()
-    import open_clip
-
-    return open_clip.list_pretrained_tags_by_model(model)
-
-
-def pretrained_of(model: str, tag: str) -> dict[str, Any]:
-    """Where open_clip has the weights of a tag from, and how they were trained."""
-    ensure_torchvision()
-    import open_clip
-
-    return open_clip.get_pretrained_cfg(model, tag)
-
-
 @contextlib.contextmanager
-def _loading_from(file: Path | None) -> Iterator[None]:
+def _loading_from(file: str) -> Iterator[None]:
     """Without open_clip's warning of random weights, where a file replaces them at once."""
 
     def keep(record: logging.LogRecord) -> bool:
-        return file is None or not record.getMessage().startswith("No pretrained weights loaded")
+        return not file or not record.getMessage().startswith("No pretrained weights loaded")
 
     logger = logging.getLogger()
     logger.addFilter(keep)
@@ -210,40 +169,116 @@ def _loading_from(file: Path | None) -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def _load_file(model: torch.nn.Module, file: Path, name: str) -> None:
+def _create(source: Source, **options: Any) -> torch.nn.Module:
+    """The model, with the source's weights in it.
+
+    Raises:
+        Exception: whatever open_clip, timm or transformers make of a description or of the network.
+    """
+    ensure_torchvision()
+    import open_clip
+
+    if not source.file:
+        return open_clip.create_model(source.name, pretrained=source.tag or None, **options)
+    state = read_checkpoint(source.file)
+    _check_described(source, state)
+    settings = source.settings
+    if settings is not None:
+        options["force_preprocess_cfg"] = settings.preprocess
+        options["force_quick_gelu"] = settings.quick_gelu
+    # Not even a text tower's own weights are fetched: the file has them.
+    model = open_clip.create_model(
+        source.name, load_weights=False, pretrained_text=False, **options
+    )
+    load_strict(model, _fitted(model, state), source.file)
+    return model
+
+
+def _check_described(source: Source, state: Mapping[str, Tensor]) -> None:
+    """A directory's description against the file's size: a damaged number costs no memory."""
+    ensure_torchvision()
+    import open_clip
+    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
+
+    config = open_clip.get_model_config(source.name) or {}
+    described = clip_parameters(config)
+    held = sum(tensor.numel() for tensor in state.values())
+    places = state.get("positional_embedding", state.get("text.positional_embedding"))
+    length = config.get("text_cfg", {}).get("context_length", DEFAULT_CONTEXT_LENGTH)
+    if places is not None and places.ndim == 2 and len(places) != length:
+        raise CheckpointError(
+            f"{source.file} reads {len(places)} tokens, but {source.name} reads {length}: is this "
+            "the file of another model?"
+        )
+    if described > ROOM + 4 * held:
+        raise CheckpointError(
+            f"{source.file} holds {held} numbers, but {source.name} takes about {described}: is "
+            "this the file of another model?"
+        )
+
+
+def _fitted(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors under the names and in the shapes of today's open_clip, which reads files
+    of its earlier versions, of OpenAI, of Apple and of transformers' text towers alike."""
     ensure_torchvision()
     import open_clip.factory as factory
 
-    state = factory.convert_state_dict(model, read_checkpoint(str(file)))
+    state = factory.convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = factory.convert_to_custom_text_state_dict(state)
-    load_strict(model, state, name)
+    wanted = model.state_dict()
+    for name in ("logit_scale", "logit_bias"):
+        if name in state and name in wanted and state[name].numel() == wanted[name].numel() == 1:
+            state[name] = state[name].reshape(wanted[name].shape)
+    if "logit_bias" in wanted and "logit_bias" not in state:
+        state["logit_bias"] = torch.zeros_like(wanted["logit_bias"])
+    return {name: value for name, value in state.items() if name in wanted or name not in UNUSED}
 
 
-def directory_of(model: str) -> Path | None:
-    """The directory that a model's name stands for, if it does.
+def _tokenizer(source: Source) -> Any:
+    """The tokenizer that belongs to a source.
 
     Raises:
-        CheckpointError: it should be in a package, and is not.
+        _NoTokenizerError: its files are missing, damaged or cannot be fetched.
     """
-    if model.startswith(PACKAGE):
-        return locate(model, directory=True)
-    path = expanded(model)
-    return path if path.is_dir() else None
+    try:
+        return _load_tokenizer(source)
+    except Exception as error:  # transformers and the hub raise anything
+        config = source.tokenizer or architecture_of(source.name).get("text_cfg", {})
+        named = config.get("hf_tokenizer_name") or "its tokenizer"
+        raise _NoTokenizerError(
+            f"the tokenizer ({named}) cannot be loaded ({brief(error)}): without a network, put "
+            f"its files ({TOKENIZERS[0]}, {TOKENIZERS[1]}) and the model's {DIRECTORY_CONFIG} into "
+            "the directory of the weights, and set model to that directory"
+        ) from error
 
 
-def is_file(pretrained: str) -> bool:
-    """Whether weights are named by a file rather than by a tag."""
-    return pretrained.startswith(PACKAGE) or "/" in pretrained or Path(pretrained).is_file()
+def _load_tokenizer(source: Source) -> Any:
+    ensure_torchvision()
+    import open_clip
+    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 
-
-def _tokenizer_options(directory: Path) -> dict[str, str]:
-    """A vocabulary named in the directory's config is looked for beside that config."""
-    text = (directory / DIRECTORY_CONFIG).read_text(encoding="utf-8")
-    options = json.loads(text)["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {})
-    if "bpe_path" not in options:
-        return {}
-    return {"bpe_path": str(directory / options["bpe_path"])}
+    config = source.tokenizer
+    if config is None:
+        return open_clip.get_tokenizer(source.name)
+    directory = Path(source.name.removeprefix(LOCAL_DIR))
+    options = dict(config.get("tokenizer_kwargs", {}))
+    if not config.get("hf_tokenizer_name"):
+        if "bpe_path" in options:  # a vocabulary is looked for beside the configuration
+            options["bpe_path"] = str(directory / options["bpe_path"])
+        made = open_clip.get_tokenizer(source.name, **options)
+        if made.vocab_size > config["vocab_size"]:
+            raise ValueError(
+                f"it knows {made.vocab_size} tokens, and the model {config['vocab_size']}"
+            )
+        return made
+    beside = any((directory / name).is_file() for name in TOKENIZERS)
+    return HFTokenizer(
+        str(directory) if beside else config["hf_tokenizer_name"],
+        context_length=config.get("context_length", DEFAULT_CONTEXT_LENGTH),
+        tokenizer_mode=config.get("tokenizer_mode"),
+        **options,
+    )
 
 
 def clip_parameters(architecture: dict[str, Any]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,15 @@ from rewards.config import JudgeConfig, RewardsConfig
 from rewards.convnet import FAMILY
 from rewards.extra import find_extra
 from rewards.features import MAX_PIXELS, MINIATURE, FeaturesConfig
-from rewards.hpsv2 import ARCHITECTURE, PUBLISHED, REPOSITORY, HpsConfig
+from rewards.hpsv2 import ARCHITECTURE, PUBLISHED, REPOSITORY, HpsConfig, tag_of
 from rewards.inception import FEATURES, FID_URL
-from rewards.openclip import (
-    DIRECTORY_CONFIG,
+from rewards.openclip import clip_parameters
+from rewards.openclip_configs import read_directory
+from rewards.openclip_sources import (
     HUB,
     architecture_of,
-    check_activation,
-    clip_parameters,
     directory_of,
+    find_source,
     is_file,
     pretrained_of,
     tags_of,
@@ -64,7 +63,8 @@ def check_rewards(
         side: pixels a side of the policy's images; 0 where it is not known.
     """
     if rewards.clip.enabled and rewards.clip.pool not in foreign:
-        _text_image("rewards.clip", rewards.clip.model, rewards.clip.pretrained, findings)
+        clip = rewards.clip
+        _text_image("rewards.clip", clip.model, clip.pretrained, clip.tag, findings)
     if rewards.hps.enabled and rewards.hps.pool not in foreign:
         _hps(rewards.hps, findings)
     for extra in rewards.extras():
@@ -83,7 +83,8 @@ def check_judge(
     Args:
         classes: that are asked for; None where conditions are captions.
     """
-    _text_image("judge.clip", judge.clip.model, judge.clip.pretrained, findings)
+    clip = judge.clip
+    _text_image("judge.clip", clip.model, clip.pretrained, clip.tag, findings)
     _classifier(judge.classifier, side, classes, findings)
     check_features("judge.features", judge.features, side, findings, judge=True)
     check_features("judge.second", judge.second, side, findings, judge=True)
@@ -103,13 +104,16 @@ def check_features(
     elif given(config.checkpoint) and (config.network != "clip" or is_file(config.checkpoint)):
         with findings.of(file):
             check_weights(config.checkpoint)
+        if config.network == "dinov2":
+            with findings.of(f"{field}.model"):
+                known_tower(config.model or DINOV2, config.checkpoint)
     elif config.network in INCEPTION_BYTES:
         _inception(field, config.network, findings)
     elif config.network == "dinov2":
         _dinov2(field, config.model or DINOV2, findings)
     if config.network == "clip":
         tag = config.checkpoint if given(config.checkpoint) else "" if config.model else CLIP_TAG
-        _text_image(field, config.model or CLIP, tag, findings, "checkpoint")
+        _text_image(field, config.model or CLIP, tag, config.tag, findings, "checkpoint")
 
 
 def feature_dim(config: FeaturesConfig, side: int) -> int:
@@ -127,9 +131,9 @@ def feature_dim(config: FeaturesConfig, side: int) -> int:
     if config.network in INCEPTION_BYTES:
         return FEATURES
     if config.network == "dinov2":
-        return tower_dim(config.model or DINOV2)
+        return tower_dim(config.model or DINOV2, config.checkpoint)
     if (directory := directory_of(config.model or CLIP)) is not None:
-        return int(_described(directory)["embed_dim"])
+        return int(read_directory(directory)["model_cfg"]["embed_dim"])
     return int(architecture_of(config.model or CLIP).get("embed_dim", 0))
 
 
@@ -192,7 +196,7 @@ def _hps(config: HpsConfig, findings: Findings) -> None:
                 f"choose one of {', '.join(PUBLISHED)}",
             )
             return
-        _text_image(field, config.model, config.pretrained, findings)
+        _text_image(field, config.model, config.pretrained, tag_of(config), findings)
         return
     if config.model != ARCHITECTURE:
         findings.problem(
@@ -209,7 +213,12 @@ def _hps(config: HpsConfig, findings: Findings) -> None:
 
 
 def _text_image(
-    field: str, model: str, pretrained: str, findings: Findings, option: str = "pretrained"
+    field: str,
+    model: str,
+    pretrained: str,
+    tag: str,
+    findings: Findings,
+    option: str = "pretrained",
 ) -> None:
     """A model of open_clip: a directory, a repository on the hub, or a name with a tag or file."""
     with findings.of(f"{field}.model"):
@@ -223,38 +232,11 @@ def _text_image(
                 "leave it empty",
             )
         elif directory is not None:
-            _check_directory(directory)
+            check_weights(find_source(model, "", tag).file)
         elif model.startswith(HUB):
             _on_the_hub(field, model.removeprefix(HUB), findings)
         else:
-            _by_name(field, model, pretrained, findings, option)
-
-
-def _check_directory(directory: Path) -> None:
-    """
-    Raises:
-        CheckpointError: it is not in open_clip's layout.
-    """
-    _described(directory)
-    weights = [directory / name for name in HUB_WEIGHTS if (directory / name).is_file()]
-    if not weights:
-        raise CheckpointError(
-            f"{directory}: expected weights ({' or '.join(HUB_WEIGHTS)}), found none: was the "
-            "directory copied whole?"
-        )
-    check_weights(str(weights[0]))
-
-
-def _described(directory: Path) -> dict[str, Any]:
-    try:
-        described = json.loads((directory / DIRECTORY_CONFIG).read_text(encoding="utf-8"))
-        described["model_cfg"]["embed_dim"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{directory}: expected a directory in open_clip's layout, with {DIRECTORY_CONFIG} and "
-            f"weights, found none that can be read ({type(error).__name__}: {error})"
-        ) from error
-    return described["model_cfg"]
+            _by_name(field, model, pretrained, tag, findings, option)
 
 
 def _on_the_hub(field: str, repository: str, findings: Findings) -> None:
@@ -264,7 +246,9 @@ def _on_the_hub(field: str, repository: str, findings: Findings) -> None:
         findings.fetched(download, offline=_offline())
 
 
-def _by_name(field: str, model: str, pretrained: str, findings: Findings, option: str) -> None:
+def _by_name(
+    field: str, model: str, pretrained: str, tag: str, findings: Findings, option: str
+) -> None:
     architecture, tags = architecture_of(model), tags_of(model)
     if not architecture:
         raise ConfigError(_unknown(model))
@@ -276,6 +260,11 @@ def _by_name(field: str, model: str, pretrained: str, findings: Findings, option
     elif is_file(pretrained):
         with findings.of(f"{field}.{option}"):
             check_weights(pretrained)
+            source = find_source(model, pretrained, tag)
+            findings.notes.append(
+                f"{field}.{option} is a file, which does not tell what its weights were trained "
+                f"with: taken are the settings {source.origin}, {source.settings}"
+            )
     elif pretrained not in tags:
         close = nearest(pretrained, tags)
         hint = f"did you mean {close!r}? " if close else ""
@@ -286,7 +275,7 @@ def _by_name(field: str, model: str, pretrained: str, findings: Findings, option
             f"{hint}there are {listed}",
         )
     else:
-        check_activation(model, pretrained)
+        find_source(model, pretrained, tag)
         _tagged(field, model, pretrained, architecture, findings)
 
 
@@ -332,7 +321,7 @@ def _inception(field: str, network: str, findings: Findings) -> None:
 
 def _dinov2(field: str, model: str, findings: Findings) -> None:
     with findings.of(f"{field}.model"):
-        repository = str(known_tower(model).hf_hub_id or f"timm/{model}")
+        repository = str(known_tower(model)[1].hf_hub_id or f"timm/{model}")
         if not any(_cached(repository, name) for name in ("model.safetensors", *HUB_WEIGHTS)):
             size = DINOV2_BYTES if model == DINOV2 else 0.0
             url = f"{HUB_PAGE}/{repository}/resolve/main/model.safetensors"

@@ -97,6 +97,10 @@ class TextImageConfig:
 
     precision: Precision = "fp32"
     """bf16: linear maps and convolutions in bf16, which is faster where the hardware has it."""
+    tag: str = ""
+    """For a checkpoint file: open_clip's pretrained tag that its weights are of, or were tuned
+    from. Preprocessing and activation are then that tag's. Empty: those of the configuration beside
+    the file, or of the model's tags if all agree."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
     batch_size: int = 0
     """Images of one forward pass; 0 is 8 on a CPU and 64 on a GPU."""

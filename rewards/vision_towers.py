@@ -6,6 +6,7 @@ Shapes: N images, S the side the network takes, D feature dimensions.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from cluster.checkpoint_files import read_checkpoint
 from cluster.errors import CheckpointError, ConfigError
+from cluster.tensors import locate
 from cluster.torchvision_ops import ensure_torchvision
 from cluster.weight_checks import check_finite
 from rewards.openclip import TextImageModel
@@ -22,6 +24,7 @@ from rewards.weight_files import brief, given, weights_digest
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224  # pixels a side, as in Stein et al. 2023; the weights were made with 518
+QUICK = "quickgelu"  # in timm's names, and in its notes of tags
 CLIP = "ViT-B-32-quickgelu"  # CLIP-FID's (Kynkäänniemi et al. 2023, 2203.06026), with these weights
 CLIP_TAG = "openai"
 
@@ -34,7 +37,8 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
     authors' own code resamples a little differently, so that features agree to some digits only.
 
     Args:
-        model: a timm name; empty is `DINOV2`.
+        model: a timm name; empty is `DINOV2`. For a file, with the tag that its weights are of
+            where timm's tags differ in their transform.
         checkpoint: .safetensors or .pth, of timm or of DINOv2's authors; empty or "published"
             fetches timm's.
 
@@ -46,8 +50,8 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
         ConfigError: no vision transformer of that name, or one whose preprocessing is not known.
         CheckpointError: no such file, no network, or the file of another model.
     """
-    model = model or DINOV2
-    settings = _settings(known_tower(model), model)
+    model, known = known_tower(model or DINOV2, checkpoint)
+    settings = _settings(known, model)
     ensure_torchvision()
     import timm
 
@@ -66,11 +70,15 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
     return network, settings, digest
 
 
-def known_tower(model: str) -> Any:
-    """timm's description of a vision transformer's weights.
+def known_tower(model: str, checkpoint: str = "") -> tuple[str, Any]:
+    """The name of a vision transformer, with a tag, and timm's description of its weights.
+
+    A file tells neither transform nor activation. They are those of the tag in the name, of timm's
+    `config.json` beside the file, or of all tags if these agree.
 
     Raises:
-        ConfigError: it has none of that name, or none of that tag.
+        ConfigError: timm has none of that name or tag, tags that differ, or weights of another
+            activation than the model's.
     """
     ensure_torchvision()
     import timm
@@ -83,20 +91,66 @@ def known_tower(model: str) -> Any:
             f"model: {model!r} is none of timm's vision transformers; close are "
             f"{', '.join(close) or 'none'}"
         )
+    tags = timm.list_models(f"{name}.*", pretrained=True)
+    if given(checkpoint) and model == name:
+        model = _tag_beside(checkpoint, name, tags) or name
     try:
-        return timm.get_pretrained_cfg(model)
+        known = timm.get_pretrained_cfg(model)
     except RuntimeError as error:  # a tag, after the dot, that is not there
-        tags = ", ".join(timm.list_models(f"{name}.*", pretrained=True)) or "none"
-        raise ConfigError(f"model: {model!r}: {brief(error)}; timm has {tags}") from error
+        listed = ", ".join(tags) or "none"
+        raise ConfigError(f"model: {model!r}: {brief(error)}; timm has {listed}") from error
+    if known is None:
+        raise ConfigError(f"model: timm has no weights of {model!r}: choose one that it lists")
+    if given(checkpoint) and model == name:
+        _check_agreement(name, {tag: timm.get_pretrained_cfg(tag) for tag in tags})
+    if _quick_gelu(known) and QUICK not in name:
+        tag = f"{name.replace('_clip_', f'_clip_{QUICK}_')}.{known.tag}"
+        raise ConfigError(
+            f"model: the weights of {model!r} were trained with another activation (QuickGELU), "
+            f"and would give other features: set model to {tag}"
+        )
+    return model, known
 
 
-def tower_dim(model: str) -> int:
+def _quick_gelu(config: Any) -> bool:
+    return any(QUICK in note for note in getattr(config, "notes", None) or ())
+
+
+def _tag_beside(checkpoint: str, name: str, tags: list[str]) -> str:
+    """The name with its tag as timm's `config.json` beside a file tells it; empty if none does."""
+    file = locate(checkpoint).parent / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        model = f"{found['architecture']}.{found['pretrained_cfg']['tag']}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or another program's
+        return ""
+    return model if found["architecture"] == name and model in tags else ""
+
+
+def _check_agreement(name: str, tags: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: timm's weights of that name differ in what they were trained with.
+    """
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for tag, known in tags.items():
+        way = (known.interpolation, known.crop_mode, known.crop_pct, known.mean, known.std)
+        kinds.setdefault((*way, _quick_gelu(known)), []).append(tag)
+    if len(kinds) > 1:
+        listed = "; ".join(f"{', '.join(same)}: {kind[:-1]}" for kind, same in kinds.items())
+        raise ConfigError(
+            f"model: a file of {name!r} does not tell what its weights were trained with, and "
+            f"timm's tags differ ({listed}): write the tag that they are of behind the name"
+        )
+
+
+def tower_dim(model: str, checkpoint: str = "") -> int:
     """D of a vision transformer of timm; no weights are loaded.
 
     Raises:
-        ConfigError: it has none of that name.
+        ConfigError: as `known_tower`.
     """
-    known_tower(model)
+    known_tower(model, checkpoint)
     import timm
 
     with torch.device("meta"):
@@ -106,8 +160,6 @@ def tower_dim(model: str) -> int:
 
 def _settings(config: Any, model: str) -> Preprocess:
     """From timm's description of a model."""
-    if config is None:
-        raise ConfigError(f"model: timm has no weights of {model!r}: choose one that it lists")
     ways: dict[str, ResizeMode] = {"center": "shortest", "squash": "squash"}
     if config.interpolation not in SUPPORT or config.crop_mode not in ways:
         raise ConfigError(
@@ -135,6 +187,16 @@ def _unloadable(model: str, checkpoint: str, error: Exception) -> str:
     )
 
 
+def _activation(visual: nn.Module) -> str:
+    """Names GELU in a tower for which weights with QuickGELU fit, too. QuickGELU, which CLIP-FID's
+    tower has, goes without: references were made before this was told."""
+    ensure_torchvision()
+    from open_clip.transformer import QuickGELU, VisionTransformer
+
+    quick = any(isinstance(module, QuickGELU) for module in visual.modules())
+    return "-gelu" if isinstance(visual, VisionTransformer) and not quick else ""
+
+
 class ClipTower:
     """An open_clip model's image features, (N, D), not normalised, as CLIP-FID takes them.
 
@@ -142,15 +204,16 @@ class ClipTower:
         model: an open_clip name or a directory in its layout; empty is `CLIP`.
         checkpoint: a pretrained tag or a file, for a name; empty or "published" is `CLIP_TAG` for
             the default model.
+        tag: for a file, the pretrained tag that its weights are of.
 
     Raises:
         CheckpointError: unknown name, no such file, no network, or weights that do not fit.
     """
 
-    def __init__(self, model: str, checkpoint: str, device: str) -> None:
+    def __init__(self, model: str, checkpoint: str, device: str, tag: str = "") -> None:
         pretrained = checkpoint if given(checkpoint) else "" if model else CLIP_TAG
         try:
-            loaded = TextImageModel(model or CLIP, pretrained, device, pack=False)
+            loaded = TextImageModel(model or CLIP, pretrained, device, tag=tag, pack=False)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}; for features, the tag or file goes into `checkpoint`: without a network "
@@ -159,6 +222,7 @@ class ClipTower:
         self.network: Any = loaded.model
         self.visual: nn.Module = loaded.model.visual
         self.settings = Preprocess.of(loaded.preprocess_config)
+        self.fingerprint = self.settings.fingerprint + _activation(loaded.model.visual)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) fp32 -> (N, D)."""

@@ -14,7 +14,7 @@ from cluster.fleet import InlineFleet
 from cluster.weights import unpack_weights
 from learner.config import RunConfig, load_preset
 from learner.run import REFUSED, main
-from rewards.openclip import check_activation
+from rewards.openclip_sources import check_activation
 from tests.reduced import SMALL, architectures, presets, random_run, values_of
 from tests.small_run import run_training
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from cluster.errors import CheckpointError, ConfigError
 from cluster.tensors import locate
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.features import FeaturesConfig, load_features
+from rewards.vision_towers import known_tower
+from tests.file_rows import reads
 from tests.unit.test_inception import pictures
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
@@ -93,6 +96,7 @@ def test_dinov2_takes_mixed_sizes_and_bf16(weights: Path, plain: nn.Module) -> N
     assert rough.fingerprint == f"{exact.fingerprint}-bf16"
 
 
+@reads("rewards/README.md", "a vision transformer's checkpoint of timm or DINOv2's authors")
 def test_dinov2_files_of_its_authors(weights: Path, tmp_path: Path) -> None:
     """They carry a mask token, for training."""
     state = torch.load(weights, weights_only=True) | {"mask_token": torch.zeros(1, 384)}
@@ -104,6 +108,63 @@ def test_dinov2_files_of_its_authors(weights: Path, tmp_path: Path) -> None:
         for file in (weights, tmp_path / "dinov2_vits14_pretrain.pth")
     }
     assert len(prints) == 1
+
+
+def test_a_file_needs_the_tag_where_timms_differ(tmp_path: Path) -> None:
+    """ImageNet's constants or 0.5, a crop of 0.9 or none, GELU or QuickGELU: by the tag alone."""
+    ensure_torchvision()
+    import timm
+
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    asked = []
+    for name in timm.list_models(module="vision_transformer"):
+        tags = timm.list_models(f"{name}.*", pretrained=True)
+        configs: list[Any] = [timm.get_pretrained_cfg(tag) for tag in tags]
+        ways = {(c.mean, c.std, c.interpolation, c.crop_mode, c.crop_pct, c.notes) for c in configs}
+        try:
+            known_tower(name, str(file))
+            assert len(ways) <= 1, name
+        except ConfigError as error:
+            told = str(error)
+            assert len(ways) > 1 or "QuickGELU" in told or "no weights" in told, name
+            asked += [name] if "does not tell" in told else []
+    assert len(asked) >= 16
+    assert {"vit_base_patch16_224", "vit_base_patch16_clip_224"} <= set(asked)
+    assert known_tower("vit_base_patch16_224.dino", str(file))[1].mean[0] == 0.485
+    assert known_tower("vit_base_patch16_224", "")[1].mean[0] == 0.5  # timm fetches that tag's
+
+
+def test_timms_configuration_beside_a_file_tells_the_tag(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    beside = {"architecture": "vit_base_patch16_224", "pretrained_cfg": {"tag": "dino"}}
+    (tmp_path / "config.json").write_text(json.dumps(beside))
+    assert known_tower("vit_base_patch16_224", str(file))[0] == "vit_base_patch16_224.dino"
+    others: tuple[Any, ...] = (
+        {},
+        [],
+        {"architecture": "vit_large_patch16_224", "pretrained_cfg": {}},
+    )
+    for other in others:
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        with pytest.raises(
+            ConfigError, match=r"tags differ .*\.bamboo: \('bicubic', 'center', 1\.0, "
+        ):
+            known_tower("vit_base_patch16_224", str(file))
+
+
+def test_weights_with_quick_gelu_need_the_model_with_it() -> None:
+    ensure_torchvision()
+    import timm
+
+    quick = timm.list_models("vit_*_clip_quickgelu_*", pretrained=True)
+    assert len(quick) >= 10
+    for model in quick:
+        assert known_tower(model)[0] == model
+        if "quickgelu_" in model and model.replace("quickgelu_", "") in timm.list_pretrained():
+            with pytest.raises(ConfigError, match=f"set model to {model}$"):
+                known_tower(model.replace("quickgelu_", ""))
 
 
 def test_dinov2_files_that_do_not_fit(weights: Path, tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_fingerprints_name_network_weights_and_preprocessing(files: dict[str, st
         "inception": "tensorflow299",
         "torchvision-inception": "antialias299-imagenet",
         "dinov2": "bicubic-shortest224-224x224-0.485,0.456,0.406,0.229,0.224,0.225",
-        "clip": "bicubic-shortest-8x8-0.5,0.5,0.5,0.5,0.5,0.5",
+        "clip": "bicubic-shortest-8x8-0.5,0.5,0.5,0.5,0.5,0.5-gelu",
     }.items():
         assert re.fullmatch(rf"{name}-[0-9a-f]{{16}}-{re.escape(ending)}", found[name])
 

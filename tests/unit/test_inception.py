@@ -23,7 +23,6 @@ from rewards.network_features import NetworkFeatures
 from rewards.resize import resize_tensorflow
 from tests.file_rows import reads
 
-PAGE = "rewards/README.md"
 TOLERANCE = 1e-4
 SIZES = [(299, 299), (256, 256), (512, 384), (8, 8), (2, 2)]
 
@@ -102,7 +101,9 @@ def theirs(oracle: nn.Module, images: np.ndarray) -> np.ndarray:
         return oracle(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[0].numpy()
 
 
-@reads(PAGE, "`weights-inception-2015-12-05-*.pth`, pytorch-fid's `pt_inception-*.pth`")
+@reads(
+    "rewards/README.md", "`weights-inception-2015-12-05-*.pth`, pytorch-fid's `pt_inception-*.pth`"
+)
 @pytest.mark.parametrize("size", SIZES)
 def test_features_equal_torch_fidelity(
     size: tuple[int, int], extract: NetworkFeatures, oracle: nn.Module
@@ -196,7 +197,7 @@ def torchvision_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-@reads(PAGE, "torchvision's `inception_v3_google-*.pth`")
+@reads("rewards/README.md", "torchvision's `inception_v3_google-*.pth`")
 @pytest.mark.parametrize("size", [(299, 299), (256, 256), (512, 384), (2, 2)])
 def test_torchvision_features(
     size: tuple[int, int], torchvision_weights: str, monkeypatch: pytest.MonkeyPatch

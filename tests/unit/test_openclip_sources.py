@@ -32,7 +32,6 @@ from rewards.openclip_sources import find_source, published_settings
 from tests.file_rows import reads
 from tests.fuzzing import check_reader
 
-PAGE = "rewards/README.md"
 MINIATURE = "package://learner.miniature/networks/clip"
 CONDITIONS = [Condition(text="a three"), Condition(text="a seven")]
 
@@ -264,7 +263,7 @@ def weights(small: None, tmp_path: Path) -> Any:
     return written
 
 
-@reads(PAGE, "open_clip checkpoint, `.safetensors` or `.pt`, `.pth`, `.bin`")
+@reads("rewards/README.md", "open_clip checkpoint, `.safetensors` or `.pt`, `.pth`, `.bin`")
 @pytest.mark.parametrize(
     ("model", "tag"),
     [
@@ -323,7 +322,9 @@ def described(folder: Path, model: str, **model_cfg: Any) -> dict[str, Any]:
     return config
 
 
-@reads(PAGE, "a directory in open_clip's layout, `open_clip_config.json` and weights")
+@reads(
+    "rewards/README.md", "a directory in open_clip's layout, `open_clip_config.json` and weights"
+)
 @pytest.mark.parametrize("model", ["ViT-L-14-CLIPA", "ViT-B-16-SigLIP", "MobileCLIP-S1"])
 def test_a_file_a_directory_and_a_file_in_a_directory_score_the_same(
     model: str, weights: Any, words: Path, tmp_path: Path
@@ -386,7 +387,10 @@ def test_the_configuration_beside_a_file_goes_before_the_tags(weights: Any) -> N
         find_source("ViT-B-16-quickgelu", str(file))
 
 
-@reads(PAGE, "an open_clip checkpoint with transformers' `preprocessor_config.json` beside it")
+@reads(
+    "rewards/README.md",
+    "an open_clip checkpoint with transformers' `preprocessor_config.json` beside it",
+)
 def test_transformers_configurations_beside_a_file(tmp_path: Path) -> None:
     """As CLIPImageProcessor and SiglipImageProcessor write them."""
     transformers = pytest.importorskip("transformers")
@@ -416,7 +420,7 @@ def test_transformers_configurations_beside_a_file(tmp_path: Path) -> None:
         find_source("ViT-B-16", file)
 
 
-@reads(PAGE, "HPSv2's `HPS_v2*.pt` and files of that layout")
+@reads("rewards/README.md", "HPSv2's `HPS_v2*.pt` and files of that layout")
 def test_hpsv2_files_keep_the_transform_of_vit_h_14(
     weights: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

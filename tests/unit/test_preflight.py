@@ -411,7 +411,9 @@ def test_a_reference_of_another_dimension(
 ) -> None:
     """A file of another tool names no network: its dimension alone tells. No weights are here."""
     Path("clip").mkdir()
-    Path("clip/open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 96}}')
+    Path("clip/open_clip_config.json").write_text(
+        '{"model_cfg": {"embed_dim": 96, "vision_cfg": {}, "text_cfg": {}}}'
+    )
     moments("r.npz", dim=7)
     term = {"reference": "r.npz", "covariance": covariance}
     told = problems(rewards={"loo_fid": term, "features": features})

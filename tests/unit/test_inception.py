@@ -101,9 +101,7 @@ def theirs(oracle: nn.Module, images: np.ndarray) -> np.ndarray:
         return oracle(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[0].numpy()
 
 
-@reads(
-    "rewards/README.md", "`weights-inception-2015-12-05-*.pth`, pytorch-fid's `pt_inception-*.pth`"
-)
+@reads("rewards/README.md", "`weights-inception-*.pth` or `pt_inception-*.pth` of 2015-12-05")
 @pytest.mark.parametrize("size", SIZES)
 def test_features_equal_torch_fidelity(
     size: tuple[int, int], extract: NetworkFeatures, oracle: nn.Module

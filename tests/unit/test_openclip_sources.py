@@ -322,9 +322,7 @@ def described(folder: Path, model: str, **model_cfg: Any) -> dict[str, Any]:
     return config
 
 
-@reads(
-    "rewards/README.md", "a directory in open_clip's layout, `open_clip_config.json` and weights"
-)
+@reads("rewards/README.md", "a directory with `open_clip_config.json` and weights")
 @pytest.mark.parametrize("model", ["ViT-L-14-CLIPA", "ViT-B-16-SigLIP", "MobileCLIP-S1"])
 def test_a_file_a_directory_and_a_file_in_a_directory_score_the_same(
     model: str, weights: Any, words: Path, tmp_path: Path
@@ -389,7 +387,7 @@ def test_the_configuration_beside_a_file_goes_before_the_tags(weights: Any) -> N
 
 @reads(
     "rewards/README.md",
-    "an open_clip checkpoint with transformers' `preprocessor_config.json` beside it",
+    "open_clip checkpoint beside a `preprocessor_config.json`",
 )
 def test_transformers_configurations_beside_a_file(tmp_path: Path) -> None:
     """As CLIPImageProcessor and SiglipImageProcessor write them."""

@@ -1,9 +1,9 @@
-"""Files of captions: text with one a line, and Parquet with their features.
+"""Parquet files of captions with their features.
 
-The Parquet file has one row a caption: `caption` (string), `features` (list of float32, the (n, D)
-matrix row by row) and `shape` (list of int32, [n, D]). Features of a bf16 encoder have two empty
-bytes a number, which the file's compression takes away: nothing would be gained by storing halves.
-Somebody else's file has columns `text` and `features` (lists of n lists of D floats).
+The file has one row a caption: `caption` (string), `features` (list of float32, the (n, D) matrix
+row by row) and `shape` (list of int32, [n, D]). Features of a bf16 encoder have two empty bytes a
+number, which the file's compression takes away: nothing would be gained by storing halves.
+Somebody else's file has a column of texts and `features` (lists of n lists of D floats).
 
 A program holds the captions and where their features lie (`FeatureRow`); whoever uses a caption's
 features reads its row, or the few rows that are stored together with it.
@@ -23,19 +23,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.caption_tables import UNREADABLE_PARQUET
 from cluster.errors import DataError
 from cluster.files import replacing
 from cluster.invocation import command_of
 from cluster.messages import Condition, FeatureRow
 from cluster.paths import expanded
 
-UNREADABLE_PARQUET = (OSError, UnicodeError, pa.ArrowException)
-"""What reading a Parquet file raises; UnicodeError: of a name that is not UTF-8."""
 ROW_GROUP = 8  # captions, the least that can be read: at most 8 MB of flan-t5-xl's features
 LARGEST_ROW_GROUP = 256 << 20  # bytes: what may have to be read for one caption of others' files
 READ_AT_ONCE = 64
 KEPT_ROWS = 64  # captions whose features a process keeps
-TEXT, FEATURES = "text", "features"
+FEATURES = "features"
 SCHEMA = pa.schema(
     [
         pa.field("caption", pa.string()),
@@ -43,22 +42,6 @@ SCHEMA = pa.schema(
         pa.field("shape", pa.list_(pa.int32())),
     ]
 )
-
-
-def read_captions(path: Path) -> list[str]:
-    """Captions of a UTF-8 text file, one a line; empty lines are skipped.
-
-    Raises:
-        DataError: there is no such file, it is not text, or it holds no caption.
-    """
-    try:
-        lines = expanded(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"captions {path}: not a readable UTF-8 text file ({error})") from error
-    captions = [line.strip() for line in lines if line.strip()]
-    if not captions:
-        raise DataError(f"captions {path}: the file holds no caption (one a line is expected)")
-    return captions
 
 
 def write_caption_features(
@@ -138,24 +121,25 @@ def read_caption_features(path: Path) -> list[Condition]:
     return conditions
 
 
-def iterate_text_features(path: Path) -> Iterator[Condition]:
-    """The captions of somebody else's file, with columns `text` and perhaps `features`, one after
-    another.
+def iterate_text_features(path: Path, column: str) -> Iterator[Condition]:
+    """The captions of somebody else's file, with a column of texts and perhaps one `features`, one
+    after another.
 
     Raises:
         DataError: names file, column and row of what is wrong.
         OSError, ArrowException: it cannot be read.
     """
     with pq.ParquetFile(expanded(path)) as file:
-        columns = [name for name in (TEXT, FEATURES) if name in file.schema_arrow.names]
-        if FEATURES in columns:
+        columns = [column]
+        if FEATURES in file.schema_arrow.names:
+            columns.append(FEATURES)
             _check_row_groups(path, file)
         at = 0
         for batch in file.iter_batches(batch_size=READ_AT_ONCE, columns=columns):
             for offset in range(batch.num_rows):
-                text = batch.column(TEXT)[offset].as_py()
+                text = batch.column(column)[offset].as_py()
                 if not isinstance(text, str) or not text.strip():
-                    raise _wrong_list(path, TEXT, at, f"found {text!r}, not text")
+                    raise _wrong_list(path, column, at, f"found {text!r}, not text")
                 yield Condition(text=text, features=_listed(path, at, batch, offset))
                 at += 1
 

@@ -30,12 +30,9 @@ import numpy as np
 import torch
 import tyro
 
-from actors.caption_files import read_caption_features, read_captions
-from actors.captions import (
-    DTYPES,
-    CaptionEncoder,
-    resolve_device,
-)
+from actors.caption_encoder import CaptionEncoder, check_captions
+from actors.caption_text import caption_conditions, read_captions
+from actors.captions import DTYPES, resolve_device
 from actors.decode import decode_tokens, rollout_uniforms
 from actors.models.base import Policy
 from actors.models.loading import load_decoder, load_policy
@@ -185,14 +182,18 @@ def read_conditions(
         return [Condition(text="")]
     if config.captions is None:
         return class_conditions(config.classes or ALL, policy)
-    if config.captions.suffix == ".parquet":
-        return read_caption_features(config.captions)
-    if not architecture.get("caption_dim"):  # known before gigabytes of encoder are loaded
+    of_classes = not architecture.get("caption_dim")
+    if config.captions.suffix.lower() == ".parquet" or not of_classes:
+        found = caption_conditions(config.captions, config.column)
+        if all(condition.features is not None for condition in found):
+            return found
+    if of_classes:  # known before gigabytes of encoder are loaded
         raise ConfigError("--captions needs a caption-conditional policy: this one takes --classes")
-    texts = read_captions(config.captions)
+    texts = read_captions(config.captions, config.column)
     encoder = CaptionEncoder(
         config.encoder, device=device, dtype=dtype, max_tokens=architecture["caption_tokens"]
     )
+    check_captions(str(config.captions), texts, encoder, config.long_captions)
     return [Condition(text=text, features=rows) for text, rows in zip(texts, encoder(texts))]
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actors.captions import DEFAULT_ENCODER, DType
+from actors.caption_encoder import DEFAULT_ENCODER
+from actors.captions import DType
 from actors.models.loading import PolicyConfig, TokenizerConfig
 from actors.models.zoo import MODELS
 from cluster import strict_yaml
@@ -23,6 +24,7 @@ from cluster.errors import ConfigError
 from cluster.locks import is_lock
 from cluster.messages import SamplingSpec
 from cluster.paths import MANIFEST, expanded
+from cluster.readable import LongCaptions
 
 CONFIG = "config.yaml"
 POLICY_FILE = "policy.safetensors"
@@ -44,7 +46,14 @@ class SampleConfig:
     classes: str = ""
     """Class indices, as in 207,360, or all."""
     captions: Path | None = None
-    """Text file with a caption a line, or a Parquet file that actors.captions wrote."""
+    """Text file with a caption a line, a table (.tsv, .csv, .json, .jsonl), or a Parquet file with
+    features, as actors.captions writes it."""
+    column: str = ""
+    """Column of a table that holds the captions. Default: the only one called caption, prompt, text
+    or the like."""
+    long_captions: LongCaptions = "error"
+    """Of captions that the policy's text encoder would cut. error: nothing is sampled. truncate:
+    they are cut, as LlamaGen does."""
     num_images: int | None = None
     """Images in all, spread evenly over the conditions (classes: all, if none are named)."""
     per_condition: int | None = None
@@ -82,7 +91,7 @@ class SampleConfig:
     """Pixels a side that images are resized to before they are rounded to 8 bits, as LlamaGen's
     --image-size-eval does: 256 for evaluating 384-pixel policies. 0: as they are decoded."""
     encoder: str = DEFAULT_ENCODER
-    """Text encoder for a text file of captions."""
+    """Text encoder for captions whose file has no features."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     dtype: DType = "auto"
@@ -127,6 +136,8 @@ def check(config: SampleConfig) -> None:
         raise ConfigError("--num-images and --per-condition exclude each other: give one")
     if config.classes and config.captions:
         raise ConfigError("--classes and --captions exclude each other: give one")
+    if config.column and not config.captions:
+        raise ConfigError("--column says nothing without --captions")
     if not config.classes and not config.captions and config.num_images is None:
         raise ConfigError(
             "what should be shown? --classes 0,1,2 or --classes all or --captions FILE"

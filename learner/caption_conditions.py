@@ -1,124 +1,104 @@
-"""Captions from files as conditions: text with one a line, or Parquet."""
+"""Captions of a run: looked at before anything starts, and encoded where they have no features."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow.parquet as pq
 
-from actors.caption_files import (
-    FEATURES,
-    SCHEMA,
-    TEXT,
-    UNREADABLE_PARQUET,
-    by_row,
-    iterate_text_features,
-    read_caption_features,
-    read_captions,
-    write_caption_features,
-)
+from actors.caption_files import FEATURES, SCHEMA, read_caption_features, write_caption_features
+from actors.caption_tables import UNREADABLE_PARQUET
+from actors.caption_text import Captions, caption_conditions, is_parquet, load_captions
 from cluster.errors import DataError
-from cluster.invocation import command_of
-from cluster.messages import Condition
 from cluster.paths import expanded
+from cluster.readable import LongCaptions, faults
+
+AT_MOST = 20_000  # captions that are looked at before a run: seconds
 
 
-def caption_conditions(path: str) -> list[Condition]:
-    """The captions of a file, in its order. Their features stay there: a condition says in which
-    row (see `actors.caption_files.features_of`).
-
-    Args:
-        path: a .txt file, one caption a line, empty lines skipped; or a .parquet file: as
-            `python -m actors.captions` writes them, or with a column `text` and, for
-            caption-conditional policies, a column `features` (lists of n lists of D floats).
-
-    Raises:
-        DataError: names file, column and row of what is wrong.
-    """
-    file = Path(path)
-    return _from_parquet(file) if file.suffix == ".parquet" else _from_text(file)
-
-
-def encode_captions(path: str, encoder: str, target: Path) -> bool:
+def encode_captions(
+    path: str, column: str, encoder: str, target: Path, long_captions: LongCaptions
+) -> bool:
     """Encode the captions of a file that has no features (or not of all) into one that has.
 
     Args:
+        column: of a table (see `load_captions`).
         encoder: T5 model (folder or name).
         target: Parquet file to write; one that holds the same captions already stays.
+        long_captions: what is done about captions that the encoder would cut.
 
     Returns:
         Whether there was anything to encode: else the file itself has what is needed.
 
     Raises:
-        DataError: one of the files cannot be read.
+        DataError: one of the files cannot be read, or the encoder cannot read a caption.
         ConfigError: the encoder cannot be loaded.
     """
-    found = caption_conditions(path)
+    found = caption_conditions(Path(path), column)
     if all(condition.features is not None for condition in found):
         return False
     texts = [condition.text for condition in found]
     if not target.is_file() or [each.text for each in read_caption_features(target)] != texts:
-        from actors.captions import CaptionEncoder
+        from actors.caption_encoder import CaptionEncoder, check_captions
 
-        write_caption_features(target, texts, CaptionEncoder(encoder).stream(texts))
+        encode = CaptionEncoder(encoder)
+        check_captions(path, texts, encode, long_captions, "conditions.long_captions")
+        write_caption_features(target, texts, encode.stream(texts))
     return True
 
 
-def peek_captions(path: str) -> int:
+def check_encoder(encoder: str, texts: Sequence[str], long_captions: LongCaptions) -> None:
+    """Whether a text encoder reads captions as they are written, by its tokenizer alone; nothing is
+    said of one that would have to be fetched, or of what transformers is missing for.
+
+    Raises:
+        DataError: it does not.
+        ConfigError: its tokenizer cannot be loaded.
+    """
+    cache = huggingface_hub.try_to_load_from_cache
+    here = expanded(encoder).is_dir() or isinstance(cache(encoder, "tokenizer_config.json"), str)
+    if not here or importlib.util.find_spec("transformers") is None:
+        return
+    from actors.caption_encoder import (
+        MAX_TOKENS,
+        load_tokenizer,
+        normalise_caption,
+        tokenizer_readings,
+    )
+
+    shown = texts[:AT_MOST]
+    cleaned = [normalise_caption(text) for text in shown]
+    readings = tokenizer_readings(load_tokenizer(encoder), cleaned, MAX_TOKENS)
+    if wrong := faults(shown, readings, long_captions, "conditions.long_captions"):
+        raise DataError(f"encoder {encoder}: {wrong}")
+
+
+def peek_captions(path: str, column: str = "") -> tuple[Captions, int]:
     """Look at a file of captions without reading its features.
 
     Returns:
-        Width of the features of its first caption; 0 where it has none.
+        Its texts, and the width of the features of its first caption; 0 where it has none.
 
     Raises:
         DataError: it cannot be read, or holds no caption.
     """
     file = Path(path)
-    if file.suffix != ".parquet":
-        read_captions(file)
-        return 0
+    if not is_parquet(file):
+        return load_captions(file, column), 0
     try:
         with pq.ParquetFile(expanded(file)) as parquet:
-            names, rows = parquet.schema_arrow.names, parquet.metadata.num_rows
-            if not rows:
-                raise DataError(f"captions {path}: the file holds no caption")
-            if not set(SCHEMA.names) <= set(names) and TEXT not in names:
-                raise DataError(f"captions {path}: {_needs(names)}")
-            own = "shape" in names
+            names = parquet.schema_arrow.names
+            own = set(SCHEMA.names) <= set(names)
+            captions = load_captions(file, "caption" if own else column)
             wanted = ["shape"] if own else [name for name in (FEATURES,) if name in names]
             if not wanted:
-                return 0
+                return captions, 0
             first = next(parquet.iter_batches(1, columns=wanted)).column(0)[0].as_py()
     except UNREADABLE_PARQUET as error:
         raise DataError(f"captions {path}: not a readable Parquet file ({error})") from error
     if own:
-        return int(first[1]) if first and len(first) == 2 else 0
-    return len(first[0]) if first else 0
-
-
-def _needs(columns: list[str]) -> str:
-    return (
-        f"needs a column {TEXT!r}, or those of `{command_of('actors.captions')}` "
-        f"({', '.join(SCHEMA.names)}); found {', '.join(columns)}"
-    )
-
-
-def _from_text(path: Path) -> list[Condition]:
-    return [Condition(text=caption) for caption in read_captions(path)]
-
-
-def _from_parquet(path: Path) -> list[Condition]:
-    try:
-        with pq.ParquetFile(expanded(path)) as file:
-            columns = file.schema_arrow.names
-            if set(SCHEMA.names) <= set(columns):
-                return read_caption_features(path)
-            if TEXT not in columns:
-                raise DataError(f"captions {path}: {_needs(columns)}")
-        rows = enumerate(iterate_text_features(path))
-        found = [by_row(path, row, condition) for row, condition in rows]
-    except UNREADABLE_PARQUET as error:
-        raise DataError(f"captions {path}: not a readable Parquet file ({error})") from error
-    if not found:
-        raise DataError(f"captions {path}: the file holds no caption")
-    return found
+        return captions, int(first[1]) if first and len(first) == 2 else 0
+    return captions, len(first[0]) if isinstance(first, list) and first and first[0] else 0

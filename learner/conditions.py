@@ -11,9 +11,11 @@ from typing import Literal
 
 import numpy as np
 
+from actors.caption_text import caption_conditions
 from cluster.errors import DataError
 from cluster.messages import Condition
-from learner.caption_conditions import caption_conditions, encode_captions
+from cluster.readable import LongCaptions
+from learner.caption_conditions import encode_captions
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGENET = "imagenet"
@@ -31,8 +33,14 @@ class ConditionsConfig:
     classes: tuple[int, ...] = ()
     """Classes that are asked for, by index; empty is all of them."""
     captions: str = ""
-    """Captions in place of classes: a .txt file, one a line, or a .parquet file with a column text
-    and, for caption-conditional policies, features (or as `python -m actors.captions` has it)."""
+    """Captions in place of classes: a text file, one a line, a table (.tsv, .csv, .json, .jsonl),
+    or a Parquet file, for caption-conditional policies with features (as `python -m
+    actors.captions` writes it, or with a column features of lists)."""
+    column: str = ""
+    """Column of a table that holds the captions; empty: the only one called caption, prompt, text
+    or the like."""
+    long_captions: LongCaptions = "error"
+    """Of captions that `encoder` would cut: error refuses them, truncate has them cut."""
     encoder: str = ""
     """T5 model (folder or name) that encodes captions whose file has no features, when the run
     starts, into its directory."""
@@ -67,8 +75,12 @@ class ConditionsConfig:
         file that it has written. See `encode_captions`."""
         if not (self.captions and self.encoder):
             return self
-        found = encode_captions(self.captions, self.encoder, target)
-        return replace(self, captions=str(target) if found else self.captions, encoder="")
+        found = encode_captions(
+            self.captions, self.column, self.encoder, target, self.long_captions
+        )
+        if not found:
+            return replace(self, encoder="")
+        return replace(self, captions=str(target), column="", encoder="")
 
     def conditions(self) -> list[Condition]:
         """Every condition there is to draw from; captions with features where their file has them.
@@ -83,7 +95,7 @@ class ConditionsConfig:
 def _conditions(config: ConditionsConfig) -> Sequence[Condition]:
     """Read once: a file may be long, and its features are compared by nobody."""
     if config.captions:
-        return caption_conditions(config.captions)
+        return caption_conditions(Path(config.captions), config.column)
     names = config.class_names
     if max(config.classes, default=0) >= len(names):
         raise DataError(f"conditions.classes: {max(config.classes)} is not below {len(names)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.sources import PolicyArchitecture
@@ -15,13 +16,14 @@ from actors.models.taming import TamingConfig
 from actors.preflight import check_models, image_side
 from cluster.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from cluster.invocation import command_of
+from cluster.messages import Condition
 from cluster.paths import expanded
 from cluster.placement import Placement, place
 from cluster.preflight import Download, Findings, size_of
 from cluster.roles import FEATURE_BATCH
 from cluster.runtime_env import check_runtime_env
 from cluster.tensors import locate
-from learner.caption_conditions import peek_captions
+from learner.caption_conditions import check_encoder, peek_captions
 from learner.conditions import DIGITS as DIGIT_NAMES
 from learner.config import RunConfig
 from learner.datasets import DIGITS, iterate_images
@@ -33,6 +35,7 @@ from rewards.diagnostics import few_images, few_images_warning
 from rewards.features import FeaturesConfig
 from rewards.fid import Reference
 from rewards.preflight import check_judge, check_rewards, feature_dim, fits_fingerprint
+from rewards.prompt_check import check_texts
 from rewards.reference import build_command, read_stored
 from rewards.reference_fetch import PUBLISHED, by_file, fetch_command, reference_file
 
@@ -70,8 +73,12 @@ def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: 
     captions = isinstance(policy, LlamaGenConfig) and bool(policy.caption_dim)
     if conditions.captions:
         with findings.of("conditions.captions"):
-            width = peek_captions(conditions.captions)
+            found, width = peek_captions(conditions.captions, conditions.column)
             _captions(config, policy, captions, width, findings)
+            findings.notes += found.notes
+            if conditions.encoder and not width:
+                check_encoder(conditions.encoder, found.texts, conditions.long_captions)
+            _check_texts(config, [Condition(text=text) for text in found.texts], findings)
         return
     if captions:
         findings.problem(
@@ -90,6 +97,14 @@ def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: 
             f"{len(conditions.class_names)} names, of which number {max(asked)} is asked for",
             "name the policy's own classes (imagenet for ImageNet's thousand)",
         )
+    with findings.of("conditions"):
+        _check_texts(config, conditions.conditions(), findings)
+
+
+def _check_texts(config: RunConfig, conditions: Sequence[Condition], findings: Findings) -> None:
+    foreign = {name for name, pool in config.reward_pools.items() if pool.runtime_env}
+    judge = config.judge if config.evaluation.num_images else None
+    check_texts(config.rewards, judge, foreign, conditions, findings)
 
 
 def _has_classes(policy: PolicyArchitecture) -> bool:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from actors.caption_files import UNREADABLE_PARQUET
+from actors.caption_tables import UNREADABLE_PARQUET
 from actors.models.base import Policy
 from actors.models.loading import TokenizerConfig, load_tokenizer
 from cluster.errors import DataError

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from cluster.checkpoint_files import read_checkpoint
 from cluster.errors import CheckpointError, ConfigError
+from cluster.readable import Reading
 from cluster.tensors import load_strict
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.openclip import DTYPES, Precision
@@ -152,6 +153,7 @@ class PackageModel:
         tokens = self._tokenize(list(texts), self._context).to(self.device)
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
-    def token_counts(self, text: str) -> tuple[int, int]:
-        """Tokens of a text with the two that mark start and end, and how many the model reads."""
-        return len(self._encode(text)) + 2, self._context
+    def reading(self, text: str) -> Reading:
+        """What its tokenizer, open_clip's of bytes, makes of a text."""
+        count = len(self._encode(text))
+        return Reading(tokens=count + 2, limit=self._context, known=count, empty=not count)

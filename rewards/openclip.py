@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cluster.checkpoint_files import read_checkpoint
 from cluster.errors import CheckpointError
+from cluster.readable import Reading
 from cluster.tensors import load_strict
 from cluster.torchvision_ops import ensure_torchvision
 from cluster.weight_checks import check_finite
@@ -26,6 +27,7 @@ from rewards.openclip_sources import (
     find_source,
 )
 from rewards.packed import pack_blocks
+from rewards.tokens import reading_of
 from rewards.weight_files import brief
 
 Precision = Literal["fp32", "bf16"]
@@ -86,7 +88,7 @@ class TextImageModel:
             with _loading_from(source.file):
                 self.model: Any = _create(source, precision=precision, device=device)
             self.model.eval().requires_grad_(False)
-            self.tokenizer = _tokenizer(source)
+            self.tokenizer = tokenizer_of(source)
         except _NoTokenizerError as error:
             raise CheckpointError(f"open_clip model {model!r}: {error}") from error
         except CheckpointError:
@@ -136,22 +138,9 @@ class TextImageModel:
         tokens = self.tokenizer(list(texts)).to(self.device)
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
-    def token_counts(self, text: str) -> tuple[int, int]:
-        """Tokens of a text with those that mark start and end, and how many the model reads."""
-        tokenizer = self.tokenizer
-        if hasattr(tokenizer, "encode"):  # open_clip's own
-            return len(tokenizer.encode(text)) + 2, tokenizer.context_length
-        ensure_torchvision()
-        from open_clip import tokenizer as cleaning
-
-        if hasattr(tokenizer, "clean_fn"):
-            text = tokenizer.clean_fn(text)
-        else:  # SigLIP's
-            text = cleaning.canonicalize_text(cleaning.basic_clean(text))
-        if getattr(tokenizer, "tokenizer_mode", "") == "clips":
-            tokens = tokenizer.tokenizer(text, add_special_tokens=False).input_ids
-            return len(tokens) + 3, tokenizer.context_length
-        return len(tokenizer.tokenizer(text).input_ids), tokenizer.context_length
+    def reading(self, text: str) -> Reading:
+        """What its tokenizer makes of a text."""
+        return reading_of(self.tokenizer, text)
 
 
 @contextlib.contextmanager
@@ -235,7 +224,7 @@ def _fitted(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     return {name: value for name, value in state.items() if name in wanted or name not in UNUSED}
 
 
-def _tokenizer(source: Source) -> Any:
+def tokenizer_of(source: Source) -> Any:
     """The tokenizer that belongs to a source.
 
     Raises:

@@ -8,9 +8,11 @@ from typing import Literal
 
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
+from cluster.readable import LongCaptions
 from cluster.torchvision_ops import ensure_torchvision
 
 PLACE = "{}"
+LONG_CAPTIONS = "prompts.long_captions"
 TEMPLATE_SETS = {
     "openai-imagenet": "OPENAI_IMAGENET_TEMPLATES",
     "simple-imagenet": "SIMPLE_IMAGENET_TEMPLATES",
@@ -29,9 +31,9 @@ class PromptConfig:
     """Sentences with {} for the text. Several are averaged as features, as in zero-shot
     classification. One of openai-imagenet (80 sentences) or simple-imagenet (7) is open_clip's
     list."""
-    long_captions: Literal["error", "truncate"] = "error"
-    """error: an image whose text has more tokens than the model reads gets no score. truncate: the
-    text is cut, as open_clip does."""
+    long_captions: LongCaptions = "error"
+    """Of texts with more tokens than the model reads. error: they are refused before a run starts,
+    and their images get no score. truncate: they are cut, as open_clip does."""
 
     def __post_init__(self) -> None:
         if not self.templates:

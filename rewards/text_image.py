@@ -18,9 +18,10 @@ from torch import Tensor
 
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
+from cluster.readable import Reading, fault
 from rewards.base import Images, RowErrors, by_size
 from rewards.openclip import Precision
-from rewards.prompts import PromptConfig, Prompts
+from rewards.prompts import LONG_CAPTIONS, PromptConfig, Prompts
 
 CACHED_TEXTS = 4096  # conditions whose text features are kept
 TEXT_BATCH = 64  # sentences of one forward pass
@@ -48,8 +49,8 @@ class Towers(Protocol):
         """N texts -> (N, E) fp32 unit rows on the device."""
         ...
 
-    def token_counts(self, text: str) -> tuple[int, int]:
-        """Tokens of a text, and how many the model reads."""
+    def reading(self, text: str) -> Reading:
+        """What the model's tokenizer makes of a text."""
         ...
 
 
@@ -116,7 +117,7 @@ class TextImageScorer(ABC):
     def __init__(self, model: Towers, prompts: PromptConfig, batch_size: int = 0) -> None:
         self._model = model
         self._prompts = Prompts(prompts)
-        self._cut = prompts.long_captions == "truncate"
+        self._long_captions = prompts.long_captions
         self._batch = batch_size or IMAGE_BATCH.get(model.device.type, IMAGE_BATCH["cuda"])
         self._texts = TextFeatures(model.encode_texts)
 
@@ -172,15 +173,12 @@ class TextImageScorer(ABC):
             sentences = self._prompts(condition)
         except DataError as error:
             return str(error)
-        if self._cut or sentences in self._texts:
+        if sentences in self._texts:
             return sentences
         for sentence in sentences:
-            found, allowed = self._model.token_counts(sentence)
-            if found > allowed:
-                return (
-                    f"the text {_shortened(sentence)!r} has {found} tokens, but the model reads "
-                    f"{allowed}: shorten it, or set prompts.long_captions to truncate"
-                )
+            reading = self._model.reading(sentence)
+            if wrong := fault(sentence, reading, self._long_captions, LONG_CAPTIONS):
+                return wrong
         return sentences
 
     @torch.inference_mode()
@@ -200,7 +198,3 @@ class TextImageScorer(ABC):
 def _mean(rows: list[Tensor]) -> Tensor:
     """The direction of several unit rows together."""
     return rows[0] if len(rows) == 1 else F.normalize(torch.stack(rows).mean(0), dim=-1)
-
-
-def _shortened(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from actors import captions, sample
-from actors.caption_files import features_of, iterate_caption_features, read_captions
+from actors import caption_encoder, sample
+from actors.caption_encoder import check_captions
+from actors.caption_files import features_of, iterate_caption_features
+from actors.caption_text import read_captions
 from actors.captions import (
     CaptionEncoder,
     main,
@@ -108,7 +110,7 @@ def test_features_do_not_depend_on_their_batch(encoder: CaptionEncoder, encoder_
 
 
 def test_captions_are_encoded_once(encoder_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captions, "REMEMBERED", 2)
+    monkeypatch.setattr(caption_encoder, "REMEMBERED", 2)
     encoder = CaptionEncoder(encoder_path, batch=4)
     asked: list[list[str]] = []
     encode = encoder._encode
@@ -281,6 +283,81 @@ def test_command(tmp_path: Path, encoder_path: str, capsys: pytest.CaptureFixtur
     assert "features.parquet exists" in capsys.readouterr().err
 
 
+LONG = " ".join(WORDS * 20)
+UNREAD = {
+    LONG: "has 201 tokens, but the model reads 120: shorten it, or set --long-captions to truncate",
+    "一只猫": "is unknown to the encoder, whole (1 unknown tokens)",
+    "zebra, zebras": "is unknown to the encoder, whole",
+    "[***]": "has nothing left after the encoder's cleaning",
+    "\u200b": "is unknown to the encoder, whole",
+}
+
+
+@pytest.mark.parametrize("text", UNREAD)
+def test_captions_that_are_not_read_as_written_are_counted_and_refused(
+    tmp_path: Path, encoder_path: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "captions.txt", tmp_path / "features.parquet"
+    source.write_text("\n".join(["a red cat", text, "a", text]), encoding="utf-8")
+    arguments = [str(source), str(target), "--encoder", encoder_path, "--device", "cpu"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "2 of 4 are not read as written; the first is number 2" in error
+    assert UNREAD[text] in error
+    assert encoder_path in error
+    assert not target.exists()
+    assert main([*arguments, "--long-captions", "truncate"]) == (0 if text == LONG else 2)
+
+
+def test_what_is_cut_or_known_in_parts_is_said(
+    encoder: CaptionEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_captions("here", ["a cat", "a zebra", LONG, "a unicorn"], encoder, "truncate")
+    cut, partly = caplog.messages
+    assert "1 of 4 captions are cut at what the encoder reads; the first is number 3" in cut
+    assert "2 of 4 captions are unknown to it in parts; the first is number 2: 'a zebra'" in partly
+    caplog.clear()
+    check_captions("here", TEXTS, encoder, "error")
+    assert not caplog.messages
+
+
+def test_sampling_and_runs_refuse_what_the_encoder_does_not_read(
+    tmp_path: Path, encoder_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from learner.caption_conditions import check_encoder
+    from learner.conditions import ConditionsConfig
+
+    config = LlamaGenConfig(
+        dim=32,
+        num_layers=1,
+        num_heads=2,
+        grid=4,
+        vocab_size=read_config(TokenizerConfig().checkpoint)["codebook_size"],
+        caption_dim=WIDTH,
+        caption_tokens=5,
+    )
+    policy, text = tmp_path / "policy.safetensors", tmp_path / "captions.tsv"
+    write_tensors(policy, LlamaGen(config).state_dict(), config.to_dict())
+    text.write_text("Prompt\tNote\n" + "\n".join(f"{t}\tx" for t in TEXTS), encoding="utf-8")
+    options = ["--checkpoint", policy, "--captions", text, "--encoder", encoder_path]
+    options += ["--tokenizer", TokenizerConfig().checkpoint, "--out", tmp_path / "out"]
+    assert sample.main(list(map(str, options))) == 2
+    error = capsys.readouterr().err
+    assert "2 of 4 are not read as written; the first is number 2" in error
+    assert "has 9 tokens, but the model reads 5" in error
+    text.write_text("Prompt\n一只猫\n", encoding="utf-8")
+    for act in (
+        lambda: check_encoder(encoder_path, ["一只猫"], "truncate"),
+        lambda: ConditionsConfig(
+            captions=str(text), encoder=encoder_path, long_captions="truncate"
+        ).encoded(tmp_path / "encoded.parquet"),
+    ):
+        with pytest.raises(DataError, match=r"1 of 1 are not read .* unknown to the encoder"):
+            act()
+    with pytest.raises(DataError, match=r"set conditions\.long_captions to truncate"):
+        check_encoder(encoder_path, [LONG], "error")
+
+
 def test_captions_are_sampled_from_text_as_from_features(tmp_path: Path, encoder_path: str) -> None:
     config = LlamaGenConfig(
         dim=32,
@@ -301,6 +378,7 @@ def test_captions_are_sampled_from_text_as_from_features(tmp_path: Path, encoder
     for source in (text, features):
         npz = tmp_path / f"{source.stem}.npz"
         options = ["--checkpoint", policy, "--captions", source, "--encoder", encoder_path]
+        options += ["--long-captions", "truncate"]  # the policy reads 5 tokens
         options += ["--tokenizer", TokenizerConfig().checkpoint]
         options += ["--out", tmp_path / source.stem, "--npz", npz, "--device", "cpu"]
         assert sample.main(list(map(str, options))) == 0

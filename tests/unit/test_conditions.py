@@ -105,7 +105,7 @@ def test_captions_as_the_encoder_writes_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"words": ["a"]}, "needs a column 'text'"),
+        ({"words": ["a"]}, "name it with --column"),
         ({"text": ["a", None]}, "column 'text', row 1: found None"),
         ({"text": ["a"], "features": [[[1.0], [2.0, 3.0]]]}, "column 'features', row 0"),
         ({"text": pa.array([], pa.string())}, "holds no caption"),

@@ -153,7 +153,11 @@ def test_named_models_that_are_not_fetched(tmp_path: Path) -> None:
         tokenizer={"checkpoint": "llamagen-vq-16"},
         conditions={"names": "imagenet"},
         evaluation={"num_images": 0},
-        rewards={"features": {"network": "inception"}},
+        rewards={
+            "features": {"network": "inception"},
+            # the miniature's scorers read 16 tokens, and some of ImageNet's names have more
+            **{name: {"prompts": {"long_captions": "truncate"}} for name in ("clip", "hps")},
+        },
     )
     policy, tokenizer, reference = everything.problems
     assert f"expected llamagen-b-256 at {tmp_path}/weights/c2i_B_256.pt, found nothing" in policy
@@ -217,7 +221,7 @@ def test_captions_files(tmp_path: Path) -> None:
         "torn.parquet": "not a readable Parquet file",
         "empty.txt": "holds no caption",
         "bytes.txt": "not a readable UTF-8 text file",
-        "x.parquet": "needs a column 'text'",
+        "x.parquet": "name it with --column",
         "none.parquet": "holds no caption",
         "texts.txt": "expected captions with features",
         "narrow.parquet": "expected features of width 16, which the policy reads, found width 8",

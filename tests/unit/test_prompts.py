@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ import torch
 
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
+from cluster.readable import Reading
 from cluster.torchvision_ops import ensure_torchvision
+from learner.config import validate
+from learner.preflight import preflight
 from rewards.base import RowErrors
 from rewards.clip import ClipConfig, ClipReward
 from rewards.prompts import PromptConfig, Prompts
@@ -109,10 +113,63 @@ def test_a_caption_of_77_tokens_fits_and_one_of_78_does_not() -> None:
 
     clip = ClipReward(ClipConfig())
     clip._model.tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    assert clip._model.token_counts("a " * 75) == (77, 77)
-    assert clip._model.token_counts("a " * 76) == (78, 77)
+    assert clip._model.reading("a " * 75) == Reading(tokens=77, limit=77, known=75)
+    assert clip._model.reading("a " * 76) == Reading(tokens=78, limit=77, known=76)
     assert clip._sentences(Condition(text="a " * 75)) == ("a " * 75,)
     assert "has 78 tokens, but the model reads 77" in clip._sentences(Condition(text="a " * 76))
+
+
+class Words:
+    """A tokenizer as transformers', of which open_clip wraps one: words, some of them known."""
+
+    unk_token_id, all_special_ids = 2, [1, 2]
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
+        ids = [7 if word in ("a", "cat") else 2 for word in text.split()]
+        return SimpleNamespace(input_ids=[*ids, 1] if add_special_tokens else ids)
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return {7: "word", 1: "</s>"}[token]
+
+
+def test_texts_that_a_tower_does_not_read_are_named() -> None:
+    """One rule with captions (test_captions.py): cut, unknown, or emptied by cleaning."""
+    clip = ClipReward(ClipConfig(prompts=PromptConfig(long_captions="truncate")))
+    ensure_torchvision()
+    import open_clip
+
+    clip._model.tokenizer = open_clip.get_tokenizer("ViT-B-32")  # of bytes: knows everything
+    assert clip._sentences(Condition(text="一只猫")) == ("一只猫",)
+    assert "nothing left" in clip._sentences(Condition(text="&nbsp;"))
+    clean = open_clip.tokenizer.get_clean_fn("canonicalize")
+    for inner in (
+        SimpleNamespace(tokenizer=Words(), clean_fn=clean, context_length=5),
+        SimpleNamespace(tokenizer=Words(), context_length=5),  # SigLIP's own class
+        SimpleNamespace(
+            tokenizer=Words(), clean_fn=clean, context_length=5, tokenizer_mode="clips"
+        ),
+    ):
+        clip._model.tokenizer = inner
+        assert clip._sentences(Condition(text="a cat")) == ("a cat",)
+        assert clip._sentences(Condition(text="a zebra")) == ("a zebra",)
+        assert "unknown to the encoder, whole (2" in clip._sentences(Condition(text="ein Bär"))
+        assert "nothing left" in clip._sentences(Condition(text="!?"))
+        clip._long_captions = "error"
+        assert "but the model reads 5" in clip._sentences(Condition(text="a a a a a a"))
+        clip._long_captions = "truncate"
+
+
+def test_prompts_are_looked_at_before_a_run() -> None:
+    config = {"rewards": {"clip": {"prompts": {"templates": ["{}"]}}}}
+    names = {"names": ["one", "two " * 40], "template": "{}"}
+    told = preflight(validate({**config, "conditions": names}, "here")).problems
+    (problem,) = [each for each in told if "rewards.clip" in each and "prompts" in each]
+    assert "1 of 2 are not read as written; the first is number 2" in problem
+    assert "set rewards.clip.prompts.long_captions to truncate" in problem
+    config["rewards"]["clip"]["prompts"]["long_captions"] = "truncate"
+    found = preflight(validate({**config, "conditions": names}, "here"))
+    assert not any("rewards.clip" in each and "prompts" in each for each in found.problems)
+    assert any("rewards.clip" in note and "1 of 2 captions are cut" in note for note in found.notes)
 
 
 def test_text_features_are_kept_within_a_bound() -> None:

@@ -1,0 +1,102 @@
+"""Whether scorers read the texts that they will be given, before anything is started.
+
+Tokenizers alone are loaded, and only from what is here: of a model whose tokenizer would be fetched
+nothing can be said, and its scorer answers for each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from cluster.errors import CheckpointError, DataError
+from cluster.messages import Condition
+from cluster.preflight import Findings
+from cluster.readable import faults, notes
+from rewards.config import JudgeConfig, RewardsConfig
+from rewards.openclip import tokenizer_of
+from rewards.openclip_sources import (
+    HUB,
+    TOKENIZERS,
+    Source,
+    architecture_of,
+    directory_of,
+    find_source,
+)
+from rewards.prompts import LONG_CAPTIONS, Prompts
+from rewards.text_image import TextImageConfig
+from rewards.tokens import reading_of
+
+AT_MOST = 20_000  # conditions that are looked at: seconds
+
+
+def check_texts(
+    rewards: RewardsConfig,
+    judge: JudgeConfig | None,
+    foreign: Collection[str],
+    conditions: Sequence[Condition],
+    findings: Findings,
+) -> None:
+    """Texts of every scorer that compares images with words.
+
+    Args:
+        judge: None where nothing is evaluated.
+        foreign: pools with a runtime environment of their own.
+    """
+    scorers: list[tuple[str, TextImageConfig, str]] = [
+        (f"rewards.{name}", term, term.model)
+        for name, term in (("clip", rewards.clip), ("hps", rewards.hps))
+        if term.enabled and term.pool not in foreign
+    ]
+    if judge is not None:
+        scorers.append(("judge.clip", judge.clip, judge.clip.model))
+    for field, config, model in scorers:
+        with findings.of(f"{field}.prompts"):
+            _check(field, config, model, conditions[:AT_MOST], findings)
+
+
+def _check(
+    field: str,
+    config: TextImageConfig,
+    model: str,
+    conditions: Sequence[Condition],
+    findings: Findings,
+) -> None:
+    tokenizer = local_tokenizer(model)
+    if tokenizer is None:
+        return
+    prompts = Prompts(config.prompts)
+    # of one condition's sentences the longest stands for all
+    texts = [max(prompts(condition), key=len) for condition in conditions]
+    readings = [reading_of(tokenizer, text) for text in texts]
+    option = f"{field}.{LONG_CAPTIONS}"
+    if wrong := faults(texts, readings, config.prompts.long_captions, option):
+        raise DataError(f"{field}: the conditions' texts, by the tokenizer of {model}: {wrong}")
+    findings.notes += [f"{field} ({model}): {note}" for note in notes(texts, readings)]
+
+
+def local_tokenizer(model: str) -> Any:
+    """The tokenizer of an open_clip model; None where it would have to be fetched, or cannot be
+    loaded (then neither can the model, which has checks of its own)."""
+    try:
+        if directory_of(model) is not None:
+            source = find_source(model, "")
+            config = source.tokenizer or {}
+            beside = any((Path(source.file).parent / name).is_file() for name in TOKENIZERS)
+        else:
+            source, beside = Source(name=model), False
+            config = {} if model.startswith(HUB) else architecture_of(model).get("text_cfg", {})
+        if not config:
+            return None
+        repository = "" if beside else config.get("hf_tokenizer_name", "")
+        return None if repository and not _is_cached(repository) else tokenizer_of(source)
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError):
+        return None
+
+
+def _is_cached(repository: str) -> bool:
+    cache = huggingface_hub.try_to_load_from_cache
+    return any(isinstance(cache(repository, file), str) for file in TOKENIZERS[:2])

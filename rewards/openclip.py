@@ -44,7 +44,7 @@ ROOM = 1 << 22  # numbers by which a model may be larger than its file says, wha
 logger = logging.getLogger(__name__)
 
 
-class _NoTokenizerError(Exception):
+class NoTokenizerError(Exception):
     """A tokenizer cannot be had; the message says whose and what to do."""
 
 
@@ -89,7 +89,7 @@ class TextImageModel:
                 self.model: Any = _create(source, precision=precision, device=device)
             self.model.eval().requires_grad_(False)
             self.tokenizer = tokenizer_of(source)
-        except _NoTokenizerError as error:
+        except NoTokenizerError as error:
             raise CheckpointError(f"open_clip model {model!r}: {error}") from error
         except CheckpointError:
             raise
@@ -228,14 +228,14 @@ def tokenizer_of(source: Source) -> Any:
     """The tokenizer that belongs to a source.
 
     Raises:
-        _NoTokenizerError: its files are missing, damaged or cannot be fetched.
+        NoTokenizerError: its files are missing, damaged or cannot be fetched.
     """
     try:
         return _load_tokenizer(source)
     except Exception as error:  # transformers and the hub raise anything
         config = source.tokenizer or architecture_of(source.name).get("text_cfg", {})
         named = config.get("hf_tokenizer_name") or "its tokenizer"
-        raise _NoTokenizerError(
+        raise NoTokenizerError(
             f"the tokenizer ({named}) cannot be loaded ({brief(error)}): without a network, put "
             f"its files ({TOKENIZERS[0]}, {TOKENIZERS[1]}) and the model's {DIRECTORY_CONFIG} into "
             "the directory of the weights, and set model to that directory"

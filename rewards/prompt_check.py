@@ -17,7 +17,7 @@ from cluster.messages import Condition
 from cluster.preflight import Findings
 from cluster.readable import faults, notes
 from rewards.config import JudgeConfig, RewardsConfig
-from rewards.openclip import tokenizer_of
+from rewards.openclip import NoTokenizerError, tokenizer_of
 from rewards.openclip_sources import (
     HUB,
     TOKENIZERS,
@@ -93,7 +93,7 @@ def local_tokenizer(model: str) -> Any:
             return None
         repository = "" if beside else config.get("hf_tokenizer_name", "")
         return None if repository and not _is_cached(repository) else tokenizer_of(source)
-    except (CheckpointError, OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError):
+    except (NoTokenizerError, CheckpointError, OSError):
         return None
 
 

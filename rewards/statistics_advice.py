@@ -14,12 +14,17 @@ from cluster.invocation import command_of
 from rewards.reference_images import read_header
 
 MU = "mu"
+NUMPY, TORCH = "numpy.load", "torch.load"  # each without pickled objects
 SAVE = "numpy.savez('statistics.npz', mu=mu, sigma=sigma)"
 FROM_FEATURES = (
     "numpy.savez('statistics.npz', mu=features.mean(0), sigma=numpy.cov(features, rowvar=False), "
     "count=len(features))"
 )
 EXPECTED = "not an .npz file with arrays 'mu' and 'sigma' (or torch-fidelity's .pt), but"
+
+
+OPEN = (FileKind.BINARY, FileKind.TEXT)
+PICKLES = (".pkl", ".pickle", ".p")  # of protocol 0, which has no mark of its own
 
 
 def build_command(images: object) -> str:
@@ -33,7 +38,7 @@ def other_kind(place: Path, path: str | os.PathLike[str], kind: FileKind) -> str
         return f"{EXPECTED} {_one_array(place, path)}"
     if kind is FileKind.CUT_ZIP:
         return "not a readable .npz file: it was cut off; fetch or build it again"
-    if kind is FileKind.PICKLE or (kind is FileKind.BINARY and place.suffix.lower() == ".pkl"):
+    if kind is FileKind.PICKLE or (kind in OPEN and place.suffix.lower() in PICKLES):
         return (
             f"{EXPECTED} pickled Python objects, which are not read: they can run any program. EDM "
             "publishes the same statistics as .npz files (fid-refs/*.npz); otherwise build them "
@@ -77,18 +82,26 @@ def _one_array(place: Path, path: str | os.PathLike[str]) -> str:
 
 
 def no_moments(
-    path: str | os.PathLike[str], found: Sequence[str], shape_of: Callable[[str], tuple[int, ...]]
+    path: str | os.PathLike[str],
+    found: Sequence[str],
+    shape_of: Callable[[str], tuple[int, ...]],
+    loader: str,
 ) -> str:
-    """What a file of arrays without moments may hold, by their names and shapes."""
-    if any(len(shape_of(key)) == 4 for key in found):
+    """What a file of arrays without moments may hold, by their names and shapes.
+
+    Args:
+        loader: function that reads the file.
+    """
+    if loader == NUMPY and any(len(shape_of(key)) == 4 for key in found):
         return (
             f"holds samples (arrays {found}), not the reference moments 'mu' and 'sigma': build "
             f"them with {build_command(path)}"
         )
-    for key in found:
-        shape = shape_of(key)
-        if len(shape) == 2 and shape[0] != shape[1] and min(shape) > 1 and MU not in found:
-            loaded = f"features = numpy.load({str(path)!r})[{key!r}]"
+    shapes = {key: shape for key in found if len(shape := shape_of(key)) > 1}
+    if len(shapes) == 1 and MU not in found:
+        ((key, shape),) = shapes.items()
+        if len(shape) == 2 and shape[0] != shape[1] and min(shape) > 1:
+            loaded = f"features = {loader}({str(path)!r})[{key!r}]"
             return f"holds {like_features(shape)} ({key!r}): {loaded}; {FROM_FEATURES}"
     return f"needs arrays 'mu' and 'sigma', found {found}: is this a file of FID statistics?"
 

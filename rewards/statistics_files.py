@@ -28,11 +28,12 @@ from cluster.paths import expanded
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
 from rewards.reference_images import read_header
-from rewards.statistics_advice import build_command, no_moments, other_kind
+from rewards.statistics_advice import NUMPY, build_command, no_moments, other_kind
 from rewards.torch_statistics import TorchArrays
 
 SYMMETRY = 1e-6  # relative to the largest entry: float32 files are symmetric to rounding
 INDEFINITE = 1e-5  # relative to the norm; rounding to float32 moves eigenvalues by 6e-8 of it
+LARGEST = 1e100  # whose products are finite; features are nowhere near
 END_RECORD, MOST_COMMENT, MANY = 22, 1 << 16, 0xFFFF  # of a zip archive (APPNOTE.TXT 4.3.16)
 MU, SIGMA, VARIANCES = "mu", "sigma", "sigma_diagonal"
 
@@ -52,6 +53,9 @@ class Statistics:
 class ArraySource(Protocol):
     """Arrays by name."""
 
+    loader: str
+    """Function that reads such a file."""
+
     @property
     def names(self) -> Sequence[str]: ...
 
@@ -68,7 +72,7 @@ class ArrayFile:
     def __init__(self, path: str | os.PathLike[str], source: ArraySource) -> None:
         self.path, self._source = path, source
         self.names = sorted(source.names)
-        self.shape = source.shape
+        self.shape, self.loader = source.shape, source.loader
 
     def __contains__(self, key: str) -> bool:
         return key in self.names
@@ -186,7 +190,9 @@ def read_statistics(file: ArrayFile, prefix: str = "", *, diagonal: bool = False
     """
     mu_key, sigma_key, diagonal_key = (prefix + key for key in (MU, SIGMA, VARIANCES))
     if mu_key not in file or not {sigma_key, diagonal_key} & set(file.names):
-        raise DataError(f"{file.path}: {no_moments(file.path, file.names, file.shape)}")
+        raise DataError(
+            f"{file.path}: {no_moments(file.path, file.names, file.shape, file.loader)}"
+        )
     alone = sigma_key not in file
     if alone and not diagonal:
         raise DataError(
@@ -213,6 +219,8 @@ def read_statistics(file: ArrayFile, prefix: str = "", *, diagonal: bool = False
 
 
 class _Npz:
+    loader = NUMPY
+
     def __init__(self, file: np.lib.npyio.NpzFile) -> None:
         self._file, self.names = file, file.files
 
@@ -341,4 +349,6 @@ class _Checks:
         if not np.isfinite(array).all():
             count = int((~np.isfinite(array)).sum())
             raise self.refuse(key, "finite numbers", f"{count} that are not finite")
+        if (largest := np.abs(array).max(initial=0)) > LARGEST:
+            raise self.refuse(key, f"numbers below {LARGEST:g}", f"{largest:.3g}")
         return array

@@ -14,15 +14,17 @@ import numpy as np
 from cluster.errors import DataError
 from cluster.pickles import MalformedError, Opaque
 from cluster.torch_files import TensorRecord, TorchFile
-from rewards.statistics_advice import EXPECTED, FROM_FEATURES, SAVE, like_features
+from rewards.statistics_advice import EXPECTED, FROM_FEATURES, SAVE, TORCH, like_features
 
 KINDS = "fiub"
-_ARRAY, _BUFFER = "multiarray._reconstruct", "numeric._frombuffer"
+_ARRAY, _BUFFER, _SCALAR = "multiarray._reconstruct", "numeric._frombuffer", "multiarray.scalar"
 _DTYPE = "numpy.dtype"
 
 
 class TorchArrays:
     """Arrays and plain tensors of the dictionary in a file; a value is built when it is read."""
+
+    loader = TORCH
 
     def __init__(self, place: Path, path: str | os.PathLike[str]) -> None:
         """
@@ -79,6 +81,8 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
     if name.endswith(_BUFFER) and len(arguments) == 4:  # protocol 5
         data, dtype, shape, order = arguments
         return Opaque(name, (1, shape, dtype, order == "F", data))
+    if name.endswith(_SCALAR) and len(arguments) == 2:
+        return Opaque(name, (1, (), arguments[0], False, arguments[1]))
     if name == "_codecs.encode" and arguments[1:] == ("latin1",):  # bytes, in protocol 2
         return arguments[0].encode("latin1")
     return None
@@ -88,7 +92,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     """Of an array or tensor; None of anything else."""
     if isinstance(value, TensorRecord):
         return value.shape
-    if isinstance(value, Opaque) and value.name.endswith((_ARRAY, _BUFFER)):
+    if isinstance(value, Opaque) and value.name.endswith((_ARRAY, _BUFFER, _SCALAR)):
         state = value.state
         if isinstance(state, tuple) and len(state) == 5 and isinstance(state[1], tuple):
             return state[1] if all(type(n) is int and n >= 0 for n in state[1]) else None
@@ -117,7 +121,7 @@ def _other(content: Any, path: str | os.PathLike[str]) -> str:
     """What a file is that holds no dictionary."""
     shape = _shape(content)
     if shape and len(shape) == 2:
-        loaded = f"features = torch.load({str(path)!r}).numpy()"
+        loaded = f"features = {TORCH}({str(path)!r}).numpy()"
         return f"{like_features(shape)}: {loaded}; {FROM_FEATURES}"
     what = content.name if isinstance(content, Opaque) else type(content).__name__
     found = f"one tensor of shape {shape}" if shape is not None else f"{what} of torch.save"

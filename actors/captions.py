@@ -42,6 +42,7 @@ from cluster.errors import ConfigError, TesseraError
 from cluster.invocation import command_of
 from cluster.locks import locked_file
 from cluster.paths import output_path
+from cluster.precision import exact_fp32
 from cluster.readable import LongCaptions
 
 __all__ = [
@@ -110,6 +111,7 @@ def encode_file(config: CaptionsConfig) -> None:
     """
     if config.batch < 1 or config.max_tokens < 1:
         raise ConfigError("batch and max_tokens must be >= 1")
+    exact_fp32()
     features = output_path(config.features, "FEATURES")
     with locked_file(features, str(features)):
         if features.exists():

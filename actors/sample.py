@@ -47,6 +47,7 @@ from cluster.invocation import command_of
 from cluster.locks import locked, locked_file
 from cluster.messages import Condition, RequestKey, SamplingSpec
 from cluster.paths import output_path
+from cluster.precision import exact_fp32
 from cluster.streams import printable
 from cluster.strict_json import dumps
 
@@ -146,6 +147,7 @@ def prepare(config: SampleConfig) -> Plan:
     check(config)
     source, device = find_source(config), resolve_device(config.device)
     dtype = _dtype(config.dtype, device)
+    exact_fp32()
     policy = load_policy(source.policy, device=device, dtype=dtype)
     decoder = load_decoder(source.tokenizer, device=device)
     codes = decoder.config.codebook_size

@@ -18,6 +18,7 @@ from actors.models.loading import PolicyConfig, TokenizerConfig, load_decoder, l
 from actors.steps import Workspace
 from cluster.errors import CheckpointError, FleetError
 from cluster.messages import TRAIN, RolloutGroup, SampleRequest, Span, WeightSnapshot
+from cluster.precision import exact_fp32
 from cluster.roles import Resources
 from cluster.transports import TakeUp
 from cluster.weights import load_weights
@@ -63,6 +64,7 @@ class Sampler:
     """
 
     def __init__(self, config: SamplerConfig, name: str = "sampler") -> None:
+        exact_fp32()
         self.name = name
         self.version = -1  # no weights yet: it refuses to serve
         resources = config.resources

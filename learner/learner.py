@@ -16,6 +16,7 @@ from actors.models.loading import PolicyConfig, TokenizerConfig
 from cluster.background import Background
 from cluster.errors import FleetError, LearningError
 from cluster.messages import SamplingSpec, Span, WeightSnapshot
+from cluster.precision import exact_fp32
 from cluster.tensors import read_tensors
 from cluster.weights import Packer, SnapshotName, open_snapshot, pack_adapters
 from learner.batch import TrainingBatch
@@ -80,6 +81,7 @@ class Learner:
     """
 
     def __init__(self, config: LearnerConfig, name: str = "learner") -> None:
+        exact_fp32()
         self.name, self._config = name, config
         self.version = 0
         self._policy = TrainedPolicy(

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError, DataError
+from cluster.precision import exact_fp32
 from cluster.tensors import locate
 from rewards.base import FeatureExtractor, Images
 from rewards.convnet import load_convnet
@@ -137,6 +138,7 @@ def load_features(config: FeaturesConfig, device: str = "cpu") -> FeatureExtract
 
 def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
     """Fingerprints name the preprocessing: whoever changes one changes its name."""
+    exact_fp32()
     network: nn.Module
     embed: Callable[[Tensor], Tensor]
     if config.network == "inception":

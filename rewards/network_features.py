@@ -26,8 +26,8 @@ class NetworkFeatures:
         preprocess: n images of one size, (n, H, W, 3) uint8 -> (n, 3, S, S) fp32.
         fingerprint: of network, weights and preprocessing.
         batch: images at a time through the network.
-        precision: bf16 computes under autocast; weights stay fp32. fp32 is fp32 on GPUs, too: no
-            TF32, which cuDNN takes by default.
+        precision: bf16 computes under autocast; weights stay fp32. fp32 is fp32 on GPUs, too, in
+            processes that `cluster.precision` prepared.
     """
 
     def __init__(
@@ -76,26 +76,8 @@ class NetworkFeatures:
         if self._precision == "bf16":
             with torch.autocast(self._device.type, torch.bfloat16):
                 yield
-        elif self._device.type == "cuda":
-            with no_tf32():
-                yield
         else:
             yield
-
-
-@contextmanager
-def no_tf32() -> Iterator[None]:
-    """Convolutions and matrix products of fp32 in fp32, whatever the process has chosen."""
-    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    places = (conv, torch.backends.cuda.matmul)
-    before = [place.fp32_precision for place in places]
-    try:
-        for place in places:
-            place.fp32_precision = "ieee"
-        yield
-    finally:
-        for place, precision in zip(places, before):
-            place.fp32_precision = precision
 
 
 def each_size(images: Images, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -20,6 +20,7 @@ from cluster.messages import (
     ServerStats,
     Span,
 )
+from cluster.precision import exact_fp32
 from cluster.roles import FEATURE_BATCH
 from rewards.base import FeatureExtractor, Images, Scorer
 from rewards.batcher import Batcher
@@ -57,6 +58,7 @@ class RewardServer:
     """
 
     def __init__(self, config: RewardServerConfig, name: str = "reward-server") -> None:
+        exact_fp32()
         self.name, self._threads = name, config.num_threads
         self._panels = build_panels(config, config.batching.max_batch or None)
         self._failed = 0

@@ -24,7 +24,7 @@ from rewards.fid import Reference
 from rewards.inception import FidInception
 from rewards.moments_config import MomentsConfig
 from rewards.moments_server import MomentsServer
-from rewards.network_features import NetworkFeatures, no_tf32
+from rewards.network_features import NetworkFeatures
 from rewards.reference import main, read_reference, read_stored
 from rewards.weight_files import published_file, weights_digest
 from tests.unit.test_inception import pictures, randomise
@@ -231,20 +231,6 @@ def test_precision_is_part_of_the_space(files: dict[str, str]) -> None:
     gap = np.abs(exact(images) - rough(images)).max()
     assert 1e-4 < gap < 0.1
     assert rough.fingerprint == f"{exact.fingerprint}-bf16"
-
-
-def test_tf32_is_off_and_comes_back() -> None:
-    places = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = [place.fp32_precision for place in places]
-
-    def failing() -> None:
-        with no_tf32():
-            assert [place.fp32_precision for place in places] == ["ieee", "ieee"]
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        failing()
-    assert [place.fp32_precision for place in places] == before
 
 
 def test_batches_and_order_change_nothing(files: dict[str, str]) -> None:

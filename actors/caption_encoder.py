@@ -20,6 +20,7 @@ import torch
 from cluster.errors import ConfigError, DataError
 from cluster.readable import LongCaptions, Reading, faults, notes
 from cluster.torchvision_ops import ensure_torchvision
+from cluster.weight_checks import check_finite
 
 DEFAULT_ENCODER = "google/flan-t5-xl"
 MAX_TOKENS = 120
@@ -260,4 +261,5 @@ def _load(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
             f"encoder {model}: not a T5 encoder, {len(missing)} tensors are missing, the first is "
             f"{missing[0]!r}"
         )
+    check_finite(module.state_dict(), f"encoder {model} in {dtype}")
     return tokenizer, module

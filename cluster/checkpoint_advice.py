@@ -78,7 +78,7 @@ def no_checkpoint(file: Path, source: str, kind: FileKind) -> str:
 
 def broken(source: str, problem: str) -> str:
     """The message for a file that is not whole."""
-    return f"{source}: not a whole PyTorch checkpoint ({problem}); was it cut short? Fetch it again"
+    return f"{source}: not a whole checkpoint ({problem}); was it cut short? Fetch it again"
 
 
 def executes(names: Collection[str]) -> str:

@@ -271,6 +271,8 @@ def _weights(source: str, content: Any, ema: bool) -> tuple[str, Mapping[Any, An
     where, state = "the file", content
     for _ in range(_NESTED):
         present = [key for key in keys if key in state and not _is_tensor(state[key])]
+        if len(present) > 1:  # a rate under "ema", a name under "model"
+            present = [key for key in present if _may_hold_tensors(state[key])] or present
         if len(present) > 1:
             raise CheckpointError(
                 f"{source}: ambiguous, weights under {listed(present)} at once; save the one you "
@@ -298,10 +300,20 @@ def _weights(source: str, content: Any, ema: bool) -> tuple[str, Mapping[Any, An
             f"{source}: expected weights under {listed(LAYOUTS)}, or nothing but tensors, found "
             f"the entries {listed(content)}"
         )
+    if isinstance(state, Opaque):
+        raise CheckpointError(refused_object(source, state.name, f" under {where!r}"))
     if not isinstance(state, dict) or not state:
         found = "nothing" if isinstance(state, dict) else _type(state)
         raise CheckpointError(f"{source}: expected tensors by name in {where}, found {found}")
     return where, state
+
+
+def _may_hold_tensors(value: Any, depth: int = _NESTED) -> bool:
+    """Whether it is a dict that is empty, or has a tensor somewhere in it."""
+    if not isinstance(value, dict) or not depth:
+        return False
+    inside = value.values()
+    return not value or any(_is_tensor(v) or _may_hold_tensors(v, depth - 1) for v in inside)
 
 
 def _is_tensor(value: Any) -> bool:

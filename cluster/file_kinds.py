@@ -102,7 +102,7 @@ def file_kind(path: str | os.PathLike[str]) -> FileKind:
     for start, kind in _STARTS:
         if head.startswith(start):
             return kind
-    if head[8:10] == b'{"' and struct.unpack("<Q", head[:8])[0] < 1 << 40:
+    if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 40:
         return FileKind.SAFETENSORS
     if head[:1] == b"\x80":
         # torch's legacy files are a series of pickles, of which the first is a magic number.

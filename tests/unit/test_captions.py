@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from actors import caption_encoder, sample
 from actors.caption_encoder import check_captions
@@ -24,8 +26,8 @@ from actors.captions import (
 )
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
 from actors.models.loading import TokenizerConfig
-from cluster.errors import ConfigError, DataError
-from cluster.tensors import read_config, write_tensors
+from cluster.errors import CheckpointError, ConfigError, DataError
+from cluster.tensors import read_config, read_tensors, write_tensors
 from cluster.torchvision_ops import ensure_torchvision
 
 ensure_torchvision()
@@ -82,6 +84,20 @@ def reference(encoder_path: str, texts: list[str], length: int = 120) -> list[np
         hidden = model(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
     counts = tokens["attention_mask"].sum(1).tolist()
     return [rows[:count].numpy() for rows, count in zip(hidden, counts)]
+
+
+def test_weights_that_are_not_finite_are_named(encoder_path: str, tmp_path: Path) -> None:
+    """In the file, or after the change to a type that cannot hold them."""
+    folder = tmp_path / "t5"
+    shutil.copytree(encoder_path, folder)
+    file = folder / "model.safetensors"
+    for value, dtype in ((float("nan"), "float32"), (1e5, "float16")):
+        tensors = read_tensors(file)
+        name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+        tensors[name][0, 0] = value
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=rf"encoder .*t5 in .* tensor '{name}' is not fi"):
+            CaptionEncoder(str(folder), dtype=dtype)  # type: ignore[arg-type]
 
 
 def test_features_are_those_of_transformers(encoder: CaptionEncoder, encoder_path: str) -> None:

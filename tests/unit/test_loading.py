@@ -25,6 +25,7 @@ from actors.models.vq import VQConfig, VQTokenizer
 from actors.models.zoo import MODELS, named
 from cluster.errors import CheckpointError, ConfigError
 from cluster.tensors import write_tensors
+from tests.file_rows import reads
 from tests.unit.helpers import TINY, tiny_policy
 from tests.unit.test_official import same, trainer_file
 
@@ -227,6 +228,7 @@ model:
 """
 
 
+@reads("actors/README.md", "`last.ckpt` of taming-transformers")
 def test_taming_files_load_through_their_project(tmp_path: Path) -> None:
     config = TamingConfig(
         dim=16, num_layers=2, num_heads=4, vocab_size=16, block_size=16, grid=4, num_classes=4

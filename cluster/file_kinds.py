@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -77,11 +78,18 @@ _STARTS: tuple[tuple[bytes, FileKind], ...] = (
     (b"GIF89a", FileKind.IMAGE),
     (b"II*\x00", FileKind.IMAGE),
     (b"MM\x00*", FileKind.IMAGE),
+    (b"\x00\x00\x00\x0cjP  \r\n", FileKind.IMAGE),  # JPEG 2000
+    (b"\xff\x4f\xff\x51", FileKind.IMAGE),
+    (b"qoif", FileKind.IMAGE),
 )
 _PAGES = (b"<!doctype html", b"<html", b"<head", b"<script")
 _BOMS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # torch.serialization.MAGIC_NUMBER
 _TAR_AT = 257
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes, of its versions
+_PNM = re.compile(
+    rb"P[1-6]\s+(?:#[^\n]*\n\s*)*[0-9]+\s+(?:#[^\n]*\n\s*)*[0-9]+\s|P[fF]\s[0-9]+ [0-9]+\s"
+)
 
 
 def file_kind(path: str | os.PathLike[str]) -> FileKind:
@@ -102,6 +110,8 @@ def file_kind(path: str | os.PathLike[str]) -> FileKind:
     for start, kind in _STARTS:
         if head.startswith(start):
             return kind
+    if image_head(head):
+        return FileKind.IMAGE
     if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 40:
         return FileKind.SAFETENSORS
     if head[:1] == b"\x80":
@@ -109,10 +119,6 @@ def file_kind(path: str | os.PathLike[str]) -> FileKind:
         return FileKind.TORCH_LEGACY if _TORCH_MAGIC in head[:32] else FileKind.PICKLE
     if head[_TAR_AT : _TAR_AT + 5] == b"ustar":
         return FileKind.TAR
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return FileKind.IMAGE
-    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"heic", b"mif1"):
-        return FileKind.IMAGE
     text = head.removeprefix(_BOMS[0]).lstrip().lower()
     if text.startswith(_PAGES) or (text.startswith(b"<?xml") and b"<html" in text):
         return FileKind.HTML
@@ -120,6 +126,19 @@ def file_kind(path: str | os.PathLike[str]) -> FileKind:
         return FileKind.TEXT
     # What has no mark of its own: pickles of protocol 0, files cut off at the front.
     return FileKind.BINARY
+
+
+def image_head(head: bytes) -> bool:
+    """Whether some bytes begin as an image does."""
+    if any(head.startswith(start) for start, kind in _STARTS if kind is FileKind.IMAGE):
+        return True
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return True
+    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"heic", b"heix", b"mif1"):
+        return True
+    if head[:2] == b"BM" and len(head) >= 18:
+        return struct.unpack("<I", head[14:18])[0] in _BMP_HEADERS
+    return _PNM.match(head) is not None
 
 
 def described(path: str | os.PathLike[str]) -> str:
@@ -140,8 +159,8 @@ def _archive(place: Path) -> FileKind:
     try:
         with zipfile.ZipFile(place) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error, UnicodeError, EOFError):
-        return FileKind.CUT_ZIP
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error, EOFError, RuntimeError):
+        return FileKind.CUT_ZIP  # RuntimeError: a damaged number asks for another version of zip
     # torch puts everything below one folder, whose name is that of the file it first wrote.
     inside = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inside or any(part.startswith("code/") for part in inside):

@@ -19,6 +19,7 @@ from cluster.roles import FEATURE_BATCH
 from cluster.tensors import locate
 from learner.config import RunConfig
 from learner.datasets import DIGITS, iterate_images, load_labels
+from rewards.class_labels import contradiction
 from rewards.diagnostics import few_images_warning
 from rewards.fid import Reference
 from rewards.joint import class_table, equal_trace_weight, joint_features
@@ -159,6 +160,12 @@ def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
         raise ConfigError(
             f"{term.reference} has joint moments of {found} classes, but the conditions are "
             f"{classes}: build it again with `{command_of('rewards.reference')} --joint`"
+        )
+    told = contradiction(stored.class_names, config.conditions.class_names)
+    if told:
+        raise ConfigError(
+            f"{term.reference} has its classes in another order than conditions.names: {told}: "
+            f"build it again with `{command_of('rewards.reference')} --joint classes --class-names`"
         )
     return RewardSpace(stored.class_table, stored.weight), stored.reference
 

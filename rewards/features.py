@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cluster.errors import ConfigError, DataError
 from cluster.precision import exact_fp32
 from cluster.tensors import locate
-from rewards.base import FeatureExtractor, Images
+from rewards.base import FeatureExtractor, Images, RowErrors
 from rewards.convnet import load_convnet
 from rewards.inception import (
     fid_pixels,
@@ -101,6 +101,8 @@ class PixelFeatures:
     """Brightness of every pixel, in [0, 1]: a space that no training has shaped."""
 
     fingerprint = "pixels"
+    one_size = True
+    """Of images of two sizes, a pixel of one has no counterpart in the other."""
 
     def __call__(self, images: Images) -> np.ndarray:
         """(N, H, W, 3) uint8 -> (N, H * W) float32.
@@ -109,6 +111,17 @@ class PixelFeatures:
             DataError: too many pixels for a covariance.
             RowErrors: a sequence of images of different sizes.
         """
+        sizes = [image.shape[:2] for image in images]
+        odd = {row: size for row, size in enumerate(sizes) if size != sizes[0]}
+        if odd:
+            height, width = sizes[0]
+            raise RowErrors(
+                {
+                    row: f"is {size[0]} x {size[1]}, but image 0 is {height} x {width}: pixels are "
+                    "compared of images of one size"
+                    for row, size in odd.items()
+                }
+            )
         return each_size(images, self._brightness)
 
     @staticmethod

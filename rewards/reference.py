@@ -51,6 +51,8 @@ class StoredReference:
     1e-4 of sigma)."""
     class_counts: np.ndarray | None = None
     """(C,) int64, images of each class."""
+    class_names: tuple[str, ...] = ()
+    """One a class, as the images' folders or labels name them; () where the file has none."""
     class_table: np.ndarray | None = None
     """(C, E) embeddings that the joint moments were made with (`rewards.joint.class_table`)."""
     weight: float = 0.0
@@ -117,7 +119,7 @@ def read_stored(
         # "count": of the public code of 2603.23086, whose `meta` is pickled and not looked at
         images = file.count("images" if "images" in file else "count", UNKNOWN)
         ddof, weight = file.count("ddof", 1), file.number("joint_weight", 0.0)
-        counts = file.numbers("class_counts", "iu", 1)
+        counts, names = file.numbers("class_counts", "iu", 1), file.texts("class_names")
         table = file.numbers("joint_table", "f", 2)
     if fingerprint and made_with and fingerprint != made_with:
         raise DataError(
@@ -131,6 +133,7 @@ def read_stored(
         images=images,
         ddof=ddof,
         class_counts=counts,
+        class_names=names,
         class_table=table,
         weight=weight,
     )

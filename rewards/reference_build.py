@@ -31,14 +31,17 @@ from cluster.errors import ConfigError, DataError, TesseraError
 from cluster.help import answer_help
 from cluster.invocation import command_of
 from cluster.locks import locked_file
-from cluster.paths import output_path
+from cluster.paths import expanded, output_path
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.signals import STOPPING, handled_by, interrupt
 from cluster.strict_json import dumps
 from rewards.base import FeatureExtractor
+from rewards.class_labels import described, read_class_names
 from rewards.features import FeaturesConfig, load_features
+from rewards.image_files import ImageSource
 from rewards.joint import class_table
-from rewards.reference_images import ImageSource, open_source, stack
+from rewards.reference_features import extract
+from rewards.reference_images import open_source
 from rewards.reference_sums import Conditions, Part, ReferenceSums
 
 AHEAD = 3  # batches in flight for each process
@@ -64,8 +67,8 @@ class ReferenceConfig:
     """
 
     images: Annotated[str, tyro.conf.arg(metavar="SOURCE")]
-    """A folder (PNG, JPEG, WebP, at any depth), a Parquet file or a folder of them (a column of
-    encoded images), or an .npz or .npy file of uint8 samples (N, H, W, 3)."""
+    """A folder of images (at any depth), a Parquet file or a folder of them (a column of encoded
+    images), or an .npz or .npy file of uint8 samples (N, H, W, 3)."""
     out: Path
     """The .npz file to write."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
@@ -76,8 +79,11 @@ class ReferenceConfig:
     of an .npz file."""
     label_column: str = ""
     """Parquet column of the classes, integers or names; empty: "label"."""
+    class_names: str = ""
+    """A text file with the names of all classes, one a line, in the order of their numbers. Empty:
+    names that are decimal numbers are their own, others are numbered in alphabetical order."""
     num_classes: int = 0
-    """Classes in all; 0: as many as occur."""
+    """Classes in all; 0: as many as there are."""
     joint: Literal["none", "classes", "embeddings"] = "none"
     """Also store moments of features joined with their conditions, for the conditional FID: with
     classes (implies --labels), or with the rows of --embeddings."""
@@ -120,34 +126,8 @@ class ReferenceConfig:
                 raise ConfigError(f"--{flag} must be >= {least}, found {getattr(self, name)}")
         if (self.joint == "embeddings") != (self.embeddings is not None):
             raise ConfigError("--joint embeddings and --embeddings FILE go together")
-
-
-def extract(source: ImageSource, extractor: FeatureExtractor, start: int, stop: int) -> Part:
-    """Features of images start..stop-1.
-
-    Raises:
-        DataError: the extractor refuses them, or its answer is not finite.
-    """
-    loaded = list(source.read(start, stop))
-    unreadable = [(image.name, image.error) for image in loaded if image.pixels is None]
-    kept = [index for index, image in enumerate(loaded) if image.pixels is not None]
-    pixels = [image.pixels for image in loaded if image.pixels is not None]
-    features = np.zeros((0, 0), np.float32)
-    for places, batch in stack(pixels):
-        try:
-            values = extractor(batch)
-        except DataError as error:
-            raise DataError(f"{loaded[kept[places[0]]].name}: {error}") from error
-        if not len(features):
-            features = np.empty((len(kept), values.shape[1]), np.float32)
-        features[places] = values
-    broken = np.flatnonzero(~np.isfinite(features).all(1))
-    if broken.size:
-        raise DataError(
-            f"{loaded[kept[broken[0]]].name}: its features are not finite: do the network's weights"
-            " fit?"
-        )
-    return Part(start, stop, np.array(kept, np.int64) + start, features, unreadable)
+        if self.class_names and not (self.labels or self.joint == "classes"):
+            raise ConfigError("--class-names are of --labels, or of --joint classes")
 
 
 def read_conditions(config: ReferenceConfig, source: ImageSource) -> Conditions:
@@ -157,16 +137,19 @@ def read_conditions(config: ReferenceConfig, source: ImageSource) -> Conditions:
         DataError: the source has no classes, or embeddings do not fit it.
         ConfigError: too few classes or too many dimensions.
     """
-    classes, table, rows = None, None, None
+    classes, table, rows, names = None, None, None, tuple[str, ...]()
     num_classes = config.num_classes
     if config.labels or config.joint == "classes":
-        classes = source.classes()
-        occurring = int(classes.max()) + 1
-        if num_classes and occurring > num_classes:
-            raise DataError(
-                f"--num-classes {num_classes}, but class {occurring - 1} occurs (from 0)"
-            )
-        num_classes = num_classes or occurring
+        given = read_class_names(expanded(config.class_names)) if config.class_names else ()
+        labels = source.classes(given)
+        classes, names = labels.indices, labels.names
+        if num_classes and labels.count > num_classes:
+            last = labels.count - 1
+            what = f"class {last} {names[last]!r}" if names else f"class {last}"
+            raise DataError(f"--num-classes {num_classes}, but {what} is there (from 0)")
+        num_classes = num_classes or labels.count
+        if names and len(names) < num_classes:
+            names += ("",) * (num_classes - len(names))
     if config.joint == "classes":
         try:
             table = class_table(num_classes, config.joint_dim, config.joint_seed)
@@ -174,7 +157,7 @@ def read_conditions(config: ReferenceConfig, source: ImageSource) -> Conditions:
             raise ConfigError(f"--joint classes: {error}") from None
     if config.embeddings is not None:
         rows = _read_rows(config.embeddings, len(source))
-    return Conditions(classes, num_classes, table, rows)
+    return Conditions(classes, num_classes, table, rows, names)
 
 
 def _read_rows(path: Path, count: int) -> np.ndarray:
@@ -324,7 +307,8 @@ def build(plan: Plan) -> ReferenceSums:
 
 def describe(plan: Plan, sums: ReferenceSums) -> list[str]:
     """What to say at the end."""
-    lines = [
+    lines = [*sums.notes]
+    lines += [
         f"{sums.images} images, {sums.dim} dimensions, features "
         f"{plan.extractor.fingerprint}: {plan.config.out}"
     ]
@@ -340,6 +324,15 @@ def describe(plan: Plan, sums: ReferenceSums) -> list[str]:
     return lines
 
 
+def announce(plan: Plan) -> list[str]:
+    """What to say before anything is computed: which images and classes are meant."""
+    lines = list(plan.source.remarks)
+    conditions = plan.conditions
+    if conditions.classes is not None:
+        lines.append(described(conditions.classes, conditions.num_classes, conditions.class_names))
+    return lines
+
+
 def run(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     example = ReferenceConfig(images="", out=Path())
@@ -352,6 +345,8 @@ def run(arguments: list[str] | None = None) -> int:
         config.check()
         with handled_by(interrupt), locked_file(config.out, f"--out {config.out}"):
             plan = prepare(config)
+            for line in announce(plan):
+                print(line)
             status = FAILED
             sums = build(plan)
     except (TesseraError, OSError) as error:

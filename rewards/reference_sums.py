@@ -6,7 +6,8 @@ Shapes: N images, M of them readable, D feature dimensions, E embedding dimensio
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ class Part:
     """(M, D) float32; (0, 0) if none could."""
     unreadable: list[tuple[str, str]]
     """Name and error."""
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """What was left out of images, in words -> of how many, and the first one's name."""
+    size: tuple[str, int, int] | None = None
+    """An image's name, height and width, where all must be of one size."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Conditions:
     """(C, E) if the embeddings are those of classes."""
     rows: np.ndarray | None
     """(N, E) if they were given."""
+    class_names: tuple[str, ...] = ()
+    """One a class, where the source or the user names them."""
 
     def join(self, kept: np.ndarray, features: np.ndarray) -> np.ndarray:
         """[features, embeddings] of images `kept`, or the features alone; float64."""
@@ -87,6 +94,9 @@ class _State:
     cursor: int = 0
     skipped: int = 0
     skipped_first: tuple[str, ...] = ()
+    notes: tuple[tuple[str, int, str], ...] = ()
+    """What was left out of images, of how many, the first one's name."""
+    size: tuple[str, int, int] | None = None
 
 
 class ReferenceSums:
@@ -112,6 +122,11 @@ class ReferenceSums:
         return self._state.skipped_first
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out of images, in lines."""
+        return tuple(f"{n} images, the first {at}: {what}" for what, n, at in self._state.notes)
+
+    @property
     def images(self) -> int:
         sums, pending = self._state.sums, self._state.pending
         return int(sums.weight if sums else 0) + (0 if pending is None else len(pending))
@@ -125,7 +140,14 @@ class ReferenceSums:
         return len(sums.shift) - self._conditions.dim if sums else 0
 
     def add(self, part: Part) -> None:
-        """Take in the next stretch."""
+        """Take in the next stretch.
+
+        Raises:
+            DataError: an image of another size than the others, where that matters.
+        """
+        known = self._state.size
+        if known and part.size and known[1:] != part.size[1:]:
+            raise DataError(mixed_sizes(known, part.size))
         counts, classes, sums = self._state.counts, self._conditions.classes, self._state.sums
         pending = self._state.pending
         if len(part.kept):
@@ -143,6 +165,8 @@ class ReferenceSums:
             cursor=part.stop,
             skipped=self._state.skipped + len(names),
             skipped_first=(self._state.skipped_first + names)[:NAMED],
+            notes=_added(self._state.notes, part.notes),
+            size=known or part.size,
         )
 
     def save(self, path: Path) -> None:
@@ -156,6 +180,8 @@ class ReferenceSums:
             "skipped": np.array(state.skipped),
             "skipped_first": np.array(state.skipped_first, dtype=np.str_),
             "counts": state.counts,
+            "notes": np.array([(what, str(n), at) for what, n, at in state.notes], dtype=np.str_),
+            "size": np.array(state.size or (), dtype=np.str_),
         }
         if state.sums is not None:
             arrays["shift"], arrays["weight"] = state.sums.shift, np.array(state.sums.weight)
@@ -182,6 +208,8 @@ class ReferenceSums:
                 cursor=int(arrays["cursor"]),
                 skipped=int(arrays["skipped"]),
                 skipped_first=tuple(str(name) for name in arrays["skipped_first"]),
+                notes=tuple((str(w), int(n), str(at)) for w, n, at in arrays.get("notes", ())),
+                size=_size_of(arrays.get("size", ())),
             )
         except DAMAGED_ARRAYS as error:
             return f"it is damaged ({error})"
@@ -206,6 +234,8 @@ class ReferenceSums:
         extra = {"source": np.array(list_fingerprint), "skipped": np.array(self.skipped)}
         if conditions.classes is not None:
             extra["class_counts"] = self._state.counts
+        if conditions.class_names:
+            extra["class_names"] = np.array(conditions.class_names, dtype=np.str_)
         dim = self.dim
         if conditions.dim:
             weight = weight or equal_trace_weight(sigma[:dim, :dim], sigma[dim:, dim:])
@@ -217,6 +247,28 @@ class ReferenceSums:
                 extra["joint_table"] = conditions.table
         reference = Reference(mean[:dim], sigma[:dim, :dim], fingerprint)
         write_reference(path, reference, images=self.images, ddof=1, extra=extra)
+
+
+def mixed_sizes(one: tuple[str, int, int], other: tuple[str, int, int]) -> str:
+    """What to say of two images (name, height, width) whose pixels cannot be compared."""
+    return (
+        f"{other[0]} is {other[1]} x {other[2]}, but {one[0]} is {one[1]} x {one[2]}: pixel "
+        "features compare images of one size: resize them, or choose a network"
+    )
+
+
+def _added(
+    notes: tuple[tuple[str, int, str], ...], more: Mapping[str, tuple[int, str]]
+) -> tuple[tuple[str, int, str], ...]:
+    found = {what: (count, first) for what, count, first in notes}
+    for what, (count, first) in more.items():
+        before, name = found.get(what, (0, first))
+        found[what] = before + count, name
+    return tuple((what, count, first) for what, (count, first) in found.items())
+
+
+def _size_of(stored: Any) -> tuple[str, int, int] | None:
+    return (str(stored[0]), int(stored[1]), int(stored[2])) if len(stored) else None
 
 
 def _flush(sums: MomentSums | None, rows: np.ndarray) -> MomentSums:

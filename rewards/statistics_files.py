@@ -143,6 +143,15 @@ class ArrayFile:
             raise DataError(f"{self.path}: {key}: expected a text, found {_kind(array)}")
         return str(array.reshape(()))
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Several texts; none where there are none."""
+        if key not in self:
+            return ()
+        array = self.array(key)
+        if array.ndim != 1 or array.dtype.kind != "U":
+            raise DataError(f"{self.path}: {key}: expected texts, found {_kind(array)}")
+        return tuple(map(str, array))
+
 
 @contextmanager
 def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:

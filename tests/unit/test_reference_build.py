@@ -78,8 +78,9 @@ def test_processes_change_nothing(tmp_path: Path, samples: Path) -> None:
             np.testing.assert_array_equal(one[key], two[key])
 
 
-def test_images_of_many_sizes_and_modes(tmp_path: Path) -> None:
-    """A gray, a palette and an RGBA image, JPEG, and sizes mixed: RGB as the FID tools load it."""
+def test_images_of_many_sizes_and_modes(tmp_path: Path, capsys) -> None:
+    """A gray, a palette and an RGBA image, JPEG, and sizes mixed: RGB as the FID tools load it.
+    Pixels are compared of one size alone."""
     source = tmp_path / "photos"
     source.mkdir()
     gray = Image.fromarray(IMAGES[0]).convert("L")
@@ -93,8 +94,15 @@ def test_images_of_many_sizes_and_modes(tmp_path: Path) -> None:
         image.save(source / name)
     shapes = [image.pixels.shape for image in open_source(str(source)).read(0, 5)]  # type: ignore[union-attr]
     assert shapes == [(3, 4, 3)] * 4 + [(4, 3, 3)]
+    assert build(source, tmp_path / "ref.npz") == 1
+    told = capsys.readouterr().err
+    assert f"{source}/e.png is 4 x 3, but {source}/a.png is 3 x 4" in told
+    assert "resize them, or choose a network" in told
+    assert build(source, tmp_path / "ref.npz") == 1  # sums that go on remember the size
+    assert "e.png is 4 x 3, but" in capsys.readouterr().err
+    (source / "e.png").unlink()
     assert build(source, tmp_path / "ref.npz") == 0
-    assert read_stored(tmp_path / "ref.npz").images == 5
+    assert read_stored(tmp_path / "ref.npz").images == 4
 
 
 @pytest.mark.parametrize("block", [1, 6, 1024])
@@ -187,7 +195,7 @@ def test_sums_without_some_images_go_on_only_if_asked(tmp_path: Path, capsys) ->
 
 def test_nothing_readable_is_refused(tmp_path: Path, capsys) -> None:
     source = tmp_path / "p.parquet"
-    parquet(source, [b"", b"no image"])
+    parquet(source, [b"", png(IMAGES[0])[:30]])
     assert build(source, tmp_path / "ref.npz", "--skip-unreadable") == 1
     assert "a covariance needs at least 2 images, found 0" in capsys.readouterr().err
 
@@ -284,9 +292,9 @@ def test_options_are_refused(tmp_path: Path, samples: Path, folder: Path, capsys
         (samples, ref, [*rows, str(tmp_path / "rows.npy")], r"found shape (4, 5)"),
         (samples, ref, [*rows, str(samples)], "found an .npz file"),
         (samples, ref, [*rows, str(tmp_path / "bad.npy")], "not a readable .npy file"),
-        (samples, ref, ["--labels", "--num-classes", "2"], "--num-classes 2, but class 2 occurs"),
+        (samples, ref, ["--labels", "--num-classes", "2"], "--num-classes 2, but class 2 is there"),
         (samples, ref, ["--joint", "classes", "--joint-dim", "3"], "embed into 1 to 2 dimensions"),
-        (tmp_path / "empty", ref, [], "no .png, .jpg, .jpeg, .webp files in it or below"),
+        (tmp_path / "empty", ref, [], "no images in it or below: it is empty"),
         (stray, ref, ["--labels"], "classes are the folders right below it, but a.png is in none"),
         (tmp_path / "plain.npy", ref, ["--labels"], "an .npy file has no classes"),
         (tmp_path / "no", ref, [], "no such file"),

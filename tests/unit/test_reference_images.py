@@ -81,7 +81,8 @@ def test_sources_that_hold_no_images_are_refused(tmp_path: Path) -> None:
         (lambda: table(a=cells, b=cells), "", "2 columns could hold .* name one with --image-col"),
         (lambda: table(a=cells, b=["x"]), "b", r"column 'b' holds no encoded images .*: \['a'\]"),
         (lambda: table(a=pa.array([], pa.binary())), "", "no rows"),
-        (lambda: raw("images.tar", b"x"), "", "expected a folder of .png, .* .parquet, .npz or"),
+        (lambda: raw("images.tar", b"x"), "", "expected a folder of images, .* found a text file"),
+        (lambda: table(a=[b"0123"]), "", r"column 'a' .* holds no .* begins with b'0123'"),
     ]
     for make, column, message in cases:
         with pytest.raises(DataError, match=message):

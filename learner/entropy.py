@@ -7,18 +7,44 @@ are exact means over tokens, in nats, of the distribution whose logprobs are lea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-# Constants of the public code of 2603.23086.
-PAPER_COEF = 2.2e-3
-PAPER_LOWEST, PAPER_HIGHEST = 7e-5, 4e-3
-PAPER_SHARPNESS = 3.0
-PAPER_DEAD_ZONE = 0.015
-PAPER_WARM_UP, PAPER_DECAY = 0.05, 0.85
-PAPER_TARGET = 0.78
-
 STEERED = ("target", "paper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperEntropy:
+    """Constants of the `paper` controller; the defaults are those of the public code of
+    2603.23086, whose environment variables they are called by."""
+
+    coef: float = 2.2e-3
+    """The coefficient between warm-up and decay, at the target (ENT_COEF_BASE)."""
+    min_coef: float = 7e-5
+    """Its floor (ENT_MIN)."""
+    max_coef: float = 4e-3
+    """Its ceiling (ENT_MAX)."""
+    dead_zone: float = 0.015
+    """Distance from the target, as a share of ln(vocabulary), that changes nothing
+    (ENT_DEADBAND)."""
+    sharpness: float = 3.0
+    """Exponent of the distance (ENT_K)."""
+    warmup: float = 0.05
+    """Share of the iterations in which it rises from 0 (WARMUP_FRAC)."""
+    decay_from: float = 0.85
+    """Share of the iterations after which it falls to 0 (DECAY_START_FRAC)."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.min_coef <= self.max_coef and min(self.coef, self.dead_zone) >= 0):
+            raise ValueError(
+                "entropy.paper: coef and dead_zone must be >= 0 and 0 <= min_coef <= max_coef, "
+                f"found {self}"
+            )
+        if not (0 <= self.warmup <= self.decay_from <= 1 and self.sharpness >= 0):
+            raise ValueError(
+                "entropy.paper: sharpness must be >= 0 and 0 <= warmup <= decay_from <= 1, found "
+                f"{self}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +67,7 @@ class EntropyConfig:
     target: float = 0.0
     """Entropy aimed at, as a share of ln(vocabulary), in [0, 1); 0 is the base policy's own, as
     measured. The public code has 0.78 for LlamaGen-L."""
+    paper: PaperEntropy = field(default_factory=PaperEntropy)
 
     def __post_init__(self) -> None:
         if min(self.coef, self.gain, self.max_coef) < 0:
@@ -83,7 +110,7 @@ def initial_state(config: EntropyConfig) -> EntropyState:
     if config.controller == "none":
         return EntropyState(0.0)
     if config.controller == "paper":
-        return EntropyState(paper_coefficient(0.0, 0.0))
+        return EntropyState(paper_coefficient(0.0, 0.0, config.paper))
     return EntropyState(config.coef)
 
 
@@ -103,7 +130,8 @@ def next_state(config: EntropyConfig, state: EntropyState, found: Measured) -> E
     if target is None:
         raise ValueError("this controller needs the base policy's entropy")
     if config.controller == "paper":
-        return EntropyState(paper_coefficient((target - found.entropy) / scale, found.progress))
+        gap = (target - found.entropy) / scale
+        return EntropyState(paper_coefficient(gap, found.progress, config.paper))
     average = found.entropy
     if state.average is not None and config.damping:
         average = config.damping * state.average + (1 - config.damping) * found.entropy
@@ -113,7 +141,7 @@ def next_state(config: EntropyConfig, state: EntropyState, found: Measured) -> E
     return EntropyState(coefficient, average)
 
 
-def paper_coefficient(gap: float, progress: float) -> float:
+def paper_coefficient(gap: float, progress: float, constants: PaperEntropy | None = None) -> float:
     """The public code's coefficient (2603.23086; read from the code, the paper may differ):
 
         e = target - H / ln V
@@ -124,10 +152,12 @@ def paper_coefficient(gap: float, progress: float) -> float:
     Args:
         gap: e, in units of ln V.
         progress: p, share of training done.
+        constants: other ones than these.
     """
-    scale = min(progress / PAPER_WARM_UP, 1.0)
-    if progress > PAPER_DECAY:
-        done = min((progress - PAPER_DECAY) / (1 - PAPER_DECAY), 1.0)
+    c = constants or PaperEntropy()
+    scale = progress / c.warmup if progress < c.warmup else 1.0
+    if progress > c.decay_from:
+        done = min((progress - c.decay_from) / (1 - c.decay_from), 1.0)
         scale = 0.5 * (1 + math.cos(math.pi * done))
-    sharp = math.exp(PAPER_SHARPNESS * gap) if abs(gap) > PAPER_DEAD_ZONE else 1.0
-    return min(max(PAPER_COEF * scale * sharp, PAPER_LOWEST), PAPER_HIGHEST)
+    sharp = math.exp(c.sharpness * gap) if abs(gap) > c.dead_zone else 1.0
+    return min(max(c.coef * scale * sharp, c.min_coef), c.max_coef)

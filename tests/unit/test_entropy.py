@@ -10,6 +10,7 @@ from learner.entropy import (
     EntropyConfig,
     EntropyState,
     Measured,
+    PaperEntropy,
     initial_state,
     next_state,
     paper_coefficient,
@@ -77,6 +78,43 @@ def test_a_target_of_ones_own_needs_no_base() -> None:
 )
 def test_paper_coefficient(gap: float, progress: float, expected: float) -> None:
     assert paper_coefficient(gap, progress) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gap", "progress", "expected"),
+    [
+        ({"coef": 1e-3}, 0.0, 0.5, 1e-3),  # ENT_COEF_BASE
+        ({"coef": 1e-3, "min_coef": 2e-3}, 0.0, 0.5, 2e-3),  # ENT_MIN
+        ({"max_coef": 1e-3}, 0.0, 0.5, 1e-3),  # ENT_MAX
+        ({"dead_zone": 0.2}, 0.1, 0.5, 2.2e-3),  # ENT_DEADBAND
+        ({"sharpness": 1.0}, 0.1, 0.5, 2.2e-3 * math.exp(0.1)),  # ENT_K
+        ({"warmup": 0.2}, 0.0, 0.1, 1.1e-3),  # WARMUP_FRAC
+        ({"warmup": 0.0}, 0.0, 0.0, 2.2e-3),
+        ({"decay_from": 0.5}, 0.0, 0.75, 1.1e-3),  # DECAY_START_FRAC
+        ({"decay_from": 1.0}, 0.0, 1.0, 2.2e-3),
+    ],
+)
+def test_its_constants_are_the_public_codes_variables(
+    changes: dict, gap: float, progress: float, expected: float
+) -> None:
+    constants = PaperEntropy(**changes)
+    assert paper_coefficient(gap, progress, constants) == pytest.approx(expected)
+    config = EntropyConfig(controller="paper", target=0.5, paper=constants)
+    scale = math.log(1000)
+    found = Measured(
+        entropy=(0.5 - gap) * scale, base_entropy=None, vocab_size=1000, progress=progress
+    )
+    coefficient = next_state(config, initial_state(config), found).coefficient
+    assert coefficient == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"coef": -1.0}, {"min_coef": 1.0}, {"warmup": 0.9}, {"decay_from": 1.5}, {"sharpness": -1.0}],
+)
+def test_impossible_constants_are_refused(changes: dict) -> None:
+    with pytest.raises(ValueError, match=r"entropy\.paper: "):
+        PaperEntropy(**changes)
 
 
 def test_paper_controller_measures_against_the_base_or_a_constant() -> None:

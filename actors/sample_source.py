@@ -213,7 +213,7 @@ def own_tokenizer(policy: PolicyConfig) -> TokenizerConfig | None:
     miniature's; None if nothing says."""
     if policy.checkpoint == PolicyConfig().checkpoint:
         return TokenizerConfig()
-    if policy.architecture.endswith((".yaml", ".yml")):
+    if policy.architecture.lower().endswith((".yaml", ".yml")):
         return TokenizerConfig(checkpoint=policy.checkpoint, architecture=policy.architecture)
     model = MODELS.get(policy.checkpoint) or MODELS.get(policy.architecture)
     if model is None or not model.tokenizer:

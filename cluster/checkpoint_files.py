@@ -308,12 +308,13 @@ def _weights(source: str, content: Any, ema: bool) -> tuple[str, Mapping[Any, An
     return where, state
 
 
-def _may_hold_tensors(value: Any, depth: int = _NESTED) -> bool:
-    """Whether it is a dict that is empty, or has a tensor somewhere in it."""
-    if not isinstance(value, dict) or not depth:
+def _may_hold_tensors(value: Any) -> bool:
+    """Whether it is a dict that is empty, or has a tensor in it or in a dict in it."""
+    if not isinstance(value, dict):
         return False
-    inside = value.values()
-    return not value or any(_is_tensor(v) or _may_hold_tensors(v, depth - 1) for v in inside)
+    dicts = {id(part): part for part in value.values() if isinstance(part, dict)}
+    inside = (part for found in (value, *dicts.values()) for part in found.values())
+    return not value or any(_is_tensor(part) for part in inside)
 
 
 def _is_tensor(value: Any) -> bool:

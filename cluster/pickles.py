@@ -13,7 +13,7 @@ damaged file allocates nothing: a stream gives no more bytes than it has.
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -61,8 +61,8 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 _MADE_OF_ITEMS: dict[str, Callable[[list[Any]], Any]] = {
     "TUPLE": tuple,
     "LIST": list,
-    "FROZENSET": frozenset,
-    "DICT": lambda items: dict(zip(items[::2], items[1::2], strict=True)),
+    "FROZENSET": lambda items: frozenset(map(_key, items)),
+    "DICT": lambda items: dict(_entries(items)),
 }
 # How the oldest protocols make an object of the class that is their first argument.
 _MAKERS = frozenset(
@@ -171,14 +171,14 @@ class _Machine:
             if isinstance(into, list):
                 into.extend(items)
             elif isinstance(into, set):
-                into.update(items)
+                into.update(map(_key, items))
             elif not isinstance(into, Opaque):
                 raise MalformedError(f"items for a {type(into).__name__}")
         elif name in ("SETITEM", "SETITEMS"):
             items = [self.pop(), self.pop()][::-1] if name == "SETITEM" else self.pop_items()
             into = self.top()
             if isinstance(into, dict):
-                into.update(zip(items[::2], items[1::2], strict=True))
+                into.update(_entries(items))
             elif not isinstance(into, Opaque):
                 raise MalformedError(f"entries for a {type(into).__name__}")
         else:
@@ -230,6 +230,19 @@ class _Machine:
             return Opaque(arguments[0].path)
         answer = self.call(made.path, arguments)
         return Opaque(made.path) if answer is None else answer
+
+
+def _entries(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Keys and values in turn."""
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        yield _key(key), value
+
+
+def _key(value: Any) -> Any:
+    """A value that is hashed. Python's hash of tuples in tuples, deep enough, ends the process."""
+    nests = (tuple, frozenset)
+    deep = isinstance(value, nests) and any(isinstance(part, nests) for part in value)
+    return Opaque(type(value).__name__) if deep else value
 
 
 def _text(argument: str) -> str:

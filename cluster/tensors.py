@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cluster.errors import CheckpointError, ConfigError
+from cluster.file_kinds import FileKind, described, file_kind
 from cluster.files import AGAIN, storage_error, writing
 from cluster.paths import expanded
 from cluster.strict_json import dumps
@@ -237,6 +238,10 @@ def _open(path: str | os.PathLike[str]) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
+        if file_kind(file) is not FileKind.SAFETENSORS:
+            raise CheckpointError(
+                f"{os.fspath(path)}: expected a safetensors file, found {described(file)}"
+            ) from error
         raise _damaged(file, error) from error
 
 

@@ -292,8 +292,12 @@ def _wrapped(made: Any, kind: Any, arguments: Any) -> Any:
 def _ordered(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     if not arguments:
         return {}
-    pairs = arguments[0]
-    return dict(pairs.items() if isinstance(pairs, dict) else (tuple(pair) for pair in pairs))
+    made: dict[Any, Any] = {}
+    for name, value in arguments[0].items() if isinstance(arguments[0], dict) else arguments[0]:
+        if isinstance(name, tuple):
+            raise MalformedError("a name that is no text")
+        made[name] = value
+    return made
 
 
 def _tensor(

@@ -324,7 +324,7 @@ def _no_preset(name: str, path: Path, shipped: list[str]) -> str:
     there = f"shipped presets are {', '.join(shipped)}"
     if name and path.is_dir():
         return f"--preset {name} is a directory: name a YAML file in it ({there})"
-    if path.suffix not in YAML and len(path.parts) < 2:  # meant as a name
+    if path.suffix.lower() not in YAML and len(path.parts) < 2:  # meant as a name
         hint = did_you_mean(name, shipped)
         return f"no preset {name!r}: {hint}there are {', '.join(shipped)}, or a path"
     try:

@@ -18,6 +18,7 @@ from cluster.errors import FleetError, LearningError
 from cluster.messages import SamplingSpec, Span, WeightSnapshot
 from cluster.precision import exact_fp32
 from cluster.tensors import read_tensors
+from cluster.weight_checks import check_finite
 from cluster.weights import Packer, SnapshotName, open_snapshot, pack_adapters
 from learner.batch import TrainingBatch
 from learner.entropy import EntropyConfig, Measured, initial_state, next_state
@@ -242,7 +243,9 @@ class Learner:
         state = LearnerState.read(directory)
         self._policy.restore(directory)
         optimizer = directory / OPTIMIZER_FILE
-        self._optimizer.load(read_tensors(optimizer), str(optimizer))
+        moments = read_tensors(optimizer)
+        check_finite(moments, str(optimizer))
+        self._optimizer.load(moments, str(optimizer))
         self.version, self._entropy = state.version, state.entropy
         self._base_entropy = state.base_entropy
         self._skipped = list(state.skipped)

@@ -99,7 +99,7 @@ def check_source(source: str) -> None:
         load_images(source)
         return
     place = locate(source)
-    if place.suffix == ".parquet":
+    if place.suffix.lower() == ".parquet":
         try:
             names = pq.read_schema(place).names
         except UNREADABLE_PARQUET as error:
@@ -117,7 +117,7 @@ def check_source(source: str) -> None:
 
 
 def _load(source: str, policy: Policy, tokenizer: TokenizerConfig) -> tuple[np.ndarray, np.ndarray]:
-    if source.endswith(".parquet"):
+    if source.lower().endswith(".parquet"):
         return _from_parquet(source)
     if not source.startswith(DIGITS):
         try:

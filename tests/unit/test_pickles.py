@@ -252,3 +252,16 @@ def _save(content: Any, file: Path, protocol: int, archive: bool) -> None:
 def test_damage_is_an_error_of_ours(program: bytes) -> None:
     with pytest.raises(MalformedError):
         read_pickle(io.BytesIO(program))
+
+
+def test_nesting_that_would_end_the_process() -> None:
+    """Hashing a tuple in a tuple in a tuple, ..., overflows the stack of C."""
+    deep = b")" + b"\x85" * 300_000
+    for program in (
+        b"\x80\x02}" + deep + b"Ns.",
+        b"\x80\x02}(" + deep + b"Nu.",
+        b"\x80\x02(" + deep + b"Nd.",
+        b"\x80\x04\x8f(" + deep + b"\x90.",
+        b"\x80\x04(" + deep + b"\x91.",
+    ):
+        assert len(read_pickle(io.BytesIO(program))) == 1

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from cluster.errors import DataError
-from cluster.sealing import DAMAGED_ARRAYS
+from cluster.file_kinds import described
+from cluster.paths import expanded
+from cluster.streams import printable
 from cluster.tensors import locate
-from rewards.base import check_images
-from rewards.reference_images import CLASSES, SAMPLES, SampleImages
+from rewards.reference_images import SampleImages, open_source
 
 DIGITS = "digits:"
+AT_ONCE = 1024  # images
 
 
 def load_images(source: str) -> np.ndarray:
@@ -28,9 +30,7 @@ def load_images(source: str) -> np.ndarray:
             return digits(source.removeprefix(DIGITS))[0]
         except ValueError as error:
             raise DataError(f"images {source!r}: {error}") from None
-    images = _array(source, SAMPLES, "an array")
-    check_images(images)
-    return images
+    return np.concatenate([*iterate_images(source, AT_ONCE)])
 
 
 def iterate_images(source: str, batch: int) -> Iterator[np.ndarray]:
@@ -44,13 +44,10 @@ def iterate_images(source: str, batch: int) -> Iterator[np.ndarray]:
         images = load_images(source)
         yield from (images[at : at + batch] for at in range(0, len(images), batch))
         return
-    try:
-        samples = SampleImages(locate(source))
-        for at in range(0, len(samples), batch):
-            read = samples.read(at, at + batch)
-            yield np.stack([image.pixels for image in read if image.pixels is not None])
-    except DAMAGED_ARRAYS as error:
-        raise DataError(f"{source}: not a readable .npz file ({error})") from error
+    samples = _samples(source)
+    for at in range(0, len(samples), batch):
+        read = samples.read(at, at + batch)
+        yield np.stack([image.pixels for image in read if image.pixels is not None])
 
 
 def load_labels(source: str) -> np.ndarray:
@@ -63,14 +60,18 @@ def load_labels(source: str) -> np.ndarray:
         from learner.miniature.data import digits
 
         return digits(source.removeprefix(DIGITS))[1].astype(np.int64)
-    return _array(source, CLASSES, "the classes as").astype(np.int64)
+    return _samples(source).classes().indices
 
 
-def _array(source: str, key: str, what: str) -> np.ndarray:
-    try:
-        with np.load(locate(source), allow_pickle=False) as file:
-            if key not in file:
-                raise DataError(f"{source}: needs {what} {key!r}, found {file.files}")
-            return file[key]
-    except DAMAGED_ARRAYS as error:
-        raise DataError(f"{source}: not a readable .npz file ({error})") from error
+def _samples(source: str) -> SampleImages:
+    """
+    Raises:
+        DataError: a folder, or a file of something else.
+    """
+    expected = "expected an .npz file of samples, arr_0 (N, H, W, 3) uint8 and, for classes, arr_1"
+    if expanded(source).is_dir():
+        raise DataError(f"{printable(source)}: {expected}, found a folder: write its images as one")
+    found = open_source(str(locate(source)))
+    if not isinstance(found, SampleImages):
+        raise DataError(f"{printable(source)}: {expected}, found {described(locate(source))}")
+    return found

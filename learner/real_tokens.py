@@ -18,8 +18,8 @@ from actors.caption_tables import UNREADABLE_PARQUET
 from actors.models.base import Policy
 from actors.models.loading import TokenizerConfig, load_tokenizer
 from cluster.errors import DataError
+from cluster.file_kinds import FileKind, described, file_kind
 from cluster.messages import Condition
-from cluster.paths import expanded
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
 from learner.datasets import DIGITS, load_images, load_labels
@@ -98,47 +98,74 @@ def check_source(source: str) -> None:
     if source.startswith(DIGITS):
         load_images(source)
         return
-    place = locate(source)
-    if place.suffix.lower() == ".parquet":
-        try:
+    place, names = locate(source), list[str]()
+    table = _is_table(source)
+    try:
+        if table:
             names = pq.read_schema(place).names
-        except UNREADABLE_PARQUET as error:
-            raise DataError(f"{source}: not a readable Parquet file ({error})") from error
-        wanted: tuple[str, ...] = (TOKENS, PARQUET_CLASSES)
-    else:
-        try:
+        elif file_kind(place) is FileKind.NPZ:
             with np.load(place, allow_pickle=False) as file:
                 names = file.files
-        except DAMAGED_ARRAYS as error:
-            raise DataError(f"{source}: not a readable .npz file ({error})") from error
+        else:
+            raise DataError(
+                f"{source}: expected an .npz or a Parquet file, found {described(place)}"
+            )
+    except (*UNREADABLE_PARQUET, *DAMAGED_ARRAYS) as error:
+        raise _unreadable(source, error) from error
+    wanted: tuple[str, ...] = (TOKENS, PARQUET_CLASSES)
+    if not table:
         wanted = (TOKENS, CLASSES) if TOKENS in names else (SAMPLES, SAMPLE_CLASSES)
     if lacking := [name for name in wanted if name not in names]:
         raise DataError(f"{source}: expected {' and '.join(wanted)}, found no {', '.join(lacking)}")
 
 
+def _is_table(source: str) -> bool:
+    """Whether a file is Parquet; where its content does not say, by its name."""
+    place = locate(source)
+    kind = file_kind(place)
+    unclear = kind in (FileKind.BINARY, FileKind.TEXT)
+    return kind is FileKind.PARQUET or (unclear and place.suffix.lower() == ".parquet")
+
+
+def _unreadable(source: str, error: Exception) -> DataError:
+    return DataError(f"real tokens {source}: not a readable file ({error}): write it again")
+
+
 def _load(source: str, policy: Policy, tokenizer: TokenizerConfig) -> tuple[np.ndarray, np.ndarray]:
-    if source.lower().endswith(".parquet"):
+    if source.startswith(DIGITS):
+        return _encoded(load_images(source), policy, tokenizer), load_labels(source)
+    if _is_table(source):
         return _from_parquet(source)
-    if not source.startswith(DIGITS):
-        try:
-            with np.load(expanded(source), allow_pickle=False) as file:
-                if TOKENS in file and CLASSES in file:
-                    return file[TOKENS].astype(np.int64), file[CLASSES].astype(np.int64)
-        except DAMAGED_ARRAYS as error:
-            raise DataError(f"real tokens {source}: not a readable .npz file ({error})") from error
+    try:
+        with np.load(locate(source), allow_pickle=False) as file:
+            if TOKENS in file and CLASSES in file:
+                tokens, classes = file[TOKENS], file[CLASSES]
+                return _whole(source, TOKENS, tokens), _whole(source, CLASSES, classes)
+    except DAMAGED_ARRAYS as error:
+        raise _unreadable(source, error) from error
     return _encoded(load_images(source), policy, tokenizer), load_labels(source)
 
 
 def _from_parquet(source: str) -> tuple[np.ndarray, np.ndarray]:
     try:
-        table = pq.read_table(expanded(source), columns=[TOKENS, PARQUET_CLASSES])
-        tokens = np.stack(table[TOKENS].to_numpy())
-    except (OSError, ValueError, pa.ArrowException) as error:
+        table = pq.read_table(locate(source), columns=[TOKENS, PARQUET_CLASSES])
+        tokens, classes = np.stack(table[TOKENS].to_numpy()), table[PARQUET_CLASSES].to_numpy()
+    except (OSError, ValueError, TypeError, pa.ArrowException, MemoryError) as error:
         raise DataError(
             f"real tokens {source}: expected columns {TOKENS} (lists of one length) and "
             f"{PARQUET_CLASSES}: {error}"
         ) from error
-    return tokens.astype(np.int64), table[PARQUET_CLASSES].to_numpy().astype(np.int64)
+    return _whole(source, TOKENS, tokens), _whole(source, PARQUET_CLASSES, classes)
+
+
+def _whole(source: str, name: str, values: np.ndarray) -> np.ndarray:
+    """int64. Floats are no tokens or classes, even where they are whole: pandas makes them of
+    columns in which some are missing."""
+    if values.dtype.kind not in "iu":
+        raise DataError(
+            f"real tokens {source}: {name} must be integers, all rows, found {values.dtype}"
+        )
+    return values.astype(np.int64)
 
 
 @torch.inference_mode()
@@ -171,6 +198,11 @@ def _check(source: str, tokens: np.ndarray, classes: np.ndarray, policy: Policy)
         raise DataError(
             f"real tokens {source}: {len(tokens)} images, but classes of shape {classes.shape}"
         )
+    for label in (classes.min(), classes.max()):
+        try:
+            policy.encode([Condition(text="", class_index=int(label))])
+        except DataError as error:
+            raise DataError(f"real tokens {source}: {error}") from error
     if tokens.min() < 0 or tokens.max() >= policy.vocab_size:
         raise DataError(
             f"real tokens {source}: values {tokens.min()} to {tokens.max()}, expected 0 to "

@@ -32,6 +32,7 @@ from rewards.image_parquet import ParquetImages, check_indices
 SAMPLES = "arr_0"  # as the ADM evaluator's batches name images and classes
 CLASSES = "arr_1"
 ARRAYS = (".npz", ".npy")
+CHUNK = 1 << 20  # bytes that are read at a time
 EXPECTED = "a folder of images, a Parquet file or a folder of them, an .npz or an .npy file"
 
 
@@ -55,7 +56,9 @@ def open_source(images: str, image_column: str = "", label_column: str = "") -> 
     if kind is FileKind.PARQUET or (unclear and suffix == ".parquet"):
         return ParquetImages([place], image_column, label_column)
     if kind in (FileKind.NPZ, FileKind.NPY, FileKind.CUT_ZIP) or (unclear and suffix in ARRAYS):
-        return SampleImages(place)
+        samples = SampleImages(place)
+        samples.verify()
+        return samples
     if kind is FileKind.IMAGE:
         raise DataError(f"{printable(images)}: one image: name the folder that holds them all")
     raise DataError(f"{printable(images)}: expected {EXPECTED}, found {described(place)}")
@@ -134,6 +137,21 @@ class SampleImages:
                 )
             pixels = np.frombuffer(data, np.uint8).reshape(self._shape[1:])
             yield Loaded(printable(f"{self.path} image {index}"), pixels)
+
+    def verify(self) -> None:
+        """Compare the images with the archive's checksum, which reading in stretches cannot do.
+
+        Raises:
+            DataError: they are damaged.
+        """
+        if self._single:
+            return
+        try:
+            with zipfile.ZipFile(self.path) as file, file.open(f"{SAMPLES}.npy") as member:
+                while member.read(CHUNK):
+                    pass
+        except DAMAGED_ARRAYS as error:
+            raise self._damaged(error) from error
 
     def _bytes(self, index: int, each: int) -> bytes:
         """Of one image; fewer where the file ends."""

@@ -106,7 +106,7 @@ def test_labels_go_with_images(tmp_path: Path) -> None:
     np.savez(file, arr_0=np.zeros((3, 8, 8, 3), np.uint8), arr_1=np.array([2, 0, 1]))
     assert load_labels(str(file)).tolist() == [2, 0, 1]
     np.savez(file, arr_0=np.zeros((3, 8, 8, 3), np.uint8))
-    with pytest.raises(DataError, match="needs the classes as 'arr_1'"):
+    with pytest.raises(DataError, match="no classes, array 'arr_1'"):
         load_labels(str(file))
 
 

@@ -95,7 +95,12 @@ def test_damaged_arrays(kind: str, tmp_path: Path) -> None:
             source.classes()
         return images
 
-    check_reader(path, read, 600, good=whole)
+    def good(found: list[Loaded]) -> bool:
+        """An .npz has a checksum; an .npy has none."""
+        pixels = [image.pixels for image in found]
+        return whole(found) and (kind == "npy" or np.array_equal(np.stack(pixels), IMAGES[:3]))
+
+    check_reader(path, read, 600, good=good)
 
 
 def test_damaged_files_in_a_folder(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from actors.models.taming import TamingConfig, TamingGPT
 from cluster.errors import DataError
 from learner.datasets import load_images, load_labels
 from learner.learner import OptimizerConfig
-from learner.real_tokens import RealTokens, RealTokensConfig, cross_entropy
+from learner.real_tokens import RealTokens, RealTokensConfig, check_source, cross_entropy
+from tests.fuzzing import check_reader
 from tests.unit.helpers import TINY, tiny_policy
 from tests.unit.learner_cases import batch_of, gradient, make, tiny_policy_file
 
@@ -103,6 +104,11 @@ def test_tokens_are_put_into_the_order_of_the_policy() -> None:
         ({"tokens": TOKENS[:, :4], "classes": CLASSES}, r"shape \(6, 4\), expected \(N, 9\)"),
         ({"tokens": TOKENS, "classes": CLASSES[:3]}, "6 images, but classes of shape"),
         ({"tokens": TOKENS + 15, "classes": CLASSES}, "expected 0 to 19"),
+        ({"tokens": TOKENS / 1, "classes": CLASSES}, "tokens must be integers, .* float64"),
+        ({"tokens": TOKENS, "classes": CLASSES + 0.5}, "classes must be integers, .* float64"),
+        # number num_classes is the unconditional token of classifier-free guidance
+        ({"tokens": TOKENS, "classes": CLASSES + TINY.num_classes - 3}, "classes"),
+        ({"tokens": TOKENS, "classes": CLASSES - 1}, "class"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, arrays: dict, message: str) -> None:
@@ -146,3 +152,42 @@ def test_its_gradient_adds_to_the_others(npz: str, tmp_path: Path) -> None:
     alone = torch.autograd.grad(-logprobs.mean() * 0.5, list(plain._policy.module.parameters()))
     expected = gradient(plain, batch) + torch.cat([part.flatten() for part in alone])
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-6)
+
+
+def test_what_a_file_is_decides(tmp_path: Path) -> None:
+    """Not its suffix; labels that are missing are no classes."""
+    np.savez(tmp_path / "real.npz", tokens=TOKENS, classes=CLASSES)
+    (tmp_path / "real.npz").rename(tmp_path / "REAL.NPZ")
+    table = pa.table({"tokens": TOKENS.tolist(), "class_index": CLASSES})
+    pq.write_table(table, tmp_path / "REAL.Parquet")
+    for name in ("REAL.NPZ", "REAL.Parquet"):
+        check_source(str(tmp_path / name))
+        np.testing.assert_array_equal(load(str(tmp_path / name)).tokens, TOKENS)
+    table = pa.table({"tokens": TOKENS.tolist(), "class_index": [*CLASSES[1:].tolist(), None]})
+    pq.write_table(table, tmp_path / "nulls.parquet")
+    with pytest.raises(DataError, match="class_index must be integers, all rows, found float64"):
+        load(str(tmp_path / "nulls.parquet"))
+    (tmp_path / "page.npz").write_text("<html>")
+    for read in (check_source, load):
+        with pytest.raises(DataError, match=r"a web page|not a readable file"):
+            read(str(tmp_path / "page.npz"))
+
+
+@pytest.mark.parametrize("kind", ["npz", "parquet"])
+def test_damaged_tokens(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"real.{kind}"
+    if kind == "npz":
+        np.savez(path, tokens=TOKENS, classes=CLASSES)
+    else:
+        pq.write_table(pa.table({"tokens": TOKENS.tolist(), "class_index": CLASSES}), path)
+
+    def read(given: Path) -> RealTokens:
+        check_source(str(given))
+        return load(str(given))
+
+    def good(found: object) -> bool:
+        assert isinstance(found, RealTokens)
+        same = np.array_equal(found.tokens, TOKENS) and np.array_equal(found.classes, CLASSES)
+        return same or kind == "parquet"  # which has no checksum
+
+    check_reader(path, read, 500, good=good)

@@ -21,6 +21,7 @@ from torch import Tensor
 from actors.distribution import log_distribution, mixed_logits, unfiltered_logprobs
 from actors.models.base import Conditions, Policy
 from actors.steps import Drawn, Workspace, guided_rows
+from cluster.errors import NotFiniteError
 from cluster.messages import RequestKey, SamplingSpec
 
 
@@ -77,6 +78,7 @@ def decode_tokens(
 
     Raises:
         ConfigError: guidance with a policy that has no unconditional branch.
+        NotFiniteError: the policy's logits, with guidance and temperature, were not finite.
     """
     workspace = workspace or Workspace(policy)
     rows = guided_rows(policy, conditions, spec)
@@ -87,7 +89,34 @@ def decode_tokens(
             between_steps(position)
         drawn = workspace.advance(drawn.tokens, uniforms[:, position], spec)
         columns.append(drawn)
-    return Decoded(*(torch.stack(column, dim=1) for column in zip(*columns)))
+    decoded = Decoded(*(torch.stack(column, dim=1) for column in zip(*columns)))
+    _check_finite(decoded, policy, spec)
+    return decoded
+
+
+def _check_finite(decoded: Decoded, policy: Policy, spec: SamplingSpec) -> None:
+    """Whether every token was drawn from a distribution; one wait for the device a batch.
+
+    Raises:
+        NotFiniteError: names the first token and the likely causes.
+    """
+    fine = decoded.logprobs.isfinite() & decoded.entropies.isfinite()
+    if bool(fine.all()):
+        return
+    rows, places = (~fine).nonzero(as_tuple=True)
+    causes = ["weights with NaN or infinities, or that have diverged"]
+    kinds = {str(t.dtype).removeprefix("torch.") for t in policy.state_dict().values()}
+    if half := sorted(kinds & {"float16", "bfloat16"}):
+        causes.append(f"activations that overflow in {half[0]} (try float32)")
+    if spec.guided_sampling:
+        causes.append(f"the guidance scale {spec.cfg_scale:g}")
+    if spec.temperature < 1:
+        causes.append(f"the temperature {spec.temperature:g}")
+    raise NotFiniteError(
+        f"the policy's logits are not finite: {len(rows.unique())} of {len(fine)} rollouts, first "
+        f"at token {int(places.min()) + 1} of {fine.shape[1]}. Possible causes: "
+        f"{'; '.join(causes)}"
+    )
 
 
 class Likelihoods(NamedTuple):

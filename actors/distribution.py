@@ -76,11 +76,13 @@ def sample_tokens(logp: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: (B,) float64 in [0, 1).
 
     Returns:
-        (B,) int64; a token of probability zero is never drawn.
+        (B,) int64, in [0, V); a token of probability zero is never drawn. Of a row with NaN it is
+        some token: `decode_tokens` refuses the rollout when it is whole, without a wait for the
+        device at every token.
     """
     cumulative = logp.exp().cumsum(-1, dtype=torch.float64)
     targets = uniforms.unsqueeze(-1) * cumulative[..., -1:]
     tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
     # Rounding can carry a uniform next to 1 past the end: the last token of the support takes it.
     last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous()).squeeze(-1)
-    return torch.minimum(tokens, last)
+    return torch.minimum(tokens, last).clamp(max=logp.shape[-1] - 1)

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
     sys.exit(run_command("actors.sample"))
 
 import dataclasses
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,8 @@ from cluster.paths import output_path
 from cluster.precision import exact_fp32
 from cluster.streams import printable
 from cluster.strict_json import dumps
+
+logger = logging.getLogger(__name__)
 
 STREAM = "sample"
 PER_CONDITION = 4
@@ -146,6 +149,8 @@ def prepare(config: SampleConfig) -> Plan:
     config = dataclasses.replace(config, out=output_path(config.out, "--out"), npz=npz)
     check(config)
     source, device = find_source(config), resolve_device(config.device)
+    if source.spec.guidance_note:
+        logger.warning("note: --cfg-scale: %s", source.spec.guidance_note)
     dtype = _dtype(config.dtype, device)
     exact_fp32()
     policy = load_policy(source.policy, device=device, dtype=dtype)

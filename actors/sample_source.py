@@ -76,9 +76,11 @@ class SampleConfig:
     base: bool = False
     """With --run: the policy that the run started from."""
     cfg_scale: float | None = None
-    """Classifier-free guidance; 1 is none. Default: the run's, else 1."""
+    """Classifier-free guidance, 0 to 100: 1 is none, 0 the unconditional policy, between them a
+    mixture (LlamaGen's script samples without guidance at every scale up to 1). Default: the
+    run's, else 1."""
     temperature: float | None = None
-    """Divides the logits. Default: the run's, else 1."""
+    """Divides the logits, 1e-5 to 1000. Default: the run's, else 1."""
     top_k: int | None = None
     """Keep the k most likely tokens, 0 all. Default: the run's, else 0."""
     top_p: float | None = None

@@ -47,6 +47,10 @@ class StuckError(FleetError):
     """A worker is there, but has been at one request for longer than any may take."""
 
 
+class NotFiniteError(TesseraError):
+    """The policy's logits are NaN or infinite, so that no token can be drawn."""
+
+
 class DataError(TesseraError):
     """Images, conditions or scores are not what they should be."""
 

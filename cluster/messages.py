@@ -16,11 +16,18 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from cluster.bounds import check_at_most
+
 MAIN_SPACE = "features"
 """The feature space of a panel's first extractor; a judge may look at further ones."""
 TRAIN = "train"
 """The stream of requests that are learned from."""
 Guidance = Literal["none", "guided", "distil"]
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-5, 1e3
+"""Below, logits overflow when they are divided; LlamaGen's script clamps at the same value. Above,
+any policy is a uniform distribution to within rounding."""
+MOST_CFG_SCALE = 100.0
+MOST_TOP_K = 1 << 20  # more than any vocabulary has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,25 +44,35 @@ class SamplingSpec:
     """
 
     temperature: float = 1.0
-    """Divides the logits; > 0."""
+    """Divides the logits; from 1e-5 to 1000, 1 leaves them as they are."""
     top_k: int = 0
-    """Keep the k most likely tokens (ties at rank k stay); 0 keeps all."""
+    """Keep the k most likely tokens (ties at rank k stay), at most 2^20; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probability reaches p; in (0, 1], 1 keeps all."""
     cfg_scale: float = 1.0
-    """Classifier-free guidance scale; 1 is no guidance."""
+    """Classifier-free guidance scale s of uncond + s (cond - uncond), 0 to 100: 1 is no guidance, 0
+    the unconditional policy, between them a mixture. LlamaGen's script differs below 1: it guides
+    above 1 alone, and samples the conditional policy at every scale from 0 to 1."""
     guidance: Guidance = "none"
     """none | guided | distil, see the class."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0, found {self.temperature}")
+        if self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be at least {LEAST_TEMPERATURE:g} (logits overflow below), "
+                f"found {self.temperature:g}; top_k 1 draws the likeliest token"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k must be >= 0 (0 keeps every token), found {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], found {self.top_p}")
         if not self.cfg_scale >= 0:
             raise ValueError(f"cfg_scale must be >= 0, found {self.cfg_scale}")
+        check_at_most(
+            self, temperature=MOST_TEMPERATURE, top_k=MOST_TOP_K, cfg_scale=MOST_CFG_SCALE
+        )
         if self.guidance not in ("none", "guided", "distil"):
             raise ValueError(f"guidance must be none, guided or distil, found {self.guidance!r}")
         if self.guidance == "none" and self.cfg_scale != 1:
@@ -68,6 +85,21 @@ class SamplingSpec:
     def guided_sampling(self) -> bool:
         """Whether decoding needs the unconditional branch."""
         return self.guidance != "none" and self.cfg_scale != 1
+
+    @property
+    def guidance_note(self) -> str:
+        """What a scale below 1 means, where it means another thing elsewhere; else empty."""
+        if self.guidance == "none" or self.cfg_scale >= 1:
+            return ""
+        here = (
+            "draws from the unconditional policy"
+            if not self.cfg_scale
+            else ("draws between the unconditional and the conditional policy")
+        )
+        return (
+            f"a guidance scale of {self.cfg_scale:g} {here}, which LlamaGen's script does not do: "
+            "it samples without guidance at every scale up to 1, as 1 does here"
+        )
 
     def learned(self) -> SamplingSpec:
         """The spec whose log-probabilities the learner computes (differs under `distil` only)."""

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.bounds import check_at_most
+
 STEERED = ("target", "paper")
 
 
@@ -45,6 +47,7 @@ class PaperEntropy:
                 "entropy.paper: sharpness must be >= 0 and 0 <= warmup <= decay_from <= 1, found "
                 f"{self}"
             )
+        check_at_most(self, coef=1e6, max_coef=1e6, dead_zone=1e6, sharpness=500)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +73,9 @@ class EntropyConfig:
     paper: PaperEntropy = field(default_factory=PaperEntropy)
 
     def __post_init__(self) -> None:
-        if min(self.coef, self.gain, self.max_coef) < 0:
+        if not all(value >= 0 for value in (self.coef, self.gain, self.max_coef)):
             raise ValueError("coef, gain and max_coef of the entropy bonus must be >= 0")
+        check_at_most(self, coef=1e6, gain=1e6, max_coef=1e6)
         if not (0 <= self.damping < 1 and 0 <= self.target < 1):
             raise ValueError(
                 f"damping and target must be in [0, 1), found {self.damping} and {self.target}"

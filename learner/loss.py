@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cluster.bounds import check_at_most
 from learner.kl import Estimator, Level, divergence, k3
 from learner.off_policy import mean_log_ratio
 
@@ -57,8 +58,17 @@ class LossConfig:
         if not 0 <= self.clip_low < 1:
             raise ValueError(f"clip_low must be in [0, 1), found {self.clip_low}")
         for name in ("clip_high", "length_divisor", "kl_coef", "importance_cap"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, found {getattr(self, name)}")
+        check_at_most(
+            self,
+            clip_high=1e6,
+            length_divisor=1 << 30,
+            kl_coef=1e6,
+            importance_cap=1e6,
+            mask_low=1e6,
+            mask_high=1e6,
+        )
         if self.mask_low < 0 or (self.mask_high and self.mask_high <= max(self.mask_low, 0)):
             raise ValueError(
                 "mask_low and mask_high must be a band 0 <= low < high (0 leaves a side open), "

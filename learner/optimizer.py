@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from cluster.bounds import check_at_most
 from cluster.errors import CheckpointError
 from cluster.roles import Resources
 from learner.adapters import LoraConfig
@@ -19,7 +21,7 @@ from learner.parallel import Peers
 class OptimizerConfig(Resources):
     """AdamW, its schedule, precision and memory, and the learner's resources."""
 
-    lr: float = 1e-5
+    lr: Annotated[float, Field(le=10)] = 1e-5
     """Peak learning rate, > 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's averages of the gradient and of its square, in [0, 1)."""
@@ -57,6 +59,7 @@ class OptimizerConfig(Resources):
         Resources.__post_init__(self)
         if not (self.lr > 0 and self.max_grad_norm > 0):
             raise ValueError("lr and max_grad_norm must be > 0")
+        check_at_most(self, max_grad_norm=1e9, weight_decay=1e6, warmup=1 << 30)
         if not (all(0 <= beta < 1 for beta in self.betas) and self.weight_decay >= 0):
             raise ValueError(
                 f"betas must be in [0, 1) and weight_decay >= 0, found {self.betas} and "

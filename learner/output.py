@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from cluster.messages import MOST_CFG_SCALE
+
 FIGURES = ("fid", "density", "coverage", "precision", "recall", "accuracy", "clip", "entropy")
 """What `output.keep_best` may name."""
 
@@ -21,7 +23,7 @@ class EvaluationConfig:
     num_images: Annotated[int, Field(ge=0)] = 1000
     """Images of each row of the table, the same number of each class (rounded up); 0 skips the
     exam."""
-    cfg_scales: tuple[Annotated[float, Field(gt=1)], ...] = (1.5, 2.0)
+    cfg_scales: tuple[Annotated[float, Field(gt=1, le=MOST_CFG_SCALE)], ...] = (1.5, 2.0)
     """Guidance scales at which the base policy is examined beside no guidance."""
     every: Annotated[int, Field(ge=0)] = 0
     """Iterations between exams of the policy while it is trained (exams.jsonl, TensorBoard, the

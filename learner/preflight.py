@@ -319,6 +319,8 @@ def _evaluation(config: RunConfig, side: int, findings: Findings) -> None:
 def notes(config: RunConfig, side: int = 0) -> list[str]:
     """Settings that are allowed, and most likely not meant."""
     found = []
+    if note := config.sampling.guidance_note:
+        found.append(f"sampling.cfg_scale: {note}")
     if not any(term.weight for term in config.rewards.terms().values()):
         others = {
             "loss.kl_coef": config.loss.kl_coef,

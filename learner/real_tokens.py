@@ -17,6 +17,7 @@ from torch import Tensor
 from actors.caption_tables import UNREADABLE_PARQUET
 from actors.models.base import Policy
 from actors.models.loading import TokenizerConfig, load_tokenizer
+from cluster.bounds import check_at_most
 from cluster.errors import DataError
 from cluster.file_kinds import FileKind, described, file_kind
 from cluster.messages import Condition
@@ -45,6 +46,7 @@ class RealTokensConfig:
     """Images of each optimizer step."""
 
     def __post_init__(self) -> None:
+        check_at_most(self, weight=1e6)
         if self.weight < 0 or self.batch < 1:
             raise ValueError(
                 "weight must be >= 0 and batch >= 1 of the cross-entropy on real tokens, found "

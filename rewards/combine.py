@@ -15,6 +15,7 @@ from typing import Literal
 import msgpack
 import numpy as np
 
+from cluster.bounds import check_at_most
 from cluster.errors import CheckpointError
 from cluster.sealing import UNREADABLE, seal, unseal
 
@@ -37,10 +38,11 @@ class RewardTerm:
     """Largest normalised reward, in deviations; what is beyond is clipped. 0 is no limit."""
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
+        if not self.weight >= 0:
             raise ValueError(f"weight must be >= 0, found {self.weight}")
-        if self.limit < 0:
+        if not self.limit >= 0:
             raise ValueError(f"limit must be >= 0 (0 is no limit), found {self.limit}")
+        check_at_most(self, weight=1e6, limit=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from pydantic import Field
 
+from cluster.bounds import check_at_most
 from cluster.roles import Resources
 from cluster.scaling import AutoscaleConfig
 from cluster.secrets import check_environment
@@ -86,6 +87,11 @@ class LooFidTerm(MomentsConfig, RewardTerm):
     def __post_init__(self) -> None:
         MomentsConfig.__post_init__(self)
         RewardTerm.__post_init__(self)
+        if not self.joint_weight >= 0:
+            raise ValueError(
+                f"joint_weight must be >= 0 (0 is automatic), found {self.joint_weight}"
+            )
+        check_at_most(self, joint_weight=1e6)
         if self.seed_from and (self.joint or self.kind == "sliding"):
             why = (
                 "joint, which needs every image's class"

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from actors.caption_encoder import DEFAULT_ENCODER
 from actors.captions import DType
 from actors.models.loading import PolicyConfig, TokenizerConfig
+from actors.models.official import holds_tokenizer
 from actors.models.zoo import MODELS
 from cluster import strict_yaml
 from cluster.errors import ConfigError
@@ -211,8 +212,8 @@ def find_source(config: SampleConfig) -> Source:
 
 
 def own_tokenizer(policy: PolicyConfig) -> TokenizerConfig | None:
-    """The tokenizer that belongs to a policy with a name, lies in its file (taming), or is the
-    miniature's; None if nothing says."""
+    """The tokenizer that belongs to a policy with a name, lies in its file (taming, AR-GRPO), or is
+    the miniature's; None if nothing says."""
     if policy.checkpoint == PolicyConfig().checkpoint:
         return TokenizerConfig()
     if policy.architecture.lower().endswith((".yaml", ".yml")):
@@ -222,6 +223,8 @@ def own_tokenizer(policy: PolicyConfig) -> TokenizerConfig | None:
         return None
     if model.tokenizer == policy.architecture:
         return TokenizerConfig(checkpoint=policy.checkpoint, architecture=policy.architecture)
+    if policy.checkpoint not in MODELS and holds_tokenizer(policy.checkpoint):
+        return TokenizerConfig(checkpoint=policy.checkpoint, architecture=model.tokenizer)
     return TokenizerConfig(checkpoint=model.tokenizer)
 
 

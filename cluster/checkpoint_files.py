@@ -138,18 +138,15 @@ def open_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Check
         if file.is_dir():
             file = index_in(file, source)
             source = str(file)
-        if file.name.lower().endswith(INDEX):
-            opened = _open_shards(file, source)
-        else:
-            opened = _open_file(file, source, ema)
+        if ema and (_is_index(file) or _is_safetensors(file)):
+            raise CheckpointError(
+                f"{source}: ema was asked for, but files of this kind hold one set of weights; "
+                "leave ema off, or use the trainer's own file"
+            )
+        opened = _open_shards(file, source) if _is_index(file) else _open_file(file, source, ema)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{source}: it cannot be read ({reason})") from error
-    if ema and not opened.options and opened.files and _is_safetensors(opened.files[0]):
-        raise CheckpointError(
-            f"{source}: ema was asked for, but a safetensors file holds one set of weights; leave "
-            "ema off, or use the trainer's own file"
-        )
     return Checkpoint(source, _unwrapped(source, opened.tensors), opened.options, opened.files)
 
 
@@ -164,6 +161,10 @@ def is_own(path: str | os.PathLike[str]) -> bool:
             return FAMILY in (opened.metadata() or {}).get(CONFIG_KEY, "")
     except (CheckpointError, SafetensorError, OSError):
         return False
+
+
+def _is_index(file: Path) -> bool:
+    return file.name.lower().endswith(INDEX)
 
 
 def _is_safetensors(file: Path) -> bool:

@@ -8,6 +8,7 @@ are no weights, and files that hold a policy and its tokenizer.
 from __future__ import annotations
 
 import fnmatch
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from actors.models.taming_files import TOKENIZER
 from actors.models.zoo import Kind
 from cluster.checkpoint_files import Checkpoint, open_checkpoint
 from cluster.errors import CheckpointError
+from cluster.strict_json import MALFORMED
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +74,28 @@ def open_official(
     return OfficialFile(
         {name: read[full].detach() for name, full in kept.items()},
         {name: opened.tensors[full].shape for name, full in names.items() if name not in kept},
-        opened.options,
+        opened.options or _model_options(opened),
     )
+
+
+def holds_tokenizer(path: str) -> bool:
+    """Whether a policy's file holds a tokenizer, too, as AR-GRPO's do; no weights are read. False
+    for what cannot be read."""
+    try:
+        names = open_checkpoint(path).tensors
+    except CheckpointError:
+        return False
+    return all(any(name.startswith(part) for name in names) for part in PARTS.values())
+
+
+def _model_options(opened: Checkpoint) -> dict[str, Any]:
+    """What AR-GRPO writes beside a model: the size of its images, among others."""
+    try:
+        text = (opened.files[0].parent / "config.json").read_text(encoding="utf-8")
+        options = json.loads(text)
+    except (OSError, *MALFORMED):
+        return {}
+    return options if isinstance(options, dict) and "gpt_model" in options else {}
 
 
 def _part(opened: Checkpoint, kind: Kind | None) -> dict[str, str]:
@@ -87,20 +109,17 @@ def _part(opened: Checkpoint, kind: Kind | None) -> dict[str, str]:
             f"{opened.source}: holds {' and '.join(f'{part}*' for part in present)} as AR-GRPO's "
             f"files do, but no {wanted}*: there is no {kind} in it"
         )
-    logger.info("%s: taking %s* for the %s, as AR-GRPO names it", opened.source, wanted, kind)
+    what = "tokenizer" if wanted == PARTS["tokenizer"] else "policy"
+    logger.info("%s: taking %s* for the %s, as AR-GRPO names it", opened.source, wanted, what)
     return {name.removeprefix(wanted): name for name in opened.tensors if name.startswith(wanted)}
 
 
 def _other_part(name: str, opened: Checkpoint, kind: Kind | None) -> bool:
     """Whether a tensor is of the half of a taming policy's file that is not wanted."""
     tokenizer = name.startswith(TOKENIZER)
-    if kind == "policy":
-        return tokenizer
-    return (
-        kind == "tokenizer"
-        and not tokenizer
-        and any(n.startswith(TOKENIZER) for n in opened.tensors)
-    )
+    if kind == "policy" or tokenizer:
+        return kind == "policy" and tokenizer
+    return kind == "tokenizer" and any(other.startswith(TOKENIZER) for other in opened.tensors)
 
 
 def _is_cache(name: str) -> bool:

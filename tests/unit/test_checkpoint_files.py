@@ -80,7 +80,7 @@ def test_averages(key: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{key}' is empty: the trainer kept no average"):
         open_checkpoint(tmp_path / "none.pt", ema=True)
     save_file(WEIGHTS, tmp_path / "one.safetensors")
-    with pytest.raises(CheckpointError, match="a safetensors file holds one set of weights"):
+    with pytest.raises(CheckpointError, match="files of this kind hold one set of weights"):
         open_checkpoint(tmp_path / "one.safetensors", ema=True)
 
 
@@ -354,6 +354,8 @@ def test_shards_as_the_hubs_library_writes_them(safe: bool, net: Net, tmp_path: 
 
     save_torch_state_dict(net.state_dict(), tmp_path, max_shard_size=40, safe_serialization=safe)
     index = next(tmp_path.glob("*.index.json"))
+    with pytest.raises(CheckpointError, match="files of this kind hold one set of weights"):
+        open_checkpoint(tmp_path, ema=True)
     shards = sorted(tmp_path.glob("*-of-*"))
     assert len(shards) > 2
     assert same(read_checkpoint(tmp_path), state_of(net))

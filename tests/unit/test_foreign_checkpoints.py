@@ -16,6 +16,7 @@ from actors.models.llamagen import LlamaGen
 from actors.models.loading import PolicyConfig, TokenizerConfig, load_decoder, load_policy
 from actors.models.vq import VQConfig, VQTokenizer
 from actors.preflight import check_models
+from actors.sample_source import own_tokenizer
 from cluster.errors import CheckpointError, ConfigError
 from cluster.preflight import Findings
 from cluster.tensors import read_config, read_tensors, write_tensors
@@ -93,6 +94,30 @@ def test_ar_grpos_file_serves_policy_and_tokenizer(
                 checkpoint=str(tmp_path / "half.safetensors"), architecture=architectures[0]
             )
         )
+
+
+def test_what_ar_grpo_writes_beside_it(architectures: tuple[str, str], tmp_path: Path) -> None:
+    """The grid leaves no trace in the weights, but the size of the images stands beside them."""
+    folder = tmp_path / "model"
+    saved_by_ar_grpo(folder)
+    beside = json.loads((folder / "config.json").read_text()) | {"gpt_model": "GPT-B"}
+    config = PolicyConfig(checkpoint=str(folder), architecture=architectures[0])
+    for pixels in (48, 64):
+        sizes = {"image_size": pixels, "downsample_size": 16}
+        (folder / "config.json").write_text(json.dumps(beside | sizes))
+        if pixels == 48:
+            load_policy(config)
+        else:
+            with pytest.raises(CheckpointError, match=r"a grid of 4, but .* has a grid of 3"):
+                load_policy(config)
+    named_policy = PolicyConfig(checkpoint=str(folder), architecture="llamagen-b-256")
+    own = TokenizerConfig(checkpoint=str(folder), architecture="llamagen-vq-16")
+    assert own_tokenizer(named_policy) == own
+    save_file(dict(tiny_policy().state_dict()), tmp_path / "alone.safetensors")
+    alone = PolicyConfig(
+        checkpoint=str(tmp_path / "alone.safetensors"), architecture="llamagen-b-256"
+    )
+    assert own_tokenizer(alone) == TokenizerConfig(checkpoint="llamagen-vq-16")
 
 
 @pytest.mark.parametrize("part", ["policy", "tokenizer"])

@@ -22,6 +22,14 @@ def printable(text: object) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def shown(name: object) -> str:
+    """A file's name as one line: control characters written out, too (\\n, \\x1b)."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in printable(name)
+    )
+
+
 class SafeStream:
     """A standard stream whose failure is noted in `failure`; what comes after it is dropped.
 

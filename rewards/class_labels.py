@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.errors import DataError
-from cluster.streams import printable
+from cluster.streams import shown
 
 MOST_CLASSES = 1_000_000  # more are no classes: identifiers, dates
 SHOWN = 3  # classes at either end that are told
@@ -92,12 +92,12 @@ def class_numbers(
         other = next(name for name in names if not DECIMAL.fullmatch(name))
         raise DataError(
             f"{where}: some classes are numbers and some are names ({decimal[0]!r}, "
-            f"{printable(other)!r}): {CHOICE}"
+            f"{shown(other)!r}): {CHOICE}"
         )
     if decimal:
         return _as_numbers(decimal, where)
     _check_counted(names, where)
-    return {name: number for number, name in enumerate(names)}, tuple(map(printable, names))
+    return {name: number for number, name in enumerate(names)}, tuple(map(shown, names))
 
 
 def _as_numbers(names: list[str], where: str) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -120,7 +120,7 @@ def _as_given(
     names: list[str], where: str, given: Sequence[str]
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     numbers = {name: number for number, name in enumerate(given)}
-    unknown = [printable(name) for name in names if name not in numbers]
+    unknown = [shown(name) for name in names if name not in numbers]
     if unknown:
         raise DataError(
             f"{where}: {len(unknown)} classes are not among the {len(given)} of --class-names; the "
@@ -139,8 +139,8 @@ def _check_counted(names: list[str], where: str) -> None:
         for at in range(1, len(numbers)):
             if numbers[at] < numbers[at - 1]:
                 raise DataError(
-                    f"{where}: in alphabetical order {printable(names[at - 1])!r} comes before "
-                    f"{printable(names[at])!r}, by their numbers after it: {CHOICE}"
+                    f"{where}: in alphabetical order {shown(names[at - 1])!r} comes before "
+                    f"{shown(names[at])!r}, by their numbers after it: {CHOICE}"
                 )
 
 

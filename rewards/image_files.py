@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cluster.errors import TesseraError
-from cluster.streams import printable
+from cluster.file_kinds import described
+from cluster.streams import shown
 from rewards.class_labels import ClassLabels
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000")
@@ -90,7 +91,7 @@ class _UnusableError(TesseraError):
 
 def decode(name: str, data: bytes | Path) -> Loaded:
     """An encoded image as RGB; see the module."""
-    name = printable(name)
+    name = shown(name)
     suffix = os.path.splitext(name)[1].lower()
     try:
         with Image.open(
@@ -102,8 +103,19 @@ def decode(name: str, data: bytes | Path) -> Loaded:
     except _UnusableError as error:
         return Loaded(name, None, str(error))
     except Exception as error:  # what a damaged file makes of a decoder is anything
-        told = "HEIC is not read: convert it" if suffix in (".heic", ".heif") else str(error)
-        return Loaded(name, None, printable(f"{type(error).__name__}: {told}".replace("\n", " ")))
+        told = f"{type(error).__name__}: {error}"
+        if suffix in (".heic", ".heif"):
+            told = "HEIC is not read: convert it"
+        elif isinstance(error, UnidentifiedImageError) and isinstance(data, Path):
+            told = f"no image that Pillow reads, but {_kind(data)}"
+        return Loaded(name, None, shown(told))
+
+
+def _kind(file: Path) -> str:
+    try:
+        return described(file)
+    except OSError as error:
+        return str(error)
 
 
 def _rgb(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:

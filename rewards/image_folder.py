@@ -12,7 +12,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.file_kinds import FileKind, file_kind
-from cluster.streams import printable
+from cluster.streams import shown
 from rewards.class_labels import ClassLabels, class_numbers
 from rewards.image_files import SUFFIXES, Loaded, decode, digest
 
@@ -46,7 +46,7 @@ class FolderContents:
 def shortened(names: list[str]) -> str:
     """The first few names."""
     more = ", ..." if len(names) > NAMED else ""
-    return ", ".join(map(printable, names[:NAMED])) + more
+    return ", ".join(map(shown, names[:NAMED])) + more
 
 
 def walk(root: Path) -> FolderContents:
@@ -105,7 +105,7 @@ class _Walk:
                 return sorted(found, key=lambda entry: entry.name)
         except OSError as error:
             raise DataError(
-                f"{printable(self._root / name)}: the folder cannot be listed ({error.strerror}), "
+                f"{shown(self._root / name)}: the folder cannot be listed ({error.strerror}), "
                 "so nobody knows what is in it: make it readable, or move it away"
             ) from error
 
@@ -203,7 +203,7 @@ class FolderImages:
         self._names = list(contents.images)
         self.remarks = contents.remark()
         if not self._names:
-            raise DataError(f"{printable(root)}: no images in it or below{_instead(contents)}")
+            raise DataError(f"{shown(root)}: no images in it or below{_instead(contents)}")
         lines = (f"{name} {size}" for name, size in contents.images.items())
         self.fingerprint = digest(os.fsencode("\n".join(lines)))
 
@@ -216,9 +216,9 @@ class FolderImages:
 
     def classes(self, names: tuple[str, ...] = ()) -> ClassLabels:
         folders = [name.partition("/")[0] if "/" in name else "" for name in self._names]
-        root = printable(self._root)
+        root = shown(self._root)
         if "" in folders:
-            stray = printable(self._names[folders.index("")])
+            stray = shown(self._names[folders.index("")])
             raise DataError(
                 f"{root}: classes are the folders right below it, but {stray} is in none"
             )

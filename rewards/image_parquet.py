@@ -16,7 +16,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.file_kinds import image_head
-from cluster.streams import printable
+from cluster.streams import shown
 from rewards.class_labels import DECIMAL, ClassLabels, class_numbers
 from rewards.image_files import Loaded, decode, digest
 
@@ -60,7 +60,7 @@ class ParquetImages:
                 self._column = _image_column(file, parquet, image_column)
             elif self._column not in _candidates(parquet.schema_arrow):
                 raise DataError(
-                    f"{printable(file)}: no column {self._column!r} of images, as {files[0].name} "
+                    f"{shown(file)}: no column {self._column!r} of images, as {files[0].name} "
                     f"has: found {parquet.schema_arrow.names}; move it away, or name the files' "
                     "folder alone"
                 )
@@ -70,7 +70,7 @@ class ParquetImages:
                 self._groups.append(_RowGroup(first, end, file, start, index))
             described.append(f"{file.name} {metadata.num_rows} {file.stat().st_size}")
         if not end:
-            raise DataError(f"{printable(files[0])}: no rows")
+            raise DataError(f"{shown(files[0])}: no rows")
         self._count = end
         self.remarks = (*_listing(files, self._column, end), *remarks)
         self.fingerprint = digest(os.fsencode("\n".join([self._column, *described])))
@@ -90,7 +90,7 @@ class ParquetImages:
                 name = f"{group.file} row {row - group.file_first}"
                 data = _encoded(rows[row - group.first])
                 if not data:
-                    yield Loaded(printable(name), None, f"no bytes in column {self._column!r}")
+                    yield Loaded(shown(name), None, f"no bytes in column {self._column!r}")
                 else:
                     yield decode(name, data)
 
@@ -101,18 +101,18 @@ class ParquetImages:
             columns = parquet.schema_arrow.names
             if name not in columns:
                 raise DataError(
-                    f"{printable(file)}: no column {name!r} of labels: name it with "
+                    f"{shown(file)}: no column {name!r} of labels: name it with "
                     f"--label-column, found {columns}"
                 )
             theirs = _class_names(parquet.schema_arrow, name)
             if number and theirs != known:
                 raise DataError(
-                    f"{printable(file)}: column {name!r} has other class names than in "
+                    f"{shown(file)}: column {name!r} has other class names than in "
                     f"{self._files[0].name}: {theirs[:3]} and {known[:3]}, ..."
                 )
             known = theirs
             values += _labels(file, parquet, name)
-        where = f"{printable(self._files[0])}: column {name!r}"
+        where = f"{shown(self._files[0])}: column {name!r}"
         if isinstance(values[0], str):
             if not all(isinstance(value, str) for value in values):
                 raise DataError(f"{where} holds names in some files, numbers in others")
@@ -177,18 +177,18 @@ def _labels(file: Path, parquet: Any, name: str) -> list[Any]:
         text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         if not (text or pa.types.is_integer(kind)):
             raise DataError(
-                f"{printable(file)}: column {name!r} must hold integers or names, found {kind}"
+                f"{shown(file)}: column {name!r} must hold integers or names, found {kind}"
             )
         values = column.to_pylist()
         if len(values) != parquet.metadata.num_rows:
             raise ValueError(f"{parquet.metadata.num_rows} rows announced, {len(values)} there")
     if None in values:
         raise DataError(
-            f"{printable(file)}: column {name!r} must hold integers or names, all rows: row "
+            f"{shown(file)}: column {name!r} must hold integers or names, all rows: row "
             f"{values.index(None)} has none"
         )
     if not text and values and max(values) > np.iinfo(np.int64).max:
-        raise DataError(f"{printable(file)}: column {name!r}: {max(values)} is no class")
+        raise DataError(f"{shown(file)}: column {name!r}: {max(values)} is no class")
     return values
 
 
@@ -209,7 +209,7 @@ def _explained(file: Path) -> Iterator[None]:
     """What pyarrow raises of a damaged file, as ours."""
     import pyarrow as pa
 
-    where = printable(file)
+    where = shown(file)
     try:
         yield
     except UnicodeEncodeError as error:
@@ -226,6 +226,20 @@ def _opened(file: Path) -> Any:
         return pq.ParquetFile(file)
 
 
+def holds_images(file: Path) -> bool:
+    """Whether a column of a Parquet file begins with images.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    parquet = _opened(file)
+    return any(
+        image_head(cell)
+        for name in _candidates(parquet.schema_arrow)
+        for cell in _first_cells(file, parquet, name)
+    )
+
+
 def _candidates(schema: Any) -> list[str]:
     """Columns that could hold encoded images, by their type."""
     import pyarrow as pa
@@ -240,7 +254,7 @@ def _candidates(schema: Any) -> list[str]:
 
 def _image_column(file: Path, parquet: Any, wanted: str) -> str:
     """The column whose first cells are images."""
-    schema, where = parquet.schema_arrow, printable(file)
+    schema, where = parquet.schema_arrow, shown(file)
     typed = _candidates(schema)
     if wanted and wanted not in typed:
         raise DataError(
@@ -287,5 +301,5 @@ def _listing(files: list[Path], column: str, rows: int) -> tuple[str, ...]:
     """Which files are read: a folder may hold more than one split."""
     if len(files) == 1:
         return ()
-    first, last = printable(files[0].name), printable(files[-1].name)
+    first, last = shown(files[0].name), shown(files[-1].name)
     return (f"{rows} rows of {len(files)} Parquet files, {first} to {last}, column {column!r}",)

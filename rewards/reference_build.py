@@ -53,7 +53,7 @@ ABOUT = (
 COMMON = {
     "from what, to where": ("--images", "--out", "--overwrite"),
     "features": ("--features.network", "--features.checkpoint", "--features.model"),
-    "conditions": ("--labels", "--joint", "--joint-dim", "--embeddings"),
+    "conditions": ("--labels", "--class-names", "--joint", "--joint-dim", "--embeddings"),
     "how": ("--device", "--workers", "--batch", "--skip-unreadable"),
 }
 """What --help shows; --help-all shows every option."""

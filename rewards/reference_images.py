@@ -21,13 +21,13 @@ from cluster.errors import DataError
 from cluster.file_kinds import FileKind, described, file_kind
 from cluster.paths import expanded
 from cluster.sealing import DAMAGED_ARRAYS
-from cluster.streams import printable
+from cluster.streams import shown
 from cluster.tensors import locate
 from rewards.base import check_images
 from rewards.class_labels import ClassLabels
 from rewards.image_files import ImageSource, Loaded, digest
 from rewards.image_folder import FolderImages, shortened, walk
-from rewards.image_parquet import ParquetImages, check_indices
+from rewards.image_parquet import ParquetImages, check_indices, holds_images
 
 SAMPLES = "arr_0"  # as the ADM evaluator's batches name images and classes
 CLASSES = "arr_1"
@@ -60,15 +60,21 @@ def open_source(images: str, image_column: str = "", label_column: str = "") -> 
         samples.verify()
         return samples
     if kind is FileKind.IMAGE:
-        raise DataError(f"{printable(images)}: one image: name the folder that holds them all")
-    raise DataError(f"{printable(images)}: expected {EXPECTED}, found {described(place)}")
+        raise DataError(f"{shown(images)}: one image: name the folder that holds them all")
+    raise DataError(f"{shown(images)}: expected {EXPECTED}, found {described(place)}")
 
 
 def _folder(root: Path, image_column: str, label_column: str) -> ImageSource:
     contents = walk(root)
+    if contents.images and contents.parquet:  # often what is known of the images
+        plain = [name for name in contents.parquet if not holds_images(root / name)]
+        contents.parquet = [name for name in contents.parquet if name not in plain]
+        contents.left_out = sorted(
+            [*contents.left_out, *(f"{name} (a Parquet file without images)" for name in plain)]
+        )
     if contents.images and contents.parquet:
         raise DataError(
-            f"{printable(root)}: {len(contents.images)} images ({shortened([*contents.images])}) "
+            f"{shown(root)}: {len(contents.images)} images ({shortened([*contents.images])}) "
             f"and {len(contents.parquet)} Parquet files ({shortened(contents.parquet)}): which are "
             "meant? Name a folder that holds the one kind alone, or a Parquet file"
         )
@@ -115,7 +121,7 @@ class SampleImages:
         of_images = len(self._shape) == 4 and self._shape[-1] == 3 and min(self._shape) > 0
         if dtype != np.uint8 or not of_images:
             raise DataError(
-                f"{printable(self.path)}: expected images (N, H, W, 3) of uint8, found {dtype} of "
+                f"{shown(self.path)}: expected images (N, H, W, 3) of uint8, found {dtype} of "
                 f"shape {self._shape}{_conversion(self._shape, dtype)}"
             )
         self.fingerprint = digest(os.fsencode(f"{self.path.name} {self._shape} {size}"))
@@ -132,11 +138,11 @@ class SampleImages:
             data = self._bytes(index, each) if each <= self._size else b""
             if len(data) < each:
                 raise DataError(
-                    f"{printable(self.path)}: cut off: {len(self)} images announced, {index} "
+                    f"{shown(self.path)}: cut off: {len(self)} images announced, {index} "
                     "there: fetch or write it again"
                 )
             pixels = np.frombuffer(data, np.uint8).reshape(self._shape[1:])
-            yield Loaded(printable(f"{self.path} image {index}"), pixels)
+            yield Loaded(shown(f"{self.path} image {index}"), pixels)
 
     def verify(self) -> None:
         """Compare the images with the archive's checksum, which reading in stretches cannot do.
@@ -166,8 +172,7 @@ class SampleImages:
 
     def _damaged(self, error: Exception) -> DataError:
         return DataError(
-            f"{printable(self.path)}: not a readable array of images ({error}): fetch or write it "
-            "again"
+            f"{shown(self.path)}: not a readable array of images ({error}): fetch or write it again"
         )
 
     def classes(self, names: tuple[str, ...] = ()) -> ClassLabels:
@@ -178,7 +183,7 @@ class SampleImages:
                 found, values = file.files, file.get(CLASSES)
         except DAMAGED_ARRAYS as error:
             raise self._damaged(error) from error
-        where = printable(self.path)
+        where = shown(self.path)
         if values is None:
             raise DataError(f"{where}: no classes, array {CLASSES!r}; found {found}")
         if values.shape != (len(self),) or values.dtype.kind not in "iu":

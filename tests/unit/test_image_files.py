@@ -31,8 +31,11 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 @pytest.mark.parametrize("factor", [257, 256])
 def test_16_bit_grey_is_scaled(kind: str, factor: int) -> None:
     """Pillow's own conversion clips at 255: all white, but for black."""
-    deep = Image.fromarray((GREY.astype(np.uint16) * factor).astype(np.uint16))
-    found = decode("a", encoded(deep, kind))
+    values = (GREY.astype(np.uint16) * factor).astype(np.uint16)
+    data = b"P5 16 16 65535\n" + values.astype(">u2").tobytes()
+    if kind != "PPM":  # which older Pillows do not write
+        data = encoded(Image.fromarray(values), kind)
+    found = decode("a", data)
     assert found.pixels is not None, found.error
     for channel in range(3):
         np.testing.assert_array_equal(found.pixels[..., channel], GREY)
@@ -72,12 +75,12 @@ def test_grey_of_unknown_scale_is_refused(image: Image.Image, kind: str, tmp_pat
     assert "of which nobody says what is white: write it with 8 bits" in found.error
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "LA", "RGBA"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "LAB", "LA", "RGBA"])
 def test_other_modes_are_as_pillow_converts_them(mode: str) -> None:
     """As the FID tools load them: published numbers are made so."""
     rgb = Image.fromarray(np.kron(IMAGES[0], np.ones((4, 4, 1), np.uint8)))
     image = rgb.convert(mode)
-    kind = "TIFF" if mode in ("CMYK", "YCbCr", "LAB") else "PNG"
+    kind = "TIFF" if mode in ("CMYK", "LAB") else "PNG"
     data = encoded(image, kind)
     with Image.open(io.BytesIO(data)) as again:
         expected = np.asarray(again.convert("RGB"))

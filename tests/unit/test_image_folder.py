@@ -114,7 +114,9 @@ def test_a_name_of_an_image_with_something_else_in_it(tmp_path: Path, capsys) ->
     (root / "e.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (root / "f.tga").write_bytes(b"")
     assert build(root, tmp_path / "r.npz") == 1
-    assert f"{root}/c.jpg: cannot be read (UnidentifiedImageError" in capsys.readouterr().err
+    assert f"{root}/c.jpg: cannot be read (no image that Pillow reads, but a web page" in (
+        capsys.readouterr().err
+    )
     assert build(root, tmp_path / "r.npz", "--skip-unreadable") == 0
     said = capsys.readouterr().out
     assert f"left out 4 images that could not be read: {root}/c.jpg, {root}/d.heic" in said
@@ -283,16 +285,38 @@ def test_pipes_and_sockets_are_not_opened(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_stray_parquet_does_not_win(tmp_path: Path, capsys) -> None:
+    """Of images, it is refused; of what is known of the images, or of hashes, it is left out."""
     root = tmp_path / "photos"
     write(root / "cat" / "a.png")
     write(root / "cat" / "b.png", 1)
-    pq.write_table(pa.table({"md5": [b"0123456789abcdef"] * 9}), root / "hashes.parquet")
-    for name in ("hashes.parquet", "HASHES.PARQUET", "hashes"):
-        (root / "hashes.parquet").rename(root / name)
+    for name in ("stray.parquet", "STRAY.PARQUET", "stray"):
+        file = root / name
+        parquet(file, [png(IMAGES[3])] * 9)
         assert build(root, tmp_path / "r.npz") == 2
         told = capsys.readouterr().err
         assert f"2 images (cat/a.png, cat/b.png) and 1 Parquet files ({name}): which" in told
-        (root / name).rename(root / "hashes.parquet")
+        for columns in ({"md5": [b"0123456789abcdef"] * 9}, {"url": ["x"]}, {"none": [None]}):
+            pq.write_table(pa.table(columns), file)
+            assert build(root, tmp_path / "r.npz", "--overwrite") == 0
+            said = capsys.readouterr().out
+            assert f"left out 1: {name} (a Parquet file without images)" in said
+            assert read_stored(tmp_path / "r.npz").images == 2
+        file.unlink()
+        (tmp_path / "r.npz").unlink()
+
+
+def test_names_with_control_characters(tmp_path: Path, capsys) -> None:
+    """Messages stay one line, and move no cursor."""
+    root = tmp_path / "photos"
+    write(root / "a.png")
+    (root / "b\n\x1b[2J.png").write_text("version https://git-lfs.github.com/spec/v1\noid")
+    assert build(root, tmp_path / "r.npz") == 1
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert (
+        f"{root}/b\\n\\x1b[2J.png: cannot be read (no image that Pillow reads, but a Git LFS"
+        in told
+    )
+    assert "git lfs pull" in told
 
 
 @reads("rewards/README.md", "Parquet of images in binary")

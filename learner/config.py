@@ -181,7 +181,7 @@ class RunConfig:
                 name="moments-server",
                 factory=MomentsServer,
                 config=self.rewards.loo_fid,
-                resources=Resources(),
+                resources=Resources(num_threads=self.rewards.loo_fid.num_threads),
             ),
             learner=Role(
                 name="learner",

@@ -30,6 +30,7 @@ from rewards.quadrature import half_line_nodes
 from rewards.root_trace import TOLERANCE, lightening_rows, log_det
 
 MAX_CONDITION = 1e12  # of L' cov L: beyond, rounding reaches 1e-6 of the rewards' spread
+USELESS_BATCHES = 8  # after which a decomposition that could serve none is tried again
 MAX_SHARE = 1 / 4  # images since the decomposition, of R: beyond, a new one is as cheap
 
 
@@ -71,10 +72,13 @@ class HistoryBasis:
         reference's space and a condition that rounding leaves alone, also as faded since; and few
         images came since. Where not, call `leave_one_out_fid`.
         """
-        count = len(features) + sum(map(len, pending))
-        faded = decay ** (len(pending) + 1)
+        return self.has_room(len(features) + sum(map(len, pending)), len(pending) + 1, decay)
+
+    def has_room(self, images: int, batches: int, decay: float) -> bool:
+        """`fits`, of so many images in so many batches, the one to be judged among them."""
+        faded = decay**batches
         return (
-            count <= MAX_SHARE * len(self.values)
+            images <= MAX_SHARE * len(self.values)
             and bool(significant(self.values.cpu().numpy()).all())
             and float(self.values[0]) * faded * MAX_CONDITION >= float(self.values[-1])
         )
@@ -160,3 +164,72 @@ class HistoryBasis:
             common = common - step * log_det(last - part)
             root_trace = root_trace + 2 * step * triangle.diagonal().log().sum()
         return falls, torch.as_tensor(common), root_trace
+
+
+class MaintainedBasis:
+    """The decomposition that a server keeps: of an old history, with the batches committed since.
+
+    It is made anew, between commits, when it could not serve another batch like the last.
+    """
+
+    def __init__(self) -> None:
+        self.base: Moments | None = None
+        """The history that is decomposed."""
+        self.pending: tuple[np.ndarray, ...] = ()
+        """Batches since then, each with the decay `share`."""
+        self.share = 0.0
+        self._basis: HistoryBasis | None = None
+
+    def start(
+        self, base: Moments | None, pending: tuple[np.ndarray, ...] = (), share: float = 0.0
+    ) -> None:
+        """Go on from a history that was decomposed, and what came since; None: from nothing."""
+        self.base, self.pending, self.share, self._basis = base, pending, share, None
+
+    def of_another_reference(self) -> None:
+        """The reference changed: the same history is decomposed in its space."""
+        self._basis = None
+
+    def refresh(self, history: Moments, reference: Reference, count: int) -> bool:
+        """Be ready for a batch of so many images (0: not known); whether that took work."""
+        if count > MAX_SHARE * reference.factor.shape[1]:
+            self.start(None)  # such batches call for a decomposition of their own
+            return False
+        before = self._basis
+        if not self._serves(count, reference):
+            self.start(history.normalised())
+        self._current(reference)
+        return self._basis is not before
+
+    def leave_one_out(
+        self, features: np.ndarray, decay: float, reference: Reference
+    ) -> tuple[np.ndarray, float] | None:
+        """Rewards and FID as `leave_one_out_fid`'s; None where the decomposition cannot serve."""
+        basis = self._current(reference)
+        steady = not self.pending or self.share == decay
+        if basis is None or not steady or not basis.fits(self.pending, features, decay):
+            return None
+        return basis.leave_one_out(self.pending, features, decay)
+
+    def follow(self, features: np.ndarray, decay: float) -> None:
+        """Remember a committed batch beside the decomposition that does not know it."""
+        if self.base is None:
+            return
+        if self.pending and decay != self.share:  # of another size: start anew
+            self.start(None)
+            return
+        self.pending, self.share = (*self.pending, features), decay
+
+    def _serves(self, count: int, reference: Reference) -> bool:
+        basis, batches = self._current(reference), len(self.pending)
+        if basis is None or not batches:
+            return basis is not None
+        if basis.has_room(sum(map(len, self.pending)) + count, batches + 1, self.share):
+            return True
+        # One that was of no use from the first is not made again at once: histories change slowly.
+        return not basis.has_room(count, 1, self.share) and batches < USELESS_BATCHES
+
+    def _current(self, reference: Reference) -> HistoryBasis | None:
+        if self._basis is None and self.base is not None:
+            self._basis = HistoryBasis.of(self.base, reference)
+        return self._basis

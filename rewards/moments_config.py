@@ -31,10 +31,13 @@ class MomentsConfig:
     """full: the FID. diagonal: variances alone, for windows too short for the full covariance."""
     method: Method = "exact"
     """Of the full covariance. exact: the definition. influence: its first order, to compare."""
+    num_threads: int = 1
+    """Threads of the moments server's linear algebra. More let the decomposition of thousands of
+    dimensions end sooner on a machine with cores to spare; the rewards' last bits then depend on
+    the machine."""
     rebuild_every: int = 0
-    """Iterations from one decomposition of the history to the next, which is made while samplers
-    sample; in between, the old one serves exactly. 0: a new one inside every commit, which is as
-    quick up to a few hundred dimensions. Only for exact rewards with an exponential average."""
+    """Not used any more, and gone in the next release: the moments server decomposes the history
+    anew when the next iteration would not fit the old decomposition."""
     mode: Mode = "ema_loo"
     """Of the diagonal covariance. ema_loo: images are left out of history and batch together.
     loo_batch: of the batch alone. ema_scalar: one reward for the whole batch."""
@@ -44,8 +47,8 @@ class MomentsConfig:
             raise ValueError(f"mode {self.mode!r} needs covariance=diagonal")
         if self.covariance == "diagonal" and self.method != "exact":
             raise ValueError(f"method {self.method!r} needs covariance=full")
-        if self.rebuild_every < 0:
-            raise ValueError(f"rebuild_every must be >= 0, found {self.rebuild_every}")
+        if self.num_threads < 1:
+            raise ValueError(f"num_threads must be >= 1, found {self.num_threads}")
         if self.decay is not None and not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), found {self.decay}")
         if not 0 <= self.window < float("inf"):

@@ -29,7 +29,7 @@ from rewards.diagnostics import (
 )
 from rewards.diagonal import diagonal_distance
 from rewards.fid import Reference, distance_to_reference, features_to_reference
-from rewards.history_basis import HistoryBasis
+from rewards.history_basis import MaintainedBasis
 from rewards.leave_one_out import leave_one_out_fid
 from rewards.moments import Moments, SlidingWindow
 from rewards.moments_config import MomentsConfig
@@ -109,10 +109,7 @@ class MomentsServer:
         self._answer: DistributionReward | None = None
         self._warned = False  # of a short window
         self._lagging = 0  # commits in a row
-        self._base: Moments | None = None  # the history that was decomposed last
-        self._basis: HistoryBasis | None = None
-        self._pending: tuple[np.ndarray, ...] = ()  # batches since then, each with _pending_share
-        self._pending_share = 0.0
+        self._basis = MaintainedBasis()
         self._refreshed: tuple[Span, ...] = ()  # work that the next answer tells of
 
     def set_reference(self, reference: Reference, fingerprint: str) -> None:
@@ -136,7 +133,8 @@ class MomentsServer:
         reference = replace(reference, fingerprint=fingerprint)
         if self._history is not None and self._history.effective_size:
             reference.check_dim(self._history.dim)
-        self._reference, self._bias_constant, self._basis = reference, None, None
+        self._reference, self._bias_constant = reference, None
+        self._basis.of_another_reference()
 
     def seed(self, start: np.ndarray | Moments) -> float:
         """Start the history from images of the base policy, by their features (N, D) or moments;
@@ -160,8 +158,8 @@ class MomentsServer:
             self._reference.check_dim(dim)
         self._run, self._key, self._answer, self._warned = None, None, None, False
         self._lagging = 0
-        self._rebase(None)
-        with threadpool_limits(1):
+        self._basis.start(None)
+        with threadpool_limits(self._config.num_threads):
             if empty:
                 self._history = SlidingWindow() if sliding else Moments.empty(dim)
                 return float("nan")
@@ -208,8 +206,8 @@ class MomentsServer:
         self._reference.check_dim(features.shape[1])
         used = features[valid]
         rewards = np.full(len(features), np.nan)
-        # One thread: the last bits of a product then do not depend on where the server runs.
-        with threadpool_limits(1):
+        # With one thread the last bits of a product do not depend on where the server runs.
+        with threadpool_limits(self._config.num_threads):
             step = self._step(self._history, used)
             rewards[valid], fid = self._judge(self._reference, step, used)
             batch_fid = self._batch_fid(self._reference, used)
@@ -231,24 +229,27 @@ class MomentsServer:
         )
         # All at once and last: a commit that failed has left no trace.
         answer = replace(answer, warnings=self._warnings(answer, len(used)))
-        self._follow(used, step.share)
+        self._basis.follow(used, step.share)
         self._history, self._answer, self._refreshed = step.after, answer, ()
         self._run, self._key = run, (run, iteration)
         return answer
 
     def refresh(self) -> None:
-        """Decompose the history if it is time to; call it after `seed` and `commit`, when nobody
-        waits for an answer. The rewards depend on it in their last digits only."""
-        every, history = self._config.rebuild_every, self._history
-        exact = self._config.covariance == "full" and self._config.method == "exact"
-        if not (every and exact and isinstance(history, Moments) and history.weight):
+        """Decompose the history if the old decomposition could not serve another batch like the
+        last; to be called when nobody waits. The rewards depend on it in their last digits only."""
+        history, reference = self._history, self._reference
+        if not (self._decomposes and reference and isinstance(history, Moments) and history.weight):
             return
-        if self._base is None or len(self._pending) >= every:
-            start = time.time()
-            self._rebase(history.normalised())
-            with threadpool_limits(1):
-                self._current_basis()
-            self._refreshed = (Span(self.name, "decompose", start, time.time()),)
+        start, last = time.time(), 0 if self._answer is None else len(self._answer.rewards)
+        with threadpool_limits(self._config.num_threads):
+            if self._basis.refresh(history, reference, last):
+                self._refreshed = (Span(self.name, "decompose", start, time.time()),)
+
+    @property
+    def _decomposes(self) -> bool:
+        """Whether old decompositions can serve such rewards."""
+        config = self._config
+        return (config.kind, config.covariance, config.method) == ("ema", "full", "exact")
 
     def state(self) -> bytes:
         """Everything a checkpoint needs: the history, the key it was committed under, the answer.
@@ -264,10 +265,10 @@ class MomentsServer:
             fields["moments"] = self._history.to_bytes()
         else:
             fields["window"] = [pack_array(batch) for batch in self._history.batches]
-        if self._base is not None:  # so that a resumed run continues bit for bit
-            fields["base"] = self._base.to_bytes()
-            fields["pending"] = [pack_array(batch) for batch in self._pending]
-            fields["pending_share"] = self._pending_share
+        if (basis := self._basis).base is not None:  # so that a resumed run continues bit for bit
+            fields["base"] = basis.base.to_bytes()
+            fields["pending"] = [pack_array(batch) for batch in basis.pending]
+            fields["pending_share"] = basis.share
         if self._answer is not None:
             answer = asdict(self._answer)
             # Times of the clock, and what depends on what was said before: the same state would not
@@ -301,8 +302,7 @@ class MomentsServer:
         if self._reference is not None and history.effective_size:
             self._reference.check_dim(history.dim)
         self._history, self._answer = history, answer
-        self._rebase(base)
-        self._pending, self._pending_share = pending, pending_share
+        self._basis.start(base if self._decomposes else None, pending, pending_share)
         self._run, self._key = None, key if key[1] >= 0 else None
 
     def _repeated(self, run: str, iteration: int, count: int) -> DistributionReward | None:
@@ -341,10 +341,9 @@ class MomentsServer:
         self, reference: Reference, step: _Step, used: np.ndarray
     ) -> tuple[np.ndarray, float]:
         """Rewards of the images (N, D), and the FID of their mixture with the history."""
-        config, basis = self._config, self._current_basis()
-        steady = not self._pending or self._pending_share == step.share
-        if basis is not None and steady and basis.fits(self._pending, used, step.share):
-            return basis.leave_one_out(self._pending, used, step.share)
+        config = self._config
+        if (served := self._basis.leave_one_out(used, step.share, reference)) is not None:
+            return served
         rewards, fid = leave_one_out_fid(
             used,
             step.before,
@@ -357,23 +356,6 @@ class MomentsServer:
         if config.mode == "loo_batch":  # it answers with the batch's
             fid = self._fid(step.before.update(used, step.share))
         return rewards, fid
-
-    def _rebase(self, base: Moments | None) -> None:
-        self._base, self._basis, self._pending = base, None, ()
-
-    def _current_basis(self) -> HistoryBasis | None:
-        if self._basis is None and self._base is not None and self._reference is not None:
-            self._basis = HistoryBasis.of(self._base, self._reference)
-        return self._basis
-
-    def _follow(self, used: np.ndarray, share: float) -> None:
-        """Remember a committed batch beside the decomposition that does not know it."""
-        if self._base is None:
-            return
-        if self._pending and share != self._pending_share:  # of another size: start anew
-            self._rebase(None)
-            return
-        self._pending, self._pending_share = (*self._pending, used), share
 
     def _bias(self, images: float, fid: float) -> float:
         if self._bias_constant is None and self._reference is not None:

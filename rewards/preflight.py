@@ -62,6 +62,11 @@ def check_rewards(
         foreign: pools with a runtime environment of their own.
         side: pixels a side of the policy's images; 0 where it is not known.
     """
+    if rewards.loo_fid.rebuild_every:
+        findings.notes.append(
+            "rewards.loo_fid.rebuild_every is not used any more and goes in the next release: the "
+            "history is decomposed when the next iteration needs it; leave it out"
+        )
     if rewards.clip.enabled and rewards.clip.pool not in foreign:
         clip = rewards.clip
         _text_image("rewards.clip", clip.model, clip.pretrained, clip.tag, findings)

@@ -41,9 +41,7 @@ def test_moments_prepared_off_the_critical_path_are_the_same(ray_session: RaySes
     """The joint space, whose history has full rank only with enough seed images."""
     config = small_config(
         num_samplers=2,
-        rewards={
-            "loo_fid": {"joint": True, "joint_dim": 4, "seed_images": 200, "rebuild_every": 2}
-        },
+        rewards={"loo_fid": {"joint": True, "joint_dim": 4, "seed_images": 200}},
     )
     with InlineFleet(config.fleet_plan()) as fleet:
         expected = fingerprint(run_training(config, fleet))

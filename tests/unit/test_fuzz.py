@@ -46,7 +46,7 @@ def features(seed: int, count: int = 40) -> np.ndarray:
 
 
 def moments_server(kind: str = "ema") -> MomentsServer:
-    made = MomentsServer(MomentsConfig(decay=0.5, rebuild_every=2, kind=kind))
+    made = MomentsServer(MomentsConfig(decay=0.5, kind=kind))
     made.set_reference(Reference.from_features(features(0), "net"), "net")
     return made
 

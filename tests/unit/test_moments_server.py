@@ -7,6 +7,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+import threadpoolctl
 
 from cluster.errors import CheckpointError, DataError
 from cluster.sealing import unseal
@@ -274,7 +275,7 @@ def test_the_diagonal_form(mode) -> None:
     ("settings", "message"),
     [
         ({"decay": 1.0}, r"decay must be in \[0, 1\), found 1.0"),
-        ({"rebuild_every": -1}, "rebuild_every must be >= 0, found -1"),
+        ({"num_threads": 0}, "num_threads must be >= 1, found 0"),
         ({"window": -1.0}, "window must be a number of images, or 0 for decay; found -1"),
         ({"mode": "loo_batch"}, "mode 'loo_batch' needs covariance=diagonal"),
         ({"covariance": "diagonal", "method": "influence"}, "needs covariance=full"),
@@ -318,78 +319,143 @@ def test_the_default_window_follows_images_and_dimensions() -> None:
 
 
 WIDE = 64
-BATCHES = [np.random.default_rng(seed).normal(size=(5, WIDE)) for seed in range(20, 28)]
+BATCHES = [np.random.default_rng(seed).normal(size=(20, WIDE)) for seed in range(20, 36)]
 
 
-def wide_server(rebuild_every: int, seed: bool = True) -> MomentsServer:
+def wide_server(seed: bool = True, **settings: Any) -> MomentsServer:
     generator = np.random.default_rng(0)
     mixing = generator.normal(size=(WIDE, WIDE)) / 8
-    server = MomentsServer(MomentsConfig(decay=0.9, rebuild_every=rebuild_every))
+    server = MomentsServer(MomentsConfig(**({"decay": 0.9} | settings)))
     reference = Reference.from_features(generator.normal(size=(400, WIDE)) @ mixing, "net")
     server.set_reference(reference, "net")
     if seed:
         server.seed(generator.normal(size=(300, WIDE)))
-        server.refresh()
     return server
 
 
-def commit_wide(server: MomentsServer, iteration: int, count: int = 5) -> np.ndarray:
+def commit_wide(
+    server: MomentsServer, iteration: int, count: int = 5, *, refresh: bool = True
+) -> np.ndarray:
+    if refresh:  # as the loop does it, after the seed and after every commit
+        server.refresh()
     x = BATCHES[iteration][:count]
-    rewards = server.commit(iteration, x, np.ones(count, bool)).rewards
-    server.refresh()
-    return rewards
+    return server.commit(iteration, x, np.ones(count, bool)).rewards
 
 
-@pytest.mark.parametrize("rebuild_every", [1, 3])
-def test_an_old_decomposition_serves_exactly(
-    rebuild_every: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[int] = []
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For each commit that an old decomposition served: batches since it was made."""
+    found: list[int] = []
     original = HistoryBasis.leave_one_out
 
-    def counting(self, pending, x, decay):
-        used.append(len(pending))
+    def counting(self: HistoryBasis, pending: Any, x: np.ndarray, decay: float) -> Any:
+        found.append(len(pending))
         return original(self, pending, x, decay)
 
     monkeypatch.setattr(HistoryBasis, "leave_one_out", counting)
-    plain, reusing = wide_server(0), wide_server(rebuild_every)
-    for iteration in range(6):
-        expected = commit_wide(plain, iteration)
-        found = commit_wide(reusing, iteration)
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 16])
+def test_an_old_decomposition_serves_every_commit_exactly(count: int, used: list[int]) -> None:
+    """A quarter of the dimensions is 16 images. 4 of them are the presets' 128 of 2,048 dimensions,
+    8 their 256."""
+    plain, reusing = wide_server(), wide_server()
+    for iteration in range(16):
+        expected = commit_wide(plain, iteration, count, refresh=False)
+        found = commit_wide(reusing, iteration, count)
         assert np.abs(found - expected).max() <= 1e-6 * expected.std()
-    assert used == [iteration % rebuild_every for iteration in range(6)]
+    assert used == [iteration % (16 // count) for iteration in range(16)]
 
 
-def test_a_batch_of_another_weight_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = MomentsServer(MomentsConfig(window=400, rebuild_every=3))
+def test_batches_of_more_images_are_judged_by_themselves(
+    used: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    original = HistoryBasis.of
+    monkeypatch.setattr(HistoryBasis, "of", lambda *options: made.append(1) or original(*options))
+    plain, reusing = wide_server(), wide_server()
+    for iteration in range(4):
+        expected = commit_wide(plain, iteration, 17, refresh=False)
+        assert np.array_equal(commit_wide(reusing, iteration, 17), expected)
+    assert used == []
+    assert len(made) == 1  # after the seed, when nobody knows how many will come
+
+
+def test_a_history_short_of_full_rank_is_not_decomposed_after_every_commit(
+    used: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    original = HistoryBasis.of
+    monkeypatch.setattr(HistoryBasis, "of", lambda *options: made.append(1) or original(*options))
+    plain, reusing = wide_server(seed=False), wide_server(seed=False)
+    for server in (plain, reusing):
+        server.seed(np.random.default_rng(1).normal(size=(40, WIDE)))
+    for iteration in range(16):
+        expected = commit_wide(plain, iteration, 4, refresh=False)
+        found = commit_wide(reusing, iteration, 4)
+        assert np.abs(found - expected).max() <= 1e-6 * expected.std()
+    assert len(made) == 3  # at the start; after 8 commits, with 72 images; then as is due
+    assert used == [0, 1, 2, 3] * 2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_threads_of_its_algebra(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = HistoryBasis.of
+
+    def counting(*options: Any) -> HistoryBasis:
+        pools = threadpoolctl.threadpool_info()
+        seen.append(max(pool["num_threads"] for pool in pools if pool["user_api"] == "blas"))
+        return original(*options)
+
+    monkeypatch.setattr(HistoryBasis, "of", counting)
+    commit_wide(wide_server(num_threads=threads), 0)
+    assert seen == [threads]
+
+
+def test_a_batch_of_another_weight_starts_anew() -> None:
+    server = MomentsServer(MomentsConfig(window=400))
     plain = MomentsServer(MomentsConfig(window=400))
     for each in (server, plain):
         each.set_reference(
             Reference.from_features(np.random.default_rng(0).normal(size=(400, WIDE))), ""
         )
         each.seed(np.random.default_rng(1).normal(size=(300, WIDE)))
-        each.refresh()
     for iteration, count in enumerate([5, 5, 4, 4, 5, 5, 5]):  # as when images fail
-        expected = commit_wide(plain, iteration, count)
+        expected = commit_wide(plain, iteration, count, refresh=False)
         found = commit_wide(server, iteration, count)
         assert np.abs(found - expected).max() <= 1e-6 * expected.std()
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 def test_a_restored_server_continues_bit_for_bit(after: int) -> None:
-    server = wide_server(3)
+    server = wide_server()
     for iteration in range(after):
         commit_wide(server, iteration)
-    restored = wide_server(3, seed=False)
+    server.refresh()
+    restored = wide_server(seed=False)
     restored.restore(server.state())
     for iteration in range(after, 6):
         assert np.array_equal(commit_wide(restored, iteration), commit_wide(server, iteration))
     assert restored.state() == server.state()
 
 
-def test_refreshing_twice_changes_nothing() -> None:
-    server = wide_server(2)
+def test_a_decomposition_serves_no_other_reward() -> None:
+    """A run that goes on with another covariance forgets it."""
+    server = wide_server()
     commit_wide(server, 0)
+    other = wide_server(seed=False, covariance="diagonal")
+    other.restore(server.state())
+    fresh = wide_server(seed=False, covariance="diagonal")
+    fresh._history = server._history
+    assert np.array_equal(commit_wide(other, 1), commit_wide(fresh, 1))
+
+
+def test_refreshing_twice_changes_nothing() -> None:
+    server = wide_server()
+    commit_wide(server, 0)
+    server.refresh()
     state = server.state()
     server.refresh()
     assert server.state() == state

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.loading import module_of
@@ -597,6 +598,31 @@ def test_settings_that_learn_nothing_are_noted() -> None:
     assert found(rewards=one).notes == []
     (note,) = found(iterations=5, learner={"warmup": 10}).notes
     assert "learner.warmup 10 is not over within 5 iterations" in note
+
+
+def test_options_of_earlier_configurations_are_noted() -> None:
+    (note,) = found(rewards={"loo_fid": {"rebuild_every": 8}}).notes
+    assert "rewards.loo_fid.rebuild_every is not used any more" in note
+
+
+def test_a_file_says_with_which_settings_it_is_scored(tmp_path: Path) -> None:
+    """Or that nobody knows them, before anything is started."""
+    save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
+    file = str(tmp_path / "w.safetensors")
+    clip = {"model": "ViT-B-16-SigLIP", "pretrained": file}
+    (note,) = found(rewards={"clip": clip}).notes
+    assert "of its published weights (webli), GELU, bicubic, squash, mean 0.5,0.5,0.5" in note
+    (problem,) = problems(rewards={"clip": {"model": "ViT-B-32", "pretrained": file}})
+    assert "rewards.clip.pretrained: " in problem
+    assert "set tag to the one that they are of" in problem
+    tagged = {"model": "ViT-B-32", "pretrained": file, "tag": "laion2b_e16"}
+    (note,) = found(rewards={"clip": tagged}).notes
+    assert "of the tag laion2b_e16" in note
+    features = {"network": "clip", "model": "ViT-B-32", "checkpoint": file}
+    told = problems(rewards={"features": features})
+    assert any("set tag" in problem for problem in told)
+    tower = {"network": "dinov2", "model": "vit_base_patch16_224", "checkpoint": file}
+    assert any("tags differ" in problem for problem in problems(rewards={"features": tower}))
 
 
 def test_scorers_of_the_digits_are_noted_for_other_conditions() -> None:

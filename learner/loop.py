@@ -28,8 +28,8 @@ from learner.rows import all_spans, metrics_row, times
 from learner.timeline import Stopwatch
 from rewards.combine import Combiner
 from rewards.config import LOO_FID
+from rewards.distribution_reward import DistributionReward
 from rewards.moments import Moments
-from rewards.moments_server import DistributionReward
 
 
 @dataclass(frozen=True)

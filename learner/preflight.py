@@ -256,6 +256,11 @@ def _images(field: str, source: str, config: RunConfig) -> tuple[int, int, int]:
         moments = field.startswith("rewards")
         names = [f"{DIGITS}train", f"{DIGITS}held-out", *(PUBLISHED if moments else ())]
         try:
+            if expanded(source).is_dir():
+                raise DataError(
+                    f"{source}: expected an .npz or .npy file of uint8 images, found a folder: "
+                    "write its images as one array (N, H, W, 3), arr_0"
+                )
             locate(source)
         except CheckpointError as error:
             hint = did_you_mean(source, names).strip() or f"there are {', '.join(names)}, or a file"

@@ -12,7 +12,7 @@ from cluster.messages import ScoredGroup, Span
 from learner.advantage import Advantages
 from learner.guards import scoring_times
 from learner.learner import StepReport
-from rewards.moments_server import DistributionReward
+from rewards.distribution_reward import DistributionReward
 
 QUANTILES = {"p05": 0.05, "p95": 0.95}
 

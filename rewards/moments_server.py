@@ -9,7 +9,7 @@ Shapes: N images, D feature dimensions.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -28,55 +28,12 @@ from rewards.diagnostics import (
     short_window_warning,
 )
 from rewards.diagonal import diagonal_distance
+from rewards.distribution_reward import DistributionReward
 from rewards.fid import Reference, distance_to_reference, features_to_reference
 from rewards.history_basis import MaintainedBasis
 from rewards.leave_one_out import leave_one_out_fid
 from rewards.moments import Moments, SlidingWindow
 from rewards.moments_config import MomentsConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistributionReward:
-    """The moments server's answer for one iteration."""
-
-    iteration: int
-    rewards: np.ndarray
-    """(N,) float64, FID units; NaN for images that were left out."""
-    fid: float
-    """FID of the mixture of history and batch."""
-    batch_fid: float
-    """FID of this iteration's images alone; far above `fid` with few images, but free of lag."""
-    effective_size: float
-    """How many images' worth of information the mixture holds."""
-    version: int = 0
-    """The history that judged: iterations up to this one, itself left out; 0 is seed images."""
-    bias: float = 0.0
-    """About how much of `fid` is there because images are few: `diagnostics.bias_constant` over
-    the effective size, at most `fid`. Too low where the images are fewer than 2 D."""
-    batch_bias: float = 0.0
-    """The same of `batch_fid`."""
-    positive_share: float = float("nan")
-    """Share of the valid images whose reward is positive."""
-    class_rewards: dict[int, float] | None = None
-    """Class -> mean reward of its valid images; None where no classes were given."""
-    between_classes: float = float("nan")
-    """Standard deviation of the classes' mean rewards: what group normalisation takes away."""
-    within_classes: float = float("nan")
-    """Root mean square deviation of rewards from their class's mean: what it leaves."""
-    warnings: tuple[str, ...] = ()
-    """What is wrong with the settings and what to change; each is told once."""
-    spans: tuple[Span, ...] = ()
-
-    @property
-    def gap(self) -> float:
-        """`batch_fid` less `fid`: bias of the smaller set, less what the history lags behind."""
-        return self.batch_fid - self.fid
-
-    @property
-    def lag(self) -> float:
-        """`fid` less `batch_fid`, each without its bias: above 0 the policy is better than its
-        history, and a shorter window would follow it closer. As rough as the bias estimates."""
-        return (self.fid - self.bias) - (self.batch_fid - self.batch_bias)
 
 
 @dataclass(frozen=True)
@@ -270,11 +227,7 @@ class MomentsServer:
             fields["pending"] = [pack_array(batch) for batch in basis.pending]
             fields["pending_share"] = basis.share
         if self._answer is not None:
-            answer = asdict(self._answer)
-            # Times of the clock, and what depends on what was said before: the same state would not
-            # be the same bytes.
-            del answer["spans"], answer["warnings"]
-            fields["answer"] = answer | {"rewards": pack_array(self._answer.rewards)}
+            fields["answer"] = self._answer.packed()
         return seal(msgpack.packb(fields))
 
     def restore(self, state: bytes) -> None:
@@ -288,7 +241,8 @@ class MomentsServer:
             key = (fields.get("run", ""), int(fields["iteration"]))  # version 0.1 had no runs
             found = "sliding" if "window" in fields else "ema"
             history = _unpack_history(fields)
-            answer = _unpack_answer(fields.get("answer"))
+            kept = fields.get("answer")
+            answer = DistributionReward.unpacked(kept) if kept is not None else None
             base = Moments.from_bytes(fields["base"]) if "base" in fields else None
             pending = tuple(unpack_array(batch) for batch in fields.get("pending", ()))
             pending_share = float(fields.get("pending_share", 0.0))
@@ -392,9 +346,3 @@ def _unpack_history(fields: dict[str, Any]) -> Moments | SlidingWindow:
     if "window" in fields:
         return SlidingWindow(tuple(unpack_array(batch) for batch in fields["window"]))
     return Moments.from_bytes(fields["moments"])
-
-
-def _unpack_answer(fields: dict[str, Any] | None) -> DistributionReward | None:
-    if fields is None:
-        return None
-    return DistributionReward(**(fields | {"rewards": unpack_array(fields["rewards"])}))

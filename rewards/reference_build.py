@@ -116,7 +116,7 @@ class ReferenceConfig:
         Raises:
             ConfigError: options that cannot be, or not together.
         """
-        if self.out.suffix != ".npz":
+        if self.out.suffix.lower() != ".npz":
             raise ConfigError(f"--out must be an .npz file, found {self.out}")
         if self.out.exists() and not self.overwrite:
             raise ConfigError(f"{self.out} is there already: --overwrite replaces it")

@@ -113,9 +113,13 @@ class SampleImages:
         except KeyError:
             with zipfile.ZipFile(self.path) as archive:
                 found = [name.removesuffix(".npy") for name in archive.namelist()]
-            raise DataError(
-                f"{self.path}: needs an array {SAMPLES!r} of images, found {found}"
-            ) from None
+            what = f"needs an array {SAMPLES!r} of images, found {found}"
+            if "mu" in found:
+                what += (
+                    ": these are moments of features, not images; they belong in "
+                    "rewards.loo_fid.reference (or seed_from)"
+                )
+            raise DataError(f"{printable(self.path)}: {what}") from None
         except DAMAGED_ARRAYS as error:
             raise self._damaged(error) from error
         of_images = len(self._shape) == 4 and self._shape[-1] == 3 and min(self._shape) > 0
@@ -216,8 +220,19 @@ class SampleImages:
         return file
 
 
+def holds_images(path: Path) -> bool:
+    """Whether an .npy file has the four dimensions of images."""
+    try:
+        with path.open("rb") as file:
+            return len(read_header(file, fortran=True)[0]) == 4
+    except DAMAGED_ARRAYS:
+        return True  # and what is wrong with it is said where images are read
+
+
 def _conversion(shape: tuple[int, ...], dtype: np.dtype) -> str:
     """What makes such an array one of images; empty where that is not known."""
+    if len(shape) == 2:
+        return ": are these features, (N, D)?"
     steps = []
     if len(shape) == 4 and shape[1] in (1, 3, 4) and shape[-1] not in (1, 3, 4):
         steps.append("x.transpose(0, 2, 3, 1) of channels first")

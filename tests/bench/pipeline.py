@@ -37,7 +37,7 @@ from learner.loop import Iteration, train
 from learner.metrics import Recorder
 from learner.rundir import RunDirectory
 from learner.timeline import Usage, bottleneck
-from rewards.moments_server import DistributionReward
+from rewards.distribution_reward import DistributionReward
 from tests.small_run import small_config
 
 ROLLOUTS, TOKENS, SIDE = 4, 64, 16

@@ -19,9 +19,10 @@ from learner.loop import Iteration, check_history, prepare, train
 from learner.pipeline import Pipeline
 from learner.rundir import RunDirectory
 from rewards.combine import Combiner
+from rewards.distribution_reward import DistributionReward
 from rewards.fid import Reference
 from rewards.moments_config import MomentsConfig
-from rewards.moments_server import DistributionReward, MomentsServer
+from rewards.moments_server import MomentsServer
 from tests.small_run import fingerprint, run_training, small_config
 from tests.unit.helpers import request, scored_group
 

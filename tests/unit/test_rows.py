@@ -15,7 +15,7 @@ from learner.loss import LossStats
 from learner.passes import Sums
 from learner.rows import metrics_row, times
 from rewards.combine import Combiner, RewardTerm
-from rewards.moments_server import DistributionReward
+from rewards.distribution_reward import DistributionReward
 from tests.unit.helpers import scored_group
 
 

@@ -26,7 +26,7 @@ from rewards.joint import class_table, equal_trace_weight, joint_features
 from rewards.moments import Moments
 from rewards.reference import read_stored
 from rewards.reference_fetch import reference_file
-from rewards.reference_images import holds_images
+from rewards.reference_images import array_of_images
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def stored_reference(reference: str) -> bool:
         return False
     with suppress(CheckpointError, ConfigError, OSError):
         place = locate(path)
-        return file_kind(place) is not FileKind.NPY or not holds_images(place)
+        return file_kind(place) is not FileKind.NPY or not array_of_images(place)
     return Path(path).suffix.lower() in STATISTICS or os.path.isdir(path)
 
 

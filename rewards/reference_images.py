@@ -119,7 +119,7 @@ class SampleImages:
                     ": these are moments of features, not images; they belong in "
                     "rewards.loo_fid.reference (or seed_from)"
                 )
-            raise DataError(f"{printable(self.path)}: {what}") from None
+            raise DataError(f"{self.path}: {what}") from None
         except DAMAGED_ARRAYS as error:
             raise self._damaged(error) from error
         of_images = len(self._shape) == 4 and self._shape[-1] == 3 and min(self._shape) > 0
@@ -220,7 +220,7 @@ class SampleImages:
         return file
 
 
-def holds_images(path: Path) -> bool:
+def array_of_images(path: Path) -> bool:
     """Whether an .npy file has the four dimensions of images."""
     try:
         with path.open("rb") as file:

@@ -124,7 +124,7 @@ def _rgb(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
         grey = _upper_bits(image)
         return np.repeat(grey[..., None], 3, axis=-1), (DEEP,)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        kind = "floating-point" if image.mode == "F" else "32-bit"
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
         raise _UnusableError(
             f"{kind} grey values, of which nobody says what is white: write it with 8 bits"
         )

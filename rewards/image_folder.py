@@ -88,7 +88,7 @@ class _Walk:
             for entry in self._listed(name):
                 inside = f"{name}/{entry.name}" if name else entry.name
                 place = os.path.join(real, entry.name)
-                folder = not entry.is_symlink() and entry.is_dir(follow_symlinks=False)
+                folder = _is_folder(entry)
                 if self._hidden(entry.name, inside, folder):
                     continue
                 if entry.is_symlink():
@@ -234,6 +234,14 @@ def _instead(contents: FolderContents) -> str:
     packed = [name for name in contents.left_out if name.endswith(ends)]
     advice = "; unpack them first" if packed else ""
     return f"; found {shortened(packed or contents.left_out)}{advice}"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """And no link to one; a file where the system cannot tell: reading it says what is wrong."""
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
 
 
 def _suffix(name: str) -> str:

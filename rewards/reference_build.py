@@ -34,6 +34,7 @@ from cluster.locks import locked_file
 from cluster.paths import expanded, output_path
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.signals import STOPPING, handled_by, interrupt
+from cluster.streams import shown
 from cluster.strict_json import dumps
 from rewards.base import FeatureExtractor
 from rewards.class_labels import described, read_class_names
@@ -310,7 +311,7 @@ def describe(plan: Plan, sums: ReferenceSums) -> list[str]:
     lines = [*sums.notes]
     lines += [
         f"{sums.images} images, {sums.dim} dimensions, features "
-        f"{plan.extractor.fingerprint}: {plan.config.out}"
+        f"{plan.extractor.fingerprint}: {shown(plan.config.out)}"
     ]
     if sums.skipped:
         names = ", ".join(sums.skipped_first)

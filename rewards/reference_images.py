@@ -242,6 +242,8 @@ def _conversion(shape: tuple[int, ...], dtype: np.dtype) -> str:
         steps.append("x[..., :3] of RGBA")
     if dtype.kind == "f":
         steps.append("(255 * x).round().astype(np.uint8) of values in [0, 1]")
+    elif dtype == np.uint16:
+        steps.append("(x >> 8).astype(np.uint8) of values up to 65535")
     elif dtype.kind in "iu" and dtype != np.uint8:
         steps.append("x.astype(np.uint8) of values in 0..255")
     return f": write it with {', '.join(steps)}" if steps else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,23 @@ def test_16_bit_tiff_of_either_byte_order(order: str) -> None:
         assert again.tag_v2[262] == 0  # type: ignore[attr-defined]
     found = decode("a", inverted)
     np.testing.assert_array_equal(found.pixels[..., 0], 255 - GREY)  # type: ignore[index]
+
+
+def test_12_bit_tiff() -> None:
+    """As microscopes write it; Pillow leaves the numbers at 12 bits."""
+    values = GREY.astype(int) * 16 + 15
+    pairs = values.reshape(-1, 2)
+    packed = np.stack(
+        [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1
+    )
+    tags = ((256, 16), (257, 16), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16))
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    entries += struct.pack("<HHII", 279, 4, 1, packed.size)
+    data = packed.astype(np.uint8).tobytes()
+    file = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
+    found = decode("a", file + struct.pack("<H", 9) + entries + bytes(4))
+    assert found.pixels is not None, found.error
+    np.testing.assert_array_equal(found.pixels[..., 0], GREY)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +133,6 @@ def test_the_first_of_several_pictures(kind: str) -> None:
 
 
 def test_16_bit_colour_is_said(tmp_path: Path) -> None:
-    import struct
-    import zlib
-
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
             struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -178,6 +194,7 @@ def test_an_array_by_its_content(tmp_path: Path) -> None:
             r"found float64 .*: write it with \(255 \* x\).round\(\).astype\(np.uint8\)",
         ),
         (IMAGES.astype(np.int64), r"found int64 .*: write it with x.astype\(np.uint8\)"),
+        (IMAGES.astype(np.uint16), r"found uint16 .*: write it with \(x >> 8\).astype\(np.uint8\)"),
         (IMAGES.astype(np.float16), "found float16"),
         (np.zeros((5, 3, 8, 8), np.uint8), r"x.transpose\(0, 2, 3, 1\) of channels first"),
         (IMAGES[..., 0].copy(), r"x.reshape\(N, H, W, 1\), 3, -1\) of grey"),

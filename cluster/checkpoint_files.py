@@ -296,10 +296,13 @@ def _weights(source: str, content: Any, ema: bool) -> tuple[str, Mapping[Any, An
             f"{source}: ema was asked for, but {where!r} is empty: the trainer kept no average; "
             "leave ema off"
         )
-    if where == "the file" and not all(_is_tensor(value) for value in state.values()):
+    others = [name for name, value in content.items() if not _is_tensor(value)]
+    if where == "the file" and others:
+        if isinstance(state[others[0]], Opaque):
+            raise CheckpointError(_odd(source, where, others[0], state[others[0]]))
         raise CheckpointError(
             f"{source}: expected weights under {listed(LAYOUTS)}, or nothing but tensors, found "
-            f"the entries {listed(content)}"
+            f'the entries {listed(content)}; save the ones you mean as {{"model": state_dict}}'
         )
     if isinstance(state, Opaque):
         raise CheckpointError(refused_object(source, state.name, f" under {where!r}"))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import CheckpointError
+from cluster.sums import sha256_of
 from cluster.tensors import load_strict
 
 PUBLISHED = "published"
@@ -51,7 +52,7 @@ def published_file(url: str) -> Path:
             raise CheckpointError(
                 f"{place.name} cannot be fetched ({brief(error)}): {remedy}"
             ) from error
-    found = hashlib.sha256(place.read_bytes()).hexdigest()
+    found = sha256_of(place)
     if not found.startswith(digest):
         raise CheckpointError(
             f"{place}: expected a file whose SHA-256 begins with {digest}, found {found[:16]}; "

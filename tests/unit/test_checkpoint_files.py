@@ -393,6 +393,7 @@ def _loads(net: Net) -> Any:
     def read(file: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "invalid escape", DeprecationWarning)  # pickletools'
             load_strict(net, read_checkpoint(file), str(file))
         return state_of(net)
 

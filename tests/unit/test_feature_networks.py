@@ -98,7 +98,7 @@ def test_the_miniatures_file_may_be_named() -> None:
         ("inception", "torchvision-inception", r"FidInception: .*AuxLogits"),
         ("torchvision-inception", "inception", r"Inception3: .*missing, .*AuxLogits"),
         ("dinov2", "inception", r"does not fit timm's"),
-        ("convnet", "inception", "not a whole safetensors file"),
+        ("convnet", "inception", "expected a safetensors file, found a PyTorch file"),
     ],
 )
 def test_files_of_another_network(

@@ -124,7 +124,7 @@ FORMATS = [(2, True), (3, True), (4, True), (5, True), (2, False), (4, False)]
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(("protocol", "archive"), FORMATS)
-@pytest.mark.parametrize("where", ["model", "inside", "args", "optimizer", "key", "whole"])
+@pytest.mark.parametrize("where", ["model", "inside", "args", "optimizer", "key", "whole", "bare"])
 def test_harmful_checkpoints_run_nothing(
     where: str, protocol: int, archive: bool, tmp_path: Path
 ) -> None:
@@ -137,6 +137,7 @@ def test_harmful_checkpoints_run_nothing(
             "optimizer": {"model": WEIGHTS, "optimizer": {"state": (1, {2: harm})}},
             "key": {"model": WEIGHTS, "rng_state": OrderedDict(((1, harm),))},
             "whole": harm,  # type: ignore[dict-item]
+            "bare": WEIGHTS | {"b.c": harm},
         }
         _save(content[where], file, protocol, archive)
         if isinstance(harm, Fills) and where in ("args", "optimizer", "key"):

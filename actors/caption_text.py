@@ -41,6 +41,8 @@ from cluster.messages import Condition
 from cluster.paths import expanded
 
 PLAIN = ("", ".txt", ".text")
+OTHERS = (".parquet", ".yaml", ".yml", ".xml", ".toml", ".html", ".arrow", ".feather", ".pkl")
+"""Suffixes of what is no text with one caption a line, even where its content is text."""
 _WIDE = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,10 @@ def load_captions(path: Path, column: str = "") -> Captions:
         raise DataError(f"captions {path}: the file holds no caption (one a line is expected)")
     if cells.column and not column:
         notes.append(f"captions {path}: column {cells.column!r} is read")
+    if gaps := _blank_lines(cells):
+        notes.append(
+            f"captions {path}: {len(gaps)} blank lines are skipped, the first is {gaps[0]}"
+        )
     if not cells.column and place.suffix.lower() not in (*PLAIN, *OBJECTS):
         notes.append(f"captions {path}: read as text, one caption a line")
     if again := len(captions) - len(set(captions)):
@@ -140,6 +146,12 @@ def _cells(path: Path, place: Path, column: str) -> Cells:
         return delimited(path, text, column, "\t" if suffix == ".tsv" else ",\t")
     if suffix in OBJECTS:
         return objects(path, text, column)
+    if suffix in OTHERS:
+        noun = "not a readable Parquet file" if suffix == OTHERS[0] else "of a kind not read here"
+        raise DataError(
+            f"captions {path}: {noun}: expected text with one caption a line (.txt), or a table "
+            f"({_suffixes()}, Parquet), found {described(place)} called {suffix}"
+        )
     if column:
         raise DataError(
             f"captions {path}: --column {column!r} is of tables ({_suffixes()}, Parquet), but this "
@@ -209,6 +221,13 @@ def _caption(path: Path, cells: Cells, at: int) -> str:
         lone = value[error.start]
         raise DataError(f"{where}: {lone!r} is half of a character, which no text has") from None
     return value.strip().removeprefix("\ufeff").lstrip()
+
+
+def _blank_lines(cells: Cells) -> list[int]:
+    """Numbers of the lines between captions that hold none."""
+    if cells.noun != "line" or cells.column:
+        return []
+    return sorted(set(range(1, cells.numbers[-1])) - set(cells.numbers))
 
 
 def _refuse_tables(path: Path, text: str, lines: list[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cluster.bounds import check_at_most
 from cluster.errors import CheckpointError, ConfigError
 from cluster.torchvision_ops import ensure_torchvision
 from cluster.weight_checks import check_finite
@@ -41,6 +42,7 @@ class LoraConfig:
             raise ValueError(
                 f"rank and alpha of lora must be >= 0, found {self.rank} and {self.alpha}"
             )
+        check_at_most(self, rank=1 << 16, alpha=1 << 20)
         if self.rank and importlib.util.find_spec("peft") is None:
             raise ConfigError("lora needs peft: pip install 'tessera-rl[lora]'")
 

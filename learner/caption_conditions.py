@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pyarrow.parquet as pq
@@ -76,29 +78,57 @@ def check_encoder(encoder: str, texts: Sequence[str], long_captions: LongCaption
         raise DataError(f"encoder {encoder}: {wrong}")
 
 
-def peek_captions(path: str, column: str = "") -> tuple[Captions, int]:
+@dataclass(frozen=True)
+class Peeked:
+    """A file of captions, without its features."""
+
+    captions: Captions
+    width: int = 0
+    """Of the features; 0 where there are none."""
+    longest: int = 0
+    """Tokens of the longest caption's features; 0 where that is not known without reading them."""
+
+
+def peek_captions(path: str, column: str = "") -> Peeked:
     """Look at a file of captions without reading its features.
 
-    Returns:
-        Its texts, and the width of the features of its first caption; 0 where it has none.
-
     Raises:
-        DataError: it cannot be read, or holds no caption.
+        DataError: it cannot be read, or holds no caption; or features of different widths.
     """
     file = Path(path)
     if not is_parquet(file):
-        return load_captions(file, column), 0
+        return Peeked(load_captions(file, column))
     try:
         with pq.ParquetFile(expanded(file)) as parquet:
             names = parquet.schema_arrow.names
             own = set(SCHEMA.names) <= set(names)
             captions = load_captions(file, "caption" if own else column)
-            wanted = ["shape"] if own else [name for name in (FEATURES,) if name in names]
-            if not wanted:
-                return captions, 0
-            first = next(parquet.iter_batches(1, columns=wanted)).column(0)[0].as_py()
+            if own:
+                shapes = parquet.read(columns=["shape"]).column(0).to_pylist()
+                return Peeked(captions, *_extent(path, shapes))
+            if FEATURES not in names:
+                return Peeked(captions)
+            first = next(parquet.iter_batches(1, columns=[FEATURES])).column(0)[0].as_py()
     except UNREADABLE_PARQUET as error:
         raise DataError(f"captions {path}: not a readable Parquet file ({error})") from error
-    if own:
-        return captions, int(first[1]) if first and len(first) == 2 else 0
-    return captions, len(first[0]) if isinstance(first, list) and first and first[0] else 0
+    nested = isinstance(first, list) and bool(first) and isinstance(first[0], list)
+    return Peeked(captions, len(first[0]) if nested else 0)
+
+
+def _extent(path: str, shapes: Sequence[Any]) -> tuple[int, int]:
+    """Width, and most tokens, of features by their shapes [n, D]."""
+    width = longest = 0
+    for row, shape in enumerate(shapes):
+        parts = shape if isinstance(shape, list) else []
+        counts = [n for n in parts if isinstance(n, int) and n > 0]
+        if len(counts) != 2 or shape != counts:
+            where = f"captions {path}: column 'shape', row {row}"
+            raise DataError(f"{where}: found {shape!r:.60}, expected [n, D]")
+        width = width or counts[1]
+        if counts[1] != width:
+            raise DataError(
+                f"captions {path}: column 'shape', row {row}: found width {counts[1]}, but row 0 "
+                f"has {width}"
+            )
+        longest = max(longest, counts[0])
+    return width, longest

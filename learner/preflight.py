@@ -23,7 +23,7 @@ from cluster.preflight import Download, Findings, size_of
 from cluster.roles import FEATURE_BATCH
 from cluster.runtime_env import check_runtime_env
 from cluster.tensors import locate
-from learner.caption_conditions import check_encoder, peek_captions
+from learner.caption_conditions import Peeked, check_encoder, peek_captions
 from learner.conditions import DIGITS as DIGIT_NAMES
 from learner.config import RunConfig
 from learner.datasets import DIGITS, iterate_images
@@ -73,12 +73,13 @@ def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: 
     captions = isinstance(policy, LlamaGenConfig) and bool(policy.caption_dim)
     if conditions.captions:
         with findings.of("conditions.captions"):
-            found, width = peek_captions(conditions.captions, conditions.column)
-            _captions(config, policy, captions, width, findings)
-            findings.notes += found.notes
-            if conditions.encoder and not width:
-                check_encoder(conditions.encoder, found.texts, conditions.long_captions)
-            _check_texts(config, [Condition(text=text) for text in found.texts], findings)
+            found = peek_captions(conditions.captions, conditions.column)
+            _captions(config, policy, captions, found, findings)
+            texts = found.captions.texts
+            findings.notes += found.captions.notes
+            if conditions.encoder and not found.width:
+                check_encoder(conditions.encoder, texts, conditions.long_captions)
+            _check_texts(config, [Condition(text=text) for text in texts], findings)
         return
     if captions:
         findings.problem(
@@ -115,15 +116,15 @@ def _captions(
     config: RunConfig,
     policy: PolicyArchitecture | None,
     captions: bool,
-    width: int,
+    found: Peeked,
     findings: Findings,
 ) -> None:
     """
     Args:
         captions: whether the policy draws for captions.
-        width: of the file's features; 0 where it has none.
+        found: the file.
     """
-    field = "conditions.captions"
+    field, width = "conditions.captions", found.width
     if policy is not None and not captions and _has_classes(policy):
         findings.problem(
             field,
@@ -147,6 +148,13 @@ def _captions(
             f"features of width {policy.caption_dim}, which the policy reads",
             f"width {width}",
             "encode the captions with the encoder that the policy was trained with",
+        )
+    elif found.longest > policy.caption_tokens:
+        findings.problem(
+            field,
+            f"features of at most {policy.caption_tokens} tokens, which the policy reads",
+            f"{found.longest}",
+            f"encode the captions with --max-tokens {policy.caption_tokens}",
         )
     if config.conditions.encoder and importlib.util.find_spec("transformers") is None:
         remedy = "pip install 'tessera-rl[t2i]'"

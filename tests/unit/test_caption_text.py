@@ -14,6 +14,7 @@ import pytest
 from actors.caption_files import features_of, read_caption_features, write_caption_features
 from actors.caption_text import caption_conditions, load_captions, read_captions
 from cluster.errors import DataError
+from learner.caption_conditions import peek_captions
 from learner.conditions import ConditionsConfig
 from tests.file_rows import reads
 from tests.fuzzing import check_reader
@@ -103,6 +104,19 @@ def test_other_places_are_refused(tmp_path: Path) -> None:
             read_captions(path)
     with pytest.raises(DataError, match="--column 'x' is of tables"):
         read_captions(written(tmp_path, "c.txt", "a"), "x")
+
+
+@pytest.mark.parametrize("name", ["c.parquet", "c.yaml", "c.PKL"])
+def test_names_of_other_kinds_are_refused(tmp_path: Path, name: str) -> None:
+    message = "not a readable Parquet file" if name == "c.parquet" else "of a kind not read here"
+    with pytest.raises(DataError, match=f"{message}: expected text .* found a text file"):
+        read_captions(written(tmp_path, name, "- a cat\n- a dog\n"))
+
+
+def test_blank_lines_between_captions_are_counted(tmp_path: Path) -> None:
+    (note,) = load_captions(written(tmp_path, "c.txt", "a\n\nb\n \t\nc\n\n\n")).notes
+    assert "2 blank lines are skipped, the first is 2" in note
+    assert load_captions(written(tmp_path, "d.txt", "a\nb\n\n")).notes == ()
 
 
 def test_notes_say_what_was_chosen_and_what_is_there_twice(tmp_path: Path) -> None:
@@ -289,6 +303,15 @@ def test_a_runs_captions_take_a_column(tmp_path: Path) -> None:
         ConditionsConfig(captions=str(path)).conditions()
 
 
+def test_a_column_of_shapes_that_holds_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "f.parquet"
+    for shape in (3, [1], [1, 0], ["1", "2"], None):
+        table = {"caption": ["a"], "features": [[1.0, 2.0]], "shape": [shape]}
+        pq.write_table(pa.table(table), path)
+        with pytest.raises(DataError, match="column 'shape', row 0: found"):
+            peek_captions(str(path))
+
+
 # Damage.
 
 
@@ -334,3 +357,4 @@ def test_damaged_parquet_is_refused_or_read(tmp_path: Path, kind: str) -> None:
         return [condition.text for condition in found]
 
     check_reader(path, read, 500, good=lambda found: isinstance(found, list) and bool(found))
+    check_reader(path, lambda file: peek_captions(str(file)).captions.texts, 500, good=well_formed)

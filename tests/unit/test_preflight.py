@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from actors.caption_files import write_caption_features
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.loading import module_of
 from actors.models.vq import VQConfig, VQTokenizer
@@ -216,6 +217,10 @@ def test_captions_files(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a cat"], "features": [[[0.0] * 8]]}), "narrow.parquet")
     pq.write_table(pa.table({"text": ["a cat"], "features": [[[0.0] * 16]]}), "fits.parquet")
     Path("torn.parquet").write_bytes(b"PAR1torn")
+    long = [np.zeros((2, 16), np.float32), np.zeros((9, 16), np.float32)]
+    write_caption_features(Path("long.parquet"), ["a", "b"], long)
+    odd = [np.zeros((2, 16), np.float32), np.zeros((2, 8), np.float32)]
+    write_caption_features(Path("odd.parquet"), ["a", "b"], odd)
     for file, message in {
         "absent.txt": "not a readable UTF-8 text file",
         "absent.parquet": "not a readable Parquet file",
@@ -225,6 +230,8 @@ def test_captions_files(tmp_path: Path) -> None:
         "x.parquet": "name it with --column",
         "none.parquet": "holds no caption",
         "texts.txt": "expected captions with features",
+        "long.parquet": "expected features of at most 8 tokens, which the policy reads, found 9",
+        "odd.parquet": "row 1: found width 8, but row 0 has 16",
         "narrow.parquet": "expected features of width 16, which the policy reads, found width 8",
     }.items():
         (problem,) = problems(conditions={"captions": file}, **asked)

@@ -248,6 +248,7 @@ def _no_encoder(model: str, error: Exception) -> ConfigError:
 def _load(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Tokenizer and encoder; a checkpoint that lacks a tensor is refused, not filled at random."""
     tokenizer = load_tokenizer(model)
+    ensure_torchvision()
     try:
         from transformers import T5EncoderModel
 

@@ -151,6 +151,7 @@ def tower_dim(model: str, checkpoint: str = "") -> int:
         ConfigError: as `known_tower`.
     """
     known_tower(model, checkpoint)
+    ensure_torchvision()
     import timm
 
     with torch.device("meta"):

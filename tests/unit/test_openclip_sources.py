@@ -192,6 +192,7 @@ SMALL: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def words(tmp_path: Path) -> Path:
     """A directory with a tokenizer of transformers."""
+    ensure_torchvision()
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -19,6 +19,7 @@ from actors.weights import main
 from cluster.console import FAILED
 from cluster.errors import CheckpointError
 from cluster.tensors import load_strict, locate, read_config, read_tensors, write_tensors
+from cluster.torchvision_ops import ensure_torchvision
 from cluster.weight_checks import largest, losses
 from rewards.convnet import load_convnet
 from rewards.features import FeaturesConfig, load_features
@@ -150,6 +151,7 @@ def inception(folder: Path) -> tuple[FeaturesConfig, str]:
 
 
 def tower(folder: Path) -> tuple[FeaturesConfig, str]:
+    ensure_torchvision()
     import timm
 
     from tests.unit.test_vision_towers import SMALL

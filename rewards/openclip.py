@@ -25,6 +25,7 @@ from rewards.openclip_sources import (
     Source,
     architecture_of,
     find_source,
+    has_tokenizer,
 )
 from rewards.packed import pack_blocks
 from rewards.tokens import reading_of
@@ -261,9 +262,8 @@ def _load_tokenizer(source: Source) -> Any:
                 f"it knows {made.vocab_size} tokens, and the model {config['vocab_size']}"
             )
         return made
-    beside = any((directory / name).is_file() for name in TOKENIZERS)
     return HFTokenizer(
-        str(directory) if beside else config["hf_tokenizer_name"],
+        str(directory) if has_tokenizer(source) else config["hf_tokenizer_name"],
         context_length=config.get("context_length", DEFAULT_CONTEXT_LENGTH),
         tokenizer_mode=config.get("tokenizer_mode"),
         **options,

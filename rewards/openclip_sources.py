@@ -174,6 +174,22 @@ def published_settings(model: str, tag: str) -> Settings:
     return settings_of(known, bool(quick_gelu))
 
 
+def tokenizer_of(source: Source) -> str:
+    """The repository or directory of transformers' tokenizer that a source takes; empty where the
+    tokenizer is open_clip's own, or lies in the source's directory."""
+    config = source.tokenizer
+    if config is None:
+        return str(architecture_of(source.name).get("text_cfg", {}).get("hf_tokenizer_name", ""))
+    named = str(config.get("hf_tokenizer_name") or "")
+    return "" if named and has_tokenizer(source) else named
+
+
+def has_tokenizer(source: Source) -> bool:
+    """Whether a directory has the files of transformers' tokenizer."""
+    directory = Path(source.name.removeprefix(LOCAL_DIR))
+    return any((directory / name).is_file() for name in TOKENIZERS)
+
+
 def _of_directory(directory: Path) -> Source:
     config = read_directory(directory)
     return Source(

@@ -33,12 +33,15 @@ from rewards.openclip import clip_parameters
 from rewards.openclip_configs import read_directory
 from rewards.openclip_sources import (
     HUB,
+    TOKENIZERS,
+    Source,
     architecture_of,
     directory_of,
     find_source,
     is_file,
     pretrained_of,
     tags_of,
+    tokenizer_of,
 )
 from rewards.vision_towers import CLIP, CLIP_TAG, DINOV2, known_tower, tower_dim
 from rewards.weight_files import given
@@ -237,7 +240,9 @@ def _text_image(
                 "leave it empty",
             )
         elif directory is not None:
-            check_weights(find_source(model, "", tag).file)
+            source = find_source(model, "", tag)
+            check_weights(source.file)
+            _tokenizer(field, source, findings)
         elif model.startswith(HUB):
             _on_the_hub(field, model.removeprefix(HUB), findings)
         else:
@@ -270,6 +275,7 @@ def _by_name(
                 f"{field}.{option} is a file, which does not tell what its weights were trained "
                 f"with: taken are the settings {source.origin}, {source.settings}"
             )
+            _tokenizer(field, source, findings)
     elif pretrained not in tags:
         close = nearest(pretrained, tags)
         hint = f"did you mean {close!r}? " if close else ""
@@ -280,8 +286,17 @@ def _by_name(
             f"{hint}there are {listed}",
         )
     else:
-        find_source(model, pretrained, tag)
+        _tokenizer(field, find_source(model, pretrained, tag), findings)
         _tagged(field, model, pretrained, architecture, findings)
+
+
+def _tokenizer(field: str, source: Source, findings: Findings) -> None:
+    """A tokenizer of the hub, which weights in a file do not bring along."""
+    named = tokenizer_of(source)
+    if named and not any(_cached(named, name) for name in TOKENIZERS):
+        url = f"{HUB_PAGE}/{named}"
+        download = Download(field=field, name=f"the tokenizer {named}", url=url)
+        findings.fetched(download, offline=_offline())
 
 
 def _unknown(model: str) -> str:

@@ -326,7 +326,7 @@ def described(folder: Path, model: str, **model_cfg: Any) -> dict[str, Any]:
 @reads("rewards/README.md", "a directory with `open_clip_config.json` and weights")
 @pytest.mark.parametrize("model", ["ViT-L-14-CLIPA", "ViT-B-16-SigLIP", "MobileCLIP-S1"])
 def test_a_file_a_directory_and_a_file_in_a_directory_score_the_same(
-    model: str, weights: Any, words: Path, tmp_path: Path
+    model: str, weights: Any, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, _ = weights(model)
     alone = ClipConfig(model=model, pretrained=str(file))
@@ -336,8 +336,10 @@ def test_a_file_a_directory_and_a_file_in_a_directory_score_the_same(
     inside = ClipConfig(model=model, pretrained=str(directory / "open_clip_model.safetensors"))
     whole = ClipConfig(model=str(directory))
     prefixed = ClipConfig(model=f"local-dir:{directory}")
+    hub = ClipConfig(model="hf-hub:owner/name")
+    serve(directory, monkeypatch)
     scores = [
-        ClipReward(config)(images(), CONDITIONS) for config in (alone, inside, whole, prefixed)
+        ClipReward(config)(images(), CONDITIONS) for config in (alone, inside, whole, prefixed, hub)
     ]
     for other in scores[1:]:
         np.testing.assert_array_equal(other, scores[0])
@@ -351,6 +353,16 @@ def test_a_file_a_directory_and_a_file_in_a_directory_score_the_same(
     torch.testing.assert_close(
         torch.from_numpy(scores[0]), torch.from_numpy(plain_of(directory)), atol=1e-5, rtol=0
     )
+
+
+def serve(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_clip's downloads from the hub come from a directory."""
+
+    def fetched(model_id: str, filename: str | None = None, **_: Any) -> str:
+        assert model_id == "owner/name"
+        return str(directory / (filename or "open_clip_model.safetensors"))
+
+    monkeypatch.setattr(open_clip().factory, "download_pretrained_from_hf", fetched)
 
 
 def plain_of(directory: Path) -> np.ndarray:

@@ -617,7 +617,10 @@ def test_a_file_says_with_which_settings_it_is_scored(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
     file = str(tmp_path / "w.safetensors")
     clip = {"model": "ViT-B-16-SigLIP", "pretrained": file}
-    (note,) = found(rewards={"clip": clip}).notes
+    findings = found(rewards={"clip": clip})
+    (note,) = findings.notes
+    (tokenizer,) = findings.downloads
+    assert tokenizer.name == "the tokenizer timm/ViT-B-16-SigLIP"
     assert "of its published weights (webli), GELU, bicubic, squash, mean 0.5,0.5,0.5" in note
     (problem,) = problems(rewards={"clip": {"model": "ViT-B-32", "pretrained": file}})
     assert "rewards.clip.pretrained: " in problem

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from cluster.errors import ConfigError, DataError
-from cluster.readable import LongCaptions, Reading, faults, notes
+from cluster.readable import LongCaptions, Reading, faults, notes, reading_of_ids
 from cluster.torchvision_ops import ensure_torchvision
 from cluster.weight_checks import check_finite
 
@@ -161,33 +161,14 @@ class CaptionEncoder:
 
 
 def tokenizer_readings(tokenizer: Any, texts: Sequence[str], limit: int) -> list[Reading]:
-    """What a tokenizer of transformers makes of texts that are cleaned already.
-
-    Tokens without a letter or digit (the mark of a word's beginning, punctuation) do not count as
-    known, so that of Chinese in flan-T5's vocabulary nothing is.
-    """
-    marks, unknown = set(tokenizer.all_special_ids), tokenizer.unk_token_id
-    marks.discard(unknown)
-    found, kept = list[Reading](), dict[int, tuple[bool, bool]]()
-    for at in range(0, len(texts), READ_AT_ONCE):
-        batch = list(texts[at : at + READ_AT_ONCE])
-        for ids in tokenizer(batch, truncation=False, verbose=False)["input_ids"]:
-            for token in set(ids) - kept.keys():
-                piece = tokenizer.convert_ids_to_tokens(token)
-                blank = token in marks or not piece.strip("\u2581\u0120 ")
-                kept[token] = blank, any(map(str.isalnum, piece))
-            missing = 0 if unknown is None else ids.count(unknown)
-            own = [token for token in ids if token != unknown and token not in marks]
-            found.append(
-                Reading(
-                    tokens=len(ids),
-                    limit=limit,
-                    known=sum(kept[token][1] for token in own),
-                    unknown=missing,
-                    empty=not missing and all(kept[token][0] for token in own),
-                )
-            )
-    return found
+    """What a tokenizer of transformers makes of texts that are cleaned already."""
+    return [
+        reading_of_ids(tokenizer, ids, limit)
+        for at in range(0, len(texts), READ_AT_ONCE)
+        for ids in tokenizer(list(texts[at : at + READ_AT_ONCE]), truncation=False, verbose=False)[
+            "input_ids"
+        ]
+    ]
 
 
 def check_captions(

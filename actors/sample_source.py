@@ -270,14 +270,31 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     Raises:
         ConfigError: an unknown field, or a value that the configuration refuses.
     """
-    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(values.keys() - names)
+    fields = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(values.keys() - fields.keys())
     if unknown:
-        raise ConfigError(f"{where}: field {unknown[0]!r} is unknown: there are {sorted(names)}")
+        raise ConfigError(f"{where}: field {unknown[0]!r} is unknown: there are {sorted(fields)}")
+    for name, value in values.items():
+        if wrong := _wrong_type(fields[name], value):
+            raise ConfigError(f"{where}: {name} must be {wrong}, found {value!r:.60}")
     try:
         return kind(**values)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _wrong_type(default: object, value: object) -> str:
+    """What a value should be, by the field's default; empty if it is, or the default says nothing.
+    (YAML takes 1e-5 for text, and yes for true.)"""
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(default, int | float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        whole = isinstance(default, float) or isinstance(value, int)
+        return "" if number and whole else "a number" if not number else "a whole number"
+    if isinstance(default, str):
+        return "" if isinstance(value, str) else "text"
+    return ""
 
 
 def _checkpoint(run: Path, step: int | None) -> Path:

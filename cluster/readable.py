@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 LongCaptions = Literal["error", "truncate"]
 SHOWN = 60  # characters of a text in a message
+BLANK = " \u2581\u0120"
+"""What tokenizers write for a space: sentencepiece, and byte-level BPE."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,31 @@ class Reading:
     """Tokens that stand for what the vocabulary does not have."""
     empty: bool = False
     """Nothing is left of it but marks and white space."""
+
+
+def reading_of_ids(tokenizer: Any, ids: Sequence[int], limit: int, added: int = 0) -> Reading:
+    """A text by its tokens.
+
+    Tokens without a letter or digit (the mark of a word's beginning, punctuation) do not count as
+    known, so that of Chinese in flan-T5's vocabulary nothing is.
+
+    Args:
+        tokenizer: of transformers, that made them.
+        ids: of the whole text, before it is cut.
+        added: marks that are not among them.
+    """
+    unknown = tokenizer.unk_token_id
+    marks = {*tokenizer.all_special_ids} - {unknown}
+    missing = 0 if unknown is None else list(ids).count(unknown)
+    own = [token for token in ids if token != unknown and token not in marks]
+    pieces = tokenizer.convert_ids_to_tokens(own)
+    return Reading(
+        tokens=len(ids) + added,
+        limit=limit,
+        known=sum(any(map(str.isalnum, piece)) for piece in pieces),
+        unknown=missing,
+        empty=not missing and not any(piece.strip(BLANK) for piece in pieces),
+    )
 
 
 def fault(text: str, found: Reading, long_captions: LongCaptions, option: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.readable import Reading
+from cluster.readable import Reading, reading_of_ids
 from cluster.torchvision_ops import ensure_torchvision
 
 CLIPS_MARKS = 3  # start, end and class
@@ -26,14 +26,6 @@ def reading_of(tokenizer: Any, text: str) -> Reading:
     clips = getattr(tokenizer, "tokenizer_mode", "") == "clips"
     inner = tokenizer.tokenizer
     ids = inner(text, add_special_tokens=not clips).input_ids
-    unknown, marks = inner.unk_token_id, set(inner.all_special_ids) - {inner.unk_token_id}
-    own = [token for token in ids if token not in marks]
-    pieces = [inner.convert_ids_to_tokens(token) for token in own if token != unknown]
-    missing = 0 if unknown is None else own.count(unknown)
-    return Reading(
-        tokens=len(ids) + (CLIPS_MARKS if clips else 0),
-        limit=int(tokenizer.context_length),
-        known=sum(any(map(str.isalnum, piece)) for piece in pieces),
-        unknown=missing,
-        empty=not text or not own,
+    return reading_of_ids(
+        inner, ids, int(tokenizer.context_length), added=CLIPS_MARKS if clips else 0
     )

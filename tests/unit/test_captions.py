@@ -325,6 +325,32 @@ def test_captions_that_are_not_read_as_written_are_counted_and_refused(
     assert main([*arguments, "--long-captions", "truncate"]) == (0 if text == LONG else 2)
 
 
+def test_what_flan_t5s_kind_of_vocabulary_knows() -> None:
+    """Pieces of sentencepiece: Chinese is the mark of a word and one unknown token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", "\u2581a", "\u2581cat", ","]
+    unigram = models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2, byte_fallback=False)
+    made = Tokenizer(unigram)
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    texts = ["a cat", "一只猫", "一只, a", ",", " ", ""]
+    found = caption_encoder.tokenizer_readings(tokenizer, texts, 120)
+    assert [(r.known, r.unknown, r.empty) for r in found] == [
+        (2, 0, False),
+        (0, 1, False),
+        (1, 1, False),
+        (0, 0, False),
+        (0, 0, True),
+        (0, 0, True),
+    ]
+
+
 def test_what_is_cut_or_known_in_parts_is_said(
     encoder: CaptionEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -71,6 +71,22 @@ def test_a_spec_has_bounds_wherever_it_is_given(
             run_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("temperature: 1e-3", "temperature must be a number, found '1e-3'"),  # text, to YAML
+        ("top_k: yes", "top_k must be a number, found True"),
+        ("top_k: 2.5", "top_k must be a whole number, found 2.5"),
+        ("top_p: [1]", "top_p must be a number"),
+        ("guidance: 1", "guidance must be text, found 1"),
+    ],
+)
+def test_a_runs_spec_of_other_types_is_refused(tmp_path: Path, section: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"sampling: {{{section}}}")
+    with pytest.raises(ConfigError, match=message):
+        run_source(tmp_path)
+
+
 @pytest.mark.parametrize("scales", [[1e38], [2.0, math.inf], [101.0], [0.5]])
 def test_scales_of_the_evaluation_have_bounds(scales: list[float]) -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.cfg_scales"):

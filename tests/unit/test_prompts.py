@@ -128,8 +128,8 @@ class Words:
         ids = [7 if word in ("a", "cat") else 2 for word in text.split()]
         return SimpleNamespace(input_ids=[*ids, 1] if add_special_tokens else ids)
 
-    def convert_ids_to_tokens(self, token: int) -> str:
-        return {7: "word", 1: "</s>"}[token]
+    def convert_ids_to_tokens(self, tokens: list[int]) -> list[str]:
+        return [{7: "word"}[token] for token in tokens]
 
 
 def test_texts_that_a_tower_does_not_read_are_named() -> None:

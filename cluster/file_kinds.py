@@ -168,6 +168,7 @@ def _archive(place: Path) -> FileKind:
     if "data.pkl" in inside:
         return FileKind.TORCH
     arrays = sum(name.endswith(".npy") for name in names)
-    if (arrays and arrays == len(names)) or (not names and place.suffix.lower() == ".npz"):
+    named = place.suffix.lower() == ".npz"
+    if (arrays and (named or arrays == len(names))) or (named and not names):
         return FileKind.NPZ
     return FileKind.ZIP

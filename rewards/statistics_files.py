@@ -217,6 +217,8 @@ def read_statistics(file: ArrayFile, prefix: str = "", *, diagonal: bool = False
         mu, variances = checks.mean(mu_key, mu), checks.variances(diagonal_key, variances, mu.size)
         sigma = np.diag(variances)
     else:
+        if shape := file.shape(sigma_key):
+            checks.fit(mu_key, mu.shape, sigma_key, shape)
         mu, sigma = checks.moments(mu_key, mu, sigma_key, file.array(sigma_key))
         if variances is not None:
             variances = checks.variances(diagonal_key, variances, mu.size)
@@ -260,6 +262,8 @@ def check_members(archive: zipfile.ZipFile) -> None:
     end = stream.read().rpartition(b"PK\x05\x06")[2]
     announced = struct.unpack_from("<H", end, 6)[0] if len(end) >= 8 else -1
     found = archive.infolist()
+    if len({member.filename for member in found}) < len(found):
+        raise zipfile.BadZipFile("an array is in it twice")
     if announced not in (len(found), MANY):
         raise zipfile.BadZipFile(f"{announced} arrays announced, {len(found)} found")
     for member in found:
@@ -310,23 +314,28 @@ class _Checks:
             what = "their square roots, standard deviations"
         raise self.refuse(diagonal_key, f"the diagonal of {sigma_key}", what)
 
-    def moments(
-        self, mu_key: str, mu: np.ndarray, sigma_key: str, sigma: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (D,) and covariance (D, D) as float64."""
-        for key, array in ((mu_key, mu), (sigma_key, sigma)):
-            self._numbers(key, array)
-        dim = mu.size
-        if dim and mu.shape == sigma.shape == (dim,):
+    def fit(self, mu_key: str, mu: tuple[int, ...], sigma_key: str, sigma: tuple[int, ...]) -> None:
+        """Refuse shapes that are not those of a mean and its covariance, before gigabytes that
+        another program wrote are read."""
+        dim = mu[0] if len(mu) == 1 else 0
+        if dim and sigma == (dim,):
             raise self.refuse(
                 sigma_key,
                 f"a covariance ({dim}, {dim})",
                 f"({dim},), which does not say whether it is variances or standard deviations "
                 f"(variances are read from an array {VARIANCES!r}, for covariance=diagonal)",
             )
-        if not dim or mu.shape != (dim,) or sigma.shape != (dim, dim):
+        if not dim or sigma != (dim, dim):
             expected = f"{mu_key} (D,) and {sigma_key} (D, D)"
-            raise self.refuse(f"{mu_key}, {sigma_key}", expected, f"{mu.shape} and {sigma.shape}")
+            raise self.refuse(f"{mu_key}, {sigma_key}", expected, f"{mu} and {sigma}")
+
+    def moments(
+        self, mu_key: str, mu: np.ndarray, sigma_key: str, sigma: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (D,) and covariance (D, D) as float64."""
+        for key, array in ((mu_key, mu), (sigma_key, sigma)):
+            self._numbers(key, array)
+        self.fit(mu_key, mu.shape, sigma_key, sigma.shape)
         mu, sigma = self._finite(mu_key, mu), self._finite(sigma_key, sigma)
         gap = np.abs(sigma - sigma.T).max()
         if gap > SYMMETRY * np.abs(sigma).max():
@@ -335,7 +344,7 @@ class _Checks:
         sigma = (sigma + sigma.T) / 2
         slack = INDEFINITE * np.linalg.norm(sigma)
         try:  # of a shifted matrix: cheaper than eigenvalues, which only the message needs
-            scipy.linalg.cholesky(sigma + (slack or 1.0) * np.eye(dim))
+            scipy.linalg.cholesky(sigma + (slack or 1.0) * np.eye(mu.size))
         except scipy.linalg.LinAlgError:
             lowest = scipy.linalg.eigvalsh(sigma)[0]
             found = f"a negative variance of {lowest:.3g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -417,6 +418,34 @@ def test_other_kinds_are_refused_with_what_to_do(
     assert str(error.value).startswith(str(path))
     for unsafe in ("allow_pickle=True", "weights_only=False", "pickle.load"):
         assert unsafe not in str(error.value)
+
+
+def test_an_archive_with_more_in_it_is_read_and_a_doubled_array_is_not(tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", mu=MU, sigma=SIGMA)
+    with zipfile.ZipFile(tmp_path / "f.npz", "a") as archive:
+        archive.writestr("README.txt", "how they were made")
+        mean = archive.read("mu.npy")
+    assert same(read_stored(tmp_path / "f.npz"))
+    with (
+        zipfile.ZipFile(tmp_path / "f.npz", "a") as archive,
+        pytest.warns(UserWarning, match="Duplicate name"),
+    ):
+        archive.writestr("mu.npy", mean)
+    with pytest.raises(DataError, match="an array is in it twice"):
+        read_stored(tmp_path / "f.npz")
+
+
+def test_terabytes_that_are_announced_are_not_asked_for(tmp_path: Path) -> None:
+    head = io.BytesIO()
+    shape = {"descr": "<f8", "fortran_order": False, "shape": (10**5, 10**5)}
+    np.lib.format.write_array_header_1_0(head, shape)
+    with zipfile.ZipFile(tmp_path / "f.npz", "w") as archive:
+        archive.writestr("sigma.npy", head.getvalue() + bytes(64))
+        mean = io.BytesIO()
+        np.save(mean, MU)
+        archive.writestr("mu.npy", mean.getvalue())
+    with pytest.raises(DataError, match=r"found \(6,\) and \(100000, 100000\)"):
+        read_stored(tmp_path / "f.npz")
 
 
 # Damage.

@@ -53,6 +53,11 @@ class HpsConfig(TextImageConfig):
                 f"tag: what {self.pretrained!r} was tuned from is known, found {self.tag!r}: leave "
                 "it empty"
             )
+        if self.backend == "package" and self.tag:
+            raise ConfigError(
+                f"tag: the hpsv2 package has a transform of its own, found {self.tag!r}: leave it "
+                "empty, or set backend to open_clip"
+            )
 
 
 class HpsReward(TextImageScorer):

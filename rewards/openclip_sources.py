@@ -174,7 +174,7 @@ def published_settings(model: str, tag: str) -> Settings:
     return settings_of(known, bool(quick_gelu))
 
 
-def tokenizer_of(source: Source) -> str:
+def hub_tokenizer_of(source: Source) -> str:
     """The repository or directory of transformers' tokenizer that a source takes; empty where the
     tokenizer is open_clip's own, or lies in the source's directory."""
     config = source.tokenizer

@@ -38,10 +38,10 @@ from rewards.openclip_sources import (
     architecture_of,
     directory_of,
     find_source,
+    hub_tokenizer_of,
     is_file,
     pretrained_of,
     tags_of,
-    tokenizer_of,
 )
 from rewards.vision_towers import CLIP, CLIP_TAG, DINOV2, known_tower, tower_dim
 from rewards.weight_files import given
@@ -292,7 +292,7 @@ def _by_name(
 
 def _tokenizer(field: str, source: Source, findings: Findings) -> None:
     """A tokenizer of the hub, which weights in a file do not bring along."""
-    named = tokenizer_of(source)
+    named = hub_tokenizer_of(source)
     if named and not any(_cached(named, name) for name in TOKENIZERS):
         url = f"{HUB_PAGE}/{named}"
         download = Download(field=field, name=f"the tokenizer {named}", url=url)

@@ -172,6 +172,8 @@ def test_hpsv2_is_of_the_weights_it_was_tuned_from(tmp_path: Path) -> None:
     assert not published_settings(ARCHITECTURE, TUNED_FROM).quick_gelu
     with pytest.raises(ConfigError, match="was tuned from is known, found 'dfn5b'"):
         HpsConfig(model=ARCHITECTURE, pretrained="v2.1", tag="dfn5b")
+    with pytest.raises(ConfigError, match="package has a transform of its own"):
+        HpsConfig(model=ARCHITECTURE, pretrained="x.pt", backend="package", tag="dfn5b")
     with pytest.raises(ConfigError, match="it is for clip"):
         FeaturesConfig(network="dinov2", tag="openai")
 

@@ -210,7 +210,7 @@ def read_statistics(file: ArrayFile, prefix: str = "", *, diagonal: bool = False
             "rewards.loo_fid.covariance to diagonal, or take statistics with the full covariance "
             "(the public code's make_gen_stats.py --stats both)"
         )
-    mu, _, checks = file.array(mu_key), file.shape(mu_key), _Checks(file.path)
+    mu, checks = file.array(mu_key), _Checks(file.path)
     variances = file.array(diagonal_key) if diagonal_key in file else None
     if alone:
         assert variances is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +106,17 @@ def check_compared(reference: Reference, compared: int, least: float) -> None:
         pytest.skip(f"{reference.path.name}: nothing is decided beyond rounding")
     if reference.path.parent == SHIPPED:
         assert compared >= least
+
+
+def greedy_runs(reference: Reference) -> dict[str, dict[str, Any]]:
+    """Greedy decodings of a file with their settings, those that it holds; skipped by name where
+    it holds none."""
+    named = reference.part("greedy")
+    needed = {name: (f"{name}/tokens", f"{name}/margin") for name in named}
+    there = {name for name, entries in needed.items() if reference.arrays.keys() >= set(entries)}
+    if not there:
+        pytest.skip(f"{reference.path.name} has none of {needed}")
+    return {name: fields for name, fields in named.items() if name in there}
 
 
 def check_greedy(reference: Reference, name: str, tokens: Tensor) -> int:

@@ -156,7 +156,14 @@ def test_any_file_of_the_format_can_be_tried(tmp_path: Path) -> None:
     variation("taming_tiny_cin", tmp_path / "other.npz", "permuters/", **other)
     for drop in ("tokens/", "greedy", "encode/", "cond/", "decode/codes_raster", "cond_tokens"):
         variation("taming_tiny_cin", tmp_path / f"t-{drop.replace('/', '-')}.npz", drop)
-    for drop in ("tokens_guided", "tokens/logits_cfg4", "labels", "positions", "tokens/support"):
+    for drop in (
+        "greedy_cfg2/tokens",
+        "tokens_guided",
+        "tokens/logits_cfg4",
+        "labels",
+        "positions",
+        "tokens/support",
+    ):
         variation("llamagen_tiny_c2i", tmp_path / f"l-{drop.replace('/', '-')}.npz", drop)
     for drop in ("decode/image_uint8", "decode/image_mean", "decode/", "encode/latent"):
         variation("llamagen_vq_tiny", tmp_path / f"v-{drop.replace('/', '-')}.npz", drop)
@@ -182,6 +189,7 @@ def test_any_file_of_the_format_can_be_tried(tmp_path: Path) -> None:
         "other.npz: tables that are not compared: ['permuters/Hilbert_4x4/forward_shuffle_idx']",
         "t-cond_tokens.npz has no 'cond_tokens'",
         "l-labels.npz has no 'emb_mask'",
+        "t-greedy.npz has none of {'greedy': ('greedy/tokens', 'greedy/margin')}",
         "l-tokens-support.npz has no 'tokens/support'",
         "v-decode-image_uint8.npz has no 'decode/image_uint8'",
     ):

@@ -19,6 +19,7 @@ from tests.parity.compare import (
     check_compared,
     check_distribution,
     check_greedy,
+    greedy_runs,
     sampling_specs,
 )
 from tests.parity.reference import TINY_WIDTH, Reference
@@ -127,7 +128,7 @@ def test_greedy_decoding_with_the_cache(
     policy: LlamaGen, conditions: Conditions, reference: Reference
 ) -> None:
     compared = 0
-    for name, fields in reference.part("greedy").items():
+    for name, fields in greedy_runs(reference).items():
         scale, interval = fields["cfg_scale"], fields.get("cfg_interval", -1)
         tokens = greedy(policy, conditions, scale, interval)
         compared += check_greedy(reference, name, tokens)

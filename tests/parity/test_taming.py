@@ -37,6 +37,7 @@ from tests.parity.compare import (
     check_greedy,
     check_images,
     check_levels,
+    greedy_runs,
     sampling_specs,
 )
 from tests.parity.reference import TINY_WIDTH, Reference
@@ -132,7 +133,7 @@ def test_greedy_decoding_with_the_cache(policy: TamingGPT, reference: Reference)
     while len(columns) < policy.num_tokens:
         columns.append(policy.decode_step(state, columns[-1]).argmax(-1))
     tokens = torch.stack(columns, 1)
-    compared = [check_greedy(reference, name, tokens) for name in reference.part("greedy")]
+    compared = [check_greedy(reference, name, tokens) for name in greedy_runs(reference)]
     check_compared(reference, sum(compared), 1)
 
 

@@ -486,6 +486,44 @@ def test_damaged_directories_are_refused_with_the_reason(tmp_path: Path) -> None
     check_reader(directory / "open_clip_model.safetensors", read, 120)
 
 
+def test_damaged_configurations_of_transformers(tmp_path: Path) -> None:
+    """Both files, by bytes and by values."""
+    (tmp_path / "w.safetensors").touch()
+    clip: dict[str, Any] = {
+        "preprocessor_config.json": {
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 3,
+            "size": {"shortest_edge": 224},
+            "do_center_crop": True,
+        },
+        "config.json": {
+            "vision_config": {"hidden_act": "gelu"},
+            "text_config": {"hidden_act": "gelu"},
+        },
+    }
+    for name, config in clip.items():
+        (tmp_path / name).write_text(json.dumps(config))
+
+    def read(_: Path) -> object:
+        return find_source("ViT-B-16", str(tmp_path / "w.safetensors")).settings
+
+    def good(settings: object) -> bool:
+        assert isinstance(settings, Settings)
+        return all(0 <= value <= 1 for value in settings.mean) and min(settings.std) > 0
+
+    for name, config in clip.items():
+        check_reader(tmp_path / name, read, 250, good=good)
+        for case in range(300):
+            odd = other_value(config, random.Random(case))
+            (tmp_path / name).write_text(json.dumps(odd))
+            try:
+                assert good(read(tmp_path))
+            except CheckpointError:
+                continue
+        (tmp_path / name).write_text(json.dumps(config))
+
+
 ODD = (None, True, -1, 0, 1, 3, 2**31, 1e308, float("nan"), "", "x", [], [8, 8], {}, {"a": 1})
 
 

@@ -19,6 +19,7 @@ from cluster.torchvision_ops import ensure_torchvision
 from rewards.features import FeaturesConfig, load_features
 from rewards.vision_towers import known_tower
 from tests.file_rows import reads
+from tests.fuzzing import check_reader
 from tests.unit.test_inception import pictures
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
@@ -152,6 +153,18 @@ def test_timms_configuration_beside_a_file_tells_the_tag(tmp_path: Path) -> None
             ConfigError, match=r"tags differ .*\.bamboo: \('bicubic', 'center', 1\.0, "
         ):
             known_tower("vit_base_patch16_224", str(file))
+
+
+def test_a_damaged_configuration_beside_a_file_tells_nothing(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    beside = {"architecture": "vit_base_patch16_224", "pretrained_cfg": {"tag": "dino"}}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(beside))
+
+    def read(_: Path) -> object:
+        return known_tower("vit_base_patch16_224", str(tmp_path / "model.safetensors"))[0]
+
+    check_reader(file, read, 500, good=lambda name: name == "vit_base_patch16_224.dino")
 
 
 def test_weights_with_quick_gelu_need_the_model_with_it() -> None:

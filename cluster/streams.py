@@ -24,9 +24,12 @@ def printable(text: object) -> str:
 
 def shown(name: object) -> str:
     """A file's name as one line: control characters written out, too (\\n, \\x1b)."""
+    text = printable(name)
+    if text.isprintable():
+        return text
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
-        for letter in printable(name)
+        for letter in text
     )
 
 

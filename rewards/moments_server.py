@@ -160,8 +160,9 @@ class MomentsServer:
             return repeated
         if self._history is None or self._reference is None:
             raise DataError("the moments server needs a reference and seeded moments first")
-        self._reference.check_dim(features.shape[1])
         used = features[valid]
+        if len(used):  # of images that all failed nobody knows the dimension
+            self._reference.check_dim(features.shape[1])
         rewards = np.full(len(features), np.nan)
         # With one thread the last bits of a product do not depend on where the server runs.
         with threadpool_limits(self._config.num_threads):

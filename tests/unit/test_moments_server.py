@@ -497,3 +497,9 @@ def test_a_reference_of_another_dimension_is_refused(kind: Any, covariance: Any)
     with pytest.raises(DataError, match=message):
         good.set_reference(wider, "net")
     good.commit(1, features(12, 3), ALL)  # and nothing has changed by it
+
+
+def test_an_iteration_without_valid_images_is_told_as_such(server: MomentsServer) -> None:
+    with pytest.raises(DataError) as caught:
+        server.commit(0, np.zeros((12, 0), np.float32), ~ALL)
+    assert "dimensions, as the features" not in str(caught.value)

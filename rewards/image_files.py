@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cluster.errors import TesseraError
-from cluster.file_kinds import described
+from cluster.file_kinds import FileKind, described, file_kind
 from cluster.streams import shown
 from rewards.class_labels import ClassLabels
 
@@ -107,13 +107,15 @@ def decode(name: str, data: bytes | Path) -> Loaded:
         if suffix in (".heic", ".heif"):
             told = "HEIC is not read: convert it"
         elif isinstance(error, UnidentifiedImageError) and isinstance(data, Path):
-            told = f"no image that Pillow reads, but {_kind(data)}"
+            told = f"no image that Pillow reads, but {_other(data)}"
         return Loaded(name, None, shown(told))
 
 
-def _kind(file: Path) -> str:
+def _other(file: Path) -> str:
+    """What a file is, and what to do."""
     try:
-        return described(file)
+        image = file_kind(file) is FileKind.IMAGE
+        return "one of another kind, or damaged: convert it" if image else described(file)
     except OSError as error:
         return str(error)
 

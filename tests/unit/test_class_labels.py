@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import ConfigError, DataError
+from cluster.streams import shown
 from learner.conditions import DIGITS
 from learner.distribution import read_moments
 from rewards.class_labels import (
@@ -25,6 +27,7 @@ from rewards.fid import frechet_distance
 from rewards.reference import main, read_stored
 from rewards.reference_images import open_source
 from tests.file_rows import reads
+from tests.fuzzing import check_reader
 from tests.small_run import small_config
 from tests.unit.reference_sources import png
 
@@ -193,6 +196,7 @@ def test_empty_classes_hidden_folders_and_gaps(tmp_path: Path) -> None:
     assert labels.names[29] == ""
 
 
+@reads("rewards/README.md", "text file of `--class-names`")
 def test_the_order_may_be_given(tmp_path: Path, capsys) -> None:
     words = {n: f"class_{n}" for n in range(12)}
     source, order = folder(tmp_path / "photos", words), tmp_path / "order.txt"
@@ -342,3 +346,36 @@ def test_names_in_another_order_than_the_policys(tmp_path: Path) -> None:
     assert build(root, out, *options) == 0
     space, _ = read_moments(run)
     assert space.added == 10
+
+
+# Anything
+
+
+def test_any_names_have_one_number_each_or_none() -> None:
+    draw, refused = random.Random(0), 0
+    parts = ["0", "1", "7", "07", "10", "a", "class_", "é", " ", "\udcff", "\n", "٣", "-", "_"]
+    for _ in range(1000):
+        found = ["".join(draw.choices(parts, k=draw.randrange(1, 4))) for _ in range(4)]
+        try:
+            numbers, names = class_numbers(found, "here")
+        except DataError as error:
+            refused += 1
+            str(error).encode()  # as a message it can be printed
+            continue
+        assert set(numbers) == set(found)
+        assert len(set(numbers.values())) == len(numbers)
+        decimal = all(name.isascii() and name.isdecimal() for name in found)
+        for name, number in numbers.items():
+            assert names[number] == shown(name)
+            assert not decimal or int(name) == number
+    assert 0 < refused < 1000
+
+
+def test_damaged_files_of_names(tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(f"n{1440764 + n:08d} é" for n in range(9)), encoding="utf-8")
+
+    def good(found: tuple[str, ...]) -> bool:
+        return len(set(found)) == len(found) > 0 and all(found)
+
+    check_reader(path, read_class_names, 500, good=good)

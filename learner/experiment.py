@@ -241,6 +241,7 @@ class Experiment:
         records.check(self._run, found.step, found.manifest.records)
         checkpoints.go_back(found.step)
         restore(found, self._fleet, self._combiner, self._pipeline)
+        self._fleet.refresh_moments()  # a decomposition is not in the checkpoint, what it is of is
         self._fleet.broadcast()
         logger.info(f"resumed from {found.path.name}")
         if found.step >= self._config.iterations:

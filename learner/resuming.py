@@ -24,6 +24,8 @@ MAY_CHANGE = (
     "reward.target_wait_s",
     "reward.every_s",
     "reward_pools.",
+    "rewards.loo_fid.num_threads",
+    "rewards.loo_fid.rebuild_every",  # of earlier versions; does nothing
     "learner.num_",
     "learner.microbatch",
     "learner.checkpointing",
@@ -37,6 +39,9 @@ MAY_CHANGE = (
 """Beginnings of the fields that a resumed run may set anew: they change how it is carried out, not
 what it computes. (More iterations stretch the learning rate's schedule.)"""
 
+LATER_ASKED = (".tag",)
+"""Endings of fields that a resumed run may set where they are empty: earlier versions took files
+of weights without asking what they were trained with."""
 SHOWN = 5  # fields
 
 
@@ -50,7 +55,9 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
     changed = [
         f"{name} ({before[name]} in the run, {value} now)"
         for name, value in after.items()
-        if value != before[name] and not name.startswith(MAY_CHANGE)
+        if value != before[name]
+        and not name.startswith(MAY_CHANGE)
+        and not (name.endswith(LATER_ASKED) and before[name] == "")
     ]
     if changed:
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""

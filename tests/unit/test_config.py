@@ -170,6 +170,13 @@ def test_resume_may_change_how_a_run_is_carried_out_but_not_what_it_computes() -
         return validate({**to_dict(saved), **changes}, "test")
 
     check_resume(saved, changed(num_samplers=7, iterations=500, output={"checkpoint_every": 3}))
+    old = {**to_dict(saved)["rewards"]["loo_fid"], "rebuild_every": 8, "num_threads": 2}
+    check_resume(changed(rewards={**to_dict(saved)["rewards"], "loo_fid": old}), saved)
+    rewards = to_dict(saved)["rewards"]
+    told = changed(rewards={**rewards, "clip": {**rewards["clip"], "tag": "openai"}})
+    check_resume(saved, told)
+    with pytest.raises(ConfigError, match=r"cannot change rewards.clip.tag \(openai in the run"):
+        check_resume(told, saved)
     with pytest.raises(ConfigError, match=r"cannot change seed \(0 in the run, 5 now\)"):
         check_resume(saved, changed(seed=5))
     learner = {**to_dict(saved)["learner"], "lr": 0.5, "num_threads": 9}

@@ -39,6 +39,14 @@ class Opening:
     sealed: bytes | None = None
     """`config.yaml` of a lost directory, as its newest checkpoint elsewhere keeps it."""
 
+    @property
+    def begun(self) -> bool:
+        """Whether it goes on with a checkpoint, here or elsewhere: what only a beginning needs may
+        then be gone."""
+        here = self.saved is not None and self.path is not None
+        kept = here and self.path is not None and any((self.path / "checkpoints").glob("step_*"))
+        return kept or self.sealed is not None
+
     @contextmanager
     def take(self, config: RunConfig) -> Iterator[RunDirectory]:
         """Own the directory while the block runs; make what is not there yet.

@@ -40,8 +40,12 @@ from rewards.reference import build_command, read_stored
 from rewards.reference_fetch import PUBLISHED, by_file, fetch_command, reference_file
 
 
-def preflight(config: RunConfig) -> Findings:
-    """Everything that can be said of a configuration without a fleet."""
+def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
+    """Everything that can be said of a configuration without a fleet.
+
+    Args:
+        begun: the run goes on with a checkpoint, which holds what only a beginning needs.
+    """
     findings = Findings()
     policy, tokenizer = check_models(config.policy, config.tokenizer, findings)
     side = image_side(policy, tokenizer)
@@ -52,7 +56,8 @@ def preflight(config: RunConfig) -> Findings:
             check_runtime_env(config.reward_pools[name].runtime_env)
     check_rewards(config.rewards, foreign, side, findings)
     _reference(config, side, findings)
-    _seed(config, side, findings)
+    if not begun:
+        _seed(config, side, findings)
     _evaluation(config, side, findings)
     if config.real.weight:
         with findings.of("real.source"):

@@ -186,7 +186,7 @@ def _main(arguments: list[str] | None, console: Console) -> int:
     with ExitStack() as owned:
         try:
             command, config, opening = parse(arguments)
-            found = preflight(config)
+            found = preflight(config, begun=opening.begun)
             if not command.inline:
                 with found.of("ray"):
                     check_ray(config.ray)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cluster.fleet import InlineFleet
 from learner.config import load_preset, merge, to_dict, validate
 from learner.distribution import RewardSpace, set_reference
 from learner.loop import Iteration, prepare, train
+from learner.opening import Opening
 from learner.preflight import preflight
 from rewards.config import LooFidTerm
 from rewards.fid import Reference
@@ -88,7 +90,7 @@ def test_variances_alone_start_the_diagonal_form(tmp_path: Path) -> None:
 def test_a_checkpoint_needs_the_file_no_more(tmp_path: Path) -> None:
     path = Path(written(tmp_path / "g.npz"))
     first, again = server(), server()
-    first.seed(read_stored(path).moments())
+    first.seed(pickle.loads(pickle.dumps(read_stored(path).moments())))  # as on Ray
     path.unlink()
     again.restore(first.state())
     valid = np.ones(20, bool)
@@ -229,6 +231,21 @@ def test_a_dry_run_names_a_missing_file_and_other_dimensions(tmp_path: Path) -> 
     assert "no such file" in problem
     ((problem,), _) = planned(written(tmp_path / "g.npz", BASE))
     assert "expected moments of 64 dimensions" in problem
+
+
+def test_a_run_that_goes_on_needs_the_file_no_more(tmp_path: Path) -> None:
+    """Its checkpoints hold the history; before the first one, the file is read again."""
+    config = run(seed_from=str(tmp_path / "gone.npz"))
+    directory = tmp_path / "runs" / "A"
+    (directory / "checkpoints").mkdir(parents=True)
+    opening = Opening(directory, config)
+    assert not opening.begun
+    assert "no such file" in preflight(config, begun=opening.begun).problems[0]
+    (directory / "checkpoints" / "step_000002").mkdir()
+    assert opening.begun
+    assert Opening(directory, config, b"its config.yaml, from a URL").begun
+    assert preflight(config, begun=opening.begun).problems == []
+    assert not Opening(directory).begun  # a new run
 
 
 def test_a_run_that_starts_from_a_file_learns_the_same(tmp_path: Path) -> None:

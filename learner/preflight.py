@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.sources import PolicyArchitecture
@@ -25,6 +26,7 @@ from cluster.runtime_env import check_runtime_env
 from cluster.tensors import locate
 from learner.caption_conditions import Peeked, check_encoder, peek_captions
 from learner.conditions import DIGITS as DIGIT_NAMES
+from learner.conditions import ConditionsConfig
 from learner.config import RunConfig
 from learner.datasets import DIGITS, iterate_images
 from learner.distribution import RewardSpace, read_moments, stored_reference
@@ -110,7 +112,8 @@ def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: 
 def _check_texts(config: RunConfig, conditions: Sequence[Condition], findings: Findings) -> None:
     foreign = {name for name, pool in config.reward_pools.items() if pool.runtime_env}
     judge = config.judge if config.evaluation.num_images else None
-    check_texts(config.rewards, judge, foreign, conditions, findings)
+    shipped = replace(config.conditions, classes=()) == ConditionsConfig()
+    check_texts(config.rewards, judge, foreign, conditions, findings, shipped=shipped)
 
 
 def _has_classes(policy: PolicyArchitecture) -> bool:

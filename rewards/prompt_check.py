@@ -16,7 +16,7 @@ from cluster.errors import CheckpointError, DataError
 from cluster.messages import Condition
 from cluster.preflight import Findings
 from cluster.readable import faults, notes
-from rewards.config import JudgeConfig, RewardsConfig
+from rewards.config import NETWORKS, JudgeConfig, RewardsConfig
 from rewards.openclip import NoTokenizerError, tokenizer_of
 from rewards.openclip_sources import (
     HUB,
@@ -26,7 +26,7 @@ from rewards.openclip_sources import (
     directory_of,
     find_source,
 )
-from rewards.prompts import LONG_CAPTIONS, Prompts
+from rewards.prompts import LONG_CAPTIONS, PromptConfig, Prompts
 from rewards.text_image import TextImageConfig
 from rewards.tokens import reading_of
 
@@ -39,12 +39,16 @@ def check_texts(
     foreign: Collection[str],
     conditions: Sequence[Condition],
     findings: Findings,
+    *,
+    shipped: bool = False,
 ) -> None:
     """Texts of every scorer that compares images with words.
 
     Args:
         judge: None where nothing is evaluated.
         foreign: pools with a runtime environment of their own.
+        shipped: the conditions are the miniature's, which its own networks are known to read: for
+            these no tokenizer is loaded (a second at every start).
     """
     scorers: list[tuple[str, TextImageConfig, str]] = [
         (f"rewards.{name}", term, term.model)
@@ -54,6 +58,8 @@ def check_texts(
     if judge is not None:
         scorers.append(("judge.clip", judge.clip, judge.clip.model))
     for field, config, model in scorers:
+        if shipped and model.startswith(NETWORKS) and config.prompts == PromptConfig():
+            continue
         with findings.of(f"{field}.prompts"):
             _check(field, config, model, conditions[:AT_MOST], findings)
 

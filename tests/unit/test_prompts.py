@@ -13,12 +13,15 @@ from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
 from cluster.readable import Reading
 from cluster.torchvision_ops import ensure_torchvision
+from learner.conditions import ConditionsConfig
 from learner.config import validate
 from learner.preflight import preflight
 from rewards.base import RowErrors
 from rewards.clip import ClipConfig, ClipReward
+from rewards.prompt_check import local_tokenizer
 from rewards.prompts import PromptConfig, Prompts
 from rewards.text_image import TextFeatures
+from rewards.tokens import reading_of
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
 
@@ -163,6 +166,13 @@ def test_prompts_are_looked_at_before_a_run() -> None:
     config = {"rewards": {"clip": {"prompts": {"templates": ["{}"]}}}}
     names = {"names": ["one", "two " * 40], "template": "{}"}
     told = preflight(validate({**config, "conditions": names}, "here")).problems
+    found = preflight(validate({}, "here"))  # what is shipped needs no tokenizer to be known
+    assert not [each for each in found.problems if "prompts" in each]
+    reads = local_tokenizer(ClipConfig().model)
+    for condition in ConditionsConfig().conditions():
+        reading = reading_of(reads, condition.text)
+        assert reading.known
+        assert reading.tokens <= reading.limit
     (problem,) = [each for each in told if "rewards.clip" in each and "prompts" in each]
     assert "1 of 2 are not read as written; the first is number 2" in problem
     assert "set rewards.clip.prompts.long_captions to truncate" in problem

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from actors.models.loading import PolicyConfig, TokenizerConfig, check_fit, count_parameters
+from actors.models.loading import (
+    PolicyConfig,
+    TokenizerConfig,
+    check_fit,
+    count_parameters,
+    file_shapes,
+)
 from actors.models.sources import (
     Architecture,
     PolicyArchitecture,
     Source,
-    official_tensors,
     planned_policy,
     planned_tokenizer,
 )
@@ -19,7 +24,7 @@ from actors.models.zoo import MODELS, NamedModel
 from cluster.errors import TesseraError
 from cluster.invocation import command_of
 from cluster.preflight import Download, Findings
-from cluster.tensors import anywhere, read_shapes
+from cluster.tensors import anywhere
 
 FP32 = 4
 
@@ -68,18 +73,9 @@ def _check(
         architecture: Architecture = (planned_policy if field == "policy" else planned_tokenizer)(
             source
         )
-        _check_file(source, architecture)
+        check_fit(file_shapes(source, architecture), architecture, source)
         return architecture
     return None
-
-
-def _check_file(source: Source, architecture: Architecture) -> None:
-    """Names and shapes; not checksums, which take reading all of it."""
-    if source.official:
-        tensors = official_tensors(source, architecture, check=False)
-    else:
-        tensors = read_shapes(source.file)
-    check_fit(tensors, architecture, source)
 
 
 def _absent(model: NamedModel) -> list[Path]:

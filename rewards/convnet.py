@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.architectures import from_fields
 from cluster.errors import CheckpointError, DataError
 from cluster.tensors import load_strict, read_config, read_tensors
 
@@ -81,12 +82,22 @@ class ConvNet(nn.Module):
         return features.cpu().numpy(), logits.cpu().numpy()
 
 
+def convnet_config(checkpoint: str) -> ConvNetConfig:
+    """The architecture in a file's header.
+
+    Raises:
+        CheckpointError: no such file, damaged, or of another network.
+    """
+    header = read_config(checkpoint)
+    if (family := header.pop("family", None)) != FAMILY:
+        raise CheckpointError(
+            f"{checkpoint}: expected a {FAMILY}, found a {family!r}: name another file"
+        )
+    return from_fields(ConvNetConfig, header, checkpoint)
+
+
 def load_convnet(checkpoint: str, device: str) -> ConvNet:
     """Load strictly from a safetensors file whose header carries the architecture."""
-    config = read_config(checkpoint)
-    if config.pop("family", None) != FAMILY:
-        raise CheckpointError(f"{checkpoint} does not hold a {FAMILY}")
-    config["channels"] = tuple(config["channels"])
-    network = ConvNet(ConvNetConfig(**config))
+    network = ConvNet(convnet_config(checkpoint))
     load_strict(network, read_tensors(checkpoint), checkpoint)
     return network.to(device).eval().requires_grad_(False)

@@ -24,7 +24,7 @@ from cluster.tensors import locate, read_config, read_shapes
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.classifier import ClassifierConfig
 from rewards.config import JudgeConfig, RewardsConfig
-from rewards.convnet import FAMILY
+from rewards.convnet import FAMILY, convnet_config
 from rewards.extra import find_extra
 from rewards.features import MAX_PIXELS, MINIATURE, FeaturesConfig
 from rewards.hpsv2 import ARCHITECTURE, PUBLISHED, REPOSITORY, HpsConfig, tag_of
@@ -133,9 +133,9 @@ def feature_dim(config: FeaturesConfig, side: int) -> int:
     if config.network == "pixels":
         return side * side
     if config.network == "convnet":
-        header = read_config(config.checkpoint if given(config.checkpoint) else MINIATURE)
-        channels = header.get("channels") or [0]  # none: another network's, as is told elsewhere
-        return int(header.get("features") or channels[-1]) if header["family"] == FAMILY else 0
+        file = config.checkpoint if given(config.checkpoint) else MINIATURE
+        # another network's is told of elsewhere
+        return convnet_config(file).dim if family_of(file) == FAMILY else 0
     if config.network in INCEPTION_BYTES:
         return FEATURES
     if config.network == "dinov2":
@@ -351,13 +351,8 @@ def _dinov2(field: str, model: str, findings: Findings) -> None:
 
 def _convnet(field: str, path: str, side: int, findings: Findings, judge: bool) -> None:
     with findings.of(field):
-        header = read_config(path)
-        if header.get("family") != FAMILY:
-            raise CheckpointError(
-                f"{path}: expected a {FAMILY}, found a {header.get('family')!r}: name another file"
-            )
+        takes = convnet_config(path).image_size
         read_shapes(path)
-        takes = header["image_size"]
         if side and takes != side:
             _wrong_size(field, f"{takes} x {takes} pixels, as {path} takes", side, findings, judge)
 
@@ -371,7 +366,7 @@ def _classifier(
     _convnet(field, config.checkpoint, side, findings, judge=True)
     known = 0
     with findings.of(field):
-        known = int(read_config(config.checkpoint).get("num_classes", 0))
+        known = convnet_config(config.checkpoint).num_classes
     off = "leave it empty: class accuracy is then not judged"
     if classes is None:
         findings.problem(

@@ -28,7 +28,7 @@ from actors.models.taming import TamingConfig, TamingGPT
 from actors.models.vq import VQConfig, VQDecoder, VQTokenizer
 from actors.models.zoo import Kind, candidates
 from cluster.errors import CheckpointError
-from cluster.tensors import load_strict, read_tensors
+from cluster.tensors import load_strict, read_shapes, read_tensors
 
 PolicyModule = LlamaGen | TamingGPT
 M = TypeVar("M", bound=nn.Module)
@@ -88,8 +88,7 @@ def load_policy(
     source = Source.of(config.checkpoint, config.architecture, config.ema)
     architecture = policy_architecture(source)
     if weights:
-        with _WithoutWeights():
-            policy = module_of(architecture)
+        policy = _bare(module_of, architecture, source)
         _fill(_materialise(policy, device, dtype, torch.empty), source, architecture)
     else:
         policy = build_policy(architecture, device=device, dtype=dtype)
@@ -118,8 +117,7 @@ def load_tokenizer(config: TokenizerConfig, *, device: str | torch.device = "cpu
 def _load_tokenizer(kind: type[V], config: TokenizerConfig, device: str | torch.device) -> V:
     source = Source.of(config.checkpoint, config.architecture, config.ema)
     architecture = tokenizer_architecture(source)
-    with _WithoutWeights():
-        module = kind(architecture)
+    module = _bare(kind, architecture, source)
     _materialise(module, device, torch.float32, torch.empty)
     _fill(module, source, architecture, ignore=kind.UNUSED)
     return module.eval().requires_grad_(False)
@@ -160,6 +158,38 @@ def check_fit(tensors: Mapping[str, Tensor], architecture: Architecture, source:
 def count_parameters(architecture: Architecture) -> int:
     """Parameters of a policy or of a whole tokenizer."""
     return sum(parameter.numel() for parameter in _weightless(architecture).parameters())
+
+
+def _bare(make: Callable[[Any], M], architecture: Architecture, source: Source) -> M:
+    """A module without weights, which the file fits: compared before any memory is taken.
+
+    Raises:
+        CheckpointError: it does not fit, or there is no such network.
+    """
+    try:
+        with _WithoutWeights():
+            module = make(architecture)
+            empty = make(architecture).to("meta")
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(
+            f"{source.architecture or source.file}: no network can be made of this architecture "
+            f"({error})"
+        ) from error
+    _load(empty, file_shapes(source, architecture), source, getattr(module, "UNUSED", ()))
+    return module
+
+
+def file_shapes(source: Source, architecture: Architecture) -> dict[str, Tensor]:
+    """Names and shapes of a source's tensors, on the meta device; no weights are read, and no
+    checksums compared.
+
+    Raises:
+        CheckpointError: see `official_tensors`, `read_shapes`.
+    """
+    if not source.official:
+        return read_shapes(source.file)
+    tensors = official_tensors(source, architecture, check=False)
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
 
 
 def _weightless(architecture: Architecture) -> nn.Module:

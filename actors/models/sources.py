@@ -8,7 +8,6 @@ file, and wrong ones would load without complaint and draw noise.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from actors.models.taming_files import (
 )
 from actors.models.vq import VQConfig
 from actors.models.zoo import MODELS, Kind, candidates, named
+from cluster.architectures import from_fields
 from cluster.checkpoint_files import is_own
 from cluster.errors import CheckpointError, ConfigError
 from cluster.invocation import command_of
@@ -202,7 +202,7 @@ def architecture_from(header: Mapping[str, Any], path: str, kind: Kind) -> Archi
         CheckpointError: of another kind, or with a field that is not known.
     """
     fields = dict(header)
-    family = fields.pop("family", None)
+    family = str(fields.pop("family", None))
     wanted = [
         name for name, type_ in FAMILIES.items() if (type_ is VQConfig) == (kind == "tokenizer")
     ]
@@ -210,21 +210,7 @@ def architecture_from(header: Mapping[str, Any], path: str, kind: Kind) -> Archi
         raise CheckpointError(
             f"{path} holds a {family!r}, expected a {' or a '.join(map(repr, wanted))}"
         )
-    type_ = FAMILIES[family]
-    unknown = fields.keys() - {field.name for field in dataclasses.fields(type_)}
-    if unknown:
-        raise CheckpointError(
-            f"{path}: architecture field {sorted(unknown)[0]!r} is unknown to {type_.__name__}; "
-            "was the file written by a newer version?"
-        )
-    try:
-        return type_(**{name: _hashable(value) for name, value in fields.items()})
-    except TypeError as error:
-        raise CheckpointError(f"{path}: an incomplete architecture ({error})") from error
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return from_fields(FAMILIES[family], fields, path)
 
 
 def _architecture(source: Source, kind: Kind) -> Architecture:
@@ -251,7 +237,7 @@ def _header(source: Source, kind: Kind) -> Mapping[str, Any]:
         named(source.architecture)  # raises: it is no name either
     try:
         fields = json.loads(locate(source.architecture).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source.architecture}: not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{source.architecture}: expected an object of architecture fields")

@@ -21,6 +21,7 @@ from actors.models.permuters import inverse, permutation
 from actors.models.taming import TamingConfig
 from actors.models.vq import VQConfig
 from cluster import strict_yaml
+from cluster.architectures import from_fields
 from cluster.errors import CheckpointError, ConfigError
 from cluster.tensors import locate
 
@@ -149,18 +150,18 @@ def _tokenizer(params: _Section) -> tuple[VQConfig, int]:
         layers.refuse("resolution", f"is {resolution}, which ch_mult {multipliers} do not divide")
     attended = layers.numbers("attn_resolutions")
     levels = tuple(level for level in range(len(multipliers)) if resolution >> level in attended)
-    config = VQConfig(
-        channels=layers.get("ch", int),
-        multipliers=multipliers,
-        num_res_blocks=layers.get("num_res_blocks", int),
-        z_channels=layers.get("z_channels", int),
-        codebook_size=params.get("n_embed", int),
-        codebook_dim=params.get("embed_dim", int),
-        normalise=False,
-        attention_levels=levels,
-        pixel_rule="taming",
-    )
-    return config, resolution
+    fields = {
+        "channels": layers.get("ch", int),
+        "multipliers": multipliers,
+        "num_res_blocks": layers.get("num_res_blocks", int),
+        "z_channels": layers.get("z_channels", int),
+        "codebook_size": params.get("n_embed", int),
+        "codebook_dim": params.get("embed_dim", int),
+        "normalise": False,
+        "attention_levels": levels,
+        "pixel_rule": "taming",
+    }
+    return from_fields(VQConfig, fields, f"{params.source}: {params.field}"), resolution
 
 
 def _policy(params: _Section, tokenizer: VQConfig, resolution: int) -> TamingConfig:
@@ -178,20 +179,18 @@ def _policy(params: _Section, tokenizer: VQConfig, resolution: int) -> TamingCon
             "tokens and codes would not match",
         )
     grid = resolution // tokenizer.downsampling
-    try:
-        return TamingConfig(
-            dim=gpt.get("n_embd", int, 256),
-            num_layers=gpt.get("n_layer", int, 12),
-            num_heads=gpt.get("n_head", int, 8),
-            vocab_size=gpt.get("vocab_size", int),
-            block_size=gpt.get("block_size", int),
-            n_unmasked=gpt.get("n_unmasked", int, 0),
-            grid=grid,
-            permuter=_permuter(params, grid),
-            **_condition(params, resolution),
-        )
-    except ConfigError as error:
-        raise CheckpointError(f"{params.source}: {params.field}: {error}") from error
+    fields = {
+        "dim": gpt.get("n_embd", int, 256),
+        "num_layers": gpt.get("n_layer", int, 12),
+        "num_heads": gpt.get("n_head", int, 8),
+        "vocab_size": gpt.get("vocab_size", int),
+        "block_size": gpt.get("block_size", int),
+        "n_unmasked": gpt.get("n_unmasked", int, 0),
+        "grid": grid,
+        "permuter": _permuter(params, grid),
+        **_condition(params, resolution),
+    }
+    return from_fields(TamingConfig, fields, f"{params.source}: {params.field}")
 
 
 def _condition(params: _Section, resolution: int) -> dict[str, Any]:

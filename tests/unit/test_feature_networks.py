@@ -271,7 +271,8 @@ def test_small_networks_name_the_images_they_cannot_take() -> None:
     np.testing.assert_array_equal(convnet(list(fit)), convnet(fit))
     with pytest.raises(RowErrors) as caught:
         pixels([fit[0], other[0], fit[1]])
-    assert caught.value.errors == {1: "gives 128 features, but image 0 gives 64"}
+    told = "is 16 x 8, but image 0 is 8 x 8: pixels are compared of images of one size"
+    assert caught.value.errors == {1: told}
 
 
 # References

@@ -112,6 +112,11 @@ def caption_conditions(path: Path, column: str = "") -> list[Condition]:
         with pq.ParquetFile(expanded(path)) as file:
             names = file.schema_arrow.names
         if set(SCHEMA.names) <= set(names):
+            if column not in ("", SCHEMA.names[0]):
+                raise DataError(
+                    f"captions {path}: its features are those of column {SCHEMA.names[0]!r}, not "
+                    f"of {column!r}: leave --column out"
+                )
             return read_caption_features(path)
         if FEATURES not in names:
             return [Condition(text=text) for text in load_captions(path, column).texts]

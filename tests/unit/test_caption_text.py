@@ -293,6 +293,8 @@ def test_parquet_of_features(tmp_path: Path) -> None:
     for condition, text, wanted in zip(caption_conditions(path), PLAIN, rows, strict=True):
         assert condition.text == text
         np.testing.assert_array_equal(features_of(condition), wanted)
+    with pytest.raises(DataError, match="its features are those of column 'caption', not of 'x'"):
+        caption_conditions(path, "x")
 
 
 def test_a_runs_captions_take_a_column(tmp_path: Path) -> None:

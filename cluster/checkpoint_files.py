@@ -79,10 +79,13 @@ class Checkpoint:
         Raises:
             CheckpointError: one of them is not of plain numbers.
         """
-        return {
-            name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-            for name, stored in self._wanted(names).items()
-        }
+        try:
+            return {
+                name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+                for name, stored in self._wanted(names).items()
+            }
+        except RuntimeError as error:  # a shape that overflows
+            raise CheckpointError(broken(self.source, str(error))) from error
 
     def read(
         self, names: Collection[str] | None = None, *, check: bool = True

@@ -107,12 +107,15 @@ def read_shapes(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     read. Types that are not known here are int8."""
     with _open(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
-            name: torch.empty(
-                part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.int8), device="meta"
-            )
-            for name, part in slices.items()
-        }
+        try:
+            return {
+                name: torch.empty(
+                    part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.int8), device="meta"
+                )
+                for name, part in slices.items()
+            }
+        except (SafetensorError, RuntimeError) as error:  # of a shape that overflows
+            raise _damaged(path, error) from error
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ optimizer's state for one, is never read. Facts of the formats: torch/serializat
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import struct
 import zipfile
@@ -68,6 +69,7 @@ _FAULTS = {
 }
 _DTENSOR = "torch.distributed.tensor.DTensor"
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before 1.6
+_DIMENSIONS, _NUMBERS = 64, 1 << 48  # more than any tensor has
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths of name and extra
 
 
@@ -223,8 +225,8 @@ class TorchFile:
             raise MalformedError("no list of storages")
         at = stream.tell()
         for key in keys:
-            if str(key) not in used:
-                raise MalformedError(f"an unknown storage {key!r}")
+            if not isinstance(key, str | int) or str(key) not in used:
+                raise MalformedError("an unknown storage")
             head = stream[at : at + 8]
             count = struct.unpack("<q", head)[0] if len(head) == 8 else -1
             size = count * used[str(key)].dtype.itemsize
@@ -311,6 +313,8 @@ def _tensor(
 ) -> TensorRecord:
     numbers = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
     if not isinstance(storage, Storage) or not numbers or not _natural((offset, *shape, *stride)):
+        raise MalformedError("a tensor whose shape cannot be")
+    if len(shape) > _DIMENSIONS or math.prod(max(n, 1) for n in shape) > _NUMBERS:
         raise MalformedError("a tensor whose shape cannot be")
     if any(metadata):
         return TensorRecord(shape, storage.dtype, fault="conjugate or negative; save its clone()")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import tarfile
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import CheckpointError
 from cluster.file_kinds import FileKind, described
@@ -22,6 +23,8 @@ _FILES = (  # names that libraries give; earlier ones are preferred
     f"pytorch_model.bin{INDEX}",
     "pytorch_model.bin",
 )
+LONGEST = 200  # characters of a name that messages show
+_BEGINNING = 60  # bytes of a text that messages show
 _SHARD = re.compile(r"-\d+-of-0*([1-9]\d*)\.[a-z]+$", re.IGNORECASE)
 _CHECKPOINT = re.compile(r"\.(pt|pth|ckpt|bin|safetensors)$", re.IGNORECASE)
 
@@ -55,7 +58,6 @@ _ADVICE: dict[FileKind, str] = {
         "a GGUF file of quantised weights, which cannot be tuned; take the file it was made from"
     ),
     FileKind.HDF5: "an HDF5 file, as Keras writes; convert it to PyTorch's names in safetensors",
-    FileKind.TEXT: "a text file; name the weights",
     FileKind.IMAGE: "an image; name the weights",
     FileKind.PARQUET: "a Parquet file; name the weights",
     FileKind.PDF: "a PDF; name the weights",
@@ -73,6 +75,8 @@ def no_checkpoint(file: Path, source: str, kind: FileKind) -> str:
         advice = _tar(file)
     elif file.suffix.lower() == ".msgpack":
         advice = "flax's msgpack; convert it to PyTorch's names in safetensors"
+    elif kind is FileKind.TEXT:
+        advice = _text(file)
     return f"{source}: expected {SUPPORTED}, found {advice}"
 
 
@@ -166,6 +170,15 @@ def _inside_zip(file: Path) -> str:
         return next((name for name in archive.namelist() if _CHECKPOINT.search(name)), "")
 
 
+def _text(file: Path) -> str:
+    with file.open("rb") as stream:
+        start = stream.read(_BEGINNING).decode("utf-8", "replace")
+    return (
+        f"a text file that begins with {start!r}: if that is what a server answered, fetch the "
+        "file again, else name the weights"
+    )
+
+
 def _tar(file: Path) -> str:
     try:
         with tarfile.open(file, mode="r:") as archive:
@@ -178,3 +191,18 @@ def _tar(file: Path) -> str:
             "trust it, and save it again"
         )
     return f"a tar archive ({', '.join(names[:3])}, ...); unpack it, and name the checkpoint in it"
+
+
+def listed(names: Iterable[Any], limit: int = 8) -> str:
+    """Names for a message: quoted, the first few."""
+    every = list(names)
+    shown = [shown_name(name) for name in every[:limit]]
+    return ", ".join(shown) + (", ..." if len(every) > limit else "") if shown else "nothing"
+
+
+def shown_name(name: Any) -> str:
+    """A name in a file, which may be anything, for a message."""
+    if isinstance(name, str):
+        return f"{name[:LONGEST]!r}" + ("..." if len(name) > LONGEST else "")
+    small = isinstance(name, int) and abs(name) < 1 << 64  # Python prints no number of any length
+    return repr(name) if small else f"({type(name).__name__})"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,16 +25,18 @@ from cluster.checkpoint_advice import (
     broken,
     executes,
     index_in,
+    listed,
     no_checkpoint,
     refused_object,
     shard_of,
+    shown_name,
 )
 from cluster.errors import CheckpointError
 from cluster.file_kinds import FileKind, file_kind
 from cluster.pickles import MalformedError, Opaque
 from cluster.strict_json import MALFORMED
 from cluster.sums import verify_sum
-from cluster.tensors import CONFIG_KEY, DTYPES, anywhere
+from cluster.tensors import CONFIG_KEY, DTYPES, anywhere, open_safetensors
 from cluster.torch_files import TensorRecord, TorchFile, legacy_tensor
 
 LAYOUTS = ("model", "module", "state_dict", "model_state_dict", "params")
@@ -49,6 +51,7 @@ COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, which is no we
 OPTIONS = "args"
 FAMILY = '"family"'  # in the description of every network of this program
 _NESTED = 3  # layouts in layouts
+SAVE_ONES = 'save the ones you mean as {"model": state_dict}'
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def is_own(path: str | os.PathLike[str]) -> bool:
         file = anywhere(path)
         if not file.is_file() or not _is_safetensors(file):
             return False
-        with safe_open(file, framework="pt", device="cpu") as opened:
+        with safe_open(file, framework="np") as opened:  # the header alone: no memory is mapped
             return FAMILY in (opened.metadata() or {}).get(CONFIG_KEY, "")
     except (CheckpointError, SafetensorError, OSError):
         return False
@@ -208,13 +211,18 @@ def _read_record(opened: TorchFile, record: TensorRecord, check: bool) -> Tensor
 
 def _open_safetensors(file: Path, source: str) -> Checkpoint:
     try:
-        opened = safe_open(file, framework="pt", device="cpu")
-        parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        opened = open_safetensors(file)
+        names = {name: name for name in opened.keys()}  # noqa: SIM118
+        tied = (
+            opened.metadata() or {}
+        ).items()  # as safetensors' save_model notes what it left out
+        names |= {name: kept for name, kept in tied if name not in names and kept in names}
+        parts = {name: opened.get_slice(kept) for name, kept in names.items()}
         tensors = {
             name: StoredTensor(
                 tuple(part.get_shape()),
                 DTYPES.get(part.get_dtype(), torch.uint8),
-                partial(_read_slice, opened, name),
+                partial(_read_slice, opened, names[name]),
             )
             for name, part in parts.items()
         }
@@ -303,9 +311,11 @@ def _weights(source: str, content: Any, ema: bool) -> tuple[str, Mapping[Any, An
     if where == "the file" and others:
         if isinstance(state[others[0]], Opaque):
             raise CheckpointError(_odd(source, where, others[0], state[others[0]]))
+        average = next((key for key in AVERAGES if _may_hold_tensors(content.get(key))), "")
+        remedy = f"set ema for the average under {average!r}" if average and not ema else SAVE_ONES
         raise CheckpointError(
             f"{source}: expected weights under {listed(LAYOUTS)}, or nothing but tensors, found "
-            f'the entries {listed(content)}; save the ones you mean as {{"model": state_dict}}'
+            f"the entries {listed(content)}; {remedy}"
         )
     if isinstance(state, Opaque):
         raise CheckpointError(refused_object(source, state.name, f" under {where!r}"))
@@ -331,14 +341,15 @@ def _is_tensor(value: Any) -> bool:
 def _odd(source: str, where: str, name: Any, value: Any) -> str:
     """Something other than a tensor where one belongs."""
     if isinstance(value, Opaque):
-        under = f" under {name!r} in {where}" if where else ""
+        under = f" under {shown_name(name)} in {where}" if where else ""
         return refused_object(source, value.name, under)
     if not where:
         return (
             f"{source}: expected a dict of tensors, or one under {listed(LAYOUTS)}, found "
             f"{_type(value)}"
         )
-    return f"{source}: expected tensors by name in {where}, found {_type(value)} under {name!r}"
+    found = f"{_type(value)} under {shown_name(name)}"
+    return f"{source}: expected tensors by name in {where}, found {found}"
 
 
 def _type(value: Any) -> str:
@@ -375,14 +386,7 @@ def _unwrapped(source: str, tensors: Mapping[str, StoredTensor]) -> dict[str, St
         )
     if (number := shard_of(Path(source).name)) and len(names):
         raise CheckpointError(
-            f"{source}: this is one of {number} shards; name the index ({INDEX[1:]}) or the "
+            f"{source}: this is one of {number} shards; name the index (*{INDEX}) or the "
             "directory that holds all of them"
         )
     return {plain: tensors[name] for plain, name in names.items()}
-
-
-def listed(names: Iterable[Any], limit: int = 8) -> str:
-    """Names for a message: quoted, the first few."""
-    every = list(names)
-    shown = [repr(name) for name in every[:limit]]
-    return ", ".join(shown) + (", ..." if len(every) > limit else "") if shown else "nothing"

@@ -42,6 +42,7 @@ class Opaque:
 Call = Callable[[str, tuple[Any, ...]], Any]
 """Name and arguments -> the caller's answer to a call, or None for an `Opaque`."""
 
+LONGEST = 1000  # characters of a function's name: messages show it
 _MARK = object()
 _PUSHED = frozenset(
     {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
@@ -216,6 +217,8 @@ class _Machine:
         if not isinstance(module, str) or not isinstance(name, str):
             raise MalformedError("a name that is no text")
         path = f"{module}.{name}"
+        if len(path) > LONGEST or not path.isprintable():
+            raise MalformedError("a name that no function has")
         self.names.add(path)
         return Name(path)
 

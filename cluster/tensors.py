@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib.resources
 import json
 import logging
@@ -142,7 +143,7 @@ def write_tensors(
     Raises:
         StorageError: there is no room for it.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     place = Path(path)
     with writing(place, then=then):
         try:
@@ -152,6 +153,18 @@ def write_tensors(
             code = int(number[1]) if number else None
             raise storage_error(place, str(error), code, then=then) from error
         os.chmod(place, 0o644)  # safetensors writes files that nobody else may read
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors, of which those that share memory with another (tied weights) are copied:
+    safetensors refuses to write them twice."""
+    end = 0
+    apart = dict(tensors)
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            apart[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.numel() * tensor.itemsize)
+    return apart
 
 
 def load_strict(
@@ -226,6 +239,13 @@ def _misshapen(
 
 def _misfit(module: torch.nn.Module, source: str, missing: list[str], unexpected: list[str]) -> str:
     parts = [f"{source} does not fit {type(module).__name__}:"]
+    if prefix := _prefix(missing, unexpected):
+        return (
+            f"{parts[0]} the names of its weights begin with {prefix!r}, as of a part of another "
+            f"module (Lightning's have such names): save that part's weights alone, "
+            f'torch.save({{"model": {{k.removeprefix({prefix!r}): v for k, v in state_dict.items() '
+            f"if k.startswith({prefix!r})}}}}, PATH)"
+        )
     if missing:
         parts.append(f"{len(missing)} tensors are missing, the first is {missing[0]!r}")
         close = difflib.get_close_matches(missing[0], unexpected, n=1)
@@ -236,11 +256,39 @@ def _misfit(module: torch.nn.Module, source: str, missing: list[str], unexpected
     return " ".join(parts)
 
 
+def _prefix(missing: list[str], unexpected: list[str]) -> str:
+    """What stands before every missing name in the file, as Lightning puts `model.` there; empty if
+    nothing does."""
+    first = missing[0] if missing else ""
+    found = [
+        name.removesuffix(first) for name in unexpected if first and name.endswith(f".{first}")
+    ]
+    given = set(unexpected)
+    return next((part for part in found if all(part + name in given for name in missing)), "")
+
+
+def open_safetensors(file: Path) -> Any:
+    """A safetensors file, whose tensors are read on the CPU when they are asked for.
+
+    Raises:
+        SafetensorError: not a whole one.
+        OSError: it cannot be read.
+    """
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except RuntimeError as error:  # torch's: the system gives no map of more than its memory
+        raise OSError(errno.ENOMEM, f"it is larger than this machine's memory: {error}") from error
+
+
 def _open(path: str | os.PathLike[str]) -> Any:
     file = locate(path)
     try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+        return open_safetensors(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"{os.fspath(path)}: it cannot be read ({error.strerror or error})"
+        ) from error
+    except SafetensorError as error:
         if file_kind(file) is not FileKind.SAFETENSORS:
             raise CheckpointError(
                 f"{os.fspath(path)}: expected a safetensors file, found {described(file)}"

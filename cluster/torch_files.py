@@ -12,6 +12,7 @@ import io
 import math
 import mmap
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -119,8 +120,7 @@ class TorchFile:
         self._checked: set[str] = set()
         with file.open("rb") as stream:
             try:
-                # private: who writes to a tensor does not write to the file
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._map = _mapped(stream.fileno())
             except ValueError as error:
                 raise MalformedError("an empty file") from error
         if self._map[:4] == b"PK\x03\x04":
@@ -159,7 +159,11 @@ class TorchFile:
             if zlib.crc32(memoryview(self._map)[offset : offset + held]) != crc:
                 raise MalformedError(f"the checksum of its storage {storage.key!r} differs")
             self._checked.add(storage.key)
-        bytes_ = torch.frombuffer(self._map, dtype=torch.uint8, count=wanted, offset=offset + first)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            bytes_ = torch.frombuffer(
+                self._map, dtype=torch.uint8, count=wanted, offset=offset + first
+            )
         return bytes_.view(storage.dtype)
 
     def _archive(self, file: Path) -> Any:
@@ -235,6 +239,16 @@ class TorchFile:
             self._members[str(key)] = (at + 8, size, 0)
             at += 8 + size
         return content
+
+
+def _mapped(number: int) -> mmap.mmap:
+    """An open file. The map is private, so that who writes to a tensor does not write to the file;
+    of a file with an optimizer that is larger than the machine's memory, for which Linux gives no
+    such map, it is for reading."""
+    try:
+        return mmap.mmap(number, 0, access=mmap.ACCESS_COPY)
+    except OSError:
+        return mmap.mmap(number, 0, access=mmap.ACCESS_READ)
 
 
 def _storage(key: Any) -> Storage:

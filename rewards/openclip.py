@@ -24,6 +24,7 @@ from rewards.openclip_sources import (
     TOKENIZERS,
     Source,
     architecture_of,
+    check_names,
     find_source,
     has_tokenizer,
 )
@@ -171,6 +172,7 @@ def _create(source: Source, **options: Any) -> torch.nn.Module:
     if not source.file:
         return open_clip.create_model(source.name, pretrained=source.tag or None, **options)
     state = read_checkpoint(source.file)
+    check_names(state, source.file)
     _check_described(source, state)
     settings = source.settings
     if settings is not None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError
-from cluster.torchvision_ops import ensure_torchvision
 
 DIRECTORY_CONFIG = "open_clip_config.json"
 PREPROCESSOR, TRANSFORMERS = "preprocessor_config.json", "config.json"
@@ -24,6 +23,14 @@ WAYS = {
     "resize_mode": ("shortest", "longest", "squash"),
     "mode": ("RGB",),
 }
+DEFAULTS = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+}
+"""open_clip's, whose import takes seconds: a dry run has none. A test compares them."""
 LARGEST_STD = 2.0  # of pixels in [0, 1]; 1 leaves them as they are
 LARGEST = 1 << 20  # of a side, width, vocabulary or number of layers: beyond, a file is damaged
 
@@ -55,10 +62,8 @@ class Settings:
 
 def settings_of(preprocess: Mapping[str, Any], quick_gelu: bool) -> Settings:
     """Those of a tag or of a `preprocess_cfg`; what it leaves out is open_clip's default."""
-    ensure_torchvision()
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-
-    merged = merge_preprocess_dict(PreprocessCfg(), dict(preprocess))
+    named = {name: preprocess[name] for name in DEFAULTS if preprocess.get(name) is not None}
+    merged = {**DEFAULTS, **named}
     return Settings(
         mean=_triple(merged["mean"]),
         std=_triple(merged["std"]),

@@ -9,7 +9,7 @@ file, or from the model's tags if all of them agree.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,20 @@ def directory_of(model: str) -> Path | None:
 def is_file(pretrained: str) -> bool:
     """Whether weights are named by a file rather than by a tag."""
     return pretrained.startswith(PACKAGE) or "/" in pretrained or Path(pretrained).is_file()
+
+
+def check_names(names: Iterable[str], source: str) -> None:
+    """Refuse the names of transformers' CLIPModel and SiglipModel, which open_clip does not read.
+
+    Raises:
+        CheckpointError: it has them; says which files to take.
+    """
+    if any(name.startswith(("text_model.", "vision_model.")) for name in names):
+        raise CheckpointError(
+            f"{source}: its tensors have the names of transformers' models, not open_clip's: take "
+            f"{PREFERRED[0]} or {PREFERRED[2]} of the same repository, or name open_clip's tag of "
+            "these weights"
+        )
 
 
 def check_activation(model: str, tag: str) -> None:

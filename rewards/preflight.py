@@ -36,6 +36,7 @@ from rewards.openclip_sources import (
     TOKENIZERS,
     Source,
     architecture_of,
+    check_names,
     directory_of,
     find_source,
     hub_tokenizer_of,
@@ -158,8 +159,8 @@ def fits_fingerprint(config: FeaturesConfig, made_with: str) -> bool:
     return made_with.startswith(f"{config.network}-") and made_with.endswith("-bf16") == half
 
 
-def check_weights(path: str) -> None:
-    """Whether a file of weights is there and is one, by its names and shapes.
+def check_weights(path: str) -> Collection[str]:
+    """Whether a file of weights is there and is one; the names of its tensors.
 
     Raises:
         CheckpointError: it is not.
@@ -169,7 +170,7 @@ def check_weights(path: str) -> None:
             f"{path}: expected published weights, found a {family_of(path)!r} of this program: "
             "leave it empty for the published ones, or name another file"
         )
-    open_checkpoint(path)
+    return open_checkpoint(path).tensors.keys()
 
 
 def family_of(path: str) -> str:
@@ -195,8 +196,8 @@ def _hps(config: HpsConfig, findings: Findings) -> None:
             "pip install 'tessera-rl[hpsv2]', or set the backend to open_clip",
         )
     if config.pretrained not in PUBLISHED:
-        known = config.pretrained in tags_of(ARCHITECTURE) or is_file(config.pretrained)
-        if config.model == ARCHITECTURE and not known:
+        published = config.model == ARCHITECTURE and not is_file(config.pretrained)
+        if published and config.pretrained not in tags_of(ARCHITECTURE):
             findings.problem(
                 f"{field}.pretrained",
                 "a published checkpoint of HPS, or a file",
@@ -241,7 +242,7 @@ def _text_image(
             )
         elif directory is not None:
             source = find_source(model, "", tag)
-            check_weights(source.file)
+            check_names(check_weights(source.file), source.file)
             _tokenizer(field, source, findings)
         elif model.startswith(HUB):
             _on_the_hub(field, model.removeprefix(HUB), findings)
@@ -269,7 +270,7 @@ def _by_name(
         )
     elif is_file(pretrained):
         with findings.of(f"{field}.{option}"):
-            check_weights(pretrained)
+            check_names(check_weights(pretrained), pretrained)
             source = find_source(model, pretrained, tag)
             findings.notes.append(
                 f"{field}.{option} is a file, which does not tell what its weights were trained "

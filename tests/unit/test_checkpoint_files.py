@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import mmap
 import random
 import tarfile
 import warnings
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
+import cluster.tensors
 from cluster.checkpoint_files import open_checkpoint, read_checkpoint
 from cluster.errors import CheckpointError
-from cluster.tensors import load_strict
+from cluster.tensors import load_strict, read_tensors
 from cluster.torchvision_ops import ensure_torchvision
 from tests.file_rows import reads
 from tests.fuzzing import check_reader
@@ -230,7 +232,10 @@ def test_files_that_are_none_are_told_apart(net: Net, tmp_path: Path) -> None:
         ),
         "old.pt": (lambda f: _tarred(f, *_old(tmp_path)), r"a file of torch before 0\.2"),
         "none.safetensors": (lambda f: save_file({}, f), "a safetensors file without a tensor"),
-        "text.pt": (lambda f: f.write_text("see README"), "a text file; name the weights"),
+        "text.pt": (
+            lambda f: f.write_text("see README"),
+            "begins with 'see README'",
+        ),
     }
     for name, (write, told) in kinds.items():
         write(tmp_path / name)
@@ -429,3 +434,83 @@ def test_damaged_indexes(net: Net, tmp_path: Path) -> None:
     save_torch_state_dict(net.state_dict(), tmp_path, max_shard_size=60)
     index, plain = next(tmp_path.glob("*.index.json")), state_of(net)
     check_reader(index, _loads(net), 500, good=lambda found: same(found, plain))  # type: ignore[arg-type]
+
+
+# What other tools put beside and around weights.
+
+
+def misread(content: Any, file: Path, **options: Any) -> str:
+    """The message for a file with this content."""
+    torch.save(content, file)
+    with pytest.raises(CheckpointError) as found:
+        open_checkpoint(file, **options)
+    return str(found.value)
+
+
+def test_names_that_are_no_text_and_long_ones(tmp_path: Path) -> None:
+    """A number of more digits than Python prints is no reason for a traceback."""
+    file, tensor = tmp_path / "a.pt", torch.ones(1)
+    assert "found Tensor under (int)" in misread({10**5000: tensor}, file)
+    assert "under (int)" in misread({"model": {10**5000: tensor}}, file)
+    assert "the entries (int), 'a'" in misread({10**5000: 1, "a": 2}, file)
+    assert len(misread({"x" * 100_000: 1}, file)) < 1000
+    assert len(misread({"model": {"x" * 100_000: 1}}, file)) < 1000
+
+
+def test_a_file_with_an_average_alone_says_that_ema_takes_it(tmp_path: Path) -> None:
+    file = tmp_path / "a.pt"
+    assert "set ema for the average under 'ema'" in misread({"ema": WEIGHTS, "steps": 3}, file)
+    assert same(dict(open_checkpoint(file, ema=True).read()), WEIGHTS)
+    assert "save the ones you mean" in misread({"ema": 0.99, "net": WEIGHTS}, file)
+
+
+def test_weights_of_a_part_of_another_module_are_told_by_its_name(net: Net, tmp_path: Path) -> None:
+    """Lightning's modules hold the model as an attribute, whose name stands before all others."""
+    for prefix in ("model.", "net.inner."):
+        state = {prefix + name: tensor for name, tensor in state_of(net).items()}
+        torch.save({"state_dict": state | {"loss.scale": torch.ones(1)}}, tmp_path / "a.ckpt")
+        with pytest.raises(CheckpointError, match=f"names of its weights begin with '{prefix}'"):
+            load_strict(net, read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt")
+
+
+def test_tied_weights_that_safetensors_left_out(tmp_path: Path) -> None:
+    """save_model writes one of two tensors that are the same, and notes the other's name."""
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    save_model(tied, str(tmp_path / "tied.safetensors"))
+    assert same(read_checkpoint(tmp_path / "tied.safetensors"), state_of(tied))
+
+
+def test_files_beyond_this_machines_memory(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux refuses a map that may be written to and is larger than memory; optimizers make files
+    that large, of which the weights alone are read."""
+    plain = mmap.mmap
+
+    def refused(number: int, length: int, access: int) -> mmap.mmap:
+        if access == mmap.ACCESS_COPY:
+            raise OSError(12, "Cannot allocate memory")
+        return plain(number, length, access=access)
+
+    torch.save({"model": net.state_dict()}, tmp_path / "a.pt")
+    monkeypatch.setattr(mmap, "mmap", refused)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(read_checkpoint(tmp_path / "a.pt"), state_of(net))
+    save_file(state_of(net), tmp_path / "a.safetensors")
+
+    def no_map(*_: Any, framework: str, **__: Any) -> Any:
+        raise RuntimeError("unable to mmap 42949910640 bytes: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(cluster.tensors, "safe_open", no_map)
+    for read in (read_checkpoint, read_tensors):
+        with pytest.raises(CheckpointError, match=r"cannot be read .*larger than this machine's"):
+            read(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("text", ["Access denied: quota", '{"error": "Entry not found"}', "<?xml"])
+def test_what_a_server_answered_is_shown(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_text(text)
+    with pytest.raises(CheckpointError, match=r"begins with .*a server answered, fetch the file"):
+        open_checkpoint(tmp_path / "a.pt")

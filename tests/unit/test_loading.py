@@ -85,6 +85,17 @@ def test_without_weights_the_official_file_is_not_opened(tmp_path: Path) -> None
     assert not any(tensor.isnan().any() for tensor in policy.state_dict().values())
 
 
+def test_rotary_tables_of_derived_code_are_complex_numbers(
+    tensors: Tensors, tmp_path: Path
+) -> None:
+    table = torch.ones(TINY.num_tokens + 1, TINY.head_dim // 2, dtype=torch.complex64)
+    policy = load_policy(official_config(tmp_path, {"model": tensors | {"freqs_cis": table}}))
+    assert same(dict(policy.state_dict()), tensors)
+    wrong = {"model": tensors | {"freqs_cis": table[:, :3]}}
+    with pytest.raises(CheckpointError, match="of another number of heads, or another grid"):
+        load_policy(official_config(tmp_path, wrong))
+
+
 def test_captions_keep_their_untrained_buffer(tmp_path: Path) -> None:
     config = LlamaGenConfig(
         dim=32, num_layers=1, num_heads=2, grid=2, vocab_size=20, caption_dim=8, caption_tokens=5

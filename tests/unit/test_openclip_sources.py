@@ -21,14 +21,17 @@ from safetensors.torch import save_file
 
 from cluster.errors import CheckpointError, ConfigError
 from cluster.messages import Condition
+from cluster.preflight import Findings
 from cluster.tensors import locate
 from cluster.torchvision_ops import ensure_torchvision
 from rewards.clip import ClipConfig, ClipReward
+from rewards.config import ClipTerm, RewardsConfig
 from rewards.features import FeaturesConfig, load_features
 from rewards.hpsv2 import ARCHITECTURE, TUNED_FROM, HpsConfig, HpsReward, tag_of
 from rewards.openclip import TextImageModel
-from rewards.openclip_configs import Settings
+from rewards.openclip_configs import Settings, settings_of
 from rewards.openclip_sources import find_source, published_settings
+from rewards.preflight import check_rewards
 from tests.file_rows import reads
 from tests.fuzzing import check_reader
 
@@ -431,6 +434,40 @@ def test_transformers_configurations_beside_a_file(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"longest_edge": 224}}')
     with pytest.raises(CheckpointError, match="set tag to the pretrained tag"):
         find_source("ViT-B-16", file)
+
+
+def test_transformers_names_are_told_and_refused_before_a_run(tmp_path: Path) -> None:
+    """A file of CLIPModel or SiglipModel: other names for the same weights."""
+    transformers = pytest.importorskip("transformers")
+    tiny = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes = {"text_config": tiny, "vision_config": tiny}
+    saved = {
+        "ViT-B-32-quickgelu": transformers.CLIPModel(transformers.CLIPConfig(**sizes)),
+        "ViT-B-16-SigLIP": transformers.SiglipModel(transformers.SiglipConfig(**sizes)),
+    }
+    for model, network in saved.items():
+        network.save_pretrained(tmp_path / model)
+        file = str(tmp_path / model / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"names of transformers' models.*take open_clip"):
+            TextImageModel(model, file, "cpu")
+        findings = Findings()
+        clip = ClipTerm(model=model, pretrained=file)
+        check_rewards(RewardsConfig(clip=clip), (), 32, findings)
+        (problem,) = findings.problems
+        assert problem.startswith("rewards.clip.pretrained: ")
+        assert "the names of transformers' models" in problem
+
+
+def test_settings_are_open_clips() -> None:
+    """Its defaults, which are known without importing it, and what it does with others."""
+    transform = open_clip().transform
+    for given in ({}, {"mean": [0.5], "std": None}, {"size": 3, "resize_mode": "squash"}):
+        merged = transform.merge_preprocess_dict(transform.PreprocessCfg(), given)
+        found = settings_of(given, quick_gelu=False).preprocess
+        del merged["size"], merged["mode"]
+        assert found == merged | {"mean": found["mean"], "std": found["std"]}
+        assert found["mean"] == tuple(np.broadcast_to(merged["mean"], 3))
+        assert found["std"] == tuple(merged["std"])
 
 
 @reads("rewards/README.md", "HPSv2's `HPS_v2*.pt` and files of that layout")

@@ -255,6 +255,12 @@ def test_damage_is_an_error_of_ours(program: bytes) -> None:
         read_pickle(io.BytesIO(program))
 
 
+@pytest.mark.parametrize("name", ["a\x1b[31m\nb", "a\nb\x07", "a" * 5000 + "\nb"])
+def test_names_that_no_function_has_reach_no_terminal(name: str) -> None:
+    with pytest.raises(MalformedError, match="a name that no function has"):
+        read_pickle(io.BytesIO(b"\x80\x02c" + name.encode() + b"\n)R."))
+
+
 def test_nesting_that_would_end_the_process() -> None:
     """Hashing a tuple in a tuple in a tuple, ..., overflows the stack of C."""
     deep = b")" + b"\x85" * 200_000  # 150,000 are enough

@@ -17,6 +17,18 @@ def test_round_trip(tmp_path: Path) -> None:
     assert torch.equal(read_tensors(file)["a"], torch.ones(3, 2))
 
 
+def test_tensors_that_share_memory_are_written_each(tmp_path: Path) -> None:
+    """Tied weights and parts of one tensor, overlapping or not; the caller's stay as they are."""
+    base = torch.arange(6.0)
+    tensors = {"a": base, "tied": base, "part": base[2:4], "next": base[4:]}
+    tensors |= {"over": base[3:5], "empty": base[:0], "number": torch.tensor(3)}
+    write_tensors(tmp_path / "tied.safetensors", tensors, {})
+    found = read_tensors(tmp_path / "tied.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert tensors["tied"] is base
+
+
 def test_shipped_files_are_found_wherever_the_package_is() -> None:
     assert locate("package://learner.miniature/networks/policy.safetensors").is_file()
     assert locate("package://learner.miniature/networks/clip", directory=True).is_dir()

@@ -124,9 +124,13 @@ def delimited(path: Path, text: str, column: str, separators: str) -> Cells:
         at, body = header.index(name), rows[1:]
         cells = [fields[at] for _, fields in body]
         return Cells(cells, [line for line, _ in body], "line", name.strip())
+    advice = "Plain captions, one a line, belong in a .txt file"
+    first = re.split(f"[{separators}]", split_lines(text)[0])
+    if any(name.strip().strip('"').lower() in KNOWN for name in first):
+        advice = "Fields that hold separators belong in quotes"
     raise DataError(
         f"captions {path}: {problems[0]}; a table begins with a line of column names, and every "
-        "row has as many fields. Plain captions, one a line, belong in a .txt file"
+        f"row has as many fields. {advice}"
     )
 
 
@@ -184,7 +188,8 @@ def is_text(kind: pa.DataType) -> bool:
     """Whether an Arrow type is one of texts."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(fits(kind) for fits in strings)
 
 
 def shown(names: Iterable[str]) -> str:
@@ -302,6 +307,8 @@ def _nested(path: Path, found: dict[str, Any], column: str) -> Cells:
         for key, value in lists.items()
         if isinstance(value[0], dict) and any(map(taken, value[0]))
     ]
+    if not texts and not tables and any(taken(k) and isinstance(found[k], str) for k in found):
+        return _column_of(path, [found], [1], "item", column)  # JSON Lines of one line
     if len(texts) + len(tables) != 1:
         raise DataError(
             f"captions {path}: an object in which {len(texts) + len(tables)} members are lists of "

@@ -241,21 +241,22 @@ def _refuse_tables(path: Path, text: str, lines: list[str]) -> None:
     Raises:
         DataError: says which kind, and what to call it.
     """
-    kind = suffix = ""
+    kind, suffix, header = "", "", " (a table begins with a line of names)"
     if lines[0].lstrip()[:1] in ("{", "["):
         if all(_is_json(line) for line in lines[:10]):
-            kind, suffix = "JSON Lines", ".jsonl"
+            kind, suffix, header = "JSON Lines", ".jsonl", ""
         elif _is_json(text):
-            kind, suffix = "JSON", ".json"
+            kind, suffix, header = "JSON", ".json", ""
     tabs = {line.count("\t") for line in lines}
     if len(lines) > 1 and len(tabs) == 1 and tabs != {0}:
         kind, suffix = f"a table of {tabs.pop() + 1} columns, separated by tabs,", ".tsv"
-    elif len(lines) > 1 and _is_header(lines[0]) and _is_csv(text):
-        kind, suffix = "a table separated by commas", ".csv"
+    elif len(lines) > 1 and _is_header(lines[0], text):
+        columns = "separated by commas" if "," in lines[0] else "of one column"
+        kind, suffix = f"a table {columns}", ".csv"
     if kind:
         raise DataError(
             f"captions {path}: this is {kind} rather than text with one caption a line: name it "
-            f"{suffix}, and its column with --column (a table begins with a line of names)"
+            f"{suffix}, and its column with --column{header}"
         )
 
 
@@ -266,9 +267,15 @@ def _is_json(text: str) -> bool:
         return False
 
 
-def _is_header(line: str) -> bool:
+def _is_header(line: str, text: str) -> bool:
+    """Whether a line names columns, a known one among them, and is no caption. Captions with commas
+    have a space after them and names of several words; names of columns have one or the other at
+    most, and then the rows below have as many fields."""
     names = [name.strip().strip('"').lower() for name in line.split(",")]
-    return len(names) > 1 and any(name in KNOWN for name in names)
+    if not any(name in KNOWN for name in names):
+        return False
+    words = all(len(name.split()) < 2 for name in names)
+    return (words and ", " not in line) or ((words or ", " not in line) and _is_csv(text))
 
 
 def _is_csv(text: str) -> bool:

@@ -32,6 +32,8 @@ class FileKind(enum.Enum):
     NPZ = "an .npz file"
     NPY = "an .npy file"
     PARQUET = "a Parquet file"
+    ARROW = "an Arrow file"
+    """IPC, as a file (Feather) or a stream (the datasets library's `save_to_disk`)."""
     IMAGE = "an image"
     HDF5 = "an HDF5 file"
     GGUF = "a GGUF file"
@@ -55,6 +57,7 @@ REMEDIES: dict[FileKind, str] = {
     FileKind.ZIP: "unpack it first",
     FileKind.TAR: "unpack it first",
     FileKind.ARCHIVE: "unpack it first",
+    FileKind.ARROW: "write it as Parquet: datasets.load_from_disk(...).to_parquet(...)",
     FileKind.PICKLE: "pickled Python objects are not read: they can run any program",
 }
 """What to do about a file of a kind that no reader takes."""
@@ -63,6 +66,7 @@ _STARTS: tuple[tuple[bytes, FileKind], ...] = (
     (b"version https://git-lfs", FileKind.LFS_POINTER),
     (b"\x93NUMPY", FileKind.NPY),
     (b"PAR1", FileKind.PARQUET),
+    (b"ARROW1\x00\x00", FileKind.ARROW),
     (b"\x89HDF\r\n\x1a\n", FileKind.HDF5),
     (b"GGUF", FileKind.GGUF),
     (b"\x1f\x8b", FileKind.GZIP),
@@ -87,6 +91,8 @@ _BOMS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # torch.serialization.MAGIC_NUMBER
 _TAR_AT = 257
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes, of its versions
+_ARROW_STREAM = re.compile(rb"\xff{4}..\x00\x00\x10\x00\x00\x00", re.DOTALL)
+"""Mark, length of the schema's message (below 64 KiB), its flatbuffer's usual root."""
 _PNM = re.compile(
     rb"P[1-6]\s+(?:#[^\n]*\n\s*)*[0-9]+\s+(?:#[^\n]*\n\s*)*[0-9]+\s|P[fF]\s[0-9]+ [0-9]+\s"
 )
@@ -112,6 +118,8 @@ def file_kind(path: str | os.PathLike[str]) -> FileKind:
             return kind
     if image_head(head):
         return FileKind.IMAGE
+    if _ARROW_STREAM.match(head):
+        return FileKind.ARROW
     if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 40:
         return FileKind.SAFETENSORS
     if head[:1] == b"\x80":

@@ -9,6 +9,7 @@ refused.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,9 @@ from cluster.streams import shown
 
 MOST_CLASSES = 1_000_000  # more are no classes: identifiers, dates
 SHOWN = 3  # classes at either end that are told
-DECIMAL = re.compile(r"[0-9]+")
-COUNTED = (
-    re.compile(r"(?P<rest>.*?)(?P<number>[0-9]+)", re.DOTALL),  # class_10, of one beginning
-    re.compile(r"(?P<number>[0-9]+)(?P<rest>)[^0-9].*", re.DOTALL),  # 10_dog
-)
-CHOICE = "rename them, or give the order in a file with --class-names"
+DECIMAL = re.compile(r"\d+")
+DIGITS = re.compile(r"(\d+)")
+CHOICE = "rename them, move away what is no class, or give the order in a file with --class-names"
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,7 @@ def class_numbers(
     names = sorted(set(found))
     if given:
         return _as_given(names, where, given)
+    _check_accents(names, where)
     decimal = [name for name in names if DECIMAL.fullmatch(name)]
     if decimal and len(decimal) < len(names):
         other = next(name for name in names if not DECIMAL.fullmatch(name))
@@ -120,6 +119,10 @@ def _as_given(
     names: list[str], where: str, given: Sequence[str]
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     numbers = {name: number for number, name in enumerate(given)}
+    composed = {_composed(name): number for name, number in numbers.items()}
+    for name in names:
+        if _composed(name) in composed:
+            numbers.setdefault(name, composed[_composed(name)])
     unknown = [shown(name) for name in names if name not in numbers]
     if unknown:
         raise DataError(
@@ -129,19 +132,37 @@ def _as_given(
     return numbers, tuple(given)
 
 
+def _composed(name: str) -> str:
+    """A name with every accent in its letter: macOS writes file names with accents apart."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _check_accents(names: list[str], where: str) -> None:
+    """Refuse two names that differ in how accents are written alone."""
+    before: dict[str, str] = {}
+    for name in names:
+        if before.setdefault(_composed(name), name) != name:
+            raise DataError(
+                f"{where}: two classes are called {shown(name)!r}, with accents in their letters "
+                "and apart: put them together"
+            )
+
+
 def _check_counted(names: list[str], where: str) -> None:
     """Refuse class_1, class_2, class_10: in alphabetical order they are 1, 10, 2."""
-    for pattern in COUNTED:
-        counted = [part for name in names if (part := pattern.fullmatch(name))]
-        if len(counted) < len(names) or len({part["rest"] for part in counted}) > 1:
-            continue
-        numbers = [int(part["number"][:18]) for part in counted]
-        for at in range(1, len(numbers)):
-            if numbers[at] < numbers[at - 1]:
-                raise DataError(
-                    f"{where}: in alphabetical order {shown(names[at - 1])!r} comes before "
-                    f"{shown(names[at])!r}, by their numbers after it: {CHOICE}"
-                )
+    split = [DIGITS.split(name) for name in names]  # texts at even places, numbers at odd ones
+    if all(parts[0] == "" and len(parts) > 1 for parts in split):
+        keys = [[int(parts[1][:18])] for parts in split]  # 10_dog
+    elif len({tuple(parts[::2]) for parts in split}) == 1:
+        keys = [[int(number[:18]) for number in parts[1::2]] for parts in split]  # class_10.old
+    else:
+        return
+    for at in range(1, len(names)):
+        if keys[at] < keys[at - 1]:
+            raise DataError(
+                f"{where}: in alphabetical order {shown(names[at - 1])!r} comes before "
+                f"{shown(names[at])!r}, by their numbers after it: {CHOICE}"
+            )
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
@@ -169,7 +190,7 @@ def contradiction(ours: Sequence[str], theirs: Sequence[str]) -> str:
     where they may be the same. Names that occur twice, or are numbers, tell nothing."""
 
     def places(names: Sequence[str]) -> dict[str, int]:
-        plain = [name.casefold().replace("_", " ").strip() for name in names]
+        plain = [_composed(name).casefold().replace("_", " ").strip() for name in names]
         once = {name for name, count in Counter(plain).items() if count == 1}
         return {
             name: number

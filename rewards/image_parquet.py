@@ -23,6 +23,9 @@ from rewards.image_files import Loaded, decode, digest
 LABEL = "label"
 LOOKED_AT = 16  # cells of a column show whether it holds images
 LOOKED_FOR = 1024  # rows among which they are looked for
+BINARIES = ("binary", "large_binary", "binary_view", "fixed_size_binary")
+STRINGS = ("string", "large_string", "string_view")
+"""Arrow's types, as its predicates name them."""
 HUGGING_FACE = b"huggingface"  # metadata of the schema: what the datasets library knows of columns
 
 
@@ -174,7 +177,7 @@ def _labels(file: Path, parquet: Any, name: str) -> list[Any]:
     with _explained(file):
         column = parquet.read(columns=[name]).column(name)
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        text = any(getattr(pa.types, f"is_{name}")(kind) for name in STRINGS)
         if not (text or pa.types.is_integer(kind)):
             raise DataError(
                 f"{shown(file)}: column {name!r} must hold integers or names, found {kind}"
@@ -247,7 +250,8 @@ def _candidates(schema: Any) -> list[str]:
     def fits(kind: Any) -> bool:
         if pa.types.is_struct(kind):
             return kind.get_field_index("bytes") >= 0
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return any(getattr(pa.types, f"is_{name}")(kind) for name in BINARIES)
 
     return [item.name for item in schema if fits(item.type)]
 
@@ -267,9 +271,19 @@ def _image_column(file: Path, parquet: Any, wanted: str) -> str:
     found = [name for name, cells in looked.items() if any(image_head(cell) for cell in cells)]
     if len(found) == 1:
         return found[0]
-    if wanted or (typed and not found):
+    if wanted and not looked[wanted]:
+        return wanted  # its first rows have no bytes; later ones may
+    if not typed:
+        kinds = ", ".join(f"{item.name} ({item.type!s:.40})" for item in schema)
+        raise DataError(
+            f"{where}: no column of encoded images, {{bytes, path}} or binary, as the datasets "
+            f"library writes them: found {kinds}"
+        )
+    if wanted or not found:
         name = wanted or typed[0]
-        begins = f"the first begins with {looked[name][0][:8]!r}" if looked[name] else "no bytes"
+        begins = "no bytes: are the images in files of their own?"
+        if looked[name]:
+            begins = f"the first begins with {looked[name][0][:8]!r}"
         raise DataError(
             f"{where}: column {name!r} of {schema.names} holds no encoded images in its first rows "
             f"({begins})"

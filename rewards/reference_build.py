@@ -8,6 +8,7 @@ where they were.
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,7 @@ from rewards.reference_features import extract
 from rewards.reference_images import open_source
 from rewards.reference_sums import Conditions, Part, ReferenceSums
 
+OF_LABELS = ("class_names", "label_column", "num_classes")
 AHEAD = 3  # batches in flight for each process
 ABOUT = (
     "Mean and covariance of real images' features, for FID and the distribution reward. Started "
@@ -121,14 +123,23 @@ class ReferenceConfig:
             raise ConfigError(f"--out must be an .npz file, found {self.out}")
         if self.out.exists() and not self.overwrite:
             raise ConfigError(f"{self.out} is there already: --overwrite replaces it")
-        for name, least in (("batch", 1), ("workers", 0), ("num_threads", 0), ("joint_weight", 0)):
+        for name, least in (("batch", 1), ("workers", 0), ("num_threads", 0), ("num_classes", 0)):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be >= {least}, found {getattr(self, name)}")
+        if not 0 <= self.joint_weight < math.inf:
+            raise ConfigError(f"--joint-weight must be >= 0, found {self.joint_weight}")
         if (self.joint == "embeddings") != (self.embeddings is not None):
             raise ConfigError("--joint embeddings and --embeddings FILE go together")
-        if self.class_names and not (self.labels or self.joint == "classes"):
-            raise ConfigError("--class-names are of --labels, or of --joint classes")
+        joint = self.joint == "classes"
+        for needed, there, names in (
+            ("--labels or --joint classes", self.labels or joint, OF_LABELS),
+            ("--joint classes", joint, ("joint_dim", "joint_seed")),
+            ("--joint", self.joint != "none", ("joint_weight",)),
+        ):
+            for name in names:
+                if getattr(self, name) and not there:
+                    raise ConfigError(f"--{name.replace('_', '-')} needs {needed}")
 
 
 def read_conditions(config: ReferenceConfig, source: ImageSource) -> Conditions:

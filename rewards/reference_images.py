@@ -26,7 +26,7 @@ from cluster.tensors import locate
 from rewards.base import check_images
 from rewards.class_labels import ClassLabels
 from rewards.image_files import ImageSource, Loaded, digest
-from rewards.image_folder import FolderImages, shortened, walk
+from rewards.image_folder import FolderImages, advice, shortened, walk
 from rewards.image_parquet import ParquetImages, check_indices, holds_images
 
 SAMPLES = "arr_0"  # as the ADM evaluator's batches name images and classes
@@ -47,6 +47,14 @@ def open_source(images: str, image_column: str = "", label_column: str = "") -> 
     Raises:
         CheckpointError, DataError: nothing there, or nothing that holds images.
     """
+    source = _opened(images, image_column, label_column)
+    column = image_column or label_column
+    if column and not isinstance(source, ParquetImages):
+        raise DataError(f"{shown(images)}: column {column!r} is of Parquet files, which it is not")
+    return source
+
+
+def _opened(images: str, image_column: str, label_column: str) -> ImageSource:
     place = expanded(images)
     if place.is_dir():
         return _folder(place, image_column, label_column)
@@ -66,12 +74,19 @@ def open_source(images: str, image_column: str = "", label_column: str = "") -> 
 
 def _folder(root: Path, image_column: str, label_column: str) -> ImageSource:
     contents = walk(root)
-    if contents.images and contents.parquet:  # often what is known of the images
+    plain = list[str]()  # what is known of the images, often
+    if contents.images:
         plain = [name for name in contents.parquet if not holds_images(root / name)]
-        contents.parquet = [name for name in contents.parquet if name not in plain]
-        contents.left_out = sorted(
-            [*contents.left_out, *(f"{name} (a Parquet file without images)" for name in plain)]
-        )
+    elif (
+        not image_column
+        and advice(contents.left_out)
+        and not any(holds_images(root / name) for name in contents.parquet)
+    ):
+        plain = contents.parquet
+    contents.parquet = [name for name in contents.parquet if name not in plain]
+    contents.left_out = sorted(
+        [*contents.left_out, *(f"{name} (a Parquet file without images)" for name in plain)]
+    )
     if contents.images and contents.parquet:
         raise DataError(
             f"{shown(root)}: {len(contents.images)} images ({shortened([*contents.images])}) "
@@ -80,7 +95,7 @@ def _folder(root: Path, image_column: str, label_column: str) -> ImageSource:
         )
     if contents.parquet:
         files = sorted(root / name for name in contents.parquet)
-        return ParquetImages(files, image_column, label_column, contents.remark())
+        return ParquetImages(files, image_column, label_column, contents.remarks())
     return FolderImages(root, contents)
 
 

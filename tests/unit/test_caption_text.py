@@ -76,6 +76,9 @@ def test_blank_lines_and_ends_are_no_captions(tmp_path: Path) -> None:
         ("Prompt\tCategory\na\tb\n", "a table of 2 columns, separated by tabs, .* --column"),
         ("1.jpg#0\tA child\n1.jpg#1\tA girl\n", "begins with a line of names"),
         ("prompt,category\na cat,animals\n", "a table separated by commas .* name it .csv"),
+        ("image,caption\n1.jpg,A child in red, running\n", "a table separated by commas"),
+        ("id, caption\n1, a cat\n", "a table separated by commas"),
+        ("caption\na cat\na dog\n", "a table of one column .* name it .csv"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -92,6 +95,8 @@ def test_what_is_no_text_is_refused(tmp_path: Path, content: str | bytes, messag
         ["a\tb"],
         ["[a room] with a view", "{braces}"],
         ["a text, of many", "one"],
+        ["prompt, with commas", "a cat, a dog"],
+        ["a caption, text", "the b, c"],
     ],
 )
 def test_ordinary_captions_are_no_tables(tmp_path: Path, lines: list[str]) -> None:
@@ -200,6 +205,11 @@ def test_one_column_with_commas_that_are_not_quoted(tmp_path: Path) -> None:
         ("a.json", '["\\ud800"]', "half of a character"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', "line 2 is not readable as JSON"),
         ("a.jsonl", '{"prompt": "a"}\n\n7\n', "line 3 is a number"),
+        (
+            "a.csv",
+            "image,caption\n1.jpg,A child in red, running\n",
+            "hold separators belong in quotes$",
+        ),
     ],
 )
 def test_wrong_tables_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -256,6 +266,8 @@ def test_gen_eval(tmp_path: Path) -> None:
     assert read_captions(written(tmp_path, "list.jsonl", json.dumps(rows))) == PLAIN
     one = written(tmp_path, "one.jsonl", '"a\u2028b"\n"c"\n')
     assert read_captions(one) == ["a\u2028b", "c"]
+    single = written(tmp_path, "single.jsonl", lines.partition("\n")[0])
+    assert read_captions(single) == PLAIN[:1]
 
 
 @reads("actors/README.md", "Parquet with a column of texts")

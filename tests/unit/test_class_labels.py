@@ -208,7 +208,7 @@ def test_the_order_may_be_given(tmp_path: Path, capsys) -> None:
         read_stored(tmp_path / "a.npz").class_counts, np.bincount(CLASSES, minlength=12)
     )
     assert build(source, tmp_path / "b.npz", "--class-names", str(order)) == 2
-    assert "--class-names are of --labels" in capsys.readouterr().err
+    assert "--class-names needs --labels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,9 @@ def test_content_decides_where_the_name_does_not(tmp_path: Path, capsys) -> None
     found = [image.pixels for image in source.read(0, 9)]
     np.testing.assert_array_equal(np.stack(found), IMAGES[:4])
     (remark,) = source.remarks
-    assert remark.startswith("left out 6: empty (an empty file), list.csv (a text file), ")
+    assert remark.startswith(
+        "left out 6: empty (an empty file), list.csv (a text file) and 1 more like it, page.html "
+    )
     assert build(root, tmp_path / "r.npz") == 0
     assert remark in capsys.readouterr().out
     assert read_stored(tmp_path / "r.npz").images == 4

@@ -438,6 +438,7 @@ def test_transformers_configurations_beside_a_file(tmp_path: Path) -> None:
 
 def test_transformers_names_are_told_and_refused_before_a_run(tmp_path: Path) -> None:
     """A file of CLIPModel or SiglipModel: other names for the same weights."""
+    ensure_torchvision()
     transformers = pytest.importorskip("transformers")
     tiny = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1}
     sizes = {"text_config": tiny, "vision_config": tiny}
@@ -452,7 +453,7 @@ def test_transformers_names_are_told_and_refused_before_a_run(tmp_path: Path) ->
             TextImageModel(model, file, "cpu")
         findings = Findings()
         clip = ClipTerm(model=model, pretrained=file)
-        check_rewards(RewardsConfig(clip=clip), (), 32, findings)
+        check_rewards(RewardsConfig(clip=clip), (), 8, findings)
         (problem,) = findings.problems
         assert problem.startswith("rewards.clip.pretrained: ")
         assert "the names of transformers' models" in problem

@@ -27,6 +27,7 @@ from rewards.moments import Moments
 from rewards.reference import read_stored
 from rewards.reference_fetch import reference_file
 from rewards.reference_images import array_of_images
+from rewards.statistics_advice import build_command
 
 logger = logging.getLogger(__name__)
 
@@ -92,18 +93,23 @@ def _built(
     """The space and reference of real images by their features (N, D)."""
     term, space, classes = config.rewards.loo_fid, RewardSpace(), np.zeros(len(features), int)
     if term.joint:
-        classes = _labels(config, len(features))
+        classes = reference_labels(config, len(features))
         space = _joint_space(config, features, classes)
     return space, Reference.from_features(space(features, classes), fingerprint, term.reference)
 
 
-def _labels(config: RunConfig, images: int) -> np.ndarray:
+def reference_labels(config: RunConfig, images: int) -> np.ndarray:
     """Classes (N,) int64 of the real images that a joint reference is made from.
 
     Raises:
         DataError: not one of each image, or none of the run's classes.
     """
     source = config.rewards.loo_fid.reference
+    if not source.startswith(DIGITS):
+        raise DataError(
+            f"{source}: an array of images has no classes, which a joint reference needs: build it "
+            f"from a source that has, {build_command('IMAGES')} --joint classes"
+        )
     labels, known = load_labels(source), len(config.conditions.class_names)
     if len(labels) != images:
         raise DataError(f"{source}: {images} images, but {len(labels)} classes")
@@ -161,7 +167,7 @@ def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
         found = 0 if stored.class_table is None else len(stored.class_table)
         raise ConfigError(
             f"{term.reference} has joint moments of {found} classes, but the conditions are "
-            f"{classes}: build it again with `{command_of('rewards.reference')} --joint`"
+            f"{classes}: build it again with `{command_of('rewards.reference')} --joint classes`"
         )
     told = contradiction(stored.class_names, config.conditions.class_names)
     if told:
@@ -169,6 +175,16 @@ def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
             f"{term.reference} has its classes in another order than conditions.names: {told}: "
             f"build it again with `{command_of('rewards.reference')} --joint classes --class-names`"
         )
+    for name, ours, theirs in (
+        ("joint_dim", term.joint_dim, stored.class_table.shape[1]),
+        ("joint_weight", term.joint_weight, stored.weight),
+    ):
+        if ours and ours != theirs:
+            raise ConfigError(
+                f"{term.reference} was built with {name} {theirs:g}, but rewards.loo_fid.{name} is "
+                f"{ours:g}: leave it 0, which takes the file's, or build it again with "
+                f"--{name.replace('_', '-')} {ours:g}"
+            )
     return RewardSpace(stored.class_table, stored.weight), stored.reference
 
 

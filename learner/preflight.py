@@ -29,7 +29,7 @@ from learner.conditions import DIGITS as DIGIT_NAMES
 from learner.conditions import ConditionsConfig
 from learner.config import RunConfig
 from learner.datasets import DIGITS, iterate_images
-from learner.distribution import RewardSpace, read_moments, stored_reference
+from learner.distribution import RewardSpace, read_moments, reference_labels, stored_reference
 from learner.gallery import gallery_rows
 from learner.real_tokens import check_source
 from rewards.config import NETWORKS
@@ -192,16 +192,10 @@ def _reference(config: RunConfig, side: int, findings: Findings) -> None:
         return
     with findings.of(field):
         if not stored_reference(term.reference):
-            shape = _images(field, term.reference, config)
-            _suit(
-                config.rewards.features,
-                field,
-                term.reference,
-                shape,
-                side,
-                term.covariance,
-                findings,
-            )
+            shape, features = _images(field, term.reference, config), config.rewards.features
+            _suit(features, field, term.reference, shape, side, term.covariance, findings)
+            if term.joint:
+                reference_labels(config, shape[0])
             return
         if published is None and not expanded(term.reference).exists():
             raise ConfigError(_no_reference(term.reference))

@@ -489,6 +489,17 @@ def test_a_joint_reference_must_have_the_classes_of_the_run() -> None:
     moments("joint.npz", joint_table=np.eye(7), **arrays)
     (problem,) = problems(rewards={"loo_fid": {**joint, "reference": "joint.npz"}})
     assert "joint moments of 7 classes, but the conditions are 10" in problem
+    mu, sigma = np.zeros(74), np.eye(74)
+    arrays = {"joint_mu": mu, "joint_sigma": sigma, "joint_weight": np.array(1.5)}
+    moments("joint.npz", joint_table=np.eye(10), **arrays)
+    joint["reference"] = "joint.npz"
+    assert problems(rewards={"loo_fid": {**joint, "joint_dim": 10, "joint_weight": 1.5}}) == []
+    for name, given, theirs in (("joint_dim", 4, "10"), ("joint_weight", 2.5, "1.5")):
+        (problem,) = problems(rewards={"loo_fid": {**joint, name: given}})
+        assert f"built with {name} {theirs}, but rewards.loo_fid.{name} is {given}" in problem
+    np.save("images.npy", np.zeros((80, 8, 8, 3), np.uint8))
+    (problem,) = problems(rewards={"loo_fid": {**joint, "reference": "images.npy"}})
+    assert "images.npy: an array of images has no classes" in problem
 
 
 @pytest.mark.parametrize("name", ["imagenet256", "VIRTUAL_imagenet256_labeled.npz"])

@@ -7,7 +7,6 @@ torch, and a million layers would be built for hours.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.errors import CheckpointError, ConfigError
+from cluster.strict_json import dumps
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def from_fields(kind: type[T], fields: Mapping[str, Any], source: str) -> T:
         if fault := _fault(name, value, least=0 if zero else 1):
             raise CheckpointError(f"{source}: architecture field {name!r} {fault}")
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+        return TypeAdapter(kind).validate_json(dumps(values), strict=True)
     except ConfigError as error:
         raise CheckpointError(f"{source}: an impossible architecture: {error}") from error
     except ValidationError as error:

@@ -103,26 +103,26 @@ class CommitKilledMoments(MomentsServer):
         self._now = iteration
         return super().commit(iteration, *args, **kwargs)
 
-    def _follow(self, used: np.ndarray, share: float) -> None:
+    def _warnings(self, *answer: Any) -> tuple[str, ...]:
         if self._now == ITERATION:
             die_once(self.folder, "moments-commit")
-        super()._follow(used, share)
+        return super()._warnings(*answer)
 
 
 class StoppedMoments(CommitKilledMoments):
     """Stands still with a commit in hand."""
 
-    def _follow(self, used: np.ndarray, share: float) -> None:
+    def _warnings(self, *answer: Any) -> tuple[str, ...]:
         if self._now == ITERATION:
             die_once(self.folder, "moments-stopped", signal.SIGSTOP)
-        MomentsServer._follow(self, used, share)
+        return MomentsServer._warnings(self, *answer)
 
 
 class AnswerKilledMoments(CommitKilledMoments):
     """Dies when the history holds a commit, and before anybody has the answer."""
 
-    def _follow(self, used: np.ndarray, share: float) -> None:
-        MomentsServer._follow(self, used, share)
+    def _warnings(self, *answer: Any) -> tuple[str, ...]:
+        return MomentsServer._warnings(self, *answer)
 
     def commit(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
         answer = super().commit(iteration, *args, **kwargs)

@@ -6,10 +6,12 @@ import weakref
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from actors import decode
 from actors.decode import decode_tokens
 from actors.models.base import Conditions
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
@@ -63,7 +65,11 @@ def test_the_tracker_counts_what_lives() -> None:
     assert memory.peak == 8000
 
 
-def test_decoding_xl_at_512_rows_takes_weights_and_cache_and_little_else() -> None:
+def test_decoding_xl_at_512_rows_takes_weights_and_cache_and_little_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # what is computed on the meta device has no values to look at
+    monkeypatch.setattr(decode, "_check_finite", lambda *_: None)
     with torch.device("meta"):
         policy = LlamaGen(XL).to(torch.bfloat16).eval().requires_grad_(False)
         classes = Conditions(torch.zeros(BATCH, dtype=torch.int64))

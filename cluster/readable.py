@@ -7,12 +7,16 @@ made of it.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 LongCaptions = Literal["error", "truncate"]
 SHOWN = 60  # characters of a text in a message
+INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
+"""Unicode's categories of controls, marks without a width and separators. Tokenizers of bytes have
+tokens for them like for any letter."""
 BLANK = " \u2581\u0120"
 """What tokenizers write for a space: sentencepiece, and byte-level BPE."""
 
@@ -72,6 +76,8 @@ def fault(text: str, found: Reading, long_captions: LongCaptions, option: str) -
             f"{name} is unknown to the encoder, whole ({found.unknown} unknown tokens): choose an "
             "encoder of its language, or leave it out"
         )
+    if all(unicodedata.category(letter) in INVISIBLE for letter in text):
+        return f"{name} has nothing in it that shows: leave it out"
     if found.tokens > found.limit and long_captions == "error":
         return (
             f"{name} has {found.tokens} tokens, but the model reads {found.limit}: shorten it, or "

@@ -11,7 +11,7 @@ import torch
 
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
-from cluster.readable import Reading
+from cluster.readable import Reading, fault
 from cluster.torchvision_ops import ensure_torchvision
 from learner.conditions import ConditionsConfig
 from learner.config import validate
@@ -160,6 +160,14 @@ def test_texts_that_a_tower_does_not_read_are_named() -> None:
         clip._long_captions = "error"
         assert "but the model reads 5" in clip._sentences(Condition(text="a a a a a a"))
         clip._long_captions = "truncate"
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\x1a", "\u202b \u202c", "\u2060\ufeff"])
+def test_texts_without_a_visible_character_are_named(text: str) -> None:
+    """A tokenizer of bytes has tokens for them, which count as known."""
+    found = Reading(tokens=5, limit=77, known=3)
+    assert "has nothing in it that shows: leave it out" in fault(text, found, "truncate", "x")
+    assert fault(f"{text}🏳️‍🌈{text}", found, "error", "x") == ""
 
 
 def test_prompts_are_looked_at_before_a_run() -> None:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, NewType, Protocol, Self, TypeVar
 
 import numpy as np
+import torch
 
 from cluster.checks import ScoreChecks, check_rollouts
 from cluster.control import Progress
@@ -136,6 +137,14 @@ class InlineFleet:
             raise ConfigError(
                 f"{plan.learner.count} learners compute in processes of their own: leave --inline "
                 "out, or set --num-learners 1"
+            )
+        roles = (plan.learner, plan.sampler, *plan.servers)
+        on_gpus = [role.name for role in roles if role.resources.num_gpus]
+        if on_gpus and not torch.cuda.is_available():
+            raise ConfigError(
+                f"{', '.join(on_gpus)}: num_gpus asks for a GPU, and none is usable here: "
+                "set num_gpus to 0 to compute on the CPU (--sampler.num-gpus, --reward.num-gpus, "
+                "--learner.num-gpus)"
             )
         self._should_stop = should_stop
         self._base: WeightSnapshot | None = None

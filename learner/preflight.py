@@ -220,6 +220,8 @@ def _seed(config: RunConfig, side: int, findings: Findings) -> None:
             f"{field}: the history starts from {term.seed_from}, moments of {moments.weight:.0f} "
             f"images in {moments.dim} dimensions ({made_with}); seed_images are not sampled"
         )
+        if few := few_images_warning(stored.reference, term.covariance):
+            findings.notes.append(f"{field}: {few}")
         files = (term.seed_from, reference_file(term.reference))
         if len({os.path.realpath(expanded(file)) for file in files}) == 1:
             findings.notes.append(

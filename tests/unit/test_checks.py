@@ -6,9 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.checks import ScoreChecks, check_rollouts, check_scores
-from cluster.errors import FleetError
+from cluster.errors import ConfigError, FleetError
 from cluster.fleet import InlineFleet
 from cluster.messages import MAIN_SPACE, GroupScores, RequestKey, SamplingSpec
 from learner.config import RunConfig
@@ -128,6 +129,14 @@ def test_names_that_servers_answer_with() -> None:
     assert [role.scorers for role in roles] == [
         {"rewards": ("clip", "hps"), "judge": ("clip", "accuracy")}
     ]
+
+
+def test_roles_on_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for role, name in (("sampler", "sampler"), ("reward", "reward-server"), ("learner", "learner")):
+        config = small_config(**{role: {"num_gpus": 0.5}})
+        with pytest.raises(ConfigError, match=f"{name}: num_gpus asks for a GPU, .* set num_gpus"):
+            InlineFleet(config.fleet_plan())
 
 
 def test_a_run_stops_at_a_wrongly_shaped_answer() -> None:

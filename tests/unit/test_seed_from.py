@@ -202,6 +202,8 @@ def test_a_dry_run_says_what_the_history_starts_from(tmp_path: Path) -> None:
     assert f"starts from {path}, moments of 200 images in 64 dimensions" in note
     assert "believed to be of 'convnet'" in note
     assert "seed_images are not sampled" in note
+    _, notes = planned(written(tmp_path / "few.npz", WIDE[:20]))
+    assert any("20 images, which give no full covariance in 64 dimensions" in n for n in notes)
     _, notes = planned(path, reference=path)
     assert any("this is the reference itself" in note for note in notes)
 

@@ -80,8 +80,9 @@ def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
     else:
         place = expanded(text)
     if not (place.is_dir() if directory else place.is_file()):
-        kind = "directory" if directory else "file"
-        raise CheckpointError(f"{text}: no such {kind} (looked at {place.absolute()})")
+        kind, other = ("directory", "a file") if directory else ("file", "a folder")
+        there = f", which is {other}" if place.is_dir() or place.is_file() else ""
+        raise CheckpointError(f"{text}: no such {kind} (looked at {place.absolute()}{there})")
     return place
 
 

@@ -23,6 +23,7 @@ from cluster.streams import shown
 MOST_CLASSES = 1_000_000  # more are no classes: identifiers, dates
 SHOWN = 3  # classes at either end that are told
 DECIMAL = re.compile(r"\d+")
+LINE_END = re.compile(r"\r\n|\n|\r")
 DIGITS = re.compile(r"(\d+)")
 CHOICE = "rename them, move away what is no class, or give the order in a file with --class-names"
 
@@ -127,7 +128,7 @@ def _as_given(
     if unknown:
         raise DataError(
             f"{where}: {len(unknown)} classes are not among the {len(given)} of --class-names; the "
-            f"first: {unknown[0]!r}"
+            f"first: {unknown[0]!r}, where the file begins with {shown(given[0])!r}"
         )
     return numbers, tuple(given)
 
@@ -172,7 +173,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         DataError: not such a file.
     """
     try:
-        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        lines = LINE_END.split(path.read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeError) as error:
         raise DataError(f"{path}: expected names of classes, one a line ({error})") from error
     names = tuple(line.strip() for line in lines)

@@ -44,7 +44,7 @@ from rewards.image_files import ImageSource
 from rewards.joint import class_table
 from rewards.reference_features import extract
 from rewards.reference_images import open_source
-from rewards.reference_sums import Conditions, Part, ReferenceSums
+from rewards.reference_sums import BLOCK, Conditions, Part, ReferenceSums
 
 OF_LABELS = ("class_names", "label_column", "num_classes")
 AHEAD = 3  # batches in flight for each process
@@ -182,6 +182,14 @@ def _read_rows(path: Path, count: int) -> np.ndarray:
         raise DataError(
             f"{path}: expected an .npy array ({count}, E), a row an image, found {found}"
         )
+    if rows.dtype.kind not in "fiu":
+        raise DataError(f"{path}: expected an array of numbers, found {rows.dtype}")
+    for start in range(0, count, BLOCK):
+        if not np.isfinite(rows[start : start + BLOCK]).all():
+            raise DataError(
+                f"{path}: an embedding of images {start} to {min(start + BLOCK, count) - 1} is not "
+                "finite: leave its image out, or fill it in"
+            )
     return rows
 
 

@@ -13,7 +13,7 @@ import torch
 
 from actors.models.loading import PolicyConfig, TokenizerConfig, load_policy, load_tokenizer
 from actors.models.taming import TamingConfig, TamingGPT
-from cluster.errors import DataError
+from cluster.errors import CheckpointError, DataError
 from learner.datasets import load_images, load_labels
 from learner.learner import OptimizerConfig
 from learner.real_tokens import RealTokens, RealTokensConfig, check_source, cross_entropy
@@ -115,6 +115,11 @@ def test_what_does_not_fit_is_named(tmp_path: Path, arrays: dict, message: str) 
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(DataError, match=message):
         load(str(tmp_path / "bad.npz"))
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no such file .*, which is a folder"):
+        load(str(tmp_path))
 
 
 def test_images_of_another_size_are_refused() -> None:

@@ -186,6 +186,10 @@ def find_source(config: SampleConfig) -> Source:
         source = run_source(config.run, config.step, config.base)
     else:
         checkpoint = config.checkpoint or PolicyConfig().checkpoint
+        if complete_checkpoints(Path(checkpoint)):
+            raise ConfigError(
+                f"--checkpoint {checkpoint} is a run directory: name it with --run instead"
+            )
         policy = PolicyConfig(
             checkpoint=checkpoint, architecture=config.architecture, ema=config.ema
         )

@@ -8,6 +8,7 @@ ce98ec41803a74a90ce68c40ababa9eaeffeb4ec, fp32 on a CPU.
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 from tests.parity import recipe
 
+FAMILIES = ("llamagen-gpt", "llamagen-vq", "taming-")
 TINY_WIDTH = 128  # up to here, the closer tolerances apply
 
 
@@ -47,7 +49,20 @@ class Reference:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return json.loads(str(self.arrays["config"]))
+        """
+        Raises:
+            pytest.UsageError: not a file of the format.
+        """
+        try:
+            config = json.loads(str(dict(self.arrays)["config"]))
+            if not str(config["family"]).startswith(FAMILIES):
+                raise ValueError(f"of family {config['family']!r}")
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise pytest.UsageError(
+                f"{self.path}: expected a file of reference outputs with a config of a family in "
+                f"{FAMILIES} ({type(error).__name__}: {error})"
+            ) from error
+        return config
 
     @property
     def model(self) -> dict[str, Any]:
@@ -73,6 +88,14 @@ class Reference:
 
 
 def references(folder: Path, family: str) -> list[Reference]:
-    """Every file of a family in a folder; of several families, if their names begin alike."""
-    found = [Reference(path) for path in sorted(folder.glob("*.npz"))]
+    """Every file of a family in a folder; of several families, if their names begin alike.
+
+    Raises:
+        pytest.UsageError: there is no file, or one that is not of the format: it would be left out
+            without a word.
+    """
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [Reference(path) for path in files if path.suffix.lower() == ".npz"]
+    if not found:
+        raise pytest.UsageError(f"--parity-data {folder}: expected a folder with .npz files")
     return [reference for reference in found if reference.config["family"].startswith(family)]

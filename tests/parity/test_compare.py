@@ -16,7 +16,7 @@ from torch import Tensor
 from actors.distribution import log_distribution
 from cluster.messages import SamplingSpec
 from tests.parity.compare import SHIPPED, at_the_edge, check_compared, check_distribution
-from tests.parity.reference import Reference
+from tests.parity.reference import Reference, references
 
 BOUND = 3e-5
 TOKENS = np.arange(6, dtype=np.int32)[None]
@@ -135,6 +135,28 @@ def test_nothing_but_ties_is_skipped_by_name(tmp_path: Path) -> None:
     reference = made(tmp_path, spec, logits)
     with pytest.raises(pytest.skip.Exception, match=r"made\.npz: nothing is decided"):
         check_compared(reference, check(reference, spec, logits), 1)
+
+
+@pytest.mark.parametrize("name", ["mine.npz", "MINE.NPZ"])
+def test_what_would_be_left_out_is_an_error(name: str, tmp_path: Path) -> None:
+    """A folder without files, a file of another kind or family; capitals are none."""
+    for folder in (tmp_path, tmp_path / "nowhere", SHIPPED / "llamagen_vq_tiny.npz"):
+        with pytest.raises(pytest.UsageError, match=r"expected a folder with \.npz files"):
+            references(folder, "llamagen-vq")
+    file = tmp_path / name
+    variation("llamagen_vq_tiny", tmp_path / "written.npz")
+    (tmp_path / "written.npz").rename(file)
+    assert [found.path for found in references(tmp_path, "llamagen-vq")] == [file]
+    assert references(tmp_path, "llamagen-gpt") == []
+    other = {"config": np.array(json.dumps({"family": "var"}))}
+    for arrays in (other, {"mu": TOKENS}, {"config": np.array("x")}, {"config": np.array("[]")}):
+        with file.open("wb") as stream:
+            np.savez(stream, **arrays)
+        with pytest.raises(pytest.UsageError, match=f"{name}: expected a file of reference"):
+            references(tmp_path, "llamagen-gpt")
+    file.write_text("<html>")
+    with pytest.raises(pytest.UsageError, match=f"{name}: expected a file of reference"):
+        references(tmp_path, "llamagen-gpt")
 
 
 def variation(source: str, target: Path, drop: str = "", **changes: np.ndarray) -> None:

@@ -313,6 +313,7 @@ def test_tokenizers_that_belong_to_policies() -> None:
         (["--classes", "0", "--step", "5"], "need a --run"),
         (["--classes", "0", "--run", "/nowhere"], "/nowhere is not a run directory"),
         (["--classes", "0", "--run", "RUN", "--checkpoint", "x"], "--run brings its own policy"),
+        (["--classes", "0", "--checkpoint", "RUN"], "is a run directory: name it with --run"),
         (["--classes", "0", "--run", "RUN", "--step", "70"], "no checkpoint of step 70: there are"),
         (["--classes", "0", "--run", "RUN", "--base", "--step", "50"], "exclude each other"),
         (["--classes", "0", "--npz", "RUN/config.yaml"], "exists or is --out: name another file"),

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import DataError, did_you_mean
+from cluster.files import split_lines
 
 KNOWN = ("caption", "captions", "prompt", "prompts", "text", "texts", "sentence")
 """Names of columns that are taken without being asked for, in any case."""
@@ -28,7 +29,6 @@ UNREADABLE_PARQUET = (OSError, UnicodeError, pa.ArrowException)
 """What reading a Parquet file raises; UnicodeError: of a name that is not UTF-8."""
 READ_AT_ONCE = 4096
 SHOWN = 12  # names in a message
-LINE_END = re.compile(r"\r\n|\n|\r")
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,6 @@ class Cells:
 
 class _RaggedError(Exception):
     """Rows of other lengths than the header, or quotes that do not close."""
-
-
-def split_lines(text: str) -> list[str]:
-    r"""Lines end at \n, \r\n and \r alone, as in files that are opened as text: U+2028, U+0085,
-    form feeds and separators of information are characters like others."""
-    return LINE_END.split(text)
 
 
 def choose_column(path: Path, names: Sequence[str], column: str) -> str:

@@ -33,10 +33,10 @@ from actors.caption_tables import (
     delimited,
     objects,
     parquet,
-    split_lines,
 )
 from cluster.errors import DataError
 from cluster.file_kinds import FileKind, described, file_kind
+from cluster.files import split_lines
 from cluster.messages import Condition
 from cluster.paths import expanded
 

@@ -213,10 +213,9 @@ def _open_safetensors(file: Path, source: str) -> Checkpoint:
     try:
         opened = open_safetensors(file)
         names = {name: name for name in opened.keys()}  # noqa: SIM118
-        tied = (
-            opened.metadata() or {}
-        ).items()  # as safetensors' save_model notes what it left out
-        names |= {name: kept for name, kept in tied if name not in names and kept in names}
+        noted = opened.metadata() or {}  # also names that save_model left out -> those it kept
+        tied = {name for name in noted if name not in names and noted[name] in names}
+        names |= {name: noted[name] for name in tied}
         parts = {name: opened.get_slice(kept) for name, kept in names.items()}
         tensors = {
             name: StoredTensor(

@@ -86,6 +86,12 @@ _STARTS: tuple[tuple[bytes, FileKind], ...] = (
     (b"\xff\x4f\xff\x51", FileKind.IMAGE),
     (b"qoif", FileKind.IMAGE),
 )
+_SUFFIXES = {
+    ".parquet": FileKind.PARQUET,
+    ".npz": FileKind.NPZ,
+    ".npy": FileKind.NPY,
+    **dict.fromkeys((".pkl", ".pickle", ".p"), FileKind.PICKLE),  # protocol 0 has no mark
+}
 _PAGES = (b"<!doctype html", b"<html", b"<head", b"<script")
 _BOMS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # torch.serialization.MAGIC_NUMBER
@@ -134,6 +140,15 @@ def file_kind(path: str | os.PathLike[str]) -> FileKind:
         return FileKind.TEXT
     # What has no mark of its own: pickles of protocol 0, files cut off at the front.
     return FileKind.BINARY
+
+
+def presumed_kind(path: str | os.PathLike[str]) -> FileKind:
+    """As `file_kind`; where the content leaves it open, what the suffix says. The reader of that
+    kind then says what is wrong with the file."""
+    kind = file_kind(path)
+    if kind not in (FileKind.BINARY, FileKind.TEXT):
+        return kind
+    return _SUFFIXES.get(Path(path).suffix.lower(), kind)
 
 
 def image_head(head: bytes) -> bool:

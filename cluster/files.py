@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, and errors of storage that a user can act on."""
+"""Files that appear whole or not at all, errors of storage to act on, lines of text."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from cluster.errors import StorageError
 MIB = 1 << 20
 RESUME = "go on with --resume"
 AGAIN = "start again"  # where there is nothing to go on with
+_LINE_END = re.compile(r"\r\n|\n|\r")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -86,6 +88,12 @@ def _free(path: Path) -> str:
         return f"{shutil.disk_usage(place).free / MIB:,.0f} MiB are free there"
     except OSError as error:
         return f"the storage does not say how much is free ({error.strerror})"
+
+
+def split_lines(text: str) -> list[str]:
+    r"""Lines end at \n, \r\n and \r alone, as in files that are opened as text: U+2028, U+0085,
+    form feeds and separators of information are characters like others."""
+    return _LINE_END.split(text)
 
 
 def advice(number: int | None) -> str:

@@ -325,12 +325,12 @@ def _evaluation(config: RunConfig, side: int, findings: Findings) -> None:
     if not evaluation.num_images:
         return
     asked = conditions.classes or range(len(conditions.class_names))
-    judged = evaluation.image_size or side
-    check_judge(config.judge, judged, None if conditions.captions else asked, findings)
+    pixels = evaluation.image_size or side
+    check_judge(config.judge, pixels, None if conditions.captions else asked, findings)
     with findings.of("evaluation.images"):
         shape = _images("evaluation.images", evaluation.images, config)
         for space in (config.judge.features, config.judge.second):
-            _suit(space, "evaluation.images", evaluation.images, shape, judged, "full", findings)
+            _suit(space, "evaluation.images", evaluation.images, shape, pixels, "full", findings)
 
 
 def notes(config: RunConfig, side: int = 0) -> list[str]:

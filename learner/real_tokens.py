@@ -19,7 +19,7 @@ from actors.models.base import Policy
 from actors.models.loading import TokenizerConfig, load_tokenizer
 from cluster.bounds import check_at_most
 from cluster.errors import DataError
-from cluster.file_kinds import FileKind, described, file_kind
+from cluster.file_kinds import FileKind, described, file_kind, presumed_kind
 from cluster.messages import Condition
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
@@ -101,7 +101,7 @@ def check_source(source: str) -> None:
         load_images(source)
         return
     place, names = locate(source), list[str]()
-    table = _is_table(source)
+    table = presumed_kind(place) is FileKind.PARQUET
     try:
         if table:
             names = pq.read_schema(place).names
@@ -121,14 +121,6 @@ def check_source(source: str) -> None:
         raise DataError(f"{source}: expected {' and '.join(wanted)}, found no {', '.join(lacking)}")
 
 
-def _is_table(source: str) -> bool:
-    """Whether a file is Parquet; where its content does not say, by its name."""
-    place = locate(source)
-    kind = file_kind(place)
-    unclear = kind in (FileKind.BINARY, FileKind.TEXT)
-    return kind is FileKind.PARQUET or (unclear and place.suffix.lower() == ".parquet")
-
-
 def _unreadable(source: str, error: Exception) -> DataError:
     return DataError(f"real tokens {source}: not a readable file ({error}): write it again")
 
@@ -136,7 +128,7 @@ def _unreadable(source: str, error: Exception) -> DataError:
 def _load(source: str, policy: Policy, tokenizer: TokenizerConfig) -> tuple[np.ndarray, np.ndarray]:
     if source.startswith(DIGITS):
         return _encoded(load_images(source), policy, tokenizer), load_labels(source)
-    if _is_table(source):
+    if presumed_kind(locate(source)) is FileKind.PARQUET:
         return _from_parquet(source)
     try:
         with np.load(locate(source), allow_pickle=False) as file:

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from cluster.errors import DataError
+from cluster.files import split_lines
 from cluster.streams import shown
 
 MOST_CLASSES = 1_000_000  # more are no classes: identifiers, dates
 SHOWN = 3  # classes at either end that are told
 DECIMAL = re.compile(r"\d+")
-LINE_END = re.compile(r"\r\n|\n|\r")
 DIGITS = re.compile(r"(\d+)")
 CHOICE = "rename them, move away what is no class, or give the order in a file with --class-names"
 
@@ -173,7 +173,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         DataError: not such a file.
     """
     try:
-        lines = LINE_END.split(path.read_bytes().decode("utf-8-sig"))
+        lines = split_lines(path.read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeError) as error:
         raise DataError(f"{path}: expected names of classes, one a line ({error})") from error
     names = tuple(line.strip() for line in lines)

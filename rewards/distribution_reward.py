@@ -25,7 +25,7 @@ class DistributionReward:
     effective_size: float
     """How many images' worth of information the mixture holds."""
     version: int = 0
-    """The history that judged: iterations up to this one, itself left out; 0 is seed images."""
+    """The history compared with: iterations up to this one, itself left out; 0 is seed images."""
     bias: float = 0.0
     """About how much of `fid` is there because images are few: `diagnostics.bias_constant` over
     the effective size, at most `fid`. Too low where the images are fewer than 2 D."""

@@ -1,6 +1,6 @@
 """Exact leave-one-out rewards from the eigendecomposition of an old history.
 
-The decomposition is what costs. But the batches that came since, and the one to be judged, change
+The decomposition is what costs. But the batches that came since, and the one to be scored, change
 the old history's covariance by a matrix of low rank: a row for each image and one for the shift of
 the mean. With A = diag(l) + P'P in the old eigenbasis, determinants and single images follow from
 
@@ -75,7 +75,7 @@ class HistoryBasis:
         return self.has_room(len(features) + sum(map(len, pending)), len(pending) + 1, decay)
 
     def has_room(self, images: int, batches: int, decay: float) -> bool:
-        """`fits`, of so many images in so many batches, the one to be judged among them."""
+        """`fits`, of so many images in so many batches, the one to be scored among them."""
         faded = decay**batches
         return (
             images <= MAX_SHARE * len(self.values)
@@ -91,7 +91,7 @@ class HistoryBasis:
         Args:
             pending: batches (N_k, D) that updated the moments since, oldest first, each with
                 `decay`; a batch of another weight calls for a new basis.
-            features: (N, D), N >= 2, the batch to be judged.
+            features: (N, D), N >= 2, the batch to be scored.
             decay: the history's weight in each update, in (0, 1).
 
         Returns:

@@ -110,7 +110,7 @@ def check_features(
     elif config.network == "convnet":
         path = config.checkpoint if given(config.checkpoint) else MINIATURE
         _convnet(file, path, side, findings, judge)
-    elif given(config.checkpoint) and (config.network != "clip" or is_file(config.checkpoint)):
+    elif given(config.checkpoint) and config.network != "clip":
         with findings.of(file):
             check_weights(config.checkpoint)
         if config.network == "dinov2":
@@ -215,7 +215,7 @@ def _hps(config: HpsConfig, findings: Findings) -> None:
             f"set it to {ARCHITECTURE}",
         )
     file = PUBLISHED[config.pretrained]
-    if not _cached(REPOSITORY, file):
+    if not is_cached(REPOSITORY, file):
         url = f"{HUB_PAGE}/{REPOSITORY}/resolve/main/{file}"
         download = Download(field=field, name=f"HPS {config.pretrained}", url=url, size=HPS_BYTES)
         findings.fetched(download, offline=_offline())
@@ -251,7 +251,7 @@ def _text_image(
 
 
 def _on_the_hub(field: str, repository: str, findings: Findings) -> None:
-    if not any(_cached(repository, name) for name in HUB_WEIGHTS):
+    if not any(is_cached(repository, name) for name in HUB_WEIGHTS):
         url = f"{HUB_PAGE}/{repository}"
         download = Download(field=field, name=f"{HUB}{repository}", url=url)
         findings.fetched(download, offline=_offline())
@@ -294,7 +294,7 @@ def _by_name(
 def _tokenizer(field: str, source: Source, findings: Findings) -> None:
     """A tokenizer of the hub, which weights in a file do not bring along."""
     named = hub_tokenizer_of(source)
-    if named and not any(_cached(named, name) for name in TOKENIZERS):
+    if named and not any(is_cached(named, name) for name in TOKENIZERS):
         url = f"{HUB_PAGE}/{named}"
         download = Download(field=field, name=f"the tokenizer {named}", url=url)
         findings.fetched(download, offline=_offline())
@@ -322,7 +322,7 @@ def _tagged(
     name, size = f"{model} ({tag})", FP32 * clip_parameters(architecture)
     if repository:
         names = (file,) if file else HUB_WEIGHTS
-        if not any(_cached(repository, candidate) for candidate in names):
+        if not any(is_cached(repository, candidate) for candidate in names):
             url = f"{HUB_PAGE}/{repository}"
             download = Download(field=field, name=name, url=url, size=size)
             findings.fetched(download, offline=_offline())
@@ -343,7 +343,7 @@ def _inception(field: str, network: str, findings: Findings) -> None:
 def _dinov2(field: str, model: str, findings: Findings) -> None:
     with findings.of(f"{field}.model"):
         repository = str(known_tower(model)[1].hf_hub_id or f"timm/{model}")
-        if not any(_cached(repository, name) for name in ("model.safetensors", *HUB_WEIGHTS)):
+        if not any(is_cached(repository, name) for name in ("model.safetensors", *HUB_WEIGHTS)):
             size = DINOV2_BYTES if model == DINOV2 else 0.0
             url = f"{HUB_PAGE}/{repository}/resolve/main/model.safetensors"
             download = Download(field=field, name=model, url=url, size=size)
@@ -388,7 +388,8 @@ def _wrong_size(field: str, takes: str, side: int, findings: Findings, judge: bo
     findings.problem(field, f"images of {takes}", f"{side} x {side} from the policy", remedy)
 
 
-def _cached(repository: str, file: str) -> bool:
+def is_cached(repository: str, file: str) -> bool:
+    """Whether a file of a repository on the hub lies in the cache."""
     return isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str)
 
 

@@ -7,10 +7,7 @@ nothing can be said, and its scorer answers for each image.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
-
-import huggingface_hub
 
 from cluster.errors import CheckpointError, DataError
 from cluster.messages import Condition
@@ -25,7 +22,9 @@ from rewards.openclip_sources import (
     architecture_of,
     directory_of,
     find_source,
+    hub_tokenizer_of,
 )
+from rewards.preflight import is_cached
 from rewards.prompts import LONG_CAPTIONS, PromptConfig, Prompts
 from rewards.text_image import TextImageConfig
 from rewards.tokens import reading_of
@@ -90,19 +89,13 @@ def local_tokenizer(model: str) -> Any:
     try:
         if directory_of(model) is not None:
             source = find_source(model, "")
-            config = source.tokenizer or {}
-            beside = any((Path(source.file).parent / name).is_file() for name in TOKENIZERS)
-        else:
-            source, beside = Source(name=model), False
-            config = {} if model.startswith(HUB) else architecture_of(model).get("text_cfg", {})
-        if not config:
+        elif model.startswith(HUB) or not architecture_of(model):
             return None
-        repository = "" if beside else config.get("hf_tokenizer_name", "")
-        return None if repository and not _is_cached(repository) else tokenizer_of(source)
+        else:
+            source = Source(name=model)
+        fetched = hub_tokenizer_of(source)
+        if fetched and not any(is_cached(fetched, file) for file in TOKENIZERS[:2]):
+            return None
+        return tokenizer_of(source)
     except (NoTokenizerError, CheckpointError, OSError):
         return None
-
-
-def _is_cached(repository: str) -> bool:
-    cache = huggingface_hub.try_to_load_from_cache
-    return any(isinstance(cache(repository, file), str) for file in TOKENIZERS[:2])

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from cluster.errors import DataError
-from cluster.file_kinds import FileKind, described, file_kind
+from cluster.file_kinds import FileKind, described, file_kind, presumed_kind
 from cluster.paths import expanded
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.streams import shown
@@ -31,7 +31,6 @@ from rewards.image_parquet import ParquetImages, check_indices, holds_images
 
 SAMPLES = "arr_0"  # as the ADM evaluator's batches name images and classes
 CLASSES = "arr_1"
-ARRAYS = (".npz", ".npy")
 CHUNK = 1 << 20  # bytes that are read at a time
 EXPECTED = "a folder of images, a Parquet file or a folder of them, an .npz or an .npy file"
 
@@ -59,11 +58,10 @@ def _opened(images: str, image_column: str, label_column: str) -> ImageSource:
     if place.is_dir():
         return _folder(place, image_column, label_column)
     locate(place)  # a better error, if there is no such file
-    kind, suffix = file_kind(place), place.suffix.lower()
-    unclear = kind in (FileKind.BINARY, FileKind.TEXT)
-    if kind is FileKind.PARQUET or (unclear and suffix == ".parquet"):
+    kind = presumed_kind(place)
+    if kind is FileKind.PARQUET:
         return ParquetImages([place], image_column, label_column)
-    if kind in (FileKind.NPZ, FileKind.NPY, FileKind.CUT_ZIP) or (unclear and suffix in ARRAYS):
+    if kind in (FileKind.NPZ, FileKind.NPY, FileKind.CUT_ZIP):
         samples = SampleImages(place)
         samples.verify()
         return samples

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cluster.file_kinds import FileKind, described
+from cluster.file_kinds import FileKind, described, presumed_kind
 from cluster.invocation import command_of
 from rewards.reference_images import read_header
 
@@ -23,10 +23,6 @@ FROM_FEATURES = (
 EXPECTED = "not an .npz file with arrays 'mu' and 'sigma' (or torch-fidelity's .pt), but"
 
 
-OPEN = (FileKind.BINARY, FileKind.TEXT)
-PICKLES = (".pkl", ".pickle", ".p")  # of protocol 0, which has no mark of its own
-
-
 def build_command(images: object) -> str:
     """How a reference is built from images."""
     return f"{command_of('rewards.reference')} --images {images} --out reference.npz"
@@ -38,7 +34,7 @@ def other_kind(place: Path, path: str | os.PathLike[str], kind: FileKind) -> str
         return f"{EXPECTED} {_one_array(place, path)}"
     if kind is FileKind.CUT_ZIP:
         return "not a readable .npz file: it was cut off; fetch or build it again"
-    if kind is FileKind.PICKLE or (kind in OPEN and place.suffix.lower() in PICKLES):
+    if presumed_kind(place) is FileKind.PICKLE:
         return (
             f"{EXPECTED} pickled Python objects, which are not read: they can run any program. EDM "
             "publishes the same statistics as .npz files (fid-refs/*.npz); otherwise build them "

@@ -28,14 +28,14 @@ from cluster.paths import expanded
 from cluster.sealing import DAMAGED_ARRAYS
 from cluster.tensors import locate
 from rewards.reference_images import read_header
-from rewards.statistics_advice import NUMPY, build_command, no_moments, other_kind
+from rewards.statistics_advice import MU, NUMPY, build_command, no_moments, other_kind
 from rewards.torch_statistics import TorchArrays
 
 SYMMETRY = 1e-6  # relative to the largest entry: float32 files are symmetric to rounding
 INDEFINITE = 1e-5  # relative to the norm; rounding to float32 moves eigenvalues by 6e-8 of it
 LARGEST = 1e100  # whose products are finite; features are nowhere near
 END_RECORD, MOST_COMMENT, MANY = 22, 1 << 16, 0xFFFF  # of a zip archive (APPNOTE.TXT 4.3.16)
-MU, SIGMA, VARIANCES = "mu", "sigma", "sigma_diagonal"
+SIGMA, VARIANCES = "sigma", "sigma_diagonal"
 
 
 @dataclass(frozen=True)

@@ -363,13 +363,9 @@ def test_what_is_cut_or_known_in_parts_is_said(
     assert not caplog.messages
 
 
-def test_sampling_and_runs_refuse_what_the_encoder_does_not_read(
-    tmp_path: Path, encoder_path: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from learner.caption_conditions import check_encoder
-    from learner.conditions import ConditionsConfig
-
-    config = LlamaGenConfig(
+def small_policy() -> LlamaGenConfig:
+    """Of captions, for the miniature's tokenizer."""
+    return LlamaGenConfig(
         dim=32,
         num_layers=1,
         num_heads=2,
@@ -378,6 +374,15 @@ def test_sampling_and_runs_refuse_what_the_encoder_does_not_read(
         caption_dim=WIDTH,
         caption_tokens=5,
     )
+
+
+def test_sampling_and_runs_refuse_what_the_encoder_does_not_read(
+    tmp_path: Path, encoder_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from learner.caption_conditions import check_encoder
+    from learner.conditions import ConditionsConfig
+
+    config = small_policy()
     policy, text = tmp_path / "policy.safetensors", tmp_path / "captions.tsv"
     write_tensors(policy, LlamaGen(config).state_dict(), config.to_dict())
     text.write_text("Prompt\tNote\n" + "\n".join(f"{t}\tx" for t in TEXTS), encoding="utf-8")
@@ -401,15 +406,7 @@ def test_sampling_and_runs_refuse_what_the_encoder_does_not_read(
 
 
 def test_captions_are_sampled_from_text_as_from_features(tmp_path: Path, encoder_path: str) -> None:
-    config = LlamaGenConfig(
-        dim=32,
-        num_layers=1,
-        num_heads=2,
-        grid=4,
-        vocab_size=read_config(TokenizerConfig().checkpoint)["codebook_size"],
-        caption_dim=WIDTH,
-        caption_tokens=5,
-    )
+    config = small_policy()
     torch.manual_seed(0)
     policy = tmp_path / "policy.safetensors"
     write_tensors(policy, LlamaGen(config).state_dict(), config.to_dict())

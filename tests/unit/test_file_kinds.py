@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cluster.file_kinds import FileKind, described, file_kind
+from cluster.file_kinds import FileKind, described, file_kind, presumed_kind
 
 TENSORS = {"a": torch.ones(3)}
 
@@ -95,6 +95,30 @@ def test_content_decides(tmp_path: Path, written: str, name: str) -> None:
     kind, write = WRITERS[written]
     write(tmp_path / name)
     assert file_kind(tmp_path / name) is kind
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.PARQUET", FileKind.PARQUET),
+        ("a.npz", FileKind.NPZ),
+        ("a.npy", FileKind.NPY),
+        ("a.pickle", FileKind.PICKLE),
+        ("a.pt", None),
+    ],
+)
+def test_the_name_decides_where_the_content_leaves_it_open(
+    tmp_path: Path, name: str, kind: FileKind | None
+) -> None:
+    path = tmp_path / name
+    for written in ("text", "binary"):
+        content, write = WRITERS[written]
+        write(path)
+        assert presumed_kind(path) is (kind or content)
+    for written in ("parquet", "png", "safetensors", "empty"):
+        content, write = WRITERS[written]
+        write(path)
+        assert presumed_kind(path) is content
 
 
 @pytest.mark.parametrize("written", ["zip of torch", "npz", "zip"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import socket
 from pathlib import Path
 
@@ -20,14 +21,15 @@ from cluster.weights import open_snapshot
 from learner.adapters import LoraConfig
 from learner.learner import Learner, OptimizerConfig
 from learner.loss import LossConfig
-from learner.parallel import Peers, join
+from learner.parallel import Peers, join, open_meeting
 from learner.real_tokens import RealTokensConfig
 from tests.unit.learner_cases import batch_of, gradient, make, tiny_policy_file, weights
 from tests.unit.test_learner_options import off_policy
 from tests.unit.test_real_tokens import CLASSES, TOKENS
 from tests.unit.test_trained import FAMILIES, gradients, trained
 
-STEPS = 5
+STEPS = 3
+SIZES = [2, pytest.param(3, marks=pytest.mark.slow)]
 MASKED = LossConfig(ratio_to="proximal", mask_low=0.6, mask_high=1.8)
 WEIGHTED = LossConfig(aggregation="sequence-ratio", ratio_to="proximal", importance_cap=1.1)
 CASES = {
@@ -74,7 +76,7 @@ def learner_of(folder: Path, case: dict, microbatch: int = 8) -> Learner:
 
 
 def train(learner: Learner, case: dict) -> list[dict[str, float]]:
-    """Five steps on what the learner itself draws; stale, if its logprobs say otherwise."""
+    """Steps on what the learner itself draws; stale, if its logprobs say otherwise."""
     given = {"spec": case["spec"]} if "spec" in case else {}
     draw = off_policy if case.get("stale") else batch_of
     return [learner.step(draw(learner, at, case["rows"], **given)).metrics for at in range(STEPS)]
@@ -124,7 +126,7 @@ def one_broken_step(learner: Learner, peers: Peers) -> dict:
     }
 
 
-def member(rank: int, size: int, addresses: list[str], folder: Path) -> None:
+def member(rank: int, size: int, address: str, folder: Path) -> None:
     """One learner of a group, in a process of its own."""
     torch.set_num_threads(1)
     results: dict = {}
@@ -132,7 +134,7 @@ def member(rank: int, size: int, addresses: list[str], folder: Path) -> None:
     for name, case in (CASES | ROUNDED).items():
         learner = share_snapshots(learner_of(folder, case))
         if peers is None:  # a process joins one group, for all cases
-            learner.join(rank, size, addresses[0])
+            learner.join(rank, size, address)
             peers = learner._peers
         else:
             learner._take_place(peers)
@@ -171,8 +173,8 @@ def member(rank: int, size: int, addresses: list[str], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of one learner, and of groups of two and three, on the same cases."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one learner."""
     folder = tmp_path_factory.mktemp("groups")
     tiny_policy_file(folder)
     np.savez(folder / "real.npz", tokens=TOKENS, classes=CLASSES)
@@ -186,23 +188,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(weights(learner), folder / f"1-0-{name}.pt")
         (folder / f"saved-1-{name}").mkdir()
         learner.save(folder / f"saved-1-{name}")
-    for size in (2, 3):
-        store = torch.distributed.TCPStore(
-            "127.0.0.1", 0, size, is_master=True, wait_for_workers=False
-        )
-        torch.multiprocessing.spawn(
-            member, (size, [f"127.0.0.1:{store.port}"], folder), nprocs=size
-        )
     return folder
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def size(request: pytest.FixtureRequest) -> int:
+    """Learners of a group."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(alone: Path, size: int) -> Path:
+    """The same cases by a group. Its processes are forked from one that has imported everything."""
+    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo", "peft"])
+    store, address = open_meeting("127.0.0.1", size)
+    arguments = (size, address, alone)
+    torch.multiprocessing.start_processes(member, arguments, size, start_method="forkserver")
+    del store
+    return alone
 
 
 def of(folder: Path, size: int, rank: int = 0) -> dict:
     return json.loads((folder / f"{size}-{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_a_group_is_one_learner_over_five_steps(folder: Path, size: int, name: str) -> None:
+def test_a_group_is_one_learner_over_several_steps(folder: Path, size: int, name: str) -> None:
     expected = torch.load(folder / f"1-0-{name}.pt", weights_only=True)
     start = weights(learner_of(folder, CASES["plain"]))
     assert (expected - start).abs().max() > 1e-5  # it did learn
@@ -215,7 +226,6 @@ def test_a_group_is_one_learner_over_five_steps(folder: Path, size: int, name: s
             assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6), rank
 
 
-@pytest.mark.parametrize("size", [2, 3])
 def test_a_group_in_bf16_goes_where_one_learner_goes(folder: Path, size: int) -> None:
     """Not to 1e-6: bf16 products of other shapes round otherwise."""
     start = weights(learner_of(folder, CASES["plain"]))
@@ -226,7 +236,6 @@ def test_a_group_in_bf16_goes_where_one_learner_goes(folder: Path, size: int) ->
 
 
 @pytest.mark.parametrize("options", FAMILY_OPTIONS, ids=str)
-@pytest.mark.parametrize("size", [2, 3])
 def test_every_family_can_be_divided(folder: Path, size: int, options: dict) -> None:
     """Captions, too, whose rows go through a block beside its forward pass."""
     expected = family_gradients(folder, Peers(), **options)
@@ -236,7 +245,6 @@ def test_every_family_can_be_divided(folder: Path, size: int, options: dict) -> 
         torch.testing.assert_close(found[name] / size, ours, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("size", [2, 3])
 def test_a_group_leaves_an_update_out_together(folder: Path, size: int) -> None:
     """Also those whose own rollouts are sound."""
     left_out = {"broken": 1, "untouched": True, "optimizer states": 0, "sound": 0, "moved": True}
@@ -244,7 +252,6 @@ def test_a_group_leaves_an_update_out_together(folder: Path, size: int) -> None:
         assert of(folder, size, rank)["skipped"] == left_out, rank
 
 
-@pytest.mark.parametrize("size", [2, 3])
 def test_the_gradient_is_the_sum_of_the_parts(folder: Path, size: int) -> None:
     """Averaged by rollouts, not over learners; limited by the norm of the whole."""
     learner = learner_of(folder, CASES["plain"])
@@ -257,9 +264,9 @@ def test_the_gradient_is_the_sum_of_the_parts(folder: Path, size: int) -> None:
     torch.testing.assert_close(together, expected * 0.05 / norm, rtol=0, atol=1e-6)
 
 
-def test_gradients_of_one_learner_and_of_accumulation_are_equal(folder: Path) -> None:
-    whole = learner_of(folder, CASES["plain"], microbatch=8)
-    single = learner_of(folder, CASES["plain"], microbatch=1)
+def test_gradients_of_one_learner_and_of_accumulation_are_equal(alone: Path) -> None:
+    whole = learner_of(alone, CASES["plain"], microbatch=8)
+    single = learner_of(alone, CASES["plain"], microbatch=1)
     batch = batch_of(whole, rows=8)
     torch.testing.assert_close(gradient(single, batch), gradient(whole, batch), rtol=0, atol=1e-6)
     for iteration in range(STEPS):
@@ -269,7 +276,6 @@ def test_gradients_of_one_learner_and_of_accumulation_are_equal(folder: Path) ->
     torch.testing.assert_close(weights(single), weights(whole), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [2, 3])
 def test_weights_gradients_and_state_are_divided(folder: Path, size: int) -> None:
     total = sum(p.numel() for p in learner_of(folder, CASES["plain"])._policy.module.parameters())
     for what in ("weights", "gradients", "averages"):
@@ -278,7 +284,6 @@ def test_weights_gradients_and_state_are_divided(folder: Path, size: int) -> Non
         assert max(kept) < 1.1 * total / size, what
 
 
-@pytest.mark.parametrize("size", [2, 3])
 def test_checkpoints_do_not_depend_on_the_number_of_learners(folder: Path, size: int) -> None:
     """Of one, read by a group; and of a group, read by one."""
     alone = learner_of(folder, CASES["plain"])
@@ -294,7 +299,6 @@ def test_checkpoints_do_not_depend_on_the_number_of_learners(folder: Path, size:
     torch.testing.assert_close(weights(back), weights(alone), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [2, 3])
 def test_adapters_do_not_depend_on_the_number_of_learners(folder: Path, size: int) -> None:
     expected = torch.load(folder / "1-0-adapters.pt", weights_only=True)
     found = torch.load(folder / f"{size}-0-adapted.pt", weights_only=True)

@@ -6,11 +6,14 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.logged import messages
+
+WITH_RAY = ("tests/distributed/", "tests/e2e/")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +24,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "parity" / "data",
         help="folder of reference outputs of the official models (.npz)",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Distribute folders of tests over worker processes; files and single tests run in this one.
+
+    `-n` sets the number of workers, 0 for none.
+    """
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None:
+        return
+    if option.capture != "no" and all(Path(path).is_dir() for path in config.args):
+        option.numprocesses = "auto"
+        option.loadscopereorder = False  # tests with Ray are collected first, and take longest
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker per usable CPU; at least 2, since tests with Ray mostly wait."""
+    return max(2, min(4, len(os.sched_getaffinity(0))))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        """All tests with Ray go to one worker, and the others file by file."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(WITH_RAY) else nodeid.partition("::")[0]
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
-    from cluster.program import run_command
+    from cluster.program.start import run_command
 
     sys.exit(run_command("actors.captions"))
 
@@ -28,22 +28,22 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from actors.caption_encoder import (
+from actors.text.captions import read_captions
+from actors.text.encoder import (
     DEFAULT_ENCODER,
     MAX_TOKENS,
     CaptionEncoder,
     check_captions,
     normalise_caption,
 )
-from actors.caption_files import read_caption_features, write_caption_features
-from actors.caption_text import read_captions
-from cluster.console import counting, exit_status
+from actors.text.features import read_caption_features, write_caption_features
 from cluster.errors import ConfigError, TesseraError
-from cluster.invocation import command_of
-from cluster.locks import locked_file
-from cluster.paths import output_path
-from cluster.precision import exact_fp32
-from cluster.readable import LongCaptions
+from cluster.io.locks import locked_file
+from cluster.io.paths import output_path
+from cluster.program.console import counting, exit_status
+from cluster.program.invocation import command_of
+from cluster.program.precision import exact_fp32
+from cluster.text_limits import LongCaptions
 
 __all__ = [
     "CaptionEncoder",

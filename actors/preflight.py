@@ -5,26 +5,26 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from actors.models.loading import (
+from actors.checkpoints.loading import (
     PolicyConfig,
     TokenizerConfig,
     check_fit,
     count_parameters,
     file_shapes,
 )
-from actors.models.sources import (
+from actors.checkpoints.sources import (
     Architecture,
     PolicyArchitecture,
     Source,
     planned_policy,
     planned_tokenizer,
 )
+from actors.checkpoints.zoo import MODELS, NamedModel
 from actors.models.vq import VQConfig
-from actors.models.zoo import MODELS, NamedModel
 from cluster.errors import TesseraError
-from cluster.invocation import command_of
+from cluster.model_files.tensors import anywhere
 from cluster.preflight import Download, Findings
-from cluster.tensors import anywhere
+from cluster.program.invocation import command_of
 
 FP32 = 4
 

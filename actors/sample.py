@@ -14,7 +14,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
-    from cluster.program import run_command
+    from cluster.program.start import run_command
 
     sys.exit(run_command("actors.sample"))
 
@@ -31,26 +31,26 @@ import numpy as np
 import torch
 import tyro
 
-from actors.caption_encoder import CaptionEncoder, check_captions
-from actors.caption_text import caption_conditions, read_captions
 from actors.captions import DTYPES, resolve_device
-from actors.decode import decode_tokens, rollout_uniforms
+from actors.checkpoints.loading import load_decoder, load_policy
+from actors.decoding.decode import decode_tokens, rollout_uniforms
+from actors.decoding.steps import Workspace
 from actors.models.base import Policy
-from actors.models.loading import load_decoder, load_policy
 from actors.models.vq import VQDecoder
 from actors.sample_files import ContactSheet, NpzWriter, PngWriter
 from actors.sample_source import SampleConfig, Source, check, check_unused, find_source
-from actors.steps import Workspace
-from cluster.console import FAILED, INTERRUPTED, REFUSED, counting
+from actors.text.captions import caption_conditions, read_captions
+from actors.text.encoder import CaptionEncoder, check_captions
 from cluster.errors import ConfigError, LockHeldError, TesseraError
-from cluster.help import answer_help
-from cluster.invocation import command_of
-from cluster.locks import locked, locked_file
+from cluster.io.locks import locked, locked_file
+from cluster.io.paths import output_path
+from cluster.io.strict_json import dumps
 from cluster.messages import Condition, RequestKey, SamplingSpec
-from cluster.paths import output_path
-from cluster.precision import exact_fp32
-from cluster.streams import printable
-from cluster.strict_json import dumps
+from cluster.program.console import FAILED, INTERRUPTED, REFUSED, counting
+from cluster.program.help import answer_help
+from cluster.program.invocation import command_of
+from cluster.program.precision import exact_fp32
+from cluster.program.streams import printable
 
 logger = logging.getLogger(__name__)
 

@@ -9,28 +9,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actors.caption_encoder import DEFAULT_ENCODER
 from actors.captions import DType
-from actors.models.loading import PolicyConfig, TokenizerConfig
-from actors.models.official import holds_tokenizer
-from actors.models.zoo import MODELS
-from cluster import strict_yaml
+from actors.checkpoints.loading import PolicyConfig, TokenizerConfig
+from actors.checkpoints.official import holds_tokenizer
+from actors.checkpoints.zoo import MODELS
+from actors.text.encoder import DEFAULT_ENCODER
 from cluster.errors import ConfigError
-from cluster.locks import is_lock
+from cluster.io import strict_yaml
+from cluster.io.locks import is_lock
+from cluster.io.paths import expanded
+from cluster.io.run_layout import (
+    CHECKPOINTS,
+    CONFIG,
+    MANIFEST,
+    POLICY_FILE,
+    step_name,
+    step_of,
+    steps_in,
+)
 from cluster.messages import SamplingSpec
-from cluster.paths import MANIFEST, expanded
-from cluster.readable import LongCaptions
+from cluster.text_limits import LongCaptions
 
-CONFIG = "config.yaml"
-POLICY_FILE = "policy.safetensors"
 MAX_SIZE = 4096  # pixels a side
-STEP = re.compile(r"step_(\d+)")
 
 T = TypeVar("T")
 
@@ -253,7 +258,7 @@ def run_source(run: Path, step: int | None = None, base: bool = False) -> Source
     found = _checkpoint(expanded(run), step)
     # Its header carries the architecture, so nothing else of the base policy's section counts.
     tuned = PolicyConfig(checkpoint=str(found / POLICY_FILE))
-    return Source(policy=tuned, tokenizer=tokenizer, spec=spec.learned(), step=_number(found))
+    return Source(policy=tuned, tokenizer=tokenizer, spec=spec.learned(), step=step_of(found.name))
 
 
 def with_guidance(spec: SamplingSpec, **changes: float | int | None) -> SamplingSpec:
@@ -319,15 +324,14 @@ def _checkpoint(run: Path, step: int | None) -> Path:
 def complete_checkpoints(run: Path) -> dict[int, Path]:
     """Step -> directory of each checkpoint with a policy that is there as a whole: a run beside may
     be writing, or removing, others."""
+    root = run / CHECKPOINTS
+    found = {step: root / step_name(step) for step in steps_in(root)}
+    needed = (POLICY_FILE, MANIFEST)
     return {
-        _number(path): path
-        for path in (run / "checkpoints").glob("step_*")
-        if STEP.fullmatch(path.name) and all((path / f).is_file() for f in (POLICY_FILE, MANIFEST))
+        step: path
+        for step, path in found.items()
+        if all((path / name).is_file() for name in needed)
     }
-
-
-def _number(path: Path) -> int:
-    return int(path.name.partition("_")[2])
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -13,14 +13,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from actors.decode import decode_tokens, rollout_uniforms
-from actors.models.loading import PolicyConfig, TokenizerConfig, load_decoder, load_policy
-from actors.steps import Workspace
+from actors.checkpoints.loading import PolicyConfig, TokenizerConfig, load_decoder, load_policy
+from actors.decoding.decode import decode_tokens, rollout_uniforms
+from actors.decoding.steps import Workspace
 from cluster.errors import CheckpointError, FleetError
-from cluster.messages import TRAIN, RolloutGroup, SampleRequest, Span, WeightSnapshot
-from cluster.precision import exact_fp32
+from cluster.messages import TRAIN, RolloutGroup, SampleRequest, WeightSnapshot
+from cluster.program.precision import exact_fp32
+from cluster.ray_backend.transports import TakeUp
 from cluster.roles import Resources
-from cluster.transports import TakeUp
+from cluster.spans import Span
 from cluster.weights import load_weights
 
 KEPT_LOADS = 64  # of a sampler that is never asked for a group to learn from
@@ -53,7 +54,7 @@ class SamplerConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     resources: SamplerResources = field(default_factory=SamplerResources)
     take_up: TakeUp = "group"
-    """When new weights are taken up: see `cluster.transports.WeightsConfig`."""
+    """When new weights are taken up: see `cluster.ray_backend.transports.WeightsConfig`."""
 
 
 class Sampler:

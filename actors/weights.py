@@ -8,10 +8,12 @@ bit.
 
 from __future__ import annotations
 
+from cluster.io.run_layout import POLICY_FILE
+
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
-    from cluster.program import run_command
+    from cluster.program.start import run_command
 
     sys.exit(run_command("actors.weights"))
 
@@ -29,9 +31,9 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
-from actors.hub import UnreachableError, fetch
-from actors.models.loading import check_fit, count_parameters
-from actors.models.sources import (
+from actors.checkpoints.hub import UnreachableError, fetch
+from actors.checkpoints.loading import check_fit, count_parameters
+from actors.checkpoints.sources import (
     Architecture,
     Source,
     architecture_from,
@@ -40,25 +42,24 @@ from actors.models.sources import (
     policy_architecture,
     tokenizer_architecture,
 )
+from actors.checkpoints.taming_files import official_policy_tensors, read_project
+from actors.checkpoints.zoo import MODELS, Kind, NamedModel, named, weights_directory
 from actors.models.taming import TamingConfig
-from actors.models.taming_files import official_policy_tensors, read_project
 from actors.models.vq import VQConfig
-from actors.models.zoo import MODELS, Kind, NamedModel, named, weights_directory
 from actors.sample_source import complete_checkpoints
-from cluster import logs
-from cluster.console import exit_status, make_console
 from cluster.errors import CheckpointError, ConfigError
-from cluster.files import replacing
-from cluster.invocation import command_of
-from cluster.locks import locked_file
-from cluster.paths import output_path
-from cluster.tensors import read_config, read_tensors, write_tensors
-from cluster.weight_checks import check_finite, losses
+from cluster.io.files import replacing
+from cluster.io.locks import locked_file
+from cluster.io.paths import output_path
+from cluster.model_files.tensors import read_config, read_tensors, write_tensors
+from cluster.model_files.weight_checks import check_finite, losses
+from cluster.program import logs
+from cluster.program.console import exit_status, make_console
+from cluster.program.invocation import command_of
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")  # of what the official scripts load
-POLICY_FILE = "policy.safetensors"  # of a checkpoint directory
 CODEBOOK_USED = "quantize.codebook_used"
 CODEBOOK_USED_SIZE = 65536
 
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_fetch(command: FetchCommand) -> None:
-    """See `actors.hub.fetch`."""
+    """See `actors.checkpoints.hub.fetch`."""
     fetch(named(command.name), _directory(command.directory))
 
 

@@ -14,20 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, NewType, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 
-from cluster.checks import ScoreChecks, check_rollouts
-from cluster.control import Progress
+from cluster.control.control_actor import Progress
 from cluster.errors import ConfigError, LearnerLostError, StopRequestedError
 from cluster.messages import GroupScores, SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, Role, SamplerRole
+from cluster.scheduling.in_flight import STOPPED, Ticket
+from cluster.scheduling.validation import ScoreChecks, check_rollouts
 
-Ticket = NewType("Ticket", int)
 Result = TypeVar("Result")
-STOPPED = "stopped while sampling"
 
 
 class Fleet(Protocol):

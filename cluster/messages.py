@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from cluster.bounds import check_at_most
+from cluster.spans import Span
 
 MAIN_SPACE = "features"
 """The feature space of a panel's first extractor; a judge may look at further ones."""
@@ -185,19 +186,6 @@ class SampleRequest:
     def batch(self) -> tuple[Hashable, ...]:
         """Requests that have this in common may be decoded together."""
         return (self.stream, self.iteration, self.num_rollouts, self.spec)
-
-
-class Span(NamedTuple):
-    """One phase of one worker, in seconds since the epoch: an event of the timeline."""
-
-    worker: str
-    phase: str
-    start: float
-    end: float
-
-    @property
-    def seconds(self) -> float:
-        return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,15 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cluster.messages import (
-    GroupScores,
-    RolloutGroup,
-    SampleRequest,
-    ServerStats,
-    Span,
-    WeightSnapshot,
-)
-from cluster.scaling import AutoscaleConfig
+from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ServerStats, WeightSnapshot
+from cluster.spans import Span
 
 FEATURE_BATCH = 256
 """Real images that a reward server is sent, and computes features of, at a time."""
@@ -49,6 +42,38 @@ class Resources:
     @property
     def device(self) -> str:
         return "cuda" if self.num_gpus > 0 else "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoscaleConfig:
+    """Bounds and target of scaling by queue wait."""
+
+    min: int = 0
+    """Fewest workers that scaling leaves; 0 is one."""
+    max: int = 0
+    """Most workers that scaling starts; 0: their number is left alone."""
+    target_wait_s: float = 1.0
+    """Mean seconds that work may wait for a worker before more are started."""
+    every_s: float = 15.0
+    """Seconds of observation behind each decision."""
+
+    def __post_init__(self) -> None:
+        if self.min < 0 or self.max < 0:
+            raise ValueError(f"min and max must be >= 0, found {self.min} and {self.max}")
+        if self.max and self.min > self.max:
+            raise ValueError(f"min must be at most max, found {self.min} and {self.max}")
+        if self.min and not self.max:
+            raise ValueError("min bounds scaling, which max turns on: set max, too")
+        if not (self.target_wait_s > 0 and self.every_s > 0):
+            raise ValueError("target_wait_s and every_s must be > 0 seconds")
+
+    @property
+    def on(self) -> bool:
+        return self.max > 0
+
+    def bounded(self, count: int) -> int:
+        """The nearest allowed number of workers."""
+        return min(max(count, self.min, 1), self.max) if self.on else max(count, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +136,7 @@ class FleetPlan:
     max_staleness: int = 0
     """How many updates older than the learner's the weights of rollouts may be."""
     transport: str = "object-store"
-    """How weights reach the samplers: see `cluster.transports`."""
+    """How weights reach the samplers: see `cluster.ray_backend.transports`."""
     adapters_alone: bool = False
     """The learner trains adapters: after the frozen weights, they alone travel."""
 
@@ -161,7 +186,7 @@ class RewardServerRole(Protocol):
 
 
 class MomentsRole(Protocol):
-    """Answers are of `rewards.moments_server`; this package does not import them."""
+    """Answers are of `rewards.servers.moments_server`; this package does not import them."""
 
     def set_reference(self, reference: Any, fingerprint: str) -> None: ...
 
@@ -185,7 +210,7 @@ class MomentsRole(Protocol):
 
 
 class LearnerRole(Protocol):
-    """Answers are of `learner.learner`; this package does not import them."""
+    """Answers are of `learner.training.learner`; this package does not import them."""
 
     def snapshot(self, on_device: bool = False) -> WeightSnapshot: ...
 

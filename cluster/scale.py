@@ -12,7 +12,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
-    from cluster.program import run_command
+    from cluster.program.start import run_command
 
     sys.exit(run_command("cluster.scale"))
 
@@ -24,11 +24,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from cluster.console import REFUSED, exit_status
-from cluster.control import FleetStatus, WhichRun, ask, reached
+from cluster.control.control_actor import FleetStatus, WhichRun, ask, reached
+from cluster.control.discovery import locate_run
 from cluster.errors import FleetError
-from cluster.invocation import command_of
-from cluster.whereabouts import locate_run
+from cluster.program.console import REFUSED, exit_status
+from cluster.program.invocation import command_of
 
 POLL_S = 0.5
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
-    from cluster.program import run_command
+    from cluster.program.start import run_command
 
     sys.exit(run_command("cluster.status"))
 
@@ -35,8 +35,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from cluster.console import REFUSED, exit_status, make_console
-from cluster.control import (
+from cluster.control.control_actor import (
     FleetStatus,
     PoolStatus,
     Progress,
@@ -47,12 +46,7 @@ from cluster.control import (
     ask,
     reached,
 )
-from cluster.invocation import command_of
-from cluster.object_store import size
-from cluster.ray_private import living_actors
-from cluster.strict_json import dumps
-from cluster.whereabouts import (
-    WHEREABOUTS,
+from cluster.control.discovery import (
     LastRunError,
     Place,
     check_alive,
@@ -60,6 +54,12 @@ from cluster.whereabouts import (
     locate_run,
     whereabouts,
 )
+from cluster.io.run_layout import WHEREABOUTS
+from cluster.io.strict_json import dumps
+from cluster.program.console import REFUSED, exit_status, make_console
+from cluster.program.invocation import command_of
+from cluster.ray_session.object_store import size
+from cluster.ray_session.private import living_actors
 
 WIDTH = 120  # columns, where there is no terminal
 PID_WIDTH = 8

@@ -9,7 +9,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
-    from cluster.program import run_command
+    from cluster.program.start import run_command
 
     sys.exit(run_command("cluster.stop"))
 
@@ -22,11 +22,12 @@ from typing import Any
 
 import tyro
 
-from cluster.console import exit_status
-from cluster.control import Reached, RunEndedError, WhichRun, ask, reached
+from cluster.control.control_actor import Reached, RunEndedError, WhichRun, ask, reached
+from cluster.control.discovery import Place, left_behind, locate_run, was_killed
 from cluster.errors import FleetError
-from cluster.invocation import command_of
-from cluster.whereabouts import WHEREABOUTS, Place, left_behind, locate_run, was_killed
+from cluster.io.run_layout import WHEREABOUTS
+from cluster.program.console import exit_status
+from cluster.program.invocation import command_of
 
 POLL_S = 0.5
 

@@ -18,33 +18,29 @@ import tyro
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from actors.models.loading import PolicyConfig, TokenizerConfig
-from actors.sampler import Sampler, SamplerConfig, SamplerResources
-from cluster import strict_yaml
+from actors.checkpoints.loading import PolicyConfig, TokenizerConfig
+from actors.sampler import SamplerResources
 from cluster.errors import ConfigError, did_you_mean, nearest
+from cluster.io import strict_yaml
+from cluster.io.paths import expanded
+from cluster.io.strict_yaml import MalformedYamlError
 from cluster.messages import SamplingSpec
-from cluster.paths import expanded
-from cluster.roles import FleetPlan, Resources, Role
-from cluster.runtime import RayConfig
-from cluster.strict_yaml import MalformedYamlError
-from cluster.transports import WeightsConfig
-from learner.conditions import ConditionsConfig
-from learner.entropy import EntropyConfig
-from learner.guards import GuardsConfig
-from learner.learner import Learner, LearnerConfig, OptimizerConfig
-from learner.loss import LossConfig
+from cluster.ray_backend.transports import WeightsConfig
+from cluster.ray_session.session import RayConfig
+from learner.data.conditions import ConditionsConfig
+from learner.grpo.entropy import EntropyConfig
+from learner.grpo.loss import LossConfig
 from learner.output import EvaluationConfig, OutputConfig, check_output
-from learner.real_tokens import RealTokensConfig
+from learner.training.optimizer import OptimizerConfig
+from learner.training.real_tokens import RealTokensConfig
+from learner.training.skips import GuardsConfig
 from rewards.config import (
     JudgeConfig,
     RewardPool,
     RewardsConfig,
-    RewardServerConfig,
     RewardServerResources,
 )
-from rewards.extra_files import RewardFile
-from rewards.moments_server import MomentsServer
-from rewards.reward_server import REWARDS, RewardServer
+from rewards.scorers.user_reward_files import RewardFile
 
 DEFAULT_PRESET = "miniature"
 YAML = (".yaml", ".yml")
@@ -138,99 +134,6 @@ class RunConfig:
     def slots(self) -> int:
         """Groups on their way at a time: (S + 1) P."""
         return (self.max_staleness + 1) * self.groups_per_iteration
-
-    def fleet_plan(self) -> FleetPlan:
-        """The roles of this run, with their configurations."""
-        sampler = SamplerConfig(
-            policy=self.policy,
-            tokenizer=self.tokenizer,
-            resources=self.sampler,
-            take_up=self.weights.take_up,
-        )
-        learner = LearnerConfig(
-            policy=self.policy,
-            tokenizer=self.tokenizer,
-            optimizer=self.learner,
-            loss=self.loss,
-            entropy=self.entropy,
-            real=self.real,
-            guards=self.guards,
-            spec=self.sampling,
-            seed=self.seed,
-            iterations=self.iterations,
-            max_staleness=self.max_staleness,
-            timeout_s=self.timeout_s,
-            wire_dtype=self.weights.wire(self.sampler.dtype),
-        )
-        return FleetPlan(
-            sampler=Role(
-                name="sampler",
-                factory=Sampler,
-                config=sampler,
-                resources=self.sampler,
-                count=self.num_samplers,
-                max_groups=self.sampler.max_groups,
-                goes_ahead=self.weights.take_up == "token",
-            ),
-            reward_server=self._reward_role("", self.reward, self.num_reward_servers),
-            reward_pools=tuple(
-                self._reward_role(name, pool, pool.num_servers, pool.runtime_env)
-                for name, pool in self.reward_pools.items()
-            ),
-            moments_server=Role(
-                name="moments-server",
-                factory=MomentsServer,
-                config=self.rewards.loo_fid,
-                resources=Resources(num_threads=self.rewards.loo_fid.num_threads),
-            ),
-            learner=Role(
-                name="learner",
-                factory=Learner,
-                config=learner,
-                resources=self.learner,
-                count=self.num_learners,
-            ),
-            timeout_s=self.timeout_s,
-            heartbeat_s=self.heartbeat_s,
-            max_restarts=self.max_restarts,
-            slots=self.slots,
-            max_staleness=self.max_staleness,
-            transport=self.weights.transport,
-            adapters_alone=self.learner.lora.rank > 0,
-        )
-
-    def _reward_role(
-        self,
-        pool: str,
-        servers: RewardServerResources,
-        count: int,
-        runtime_env: Mapping[str, Any] | None = None,
-    ) -> Role:
-        """One pool of reward servers; the main one has no name, and judges the exams."""
-        depth = servers.depth(self.rollouts_per_group)
-        config = RewardServerConfig(
-            rewards=self.rewards,
-            judge=self.judge if self.evaluation.num_images and not pool else None,
-            pool=pool,
-            batching=servers.batching,
-            device=servers.device,
-            num_threads=servers.num_threads,
-            timeout_s=self.timeout_s,
-        )
-        return Role(
-            name=f"reward-{pool or 'server'}",
-            factory=RewardServer,
-            config=config,
-            resources=servers,
-            count=servers.bounded(count) if servers.on else count,
-            depth=depth,
-            concurrency=depth + CONTROL_THREADS,
-            autoscale=servers,
-            panels=(REWARDS,) if pool else (),
-            scorers=config.scorer_names(),
-            feature_panels=(REWARDS,) if pool and pool == self.rewards.features_pool else (),
-            runtime_env=runtime_env,
-        )
 
 
 # Dataclasses that pydantic finds on its way down refuse unknown keys only if each one says so.

@@ -13,15 +13,15 @@ from cluster.fleet import Fleet
 from cluster.messages import MAIN_SPACE, GroupScores, SampleRequest, SamplingSpec
 from cluster.roles import FEATURE_BATCH
 from learner.config import RunConfig
-from learner.datasets import iterate_images
+from learner.data.datasets import iterate_images
 from learner.loop import failures
-from rewards.fid import frechet_distance
-from rewards.fidelity import fidelity
-from rewards.moments import Moments
+from learner.runs.records import TUNED
+from rewards.distribution.fid import frechet_distance
+from rewards.distribution.fidelity import fidelity
+from rewards.distribution.moments import Moments
 
 GROUP = 50  # images of one request: a batch large enough to be quick
 PANEL = "judge"
-TUNED = "tuned"
 
 
 @dataclass(frozen=True)

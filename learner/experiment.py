@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.control import Progress
+from cluster.control.control_actor import Progress
+from cluster.control.discovery import resume_command
 from cluster.errors import (
     FleetError,
     LearnerLostError,
@@ -18,30 +19,32 @@ from cluster.errors import (
     StopRequestedError,
 )
 from cluster.fleet import Fleet, InlineFleet
+from cluster.io.run_layout import BEFORE_AFTER, CAPTIONS, step_name
 from cluster.messages import ScoredGroup
-from cluster.whereabouts import resume_command
-from learner import evaluate, records
-from learner.checkpoint import Checkpoint, name_of, restore
-from learner.conditions import ConditionsConfig
+from learner import evaluate
+from learner.capacity.storage import DiskWatch, checkpoint_bytes, free_bytes
+from learner.checkpoints.checkpoint import Checkpoint, restore
+from learner.checkpoints.store import Checkpoints
 from learner.config import RunConfig
-from learner.distribution import RewardSpace, set_reference
-from learner.footprint import DiskWatch, checkpoint_bytes, free_bytes
-from learner.gallery import (
+from learner.data.conditions import ConditionsConfig
+from learner.loop import Iteration, failures, prepare, train
+from learner.monitoring.console import RunConsole
+from learner.monitoring.gallery import (
     gallery_sheet,
     sample_gallery,
     save_sheet,
     save_side_by_side,
     shown_note,
 )
-from learner.guards import Guards, SlowServers
-from learner.keeper import Checkpoints
-from learner.loop import Iteration, failures, prepare, train
-from learner.metrics import Recorder, add_exam, read_metrics
-from learner.pipeline import Pipeline
-from learner.progress import RunConsole
+from learner.monitoring.guards import Guards, SlowServers
+from learner.monitoring.metrics import Recorder, add_exam, read_metrics
+from learner.monitoring.timeline import RoleUse, bottleneck
 from learner.report import write_report
-from learner.rundir import BEFORE_AFTER, CAPTIONS, RunDirectory
-from learner.timeline import RoleUse, bottleneck
+from learner.rollouts.feature_space import RewardSpace, set_reference
+from learner.rollouts.prefetch import Pipeline
+from learner.runs import records
+from learner.runs.records import TUNED
+from learner.runs.run_dir import RunDirectory
 from rewards.combine import Combiner
 
 logger = logging.getLogger(__name__)
@@ -131,7 +134,7 @@ class Experiment:
         text = f"stopped {stopped}"
         if lost:
             steps = self._checkpoints.steps()
-            newest = f"the newest is {name_of(steps[-1])}" if steps else "there is none"
+            newest = f"the newest is {step_name(steps[-1])}" if steps else "there is none"
             text += f", without a checkpoint of where it was ({lost}); {newest}"
         if self._run.kept_anything():
             text += f"; go on with\n  {resume_command(self._run.path)}"
@@ -272,7 +275,7 @@ class Experiment:
 
     def _catch_up(self, found: Checkpoint) -> None:
         """Take the exam that a stop has cut off at this checkpoint's step."""
-        if self._rows.pop(evaluate.TUNED, None):  # of an earlier, longer or shorter run
+        if self._rows.pop(TUNED, None):  # of an earlier, longer or shorter run
             self._run.write_evaluation(self._rows)
         if self._exam_due(found.step) and not found.manifest.figures:
             records.cut_back(self._run, found.step, rollouts=False)
@@ -355,7 +358,7 @@ class Experiment:
     def _finish(self) -> None:
         """After the last iteration: the tuned policy's exam, galleries, report."""
         self._tell("after training, in the last exam")
-        self._rows.pop(evaluate.TUNED, None)  # of an earlier, shorter run
+        self._rows.pop(TUNED, None)  # of an earlier, shorter run
         self._examine(evaluate.tuned_row(self._config))
         gallery = self._run.gallery
         self._gallery(TUNED_GALLERY)

@@ -9,27 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from cluster.errors import DataError, FleetError
-from cluster.fleet import Fleet, StopRequestedError
-from cluster.messages import (
-    MAIN_SPACE,
-    Condition,
-    GroupScores,
-    SampleRequest,
-    ScoredGroup,
-    Span,
-)
-from learner.advantage import Advantages, group_advantages
-from learner.batch import make_batch
+from cluster.errors import DataError, FleetError, StopRequestedError
+from cluster.fleet import Fleet
+from cluster.messages import MAIN_SPACE, Condition, GroupScores, SampleRequest, ScoredGroup
+from cluster.spans import Span, Stopwatch
 from learner.config import RunConfig
-from learner.distribution import RewardSpace, seed_moments
-from learner.pipeline import Pipeline, requests_for
-from learner.rows import all_spans, metrics_row, times
-from learner.timeline import Stopwatch
+from learner.grpo.advantage import Advantages, group_advantages
+from learner.monitoring.rows import all_spans, metrics_row, times
+from learner.rollouts.feature_space import RewardSpace, seed_moments
+from learner.rollouts.prefetch import Pipeline, requests_for
+from learner.training.batch import make_batch
 from rewards.combine import Combiner
 from rewards.config import LOO_FID
-from rewards.distribution_reward import DistributionReward
-from rewards.moments import Moments
+from rewards.distribution.answer import DistributionReward
+from rewards.distribution.moments import Moments
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.control.discovery import check_run_name
 from cluster.errors import ConfigError, TesseraError
-from cluster.files import writing
-from cluster.invocation import command_of
-from cluster.locks import OWNER, acquire, owner_of
-from cluster.paths import default_root, output_path
-from cluster.streams import printable
-from cluster.whereabouts import check_run_name
+from cluster.io.files import writing
+from cluster.io.locks import acquire, owner_of
+from cluster.io.paths import default_root, output_path
+from cluster.io.run_layout import CHECKPOINTS, CONFIG, OWNER, steps_in
+from cluster.program.invocation import command_of
+from cluster.program.streams import printable
+from learner.checkpoints.remote import Mirror
+from learner.checkpoints.remote_owner import RemoteOwner
 from learner.config import RunConfig, parse_yaml
-from learner.mirror import Mirror
-from learner.remote_owner import RemoteOwner
-from learner.rundir import AFRESH, CONFIG, RunDirectory, new_name
-from learner.sealed import unseal
+from learner.runs.config_file import unseal
+from learner.runs.run_dir import AFRESH, RunDirectory, new_name
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Opening:
         """Whether it goes on with a checkpoint, here or elsewhere: what only a beginning needs may
         then be gone."""
         here = self.saved is not None and self.path is not None
-        kept = here and self.path is not None and any((self.path / "checkpoints").glob("step_*"))
+        kept = here and self.path is not None and bool(steps_in(self.path / CHECKPOINTS))
         return kept or self.sealed is not None
 
     @contextmanager

@@ -1,6 +1,6 @@
 """What a run takes of its GPUs, before it is started: `python -m learner.plan --preset NAME`.
 
-Arithmetic alone (`learner.memory`, `learner.gpus`): no GPU, no weights.
+Arithmetic alone (`learner.capacity.memory`, `learner.capacity.gpus`): no GPU, no weights.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
-    from cluster.program import run_command
+    from cluster.program.start import run_command
 
     sys.exit(run_command("learner.plan"))
 
@@ -22,15 +22,15 @@ import tyro
 from pydantic import Field
 from rich.table import Table
 
-from actors.models.loading import count_parameters
-from actors.models.sources import PolicyArchitecture, Source, planned_policy, planned_tokenizer
-from cluster.console import REFUSED, make_console
+from actors.checkpoints.loading import count_parameters
+from actors.checkpoints.sources import PolicyArchitecture, Source, planned_policy, planned_tokenizer
 from cluster.errors import ConfigError, TesseraError
-from cluster.help import answer_help, asks_help
-from cluster.invocation import command_of
+from cluster.program.console import REFUSED, make_console
+from cluster.program.help import answer_help, asks_help
+from cluster.program.invocation import command_of
+from learner.capacity.gpus import Gpu, memory_of, of_sampler, pack, processes, rollouts_of
+from learner.capacity.memory import LearnerMemory
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
-from learner.gpus import Gpu, memory_of, of_sampler, pack, processes, rollouts_of
-from learner.memory import LearnerMemory
 
 MODULE = "learner.plan"
 ABOUT = (

@@ -11,35 +11,40 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+from actors.checkpoints.sources import PolicyArchitecture
 from actors.models.llamagen import LlamaGenConfig
-from actors.models.sources import PolicyArchitecture
 from actors.models.taming import TamingConfig
 from actors.preflight import check_models, image_side
 from cluster.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from cluster.invocation import command_of
+from cluster.io.paths import expanded
 from cluster.messages import Condition
-from cluster.paths import expanded
-from cluster.placement import Placement, place
+from cluster.model_files.tensors import locate
 from cluster.preflight import Download, Findings, size_of
+from cluster.program.invocation import command_of
+from cluster.ray_session.runtime_env import check_runtime_env
 from cluster.roles import FEATURE_BATCH
-from cluster.runtime_env import check_runtime_env
-from cluster.tensors import locate
-from learner.caption_conditions import Peeked, check_encoder, peek_captions
-from learner.conditions import DIGITS as DIGIT_NAMES
-from learner.conditions import ConditionsConfig
+from cluster.scheduling.placement import Placement, place
 from learner.config import RunConfig
-from learner.datasets import DIGITS, iterate_images
-from learner.distribution import RewardSpace, read_moments, reference_labels, stored_reference
-from learner.gallery import gallery_rows
-from learner.real_tokens import check_source
+from learner.data.captions import Peeked, check_encoder, peek_captions
+from learner.data.conditions import DIGITS as DIGIT_NAMES
+from learner.data.conditions import ConditionsConfig
+from learner.data.datasets import DIGITS, iterate_images
+from learner.fleet_plan import fleet_plan
+from learner.monitoring.gallery import gallery_rows
+from learner.rollouts.feature_space import (
+    RewardSpace,
+    read_moments,
+    reference_labels,
+    stored_reference,
+)
+from learner.training.real_tokens import check_source
 from rewards.config import NETWORKS
-from rewards.diagnostics import few_images, few_images_warning
-from rewards.features import FeaturesConfig
-from rewards.fid import Reference
+from rewards.distribution.diagnostics import few_images, few_images_warning
+from rewards.distribution.reference import Reference, build_command, read_stored
+from rewards.networks.features import FeaturesConfig
 from rewards.preflight import check_judge, check_rewards, feature_dim, fits_fingerprint
 from rewards.prompt_check import check_texts
-from rewards.reference import build_command, read_stored
-from rewards.reference_fetch import PUBLISHED, by_file, fetch_command, reference_file
+from rewards.reference.fetch import PUBLISHED, by_file, fetch_command, reference_file
 
 
 def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
@@ -378,7 +383,7 @@ def listed(findings: Findings) -> list[str]:
 def placement_lines(config: RunConfig, cpus: float, gpus: float) -> list[str]:
     """Where everything would run on a machine: one line a role."""
     try:
-        return [_placed(placement) for placement in place(config.fleet_plan(), cpus, gpus)]
+        return [_placed(placement) for placement in place(fleet_plan(config), cpus, gpus)]
     except ConfigError as error:  # a dry run is made on a laptop, too, for a cluster
         return [f"does not fit this machine: {error}"]
 

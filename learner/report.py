@@ -11,13 +11,14 @@ from typing import Any
 
 import jinja2
 
-from cluster.streams import printable
-from cluster.strict_json import number
+from cluster.io.run_layout import BEFORE_AFTER
+from cluster.io.strict_json import number
+from cluster.program.streams import printable
 from learner.config import RunConfig, dump
-from learner.metrics import read_metrics
-from learner.progress import COLUMNS
-from learner.rows import QUANTILES
-from learner.rundir import BEFORE_AFTER, RunDirectory
+from learner.monitoring.console import COLUMNS
+from learner.monitoring.metrics import read_metrics
+from learner.monitoring.rows import QUANTILES
+from learner.runs.run_dir import RunDirectory
 from rewards.config import LOO_FID
 
 REWARDS = "rewards of images (mean, 5th to 95th percentile)"

@@ -6,10 +6,12 @@ leaves everything in a run directory.
 
 from __future__ import annotations
 
+from learner.fleet_plan import fleet_plan
+
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
-    from cluster.program import run_command
+    from cluster.program.start import run_command
 
     sys.exit(run_command("learner.run"))
 
@@ -23,18 +25,22 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from cluster import logs
-from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
+from cluster.control.discovery import announced
 from cluster.errors import ConfigError, LockLostError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
-from cluster.help import answer_help, asks_help
-from cluster.invocation import command_of
+from cluster.io.run_layout import WHEREABOUTS
+from cluster.io.user_files import remember_run
 from cluster.preflight import Findings
-from cluster.runtime import check_ray, local_resources
-from cluster.signals import StopFlag, handled_by, held
-from cluster.streams import safe_streams
-from cluster.user_files import remember_run
-from cluster.whereabouts import WHEREABOUTS, announced
+from cluster.program import logs
+from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
+from cluster.program.help import answer_help, asks_help
+from cluster.program.invocation import command_of
+from cluster.program.signals import StopFlag, handled_by, held
+from cluster.program.streams import safe_streams
+from cluster.ray_session.session import check_ray, local_resources
+from learner.capacity.storage import store_need
+from learner.checkpoints.resume import check_resume
+from learner.checkpoints.store import Checkpoints
 from learner.config import (
     DEFAULT_PRESET,
     RunConfig,
@@ -44,15 +50,12 @@ from learner.config import (
     validate,
 )
 from learner.experiment import Experiment
-from learner.footprint import store_need
-from learner.keeper import Checkpoints
+from learner.monitoring.console import RunConsole
 from learner.opening import Opening, choose
 from learner.output import OutputConfig
 from learner.preflight import listed, placement_lines, preflight
-from learner.progress import RunConsole
-from learner.resuming import check_resume
-from learner.rundir import RunDirectory
-from rewards.extra_files import changed_since
+from learner.runs.run_dir import RunDirectory
+from rewards.scorers.user_reward_files import changed_since
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +263,7 @@ def starting(command: Command, config: RunConfig) -> str:
     """What is about to be started, for the seconds that this takes."""
     if command.inline:
         return "starting: every role in this process"
-    plan = config.fleet_plan()
+    plan = fleet_plan(config)
     samplers, servers = plan.sampler.count, sum(role.count for role in plan.servers)
     learners = plan.learner.count
     return (
@@ -279,12 +282,12 @@ def open_fleet(
     if command.inline:
         (run.path / WHEREABOUTS).unlink(missing_ok=True)  # of a run on Ray that was killed
         remember_run(run.path)
-        with InlineFleet(config.fleet_plan(), should_stop) as inline:
+        with InlineFleet(fleet_plan(config), should_stop) as inline:
             yield inline
         return
-    from cluster.object_store import check_store, explained
-    from cluster.ray_fleet import RayFleet
-    from cluster.runtime import RaySession
+    from cluster.ray_backend.fleet import RayFleet
+    from cluster.ray_session.object_store import check_store, explained
+    from cluster.ray_session.session import RaySession
 
     need = store_need(config)
     with (
@@ -299,7 +302,7 @@ def open_fleet(
             )
         if note := check_store(need, session.object_store):
             logger.warning(f"note: {note}")
-        plan, name = config.fleet_plan(), run.path.name
+        plan, name = fleet_plan(config), run.path.name
         with RayFleet(plan, session, should_stop, run=name, ask_to_stop=should_stop.ask) as fleet:
             announce(session.address)
             yield fleet

@@ -17,7 +17,7 @@ import numpy as np
 
 from cluster.bounds import check_at_most
 from cluster.errors import CheckpointError
-from cluster.sealing import UNREADABLE, seal, unseal
+from cluster.io.checksum import UNREADABLE, seal, unseal
 
 Normalisation = Literal["group", "batch", "anchored", "centred"]
 EPSILON = 1e-4  # added to a group's deviation, as in the public code of 2603.23086

@@ -10,18 +10,16 @@ import tyro
 from pydantic import Field
 
 from cluster.bounds import check_at_most
-from cluster.roles import Resources
-from cluster.scaling import AutoscaleConfig
-from cluster.secrets import check_environment
-from rewards.batcher import BatchingConfig
-from rewards.classifier import ClassifierConfig
-from rewards.clip import ClipConfig
+from cluster.program.secrets import check_environment
+from cluster.roles import AutoscaleConfig, Resources
 from rewards.combine import Normalisation, RewardTerm, ScorerTerm
-from rewards.extra import ExtraReward, parse_extra
-from rewards.extra_files import RewardFile, read_file
-from rewards.features import FeaturesConfig
-from rewards.hpsv2 import HpsConfig
-from rewards.moments_config import MomentsConfig
+from rewards.distribution.config import MomentsConfig
+from rewards.networks.features import FeaturesConfig
+from rewards.scorers.classifier import ClassifierConfig
+from rewards.scorers.clip import ClipConfig
+from rewards.scorers.hpsv2 import HpsConfig
+from rewards.scorers.user_reward_files import RewardFile, read_file
+from rewards.scorers.user_rewards import ExtraReward, parse_extra
 
 LOO_FID = "loo_fid"
 REWARDS, JUDGE = "rewards", "judge"
@@ -170,6 +168,28 @@ class JudgeConfig:
     )
     second: FeaturesConfig = field(default_factory=lambda: FeaturesConfig(network="pixels"))
     """A second feature space: one network's FID can misrank what another sees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchingConfig:
+    """When queued requests are worked on, and how many may queue."""
+
+    max_batch: int = 0
+    """Most images scored together, across requests. 0 is 64 on a GPU, and every request by itself
+    on a CPU, where larger batches are no faster, and a score then depends, to its last bit, on
+    nothing but its own request."""
+    max_wait_ms: float = 2.0
+    """Longest wait of a request for others to be scored together with, milliseconds."""
+    max_queued: int = 1024
+    """Images that may wait in one server; whoever brings more is held up until there is room."""
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 0:
+            raise ValueError(f"max_batch must be >= 0 (0 is automatic), found {self.max_batch}")
+        if not 0 <= self.max_wait_ms < float("inf"):
+            raise ValueError(f"max_wait_ms must be >= 0, found {self.max_wait_ms}")
+        if self.max_queued < 1:
+            raise ValueError(f"max_queued must be >= 1, found {self.max_queued}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,16 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.tensors import locate
+from cluster.model_files.tensors import locate
 from rewards.config import RewardServerConfig
-from rewards.features import MINIATURE, FeaturesConfig
-from rewards.openclip import Precision, clip_parameters
-from rewards.openclip_configs import read_directory
-from rewards.openclip_sources import architecture_of, directory_of
+from rewards.networks.features import MINIATURE, FeaturesConfig
+from rewards.networks.open_clip_configs import read_directory
+from rewards.networks.open_clip_models import Precision, clip_parameters
+from rewards.networks.open_clip_sources import architecture_of, directory_of
+from rewards.networks.vision_towers import CLIP, DINOV2
+from rewards.networks.weight_files import given
 from rewards.preflight import DINOV2_BYTES, INCEPTION_BYTES
-from rewards.text_image import IMAGE_BATCH
-from rewards.vision_towers import CLIP, DINOV2
-from rewards.weight_files import given
+from rewards.scorers.text_image import IMAGE_BATCH
 
 WIDTH = {"fp32": 4, "bf16": 2}  # bytes
 HELD = 8  # widths of the residual stream that a block holds: queries, keys, values, MLP

@@ -16,22 +16,19 @@ import huggingface_hub
 import torch
 from huggingface_hub import constants
 
-from cluster.checkpoint_files import is_own, open_checkpoint
 from cluster.errors import CheckpointError, ConfigError, nearest
-from cluster.paths import expanded
+from cluster.io.paths import expanded
+from cluster.model_files.checkpoints import is_own, open_checkpoint
+from cluster.model_files.tensors import locate, read_config, read_shapes
+from cluster.model_files.torchvision_ops import ensure_torchvision
 from cluster.preflight import Download, Findings
-from cluster.tensors import locate, read_config, read_shapes
-from cluster.torchvision_ops import ensure_torchvision
-from rewards.classifier import ClassifierConfig
 from rewards.config import JudgeConfig, RewardsConfig
-from rewards.convnet import FAMILY, convnet_config
-from rewards.extra import find_extra
-from rewards.features import MAX_PIXELS, MINIATURE, FeaturesConfig
-from rewards.hpsv2 import ARCHITECTURE, PUBLISHED, REPOSITORY, HpsConfig, tag_of
-from rewards.inception import FEATURES, FID_URL
-from rewards.openclip import clip_parameters
-from rewards.openclip_configs import read_directory
-from rewards.openclip_sources import (
+from rewards.networks.convnet import FAMILY, convnet_config
+from rewards.networks.features import MAX_PIXELS, MINIATURE, FeaturesConfig
+from rewards.networks.inception import FEATURES, FID_URL
+from rewards.networks.open_clip_configs import read_directory
+from rewards.networks.open_clip_models import clip_parameters
+from rewards.networks.open_clip_sources import (
     HUB,
     TOKENIZERS,
     Source,
@@ -44,8 +41,11 @@ from rewards.openclip_sources import (
     pretrained_of,
     tags_of,
 )
-from rewards.vision_towers import CLIP, CLIP_TAG, DINOV2, known_tower, tower_dim
-from rewards.weight_files import given
+from rewards.networks.vision_towers import CLIP, CLIP_TAG, DINOV2, known_tower, tower_dim
+from rewards.networks.weight_files import given
+from rewards.scorers.classifier import ClassifierConfig
+from rewards.scorers.hpsv2 import ARCHITECTURE, PUBLISHED, REPOSITORY, HpsConfig, tag_of
+from rewards.scorers.user_rewards import find_extra
 
 HUB_PAGE = "https://huggingface.co"
 HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

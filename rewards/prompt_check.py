@@ -12,10 +12,10 @@ from typing import Any
 from cluster.errors import CheckpointError, DataError
 from cluster.messages import Condition
 from cluster.preflight import Findings
-from cluster.readable import faults, notes
+from cluster.text_limits import faults, notes
 from rewards.config import NETWORKS, JudgeConfig, RewardsConfig
-from rewards.openclip import NoTokenizerError, tokenizer_of
-from rewards.openclip_sources import (
+from rewards.networks.open_clip_models import NoTokenizerError, tokenizer_of
+from rewards.networks.open_clip_sources import (
     HUB,
     TOKENIZERS,
     Source,
@@ -24,10 +24,10 @@ from rewards.openclip_sources import (
     find_source,
     hub_tokenizer_of,
 )
+from rewards.networks.tokens import reading_of
 from rewards.preflight import is_cached
-from rewards.prompts import LONG_CAPTIONS, PromptConfig, Prompts
-from rewards.text_image import TextImageConfig
-from rewards.tokens import reading_of
+from rewards.scorers.prompts import LONG_CAPTIONS, PromptConfig, Prompts
+from rewards.scorers.text_image import TextImageConfig
 
 AT_MOST = 20_000  # conditions that are looked at: seconds
 

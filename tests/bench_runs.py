@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards.isolation import Isolation
+from rewards.scorers.isolation import Isolation
 
 RESULT = re.compile(r"^RESULT (\w+)\.(\w+)=(\S+)$", re.MULTILINE)
 SMALLEST = {

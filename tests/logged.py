@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from cluster.logs import PACKAGES
+from cluster.program.logs import PACKAGES
 
 
 class _Collector(logging.Handler):

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 import yaml
 
-from actors.caption_files import write_caption_features
+from actors.checkpoints.loading import module_of
+from actors.checkpoints.sources import PolicyArchitecture
+from actors.checkpoints.zoo import MODELS
 from actors.models.llamagen import LlamaGenConfig
-from actors.models.loading import module_of
-from actors.models.sources import PolicyArchitecture
 from actors.models.taming import TamingConfig
 from actors.models.vq import VQConfig, VQTokenizer
-from actors.models.zoo import MODELS
-from cluster.tensors import write_tensors
-from learner.conditions import IMAGENET
+from actors.text.features import write_caption_features
+from cluster.model_files.tensors import write_tensors
 from learner.config import RunConfig, merge, validate
+from learner.data.conditions import IMAGENET
 from rewards.config import RewardsConfig
-from rewards.convnet import ConvNet, ConvNetConfig
+from rewards.networks.convnet import ConvNet, ConvNetConfig
 
 CAPTIONS = ("a cat", "two dogs", "red")
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from cluster.fleet import Fleet
 from learner.config import RunConfig, load_preset, merge, to_dict, validate
-from learner.distribution import set_reference
 from learner.loop import Iteration, prepare, train
-from learner.metrics import read_metrics, repeatable
+from learner.monitoring.metrics import read_metrics, repeatable
+from learner.rollouts.feature_space import set_reference
 
 OPTIONS = {
     "iterations": 4,

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.caption_files import features_of
 from actors.models.base import Conditions, DecodeState, Window, class_of
 from actors.models.layers import Linear, allocate_cache, cached_attention, run_block
+from actors.text.features import features_of
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
 

@@ -9,10 +9,12 @@ with the same --out goes on.
 
 from __future__ import annotations
 
+from learner.fleet_plan import fleet_plan
+
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
-    from cluster.program import run_command
+    from cluster.program.start import run_command
 
     sys.exit(run_command("learner.miniature.arms"))
 
@@ -36,20 +38,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import stats
 
-from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.errors import ConfigError, TesseraError
-from cluster.files import replacing
 from cluster.fleet import InlineFleet
-from cluster.locks import locked
-from cluster.paths import output_path
-from cluster.streams import safe_streams
-from cluster.strict_json import dumps, number
+from cluster.io.files import replacing
+from cluster.io.locks import locked
+from cluster.io.paths import output_path
+from cluster.io.strict_json import dumps, number
+from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
+from cluster.program.streams import safe_streams
 from learner import evaluate
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, merge, validate
-from learner.distribution import set_reference
 from learner.loop import prepare, train
 from learner.miniature.build import BuildConfig, Builder, with_networks
-from learner.progress import COLUMNS
+from learner.monitoring.console import COLUMNS
+from learner.rollouts.feature_space import set_reference
 
 BASE, GUIDED, BOTH = "base", "base, CFG 2", "instance + LOO-FID"
 JOINT = "joint LOO-FID only"
@@ -197,7 +199,7 @@ def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
     if result.is_file():
         return
     run = arm_config(config, seed, (ARMS | FURTHER).get(arm, {}))
-    with InlineFleet(run.fleet_plan()) as fleet:
+    with InlineFleet(fleet_plan(run)) as fleet:
         fleet.broadcast()
         real = evaluate.real_features(run, fleet)
         if arm == BASE:

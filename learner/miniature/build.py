@@ -10,7 +10,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
-    from cluster.program import run_command
+    from cluster.program.start import run_command
 
     sys.exit(run_command("learner.miniature.build"))
 
@@ -28,19 +28,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig, VQTokenizer
-from cluster.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.errors import ConfigError, TesseraError
-from cluster.invocation import command_of
-from cluster.locks import locked
-from cluster.paths import output_path
-from cluster.streams import safe_streams
-from cluster.strict_json import dumps
-from cluster.tensors import write_tensors
-from cluster.torchvision_ops import ensure_torchvision
+from cluster.io.locks import locked
+from cluster.io.paths import output_path
+from cluster.io.strict_json import dumps
+from cluster.model_files.tensors import write_tensors
+from cluster.model_files.torchvision_ops import ensure_torchvision
+from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
+from cluster.program.invocation import command_of
+from cluster.program.streams import safe_streams
 from learner.config import DEFAULT_PRESET, load_preset, to_dict
+from learner.data.digits import CLASS_NAMES, IMAGE_SIZE, captions, digits, to_pixels
 from learner.miniature import training
-from learner.miniature.data import CLASS_NAMES, IMAGE_SIZE, captions, digits, to_pixels
-from rewards.convnet import ConvNetConfig
+from rewards.networks.convnet import ConvNetConfig
 
 NETWORKS = Path(__file__).parent / "networks"
 VOCABULARY = "vocabulary.txt.gz"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from actors.models.base import Conditions
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
 from actors.models.vq import VQConfig, VQTokenizer
-from learner.miniature.data import augment
-from rewards.convnet import ConvNet, ConvNetConfig
+from learner.data.digits import augment
+from rewards.networks.convnet import ConvNet, ConvNetConfig
 
 Tick = Callable[[], None]
 AUGMENTED_COPIES = 8

@@ -25,9 +25,9 @@ import ray
 import torch
 
 from cluster.messages import WeightSnapshot
-from cluster.publisher import Publisher
-from cluster.runtime import RayConfig, RaySession
-from cluster.transports import OBJECT_STORE
+from cluster.ray_backend.publisher import Publisher
+from cluster.ray_backend.transports import OBJECT_STORE
+from cluster.ray_session.session import RayConfig, RaySession
 from cluster.weights import Packer, load_weights
 
 SIDE = 1024

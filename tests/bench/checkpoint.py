@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from cluster.background import Background
-from cluster.files import MIB
-from learner.entropy import EntropyState
-from learner.learner_files import LearnerFiles, LearnerState, TensorFile
+from cluster.io.background import Background
+from cluster.io.files import MIB
+from learner.grpo.entropy import EntropyState
+from learner.training.state_files import LearnerFiles, LearnerState, TensorFile
 
 STEP_S = 0.1
 STEPS = 80

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import tyro
 
-from rewards.fid import Reference
-from rewards.history_basis import HistoryBasis
-from rewards.moments_config import MomentsConfig
-from rewards.moments_server import DistributionReward, MomentsServer
+from rewards.distribution.config import MomentsConfig
+from rewards.distribution.history_basis import HistoryBasis
+from rewards.distribution.reference import Reference
+from rewards.servers.moments_server import DistributionReward, MomentsServer
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from actors.decode import decode_tokens
+from actors.decoding.decode import decode_tokens
+from actors.decoding.steps import Workspace
 from actors.models.base import Conditions
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
-from actors.steps import Workspace
 from cluster.messages import SamplingSpec
 
 SIZES = {

@@ -18,10 +18,10 @@ import random
 import time
 from collections.abc import Callable
 
-from cluster import pool as pool_module
-from cluster.pool import State, Worker, WorkerPool
 from cluster.roles import Resources, Role
-from cluster.schedule import Candidate, choose_of_runs
+from cluster.scheduling import pool as pool_module
+from cluster.scheduling.dispatch import Candidate, choose_of_runs
+from cluster.scheduling.pool import State, Worker, WorkerPool
 from tests.unit import old_schedule
 
 SPEEDS = {"equal": [1.0], "uneven": [0.7, 1.0, 1.3, 4.0], "straggler": [1.0] * 63 + [100.0]}

@@ -31,9 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.messages import Condition
-from cluster.torchvision_ops import ensure_torchvision
-from rewards.hpsv2 import ARCHITECTURE, HpsConfig, HpsReward
-from rewards.openclip import Precision
+from cluster.model_files.torchvision_ops import ensure_torchvision
+from rewards.networks.open_clip_models import Precision
+from rewards.scorers.hpsv2 import ARCHITECTURE, HpsConfig, HpsReward
 from tests.parity import text_image
 
 PROMPT = "a photograph of a lighthouse in the evening"

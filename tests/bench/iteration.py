@@ -22,9 +22,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from actors.models.loading import count_parameters
+from actors.checkpoints.loading import count_parameters
 from cluster.fleet import InlineFleet
 from learner.config import RunConfig
+from learner.fleet_plan import fleet_plan
 from tests.reduced import FULL, Reduction, architectures, random_run, values_of
 from tests.small_run import run_training
 
@@ -72,7 +73,7 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         config = configured(options, Path(folder), device)
-        with InlineFleet(config.fleet_plan()) as fleet:
+        with InlineFleet(fleet_plan(config)) as fleet:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             rows = [done.row for done in run_training(config, fleet)][1:]

@@ -22,10 +22,10 @@ import torch
 import tyro
 from threadpoolctl import threadpool_limits
 
-from rewards.fid import Reference, distance_to_reference
-from rewards.history_basis import HistoryBasis
-from rewards.leave_one_out import leave_one_out_fid
-from rewards.moments import Moments
+from rewards.distribution.history_basis import HistoryBasis
+from rewards.distribution.leave_one_out import leave_one_out_fid
+from rewards.distribution.moments import Moments
+from rewards.distribution.reference import Reference, distance_to_reference
 from tests.unit.leave_one_out_oracle import Oracle, Scene, scene
 
 SMALL, LARGE = 32, 512

@@ -18,26 +18,19 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 
-from cluster.messages import (
-    MAIN_SPACE,
-    GroupScores,
-    RolloutGroup,
-    SampleRequest,
-    Span,
-    WeightSnapshot,
-)
-from cluster.ray_fleet import RayFleet
+from cluster.messages import MAIN_SPACE, GroupScores, RolloutGroup, SampleRequest, WeightSnapshot
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.session import RayConfig, RaySession
 from cluster.roles import FleetPlan, Resources, Role
-from cluster.runtime import RayConfig, RaySession
-from learner.batch import TrainingBatch
+from cluster.spans import Span
 from learner.config import RunConfig
-from learner.distribution import RewardSpace
-from learner.learner import StepReport
 from learner.loop import Iteration, train
-from learner.metrics import Recorder
-from learner.rundir import RunDirectory
-from learner.timeline import Usage, bottleneck
-from rewards.distribution_reward import DistributionReward
+from learner.monitoring.metrics import Recorder
+from learner.monitoring.timeline import Usage, bottleneck
+from learner.rollouts.feature_space import RewardSpace
+from learner.runs.run_dir import RunDirectory
+from learner.training.batch import StepReport, TrainingBatch
+from rewards.distribution.answer import DistributionReward
 from tests.small_run import small_config
 
 ROLLOUTS, TOKENS, SIDE = 4, 64, 16

@@ -14,11 +14,13 @@ import time
 
 import numpy as np
 
-from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec, Span
-from cluster.ray_fleet import RayFleet
+from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.session import RayConfig, RaySession
 from cluster.roles import FleetPlan, Resources, Role
-from cluster.runtime import RayConfig, RaySession
+from cluster.spans import Span
 from learner.config import RunConfig, load_preset, merge, to_dict, validate
+from learner.fleet_plan import fleet_plan
 
 ROLLOUTS = 16
 SIDE = 32
@@ -81,7 +83,7 @@ def plan(servers: int, seconds: float) -> FleetPlan:
 
     return FleetPlan(
         sampler=role("sampler", InstantSampler),
-        reward_server=bench_config(servers, seconds).fleet_plan().reward_server,
+        reward_server=fleet_plan(bench_config(servers, seconds)).reward_server,
         moments_server=role("moments-server", Idle),
         learner=role("learner", Idle),
     )

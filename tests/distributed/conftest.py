@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.runtime import RayConfig, RaySession
+from cluster.ray_session.session import RayConfig, RaySession
 
 
 @pytest.fixture(scope="session")

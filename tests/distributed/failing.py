@@ -15,8 +15,8 @@ import numpy as np
 
 from actors.sampler import Sampler
 from cluster.roles import FleetPlan
-from learner.learner import Learner
-from rewards.moments_server import MomentsServer
+from learner.training.learner import Learner
+from rewards.servers.moments_server import MomentsServer
 
 ROLES = {"sampler": "sampler", "moments": "moments_server", "learner": "learner"}
 ITERATION = 2

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster.errors import TesseraError
-from cluster.messages import RolloutGroup, SampleRequest, Span
-from cluster.object_store import StoreNeed, explained
-from cluster.ray_fleet import RayFleet
+from cluster.messages import RolloutGroup, SampleRequest
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.object_store import StoreNeed, explained
+from cluster.ray_session.session import RayConfig, RaySession
 from cluster.roles import FleetPlan, Resources, Role
-from cluster.runtime import RayConfig, RaySession
+from cluster.spans import Span
 from tests.distributed.test_ray_fleet import requests
 from tests.stand_ins import drawn
 

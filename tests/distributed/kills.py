@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 
 import ray
 
-from cluster import pulse
-from cluster.fleet import Ticket
 from cluster.messages import TRAIN, SampleRequest
-from cluster.pool import Worker
-from cluster.ray_fleet import RayFleet
-from cluster.ray_private import call_inside
+from cluster.ray_backend import heartbeat
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.private import call_inside
+from cluster.scheduling.in_flight import Ticket
+from cluster.scheduling.pool import Worker
 
 
 def pid_of(worker: Worker) -> int:
     """Also of one that is busy: a thread beside its work answers."""
-    return ray.get(call_inside(worker.handle, lambda _: os.getpid(), pulse.GROUP), timeout=60)
+    return ray.get(call_inside(worker.handle, lambda _: os.getpid(), heartbeat.GROUP), timeout=60)
 
 
 def when_asked_for(

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from learner.fleet_plan import fleet_plan
+
 QUICK = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
 for name, value in QUICK.items():  # how soon Ray takes a silent node for lost
     os.environ[f"RAY_health_check_{name}"] = str(value)
@@ -21,10 +23,10 @@ for name, value in QUICK.items():  # how soon Ray takes a silent node for lost
 import ray  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from cluster.pool import State, Worker  # noqa: E402
-from cluster.ray_fleet import RayFleet  # noqa: E402
-from cluster.ray_private import call_inside  # noqa: E402
-from cluster.runtime import RayConfig, RaySession  # noqa: E402
+from cluster.ray_backend.fleet import RayFleet  # noqa: E402
+from cluster.ray_session.private import call_inside  # noqa: E402
+from cluster.ray_session.session import RayConfig, RaySession  # noqa: E402
+from cluster.scheduling.pool import State, Worker  # noqa: E402
 from tests.distributed.kills import when_asked_for  # noqa: E402
 from tests.distributed.test_failures import OPTIONS, run_whole  # noqa: E402
 from tests.logged import messages  # noqa: E402
@@ -54,8 +56,8 @@ def main(directory: Path) -> dict[str, Any]:
     config = small_config(**changed_options())
     with (
         messages() as said,
-        RaySession(RayConfig(address=cluster.address)) as session,
-        RayFleet(config.fleet_plan(), session) as fleet,
+        RaySession(RayConfig(address=cluster.ray_session.address)) as session,
+        RayFleet(fleet_plan(config), session) as fleet,
     ):
         found: dict[str, Any] = {"said": said}
         lost = [w.name for w in fleet._all() if node_of(w) == second.node_id]

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import ray
 
-from cluster.runtime import RayConfig, RaySession
+from cluster.ray_session.session import RayConfig, RaySession
 
 BYTES = 150_000_000
 

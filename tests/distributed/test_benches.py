@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from cluster import runtime
-from cluster.runtime import RaySession
+from cluster.ray_session import session
+from cluster.ray_session.session import RaySession
 from tests.bench_runs import ALONE, ON_RAY, run_bench
 
 
@@ -18,7 +18,7 @@ def test_it_starts_and_prints_figures(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(runtime, "RaySession", lambda config: nullcontext(ray_session))
+    monkeypatch.setattr(session, "RaySession", lambda config: nullcontext(ray_session))
     assert run_bench(name, ON_RAY[name], monkeypatch, capsys)
 
 

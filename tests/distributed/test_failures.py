@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 
 from cluster.fleet import Fleet, InlineFleet
-from cluster.pool import Worker
-from cluster.ray_fleet import RayFleet
+from cluster.io.run_layout import step_name
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan
-from cluster.runtime import RaySession
-from learner.checkpoint import name_of
+from cluster.scheduling.pool import Worker
 from learner.config import RunConfig
 from learner.experiment import Experiment
-from learner.progress import RunConsole
-from learner.rundir import RunDirectory
+from learner.fleet_plan import fleet_plan
+from learner.monitoring.console import RunConsole
+from learner.runs.run_dir import RunDirectory
 from tests.distributed import failing
 from tests.distributed.kills import pid_of, when_asked_for
 from tests.small_run import recorded, small_config
@@ -51,7 +52,7 @@ def run_whole(config: RunConfig, fleet: Fleet, path: Path) -> list[tuple]:
 @pytest.fixture(scope="module")
 def unharmed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
     config = small_config(**OPTIONS)
-    with InlineFleet(config.fleet_plan()) as fleet:
+    with InlineFleet(fleet_plan(config)) as fleet:
         return run_whole(config, fleet, tmp_path_factory.mktemp("unharmed") / "run")
 
 
@@ -73,7 +74,7 @@ def test_workers_are_killed(
     ray_session: RaySession, unharmed: list[tuple], tmp_path: Path, victim: str
 ) -> None:
     config = small_config(**OPTIONS)
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         samplers, servers = fleet.pools
         victims = {
             "an idle sampler": samplers.workers[:1],
@@ -114,14 +115,14 @@ def test_roles_die_in_mid_work(
     file: str,
 ) -> None:
     config = small_config(**OPTIONS)
-    plan: FleetPlan = failing.with_role(config.fleet_plan(), role, kind, tmp_path)
+    plan: FleetPlan = failing.with_role(fleet_plan(config), role, kind, tmp_path)
     with RayFleet(plan, ray_session) as fleet:
         assert run_whole(config, fleet, tmp_path / "run") == unharmed
         assert (tmp_path / file).exists()
         assert fleet.restarts == 1
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     steps = range(failing.EVERY, config.iterations + 1, failing.EVERY)
-    assert kept == [name_of(step) for step in steps]
+    assert kept == [step_name(step) for step in steps]
 
 
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGSTOP"])
@@ -132,10 +133,10 @@ def test_a_reward_server_dies_in_mid_batch(
     config = small_config(**OPTIONS, rewards={"extra": [extra]})
     file = tmp_path / f"server-{end}"
     file.touch()
-    with InlineFleet(config.fleet_plan()) as inline:
+    with InlineFleet(fleet_plan(config)) as inline:
         expected = run_whole(config, inline, tmp_path / "unharmed")
     file.unlink()
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         assert run_whole(config, fleet, tmp_path / "run") == expected
         assert file.exists()
         assert fleet.restarts == 1
@@ -144,7 +145,7 @@ def test_a_reward_server_dies_in_mid_batch(
 @pytest.mark.slow
 def test_one_of_two_learners_dies_in_mid_step(ray_session: RaySession, tmp_path: Path) -> None:
     config = small_config(**{**OPTIONS, "num_reward_servers": 1}, num_learners=2)
-    plan = failing.with_role(config.fleet_plan(), "learner", failing.StepKilledLearner, tmp_path)
+    plan = failing.with_role(fleet_plan(config), "learner", failing.StepKilledLearner, tmp_path)
     file = tmp_path / "learner-step"
     file.touch()
     with RayFleet(plan, ray_session) as fleet:

@@ -10,10 +10,11 @@ import pytest
 
 from cluster.errors import FleetError
 from cluster.messages import GroupScores
-from cluster.ray_fleet import RayFleet
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan
-from cluster.runtime import RaySession
-from rewards.reward_server import RewardServer
+from learner.fleet_plan import fleet_plan
+from rewards.servers.reward_server import RewardServer
 from tests.bench.reward_server import InstantSampler, plan, requests
 from tests.small_run import small_config
 
@@ -76,7 +77,7 @@ def plan_of(extra: list[str], *, apart: bool = False, timeout_s: float = 0.0) ->
     pools = {"apart": {"runtime_env": {"env_vars": {"WHO": "7"}}}} if apart else {}
     config = small_config(rewards=rewards, reward_pools=pools, evaluation={"num_images": 0})
     config = dataclasses.replace(config, rewards=config.rewards.with_files())
-    whole = config.fleet_plan()
+    whole = fleet_plan(config)
     server = whole.reward_server
     if timeout_s:
         quick = dataclasses.replace(server.config, timeout_s=timeout_s)

@@ -13,11 +13,12 @@ import ray
 
 from cluster.errors import ConfigError, FleetError, TesseraError
 from cluster.fleet import InlineFleet
-from cluster.ray_fleet import RayFleet
-from cluster.ray_private import call_inside
-from cluster.runtime import RaySession
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.private import call_inside
+from cluster.ray_session.session import RaySession
 from cluster.weights import unpack_weights
 from learner.config import RunConfig
+from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration
 from tests.small_run import run_training, small_config
 
@@ -32,7 +33,7 @@ def config_of(**changes: object) -> RunConfig:
 @pytest.fixture(scope="module")
 def alone() -> tuple[list[Iteration], dict[str, np.ndarray]]:
     config = config_of()
-    with InlineFleet(config.fleet_plan()) as fleet:
+    with InlineFleet(fleet_plan(config)) as fleet:
         return run_training(config, fleet), published(fleet)
 
 
@@ -52,7 +53,7 @@ def test_two_learners_of_eight_are_one_of_sixteen(
 ) -> None:
     iterations, weights = alone
     config = config_of(num_learners=2)
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         found = run_training(config, fleet)
         assert_equal(published(fleet), weights)
         fleet.learner.save(tmp_path)
@@ -64,7 +65,7 @@ def test_two_learners_of_eight_are_one_of_sixteen(
         for name in ("loss/grad_norm", "policy/entropy", "policy/ratio", "version"):
             assert ours.row[name] == pytest.approx(theirs.row[name], rel=1e-4), name
     # Complete, and independent of who wrote it: one learner goes on from it.
-    with InlineFleet(config_of().fleet_plan()) as one:
+    with InlineFleet(fleet_plan(config_of())) as one:
         assert one.learner.restore(tmp_path) == 4
         assert_equal(published(one), weights)
 
@@ -72,7 +73,7 @@ def test_two_learners_of_eight_are_one_of_sixteen(
 def test_a_lost_learner_ends_the_step_and_is_named(ray_session: RaySession) -> None:
     """Not after the whole timeout: the others would wait for it in vain."""
     config = config_of(num_learners=2)
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         victim = fleet._keepers.learners[1].handle
         pid = ray.get(call_inside(victim, lambda _: os.getpid()))
         os.kill(pid, signal.SIGKILL)
@@ -83,7 +84,7 @@ def test_a_lost_learner_ends_the_step_and_is_named(ray_session: RaySession) -> N
 
 
 def test_in_one_process_there_is_one_learner() -> None:
-    plan = config_of(num_learners=2).fleet_plan()
+    plan = fleet_plan(config_of(num_learners=2))
     with pytest.raises(ConfigError, match="2 learners compute in processes of their own"):
         InlineFleet(plan)
 
@@ -92,6 +93,6 @@ def test_a_step_that_fails_in_one_learner_fails_as_a_whole(ray_session: RaySessi
     config = config_of(num_learners=2, policy={"checkpoint": "nowhere.safetensors"})
     with (
         pytest.raises(TesseraError, match=r"^learner-0 could not start: [^\n]*no such file[^\n]*$"),
-        RayFleet(config.fleet_plan(), ray_session),
+        RayFleet(fleet_plan(config), ray_session),
     ):
         pass

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from cluster.fleet import InlineFleet
+from learner.fleet_plan import fleet_plan
 from tests.distributed.node_loss import changed_options
 from tests.distributed.test_failures import run_whole
 from tests.small_run import recorded, small_config
@@ -23,6 +24,6 @@ def test_a_node_is_lost_and_another_one_comes(tmp_path: Path) -> None:
     assert found["lost"], "nothing was on the node"
     assert found["serving_at_last"] == [2, 2]
     config = small_config(**changed_options())
-    with InlineFleet(config.fleet_plan()) as fleet:
+    with InlineFleet(fleet_plan(config)) as fleet:
         expected = run_whole(config, fleet, tmp_path / "unharmed")
     assert recorded(tmp_path / "run") == expected

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from cluster.ray_fleet import RayFleet
-from cluster.runtime import RaySession
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.session import RaySession
 from tests.distributed.test_pipeline import slow_plan
 from tests.distributed.test_ray_fleet import requests
 

@@ -9,10 +9,12 @@ import pytest
 import ray
 
 from cluster.fleet import InlineFleet
-from cluster.messages import RolloutGroup, SampleRequest, Span
-from cluster.ray_fleet import RayFleet
+from cluster.messages import RolloutGroup, SampleRequest
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, Resources, Role
-from cluster.runtime import RaySession
+from cluster.spans import Span
+from learner.fleet_plan import fleet_plan
 from tests.distributed.kills import kill_when_asked_for
 from tests.distributed.test_ray_fleet import requests
 from tests.small_run import fingerprint, run_training, small_config
@@ -25,20 +27,20 @@ def ahead(**changes: object):
 
 @pytest.fixture(scope="module")
 def inline() -> list[tuple]:
-    with InlineFleet(ahead().fleet_plan()) as fleet:
+    with InlineFleet(fleet_plan(ahead())) as fleet:
         return fingerprint(run_training(ahead(), fleet))
 
 
 def test_one_ahead_equals_inline_bit_for_bit(ray_session: RaySession, inline: list[tuple]) -> None:
     config = ahead(num_samplers=3, num_reward_servers=2)
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         assert fingerprint(run_training(config, fleet)) == inline
 
 
 def test_a_killed_sampler_changes_nothing(ray_session: RaySession, inline: list[tuple]) -> None:
     """Its groups of the older version are drawn by one that starts with the older weights."""
     config = ahead(num_samplers=2)
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         killed = kill_when_asked_for(fleet, fleet.pools[0].workers, iteration=2)
         assert fingerprint(run_training(config, fleet)) == inline
         assert (len(killed), fleet.restarts) == (1, 1)

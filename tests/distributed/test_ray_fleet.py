@@ -8,12 +8,14 @@ import time
 import numpy as np
 import pytest
 
-from cluster.errors import FleetError, TesseraError
-from cluster.fleet import InlineFleet, StopRequestedError
-from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec, Span
-from cluster.ray_fleet import RayFleet
+from cluster.errors import FleetError, StopRequestedError, TesseraError
+from cluster.fleet import InlineFleet
+from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, Resources, Role
-from cluster.runtime import RaySession
+from cluster.spans import Span
+from learner.fleet_plan import fleet_plan
 from tests.distributed.kills import kill_when_asked_for
 from tests.small_run import fingerprint, run_training, small_config
 from tests.stand_ins import drawn
@@ -24,7 +26,7 @@ START_S = 120.0
 @pytest.fixture(scope="module")
 def inline() -> list[tuple]:
     config = small_config()
-    with InlineFleet(config.fleet_plan()) as fleet:
+    with InlineFleet(fleet_plan(config)) as fleet:
         return fingerprint(run_training(config, fleet))
 
 
@@ -33,7 +35,7 @@ def test_equals_inline_bit_for_bit(
     ray_session: RaySession, inline: list[tuple], samplers: int, servers: int
 ) -> None:
     config = small_config(num_samplers=samplers, num_reward_servers=servers)
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         assert fingerprint(run_training(config, fleet)) == inline
 
 
@@ -43,9 +45,9 @@ def test_moments_prepared_off_the_critical_path_are_the_same(ray_session: RaySes
         num_samplers=2,
         rewards={"loo_fid": {"joint": True, "joint_dim": 4, "seed_images": 200}},
     )
-    with InlineFleet(config.fleet_plan()) as fleet:
+    with InlineFleet(fleet_plan(config)) as fleet:
         expected = fingerprint(run_training(config, fleet))
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         assert fingerprint(run_training(config, fleet)) == expected
 
 
@@ -55,7 +57,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
     ray_session: RaySession, inline: list[tuple], role: str
 ) -> None:
     config = small_config(num_samplers=2, num_reward_servers=2)
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         samplers, servers = fleet.pools
         victims = (samplers if role == "sampler" else servers).workers
         killed = kill_when_asked_for(fleet, victims, iteration=1)
@@ -177,6 +179,6 @@ def test_a_wait_ends_when_a_stop_is_asked_for(ray_session: RaySession) -> None:
 def test_more_than_the_machine_has_is_refused_before_anything_starts(
     ray_session: RaySession,
 ) -> None:
-    plan = small_config(sampler={"num_gpus": 1.0}).fleet_plan()
+    plan = fleet_plan(small_config(sampler={"num_gpus": 1.0}))
     with pytest.raises(TesseraError, match="asks for 2 GPUs, but there are 0"):
         RayFleet(plan, ray_session)

@@ -1,4 +1,4 @@
-"""What `cluster.ray_private` uses of Ray, name by name: a failure says what a new Ray broke."""
+"""Every private name that `cluster.ray_session.private` uses of Ray: what a new Ray broke."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 import ray
 from packaging.requirements import Requirement
 
-from cluster import ray_private
-from cluster.address import GcsAnswer
-from cluster.ray_token import TOKEN, find_token, token
-from cluster.runtime import RaySession
+from cluster.ray_session import private
+from cluster.ray_session.address import GcsAnswer
+from cluster.ray_session.session import RaySession
+from cluster.ray_session.token import TOKEN, find_token, token
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 120.0
@@ -49,7 +49,7 @@ def start(value: int) -> Any:
 @pytest.fixture(scope="module")
 def counter(ray_session: RaySession) -> Any:
     handle = start(7)
-    ray.get(ray_private.started(handle), timeout=WAIT_S)
+    ray.get(private.started(handle), timeout=WAIT_S)
     return handle
 
 
@@ -65,11 +65,11 @@ def test_the_bound_names_the_ray_that_these_tests_ran_with() -> None:
 def test_loopback_is_still_rays_switch() -> None:
     from ray._private import ray_constants
 
-    assert ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR == ray_private.ONE_MACHINE
-    before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(ray_private.ONE_MACHINE)
-    with ray_private.loopback():
-        assert os.environ[ray_private.ONE_MACHINE] == "0"
-    assert (ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(ray_private.ONE_MACHINE)) == before
+    assert ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR == private.ONE_MACHINE
+    before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(private.ONE_MACHINE)
+    with private.loopback():
+        assert os.environ[private.ONE_MACHINE] == "0"
+    assert (ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(private.ONE_MACHINE)) == before
 
 
 def test_a_private_ray_is_on_loopback(ray_session: RaySession) -> None:
@@ -79,7 +79,7 @@ def test_a_private_ray_is_on_loopback(ray_session: RaySession) -> None:
 
 
 def test_a_private_ray_is_shown_a_token(ray_session: RaySession) -> None:
-    assert ray_private.shows_token() is True
+    assert private.shows_token() is True
 
 
 def test_workers_have_the_token_whatever_becomes_of_its_file(counter: Any) -> None:
@@ -91,25 +91,25 @@ def test_the_control_service_says_its_versions(ray_session: RaySession) -> None:
     """Shown the token that it asks for; and what a wrong one, or none, is answered with."""
     address = ray_session.address
     assert find_token()
-    answer = ray_private.ask_gcs(address, token(os.environ), WAIT_S)
+    answer = private.ask_gcs(address, token(os.environ), WAIT_S)
     assert answer == GcsAnswer("OK", "", ray.__version__, platform.python_version(), True)
     for shown in ("", "wrong"):
-        assert ray_private.ask_gcs(address, shown, WAIT_S).code == "UNAUTHENTICATED"
+        assert private.ask_gcs(address, shown, WAIT_S).code == "UNAUTHENTICATED"
 
 
 def test_nodes_and_clusters_of_this_machine_are_found(ray_session: RaySession) -> None:
     (node,) = ray.nodes()
-    assert node["NodeID"] in ray_private.nodes_here()
-    assert ray_session.address in ray_private.clusters_here()
+    assert node["NodeID"] in private.nodes_here()
+    assert ray_session.address in private.clusters_here()
 
 
 def test_a_private_ray_is_told_its_directory() -> None:
     """Rays of other tests show that it is used; here, that `ray.init` still takes the option."""
     from ray._private.worker import init
 
-    assert "_temp_dir" in ray_private.in_directory("/tmp/short")
+    assert "_temp_dir" in private.in_directory("/tmp/short")
     assert "_temp_dir" in inspect.getsource(init)
-    assert ray_private.in_directory("") == {}
+    assert private.in_directory("") == {}
 
 
 def test_one_attempt_is_still_rays_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,46 +118,46 @@ def test_one_attempt_is_still_rays_setting(monkeypatch: pytest.MonkeyPatch) -> N
     name = "RAY_gcs_server_port_wait_time_s"
     assert name in inspect.getsource(Node)
     monkeypatch.delenv(name, raising=False)
-    with ray_private.one_attempt():
+    with private.one_attempt():
         assert os.environ[name] == "1"
     assert name not in os.environ
 
 
 def test_actors_have_ids_nodes_and_processes(counter: Any) -> None:
-    number = ray_private.actor_id(counter)
+    number = private.actor_id(counter)
     assert number == ray.get(counter.whose.remote(), timeout=WAIT_S)
-    pid = ray.get(ray_private.call_inside(counter, lambda _: os.getpid()), timeout=WAIT_S)
-    assert ray_private.living_actors()[number] == {"node": "127.0.0.1", "pid": pid}
+    pid = ray.get(private.call_inside(counter, lambda _: os.getpid()), timeout=WAIT_S)
+    assert private.living_actors()[number] == {"node": "127.0.0.1", "pid": pid}
 
 
 def test_a_killed_actor_lives_no_more(ray_session: RaySession) -> None:
     handle = start(0)
-    ray.get(ray_private.started(handle), timeout=WAIT_S)
-    number = ray_private.actor_id(handle)
-    assert number in ray_private.living_actors()
+    ray.get(private.started(handle), timeout=WAIT_S)
+    number = private.actor_id(handle)
+    assert number in private.living_actors()
     ray.kill(handle)
     deadline = time.monotonic() + WAIT_S
-    while number in ray_private.living_actors():
+    while number in private.living_actors():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
 def test_an_actor_that_cannot_start_says_why(ray_session: RaySession) -> None:
     with pytest.raises(ray.exceptions.RayActorError, match="below nothing") as caught:
-        ray.get(ray_private.started(start(-1)), timeout=WAIT_S)
+        ray.get(private.started(start(-1)), timeout=WAIT_S)
     assert caught.value.actor_init_failed
 
 
 def test_a_function_is_called_with_the_instance(counter: Any) -> None:
-    inside = ray_private.call_inside(counter, lambda instance: instance.value)
+    inside = private.call_inside(counter, lambda instance: instance.value)
     assert ray.get(inside, timeout=WAIT_S) == 7
 
 
 def test_a_function_is_called_beside_work(counter: Any) -> None:
     """Before the work that it was sent after is done: in the thread of its own group."""
     working = counter.busy.remote(3.0)
-    asked = ray_private.call_inside(counter, lambda _: time.monotonic(), GROUP)
-    in_order = ray_private.call_inside(counter, lambda _: time.monotonic())
+    asked = private.call_inside(counter, lambda _: time.monotonic(), GROUP)
+    in_order = private.call_inside(counter, lambda _: time.monotonic())
     beside, ended, after = ray.get([asked, working, in_order], timeout=WAIT_S)
     assert beside < ended <= after
 

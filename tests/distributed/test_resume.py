@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from cluster.fleet import Fleet, InlineFleet
-from cluster.ray_fleet import RayFleet
-from cluster.runtime import RaySession
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.session import RaySession
 from learner.config import RunConfig
 from learner.experiment import Experiment
-from learner.progress import RunConsole
-from learner.rundir import RunDirectory
+from learner.fleet_plan import fleet_plan
+from learner.monitoring.console import RunConsole
+from learner.runs.run_dir import RunDirectory
 from tests.small_run import recorded, small_config
 
 QUICK = {"evaluation": {"num_images": 0}, "output": {"checkpoint_every": 2, "gallery_every": 0}}
@@ -29,7 +30,7 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four iterations, with a checkpoint after two."""
     config = small_config(**QUICK)
     run = RunDirectory.create(str(tmp_path_factory.mktemp("resume") / "run"), config)
-    go_on(run, config, InlineFleet(config.fleet_plan()), None)
+    go_on(run, config, InlineFleet(fleet_plan(config)), None)
     return run.path
 
 
@@ -39,7 +40,7 @@ def test_more_samplers_and_reward_servers(
     shutil.copytree(inline, tmp_path / "run")
     config = small_config(num_samplers=3, num_reward_servers=2, **QUICK)
     run = RunDirectory(tmp_path / "run")
-    go_on(run, config, RayFleet(config.fleet_plan(), ray_session), 2)
+    go_on(run, config, RayFleet(fleet_plan(config), ray_session), 2)
     assert recorded(run.path) == recorded(inline)
     name = "checkpoints/step_000004/policy.safetensors"
     assert (run.path / name).read_bytes() == (inline / name).read_bytes()
@@ -52,7 +53,7 @@ def test_two_learners_go_on_with_the_same_rollouts(
     shutil.copytree(inline, tmp_path / "run")
     config = small_config(num_learners=2, **QUICK)
     run = RunDirectory(tmp_path / "run")
-    go_on(run, config, RayFleet(config.fleet_plan(), ray_session), 2)
+    go_on(run, config, RayFleet(fleet_plan(config), ray_session), 2)
     ours, theirs = recorded(run.path), recorded(inline)
     assert ours[:2] == theirs[:2]
     assert ours[2][1] == theirs[2][1]

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.control import Control, FleetStatus, find_control
+from cluster.control.control_actor import Control, FleetStatus, find_control
 from cluster.errors import FleetError, TesseraError
 from cluster.fleet import InlineFleet
-from cluster.pool import State, Worker, WorkerPool
-from cluster.ray_fleet import RayFleet
-from cluster.runtime import RaySession
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.session import RaySession
 from cluster.scale import scale
-from cluster.work_queue import Waiting
+from cluster.scheduling.pool import State, Worker, WorkerPool
+from cluster.scheduling.work_queue import Waiting
+from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration
 from tests.distributed.kills import pid_of
 from tests.small_run import run_training, small_config
@@ -40,7 +41,7 @@ def rewards_of(iterations: list[Iteration]) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def alone() -> list[Iteration]:
     config = small_config(rewards={"extra": [SLOW.replace("0.15", "0.0")]})
-    with InlineFleet(config.fleet_plan()) as fleet:
+    with InlineFleet(fleet_plan(config)) as fleet:
         return run_training(config, fleet)
 
 
@@ -81,7 +82,7 @@ def test_rewards_do_not_depend_on_how_many_there_are_or_who_dies(
     options = {"num_reward_servers": servers, "reward": TOGETHER, "rewards": {"extra": [SLOW]}}
     config = small_config(num_samplers=2, **options)
     kind = KillsInMidBatch if kill else RayFleet
-    with kind(config.fleet_plan(), ray_session) as fleet:
+    with kind(fleet_plan(config), ray_session) as fleet:
         fleet.victims = []
         commits: list[int] = []
         moments = fleet.moments
@@ -140,9 +141,9 @@ def test_pools_with_an_environment_of_their_own_give_the_same_scores(
         evaluation={"num_images": 0},
     )
     plain = small_config(iterations=1, evaluation={"num_images": 0})
-    with InlineFleet(plain.fleet_plan()) as fleet:
+    with InlineFleet(fleet_plan(plain)) as fleet:
         expected = rewards_of(run_training(plain, fleet))
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         assert [len(pool.workers) for pool in fleet.pools] == [2, 1, 2]
         done = run_training(config, fleet)
     found = rewards_of(done)
@@ -156,7 +157,7 @@ def test_a_scorer_that_its_server_cannot_import_is_named(ray_session: RaySession
     config = small_config(rewards={"extra": ["only_there:Redness=0.1"]})
     with (
         pytest.raises(TesseraError, match=r"only_there:Redness cannot be imported where reward"),
-        RayFleet(config.fleet_plan(), ray_session),
+        RayFleet(fleet_plan(config), ray_session),
     ):
         pass
 
@@ -195,7 +196,7 @@ def test_scaling_by_hand_while_it_runs(ray_session: RaySession, logged: list[str
     """Up and down, samplers and servers: same rewards, servers warm before they serve."""
     extra = ["tests.stand_ins:Brightness=0.3,seconds=0.1,warm_seconds=1.0"]
     config = small_config(iterations=400, rewards={"extra": extra})
-    with RayFleet(config.fleet_plan(), ray_session, run="by-hand") as fleet:
+    with RayFleet(fleet_plan(config), ray_session, run="by-hand") as fleet:
         running = Background(config, fleet)
         name, control = find_control("")
         assert name == "by-hand"
@@ -210,7 +211,7 @@ def test_scaling_by_hand_while_it_runs(ray_session: RaySession, logged: list[str
         done = running.finish()
         assert fleet.restarts == 0
     quick = small_config(iterations=400, rewards={"extra": ["tests.stand_ins:Brightness=0.3"]})
-    with InlineFleet(quick.fleet_plan()) as inline:
+    with InlineFleet(fleet_plan(quick)) as inline:
         expected = rewards_of(run_training(quick, inline, lambda count: count == len(done)))
     found = rewards_of(done)
     for name in expected:
@@ -222,12 +223,12 @@ def test_scaling_by_hand_while_it_runs(ray_session: RaySession, logged: list[str
 def test_a_name_is_taken_once_and_given_back(ray_session: RaySession) -> None:
     config = small_config()
     with (
-        RayFleet(config.fleet_plan(), ray_session, run="twice"),
+        RayFleet(fleet_plan(config), ray_session, run="twice"),
         pytest.raises(FleetError, match="a run named 'twice' is active on this cluster already"),
-        RayFleet(config.fleet_plan(), ray_session, run="twice"),
+        RayFleet(fleet_plan(config), ray_session, run="twice"),
     ):
         pass
-    with RayFleet(config.fleet_plan(), ray_session, run="twice"):  # free again
+    with RayFleet(fleet_plan(config), ray_session, run="twice"):  # free again
         pass
 
 
@@ -239,7 +240,7 @@ def test_waiting_groups_bring_more_servers_and_idle_ones_leave(
     config = small_config(
         iterations=6, groups_per_iteration=8, rewards={"extra": extra}, reward=auto
     )
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         run_training(config, fleet)
         servers = fleet.pools[1]
         deadline = time.monotonic() + 60
@@ -273,7 +274,7 @@ def test_an_addition_that_cannot_start_does_not_end_the_run(
         rewards={"extra": ["fragile:Once=0.1,pool=apart"]},
         reward_pools={"apart": {"runtime_env": environment}},
     )
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         fleet.pools[2].scale(2)
         done = run_training(config, fleet)
         deadline = time.monotonic() + 30
@@ -290,7 +291,7 @@ def test_bad_images_are_answered_with_errors_and_the_server_lives(ray_session: R
     config = small_config(evaluation={"num_images": 0})
     good = np.full((8, 8, 3), 200, np.uint8)
     bad = [good, good[:1, :1], good[..., :1], good.astype(np.float32), good * np.nan, good]
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         worker = fleet.pools[1].workers[0]
         scores = ray.get(worker.handle.score.remote(request(rollouts=6), bad), timeout=60)
         with pytest.raises(Exception, match="non-empty"):

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.calls import IMAGES, SAMPLER_THREADS, spans_of
-from cluster.messages import RolloutGroup, SampleRequest, Span
-from cluster.publisher import Publisher
-from cluster.ray_fleet import RayFleet
-from cluster.ray_private import started
+from cluster.messages import RolloutGroup, SampleRequest
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_backend.publisher import Publisher
+from cluster.ray_backend.transports import OBJECT_STORE, DeviceTransport
+from cluster.ray_backend.worker_calls import IMAGES, SAMPLER_THREADS, spans_of
+from cluster.ray_session.private import started
+from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, Resources, Role
-from cluster.runtime import RaySession
-from cluster.transports import OBJECT_STORE, DeviceTransport
+from cluster.spans import Span
 from tests.distributed.test_ray_fleet import Echo, requests
 from tests.stand_ins import drawn
 
@@ -64,7 +65,7 @@ class TwoHanded:
 @pytest.fixture
 def over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"gloo": DeviceTransport("gloo", group=True)}
-    monkeypatch.setattr("cluster.publisher.DEVICE_TRANSPORTS", there)
+    monkeypatch.setattr("cluster.ray_backend.publisher.DEVICE_TRANSPORTS", there)
 
 
 @pytest.mark.parametrize("transport", [OBJECT_STORE, "gloo"])

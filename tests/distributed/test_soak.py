@@ -14,13 +14,14 @@ import pytest
 import ray
 
 from cluster.fleet import InlineFleet
-from cluster.ray_fleet import RayFleet
-from cluster.runtime import RaySession
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.session import RaySession
 from learner.config import RunConfig
 from learner.experiment import Experiment
-from learner.metrics import read_metrics
-from learner.progress import RunConsole
-from learner.rundir import RunDirectory
+from learner.fleet_plan import fleet_plan
+from learner.monitoring.console import RunConsole
+from learner.monitoring.metrics import read_metrics
+from learner.runs.run_dir import RunDirectory
 from tests.distributed.kills import pid_of
 from tests.distributed.test_failures import OPTIONS
 from tests.small_run import recorded, small_config
@@ -69,7 +70,7 @@ def soak(config: RunConfig, session: RaySession, path: Path) -> tuple[Chaos, lis
             memory.append(resident_mib())
 
     with (
-        RayFleet(config.fleet_plan(), session) as fleet,
+        RayFleet(fleet_plan(config), session) as fleet,
         Watched(config.iterations) as console,
     ):
         chaos = Chaos(fleet, seed=8)
@@ -106,7 +107,7 @@ def test_nothing_is_lost_or_doubled(
         assert set(table["moments_version"].to_pylist()) == {before}
     assert memory[-1] - memory[len(memory) // 2] < MEMORY_MIB
 
-    with InlineFleet(config.fleet_plan()) as fleet, RunConsole(iterations) as console:
+    with InlineFleet(fleet_plan(config)) as fleet, RunConsole(iterations) as console:
         calm = RunDirectory.create(str(tmp_path / "calm"), config)
         assert Experiment(config, calm, fleet, console, lambda: False).run()
     assert recorded(tmp_path / "run") == recorded(tmp_path / "calm")

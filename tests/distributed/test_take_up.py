@@ -8,8 +8,9 @@ import time
 import numpy as np
 
 from actors.sampler import Sampler
-from cluster.ray_fleet import RayFleet
-from cluster.runtime import RaySession
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_session.session import RaySession
+from learner.fleet_plan import fleet_plan
 from tests.small_run import run_training, small_config
 
 TOKEN_S = 0.03
@@ -29,7 +30,7 @@ def test_a_run_whose_samplers_take_weights_up_between_tokens(ray_session: RaySes
     config = small_config(
         max_staleness=1, iterations=4, weights={"take_up": "token"}, num_samplers=2
     )
-    plan = config.fleet_plan()
+    plan = fleet_plan(config)
     sampler = dataclasses.replace(plan.sampler, factory=SlowSampler)
     with RayFleet(dataclasses.replace(plan, sampler=sampler), ray_session) as fleet:
         done = run_training(config, fleet)
@@ -51,7 +52,7 @@ def test_a_run_whose_samplers_take_weights_up_between_tokens(ray_session: RaySes
 
 def test_without_it_every_token_is_of_the_rules_version(ray_session: RaySession) -> None:
     config = small_config(max_staleness=1, iterations=3, num_samplers=2)
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         done = run_training(config, fleet)
     for number, iteration in enumerate(done):
         assert {g.rollouts.version for g in iteration.groups} == {max(number - 1, 0)}

@@ -15,18 +15,20 @@ import pytest
 import ray
 import torch
 
-from cluster import publisher as publishing
-from cluster import ray_fleet
 from cluster.errors import CheckpointError
 from cluster.fleet import InlineFleet
-from cluster.messages import RolloutGroup, SampleRequest, Span, WeightSnapshot
-from cluster.publisher import Published, Publisher
-from cluster.ray_calls import answer
-from cluster.ray_fleet import RayFleet
+from cluster.messages import RolloutGroup, SampleRequest, WeightSnapshot
+from cluster.ray_backend import fleet as ray_fleet
+from cluster.ray_backend import publisher as publishing
+from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_backend.publisher import Published, Publisher
+from cluster.ray_backend.transports import OBJECT_STORE, DeviceTransport
+from cluster.ray_session.calls import answer
+from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, Resources, Role
-from cluster.runtime import RaySession
-from cluster.transports import OBJECT_STORE, DeviceTransport
+from cluster.spans import Span
 from cluster.weights import Packer, load_weights
+from learner.fleet_plan import fleet_plan
 from tests.distributed.test_ray_fleet import Echo, requests
 from tests.small_run import fingerprint, run_training, small_config
 from tests.stand_ins import drawn
@@ -162,17 +164,17 @@ def test_a_sampler_that_dies_in_its_load_harms_nobody(
 
 def test_adapters_alone_give_the_same_run_as_in_one_process(ray_session: RaySession) -> None:
     config = small_config(num_samplers=2, iterations=2, learner={"lora": {"rank": 2}})
-    assert config.fleet_plan().adapters_alone
-    with InlineFleet(config.fleet_plan()) as fleet:
+    assert fleet_plan(config).adapters_alone
+    with InlineFleet(fleet_plan(config)) as fleet:
         expected = fingerprint(run_training(config, fleet))
-    with RayFleet(config.fleet_plan(), ray_session) as fleet:
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
         assert fingerprint(run_training(config, fleet)) == expected
 
 
 def test_a_transport_that_cannot_run_is_replaced_and_said(
     ray_session: RaySession, logged: list[str]
 ) -> None:
-    plan = small_config(weights={"transport": "nccl"}).fleet_plan()
+    plan = fleet_plan(small_config(weights={"transport": "nccl"}))
     publishing.publisher_of(plan, ray_session)
     assert logged == [
         "weights.transport nccl cannot run, going on with object-store: the learner must have a "

@@ -17,7 +17,7 @@ import pytest
 from learner.run import main
 from tests.small_run import flags
 
-NOTE = "WARNING cluster.logs: note: the console cannot be written, the run goes on: "
+NOTE = "WARNING cluster.program.logs: note: the console cannot be written, the run goes on: "
 
 
 def closed_pipe() -> TextIO:

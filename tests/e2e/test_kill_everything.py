@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from learner.metrics import read_metrics
+from learner.monitoring.metrics import read_metrics
 from learner.run import main
 from tests.small_run import flags, recorded
 

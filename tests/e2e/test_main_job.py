@@ -18,14 +18,15 @@ import yaml
 from PIL import Image
 
 from actors.models.taming import TamingConfig, TamingGPT
+from cluster.control.discovery import resume_command
 from cluster.errors import LearnerLostError
 from cluster.fleet import InlineFleet
-from cluster.tensors import read_tensors, write_tensors
-from cluster.whereabouts import resume_command
+from cluster.model_files.tensors import read_tensors, write_tensors
 from learner.experiment import Experiment
-from learner.progress import COLUMNS, RunConsole
+from learner.fleet_plan import fleet_plan
+from learner.monitoring.console import COLUMNS, RunConsole
 from learner.run import INTERRUPTED, REFUSED, main
-from learner.rundir import RunDirectory
+from learner.runs.run_dir import RunDirectory
 from tests.small_run import OPTIONS, flags, recorded, small_config
 
 NOISE = ("warning", "traceback", "error")
@@ -105,7 +106,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     def stop() -> bool:
         return STOPS[when](run.path, seen)
 
-    with Counting(4) as console, InlineFleet(small_config().fleet_plan(), stop) as fleet:
+    with Counting(4) as console, InlineFleet(fleet_plan(small_config()), stop) as fleet:
         assert Experiment(small_config(), run, fleet, console, stop).run() is False
     assert main(["--resume", "--inline", "--run-dir", str(run.path)]) == 0
     assert recorded(run.path) == recorded(finished)
@@ -133,7 +134,7 @@ def test_stopped_one_iteration_ahead_and_resumed_equals_uninterrupted(tmp_path: 
     def stop() -> bool:
         return len(seen) == 3
 
-    with Counting(4) as console, InlineFleet(config.fleet_plan(), stop) as fleet:
+    with Counting(4) as console, InlineFleet(fleet_plan(config), stop) as fleet:
         assert Experiment(config, run, fleet, console, stop).run() is False
     assert (run.checkpoints / "step_000003" / "groups.msgpack").is_file()
     assert main(["--resume", "--inline", "--run-dir", str(run.path)]) == 0
@@ -305,7 +306,7 @@ def test_a_worker_lost_while_stopping_is_told_and_not_replaced(
     def stop() -> bool:
         return len(seen) >= 3
 
-    with Counting(9) as console, InlineFleet(config.fleet_plan(), stop) as fleet:
+    with Counting(9) as console, InlineFleet(fleet_plan(config), stop) as fleet:
         setattr(fleet, role, Gone(getattr(fleet, role), stop))
         assert Experiment(config, run, fleet, console, stop).run() is False
     (told,) = [line for line in logged if "stopped" in line]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.locks import OWNER, look
-from cluster.processes import Holder
-from learner.metrics import read_metrics
+from cluster.io.locks import look
+from cluster.io.processes import Holder
+from cluster.io.run_layout import LOG, OWNER
+from learner.monitoring.metrics import read_metrics
 from learner.run import REFUSED, main
-from learner.rundir import LOG
 from tests.small_run import flags
 
 LIMIT_S = 300.0

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from cluster.own_packages import NAMES
-from learner.metrics import read_metrics
+from learner.monitoring.metrics import read_metrics
 from tests.small_run import flags, recorded
 
 ROOT = Path(__file__).parents[2]

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from cluster.fleet import InlineFleet
-from learner.checkpoint import CONFIG, verify
+from cluster.io.run_layout import CONFIG
+from learner.checkpoints.checkpoint import verify
 from learner.experiment import Experiment
-from learner.metrics import read_metrics, repeatable
-from learner.progress import RunConsole
+from learner.fleet_plan import fleet_plan
+from learner.monitoring.console import RunConsole
+from learner.monitoring.metrics import read_metrics, repeatable
 from learner.run import REFUSED, main
-from learner.rundir import RunDirectory
+from learner.runs.run_dir import RunDirectory
 from tests.small_run import small_config
 
 STEPS = 6
@@ -47,7 +49,7 @@ def run_until(path: Path, staleness: int, last: int = STEPS, **output: Any) -> P
             if row["iteration"] == last < STEPS:
                 raise KilledError
 
-    with Killing(STEPS) as console, InlineFleet(config.fleet_plan()) as fleet:
+    with Killing(STEPS) as console, InlineFleet(fleet_plan(config)) as fleet:
         experiment = Experiment(config, run, fleet, console, lambda: False)
         if last == STEPS:
             assert experiment.run()
@@ -166,7 +168,7 @@ def test_an_exam_that_a_stop_cut_off_is_made_up_for(whole: tuple, tmp_path: Path
 
     with (
         Stopping(STEPS) as console,
-        InlineFleet(config.fleet_plan(), lambda: bool(stopping)) as fleet,
+        InlineFleet(fleet_plan(config), lambda: bool(stopping)) as fleet,
     ):
         experiment = Experiment(config, run, fleet, console, lambda: bool(stopping))
         assert experiment.run() is False
@@ -190,7 +192,7 @@ def test_everything_can_be_brought_back_several_times_within_a_run(
                 lost.pop(0)
                 raise KilledError
 
-    with Losing(STEPS) as console, InlineFleet(config.fleet_plan()) as fleet:
+    with Losing(STEPS) as console, InlineFleet(fleet_plan(config)) as fleet:
         experiment = Experiment(config, run, fleet, console, lambda: False)
         first, starts = experiment._begin(), []
         while True:
@@ -199,7 +201,7 @@ def test_everything_can_be_brought_back_several_times_within_a_run(
                 assert experiment._train(first) == STEPS
                 break
             except KilledError:
-                plan = config.fleet_plan()
+                plan = fleet_plan(config)
                 fleet.learner = plan.learner.factory(plan.learner.config, name="learner")
                 # what was asked for is forgotten; and a sampler that has newer weights would
                 # refuse older ones

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.whereabouts import WHEREABOUTS
+from cluster.io.run_layout import WHEREABOUTS
 from tests.small_run import flags
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.address import is_loopback
-from cluster.whereabouts import WHEREABOUTS
+from cluster.io.run_layout import WHEREABOUTS
+from cluster.ray_session.address import is_loopback
 from tests.small_run import flags
 
 START_S = 120.0

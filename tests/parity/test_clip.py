@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from cluster.messages import Condition
-from cluster.torchvision_ops import ensure_torchvision
-from rewards.clip import ClipConfig, ClipReward
+from cluster.model_files.torchvision_ops import ensure_torchvision
+from rewards.scorers.clip import ClipConfig, ClipReward
 from tests.parity.text_image import PROMPTS, pictures, spread
 
 MODEL = "ViT-B-32"

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cluster.messages import Condition
-from rewards.clip import ClipConfig, ClipReward
+from rewards.scorers.clip import ClipConfig, ClipReward
 from tests.parity import text_image
 from tests.parity.text_image import TINY
 

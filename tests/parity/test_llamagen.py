@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.distribution import guided_logits
+from actors.decoding.distribution import guided_logits
 from actors.models.base import Conditions
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
 from cluster.messages import Condition
-from cluster.tensors import load_strict
+from cluster.model_files.tensors import load_strict
 from tests.parity.compare import (
     check_close,
     check_compared,

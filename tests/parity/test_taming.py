@@ -14,10 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.models.base import Conditions
-from actors.models.permuters import ORDERS, inverse, permutation
-from actors.models.taming import TamingGPT, coordinate_tokens
-from actors.models.taming_files import (
+from actors.checkpoints.taming_files import (
     NET2NET,
     PERMUTER,
     VQGAN,
@@ -26,9 +23,12 @@ from actors.models.taming_files import (
     policy_tensors,
     tokenizer_tensors,
 )
+from actors.models.base import Conditions
+from actors.models.permuters import ORDERS, inverse, permutation
+from actors.models.taming import TamingGPT, coordinate_tokens
 from actors.models.vq import VQDecoder, VQTokenizer
 from cluster.messages import Condition
-from cluster.tensors import load_strict
+from cluster.model_files.tensors import load_strict
 from tests.parity.compare import (
     check_close,
     check_codes,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.models.vq import VQConfig, VQDecoder, VQTokenizer
-from cluster.tensors import load_strict
+from cluster.model_files.tensors import load_strict
 from tests.parity.compare import check_close, check_codes, check_images, check_levels
 from tests.parity.reference import Reference
 

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from cluster.messages import Condition
-from cluster.torchvision_ops import ensure_torchvision
-from rewards.hpsv2 import HpsConfig, HpsReward
-from rewards.hpsv2_package import import_hpsv2
+from cluster.model_files.torchvision_ops import ensure_torchvision
+from rewards.scorers.hpsv2 import HpsConfig, HpsReward
+from rewards.scorers.hpsv2_package import import_hpsv2
 
 PROMPTS = ("a red car in the snow", "Two cats, 3 dogs & {braces}")
 SIZES = ((224, 224), (256, 256), (384, 384), (512, 384))

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from learner.checkpoint import Checkpoint, name_of, steps_in, verify
+from cluster.io.run_layout import step_name, steps_in
+from learner.checkpoints.checkpoint import Checkpoint, verify
+from learner.checkpoints.store import Checkpoints
 from learner.config import RunConfig
-from learner.keeper import Checkpoints
-from learner.rundir import RunDirectory
+from learner.runs.run_dir import RunDirectory
 from rewards.combine import Combiner, RewardTerm
 from tests.small_run import small_config
 
@@ -77,7 +78,7 @@ class Kept:
         fleet = fleet or FakeFleet(f"weights {step}".encode())
         self.keeper.save(step, fleet, combiner(step), **given)
         self.keeper.wait()
-        return verify(self.run.checkpoints / name_of(step))
+        return verify(self.run.checkpoints / step_name(step))
 
     @property
     def names(self) -> list[str]:

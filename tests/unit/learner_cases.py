@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.decode import decode_tokens, rollout_uniforms, token_logprobs
-from actors.models.loading import PolicyConfig
+from actors.checkpoints.loading import PolicyConfig
+from actors.decoding.decode import decode_tokens, rollout_uniforms, token_logprobs
 from cluster.messages import Condition, RequestKey, SamplingSpec
-from cluster.tensors import write_tensors
+from cluster.model_files.tensors import write_tensors
 from cluster.weights import load_weights
-from learner.batch import TrainingBatch
-from learner.learner import Learner, LearnerConfig, OptimizerConfig
+from learner.training.batch import TrainingBatch
+from learner.training.config import LearnerConfig
+from learner.training.learner import Learner
+from learner.training.optimizer import OptimizerConfig
 from tests.unit.helpers import TINY, tiny_policy
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rewards.fid import Reference
-from rewards.moments import Moments
+from rewards.distribution.moments import Moments
+from rewards.distribution.reference import Reference
 
 
 @dataclass(frozen=True)

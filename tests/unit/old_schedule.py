@@ -1,10 +1,10 @@
-"""The plan of `cluster.schedule` by its definition: each piece looks at every worker."""
+"""The plan of `cluster.scheduling.dispatch` by its definition: each piece looks at every worker."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.schedule import CLOSE, Candidate, free_in, paces
+from cluster.scheduling.dispatch import CLOSE, Candidate, free_in, paces
 
 
 def choose(editions: Sequence[int], workers: Sequence[Candidate]) -> tuple[int, int] | None:

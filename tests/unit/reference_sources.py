@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from rewards.features import PixelFeatures
+from rewards.networks.features import PixelFeatures
 
 COUNT = 30
 GENERATOR = np.random.default_rng(0)

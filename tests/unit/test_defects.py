@@ -21,14 +21,16 @@ import torch
 
 from cluster.fleet import InlineFleet
 from cluster.messages import MAIN_SPACE, SampleRequest, SamplingSpec
-from learner.checkpoint import MOMENTS, restore
-from learner.keeper import Checkpoints
-from learner.learner import Learner, OptimizerConfig
-from learner.loss import LossConfig, clipped_surrogate
-from learner.rundir import RunDirectory
+from learner.checkpoints.checkpoint import MOMENTS, restore
+from learner.checkpoints.store import Checkpoints
+from learner.fleet_plan import fleet_plan
+from learner.grpo.loss import LossConfig, clipped_surrogate
+from learner.runs.run_dir import RunDirectory
+from learner.training.learner import Learner
+from learner.training.optimizer import OptimizerConfig
 from rewards.combine import Combiner
-from rewards.fid import frechet_distance
-from rewards.moments import Moments
+from rewards.distribution.fid import frechet_distance
+from rewards.distribution.moments import Moments
 from tests.small_run import run_training, small_config
 from tests.unit.learner_cases import batch_of, gradient, make, tiny_policy_file
 
@@ -138,7 +140,7 @@ def test_8_real_and_generated_images_take_one_path() -> None:
     """Features of the same pixels are the same, whether a reward server scores or a reference is
     built; FID of a set with itself is zero."""
     config = small_config()
-    with InlineFleet(config.fleet_plan()) as fleet:
+    with InlineFleet(fleet_plan(config)) as fleet:
         fleet.broadcast()
         asked = SampleRequest(
             stream="train",
@@ -157,7 +159,7 @@ def test_8_real_and_generated_images_take_one_path() -> None:
 
 def test_9_moments_are_in_the_checkpoint(tmp_path: Path) -> None:
     config = small_config(iterations=1)
-    with InlineFleet(config.fleet_plan()) as fleet:
+    with InlineFleet(fleet_plan(config)) as fleet:
         run_training(config, fleet)
         combiner = Combiner(config.rewards.terms())
         kept = Checkpoints(RunDirectory.create(str(tmp_path / "run"), config), config)
@@ -166,6 +168,6 @@ def test_9_moments_are_in_the_checkpoint(tmp_path: Path) -> None:
         saved = kept.at(1)
         assert (saved.path / MOMENTS).stat().st_size > 0
         state = fleet.moments.state()
-    with InlineFleet(config.fleet_plan()) as fresh:
+    with InlineFleet(fleet_plan(config)) as fresh:
         restore(saved, fresh, combiner)
         assert fresh.moments.state() == state

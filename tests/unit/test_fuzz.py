@@ -13,25 +13,23 @@ import numpy as np
 import pytest
 
 from cluster.errors import CheckpointError, ConfigError, DataError, TesseraError
+from cluster.io.run_layout import MANIFEST, POLICY_FILE
 from cluster.messages import SampleRequest
-from cluster.tensors import read_config, read_tensors
-from learner import records
-from learner.checkpoint import GROUPS, restore
-from learner.datasets import load_images
-from learner.group_files import pack_group, unpack_group
-from learner.learner import Learner
-from learner.learner_files import OPTIMIZER_FILE, STATE_FILE, LearnerState
-from learner.manifest import MANIFEST
-from learner.metrics import Trace, read_metrics
-from learner.pipeline import Pipeline
-from learner.rundir import RunDirectory
-from learner.trained import POLICY_FILE
+from cluster.model_files.tensors import read_config, read_tensors
+from learner.checkpoints.checkpoint import GROUPS, restore
+from learner.data.datasets import load_images
+from learner.monitoring.metrics import Trace, read_metrics
+from learner.rollouts.codec import pack_group, unpack_group
+from learner.rollouts.prefetch import Pipeline
+from learner.runs import records
+from learner.runs.run_dir import RunDirectory
+from learner.training.learner import Learner
+from learner.training.state_files import OPTIMIZER_FILE, STATE_FILE, LearnerState
 from rewards.combine import Combiner, RewardTerm
-from rewards.fid import Reference
-from rewards.moments import Moments
-from rewards.moments_config import MomentsConfig
-from rewards.moments_server import MomentsServer
-from rewards.reference import read_stored, write_reference
+from rewards.distribution.config import MomentsConfig
+from rewards.distribution.moments import Moments
+from rewards.distribution.reference import Reference, read_stored, write_reference
+from rewards.servers.moments_server import MomentsServer
 from tests.fuzzing import damage
 from tests.small_run import small_config
 from tests.unit.checkpoint_cases import Kept
@@ -181,7 +179,7 @@ def test_groups_on_their_way() -> None:
     """Each group is read when a run begins; here it is packed into the pipeline's state."""
     import msgpack
 
-    from cluster.sealing import seal
+    from cluster.io.checksum import seal
 
     asked: SampleRequest = scored_group({"clip": [0.1, 0.2]}).rollouts.request
     packed = pack_group(scored_group({"clip": [0.1, 0.2]}))

@@ -13,18 +13,18 @@ import torch
 import yaml
 
 from actors import sample
-from actors.decode import decode_tokens
-from actors.distribution import sample_tokens
+from actors.decoding.decode import decode_tokens
+from actors.decoding.distribution import sample_tokens
+from actors.decoding.steps import Workspace
 from actors.sample_source import run_source
-from actors.steps import Workspace
 from cluster.errors import ConfigError, NotFiniteError
 from cluster.messages import Condition, SamplingSpec
 from learner.config import RunConfig, validate
-from learner.entropy import EntropyConfig, PaperEntropy
-from learner.loss import LossConfig
-from learner.optimizer import OptimizerConfig
+from learner.grpo.entropy import EntropyConfig, PaperEntropy
+from learner.grpo.loss import LossConfig
 from learner.preflight import notes
-from learner.real_tokens import RealTokensConfig
+from learner.training.optimizer import OptimizerConfig
+from learner.training.real_tokens import RealTokensConfig
 from rewards.combine import RewardTerm
 from rewards.config import LooFidTerm
 from tests.unit.helpers import SPECS, TINY, tiny_policy

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from actors import captions, sample, weights
-from cluster.locks import OWNER, locked, locked_file
-from cluster.tensors import locate
+from cluster.io.locks import locked, locked_file
+from cluster.io.run_layout import OWNER
+from cluster.model_files.tensors import locate
+from learner.checkpoints.remote import open_url
 from learner.miniature import arms, build
-from learner.mirror import open_url
-from rewards import reference_build
-from rewards.reference_build import ReferenceConfig
-from tests.unit import test_opening
+from rewards.reference import build as reference
+from rewards.reference.build import ReferenceConfig
+from tests.unit.learner import test_opening as test_opening
 
 package = test_opening.package
 POLICY = "package://learner.miniature/networks/policy.safetensors"
@@ -61,7 +62,7 @@ def test_a_file_that_another_process_writes_is_refused(
     target = tmp_path / f"out{suffix[command]}"
     lines: dict[str, tuple[Main, list[str]]] = {
         "reference": (
-            reference_build.run,
+            reference.run,
             ["--images", str(images(tmp_path)), "--out", str(target)],
         ),
         "captions": (captions.main, [str(texts(tmp_path)), str(target)]),
@@ -104,6 +105,6 @@ def test_checkpoints_at_a_url_do_not_go_there(package: Path) -> None:
 
 def test_a_refused_reference_makes_no_folder(tmp_path: Path) -> None:
     config = ["--images", str(images(tmp_path)), "--out", str(tmp_path / "new" / "x.txt")]
-    assert reference_build.run(config) == 2
+    assert reference.run(config) == 2
     assert not (tmp_path / "new").exists()
     assert ReferenceConfig(images="x", out=Path("x.npz")).out == Path("x.npz")

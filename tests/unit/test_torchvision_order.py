@@ -1,7 +1,7 @@
 """Whoever imports something that imports torchvision declares its operators first.
 
-Beside a CPU-only torch, `import torchvision` fails without `cluster.torchvision_ops`; whether it
-does depends on who came first in the process, so that other tests do not show it.
+Beside a CPU-only torch, `import torchvision` fails without `cluster.model_files.torchvision_ops`;
+whether it does depends on who came first in the process, so that other tests do not show it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_a_reward_may_import_torchvision(tmp_path: Path) -> None:
     """In a process of its own, where nobody has called the shim before."""
     (tmp_path / "mine.py").write_text("import torchvision\n\ndef make(device):\n    return max\n")
     text = (
-        "from rewards.extra import load_extra, parse_extra\n"
+        "from rewards.scorers.user_rewards import load_extra, parse_extra\n"
         f"load_extra(parse_extra({str(tmp_path / 'mine.py')!r} + ':make=1'), 'cpu')\n"
     )
     done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True)

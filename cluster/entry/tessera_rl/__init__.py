@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"did you mean 'tessera {near[0]}'?" if near else "see 'tessera --help'"
         return _show(f"error: there is no command {name!r}: {hint}", REFUSED)
     hidden = claim()
-    started = importlib.import_module("cluster.invocation")
+    started = importlib.import_module("cluster.program.invocation")
     started.begin(_working_directory_last(), hidden=hidden)
-    program = importlib.import_module("cluster.program")
+    program = importlib.import_module("cluster.program.start")
     return int(program.run_command(COMMANDS[name][0], rest))
 
 
@@ -52,7 +52,7 @@ def _show(text: str, status: int = 0) -> int:
     """Print a text, or what is wrong, as every command does where nobody reads it; returns the exit
     status."""
     claim()
-    with importlib.import_module("cluster.streams").safe_streams(output_is_all=True):
+    with importlib.import_module("cluster.program.streams").safe_streams(output_is_all=True):
         print(text, file=sys.stderr if status else sys.stdout)
     return status
 

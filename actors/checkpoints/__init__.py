@@ -1,0 +1,1 @@
+"""Official checkpoints of policies and tokenizers: named, fetched, read, loaded, exported."""

@@ -1,0 +1,263 @@
+"""Policies and tokenizers: configuration, construction, strict loading.
+
+What a `checkpoint` may be, and where its architecture comes from:
+`actors.checkpoints.sources`.
+Weights get memory once, where and in the dtype in which they are wanted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from actors.checkpoints.sources import (
+    Architecture,
+    PolicyArchitecture,
+    Source,
+    official_tensors,
+    policy_architecture,
+    tokenizer_architecture,
+)
+from actors.checkpoints.zoo import Kind, candidates
+from actors.models.llamagen import LlamaGen
+from actors.models.taming import TamingConfig, TamingGPT
+from actors.models.vq import VQConfig, VQDecoder, VQTokenizer
+from cluster.errors import CheckpointError
+from cluster.model_files.tensors import load_strict, read_shapes, read_tensors
+
+PolicyModule = LlamaGen | TamingGPT
+M = TypeVar("M", bound=nn.Module)
+V = TypeVar("V", bound=VQDecoder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The policy to tune."""
+
+    checkpoint: str = "package://learner.miniature/networks/policy.safetensors"
+    """Safetensors file of this program, official checkpoint (torch.save's, safetensors, or the
+    directory of its shards), or the name of a fetched model (`python -m actors.weights list`)."""
+    architecture: str = ""
+    """Of an official file: name of a model, taming's *-project.yaml, or a .json of the fields."""
+    ema: bool = False
+    """Of an official trainer file: take the moving average of the weights."""
+
+    def __post_init__(self) -> None:
+        Source.of(self.checkpoint, self.architecture, self.ema)  # a wrong name is refused at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The VQ tokenizer that turns tokens into pixels."""
+
+    checkpoint: str = "package://learner.miniature/networks/tokenizer.safetensors"
+    """Safetensors file of this program, official checkpoint (torch.save's, safetensors, or the
+    directory of its shards), or the name of a fetched model (`python -m actors.weights list`)."""
+    architecture: str = ""
+    """Of an official file: name of a model, taming's *-project.yaml, or a .json of the fields."""
+    ema: bool = False
+    """Of an official trainer file: take the moving average of the weights."""
+
+    def __post_init__(self) -> None:
+        Source.of(self.checkpoint, self.architecture, self.ema)  # a wrong name is refused at once
+
+
+def load_policy(
+    config: PolicyConfig,
+    *,
+    weights: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> PolicyModule:
+    """Build the policy of a checkpoint, in eval mode, without gradients.
+
+    Args:
+        weights: False builds the architecture only, with zeros (a sampler gets its weights from
+            the learner); an official file is then not even opened.
+        dtype: of the weights, whatever the file's. Tables such as RoPE's keep their own.
+
+    Raises:
+        CheckpointError: file missing, damaged, of another family, or not an exact fit.
+        ConfigError: the checkpoint or its architecture is not known.
+    """
+    source = Source.of(config.checkpoint, config.architecture, config.ema)
+    architecture = policy_architecture(source)
+    if weights:
+        policy = _bare(module_of, architecture, source)
+        _fill(_materialise(policy, device, dtype, torch.empty), source, architecture)
+    else:
+        policy = build_policy(architecture, device=device, dtype=dtype)
+    return policy.eval().requires_grad_(False)
+
+
+def check_policy(config: PolicyConfig) -> None:
+    """Refuse a policy whose architecture cannot be found or built; takes no memory for weights.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_policy` with weights=False.
+    """
+    _weightless(policy_architecture(Source.of(config.checkpoint, config.architecture, config.ema)))
+
+
+def load_decoder(config: TokenizerConfig, *, device: str | torch.device = "cpu") -> VQDecoder:
+    """Build the decoding half of a tokenizer and load its weights, fp32, in eval mode."""
+    return _load_tokenizer(VQDecoder, config, device)
+
+
+def load_tokenizer(config: TokenizerConfig, *, device: str | torch.device = "cpu") -> VQTokenizer:
+    """The whole tokenizer, encoder included."""
+    return _load_tokenizer(VQTokenizer, config, device)
+
+
+def _load_tokenizer(kind: type[V], config: TokenizerConfig, device: str | torch.device) -> V:
+    source = Source.of(config.checkpoint, config.architecture, config.ema)
+    architecture = tokenizer_architecture(source)
+    module = _bare(kind, architecture, source)
+    _materialise(module, device, torch.float32, torch.empty)
+    _fill(module, source, architecture, ignore=kind.UNUSED)
+    return module.eval().requires_grad_(False)
+
+
+def build_policy(
+    architecture: PolicyArchitecture,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> PolicyModule:
+    """A policy whose weights are still to be loaded. Until then they are zeros: it draws uniform
+    noise, not NaN. Buffers that no file holds (RoPE's tables, token orders) have their values."""
+    with _WithoutWeights():
+        policy = module_of(architecture)
+    return _materialise(policy, device, dtype, torch.zeros)
+
+
+def module_of(architecture: PolicyArchitecture) -> PolicyModule:
+    """The module of an architecture, freshly initialised."""
+    if isinstance(architecture, TamingConfig):
+        return TamingGPT(architecture)
+    return LlamaGen(architecture)
+
+
+def check_fit(tensors: Mapping[str, Tensor], architecture: Architecture, source: Source) -> None:
+    """Compare names and shapes with an architecture; takes no memory.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, unexpected or of another shape.
+    """
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    module = _weightless(architecture).to("meta")
+    _load(module, shapes, source, getattr(module, "UNUSED", ()))
+
+
+@functools.lru_cache(maxsize=64)
+def count_parameters(architecture: Architecture) -> int:
+    """Parameters of a policy or of a whole tokenizer."""
+    return sum(parameter.numel() for parameter in _weightless(architecture).parameters())
+
+
+def _bare(make: Callable[[Any], M], architecture: Architecture, source: Source) -> M:
+    """A module without weights, which the file fits: compared before any memory is taken.
+
+    Raises:
+        CheckpointError: it does not fit, or there is no such network.
+    """
+    try:
+        with _WithoutWeights():
+            module = make(architecture)
+            empty = make(architecture).to("meta")
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(
+            f"{source.architecture or source.file}: no network can be made of this architecture "
+            f"({error})"
+        ) from error
+    _load(empty, file_shapes(source, architecture), source, getattr(module, "UNUSED", ()))
+    return module
+
+
+def file_shapes(source: Source, architecture: Architecture) -> dict[str, Tensor]:
+    """Names and shapes of a source's tensors, on the meta device; no weights are read, and no
+    checksums compared.
+
+    Raises:
+        CheckpointError: see `official_tensors`, `read_shapes`.
+    """
+    if not source.official:
+        return read_shapes(source.file)
+    tensors = official_tensors(source, architecture, check=False)
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+
+
+def _weightless(architecture: Architecture) -> nn.Module:
+    with _WithoutWeights():
+        if isinstance(architecture, VQConfig):
+            return VQTokenizer(architecture)
+        return module_of(architecture)
+
+
+def _fill(
+    module: nn.Module, source: Source, architecture: Architecture, ignore: Collection[str] = ()
+) -> None:
+    if source.official:
+        _load(module, official_tensors(source, architecture), source, ignore)
+    else:
+        _load(module, read_tensors(source.file), source, ignore)
+
+
+def _load(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: Source, ignore: Collection[str]
+) -> None:
+    try:
+        load_strict(module, tensors, source.file, ignore=ignore)
+    except CheckpointError as error:
+        kind: Kind = "tokenizer" if isinstance(module, VQDecoder) else "policy"
+        names = candidates(tensors, kind) if source.official else []
+        if not names or source.architecture in names:
+            raise
+        raise CheckpointError(
+            f"{error} Architecture is {source.architecture}; the file's width, depth and "
+            f"vocabulary are those of {', '.join(names)}"
+        ) from None
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Modules built inside have their weights on the meta device: neither memory nor
+    initialisation. Only `torch.empty` is diverted, which is what layers make their weights with;
+    all that is computed, such as RoPE's tables, is really computed."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _materialise(
+    module: M, device: str | torch.device, dtype: torch.dtype, make: Callable[..., Tensor]
+) -> M:
+    """Give meta weights memory, made by `make`. What a state dict holds becomes `dtype`; other
+    buffers keep theirs."""
+    persistent = module.state_dict().keys()
+
+    def real(name: str, tensor: Tensor) -> Tensor:
+        wanted = dtype if name in persistent and tensor.is_floating_point() else tensor.dtype
+        if tensor.is_meta:
+            return make(tensor.shape, device=device, dtype=wanted)
+        return tensor.detach().to(device, wanted)
+
+    for prefix, part in module.named_modules():
+        place = f"{prefix}." if prefix else ""
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(real(place + name, parameter))
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = real(place + name, buffer)
+    return module

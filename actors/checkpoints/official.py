@@ -1,0 +1,126 @@
+"""Weights of LlamaGen, taming-transformers and their trainers, out of an opened checkpoint.
+
+`cluster.model_files.checkpoints` finds them in the file; here is what belongs to these models
+(facts of FoundationVision/LlamaGen at ce98ec4, of AR-GRPO, and of the public code of 2603.23086):
+names that are no weights, and files that hold a policy and its tokenizer.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from actors.checkpoints.taming_files import TOKENIZER
+from actors.checkpoints.zoo import Kind
+from cluster.errors import CheckpointError
+from cluster.io.strict_json import MALFORMED
+from cluster.model_files.checkpoints import Checkpoint, open_checkpoint
+
+logger = logging.getLogger(__name__)
+
+CACHES = ("freqs_cis", "causal_mask", "*.kv_cache.*")
+"""Names that are left out: tables of the official module that follow from the architecture, not
+weights. Its `generate` registers the KV cache as a submodule, so a model saved after sampling
+carries it; rotary table and mask are plain attributes there, and buffers in derived code."""
+
+PARTS: dict[Kind, str] = {"policy": "gpt_model.", "tokenizer": "vq_model."}
+"""Prefixes of AR-GRPO's files, which hold both."""
+
+
+@dataclass(frozen=True)
+class OfficialFile:
+    """What was read."""
+
+    tensors: dict[str, Tensor]
+    """Weights, on the CPU, in the file's dtypes. They are views of the file: copy them."""
+    caches: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of what was left out (`CACHES`): they betray the grid and the number of heads."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The trainer's options, where the file holds them."""
+
+
+def read_official(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """The weights in an official checkpoint, under the names they have there.
+
+    Args:
+        ema: take the trainer's moving average instead of the weights themselves.
+
+    Raises:
+        CheckpointError: see `cluster.model_files.checkpoints.open_checkpoint`.
+    """
+    return open_official(path, ema=ema).tensors
+
+
+def open_official(
+    path: str | Path, kind: Kind | None = None, *, ema: bool = False, check: bool = True
+) -> OfficialFile:
+    """As `read_official`, with what the file says beside its weights.
+
+    Args:
+        kind: the part that is wanted of a file with both.
+        check: compare checksums, which takes reading all of it; without, no weights are read.
+    """
+    opened = open_checkpoint(path, ema=ema)
+    names = _part(opened, kind)
+    kept = {name: full for name, full in names.items() if not _is_cache(name)}
+    read = opened.read(kept.values(), check=check)
+    return OfficialFile(
+        {name: read[full].detach() for name, full in kept.items()},
+        {name: opened.tensors[full].shape for name, full in names.items() if name not in kept},
+        opened.options or _model_options(opened),
+    )
+
+
+def holds_tokenizer(path: str) -> bool:
+    """Whether a policy's file holds a tokenizer, too, as AR-GRPO's do; no weights are read. False
+    for what cannot be read."""
+    try:
+        names = open_checkpoint(path).tensors
+    except CheckpointError:
+        return False
+    return all(any(name.startswith(part) for name in names) for part in PARTS.values())
+
+
+def _model_options(opened: Checkpoint) -> dict[str, Any]:
+    """What AR-GRPO writes beside a model: the size of its images, among others."""
+    try:
+        text = (opened.files[0].parent / "config.json").read_text(encoding="utf-8")
+        options = json.loads(text)
+    except (OSError, *MALFORMED):
+        return {}
+    return options if isinstance(options, dict) and "gpt_model" in options else {}
+
+
+def _part(opened: Checkpoint, kind: Kind | None) -> dict[str, str]:
+    """Names inside the wanted part -> names in the file."""
+    present = [part for part in PARTS.values() if any(n.startswith(part) for n in opened.tensors)]
+    if not present:
+        return {name: name for name in opened.tensors if not _other_part(name, opened, kind)}
+    wanted = PARTS[kind] if kind else present[0]
+    if wanted not in present:
+        raise CheckpointError(
+            f"{opened.source}: holds {' and '.join(f'{part}*' for part in present)} as AR-GRPO's "
+            f"files do, but no {wanted}*: there is no {kind} in it"
+        )
+    what = "tokenizer" if wanted == PARTS["tokenizer"] else "policy"
+    logger.info("%s: taking %s* for the %s, as AR-GRPO names it", opened.source, wanted, what)
+    return {name.removeprefix(wanted): name for name in opened.tensors if name.startswith(wanted)}
+
+
+def _other_part(name: str, opened: Checkpoint, kind: Kind | None) -> bool:
+    """Whether a tensor is of the half of a taming policy's file that is not wanted."""
+    tokenizer = name.startswith(TOKENIZER)
+    if kind == "policy" or tokenizer:
+        return kind == "policy" and tokenizer
+    return kind == "tokenizer" and any(other.startswith(TOKENIZER) for other in opened.tensors)
+
+
+def _is_cache(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in CACHES)

@@ -1,0 +1,310 @@
+"""Where a model's tensors and its architecture are: our file, an official one, or a name.
+
+Our safetensors files carry their architecture. Files of other programs
+(`actors.checkpoints.official`) do not, safetensors or not: a row of the table of models
+(`actors.checkpoints.zoo`), taming's project file or a JSON file has to say it. Nothing is guessed:
+head count and grid are not in an official file, and wrong ones would load without complaint and
+draw noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from actors.checkpoints.official import OfficialFile, open_official
+from actors.checkpoints.taming_files import (
+    TamingProject,
+    policy_tensors,
+    read_project,
+    tokenizer_tensors,
+)
+from actors.checkpoints.zoo import MODELS, Kind, candidates, named
+from actors.models.llamagen import LlamaGenConfig
+from actors.models.taming import TamingConfig
+from actors.models.vq import VQConfig
+from cluster.errors import CheckpointError, ConfigError
+from cluster.model_files.architectures import from_fields
+from cluster.model_files.checkpoints import is_own
+from cluster.model_files.tensors import anywhere, locate, read_config
+from cluster.program.invocation import command_of
+
+PolicyArchitecture = LlamaGenConfig | TamingConfig
+Architecture = PolicyArchitecture | VQConfig
+
+FAMILIES: dict[str, type[Architecture]] = {
+    "llamagen": LlamaGenConfig,
+    "taming-gpt": TamingConfig,
+    "llamagen-vq": VQConfig,
+}
+YAML = (".yaml", ".yml")
+JSON = ".json"
+SAFETENSORS = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model's tensors and its architecture are; nothing is opened yet."""
+
+    file: str
+    architecture: str = ""
+    """A name of the table, or the path of a file; empty: the header of `file` says."""
+    ema: bool = False
+    name: str = ""
+    """The name that the checkpoint was asked for by, if it was."""
+
+    @classmethod
+    def of(cls, checkpoint: str, architecture: str = "", ema: bool = False) -> Source:
+        """The source behind a configured checkpoint.
+
+        Raises:
+            ConfigError: no such name, or options that the kind of checkpoint does not have.
+        """
+        if checkpoint in MODELS or _looks_like_name(checkpoint):
+            model = named(checkpoint)
+            if architecture not in ("", checkpoint):
+                raise ConfigError(
+                    f"checkpoint {checkpoint!r} is a named model, but architecture says "
+                    f"{architecture!r}: leave architecture empty, or give the file's path"
+                )
+            if not model.file:
+                raise ConfigError(
+                    f"no official file of {checkpoint!r} is published: give the path of your own "
+                    f"as checkpoint, and {checkpoint!r} as architecture"
+                )
+            return cls(file=str(model.place()), architecture=checkpoint, ema=ema, name=checkpoint)
+        source = cls(file=checkpoint, architecture=architecture, ema=ema)
+        if architecture and _suffix(architecture) not in (*YAML, JSON):
+            named(architecture)  # refuses what is no name
+        if (architecture or ema) and not source.official:
+            raise ConfigError(
+                f"{checkpoint} is no official file: it was written by this program and carries its "
+                "own architecture and one set of weights, so leave architecture empty and ema off"
+            )
+        return source
+
+    @property
+    def official(self) -> bool:
+        """Whether the file is another program's. Of one that is not there, the options say."""
+        if Path(self.file).suffix.lower() != SAFETENSORS or self.architecture or self.ema:
+            return not is_own(self.file)
+        return _is_there(self.file) and not is_own(self.file)
+
+    def project(self) -> TamingProject | None:
+        """What a taming project file says, if it is one that describes this source."""
+        if _suffix(self.architecture) in YAML:
+            return read_project(self.architecture)
+        model = MODELS.get(self.architecture)
+        if model is None or not model.project:
+            return None
+        if not model.project_place().is_file():
+            raise CheckpointError(
+                f"{model.name} needs its project file at {model.project_place()}: run "
+                f"`{command_of('actors.weights')} fetch {model.name}` to see which one that is"
+            )
+        return read_project(model.project_place())
+
+    def open(self, kind: Kind | None = None, *, check: bool = True) -> OfficialFile:
+        """Read an official file; see `open_official`.
+
+        Raises:
+            CheckpointError: see `open_official`; or not fetched yet, with the command to do it.
+        """
+        if self.name and not Path(self.file).is_file():
+            raise CheckpointError(
+                f"{self.name} is not there (looked for {self.file}): run "
+                f"`{command_of('actors.weights')} fetch {self.name}`"
+            )
+        return open_official(self.file, kind, ema=self.ema, check=check)
+
+
+def policy_architecture(source: Source) -> PolicyArchitecture:
+    """The architecture of a policy's source; reads a header or a project file at most.
+
+    Raises:
+        CheckpointError: it is a tokenizer's, or not readable.
+        ConfigError: it has to be named, and is not.
+    """
+    found = _architecture(source, "policy")
+    assert not isinstance(found, VQConfig)
+    return found
+
+
+def tokenizer_architecture(source: Source) -> VQConfig:
+    """As `policy_architecture`, of a tokenizer. taming's policy files hold their tokenizer."""
+    found = _architecture(source, "tokenizer")
+    assert isinstance(found, VQConfig)
+    return found
+
+
+def planned_policy(source: Source) -> PolicyArchitecture:
+    """As `policy_architecture`, for a plan: a taming model whose project file is not there has the
+    sizes that were published."""
+    published = _published(source)
+    return published[0] if published else policy_architecture(source)
+
+
+def planned_tokenizer(source: Source) -> VQConfig:
+    """As `planned_policy`, of a tokenizer."""
+    published = _published(source)
+    return published[1] if published else tokenizer_architecture(source)
+
+
+def _published(source: Source) -> tuple[TamingConfig, VQConfig] | None:
+    model = MODELS.get(source.architecture)
+    if model is None or model.published is None or model.project_place().is_file():
+        return None
+    return model.published
+
+
+def kind_of(source: Source) -> Kind:
+    """What a source holds; taming's policy files count as policies.
+
+    Raises:
+        CheckpointError, ConfigError: as `policy_architecture`.
+    """
+    if (project := source.project()) is not None:
+        return "tokenizer" if project.policy is None else "policy"
+    if source.architecture in MODELS:
+        return MODELS[source.architecture].kind
+    return "tokenizer" if _header(source, "policy").get("family") == "llamagen-vq" else "policy"
+
+
+def official_tensors(
+    source: Source, architecture: Architecture, *, check: bool = True
+) -> dict[str, Tensor]:
+    """The tensors of an official file under our names, in the file's dtypes.
+
+    Args:
+        check: compare checksums; without, no weights are read before they are used.
+
+    Raises:
+        CheckpointError: see `open_official`; or the file contradicts the architecture.
+    """
+    kind: Kind = "tokenizer" if isinstance(architecture, VQConfig) else "policy"
+    file = source.open(kind, check=check)
+    _refuse_contradiction(source, file, architecture)
+    if isinstance(architecture, TamingConfig):
+        return policy_tensors(file.tensors, architecture, source.file)
+    if source.project() is not None:
+        return tokenizer_tensors(file.tensors, source.file)
+    return file.tensors
+
+
+def architecture_from(header: Mapping[str, Any], path: str, kind: Kind) -> Architecture:
+    """The architecture that a header or JSON file describes.
+
+    Raises:
+        CheckpointError: of another kind, or with a field that is not known.
+    """
+    fields = dict(header)
+    family = str(fields.pop("family", None))
+    wanted = [
+        name for name, type_ in FAMILIES.items() if (type_ is VQConfig) == (kind == "tokenizer")
+    ]
+    if family not in wanted:
+        raise CheckpointError(
+            f"{path} holds a {family!r}, expected a {' or a '.join(map(repr, wanted))}"
+        )
+    return from_fields(FAMILIES[family], fields, path)
+
+
+def _architecture(source: Source, kind: Kind) -> Architecture:
+    if (project := source.project()) is not None:
+        found = project.policy if kind == "policy" else project.tokenizer
+        if found is None:
+            raise CheckpointError(f"{source.architecture} describes a VQGAN, expected a policy")
+        return found
+    model = MODELS.get(source.architecture)
+    if model is None or model.architecture is None:
+        return architecture_from(_header(source, kind), source.architecture or source.file, kind)
+    if model.kind != kind:
+        raise CheckpointError(f"{model.name} is a {model.kind}, expected a {kind}")
+    return model.architecture
+
+
+def _header(source: Source, kind: Kind) -> Mapping[str, Any]:
+    """The fields of an architecture that stands in a safetensors header or a JSON file."""
+    if not source.official:
+        return read_config(source.file)
+    if not source.architecture:
+        raise ConfigError(_which_architecture(source, kind))
+    if _suffix(source.architecture) != JSON:
+        named(source.architecture)  # raises: it is no name either
+    try:
+        fields = json.loads(locate(source.architecture).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source.architecture}: not valid JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{source.architecture}: expected an object of architecture fields")
+    return fields
+
+
+def _which_architecture(source: Source, kind: Kind) -> str:
+    tensors = source.open(kind, check=False).tensors
+    if any(name.startswith(("transformer.", "decoder.up.")) for name in tensors):
+        advice = "this is a taming file, so give the path of its *-project.yaml"
+    elif names := candidates(tensors, kind) or candidates(tensors, "tokenizer"):
+        advice = f"width, depth and vocabulary are those of {', '.join(names)}"
+    else:
+        advice = f"no named {kind} has its width, depth and vocabulary; give a .json of the fields"
+    lacks = "its number of heads and its grid" if kind == "policy" else "its architecture"
+    option = "architecture" if kind == "policy" else "the tokenizer's architecture"
+    return f"{source.file} is an official file, which does not say {lacks}: set {option}; {advice}"
+
+
+def _refuse_contradiction(source: Source, file: OfficialFile, architecture: Architecture) -> None:
+    """Heads and grid leave no trace in the weights, but often beside them."""
+    for model in MODELS.values():
+        if model.file == Path(source.file).name and model.architecture not in (None, architecture):
+            raise CheckpointError(
+                f"{source.file} bears the name of the official file of {model.name}, but "
+                f"architecture is {source.architecture}; rename the file if it is not that one"
+            )
+    if not isinstance(architecture, LlamaGenConfig):
+        return
+    positions = architecture.num_tokens + (
+        architecture.caption_tokens if architecture.caption_dim else 1
+    )
+    for name, shape in file.caches.items():
+        heads, size = architecture.num_heads, architecture.head_dim
+        expected: tuple[int, ...] = shape
+        if name == "freqs_cis":
+            expected = (positions, size // 2, 2)
+        elif name.endswith(("k_cache", "v_cache")) and len(shape) == 4:
+            expected = (shape[0], heads, shape[2], size)
+        pairs = name == "freqs_cis"  # (..., 2), or complex numbers in derived code
+        if shape != expected and not (pairs and shape == expected[:-1]):
+            raise CheckpointError(
+                f"{source.file}: {name!r} has shape {shape}, but {source.architecture} leads to "
+                f"{expected}: it is of another number of heads, or another grid"
+            )
+    pixels, stride = (file.options.get(key) for key in ("image_size", "downsample_size"))
+    if isinstance(pixels, int) and isinstance(stride, int) and pixels != architecture.grid * stride:
+        raise CheckpointError(
+            f"{source.file} was trained on {pixels} pixels with {stride} a token, a grid of "
+            f"{pixels // stride}, but {source.architecture} has a grid of {architecture.grid}"
+        )
+
+
+def _looks_like_name(checkpoint: str) -> bool:
+    """Neither a path nor a file name: then it is meant as a model's name."""
+    if {"/", "\\"} & set(checkpoint) or Path(checkpoint).suffix:
+        return False
+    return not Path(checkpoint).exists()
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return anywhere(path).exists()
+    except CheckpointError:
+        return False
+
+
+def _suffix(path: str) -> str:
+    return Path(path).suffix.lower()

@@ -1,0 +1,325 @@
+"""Official taming-transformers files: project YAML to architectures, tensor names to ours and back.
+
+A Lightning checkpoint holds `transformer.*` (the policy), `first_stage_model.*` (the VQGAN), and
+`permuter.*` tables; a VQGAN's own file has no prefix. What tensors do not tell, the number of heads
+above all, is in the run's `*-project.yaml`. Its `target` strings say which classes it is about, and
+what is not one of those known here is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from actors.models.permuters import inverse, permutation
+from actors.models.taming import TamingConfig
+from actors.models.vq import VQConfig
+from cluster.errors import CheckpointError, ConfigError
+from cluster.io import strict_yaml
+from cluster.model_files.architectures import from_fields
+from cluster.model_files.tensors import locate
+
+T = TypeVar("T")
+
+NET2NET = "taming.models.cond_transformer.Net2NetTransformer"
+VQGAN = "taming.models.vqgan.VQModel"
+GPT = "taming.modules.transformer.mingpt.GPT"
+CLASS_STAGE = "taming.modules.util.Labelator"
+START_STAGE = "taming.modules.util.SOSProvider"
+COORDINATE_STAGE = "taming.modules.misc.coord.CoordStage"
+PERMUTERS = "taming.modules.transformer.permuter."
+UNCONDITIONAL = "__is_unconditional__"
+
+POLICY = "transformer."
+TOKENIZER = "first_stage_model."
+PERMUTER = "permuter."
+LOSS = "loss."
+MASK = ".attn.mask"
+
+MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TamingProject:
+    """The architectures of a project file."""
+
+    policy: TamingConfig | None
+    """None where the file is about a VQGAN alone."""
+    tokenizer: VQConfig
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A mapping inside a file, which knows its place for the errors."""
+
+    source: str
+    field: str
+    values: Mapping[str, Any]
+
+    def refuse(self, name: str, problem: str) -> NoReturn:
+        place = f"{self.field}.{name}" if name else self.field
+        raise CheckpointError(f"{self.source}: {place} {problem}")
+
+    def get(self, name: str, kind: type[T], default: T | None = None) -> T:
+        """A value of the right type; one without a default must be there."""
+        found = self.values.get(name, default)
+        if found is None:
+            self.refuse(name, "is missing")
+        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+            self.refuse(name, f"should be of type {kind.__name__}, found {found!r}")
+        return found
+
+    def section(self, name: str) -> _Section:
+        return _Section(self.source, f"{self.field}.{name}", self.get(name, dict))
+
+    def numbers(self, name: str) -> tuple[int, ...]:
+        return tuple(self.get(name, list))
+
+    def only(self, name: str, default: Any, supported: Any) -> None:
+        """Refuse every value of a setting but the one that is implemented."""
+        found = self.values.get(name, default)
+        if found != supported:
+            self.refuse(name, f"is {found!r}, of which only {supported!r} is supported")
+
+    def params(self, *targets: str) -> _Section:
+        """The parameters of this section's class, which must be one of `targets`."""
+        found = self.get("target", str)
+        if found not in targets:
+            self.refuse("target", f"is {found!r}, supported is {' or '.join(targets)}")
+        return self.section("params")
+
+
+def read_project(path: str | os.PathLike[str]) -> TamingProject:
+    """The architectures of a `*-project.yaml`.
+
+    Raises:
+        CheckpointError: no such file, not a project file, or a model that is not supported; names
+            the file and the field.
+    """
+    source = os.fspath(path)
+    try:
+        content = strict_yaml.load(locate(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, not YAML
+        raise CheckpointError(f"{source}: not a YAML file ({error})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise CheckpointError(
+            f"{source}: has no section 'model'; of the two files of a run's configs folder, this "
+            "needs the one that ends in -project.yaml"
+        )
+    return parse_project(content["model"], source)
+
+
+def parse_project(model: Mapping[str, Any], source: str) -> TamingProject:
+    """The architectures of a project's `model` section.
+
+    Args:
+        source: the file's name, for the error.
+
+    Raises:
+        CheckpointError: names the source and the field that is missing or not supported.
+    """
+    section = _Section(source, "model", model)
+    params = section.params(NET2NET, VQGAN)
+    if section.values["target"] == VQGAN:
+        return TamingProject(policy=None, tokenizer=_tokenizer(params)[0])
+    tokenizer, resolution = _tokenizer(params.section("first_stage_config").params(VQGAN))
+    policy = _policy(params, tokenizer, resolution)
+    return TamingProject(policy=policy, tokenizer=tokenizer)
+
+
+def _tokenizer(params: _Section) -> tuple[VQConfig, int]:
+    """The VQGAN, and the side of the images that it is made for."""
+    layers = params.section("ddconfig")
+    params.only("remap", None, None)
+    for name, default, supported in (
+        ("double_z", True, False),
+        ("in_channels", None, 3),
+        ("out_ch", None, 3),
+        ("resamp_with_conv", True, True),
+        ("give_pre_end", False, False),
+    ):
+        layers.only(name, default, supported)
+    multipliers, resolution = layers.numbers("ch_mult"), layers.get("resolution", int)
+    if resolution % 2 ** (len(multipliers) - 1):
+        layers.refuse("resolution", f"is {resolution}, which ch_mult {multipliers} do not divide")
+    attended = layers.numbers("attn_resolutions")
+    levels = tuple(level for level in range(len(multipliers)) if resolution >> level in attended)
+    fields = {
+        "channels": layers.get("ch", int),
+        "multipliers": multipliers,
+        "num_res_blocks": layers.get("num_res_blocks", int),
+        "z_channels": layers.get("z_channels", int),
+        "codebook_size": params.get("n_embed", int),
+        "codebook_dim": params.get("embed_dim", int),
+        "normalise": False,
+        "attention_levels": levels,
+        "pixel_rule": "taming",
+    }
+    return from_fields(VQConfig, fields, f"{params.source}: {params.field}"), resolution
+
+
+def _policy(params: _Section, tokenizer: VQConfig, resolution: int) -> TamingConfig:
+    params.only("downsample_cond_size", -1, -1)
+    pkeep = params.values.get("pkeep", 1.0)
+    if not isinstance(pkeep, int | float) or pkeep <= 0:
+        params.refuse(
+            "pkeep", f"is {pkeep!r}: a policy trained on noise alone does not decode token by token"
+        )
+    gpt = params.section("transformer_config").params(GPT)
+    if gpt.get("vocab_size", int) != tokenizer.codebook_size:
+        gpt.refuse(
+            "vocab_size",
+            f"is {gpt.get('vocab_size', int)}, but the VQGAN has {tokenizer.codebook_size} codes: "
+            "tokens and codes would not match",
+        )
+    grid = resolution // tokenizer.downsampling
+    fields = {
+        "dim": gpt.get("n_embd", int, 256),
+        "num_layers": gpt.get("n_layer", int, 12),
+        "num_heads": gpt.get("n_head", int, 8),
+        "vocab_size": gpt.get("vocab_size", int),
+        "block_size": gpt.get("block_size", int),
+        "n_unmasked": gpt.get("n_unmasked", int, 0),
+        "grid": grid,
+        "permuter": _permuter(params, grid),
+        **_condition(params, resolution),
+    }
+    return from_fields(TamingConfig, fields, f"{params.source}: {params.field}")
+
+
+def _condition(params: _Section, resolution: int) -> dict[str, Any]:
+    """Fields of the configuration that say what goes before the image's tokens."""
+    stage = params.values.get("cond_stage_config")
+    if params.get("unconditional", bool, False) or stage == UNCONDITIONAL:
+        return {"condition": "none", "sos_token": params.get("sos_token", int, 0)}
+    if not isinstance(stage, dict):
+        params.refuse("cond_stage_config", f"is {stage!r}, which is not supported")
+    section = params.section("cond_stage_config")
+    fields = section.params(CLASS_STAGE, START_STAGE, COORDINATE_STAGE)
+    if section.values["target"] == CLASS_STAGE:
+        return {"condition": "class", "num_classes": fields.get("n_classes", int)}
+    if section.values["target"] == START_STAGE:
+        return {"condition": "none", "sos_token": fields.get("sos_token", int)}
+    return {
+        "condition": "coordinates",
+        "image_size": resolution,
+        "coordinate_levels": fields.get("n_embed", int),
+        "coordinate_stride": fields.get("down_factor", int),
+    }
+
+
+def _permuter(params: _Section, grid: int) -> str:
+    if params.values.get("permuter_config") is None:
+        return "Identity"
+    section = params.section("permuter_config")
+    name = section.get("target", str).removeprefix(PERMUTERS)
+    for side in ("H", "W"):
+        found = (section.values.get("params") or {}).get(side, grid)
+        if found != grid:
+            section.refuse(f"params.{side}", f"is {found}, but the code grid is {grid}x{grid}")
+    try:
+        permutation(name, grid)
+    except ConfigError as error:
+        section.refuse("target", f"is not supported: {error}")
+    return name
+
+
+def policy_tensors(
+    state: Mapping[str, Tensor], config: TamingConfig, source: str
+) -> dict[str, Tensor]:
+    """The policy's tensors of an official state dict, under our names.
+
+    Raises:
+        CheckpointError: the file has no policy, a permuter that is not `config`'s, or tensors of a
+            part that is not known here.
+    """
+    strange = [name for name in state if not name.startswith((POLICY, TOKENIZER, PERMUTER))]
+    if strange:
+        raise CheckpointError(
+            f"{source}: tensor {strange[0]!r} is of a part that taming's policies here do not have "
+            f"(known are {POLICY}*, {TOKENIZER}* and {PERMUTER}*)"
+        )
+    found = {
+        name.removeprefix(POLICY): tensor
+        for name, tensor in state.items()
+        if name.startswith(POLICY) and not name.endswith(MASK)
+    }
+    if not found:
+        raise CheckpointError(f"{source}: no tensors {POLICY}*; is this the VQGAN's own file?")
+    expected = _permuter_tensors(config)
+    for name, tensor in state.items():
+        if name.startswith(PERMUTER) and not _equal(tensor, expected.get(name)):
+            raise CheckpointError(
+                f"{source}: {name!r} is not the table of the permuter {config.permuter!r} on a "
+                f"{config.grid}x{config.grid} grid: is this the project file of another run?"
+            )
+    return found
+
+
+def official_policy_tensors(state: Mapping[str, Tensor], config: TamingConfig) -> dict[str, Tensor]:
+    """A policy's tensors under the official names, with the buffers that the official module has:
+    attention masks, and the tables of its permuter. The VQGAN's are not among them."""
+    tensors = {POLICY + name: tensor for name, tensor in state.items()}
+    mask = torch.ones(config.block_size, config.block_size).tril()
+    mask[: config.n_unmasked, : config.n_unmasked] = 1
+    for layer in range(config.num_layers):
+        tensors[f"{POLICY}blocks.{layer}{MASK}"] = mask[None, None].clone()
+    return tensors | _permuter_tensors(config)
+
+
+def tokenizer_tensors(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The VQGAN's tensors under our names, of a VQGAN's own file or of a whole policy's. What
+    belongs to its loss is left out.
+
+    Raises:
+        CheckpointError: the file has no VQGAN.
+    """
+    inside = any(name.startswith((POLICY, TOKENIZER)) for name in state)
+    prefix = TOKENIZER if inside else ""
+    found = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(LOSS)
+    }
+    numbers = [re.match(r"decoder\.up\.(\d+)\.", name) for name in found]
+    levels = 1 + max((int(number[1]) for number in numbers if number), default=-1)
+    if not levels:
+        raise CheckpointError(f"{source}: no tensors {prefix}decoder.up.*: there is no VQGAN in it")
+    return {_tokenizer_name(name, levels): tensor for name, tensor in found.items()}
+
+
+def _tokenizer_name(name: str, levels: int) -> str:
+    """Ours for an official name: levels are one list in the order of the data, and so is the
+    middle. taming counts the decoder's from the finest, which comes last."""
+    match name.split("."):
+        case ["encoder", "down", level, part, *rest]:
+            new = ["encoder", "conv_blocks", level, part.replace("block", "res"), *rest]
+        case ["decoder", "up", level, part, *rest]:
+            place = str(levels - 1 - int(level))
+            new = ["decoder", "conv_blocks", place, part.replace("block", "res"), *rest]
+        case ["encoder" | "decoder" as half, "mid", part, *rest] if part in MIDDLE:
+            new = [half, "mid", MIDDLE[part], *rest]
+        case _:
+            return name
+    return ".".join(new)
+
+
+def _permuter_tensors(config: TamingConfig) -> dict[str, Tensor]:
+    """The official module has no tables for the identity."""
+    if config.permuter == "Identity":
+        return {}
+    forward = permutation(config.permuter, config.grid)
+    return {
+        f"{PERMUTER}forward_shuffle_idx": forward,
+        f"{PERMUTER}backward_shuffle_idx": inverse(forward),
+    }
+
+
+def _equal(found: Tensor, expected: Tensor | None) -> bool:
+    return expected is not None and torch.equal(found.cpu().long(), expected)

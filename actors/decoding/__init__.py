@@ -1,0 +1,1 @@
+"""Decoding with a KV cache: the distribution of a token, the steps, the loop."""

@@ -1,0 +1,160 @@
+"""KV-cached decoding and teacher-forced log-probabilities: one distribution, computed two ways.
+
+Both are pure (but for what a caller's hook does between steps). Decoding takes its randomness as an
+argument (one uniform per token, inverse CDF), so a rollout is a function of weights, condition,
+uniforms and `SamplingSpec`, wherever it is decoded.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.decoding.distribution import log_distribution, mixed_logits, unfiltered_logprobs
+from actors.decoding.steps import Drawn, Workspace, guided_rows
+from actors.models.base import Conditions, Policy
+from cluster.errors import NotFiniteError
+from cluster.messages import RequestKey, SamplingSpec
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Rollouts of a batch."""
+
+    tokens: Tensor
+    """(B, T) int64"""
+    logprobs: Tensor
+    """(B, T) fp32: of the drawn tokens, under the distribution they were drawn from."""
+    entropies: Tensor
+    """(B, T) fp32, nats."""
+
+
+def rollout_uniforms(seed: int, key: RequestKey, num_rollouts: int, num_tokens: int) -> np.ndarray:
+    """The uniforms that decode a group: a function of (seed, stream, iteration, group, k) alone.
+
+    Counter-based (Philox), so that a retry, another sampler or another number of samplers draws the
+    same tokens.
+
+    Returns:
+        (K, T) float64 in [0, 1).
+    """
+    stream = zlib.crc32(key.stream.encode())
+    rows = [
+        np.random.Generator(
+            np.random.Philox(key=[seed, stream], counter=[0, k, key.group, key.iteration])
+        ).random(num_tokens)
+        for k in range(num_rollouts)
+    ]
+    return np.stack(rows)
+
+
+@torch.inference_mode()
+def decode_tokens(
+    policy: Policy,
+    conditions: Conditions,
+    uniforms: Tensor,
+    spec: SamplingSpec,
+    workspace: Workspace | None = None,
+    between_steps: Callable[[int], None] | None = None,
+) -> Decoded:
+    """Decode whole rollouts with a KV cache.
+
+    Args:
+        conditions: B rows, from `policy.encode`.
+        uniforms: (B, T) float64 in [0, 1), on the policy's device.
+        spec: transforms of the logits; guidance runs as one batch of 2B rows.
+        workspace: cache and captured steps to use again; None makes them for this call alone.
+        between_steps: called with t before token t is drawn, t >= 1. It may write new weights into
+            the policy, in place: keys and values of earlier tokens stay those of the weights before
+            (as in PipelineRL, arXiv 2509.19128). Without it the function is pure.
+
+    Raises:
+        ConfigError: guidance with a policy that has no unconditional branch.
+        NotFiniteError: the policy's logits, with guidance and temperature, were not finite.
+    """
+    workspace = workspace or Workspace(policy)
+    rows = guided_rows(policy, conditions, spec)
+    drawn = workspace.begin(rows, uniforms[:, 0], spec)
+    columns: list[Drawn] = [drawn]
+    for position in range(1, policy.num_tokens):
+        if between_steps is not None:
+            between_steps(position)
+        drawn = workspace.advance(drawn.tokens, uniforms[:, position], spec)
+        columns.append(drawn)
+    decoded = Decoded(*(torch.stack(column, dim=1) for column in zip(*columns)))
+    _check_finite(decoded, policy, spec)
+    return decoded
+
+
+def _check_finite(decoded: Decoded, policy: Policy, spec: SamplingSpec) -> None:
+    """Whether every token was drawn from a distribution; one wait for the device a batch.
+
+    Raises:
+        NotFiniteError: names the first token and the likely causes.
+    """
+    fine = decoded.logprobs.isfinite() & decoded.entropies.isfinite()
+    if bool(fine.all()):
+        return
+    rows, places = (~fine).nonzero(as_tuple=True)
+    causes = ["weights with NaN or infinities, or that have diverged"]
+    kinds = {str(t.dtype).removeprefix("torch.") for t in policy.state_dict().values()}
+    if half := sorted(kinds & {"float16", "bfloat16"}):
+        causes.append(f"activations that overflow in {half[0]} (try float32)")
+    if spec.guided_sampling:
+        causes.append(f"the guidance scale {spec.cfg_scale:g}")
+    if spec.temperature < 1:
+        causes.append(f"the temperature {spec.temperature:g}")
+    raise NotFiniteError(
+        f"the policy's logits are not finite: {len(rows.unique())} of {len(fine)} rollouts, first "
+        f"at token {int(places.min()) + 1} of {fine.shape[1]}. Possible causes: "
+        f"{'; '.join(causes)}"
+    )
+
+
+class Likelihoods(NamedTuple):
+    """Of given tokens under a spec, teacher-forced; (B, T) fp32, nats."""
+
+    logprobs: Tensor
+    """-inf where the spec filters the token out."""
+    entropies: Tensor
+    """Of the filtered distribution."""
+    unfiltered: Tensor
+    """Log-probabilities before top-k and top-p, always finite; `logprobs` itself without them."""
+
+
+def token_logprobs(
+    policy: Policy, tokens: Tensor, conditions: Conditions, spec: SamplingSpec
+) -> tuple[Tensor, Tensor]:
+    """The first two of `token_likelihoods`: logprobs (-inf where filtered out) and entropies."""
+    found = token_likelihoods(policy, tokens, conditions, spec)
+    return found.logprobs, found.entropies
+
+
+def token_likelihoods(
+    policy: Policy, tokens: Tensor, conditions: Conditions, spec: SamplingSpec
+) -> Likelihoods:
+    """Log-probabilities of given tokens under the spec, teacher-forced, with gradients.
+
+    Under `guided` both branches get gradients; under `distil` the conditional policy alone counts
+    (`SamplingSpec.learned`).
+
+    Args:
+        tokens: (B, T) integers.
+        conditions: B rows, from `policy.encode`.
+    """
+    learned = spec.learned()
+    rows = guided_rows(policy, conditions, learned)
+    guided = learned.guided_sampling
+    logits = mixed_logits(policy(tokens.repeat(2, 1) if guided else tokens, rows), learned)
+    logp, entropies = log_distribution(logits, learned)
+    logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    unfiltered = unfiltered_logprobs(logits, tokens, learned) if learned.filters else logprobs
+    return Likelihoods(logprobs, entropies, unfiltered)

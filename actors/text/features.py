@@ -1,0 +1,305 @@
+"""Parquet files of captions with their features.
+
+The file has one row a caption: `caption` (string), `features` (list of float32, the (n, D) matrix
+row by row) and `shape` (list of int32, [n, D]). Features of a bf16 encoder have two empty bytes a
+number, which the file's compression takes away: nothing would be gained by storing halves.
+Somebody else's file has a column of texts and `features` (lists of n lists of D floats).
+
+A program holds the captions and where their features lie (`FeatureRow`); whoever uses a caption's
+features reads its row, or the few rows that are stored together with it.
+"""
+
+from __future__ import annotations
+
+import socket
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice, zip_longest
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actors.text.tables import UNREADABLE_PARQUET
+from cluster.errors import DataError
+from cluster.io.files import replacing
+from cluster.io.paths import expanded
+from cluster.messages import Condition, FeatureRow
+from cluster.program.invocation import command_of
+
+ROW_GROUP = 8  # captions, the least that can be read: at most 8 MB of flan-t5-xl's features
+LARGEST_ROW_GROUP = 256 << 20  # bytes: what may have to be read for one caption of others' files
+READ_AT_ONCE = 64
+KEPT_ROWS = 64  # captions whose features a process keeps
+FEATURES = "features"
+SCHEMA = pa.schema(
+    [
+        pa.field("caption", pa.string()),
+        pa.field("features", pa.list_(pa.float32())),
+        pa.field("shape", pa.list_(pa.int32())),
+    ]
+)
+
+
+def write_caption_features(
+    path: Path, texts: Iterable[str], features: Iterable[np.ndarray]
+) -> None:
+    """Write captions and their features, a few at a time: both may be generators.
+
+    The file appears under its name only when it is whole.
+
+    Args:
+        features: one (n, D) float array a caption.
+
+    Raises:
+        DataError: an array is not (n, D) of finite floats, or there are more of one than the other.
+    """
+    pairs = enumerate(zip_longest(texts, features))
+    with (
+        replacing(path) as partial,
+        pq.ParquetWriter(
+            partial,
+            SCHEMA,
+            compression="zstd",
+            use_dictionary=False,
+            use_byte_stream_split=["features.list.element"],
+        ) as writer,
+    ):
+        while rows := [_row(path, at, *pair) for at, pair in islice(pairs, ROW_GROUP)]:
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+
+
+def iterate_caption_features(path: Path) -> Iterator[Condition]:
+    """The captions of a file as conditions, one after another; see `read_caption_features`."""
+    try:
+        file = pq.ParquetFile(expanded(path))
+    except UNREADABLE_PARQUET as error:
+        raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
+    with file:
+        _check_row_groups(path, file)
+        there = file.schema_arrow.names
+        for name in SCHEMA.names:
+            if name not in there:
+                raise DataError(
+                    f"{path}: column {name!r} is missing (found {', '.join(there)}); "
+                    f"{command_of('actors.captions')} writes such files"
+                )
+        at = 0
+        try:
+            for batch in file.iter_batches(batch_size=READ_AT_ONCE, columns=SCHEMA.names):
+                for offset in range(batch.num_rows):
+                    yield _condition(path, at + offset, batch, offset)
+                at += batch.num_rows
+        except UNREADABLE_PARQUET as error:
+            raise DataError(f"{path}: damaged after row {at} ({_first_line(error)})") from error
+
+
+def read_caption_features(path: Path) -> list[Condition]:
+    """Captions with their features, as conditions for a caption-conditional policy. Every row is
+    looked at, and none is kept.
+
+    Returns:
+        One condition a row: `text`, and a `FeatureRow` for `features` (see `features_of`).
+
+    Raises:
+        DataError: names file, column and row (from 0) of the first thing that is wrong: nothing
+            readable, a missing column, an empty cell, numbers that do not fill the shape or are not
+            finite, rows of different widths; or there are no rows.
+    """
+    conditions, first = list[Condition](), 0
+    for row, condition in enumerate(iterate_caption_features(path)):
+        width = condition.features.shape[1] if isinstance(condition.features, np.ndarray) else 0
+        first = first or width
+        if width != first:
+            raise _wrong(path, "shape", row, f"width {width}, but row 0 has {first}")
+        conditions.append(by_row(path, row, condition))
+    if not conditions:
+        raise DataError(f"{path}: the file holds no caption")
+    return conditions
+
+
+def iterate_text_features(path: Path, column: str) -> Iterator[Condition]:
+    """The captions of somebody else's file, with a column of texts and perhaps one `features`, one
+    after another.
+
+    Raises:
+        DataError: names file, column and row of what is wrong.
+        OSError, ArrowException: it cannot be read.
+    """
+    with pq.ParquetFile(expanded(path)) as file:
+        columns = [column]
+        if FEATURES in file.schema_arrow.names:
+            columns.append(FEATURES)
+            _check_row_groups(path, file)
+        at = 0
+        for batch in file.iter_batches(batch_size=READ_AT_ONCE, columns=columns):
+            for offset in range(batch.num_rows):
+                text = batch.column(column)[offset].as_py()
+                if not isinstance(text, str) or not text.strip():
+                    raise _wrong_list(path, column, at, f"found {text!r}, not text")
+                yield Condition(text=text, features=_listed(path, at, batch, offset))
+                at += 1
+
+
+def by_row(path: Path, row: int, condition: Condition) -> Condition:
+    """A condition that was read from a file, with its features by where they lie."""
+    features = condition.features
+    if not isinstance(features, np.ndarray):
+        return condition
+    there = FeatureRow(path=str(expanded(path).absolute()), row=row, digest=_digest(features))
+    return replace(condition, features=there)
+
+
+def features_of(condition: Condition) -> np.ndarray | None:
+    """Features (n, D) of a condition, read from its file where it says where they lie; None where
+    it has none. Not to be written to.
+
+    Raises:
+        DataError: the file is not there, or was changed since the program began with it.
+    """
+    found = condition.features
+    return _read_row(found) if isinstance(found, FeatureRow) else found
+
+
+@lru_cache(maxsize=KEPT_ROWS)
+def _read_row(row: FeatureRow) -> np.ndarray:
+    path = Path(row.path)
+    try:
+        with pq.ParquetFile(path) as file:
+            features = _features_at(path, file, row.row)
+    except FileNotFoundError:
+        raise DataError(
+            f"captions {path}: not there on {socket.gethostname()}: samplers and learner read "
+            "features from it, so that it must lie on storage that every node has under this path"
+        ) from None
+    except UNREADABLE_PARQUET as error:
+        raise DataError(f"captions {path}: not readable any more ({_first_line(error)})") from error
+    if features is None or _digest(features) != row.digest:
+        raise DataError(
+            f"captions {path}: row {row.row} is not what it was when the run began: the file was "
+            "changed or is another one on this node; put it back and go on with --resume"
+        )
+    features.flags.writeable = False  # shared by all that ask for it
+    return features
+
+
+def _features_at(path: Path, file: pq.ParquetFile, row: int) -> np.ndarray | None:
+    """Features of one row; None where there is no such row, or it has none."""
+    names, first = file.schema_arrow.names, 0
+    own = set(SCHEMA.names) <= set(names)
+    columns = ["features", "shape"] if own else [FEATURES]
+    if not set(columns) <= set(names):
+        return None
+    for group in range(file.metadata.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        if row < first + count:
+            for batch in file.iter_batches(READ_AT_ONCE, row_groups=[group], columns=columns):
+                if row < first + batch.num_rows:
+                    read = _matrix if own else _listed
+                    return read(path, row, batch, row - first)
+                first += batch.num_rows
+        first += count
+    return None
+
+
+def _check_row_groups(path: Path, file: pq.ParquetFile) -> None:
+    """A caption's features are read together with those in its row group: refuse large ones.
+
+    Raises:
+        DataError: says how the file is to be written.
+    """
+    for group in range(file.metadata.num_row_groups):
+        found = file.metadata.row_group(group)
+        if found.total_byte_size > LARGEST_ROW_GROUP and found.num_rows > 1:
+            raise DataError(
+                f"captions {path}: row group {group} holds {found.num_rows} captions in "
+                f"{found.total_byte_size / 1e6:.0f} MB, which would be read for each of them: "
+                f"write the file with {command_of('actors.captions')}, or with "
+                f"pyarrow.parquet.write_table(table, file, row_group_size={ROW_GROUP})"
+            )
+
+
+def _digest(features: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(features).data, zlib.crc32(str(features.shape).encode()))
+
+
+def _row(path: Path, at: int, text: str | None, features: np.ndarray | None) -> dict[str, object]:
+    if text is None or features is None:
+        lacking = "caption" if text is None else "features"
+        raise _wrong(path, lacking, at, "nothing: there are fewer of these than of the others")
+    if features.ndim != 2 or not features.size or features.dtype.kind != "f":
+        found = f"{features.dtype} of shape {features.shape}"
+        raise _wrong(path, "features", at, f"{found}, expected floats (n, D)")
+    if not np.isfinite(features).all():
+        raise _wrong(path, "features", at, "values that are not finite")
+    numbers = features.astype(np.float32).ravel()
+    return {"caption": text, "features": numbers, "shape": list(features.shape)}
+
+
+def _condition(path: Path, at: int, batch: pa.RecordBatch, offset: int) -> Condition:
+    cells = {name: batch.column(name)[offset] for name in SCHEMA.names}
+    for name, cell in cells.items():
+        if not cell.is_valid:
+            raise _wrong(path, name, at, "nothing")
+    text = cells["caption"].as_py()
+    if not isinstance(text, str):
+        raise _wrong(path, "caption", at, f"{type(text).__name__}, expected text")
+    return Condition(text=text, features=_matrix(path, at, batch, offset))
+
+
+def _matrix(path: Path, at: int, batch: pa.RecordBatch, offset: int) -> np.ndarray:
+    """Features (n, D) of a row of our own files."""
+    shape = batch.column("shape")[offset].as_py()
+    if not isinstance(shape, list) or len(shape) != 2 or not all(_counts(part) for part in shape):
+        raise _wrong(path, "shape", at, f"{shape}, expected [n, D]")
+    numbers = _numbers(path, at, batch.column("features")[offset])
+    if numbers.size != shape[0] * shape[1]:
+        raise _wrong(path, "features", at, f"{numbers.size} numbers, expected {shape} of them")
+    return numbers.reshape(shape)
+
+
+def _listed(path: Path, at: int, batch: pa.RecordBatch, offset: int) -> np.ndarray | None:
+    """Features (n, D) of a row of somebody else's files; None where it has none."""
+    there = FEATURES in batch.schema.names
+    features = batch.column(FEATURES)[offset].as_py() if there else None
+    if features is None:
+        return None
+    try:
+        matrix = np.array(features, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise _wrong_list(path, FEATURES, at, f"not n lists of D floats ({error})") from error
+    if matrix.ndim != 2 or not matrix.size or not np.isfinite(matrix).all():
+        found = f"found shape {matrix.shape}, expected n lists of D finite floats"
+        raise _wrong_list(path, FEATURES, at, found)
+    return matrix
+
+
+def _wrong_list(path: Path, column: str, row: int, what: str) -> DataError:
+    return DataError(f"captions {path}: column {column!r}, row {row}: {what}")
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _numbers(path: Path, at: int, cell: pa.Scalar) -> np.ndarray:
+    if not pa.types.is_list(cell.type) and not pa.types.is_large_list(cell.type):
+        raise _wrong(path, "features", at, f"{cell.type}, expected a list of floats")
+    values = cell.values
+    if not pa.types.is_floating(values.type) or values.null_count:
+        raise _wrong(path, "features", at, f"{cell.type} with gaps or not of floats")
+    numbers = values.to_numpy(zero_copy_only=False).copy()  # else it keeps the whole batch
+    if not np.isfinite(numbers).all():
+        raise _wrong(path, "features", at, "values that are not finite")
+    return numbers
+
+
+def _wrong(path: Path, column: str, row: int, found: str) -> DataError:
+    return DataError(f"{path}: column {column!r}, row {row}: found {found}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,1 @@
+"""The fleet on Ray: workers, heartbeats, replacement, weight broadcast, autoscaling."""

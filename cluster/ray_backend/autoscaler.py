@@ -1,0 +1,188 @@
+"""Keeps the sizes of a fleet's pools: by queue wait, and by what other processes ask for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster.control.control_actor import (
+    FleetStatus,
+    PoolStatus,
+    Progress,
+    StopWish,
+    Wish,
+    WorkerStatus,
+    start_control,
+)
+from cluster.errors import FleetError
+from cluster.ray_session.private import actor_id
+from cluster.scheduling.autoscaling import desired_workers
+from cluster.scheduling.pool import State, Worker, WorkerPool
+
+logger = logging.getLogger(__name__)
+
+EXCHANGE_S = 1.0  # how often the control actor is spoken to
+MOST = 4096  # workers of a role
+
+
+class Steward:
+    """Scales pools while their fleet waits for groups.
+
+    Args:
+        pools: what can be scaled.
+        run: name under which other processes find it; empty hides it.
+        others: workers that are in no pool, for the status.
+        stop: called when somebody wants the run to end, with whether to write a checkpoint.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[WorkerPool],
+        run: str,
+        *,
+        others: Callable[[], Sequence[Worker]] = lambda: (),
+        stop: Callable[[bool], None] = lambda checkpoint: None,
+    ) -> None:
+        self._pools, self._run = {pool.role.name: pool for pool in pools}, run
+        self._others, self._stop = others, stop
+        self.progress = Progress()
+        """How far the run is; for whoever asks."""
+        self._control: Any = None
+        self._exchange: Any = None
+        self._spoken = 0.0
+        self._answered = 0
+        self._refusals: list[tuple[int, str]] = []
+
+    def start(self) -> None:
+        """Become reachable for other processes."""
+        if self._run:
+            self._control = start_control(self._run)
+
+    def end(self) -> None:
+        if self._control is not None:
+            import ray
+
+            ray.kill(self._control)
+
+    def refs(self) -> list[Any]:
+        """What to wait for, and bring to `heard`."""
+        return [self._exchange] if self._exchange is not None else []
+
+    def tend(self, restarts: int, edition: int = 0, *, decide: bool = True) -> None:
+        """Let those go that have finished; decide by queue wait, unless told that nobody has
+        anything to do just now; speak to the control actor."""
+        now = time.monotonic()
+        for pool in self._pools.values():
+            pool.dismiss()
+            if decide:
+                self._scale_by_wait(pool, now)
+        if self._control is None or self._exchange is not None or now - self._spoken < EXCHANGE_S:
+            return
+        self._spoken = now
+        self._exchange = self._control.exchange.remote(self.status(restarts, edition))
+
+    def restart(self) -> None:
+        """Observe anew: what was seen so far says nothing of how many workers are needed."""
+        for pool in self._pools.values():
+            pool.meter.restart(time.monotonic())
+
+    def heard(self, ref: Any) -> None:
+        """The control actor's answer: carry out what is wanted."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        self._exchange = None
+        try:
+            wishes = ray.get(ref)
+        except RayActorError:
+            self._control = None
+            logger.warning(
+                "the fleet's control actor was lost: cluster.scale cannot reach this run"
+            )
+            return
+        for wish in wishes:
+            if isinstance(wish, StopWish):
+                self._answered = wish.number
+                self._stop(wish.checkpoint)
+            else:
+                self._grant(wish)
+
+    def status(self, restarts: int = 0, edition: int = 0) -> FleetStatus:
+        pools = tuple(
+            PoolStatus(
+                role=name,
+                serving=len(pool.of(State.SERVING)),
+                starting=len(pool.of(State.STARTING)),
+                draining=len(pool.of(State.DRAINING)),
+                queued=len(pool.waiting),
+                wanted=pool.target,
+                wait_s=pool.meter.recent_wait_s,
+                workers=tuple(map(_status_of, pool.workers)),
+            )
+            for name, pool in self._pools.items()
+        )
+        return FleetStatus(
+            pools=pools,
+            singles=tuple(map(_status_of, self._others())),
+            restarts=restarts,
+            edition=edition,
+            progress=self.progress,
+            answered=self._answered,
+            refusals=tuple(self._refusals),
+        )
+
+    def _grant(self, wish: Wish) -> None:
+        self._answered = wish.number
+        try:
+            pool = self._pool(wish)
+        except FleetError as error:
+            self._refusals.append((wish.number, str(error)))
+            return
+        before = pool.target
+        if before != wish.count:
+            logger.info("%s: %d -> %d workers, as asked for", wish.role, before, wish.count)
+            pool.scale(wish.count)
+            pool.meter.restart(time.monotonic())
+
+    def _pool(self, wish: Wish) -> WorkerPool:
+        pool = self._pools.get(wish.role)
+        if pool is None:
+            raise FleetError(f"no role {wish.role!r}: there are {', '.join(self._pools)}")
+        if not 1 <= wish.count <= MOST:
+            raise FleetError(f"{wish.role}: the number must be in 1..{MOST}, found {wish.count}")
+        auto = pool.role.autoscale
+        if auto.on and wish.count != auto.bounded(wish.count):
+            raise FleetError(
+                f"{wish.role} is scaled by its queue wait, between {max(auto.min, 1)} and "
+                f"{auto.max}; found {wish.count}"
+            )
+        return pool
+
+    def _scale_by_wait(self, pool: WorkerPool, now: float) -> None:
+        auto = pool.role.autoscale
+        if not auto.on or pool.meter.age(now) < auto.every_s:
+            return
+        if pool.of(State.STARTING) or pool.of(State.DRAINING):  # the last decision still unfolds
+            pool.meter.restart(now)
+            return
+        load = pool.meter.load(len(pool.of(State.SERVING)), now)
+        wanted = desired_workers(auto, load)
+        pool.meter.restart(now)
+        if wanted != load.workers:
+            logger.info(
+                f"{pool.role.name}: {load.workers} -> {wanted} workers (work waited "
+                f"{load.mean_wait_s:.2g} s on average, workers were busy {load.busy_share:.0%})"
+            )
+            pool.scale(wanted)
+
+
+def _status_of(worker: Worker) -> WorkerStatus:
+    return WorkerStatus(
+        name=worker.name,
+        state=worker.state.value,
+        actor=actor_id(worker.handle),
+        edition=worker.edition,
+        busy=worker.busy,
+    )

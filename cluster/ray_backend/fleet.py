@@ -1,0 +1,396 @@
+"""The fleet on Ray: supervised actors, each group followed from request to scores.
+
+The driver holds object references only: images go from sampler to reward servers through the object
+store. A lost sampler or reward server is replaced, and what it was working on is asked for again;
+since randomness belongs to the request, the answer is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError
+
+from cluster.control.control_actor import Progress
+from cluster.errors import FleetError, LearnerLostError, TesseraError
+from cluster.fleet import Result, join_features
+from cluster.io.background import Background
+from cluster.messages import SampleRequest, ScoredGroup
+from cluster.ray_backend.autoscaler import Steward
+from cluster.ray_backend.broadcast import Delivery
+from cluster.ray_backend.group_calls import InFlight
+from cluster.ray_backend.heartbeat import Pulse
+from cluster.ray_backend.launcher import Launcher, actor_class
+from cluster.ray_backend.publisher import publisher_of
+from cluster.ray_backend.stateful_roles import Keepers
+from cluster.ray_backend.supervisor import Supervisor
+from cluster.ray_backend.worker_calls import SAMPLER_THREADS, queue_for_tokens
+from cluster.ray_session.calls import RemoteRole, answer, how_ended, ready_of, too_late
+from cluster.ray_session.session import RaySession
+from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
+from cluster.scheduling.in_flight import GroupOnTheWay, Ticket, Tickets
+from cluster.scheduling.listening import LOOK_S, Listening
+from cluster.scheduling.placement import Placement
+from cluster.scheduling.pool import State, Worker, WorkerPool
+from cluster.scheduling.restarts import RestartBudget
+
+logger = logging.getLogger(__name__)
+
+JUDGE_S = 0.25  # how often somebody's silence is judged
+ATTEND_S = 0.05  # how often the fleet is attended to while something else is computed
+
+
+class RayFleet:
+    """See `cluster.fleet.Fleet`.
+
+    Args:
+        run: name under which other processes find the fleet (`python -m cluster.scale`); empty
+            hides it.
+        ask_to_stop: called when another process wants the run to end (see `Steward`).
+    """
+
+    def __init__(
+        self,
+        plan: FleetPlan,
+        session: RaySession,
+        should_stop: Callable[[], bool] = lambda: False,
+        *,
+        run: str = "",
+        ask_to_stop: Callable[[bool], None] = lambda checkpoint: None,
+    ) -> None:
+        self._plan, self._should_stop = plan, should_stop
+        self._listening, self._judged = Listening(), 0.0
+        self._launcher = Launcher(plan, session)
+        self._weights = publisher_of(plan, session)
+        self._delivery = Delivery(
+            plan,
+            self._weights,
+            lambda: self._in_flight.editions,
+            self._sampler_lost,
+        )
+        self._budget = RestartBudget(plan.max_restarts, stopping=should_stop)
+        self._pulse = Pulse(plan.heartbeat_s, self._listening)
+        self._keepers = Keepers(
+            plan, self._launch_keeper, self._answer, self._attend, self._budget, self._listening
+        )
+        self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
+        self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
+        self._supervisor = Supervisor(plan, self.pools, self._budget, self._listening, self._kill)
+        self._steward = Steward(
+            self.pools, run, others=lambda: self._keepers.workers, stop=ask_to_stop
+        )
+        self._in_flight = InFlight(
+            plan,
+            self._samplers,
+            self._servers,
+            self._delivery,
+            self._supervisor,
+            self._budget,
+            self._listening,
+        )
+        self._calls = self._in_flight.calls
+        self._tickets = Tickets(
+            plan,
+            self._listening,
+            self._turn,
+            lambda: self._should_stop(),
+            self._who_is_there,
+            lambda: next((pool.role.name for pool in self.pools if not pool.workers), ""),
+        )
+        self._answers = self._tickets.answers
+
+    def __enter__(self) -> Self:
+        who = "the fleet's control actor"
+        try:
+            self._steward.start()
+            for worker in self._all():
+                who = worker.name
+                self._keepers.started(worker)
+            who = "a learner"
+            self._keepers.meet()
+        except RayActorError as error:
+            self._end()
+            raise FleetError(
+                f"{who} was lost while it started: {how_ended(error)}; its log says more"
+            ) from None
+        except BaseException:  # whatever ends the start, the others must not stay behind
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    @property
+    def pools(self) -> list[WorkerPool]:
+        """What can be scaled."""
+        return [self._samplers, *self._servers.values()]
+
+    @property
+    def restarts(self) -> int:
+        return self._budget.spent
+
+    @property
+    def placements(self) -> list[Placement]:
+        return list(self._launcher.placements.values())
+
+    @property
+    def learner(self) -> LearnerRole:
+        return self._keepers.learner
+
+    @property
+    def moments(self) -> MomentsRole:
+        return self._keepers.moments
+
+    def recover_learner(self, error: LearnerLostError) -> None:
+        self._tickets.abandon(list(self._answers))
+        for pool in self.pools:
+            pool.waiting.clear()
+        self._delivery.forget(self._samplers, self._replace)
+        self._keepers.replace_learners(str(error))
+
+    def _sampler_lost(self, worker: Worker) -> None:
+        self._supervisor.lost(self._samplers, worker)
+
+    def _replace(self, worker: Worker) -> None:
+        self._kill(worker)
+        self._samplers.replace(worker)
+
+    def tell(self, progress: Progress) -> None:
+        self._steward.progress = progress
+
+    def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
+        return self._submit(requests, scored=True)
+
+    def collect(self, ticket: Ticket, *, finish: bool = False) -> list[ScoredGroup]:
+        return self._collect(ticket, finish=finish)
+
+    def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
+        return self._stream(requests, scored=True)
+
+    def sample_images(self, requests: Iterable[SampleRequest]) -> list[np.ndarray]:
+        return [*self._stream(requests, scored=False)]
+
+    def features(self, batches: Iterable[np.ndarray], panel: str) -> dict[str, np.ndarray]:
+        parts = []
+        for batch in batches:
+            self._tickets.stop_if_asked()
+            parts.append(self._ask_server(panel, "features", batch, panel))
+        return join_features(parts)
+
+    def fingerprint(self, panel: str) -> str:
+        return self._ask_server(panel, "fingerprint", panel)
+
+    def feature_dim(self, panel: str) -> int:
+        return self._ask_server(panel, "feature_dim", panel)
+
+    def refresh_moments(self) -> None:
+        self._keepers.refresh_moments()
+
+    def attend_while(self, work: Callable[[], Result]) -> Result:
+        found: list[Result] = []
+        task = Background("computing", lambda: found.append(work()))
+        try:
+            while not task.done(ATTEND_S):
+                self._turn(timeout_s=0.0, waited_for=False)
+        except TesseraError:  # of a worker: whoever goes on must not meet work half done
+            task.end()
+            raise
+        return found[0]
+
+    def broadcast(self) -> None:
+        self._delivery.broadcast(self._keepers.learners, self._samplers)
+        self._keepers.broadcast_made()
+
+    def _launch(self, role: Role, index: int, addition: bool, late: bool) -> Worker:
+        sampler = role is self._plan.sampler
+        wrap = self._weights.actor_class if sampler else actor_class
+        threads = SAMPLER_THREADS if sampler else {}
+        worker = self._launcher(role, index, wrap, threads, addition=addition, late=late)
+        if sampler and self._delivery.newest:
+            self._delivery.begin(worker, self._samplers)
+        return worker
+
+    def _launch_keeper(self, role: Role, index: int, late: bool) -> Worker:
+        wrap = self._weights.actor_class if role is self._plan.learner else actor_class
+        return self._launcher(role, index, wrap, {}, late=late)
+
+    def _dismiss(self, worker: Worker) -> None:
+        self._kill(worker)
+        if worker.state is State.DRAINING:
+            logger.info("%s has left", worker.name)
+
+    def _kill(self, worker: Worker) -> None:
+        ray.kill(worker.handle)  # one that stands still, too: its node sees to it within seconds
+
+    def _end(self) -> None:
+        for worker in self._all():
+            self._kill(worker)
+        self._steward.end()
+
+    def _all(self) -> list[Worker]:
+        pooled = (worker for pool in self.pools for worker in pool.workers)
+        return [*self._keepers.workers, *pooled]
+
+    def _submit(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
+        ticket = self._queue(requests, scored=scored)
+        self._dispatch()
+        return ticket
+
+    def _queue(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
+        ticket, answers = self._tickets.issue(len(requests))
+        for position, request in enumerate(requests):
+            judges = tuple(role.name for role in self._plan.judges(request.panel)) if scored else ()
+            edition = self._delivery.newest
+            group = GroupOnTheWay(answers, position, request, judges, edition)
+            queue_for_tokens(self._samplers, group)
+        return ticket
+
+    def _stream(self, requests: Iterable[SampleRequest], *, scored: bool) -> Iterator[Any]:
+        # handed out by the next turn, all that are asked for by then: some may go together
+        submits = (partial(self._queue, [request], scored=scored) for request in requests)
+        try:
+            yield from self._tickets.stream(submits)
+        finally:
+            for pool in self.pools:
+                pool.waiting.remove(lambda group: group.answers.abandoned)
+
+    def _collect(self, ticket: Ticket, *, finish: bool = False) -> list[Any]:
+        return self._tickets.collect(ticket, finish=finish)
+
+    def _attend(self, refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
+        """Wait until one of some answers is there, and keep groups moving meanwhile; returns it,
+        or nothing if the time is over, without what this process spent on other things."""
+        began = time.monotonic()
+        while (left := timeout_s - self._listening.silence(began)) > 0:
+            self._turn(refs, left)
+            ready, _ = ray.wait(list(refs), num_returns=1, timeout=0)
+            if ready:
+                return ready
+        return []
+
+    def _answer(self, ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
+        """`ray_calls.answer`, while groups move on."""
+        if not self._attend([ref], timeout_s):
+            raise too_late(what, timeout_s)
+        return answer(ref, what, timeout_s)
+
+    def _turn(
+        self,
+        others: Sequence[ray.ObjectRef] = (),
+        timeout_s: float = LOOK_S,
+        *,
+        waited_for: bool = True,
+    ) -> bool:
+        """Hand out what there is to do, wait until something happens, and take all that has; False
+        if nothing of the fleet's own did. Only then is anybody's silence judged, by time in which
+        this process listened: what came while it did other things lies ready.
+
+        Args:
+            others: end the wait, and are left to the caller.
+            waited_for: whether the caller can do nothing without groups.
+        """
+        # while the learner learns and nothing is on its way, idle workers are no surplus
+        decide = bool(self._calls) or (waited_for and not others)
+        self._steward.tend(self.restarts, self._delivery.newest, decide=decide)
+        self._supervisor.tend()
+        self._dispatch()
+        starting = {worker.ready: (pool, worker) for pool, worker in self._supervisor.starting()}
+        refs = [*others, *self._calls, *self._delivery.under_way, *starting, *self._steward.refs()]
+        took = [self._take(ref, starting) for ref in ready_of(refs, min(timeout_s, LOOK_S))]
+        if self._listening.look():
+            self._steward.restart()  # what waited for this process did not wait for workers
+        return self._judge() or any(took)
+
+    def _judge(self) -> bool:
+        """Look for those that are silent, now and then, since that asks after every worker; whether
+        any was replaced."""
+        now = time.monotonic()
+        if now - self._judged < JUDGE_S:
+            return False
+        self._judged = now
+        overdue, missed = self._supervisor.overdue(), self._missed()
+        return overdue or missed
+
+    def _take(
+        self, ref: ray.ObjectRef, starting: Mapping[ray.ObjectRef, tuple[WorkerPool, Worker]]
+    ) -> bool:
+        """Take an answer that is there; whether it moves work on."""
+        if ref in self._calls:
+            self._in_flight.advance(ref)
+        elif ref in self._delivery.under_way:
+            self._delivery.taken_up(ref)
+        elif ref in starting:
+            pool, worker = starting[ref]
+            if worker in pool.workers:  # not one that was dropped meanwhile
+                self._supervisor.started(pool, worker)
+        else:
+            if ref in self._steward.refs():
+                self._steward.heard(ref)
+            return False
+        return True
+
+    def _missed(self) -> bool:
+        """Replace those that are gone or silent; says whether there were any."""
+        here = [worker for worker in self._all() if worker.state in (State.SERVING, State.DRAINING)]
+        missed = self._pulse.missed(here)
+        for worker, why in missed:
+            pool = next((pool for pool in self.pools if worker in pool.workers), None)
+            if pool is None:  # of a learner or moments server, its next answer will tell
+                self._kill(worker)
+            else:
+                self._supervisor.lost(pool, worker, why)
+        return bool(missed)
+
+    def _who_is_there(self) -> str:
+        found = [
+            f"{pool.role.name}: {len(pool.of(State.SERVING))} of {pool.target} serve"
+            for pool in self.pools
+        ]
+        held = ((worker.name, worker.at(time.monotonic())) for worker in self._all())
+        had = [f"{name} has had {at}" for name, at in held if at]
+        return ", ".join([*found, *had[:3]])
+
+    def _dispatch(self) -> None:
+        """Hand waiting work to whoever of the role that it needs would finish it first."""
+        for pool in self.pools:
+            while picked := pool.next():
+                self._in_flight.send(pool, *picked)
+        self._samplers.turn_back()
+        self._delivery.catch_up(self._samplers)
+
+    def _ask_server(self, panel: str, method: str, *args: Any) -> Any:
+        """Ask any server that has a panel's feature network; another one, if it is lost."""
+        pool = self._servers[self._plan.feature_server(panel).name]
+        while True:
+            worker = self._someone(pool)
+            remote = RemoteRole(worker.handle, worker.name, self._plan.timeout_s, self._answer)
+            try:
+                return getattr(remote, method)(*args)
+            except RayActorError:
+                self._supervisor.lost(pool, worker)
+
+    def _someone(self, pool: WorkerPool) -> Worker:
+        """One that serves, once there is one."""
+        began = time.monotonic()
+        while not pool.of(State.SERVING):
+            self._tickets.stop_if_asked()
+            if self._listening.silence(began) > self._plan.timeout_s:
+                raise FleetError(
+                    f"no {pool.role.name} was ready within {self._plan.timeout_s:g} s: is the "
+                    "cluster short of CPUs or GPUs? (--timeout-s sets the bound)"
+                )
+            self._turn()
+        return pool.of(State.SERVING)[0]

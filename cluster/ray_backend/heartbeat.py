@@ -1,0 +1,77 @@
+"""Whether workers are still there: each is asked now and then, beside its work.
+
+Ray notices a process that ended, within moments; it does not notice one that stands still (stopped,
+swapping, stuck in a driver). The question is answered by a thread of its own in the worker, so that
+a long decode is no silence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from cluster.ray_session.private import call_inside
+from cluster.scheduling.listening import Listening
+from cluster.scheduling.pool import Worker
+
+GROUP = "pulse"
+ASKS = 6  # times that a worker is asked before its silence is too long
+LONGEST_PAUSE_S = 5.0
+
+
+def _here(role: Any) -> bool:
+    return True
+
+
+class Pulse:
+    """Asks workers whether they are there.
+
+    Args:
+        silence_s: longest silence; 0 asks nobody.
+        listening: when this process did: only then is anybody silent.
+    """
+
+    def __init__(self, silence_s: float, listening: Listening) -> None:
+        self._silence_s, self._listening = silence_s, listening
+        self._pause_s = min(silence_s / ASKS, LONGEST_PAUSE_S)
+        self._asked: dict[Worker, tuple[Any, float]] = {}
+        self._heard: dict[Worker, float] = {}
+        self._looked = 0.0
+
+    def missed(self, workers: Iterable[Worker]) -> list[tuple[Worker, str]]:
+        """Those of some workers, all of which have started, that are gone or have not answered for
+        too long, and which it is; asks the others again when it is time."""
+        now = time.monotonic()
+        if not self._silence_s or now - self._looked < self._pause_s / 2:
+            return []
+        self._looked = now
+        known = set(workers)
+        self._asked = {worker: asked for worker, asked in self._asked.items() if worker in known}
+        self._heard = {worker: heard for worker, heard in self._heard.items() if worker in known}
+        gone = self._listen(now)
+        for worker in known - self._asked.keys():
+            if now - self._heard.get(worker, -self._pause_s) >= self._pause_s:
+                self._asked[worker] = (call_inside(worker.handle, _here, GROUP), now)
+        silence = self._listening.silence
+        silent = [w for w, (_, since) in self._asked.items() if silence(since) > self._silence_s]
+        why = f"gave no sign of life for {self._silence_s:g} s"
+        return [*((worker, "was lost") for worker in gone), *((worker, why) for worker in silent)]
+
+    def _listen(self, now: float) -> list[Worker]:
+        """Take the answers that have come; returns those who will never answer."""
+        refs = {asked: worker for worker, (asked, _) in self._asked.items()}
+        ready = ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []
+        gone = []
+        for ref in ready:
+            worker = refs[ref]
+            del self._asked[worker]
+            self._heard[worker] = now
+            try:
+                ray.get(ref)
+            except RayActorError:
+                gone.append(worker)
+        return gone

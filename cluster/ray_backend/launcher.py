@@ -1,0 +1,80 @@
+"""Starts the actors of a fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.io.paths import in_ray_package
+from cluster.program.invocation import current
+from cluster.program.secrets import equipped, secret_variables
+from cluster.program.signals import shielded
+from cluster.ray_backend import heartbeat
+from cluster.ray_session.private import started
+from cluster.ray_session.session import RaySession
+from cluster.roles import FleetPlan, Role
+from cluster.scheduling.placement import place
+from cluster.scheduling.pool import Worker
+
+
+def actor_class(factory: Callable[..., Any], groups: Mapping[str, int]) -> Any:
+    """Ray's actor class of a role: its concurrency groups have so many threads each."""
+    options: dict[str, Any] = {"concurrency_groups": dict(groups)}
+    return ray.remote(**options)(factory)
+
+
+WrapClass = Callable[..., Any]
+"""(class, concurrency groups) -> Ray's actor class."""
+
+
+class Launcher:
+    """Starts workers where the plan places them.
+
+    Args:
+        plan: has the roles; what they reserve is settled now.
+    """
+
+    def __init__(self, plan: FleetPlan, session: RaySession) -> None:
+        self._session = session
+        # A cluster that was joined starts its workers where `ray start` was called: relative paths
+        # would lead elsewhere than here. Those of a job have its package on every node.
+        here = Path.cwd()
+        self._directory = str(here) if session.joined and not in_ray_package(here) else ""
+        self.placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
+
+    def __call__(
+        self,
+        role: Role,
+        index: int,
+        wrap: WrapClass,
+        threads: Mapping[str, int],
+        *,
+        addition: bool = False,
+        late: bool = False,
+    ) -> Worker:
+        """Start one worker, without waiting for it.
+
+        Args:
+            threads: of concurrency groups, beside the one that answers in order.
+            addition: beyond what the run began with.
+            late: the run cannot go on without it, and what its predecessor had reserved may be gone
+                with its machine: an equal share of the CPUs is then not waited for.
+        """
+        placement = self.placements[role.name]
+        cpus = placement.num_cpus
+        shares = not role.resources.num_cpus
+        if shares and (late or (addition and self._session.free_cpus < cpus)):
+            cpus = 0  # its share was of what others have reserved by now; it takes turns with them
+        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": placement.num_gpus}
+        if role.concurrency > 1:
+            options["max_concurrency"] = role.concurrency
+        environment, secrets = secret_variables(role.runtime_env or {})
+        if environment:
+            options["runtime_env"] = environment
+        factory = shielded(equipped(role.factory, secrets, current(), self._directory))
+        actor = wrap(factory, {heartbeat.GROUP: 1, **threads}).options(**options)
+        handle = actor.remote(role.config, name=role.worker_name(index))
+        return Worker(role, index, handle, started(handle), addition)

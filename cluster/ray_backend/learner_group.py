@@ -1,0 +1,112 @@
+"""Several learner actors that look like one: every question goes to all, at the same time.
+
+They compute together (`torch.distributed` inside the role); a question that only some were asked
+would leave the others waiting, so all are asked, and the first failure ends the wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from cluster.errors import FleetError, LearnerLostError
+from cluster.ray_session.object_store import store_full
+from cluster.ray_session.private import call_inside
+from cluster.scheduling.listening import LOOK_S, Listening
+
+Answer = Callable[[Any, str, float], Any]
+"""(reference, what it is of, longest wait) -> value; `cluster.ray_session.calls.answer`."""
+Attend = Callable[[Sequence[Any], float], Sequence[Any]]
+"""(references, longest wait) -> one of them that is there, if any; what the fleet does meanwhile is
+its own affair."""
+
+
+class LearnerGroup:
+    """A `LearnerRole` made of several actors. The first one writes and publishes."""
+
+    def __init__(
+        self,
+        handles: Sequence[Any],
+        names: Sequence[str],
+        answer: Answer,
+        timeout_s: float,
+        attend: Attend,
+        listening: Listening,
+    ) -> None:
+        self._handles, self._names, self._attend = list(handles), list(names), attend
+        self._answer, self._timeout_s, self._listening = answer, timeout_s, listening
+
+    def meet(self) -> None:
+        """Have the learners find each other; the first one's node is the meeting point.
+
+        Raises:
+            FleetError: not all came in time.
+        LearnerLostError: one of them is gone.
+        """
+        first, size = self._handles[0], len(self._handles)
+        host = self._ask(call_inside(first, lambda _: ray.util.get_node_ip_address()), 0)
+        address = self._ask(first.meet.remote(host, size), 0)
+        self._together([h.join.remote(rank, size, address) for rank, h in enumerate(self._handles)])
+
+    def snapshot(self, on_device: bool = False) -> Any:
+        """The first one's, like the others below; all give it their parts of the weights."""
+        return self._all("snapshot", on_device)[0]
+
+    def base_snapshot(self) -> Any:
+        return self._all("base_snapshot")[0]
+
+    def adapter_snapshot(self) -> Any:
+        return self._all("adapter_snapshot")[0]
+
+    def start(self, base_entropy: float) -> None:
+        self._all("start", base_entropy)
+
+    def step(self, batch: Any) -> Any:
+        """Each learner takes its own part of the batch, which lies once on each node."""
+        try:
+            shared = ray.put(batch)
+        except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+            raise store_full("the batch for the learners", error) from None
+        reports = self._all("step", shared)
+        spans = tuple(span for report in reports for span in report.spans)
+        return dataclasses.replace(reports[0], spans=spans)
+
+    def save(self, directory: Any, background: bool = False) -> None:
+        self._all("save", directory, background)
+
+    def saved(self, wait_s: float = 0.0) -> bool:
+        return all(self._all("saved", wait_s))
+
+    def restore(self, directory: Any) -> int:
+        return self._all("restore", directory)[0]
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return self._together([getattr(h, method).remote(*arguments) for h in self._handles])
+
+    def _together(self, refs: Sequence[ray.ObjectRef]) -> list[Any]:
+        """The answers, in order; the first failure is raised at once, whoever it is of."""
+        waiting, values = {ref: rank for rank, ref in enumerate(refs)}, [None] * len(refs)
+        started = time.monotonic()
+        while waiting:
+            for ref in self._attend(list(waiting), LOOK_S):
+                rank = waiting.pop(ref)
+                values[rank] = self._ask(ref, rank)
+            if waiting and self._listening.silence(started) > self._timeout_s:
+                late = ", ".join(self._names[rank] for rank in waiting.values())
+                raise FleetError(
+                    f"no answer for {self._timeout_s:g} s from {late}: look at their logs, or "
+                    "raise --timeout-s if a step may take that long"
+                )
+        return values
+
+    def _ask(self, ref: ray.ObjectRef, rank: int) -> Any:
+        try:
+            return self._answer(ref, self._names[rank], self._timeout_s)
+        except ray.exceptions.RayActorError as error:
+            raise LearnerLostError(
+                f"{self._names[rank]} was lost, and the other learners cannot go on without it"
+            ) from error

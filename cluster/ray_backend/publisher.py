@@ -1,0 +1,174 @@
+"""The newest weights, and how a worker takes them up.
+
+What an actor's method returns belongs to whoever called it: the snapshot is the driver's, lies in
+the store of the learner's node, and outlives the learner. (With `ray.put` it would be the
+learner's, and be lost with it.) It is put there once, and read from there once a node.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from cluster.errors import TesseraError
+from cluster.ray_backend.transports import (
+    DEVICE_TRANSPORTS,
+    OBJECT_STORE,
+    DeviceTransport,
+    Surroundings,
+    why_not,
+)
+from cluster.ray_session.private import form_device_group
+from cluster.ray_session.session import RaySession
+from cluster.roles import FleetPlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Published:
+    """References to one version of the weights."""
+
+    snapshot: ray.ObjectRef | None
+    """In the object store; None where they stay on the learner's device."""
+    base: ray.ObjectRef | None = None
+    """What the snapshot builds upon."""
+    on_device: ray.ObjectRef | None = None
+
+
+class Publisher:
+    """Has the learner publish its weights, and samplers take them up.
+
+    Args:
+        transport: one that can run here: "object-store", or a key of `DEVICE_TRANSPORTS`.
+        adapters_alone: the learner trains adapters: the frozen weights travel once, and then the
+            adapters of each version.
+        timeout_s: longest wait for workers to form a group.
+    """
+
+    def __init__(
+        self,
+        transport: str,
+        *,
+        adapters_alone: bool = False,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self._name, self._timeout_s = transport, timeout_s
+        self._device: DeviceTransport | None = DEVICE_TRANSPORTS.get(transport)
+        self._adapters_alone = adapters_alone
+        self._members: set[Any] = set()
+        self._learners: Sequence[Any] = ()
+        self._base: ray.ObjectRef | None = None
+
+    @property
+    def on_device(self) -> bool:
+        """Whether weights stay on the learner's device until samplers take them."""
+        return self._device is not None
+
+    def actor_class(self, factory: Callable[..., Any], groups: Mapping[str, int]) -> Any:
+        """Ray's actor class of a learner or sampler.
+
+        Args:
+            groups: its concurrency groups, and the threads of each.
+        """
+        options: dict[str, Any] = {"concurrency_groups": dict(groups)}
+        if self._device:  # an option of the class: `.options` leaves it out without a word
+            options["enable_tensor_transport"] = True
+        return ray.remote(**options)(factory)
+
+    def forget(self) -> None:
+        """The learner is another one: nothing of the old one's holds."""
+        self._base, self._members, self._learners = None, set(), ()
+
+    def publish(self, learners: Sequence[Any], samplers: Sequence[Any] = ()) -> Published:
+        """Ask the learners (handles of actors) for their weights, without waiting for them.
+
+        Args:
+            learners: the one there is; or all of a group, of whom the first one answers.
+            samplers: that exist now, for transports that need a group.
+        """
+        self._learners = learners
+        if self._adapters_alone:
+            self._base = self._base or self._asked("base_snapshot")
+            return Published(self._asked("adapter_snapshot"), self._base)
+        if self._device and self._gathered(learners[0], samplers):
+            call = learners[0].snapshot.options(tensor_transport=self._device.ray_name)
+            return Published(None, on_device=call.remote(on_device=True))
+        return Published(self._asked("snapshot"))
+
+    def _asked(self, method: str) -> ray.ObjectRef:
+        """All are asked: in a group, each has a part of the weights; the first gives the whole."""
+        answers = [getattr(learner, method).remote() for learner in self._learners]
+        return answers[0]
+
+    def load(self, sampler: Any, weights: Published) -> ray.ObjectRef:
+        """Have a sampler (an actor's handle) take up weights, and their base where they build upon
+        one: whether the sampler is new makes no difference. One that a device's group cannot take
+        in gets the learner's present weights through the object store, which are the same as long
+        as the learner waits for rollouts (device transports are for max_staleness 0 alone)."""
+        if weights.on_device is not None and (not self._members or sampler in self._members):
+            return sampler.load_weights.remote(weights.on_device)
+        return sampler.load_weights.remote(*self._stored(weights))
+
+    def offer(self, sampler: Any, weights: Published, thread: str) -> ray.ObjectRef:
+        """Offer weights to a sampler at once, in a thread (concurrency group) beside its work."""
+        offered = sampler.offer_weights.options(concurrency_group=thread)
+        return offered.remote(*self._stored(weights))
+
+    def _stored(self, weights: Published) -> list[ray.ObjectRef]:
+        """References to a snapshot in the object store, and to what it builds upon."""
+        snapshot = weights.snapshot
+        if snapshot is None:
+            snapshot = self._asked("snapshot")
+        return [snapshot] if weights.base is None else [snapshot, weights.base]
+
+    def fall_back(self, error: TesseraError) -> bool:
+        """After a failed load: publish through the object store from now on, and say so. False if
+        that is what failed."""
+        if self._device is None:
+            return False
+        self._give_up(str(error).partition("\n")[0])
+        return True
+
+    def _give_up(self, reason: str) -> None:
+        logger.warning(
+            "weights.transport %s failed, going on with %s: %s", self._name, OBJECT_STORE, reason
+        )
+        self._device = None
+
+    def _gathered(self, learner: Any, samplers: Sequence[Any]) -> bool:
+        """Whether the group that the transport needs is there."""
+        assert self._device is not None
+        if not self._device.group or self._members:
+            return True
+        pool = ThreadPoolExecutor(1)  # Ray's own wait has no bound
+        members = [learner, *samplers]
+        forming = pool.submit(form_device_group, members, self._device.ray_name)
+        try:
+            forming.result(timeout=self._timeout_s)
+        except (TimeoutError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            self._give_up(f"no group: {type(error).__name__} {error}".partition("\n")[0])
+            return False
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._members = set(samplers)
+        return True
+
+
+def publisher_of(plan: FleetPlan, session: RaySession) -> Publisher:
+    """A publisher with the transport that the plan asks for, or the object store where that cannot
+    run; says why."""
+    transport = plan.transport
+    here = Surroundings.of(plan.learner, plan.sampler, session.gpus, session.nodes)
+    reason = why_not(transport, here, plan.adapters_alone, plan.max_staleness)
+    if reason:
+        logger.warning(
+            "weights.transport %s cannot run, going on with %s: %s", transport, OBJECT_STORE, reason
+        )
+        transport = OBJECT_STORE
+    return Publisher(transport, adapters_alone=plan.adapters_alone, timeout_s=plan.timeout_s)

@@ -1,0 +1,194 @@
+"""Calls of Ray actors: every wait is bounded, and every error says who failed."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
+
+from cluster.errors import FleetError, InputLostError, StuckError, TesseraError
+from cluster.program.logs import FILE_ONLY
+from cluster.ray_session.object_store import MemoryFullError, memory_full, store_full
+from cluster.scheduling.listening import Listening
+
+logger = logging.getLogger(__name__)
+
+LONGEST_GET_S = 5.0
+GONE = (RayActorError, ObjectLostError, OwnerDiedError)
+LOST = (RayActorError, MemoryFullError, StuckError)
+"""A worker that was at something will not answer any more."""
+
+
+class RemoteRole:
+    """A single actor that is called like the object it holds.
+
+    Args:
+        wait: how an answer is waited for: (reference, what it is of, longest wait) -> value; None
+            is `answer`, during which the caller does nothing else.
+    """
+
+    def __init__(
+        self,
+        handle: Any,
+        name: str,
+        timeout_s: float,
+        wait: Callable[[Any, str, float], Any] | None = None,
+    ) -> None:
+        self._handle, self._name, self._timeout_s = handle, name, timeout_s
+        self._wait = wait or answer
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                ref = getattr(self._handle, method).remote(*args, **kwargs)
+            except (ObjectStoreFullError, OutOfDiskError) as error:
+                raise store_full(f"what is sent to {self._name}.{method}", error) from None
+            return self._wait(ref, f"{self._name}.{method}", self._timeout_s)
+
+        return call
+
+
+def why_lost(error: Exception) -> str:
+    """Of a worker that will not answer."""
+    if isinstance(error, StuckError):
+        return f"does not get on: {error}"
+    if isinstance(error, MemoryFullError):
+        return "ran out of memory"
+    return f"was lost ({how_ended(error)})" if isinstance(error, RayActorError) else "was lost"
+
+
+def how_ended(error: RayActorError) -> str:
+    """What became of a worker's process, as far as Ray tells."""
+    text = str(error)
+    if found := re.search(r"exit code (-?\d+)", text):
+        return f"its process ended with exit status {found[1]}"
+    if "connection error code" in text:
+        return (
+            "its process ended without a word: a crash as by SIGSEGV, os._exit, a kill, or too "
+            "little memory"
+        )
+    if "node has died" in text or "node was" in text:
+        return "its machine is gone"
+    return " ".join(text.split("\n")[0].split())
+
+
+def last_words(text: str) -> str:
+    """What a worker's traceback ends in, which came as text: the message of one of our errors; of
+    another error its kind and message, and where it was raised."""
+    lines = text.splitlines()
+    frames = [place for place, line in enumerate(lines) if FRAME.match(line)]
+    start = frames[-1] + 1 if frames else 0
+    while start < len(lines) - 1 and lines[start].startswith("    "):  # code, and marks below it
+        start += 1
+    words = "\n".join(lines[start:]).strip()
+    kind, _, message = words.partition(": ")
+    module, _, name = kind.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    if isinstance(found, type) and issubclass(found, TesseraError):
+        return message
+    place = FRAME.match(lines[frames[-1]]) if frames else None
+    return f"{words} ({Path(place['file']).name}, line {place['line']})" if place else words
+
+
+FRAME = re.compile(r'  File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
+
+
+def _failed(what: str, error: RayError) -> FleetError:
+    """A worker's traceback as one message; the whole goes to the run's log."""
+    logger.error(f"{what}:\n{error}", extra=FILE_ONLY)
+    return FleetError(f"{what}: {last_words(str(error))}")
+
+
+def too_late(what: str, timeout_s: float) -> FleetError:
+    return FleetError(
+        f"{what} did not answer within {timeout_s:g} s: is the cluster short of CPUs or GPUs, "
+        "or the worker stuck? (--timeout-s sets the bound)"
+    )
+
+
+def _within(ref: ray.ObjectRef, timeout_s: float) -> Any:
+    """`ray.get` with a bound on the time in which this process ran: one that was stopped meanwhile
+    (SIGSTOP, a debugger) gives the answer another moment to come in.
+
+    Raises:
+        GetTimeoutError: it did not come.
+    """
+    slice_s = min(LONGEST_GET_S, timeout_s / 4)
+    listening, began = Listening(2 * slice_s), time.monotonic()
+    while True:
+        try:
+            return ray.get(ref, timeout=slice_s)
+        except GetTimeoutError:
+            listening.look()
+            if listening.silence(began) >= timeout_s:
+                raise
+
+
+def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
+    """The value of a reference, within bounded time, with errors that name who failed.
+
+    Raises:
+        RayActorError: the worker is gone (the caller may replace it).
+        InputLostError: an argument, or the answer itself, was lost with another worker or machine.
+        TesseraError: what the worker itself raised.
+        StoreFullError, MemoryFullError: no room for the answer, or for the worker.
+        FleetError: no answer in time, or an error of the worker's that is no `TesseraError`.
+    """
+    try:
+        return _within(ref, timeout_s)
+    except GetTimeoutError:
+        raise too_late(what, timeout_s) from None
+    except (ObjectStoreFullError, OutOfDiskError) as error:  # also as a RayTaskError's cause
+        raise store_full(what, error) from None
+    except OutOfMemoryError as error:
+        raise memory_full(what, error) from None
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, TesseraError):
+            raise cause from None
+        if isinstance(cause, GONE):
+            raise InputLostError(f"{what}: an argument was lost ({cause})") from None
+        raise _failed(f"{what} failed", error) from error
+    except RayActorError as error:
+        if getattr(error, "actor_init_failed", False):
+            raise _failed(f"{what} could not start", error) from error
+        raise
+    except RuntimeEnvSetupError as error:
+        told = f"{what} could not start, since its runtime_env cannot be made"
+        logger.error(f"{told}:\n{error}", extra=FILE_ONLY)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        faults = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
+        raise FleetError(f"{told}: {' '.join(faults)}") from error
+    except (ObjectLostError, OwnerDiedError) as error:
+        raise InputLostError(f"{what}: the answer was lost ({error})") from None
+    except RayError as error:
+        raise FleetError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def ready_of(refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
+    """Wait until one of some references is there; returns all that are, or none in time."""
+    if not refs:
+        time.sleep(timeout_s)
+        return []
+    refs = list(refs)
+    if not ray.wait(refs, num_returns=1, timeout=timeout_s)[0]:
+        return []
+    return list(ray.wait(refs, num_returns=len(refs), timeout=0)[0])

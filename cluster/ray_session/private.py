@@ -1,0 +1,191 @@
+"""What this program uses of Ray that Ray does not promise to keep: private, undocumented and alpha
+names. No other file may use such names (a test looks); `tests/distributed/test_ray_private.py` has
+a test for each function here, and the bound on Ray in pyproject.toml is what they passed with.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from cluster.io.processes import in_environment
+from cluster.program.invocation import Invocation
+from cluster.ray_session.address import GcsAnswer
+from cluster.ray_session.token import AUTH_MODE, TOKEN_MODE
+
+ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch, for all systems: with 0, all that it starts listens on loopback alone."""
+
+
+@contextmanager
+def loopback() -> Iterator[None]:
+    """While the block runs, Ray starts what it starts on 127.0.0.1 alone: servers, workers, agents.
+    (It ignores an address of loopback that `ray.init` is given.) Its processes inherit this."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with in_environment(ONE_MACHINE, "0"):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def shows_token() -> bool:
+    """Whether this process shows a token to the Ray that it talks to."""
+    from ray import _raylet
+
+    mode = getattr(_raylet, "get_authentication_mode")()  # noqa: B009  (compiled: no stubs)
+    return bool(mode == getattr(_raylet, "AuthenticationMode").TOKEN)  # noqa: B009
+
+
+def show_token() -> None:
+    """Show the user's token from now on; Ray does so by itself only for clusters that it starts or
+    finds on this machine."""
+    from ray import _raylet
+
+    os.environ[AUTH_MODE] = TOKEN_MODE
+    getattr(_raylet, "Config").initialize("")  # noqa: B009  (read anew: Ray may be loaded already)
+
+
+def ask_gcs(address: str, token: str, wait_s: float) -> GcsAnswer:
+    """Ask a cluster's control service for its versions, without joining it.
+
+    Args:
+        token: shown to it; empty: none.
+        wait_s: bound on each of two calls, seconds.
+    """
+    import grpc
+
+    messages: Any = importlib.import_module("ray.core.generated.gcs_service_pb2")
+
+    def call(method: str, request: Any, reply: Any) -> Any:
+        ask = channel.unary_unary(
+            f"/ray.rpc.{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=reply.FromString,
+        )
+        shown = [("authorization", f"Bearer {token}")] if token else None
+        return ask(request, timeout=wait_s, metadata=shown)
+
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            alive = call(
+                "NodeInfoGcsService/CheckAlive",
+                messages.CheckAliveRequest(),
+                messages.CheckAliveReply,
+            )
+            found = call(
+                "InternalKVGcsService/InternalKVGet",
+                messages.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster"),
+                messages.InternalKVGetReply,
+            )
+        except grpc.RpcError as error:
+            return GcsAnswer(error.code().name, str(error.details()))
+    about = json.loads(found.value) if found.value else {}
+    return GcsAnswer(
+        "OK",
+        ray=str(alive.ray_version),
+        python=str(about.get("python_version", "")),
+        private=bool(about.get("ray_init_cluster")),
+    )
+
+
+def nodes_here() -> frozenset[str]:
+    """Ids of the nodes, of whatever cluster, that run on this machine. A driver needs one."""
+    from ray._private import services
+
+    return frozenset(services.find_node_ids())
+
+
+def clusters_here() -> frozenset[str]:
+    """Addresses of the clusters that have a node on this machine, host:port."""
+    from ray._private import services
+
+    find: Any = services.find_gcs_addresses
+    find.cache_clear()
+    return frozenset(find())
+
+
+@contextmanager
+def one_attempt() -> Iterator[None]:
+    """While the block runs, Ray tries once, for 41 s, to reach a cluster that was there a moment
+    ago, and not twenty times."""
+    name = "RAY_gcs_server_port_wait_time_s"
+    with in_environment(name, os.environ.get(name) or "1"):
+        yield
+
+
+def in_directory(path: str) -> dict[str, Any]:
+    """Options of `ray.init` for a private Ray that keeps sessions, logs and sockets there."""
+    return {"_temp_dir": path} if path else {}
+
+
+def living_actors() -> dict[str, dict[str, Any]]:
+    """Actor's id -> node (IP address) and pid, of all actors that live on the cluster. (What is
+    public for this asks the dashboard, which a private Ray does not have.)"""
+    from ray._private.state import actors
+
+    found = actors(actor_state_name="ALIVE")
+    return {
+        actor: {"node": entry["Address"]["IPAddress"], "pid": entry["Pid"]}
+        for actor, entry in found.items()
+    }
+
+
+def actor_id(handle: Any) -> str:
+    """The id of an actor, hexadecimal."""
+    return str(handle._actor_id.hex())
+
+
+def started(handle: Any) -> Any:
+    """A reference that is there when the actor's constructor has returned; getting it raises what
+    the constructor raised."""
+    return handle.__ray_ready__.remote()
+
+
+def call_inside(handle: Any, function: Callable[[Any], Any], group: str = "") -> Any:
+    """Call a function with an actor's instance, in the actor's process.
+
+    Args:
+        group: concurrency group whose thread runs it; empty: the one that answers in order.
+
+    Returns:
+        A reference to what it returns.
+    """
+    method = handle.__ray_call__
+    return (method.options(concurrency_group=group) if group else method).remote(function)
+
+
+def form_device_group(handles: Sequence[Any], backend: str) -> None:
+    """Make a group of actors that pass tensors from GPU to GPU (Ray Direct Transport, alpha);
+    without a bound on its wait."""
+    from ray.experimental.collective import create_collective_group
+
+    create_collective_group(list(handles), backend=backend)
+
+
+def worker_paths(started: Invocation) -> dict[str, Any]:
+    """Options of `ray.init` by which workers import what the driver imports.
+
+    Ray has them search the driver's working directory, and that of its script, before everything
+    else; the command `tessera` does not. And the job's `working_dir` comes before what is
+    installed, by PYTHONPATH, with the user's files of our names."""
+    if not started.by_name:
+        return {}
+    from ray.job_config import JobConfig
+
+    class WithoutPaths(JobConfig):
+        def _get_proto_job_config(self) -> Any:
+            self._py_driver_sys_path.clear()
+            return super()._get_proto_job_config()
+
+    options: dict[str, Any] = {"job_config": WithoutPaths()}
+    if started.hidden:  # not always: workers of a runtime environment start a second later
+        options["runtime_env"] = {"worker_process_setup_hook": "tessera_rl.claim"}
+    return options

@@ -1,0 +1,332 @@
+"""Starting Ray, or joining the cluster that is already there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from types import TracebackType
+from typing import Any, Self
+
+from cluster.errors import FleetError
+from cluster.program.console import bounded
+from cluster.program.invocation import current
+from cluster.program.signals import held
+from cluster.ray_session import private
+from cluster.ray_session.address import (
+    AUTO,
+    OPTION,
+    PORT,
+    PROBE_S,
+    Address,
+    check_answer,
+    current_cluster,
+    greet,
+    is_loopback,
+    no_node_here,
+    parse_address,
+    temp_root,
+    why_not_joined,
+    written_address,
+)
+from cluster.ray_session.machine import check_machine, shared_memory, why_not_started
+from cluster.ray_session.object_store import store_on_disk
+from cluster.ray_session.private import clusters_here, loopback, worker_paths
+from cluster.ray_session.token import (
+    AUTH_MODE,
+    check_token,
+    ensure_token,
+    find_token,
+    no_token,
+    shows_token,
+    token,
+    token_in_environment,
+)
+
+logger = logging.getLogger(__name__)
+
+LEAST_STORE_GB = 0.08  # Ray's own least, rounded up
+ANSWER_S = 10.0  # longest wait for a cluster's control service, which may be busy
+CONNECT_S = 90.0  # longest wait for a cluster that has answered to let a program in
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """How this program meets Ray."""
+
+    address: str = ""
+    """Cluster to join, e.g. "auto". Empty: $RAY_ADDRESS where it is set (inside a Ray job, say),
+    else a private Ray on this machine that ends with the program."""
+    num_cpus: int = 0
+    """CPUs of a private Ray; 0 is all of them."""
+    object_store_memory: float = 0.0
+    """Object store of a private Ray, GB (10^9 bytes), at least 0.08; 0 is Ray's choice, about 30 %
+    of the memory. It holds weights and images on their way."""
+    dashboard_host: str = ""
+    """Address on which a private Ray shows its dashboard, e.g. "127.0.0.1"; empty: none. Who can
+    reach it can run code here, but for the token that it asks for."""
+    temp_dir: str = ""
+    """Directory of a private Ray's sockets and logs, absolute and short: a path of a socket in it
+    must stay within 107 bytes. Empty: $RAY_TMPDIR/ray, $TMPDIR/ray or /tmp/ray."""
+    log_to_driver: bool = False
+    """Show the workers' output on this console."""
+
+    def __post_init__(self) -> None:
+        if self.temp_dir and not Path(self.temp_dir).is_absolute():
+            raise ValueError(f"temp_dir must be an absolute path, found {self.temp_dir!r}")
+        if self.num_cpus < 0:
+            raise ValueError(f"num_cpus must be >= 0, found {self.num_cpus}")
+        if self.object_store_memory and not LEAST_STORE_GB <= self.object_store_memory < 1e6:
+            raise ValueError(
+                f"object_store_memory is in GB, 0 or at least {LEAST_STORE_GB}, found "
+                f"{self.object_store_memory:g}"
+            )
+
+
+def local_resources() -> tuple[float, float]:
+    """CPUs and GPUs of this machine, without starting anything."""
+    import torch
+
+    return float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+
+
+def _private(config: RayConfig) -> dict[str, Any]:
+    """How a Ray of this program's own is started."""
+    options: dict[str, Any] = {
+        "num_cpus": config.num_cpus or None,
+        "include_dashboard": bool(config.dashboard_host),
+        **private.in_directory(config.temp_dir),
+    }
+    if config.dashboard_host:
+        options["dashboard_host"] = config.dashboard_host
+    if config.object_store_memory:
+        options["object_store_memory"] = int(config.object_store_memory * 1e9)
+    return options
+
+
+def find_cluster(config: RayConfig, source: str = OPTION) -> Address | None:
+    """The cluster that a user names, once it has answered; None: a private Ray is wanted.
+
+    Args:
+        source: the option that the address was given by, for messages.
+
+    Raises:
+        ConfigError: what is named is no address.
+        FleetError: no cluster is there, or it does not let this program in; within seconds.
+    """
+    text, source = written_address(config.address, source)
+    if not text:
+        return None
+    if text != AUTO:
+        return check_cluster(parse_address(text, source))
+    return check_cluster(_found_here(config.temp_dir, source), ours=True)
+
+
+def check_ray(config: RayConfig) -> None:
+    """Whether a run would have its Ray, before anything is started: the cluster answers, or this
+    machine has what a private Ray needs.
+
+    Raises:
+        ConfigError, FleetError: no; says why.
+    """
+    if find_cluster(config) is None:
+        check_machine(config.temp_dir)
+        check_token(os.environ)
+
+
+def _found_here(temp_dir: str, source: str) -> Address:
+    """What "auto" stands for: what `ray start` started last here, else the only cluster that has a
+    node here, but for private ones.
+
+    Raises:
+        FleetError: there is none, or more than one.
+    """
+    if left := current_cluster(temp_dir):
+        return left
+    running = [parse_address(text, f"{source} auto") for text in sorted(clusters_here())]
+    running = [address for address in running if not address.loopback]
+    if len(running) == 1:
+        return running[0]
+    if running:
+        raise FleetError(
+            f"{source} is auto, and several Ray clusters have a node on this machine: name one, "
+            + " or ".join(map(str, running))
+        )
+    without = (
+        "to have the run looked for" if source == "--address" else "for a Ray of the run's own"
+    )
+    raise FleetError(
+        f"{source} is auto, but no Ray cluster runs on this machine: start one by `ray start "
+        f"--head` (or join one by `ray start --address=HOST:{PORT}`), or leave out {source} "
+        f"{without}"
+    )
+
+
+def check_cluster(address: Address, *, ours: bool = False) -> Address:
+    """See that a cluster answers, lets this program in, and runs the same versions.
+
+    Args:
+        ours: whether it was found on this machine: it is then shown the user's token if it asks.
+
+    Raises:
+        FleetError: no; within seconds.
+    """
+    greet(address)
+    shown = token(os.environ) if shows_token(os.environ) else ""
+    answer = private.ask_gcs(str(address), shown, ANSWER_S)
+    unset = AUTH_MODE not in os.environ
+    if answer.code == "UNAUTHENTICATED" and ours and unset and find_token():
+        private.show_token()
+        answer = private.ask_gcs(str(address), token(os.environ), ANSWER_S)
+    check_answer(answer, address, (version("ray"), python_version()), ANSWER_S)
+    if shows_token(os.environ) and not find_token():
+        raise FleetError(no_token(os.environ))
+    return address
+
+
+def _on_loopback_alone(address: Address) -> bool:
+    """Whether a cluster at a loopback address was started so as `loopback` does. Ray looks for all
+    others at this machine's outer address, whatever it is told."""
+    from ray.util import get_node_ip_address
+
+    if not address.loopback:
+        return False
+    try:
+        outer = get_node_ip_address()
+        socket.create_connection((outer, address.port), timeout=PROBE_S).close()
+    except OSError:
+        return True
+    return is_loopback(outer)
+
+
+def _join(cluster: Address, quiet: dict[str, Any]) -> None:
+    import ray
+
+    if not private.nodes_here():
+        raise FleetError(no_node_here(cluster))
+    late = (
+        f"the Ray cluster at {cluster} ({cluster.source}) answered, but did not let this program "
+        f"in within {CONNECT_S:g} s: it hangs or is overloaded (gcs_server.out and raylet.out in "
+        "its logs say more)"
+    )
+    with bounded(CONNECT_S, late), private.one_attempt():
+        try:
+            with loopback() if _on_loopback_alone(cluster) else contextlib.nullcontext():
+                ray.init(address=str(cluster), **quiet)
+        except Exception as error:  # Ray raises bare ones, too
+            raise FleetError(why_not_joined(error, cluster)) from error
+
+
+def _start(config: RayConfig, quiet: dict[str, Any]) -> None:
+    import ray
+
+    # Ray turns token authentication on by itself for a private Ray; naming the mode here would
+    # reach the clusters that this process may join later.
+    check_machine(config.temp_dir)
+    ensure_token()
+    room = shared_memory()
+    try:
+        # without "local", Ray joins whatever was last started on this machine
+        with loopback(), token_in_environment():
+            ray.init(address="local", **_private(config), **quiet)
+    except Exception as error:  # Ray raises bare ones, too
+        raise FleetError(why_not_started(error, temp_root(config.temp_dir))) from error
+    if note := store_on_disk(_smallest_store(), room, temp_root(config.temp_dir)):
+        logger.warning(f"note: {note}")
+
+
+def _smallest_store() -> int:
+    """Bytes of the object store, of the machine that has the smallest."""
+    import ray
+
+    alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return int(min(resources.get("object_store_memory", 0) for resources in alive))
+
+
+class RaySession:
+    """A connection to Ray; a private Ray is shut down with it.
+
+    Args:
+        cluster: one that is known to answer (`check_cluster`); None: as `config` says.
+
+    Raises:
+        ConfigError: the address is none.
+        FleetError: Ray cannot be started, or the cluster not be joined.
+    """
+
+    def __init__(self, config: RayConfig, cluster: Address | None = None) -> None:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its warning is no news
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = cluster or find_cluster(config)
+        quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
+        quiet |= worker_paths(current())
+        with held():  # Ray installs handlers, and one that crashes at SIGTERM
+            if cluster:
+                _join(cluster, quiet)
+            else:
+                _start(config, quiet)
+        self.joined = cluster is not None
+
+    @property
+    def guarded(self) -> bool:
+        """Whether this program shows a token: a cluster that asks for one lets in nobody else."""
+        return private.shows_token()
+
+    @property
+    def object_store(self) -> int:
+        """Bytes of the object store, of the machine that has the smallest."""
+        return _smallest_store()
+
+    @property
+    def address(self) -> str:
+        """Where other processes reach this cluster, host:port."""
+        import ray
+
+        return str(ray.get_runtime_context().gcs_address)
+
+    @property
+    def cpus(self) -> float:
+        return self._available("CPU")
+
+    @property
+    def gpus(self) -> float:
+        return self._available("GPU")
+
+    @property
+    def nodes(self) -> int:
+        """Machines of the cluster."""
+        import ray
+
+        return sum(node["Alive"] for node in ray.nodes())
+
+    @property
+    def free_cpus(self) -> float:
+        """What nobody has reserved at this moment."""
+        import ray
+
+        return float(ray.available_resources().get("CPU", 0.0))
+
+    def _available(self, kind: str) -> float:
+        """On a cluster, what others have left; a private Ray is all ours."""
+        import ray
+
+        resources = ray.available_resources() if self.joined else ray.cluster_resources()
+        return float(resources.get(kind, 0.0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        import ray
+
+        ray.shutdown()

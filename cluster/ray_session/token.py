@@ -1,0 +1,171 @@
+"""The token of Ray's clusters: where it is read from, how a private Ray gets one, and what to do
+where a cluster wants another.
+
+Ray shows a token where $RAY_AUTH_MODE says so: that of $RAY_AUTH_TOKEN, of the file that
+$RAY_AUTH_TOKEN_PATH names, or of ~/.ray/auth_token.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from cluster.errors import FleetError
+from cluster.io.processes import in_environment
+from cluster.io.user_files import ours_alone, user_directories
+
+AUTH_MODE, TOKEN_MODE = "RAY_AUTH_MODE", "token"
+TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+FILE = Path(".ray", "auth_token")  # below the home directory
+
+
+def shows_token(environment: Mapping[str, str]) -> bool:
+    """Whether Ray shows a token to a cluster that it is told to join."""
+    return environment.get(AUTH_MODE, "").lower() == TOKEN_MODE
+
+
+def wants_token(environment: Mapping[str, str]) -> bool:
+    """Whether a private Ray asks for a token: unless it is told another mode."""
+    return environment.get(AUTH_MODE, TOKEN_MODE).lower() == TOKEN_MODE
+
+
+def token(environment: Mapping[str, str]) -> str:
+    """The token that Ray would show, empty without one."""
+    if environment.get(TOKEN):
+        return environment[TOKEN].strip()
+    file = token_file(environment)
+    try:
+        return file.read_text().strip() if file else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def token_file(environment: Mapping[str, str]) -> Path | None:
+    """Where the token is read from, unless it is in the environment itself; None: a user without
+    a home directory has no place of his own for it."""
+    if environment.get(TOKEN_PATH):
+        return Path(environment[TOKEN_PATH])
+    try:
+        return Path.home() / FILE
+    except RuntimeError:
+        return None
+
+
+def check_token(environment: Mapping[str, str]) -> None:
+    """Whether the token that the environment names for a private Ray is there.
+
+    Raises:
+        FleetError: no.
+    """
+    if not wants_token(environment) or token(environment):
+        return
+    if environment.get(TOKEN):
+        raise FleetError(f"{TOKEN} is set, and blank: put a token there, or unset {TOKEN}")
+    if environment.get(TOKEN_PATH):
+        raise FleetError(
+            f"{TOKEN_PATH} names {environment[TOKEN_PATH]}, where no token can be read: put one "
+            f"there (`ray get-auth-token --generate` prints one), or unset {TOKEN_PATH}"
+        )
+
+
+def ensure_token() -> None:
+    """Have a token that a private Ray asks for and other commands of this user can show: where Ray
+    has it, ~/.ray/auth_token, or where that cannot be written, in `user_directories`.
+
+    Raises:
+        FleetError: `check_token` refuses, or there is no place for one that others cannot read.
+    """
+    check_token(os.environ)
+    if not wants_token(os.environ) or find_token():
+        return
+    standard = token_file(os.environ)
+    for file in (*([standard] if standard else []), *_own_token_files()):
+        with suppress(OSError):
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if file != standard and not ours_alone(file.parent):
+                continue
+            _make_token(file)
+            find_token()
+            return
+    raise FleetError(
+        "there is no place for the token that a private Ray asks for: neither the home directory "
+        f"nor {tempfile.gettempdir()} can be written. Set HOME to a directory that can"
+    )
+
+
+def _make_token(file: Path) -> None:
+    """Write a new token, which others cannot read; one that appears meanwhile stays."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+            opened.write(secrets.token_hex(32))
+        if file.exists() and not file.stat().st_size:
+            file.unlink()
+        with suppress(FileExistsError):
+            os.link(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def find_token() -> bool:
+    """Whether this user has a token; Ray is told where, if it would not look there itself."""
+    if token(os.environ):
+        return True
+    if os.environ.get(TOKEN_PATH):
+        return False
+    for file in _own_token_files():
+        with suppress(OSError):
+            if ours_alone(file.parent) and file.stat().st_size:
+                os.environ[TOKEN_PATH] = str(file)
+                return True
+    return False
+
+
+@contextmanager
+def token_in_environment() -> Iterator[None]:
+    """While the block runs, the token is in the environment itself. A private Ray that is started
+    so hands it to every worker to come: it outlives a change of the file, which other clusters of
+    this user share (`ray get-auth-token --generate`, a home directory that is cleaned)."""
+    known = token(os.environ)
+    with in_environment(TOKEN, known) if wants_token(os.environ) and known else nullcontext():
+        yield
+
+
+def _own_token_files() -> list[Path]:
+    return [directory / FILE.name for directory in user_directories()]
+
+
+def _token_place(environment: Mapping[str, str]) -> str:
+    file = token_file(environment)
+    return f"${TOKEN}" if environment.get(TOKEN) else str(file or f"${TOKEN_PATH}")
+
+
+def _copied(environment: Mapping[str, str]) -> str:
+    """How the token of a cluster gets to where it is needed."""
+    return (
+        "the head's (`ray get-auth-token` there prints it) must be copied to "
+        f"{token_file(environment) or '~/.ray/auth_token'}, or to a file that {TOKEN_PATH} names, "
+        "on every machine"
+    )
+
+
+def about_token(environment: Mapping[str, str]) -> str:
+    """Why a cluster that wants a token refuses this program, and how it gets the right one."""
+    place, known = _token_place(environment), token(environment)
+    if shows_token(environment):
+        what = f"refuses the one in {place}" if known else f"there is none in {place}"
+        return f"asks for a token, and {what}: {_copied(environment)}"
+    there = f"it is then read from {place}" if known else _copied(environment)
+    return f"asks for a token, and this program shows none: set {AUTH_MODE}={TOKEN_MODE}; {there}"
+
+
+def no_token(environment: Mapping[str, str]) -> str:
+    """That Ray would want to show a token, and finds none."""
+    return (
+        f"{AUTH_MODE}={TOKEN_MODE} is set, and there is no token in {_token_place(environment)}: "
+        f"{_copied(environment)}"
+    )

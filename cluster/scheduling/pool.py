@@ -1,0 +1,243 @@
+"""The workers of one role: who serves, who is starting, who leaves. Decisions alone, no Ray.
+
+    starting --> serving --> draining --> gone
+        '<--- lost <--'---------'
+
+A worker gets work only when it is ready; one that leaves finishes what it has in hand; a lost one
+keeps its place for the one that comes after it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from cluster.roles import Role
+from cluster.scheduling.autoscaling import LoadMeter
+from cluster.scheduling.dispatch import Candidate, Pace, batch_size, choose_of_runs
+from cluster.scheduling.work_queue import Waiting, WorkQueue
+from cluster.spans import Span
+
+
+class State(Enum):
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    LOST = "lost"
+
+
+@dataclass(eq=False)
+class Worker:
+    """One actor of a role."""
+
+    role: Role
+    index: int
+    handle: Any
+    """Ray's actor handle: its methods are those of the role."""
+    ready: Any = None
+    """Reference that resolves when it can serve."""
+    addition: bool = False
+    """Started beyond what the run began with: if it cannot start, the run goes on without it."""
+    state: State = State.STARTING
+    busy: int = 0
+    """Calls it has in hand."""
+    pieces: int = 0
+    """Pieces of work in them."""
+    begun: float = 0.0
+    """When it began with the call that it is at, as far as one can tell from here."""
+    pace: Pace = field(default_factory=Pace)
+    passed_over: int = 0
+    """Pieces that others were given since it has had nothing in hand."""
+    decoding: int = 0
+    """Of a sampler: groups whose images it decodes, or is yet to, beside what it has in hand."""
+    worked_until: float = 0.0
+    """Seconds since the epoch: end of its work that was counted last."""
+    edition: int = 0
+    """Of a sampler: the weights it was sent last. It never goes back."""
+    since: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)
+    """When it last answered, or was given work after it had none."""
+    calls: dict[int, tuple[object, float]] = field(default_factory=dict)
+    """Those it has in hand, by any number: what is asked (as text), and since when."""
+
+    @property
+    def name(self) -> str:
+        return self.role.worker_name(self.index)
+
+    def at(self, now: float) -> str:
+        """The call that it has had longest, for messages; empty if it has none."""
+        if not self.calls:
+            return ""
+        what, since = min(self.calls.values(), key=lambda call: call[1])
+        return f"{what} for {now - since:.0f} s"
+
+    @property
+    def oldest_work(self) -> int:
+        """The oldest edition that it can work for."""
+        return 0 if self.role.goes_ahead else self.edition
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may be given more. Images in decoding leave room for tokens to sample; only
+        too many of them, where images are what takes longer, do not."""
+        images = self.role.depth * self.role.max_groups
+        return self.busy < self.role.depth and self.decoding <= images
+
+    @property
+    def idle(self) -> bool:
+        return self.busy == self.decoding == 0
+
+    def take(self, pieces: int = 1, now: float | None = None) -> None:
+        """One more call in hand."""
+        if not self.busy:
+            self.begun = time.monotonic() if now is None else now
+        self.passed_over = 0
+        self.busy += 1
+        self.pieces += pieces
+
+    def give(self, pieces: int = 1, now: float | None = None) -> None:
+        """One call less."""
+        self.begun = time.monotonic() if now is None else now
+        self.busy -= 1
+        self.pieces -= pieces
+
+    def candidate(self, now: float) -> Candidate:
+        """What the choice of a worker goes by."""
+        return Candidate(
+            self.pace.value,
+            self.pieces,
+            self.pieces / self.busy if self.busy else 0.0,
+            now - self.begun,
+            self.oldest_work,
+            self.has_room,
+            self.passed_over,
+        )
+
+    def count_work(self, span: Span) -> float:
+        """Seconds of a span that were not counted yet: what overlaps counts once."""
+        seconds = max(span.end - max(span.start, self.worked_until), 0.0)
+        self.worked_until = max(self.worked_until, span.end)
+        return seconds
+
+
+class WorkerPool:
+    """The workers of a role, and the work that waits for them.
+
+    Args:
+        launch: starts one worker; called with its index, whether it is an addition, and whether it
+            must not wait for room, since nobody else serves.
+        stop: ends one worker at once.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        launch: Callable[[Role, int, bool, bool], Worker],
+        stop: Callable[[Worker], None],
+    ) -> None:
+        self.role, self._launch, self._stop = role, launch, stop
+        self.workers = [launch(role, index, False, False) for index in range(role.count)]
+        self.waiting = WorkQueue()
+        self.meter = LoadMeter(time.monotonic())
+
+    @property
+    def target(self) -> int:
+        """How many workers there are to be."""
+        return sum(worker.state is not State.DRAINING for worker in self.workers)
+
+    def of(self, state: State) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state is state]
+
+    def add(self, task: Any, *, front: bool = False, edition: int = 0, kind: Any = None) -> None:
+        """Queue a piece of work; at the front of its edition, if it was begun before. Editions are
+        queued in order."""
+        waiting = Waiting(task, edition, kind)
+        if front:
+            self.waiting.add_first(waiting)
+        else:
+            self.waiting.add(waiting)
+
+    def next(self, now: float | None = None) -> tuple[list[Waiting], Worker] | None:
+        """The next work to hand out, of one kind, and the worker for it; None if there is no work,
+        no room, or nobody with room who would finish it first."""
+        if not self.waiting:
+            return None
+        serving = self.of(State.SERVING)
+        if not any(worker.busy < self.role.depth for worker in serving):
+            return None  # mostly: all have their hands full
+        now = time.monotonic() if now is None else now
+        candidates = [worker.candidate(now) for worker in serving]
+        chosen = choose_of_runs(self.waiting.runs(), candidates)
+        if chosen is None:
+            return None
+        place, index = chosen
+        count = 1
+        if self.role.max_groups > 1:
+            edition = self.waiting.edition(place)
+            able = [each for each in candidates if each.edition <= edition]
+            which, alike = able.index(candidates[index]), self.waiting.alike(place)
+            count = batch_size(self.role.max_groups, alike, able, which)
+        picked = self.waiting.take(place, count)
+        for worker in serving:
+            if worker is not serving[index] and not worker.busy:
+                worker.passed_over += count
+        return picked, serving[index]
+
+    def scale(self, count: int) -> None:
+        """Come to `count` workers: those that were to leave stay first, then new ones start; those
+        that do not serve yet go first, then the newest."""
+        for worker in self.of(State.DRAINING)[: max(count - self.target, 0)]:
+            worker.state = State.SERVING
+        while self.target < count:
+            taken = {worker.index for worker in self.workers}
+            index = next(i for i in range(len(taken) + 1) if i not in taken)
+            self.workers.append(self._launch(self.role, index, True, False))
+        leaving = sorted(
+            [worker for worker in self.workers if worker.state is not State.DRAINING],
+            key=lambda worker: (worker.state is not State.SERVING, worker.index),
+        )[count:]
+        for worker in leaving:
+            worker.state = State.DRAINING
+        self.dismiss()
+
+    def dismiss(self) -> list[Worker]:
+        """End those that were to leave and have nothing in hand any more."""
+        done = [worker for worker in self.of(State.DRAINING) if worker.idle]
+        for worker in done:
+            self.drop(worker)
+        return done
+
+    def drop(self, worker: Worker) -> None:
+        """End a worker at once."""
+        self.workers.remove(worker)
+        self._stop(worker)
+
+    def turn_back(self) -> Worker | None:
+        """Where the next piece of work needs weights that every worker has left behind, because
+        whoever was to do it is gone: put a new worker in the place of an idle one."""
+        coming = self.of(State.SERVING) + self.of(State.STARTING)
+        if not self.waiting or any(
+            worker.oldest_work <= self.waiting.first.edition for worker in coming
+        ):
+            return None
+        idle = next((w for w in self.of(State.SERVING) if w.idle), None)
+        if idle is None:  # all are busy: they get nothing new, so that one soon is not
+            return None
+        self._stop(idle)
+        return self.replace(idle)
+
+    def replace(self, worker: Worker) -> Worker | None:
+        """Put another in the place of a lost one; None if it was to leave, or is gone already."""
+        if worker not in self.workers:
+            return None
+        if worker.state is State.DRAINING:
+            self.workers.remove(worker)
+            return None
+        others = (each for each in self.of(State.SERVING) if each is not worker)
+        alone = not any(others)  # nobody else could do its work meanwhile
+        new = self._launch(self.role, worker.index, worker.addition, alone)
+        self.workers[self.workers.index(worker)] = new
+        return new

@@ -1,0 +1,1 @@
+"""What a run takes of memory and disks: arithmetic on its configuration."""

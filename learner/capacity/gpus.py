@@ -1,0 +1,123 @@
+"""Which processes share a GPU, and how much memory they take of it: arithmetic, for plans.
+
+The learner's parts are those of `learner.capacity.memory`, reward servers' those of
+`rewards.memory`. Every process on a GPU has a context of its own there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actors.checkpoints.loading import count_parameters
+from actors.checkpoints.sources import PolicyArchitecture
+from actors.models.vq import VQConfig
+from actors.preflight import image_side
+from learner.capacity.memory import LearnerMemory, learner_memory, sampler_memory
+from learner.config import RunConfig
+from learner.fleet_plan import fleet_plan
+from rewards.config import RewardServerConfig
+from rewards.memory import server_memory
+
+CONTEXT = 0.5e9  # bytes that CUDA and its libraries take for each process
+FP32 = 4
+MAPS = 3  # of the decoder's widest, held at a time
+UNITS = 10_000  # of a GPU, as Ray counts its parts
+
+
+@dataclass(frozen=True)
+class Process:
+    """One worker that asks for a part of a GPU, or for several."""
+
+    name: str
+    share: float
+    """GPUs."""
+    memory: float
+    """Bytes, its context included."""
+    unknown: tuple[str, ...] = ()
+    """What is not counted."""
+
+
+@dataclass
+class Gpu:
+    """One GPU, and who is on it."""
+
+    processes: list[Process]
+    free: int = UNITS
+    """What is not asked for yet."""
+
+    @property
+    def memory(self) -> float:
+        """Bytes of all its processes."""
+        return sum(process.memory for process in self.processes)
+
+
+def processes(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfig) -> list[Process]:
+    """Every worker with a GPU, in the order in which the fleet is made."""
+    plan, found = fleet_plan(config), list[Process]()
+    amounts: dict[str, tuple[float, tuple[str, ...]]] = {
+        plan.learner.name: (memory_of(config, policy).total, ()),
+        plan.sampler.name: (of_sampler(config, policy, tokenizer), ()),
+    }
+    for role in plan.servers:
+        assert isinstance(role.config, RewardServerConfig)
+        counted = server_memory(role.config, features=role is plan.feature_server("rewards"))
+        amounts[role.name] = counted.total, tuple(counted.unknown)
+    for role in plan.roles:
+        if role.resources.num_gpus and role.name in amounts:
+            memory, unknown = amounts[role.name]
+            found += [
+                Process(role.worker_name(at), role.resources.num_gpus, memory + CONTEXT, unknown)
+                for at in range(role.count)
+            ]
+    return found
+
+
+def memory_of(config: RunConfig, policy: PolicyArchitecture, microbatch: int = 0) -> LearnerMemory:
+    """Of a run's learner; microbatch 0 is the configuration's."""
+    options = config.learner
+    return learner_memory(
+        policy,
+        microbatch=microbatch or min(options.microbatch, rollouts_of(config)),
+        precision=options.precision,
+        checkpointing=options.checkpointing,
+        reference=config.loss.kl_coef > 0 and options.reference_device == "learner",
+        learners=config.num_learners,
+        guided=config.sampling.learned().guided_sampling,
+    )
+
+
+def rollouts_of(config: RunConfig) -> int:
+    """Most rollouts of an iteration that one learner has."""
+    return -(-config.groups_per_iteration * config.rollouts_per_group // config.num_learners)
+
+
+def of_sampler(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfig) -> float:
+    """Bytes of one sampler: policy, caches, tokenizer, and the images of a group in decoding."""
+    decoding = sampler_memory(
+        policy,
+        rollouts=config.rollouts_per_group,
+        dtype=config.sampler.dtype,
+        guided=config.sampling.guided_sampling,
+        max_groups=config.sampler.max_groups,
+    )
+    widest = tokenizer.channels * tokenizer.multipliers[0] * image_side(policy, tokenizer) ** 2
+    images = MAPS * FP32 * config.rollouts_per_group * widest
+    return decoding + FP32 * count_parameters(tokenizer) + images
+
+
+def pack(found: list[Process]) -> list[Gpu]:
+    """Processes to as few GPUs as Ray would take: each to the fullest one that has room, several
+    whole ones to themselves."""
+    gpus: list[Gpu] = []
+    for process in found:
+        whole, part = divmod(round(process.share * UNITS), UNITS)
+        if whole:
+            gpus += [Gpu([process], 0) for _ in range(whole)]
+            continue
+        room = [gpu for gpu in gpus if gpu.free >= part]
+        chosen = min(room, key=lambda gpu: gpu.free, default=None)
+        if chosen is None:
+            gpus.append(chosen := Gpu([]))
+        chosen.processes.append(process)
+        chosen.free -= part
+    return gpus

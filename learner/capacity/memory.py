@@ -1,0 +1,125 @@
+"""How much memory one learner takes: arithmetic alone.
+
+Weights, gradients and optimizer are exact. Activations are what autograd keeps, counted in
+`actors.models` (a test compares them with what it really keeps). What a step holds for a
+moment while it computes logits' gradients is an estimate.
+
+Units: bytes; d width, f hidden width, V vocabulary, T tokens, B rollouts of a microbatch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from actors.checkpoints.loading import count_parameters
+from actors.checkpoints.sources import PolicyArchitecture
+from actors.models.llamagen import LlamaGenConfig
+from actors.models.taming import TamingConfig
+
+FP32, BF16 = 4, 2
+BODY: dict[type, dict[str, tuple[int, int]]] = {
+    LlamaGenConfig: {"bf16": (34, 8), "fp32": (48, 16)},
+    TamingConfig: {"bf16": (40, 0), "fp32": (64, 0)},  # f = 4 d is in the first
+}
+"""Kept activations of a layer, bytes a token: times d, and times f."""
+LAST_NORM: dict[type, int] = {LlamaGenConfig: 14, TamingConfig: 8}
+"""Kept by the last norm, bytes a token and unit of width."""
+LAYER_INPUT = 4  # bytes a token and unit of width: the residual stream is fp32 in both precisions
+LOGITS_KEPT = 8  # log-probabilities, and probabilities for the entropy's gradient; fp32
+LOGITS_MOMENT = 14  # two fp32 gradients, and the logits' own in bf16 and fp32
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerMemory:
+    """Bytes of each part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """AdamW's two averages."""
+    gathered: float
+    """Where there are several learners, which keep shares of the three above: whole weights and
+    gradients of the block in work and the one fetched ahead, and of what is outside of blocks."""
+    reference: float
+    casts: float
+    """bf16 copies of weights that autocast keeps during a pass."""
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+def learner_memory(
+    architecture: PolicyArchitecture,
+    *,
+    microbatch: int,
+    precision: Literal["fp32", "bf16"] = "bf16",
+    checkpointing: bool = True,
+    reference: bool = True,
+    learners: int = 1,
+    guided: bool = False,
+) -> LearnerMemory:
+    """Memory of one learner at its peak. How many rollouts an iteration has does not matter: they
+    wait as tokens and logprobs, a few bytes each.
+
+    Args:
+        microbatch: rollouts of one pass (B).
+        reference: whether a frozen copy lies beside the policy.
+        learners: over how many weights, gradients and optimizer are divided.
+        guided: logprobs of the guided mixture, which takes two rows a rollout.
+    """
+    parameters = count_parameters(architecture)
+    rows = microbatch * (2 if guided else 1)
+    positions = rows * architecture.num_tokens
+    times_d, times_f = BODY[type(architecture)][precision]
+    hidden = 0 if isinstance(architecture, TamingConfig) else architecture.hidden_dim
+    layer = positions * (times_d * architecture.dim + times_f * hidden)
+    layers = architecture.num_layers
+    kept = float(layers * layer)
+    casts = float(BF16 * parameters) if precision == "bf16" else 0.0
+    if checkpointing:
+        kept = layers * positions * LAYER_INPUT * architecture.dim + layer
+        casts = casts / layers  # a layer's casts live as long as its activations
+    values = microbatch * architecture.num_tokens * architecture.vocab_size
+    moment = LOGITS_MOMENT * (2 if guided else 1)
+    return LearnerMemory(
+        weights=FP32 * parameters / learners,
+        gradients=FP32 * parameters / learners,
+        optimizer=2 * FP32 * parameters / learners,
+        gathered=_gathered(architecture, parameters) if learners > 1 else 0,
+        reference=FP32 * parameters if reference else 0,
+        casts=casts,
+        activations=kept + LAST_NORM[type(architecture)] * positions * architecture.dim,
+        logits=(LOGITS_KEPT + moment) * values,
+    )
+
+
+def _gathered(architecture: PolicyArchitecture, parameters: int) -> float:
+    """Weights and gradients of two blocks, and of embeddings and output."""
+    one_less = dataclasses.replace(architecture, num_layers=architecture.num_layers - 1)
+    block = parameters - count_parameters(one_less)
+    outside = parameters - architecture.num_layers * block
+    return 2 * FP32 * (2 * block + outside)
+
+
+def sampler_memory(
+    architecture: PolicyArchitecture,
+    *,
+    rollouts: int,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    guided: bool = False,
+    max_groups: int = 1,
+) -> float:
+    """Bytes of a sampler that decodes groups of so many rollouts: weights and KV caches.
+
+    Args:
+        max_groups: decoded together at most; 1, 2, 4, ... up to it have a cache each.
+    """
+    width = FP32 if dtype == "float32" else BF16
+    rows = rollouts * (2 if guided else 1) * (2 * max_groups - 1)
+    cache = 2 * architecture.num_layers * rows * architecture.num_tokens * architecture.dim
+    return width * (count_parameters(architecture) + cache)

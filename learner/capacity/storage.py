@@ -1,0 +1,102 @@
+"""What a run takes of disks and of Ray's object store: arithmetic on its configuration alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+from actors.checkpoints.loading import count_parameters
+from actors.checkpoints.sources import Source, planned_policy, planned_tokenizer
+from cluster.io.run_layout import step_name, steps_in
+from cluster.ray_session.object_store import StoreNeed
+from cluster.roles import FEATURE_BATCH
+from learner.config import RunConfig
+from learner.evaluate import GROUP as EVALUATION_GROUP
+
+logger = logging.getLogger(__name__)
+
+FP32 = 4
+AVERAGES = 2  # of AdamW, for each weight
+GB = 1e9
+
+
+def store_need(config: RunConfig) -> StoreNeed:
+    """What a run may have in the object store at a time.
+
+    Raises:
+        CheckpointError, ConfigError: policy or tokenizer cannot be read.
+    """
+    policy, tokenizer = config.policy, config.tokenizer
+    architecture = planned_policy(Source.of(policy.checkpoint, policy.architecture, policy.ema))
+    codes = planned_tokenizer(
+        Source.of(tokenizer.checkpoint, tokenizer.architecture, tokenizer.ema)
+    )
+    side = math.isqrt(architecture.num_tokens) * codes.downsampling
+    width = FP32 if config.weights.wire(config.sampler.dtype) == "float32" else FP32 // 2
+    image = side * side * 3
+    return StoreNeed(
+        snapshot=width * count_parameters(architecture),
+        group=largest_group(config) * image,
+        groups=config.slots,
+        batch=FEATURE_BATCH * image,
+    )
+
+
+def largest_group(config: RunConfig) -> int:
+    """Images of the largest group that a run asks for."""
+    sizes = [config.rollouts_per_group, config.output.gallery_columns]
+    return max(*sizes, min(EVALUATION_GROUP, config.evaluation.num_images))
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """About what a checkpoint takes: fp32 weights and AdamW's averages of what is trained. What
+    moments server and rewards keep is small beside it."""
+    policy = config.policy
+    source = Source.of(policy.checkpoint, policy.architecture, policy.ema)
+    averages = 0 if config.learner.lora.rank else AVERAGES
+    return FP32 * (1 + averages) * count_parameters(planned_policy(source))
+
+
+class DiskWatch:
+    """Says so when the disk has no room for two more checkpoints.
+
+    Args:
+        checkpoints: directory of the checkpoints.
+        estimate: bytes of one, as long as there is none.
+    """
+
+    def __init__(self, checkpoints: Path, estimate: int) -> None:
+        self._checkpoints, self._estimate = checkpoints, estimate
+        self._told = False
+
+    def __call__(self) -> None:
+        """Look; says so once, and again only after there was room."""
+        note = room_note(free_bytes(self._checkpoints), self._size(), self._checkpoints)
+        if note and not self._told:
+            logger.warning("note: %s", note)
+        self._told = bool(note)
+
+    def _size(self) -> int:
+        steps = steps_in(self._checkpoints)
+        newest = self._checkpoints / step_name(steps[-1]) if steps else None
+        found = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file()) if newest else 0
+        return found or self._estimate
+
+
+def free_bytes(folder: Path) -> int:
+    """What this user may still write there."""
+    return shutil.disk_usage(folder).free
+
+
+def room_note(free: int, checkpoint: int, folder: Path) -> str:
+    """What to say of a disk with so many bytes free; nothing, if two checkpoints fit."""
+    if free >= 2 * checkpoint:
+        return ""
+    return (
+        f"the disk of {folder} has {free / GB:.3g} GB free, and a checkpoint takes "
+        f"{checkpoint / GB:.3g}: fewer than two more fit (an old one is removed only after a new "
+        "one is written). Make room, or set a lower --output.keep-checkpoints, a larger "
+        "--output.checkpoint-every or --output.no-rollouts"
+    )

@@ -1,0 +1,143 @@
+"""One owner of the checkpoints at a URL, as `cluster.io.locks` is of a directory.
+
+Object stores do not create a file exclusively everywhere, so two processes that start in the same
+moment may both believe that they own the place; the one that wrote first finds out before its next
+upload.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import replace
+from typing import Self
+
+from cluster.errors import LockHeldError, LockLostError, TesseraError
+from cluster.io.locks import Sight, described
+from cluster.io.processes import Holder
+from learner.checkpoints.remote import Mirror
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 20.0  # between two renewals: each is a small upload
+STALE_S = 120.0
+POLL_S = 2.0
+
+
+class RemoteOwner:
+    """A claim on a URL, renewed by a thread until `release`."""
+
+    def __init__(self, mirror: Mirror, holder: Holder) -> None:
+        self._mirror, self._holder = mirror, holder
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="remote owner", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls, mirror: Mirror, run: str) -> Self:
+        """Claim the place, after waiting for as long as it takes to know whether another process
+        holds it.
+
+        Args:
+            run: name of the run, for messages.
+
+        Raises:
+            LockHeldError: another process does.
+            CheckpointError: the place does not answer.
+        """
+        mine = Holder.this_process(run)
+        before = _abandoned(mirror)
+        mirror.write_owner(mine.to_bytes())
+        if _token(mirror.owner()) != mine.token:
+            raise _held(mirror, mirror.owner() or b"")
+        if before:
+            logger.warning(f"note: took over {mirror.url} from {before}, which is gone")
+        return cls(mirror, mine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def check(self) -> None:
+        """To be asked before anything is written there.
+
+        Raises:
+            LockLostError: another process has claimed the place.
+            CheckpointError: the place does not answer.
+        """
+        found = self._mirror.owner()
+        if _token(found) == self._holder.token:
+            return
+        who = _said(found) if found else "somebody who removed its mark"
+        raise LockLostError(
+            f"{self._mirror.url} does not belong to this process (pid {self._holder.pid}) any more,"
+            f" but to {who}: it stops, and writes nothing more there"
+        )
+
+    def release(self) -> None:
+        """Give the place up, unless another process has claimed it."""
+        self._ended.set()
+        self._thread.join(BEAT_S)
+        try:
+            if _token(self._mirror.owner()) == self._holder.token:
+                self._mirror.remove_owner()
+        except TesseraError as error:
+            logger.warning(f"note: {error}")
+
+    def _renew(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            try:
+                if _token(self._mirror.owner()) != self._holder.token:
+                    return  # lost: whoever asks `check` is told
+                self._holder = replace(self._holder, renewed=self._holder.renewed + 1)
+                self._mirror.write_owner(self._holder.to_bytes())
+            except TesseraError as error:  # of a moment: the next renewal may succeed
+                logger.debug(f"the mark at {self._mirror.url} could not be renewed ({error})")
+
+
+def _abandoned(mirror: Mirror) -> str:
+    """Who held the place, once it is known that it is gone; empty if nobody did.
+
+    Raises:
+        LockHeldError: it lives.
+    """
+    first, start = mirror.owner(), time.monotonic()
+    if first is None:
+        return ""
+    holder = Holder.from_bytes(first)
+    if holder is not None and holder.here:
+        if holder.lives:
+            raise _held(mirror, first)
+        return _said(first)
+    logger.info(
+        f"{mirror.url} was last written by {_said(first)}: watching for {STALE_S:g} s whether that "
+        "process lives"
+    )
+    while time.monotonic() - start < STALE_S:
+        time.sleep(POLL_S)
+        now = mirror.owner()
+        if now is None:
+            return ""
+        if now != first:
+            raise _held(mirror, now)
+    return _said(first)
+
+
+def _held(mirror: Mirror, data: bytes) -> LockHeldError:
+    holder = Holder.from_bytes(data)
+    how = f"Stop it (`kill {holder.pid}` on {holder.host}), or name" if holder else "Name"
+    return LockHeldError(
+        f"output.checkpoint_url {mirror.url} is in use by {_said(data)}. {how} another URL"
+    )
+
+
+def _said(data: bytes) -> str:
+    return described(Sight("", 0, Holder.from_bytes(data)))
+
+
+def _token(data: bytes | None) -> str:
+    holder = Holder.from_bytes(data) if data else None
+    return holder.token if holder else ""

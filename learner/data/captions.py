@@ -1,0 +1,134 @@
+"""Captions of a run: looked at before anything starts, and encoded where they have no features."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pyarrow.parquet as pq
+
+from actors.text.captions import Captions, caption_conditions, is_parquet, load_captions
+from actors.text.features import FEATURES, SCHEMA, read_caption_features, write_caption_features
+from actors.text.tables import UNREADABLE_PARQUET
+from cluster.errors import DataError
+from cluster.io.paths import expanded
+from cluster.text_limits import LongCaptions, faults
+
+AT_MOST = 20_000  # captions that are looked at before a run: seconds
+
+
+def encode_captions(
+    path: str, column: str, encoder: str, target: Path, long_captions: LongCaptions
+) -> bool:
+    """Encode the captions of a file that has no features (or not of all) into one that has.
+
+    Args:
+        column: of a table (see `load_captions`).
+        encoder: T5 model (folder or name).
+        target: Parquet file to write; one that holds the same captions already stays.
+        long_captions: what is done about captions that the encoder would cut.
+
+    Returns:
+        Whether there was anything to encode: else the file itself has what is needed.
+
+    Raises:
+        DataError: one of the files cannot be read, or the encoder cannot read a caption.
+        ConfigError: the encoder cannot be loaded.
+    """
+    found = caption_conditions(Path(path), column)
+    if all(condition.features is not None for condition in found):
+        return False
+    texts = [condition.text for condition in found]
+    if not target.is_file() or [each.text for each in read_caption_features(target)] != texts:
+        from actors.text.encoder import CaptionEncoder, check_captions
+
+        encode = CaptionEncoder(encoder)
+        check_captions(path, texts, encode, long_captions, "conditions.long_captions")
+        write_caption_features(target, texts, encode.stream(texts))
+    return True
+
+
+def check_encoder(encoder: str, texts: Sequence[str], long_captions: LongCaptions) -> None:
+    """Whether a text encoder reads captions as they are written, by its tokenizer alone; nothing is
+    said of one that would have to be fetched, or of what transformers is missing for.
+
+    Raises:
+        DataError: it does not.
+        ConfigError: its tokenizer cannot be loaded.
+    """
+    cache = huggingface_hub.try_to_load_from_cache
+    here = expanded(encoder).is_dir() or isinstance(cache(encoder, "tokenizer_config.json"), str)
+    if not here or importlib.util.find_spec("transformers") is None:
+        return
+    from actors.text.encoder import (
+        MAX_TOKENS,
+        load_tokenizer,
+        normalise_caption,
+        tokenizer_readings,
+    )
+
+    shown = texts[:AT_MOST]
+    cleaned = [normalise_caption(text) for text in shown]
+    readings = tokenizer_readings(load_tokenizer(encoder), cleaned, MAX_TOKENS)
+    if wrong := faults(shown, readings, long_captions, "conditions.long_captions"):
+        raise DataError(f"encoder {encoder}: {wrong}")
+
+
+@dataclass(frozen=True)
+class Peeked:
+    """A file of captions, without its features."""
+
+    captions: Captions
+    width: int = 0
+    """Of the features; 0 where there are none."""
+    longest: int = 0
+    """Tokens of the longest caption's features; 0 where that is not known without reading them."""
+
+
+def peek_captions(path: str, column: str = "") -> Peeked:
+    """Look at a file of captions without reading its features.
+
+    Raises:
+        DataError: it cannot be read, or holds no caption; or features of different widths.
+    """
+    file = Path(path)
+    if not is_parquet(file):
+        return Peeked(load_captions(file, column))
+    try:
+        with pq.ParquetFile(expanded(file)) as parquet:
+            names = parquet.schema_arrow.names
+            own = set(SCHEMA.names) <= set(names)
+            captions = load_captions(file, "caption" if own else column)
+            if own:
+                shapes = parquet.read(columns=["shape"]).column(0).to_pylist()
+                return Peeked(captions, *_extent(path, shapes))
+            if FEATURES not in names:
+                return Peeked(captions)
+            first = next(parquet.iter_batches(1, columns=[FEATURES])).column(0)[0].as_py()
+    except UNREADABLE_PARQUET as error:
+        raise DataError(f"captions {path}: not a readable Parquet file ({error})") from error
+    nested = isinstance(first, list) and bool(first) and isinstance(first[0], list)
+    return Peeked(captions, len(first[0]) if nested else 0)
+
+
+def _extent(path: str, shapes: Sequence[Any]) -> tuple[int, int]:
+    """Width, and most tokens, of features by their shapes [n, D]."""
+    width = longest = 0
+    for row, shape in enumerate(shapes):
+        parts = shape if isinstance(shape, list) else []
+        counts = [n for n in parts if isinstance(n, int) and n > 0]
+        if len(counts) != 2 or shape != counts:
+            where = f"captions {path}: column 'shape', row {row}"
+            raise DataError(f"{where}: found {shape!r:.60}, expected [n, D]")
+        width = width or counts[1]
+        if counts[1] != width:
+            raise DataError(
+                f"captions {path}: column 'shape', row {row}: found width {counts[1]}, but row 0 "
+                f"has {width}"
+            )
+        longest = max(longest, counts[0])
+    return width, longest

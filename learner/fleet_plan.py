@@ -1,0 +1,112 @@
+"""The roles of a run's fleet, made of its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from actors.sampler import Sampler, SamplerConfig
+from cluster.roles import FleetPlan, Resources, Role
+from learner.config import RunConfig
+from learner.training.config import LearnerConfig
+from learner.training.learner import Learner
+from rewards.config import RewardServerConfig, RewardServerResources
+from rewards.servers.moments_server import MomentsServer
+from rewards.servers.reward_server import REWARDS, RewardServer
+
+CONTROL_THREADS = 2  # of a reward server: statistics and features beside the scoring
+
+
+def fleet_plan(config: RunConfig) -> FleetPlan:
+    """The roles of this run, with their configurations."""
+    sampler = SamplerConfig(
+        policy=config.policy,
+        tokenizer=config.tokenizer,
+        resources=config.sampler,
+        take_up=config.weights.take_up,
+    )
+    learner = LearnerConfig(
+        policy=config.policy,
+        tokenizer=config.tokenizer,
+        optimizer=config.learner,
+        loss=config.loss,
+        entropy=config.entropy,
+        real=config.real,
+        guards=config.guards,
+        spec=config.sampling,
+        seed=config.seed,
+        iterations=config.iterations,
+        max_staleness=config.max_staleness,
+        timeout_s=config.timeout_s,
+        wire_dtype=config.weights.wire(config.sampler.dtype),
+    )
+    return FleetPlan(
+        sampler=Role(
+            name="sampler",
+            factory=Sampler,
+            config=sampler,
+            resources=config.sampler,
+            count=config.num_samplers,
+            max_groups=config.sampler.max_groups,
+            goes_ahead=config.weights.take_up == "token",
+        ),
+        reward_server=_reward_role(config, "", config.reward, config.num_reward_servers),
+        reward_pools=tuple(
+            _reward_role(config, name, pool, pool.num_servers, pool.runtime_env)
+            for name, pool in config.reward_pools.items()
+        ),
+        moments_server=Role(
+            name="moments-server",
+            factory=MomentsServer,
+            config=config.rewards.loo_fid,
+            resources=Resources(num_threads=config.rewards.loo_fid.num_threads),
+        ),
+        learner=Role(
+            name="learner",
+            factory=Learner,
+            config=learner,
+            resources=config.learner,
+            count=config.num_learners,
+        ),
+        timeout_s=config.timeout_s,
+        heartbeat_s=config.heartbeat_s,
+        max_restarts=config.max_restarts,
+        slots=config.slots,
+        max_staleness=config.max_staleness,
+        transport=config.weights.transport,
+        adapters_alone=config.learner.lora.rank > 0,
+    )
+
+
+def _reward_role(
+    config: RunConfig,
+    pool: str,
+    servers: RewardServerResources,
+    count: int,
+    runtime_env: Mapping[str, Any] | None = None,
+) -> Role:
+    """One pool of reward servers; the main one has no name, and judges the exams."""
+    depth = servers.depth(config.rollouts_per_group)
+    server = RewardServerConfig(
+        rewards=config.rewards,
+        judge=config.judge if config.evaluation.num_images and not pool else None,
+        pool=pool,
+        batching=servers.batching,
+        device=servers.device,
+        num_threads=servers.num_threads,
+        timeout_s=config.timeout_s,
+    )
+    return Role(
+        name=f"reward-{pool or 'server'}",
+        factory=RewardServer,
+        config=server,
+        resources=servers,
+        count=servers.bounded(count) if servers.on else count,
+        depth=depth,
+        concurrency=depth + CONTROL_THREADS,
+        autoscale=servers,
+        panels=(REWARDS,) if pool else (),
+        scorers=server.scorer_names(),
+        feature_panels=(REWARDS,) if pool and pool == config.rewards.features_pool else (),
+        runtime_env=runtime_env,
+    )

@@ -1,0 +1,1 @@
+"""The mathematics of GRPO: advantages, loss, KL, off-policy corrections, entropy bonus."""

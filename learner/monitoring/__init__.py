@@ -1,0 +1,1 @@
+"""Metrics, timeline, guards, console and galleries of a run."""

@@ -1,0 +1,1 @@
+"""Scored groups between sampling and learning: prefetching, feature space, storage."""

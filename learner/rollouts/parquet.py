@@ -1,0 +1,111 @@
+"""Rollouts as Parquet: one schema, whatever an iteration holds, so that files can be read as one.
+
+A column has the same type in every file, also where all of its values are missing. Files of runs
+with other rewards differ in their `reward_*` columns alone:
+`pa.concat_tables(tables, promote_options="default")` puts these together, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.io.files import replacing, writing
+from cluster.messages import ScoredGroup
+from learner.grpo.advantage import Advantages
+
+VERSION = 2
+"""Of the schema. 1 had types that depended on the values, and did not say so."""
+VERSION_KEY = b"tessera.rollouts.version"
+IDENTITY = {
+    "iteration": pa.int64(),
+    "group": pa.int64(),
+    "seed": pa.int64(),
+    "class_index": pa.int64(),
+    "text": pa.string(),
+    "policy_version": pa.int64(),
+    "moments_version": pa.int64(),
+    "temperature": pa.float64(),
+    "top_k": pa.int64(),
+    "top_p": pa.float64(),
+    "cfg_scale": pa.float64(),
+    "guidance": pa.string(),
+}
+"""The same for all rollouts of a group."""
+DRAWN = {
+    "rollout": pa.int64(),
+    "token_versions": pa.list_(pa.int32()),
+    "tokens": pa.list_(pa.int32()),
+    "logprobs": pa.list_(pa.float32()),
+    "entropies": pa.list_(pa.float32()),
+}
+JUDGED = {"advantage": pa.float32(), "error": pa.string()}
+REWARD = "reward_"
+
+
+def rollout_schema(rewards: Iterable[str]) -> pa.Schema:
+    """Columns of a file.
+
+    Args:
+        rewards: names of the rewards.
+    """
+    scores = {f"{REWARD}{name}": pa.float64() for name in rewards}
+    version = {VERSION_KEY: str(VERSION).encode()}
+    return pa.schema(list((IDENTITY | DRAWN | scores | JUDGED).items()), metadata=version)
+
+
+def rollout_table(
+    iteration: int, groups: Sequence[ScoredGroup], advantages: Advantages, moments: int
+) -> pa.Table:
+    """One row a rollout: identity, tokens, logprobs, spec, seed, version of the policy (and of each
+    token's, where they differ) and of the moments that judged it, every score."""
+    schema = rollout_schema(advantages.rewards)
+    rows: dict[str, list[Any]] = {name: [] for name in schema.names}
+    for index, group in enumerate(groups):
+        rollouts, request = group.rollouts, group.rollouts.request
+        count, spec = request.num_rollouts, request.spec
+        identity = {
+            "iteration": iteration,
+            "group": request.group,
+            "seed": request.seed,
+            "class_index": request.condition.class_index,
+            "text": request.condition.text,
+            "policy_version": rollouts.version,
+            "moments_version": moments,
+            "temperature": spec.temperature,
+            "top_k": spec.top_k,
+            "top_p": spec.top_p,
+            "cfg_scale": spec.cfg_scale,
+            "guidance": spec.guidance,
+        }
+        versions = rollouts.token_versions
+        found: dict[str, Iterable[Any]] = {
+            name: [value] * count for name, value in identity.items()
+        } | {
+            "rollout": range(count),
+            "token_versions": [None if versions is None else versions.tolist()] * count,
+            "tokens": rollouts.tokens,
+            "logprobs": rollouts.logprobs,
+            "entropies": rollouts.entropies,
+            "advantage": advantages.values[index].tolist(),
+            "error": group.scores.errors,
+        }
+        for name, rewards in advantages.rewards.items():
+            found[f"{REWARD}{name}"] = rewards[index].tolist()
+        for name, values in found.items():
+            rows[name].extend(values)
+    return pa.table(rows, schema=schema)
+
+
+def write_rollouts(file: Path, table: pa.Table) -> None:
+    """Write a file; it appears whole or not at all.
+
+    Raises:
+        StorageError: there is no room.
+    """
+    with writing(file), replacing(file) as partial:
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)

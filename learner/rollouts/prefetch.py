@@ -1,0 +1,154 @@
+"""Iterations on their way: what is asked for ahead of learning, and until when it is kept.
+
+Iteration i is drawn with the weights of max(i - S, 0) updates: always, whoever was fast. With
+S = 0 that is on-policy; with S = 1 samplers and reward servers work on the next iteration while the
+learner learns. Since the rule knows no clock, results stay a function of the seed, on any fleet.
+With `weights.take_up` token, tokens may be of newer weights than the rule says, never of older.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgpack
+
+from cluster.errors import CheckpointError, FleetError
+from cluster.fleet import Fleet
+from cluster.io.checksum import UNREADABLE, seal, unseal
+from cluster.messages import TRAIN, Condition, SampleRequest, ScoredGroup
+from cluster.scheduling.buffer import GroupBuffer
+from cluster.scheduling.in_flight import Ticket
+from learner.config import RunConfig
+from learner.data.conditions import ConditionStream
+from learner.rollouts.codec import pack_group, unpack_group
+
+
+def requests_for(
+    config: RunConfig, conditions: Sequence[Condition], stream: str, iteration: int
+) -> list[SampleRequest]:
+    """One request for each condition."""
+    return [
+        SampleRequest(
+            stream=stream,
+            iteration=iteration,
+            group=group,
+            condition=condition,
+            num_rollouts=config.rollouts_per_group,
+            seed=config.seed,
+            spec=config.sampling,
+        )
+        for group, condition in enumerate(conditions)
+    ]
+
+
+class Pipeline:
+    """Asks a fleet for iterations as slots become free, and gives them out in order."""
+
+    def __init__(self, config: RunConfig, fleet: Fleet) -> None:
+        self._config, self._fleet = config, fleet
+        self._stream = ConditionStream(
+            config.conditions.conditions(), config.groups_per_iteration, config.seed
+        )
+        self._buffer = self._empty(0)
+        self._tickets: dict[int, Ticket] = {}
+        self._restored: list[tuple[int, int, list[bytes]]] = []
+
+    def _empty(self, first: int) -> GroupBuffer[ScoredGroup]:
+        return GroupBuffer(self._config.groups_per_iteration, self._config.max_staleness, first)
+
+    def begin(self, first: int) -> None:
+        """Ask for the first iterations, after those that a checkpoint kept.
+
+        Raises:
+            CheckpointError: the checkpoint's groups are not those of `first`.
+        """
+        self._buffer = self._empty(first)
+        for iteration, version, groups in self._restored:
+            if self._buffer.admit(version) != iteration:
+                raise CheckpointError(
+                    f"the checkpoint keeps groups of iteration {iteration}, but the run goes on "
+                    f"with {first}"
+                )
+            asked = self._requests(iteration)
+            self._put(iteration, [unpack_group(a, kept) for a, kept in zip(asked, groups)])
+        self._restored = []
+        self._ask()
+
+    def take(self, iteration: int) -> list[ScoredGroup]:
+        """The groups of an iteration, once all are there.
+
+        Raises:
+            StopRequestedError: a stop was asked for meanwhile.
+            FleetError: a group was drawn with other weights than the rule says.
+        """
+        self._collect(iteration, finish=False)
+        return self._buffer.take(iteration)
+
+    def release(self, iteration: int) -> None:
+        """The weights that were learned from an iteration were broadcast: ask for another."""
+        self._buffer.release(iteration)
+        self._ask()
+
+    def state(self) -> bytes:
+        """The groups that were asked for before the newest weights: waits for them. Nothing where
+        there are none, as on-policy; what is drawn with the newest weights can be drawn again."""
+        older = [i for i in self._ahead() if self._buffer.version(i) < self._buffer.live]
+        for iteration in older:
+            self._collect(iteration, finish=True)
+        kept = [
+            (iteration, self._buffer.version(iteration), self._packed(iteration))
+            for iteration in older
+        ]
+        return seal(msgpack.packb(kept)) if kept else b""
+
+    def restore(self, state: bytes) -> None:
+        """Inverse of `state`, before `begin`.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        try:
+            kept = msgpack.unpackb(unseal(state))
+            self._restored = [(int(i), int(v), list(g)) for i, v, g in kept]
+        except UNREADABLE as error:
+            raise CheckpointError(f"the groups on their way cannot be read: {error}") from error
+
+    def _ahead(self) -> range:
+        """Iterations that are asked for and not consumed."""
+        return range(self._buffer.live, self._buffer.next)
+
+    def _packed(self, iteration: int) -> list[bytes]:
+        return [pack_group(group) for group in self._buffer.content(iteration)]
+
+    def _ask(self) -> None:
+        while self._buffer.has_room and self._buffer.next < self._config.iterations:
+            iteration = self._buffer.admit()
+            self._tickets[iteration] = self._fleet.submit(self._requests(iteration))
+
+    def _collect(self, iteration: int, *, finish: bool) -> None:
+        if self._buffer.missing(iteration):
+            groups = self._fleet.collect(self._tickets[iteration], finish=finish)
+            del self._tickets[iteration]
+            self._put(iteration, groups)
+
+    def _put(self, iteration: int, groups: Sequence[ScoredGroup]) -> None:
+        expected = self._buffer.version(iteration)
+        ahead = self._config.weights.take_up == "token"
+        newest = self._buffer.live if ahead else expected
+        for group in groups:
+            key, rollouts = group.rollouts.request.key, group.rollouts
+            drawn = expected <= rollouts.version <= rollouts.newest <= newest
+            if (key.stream, key.iteration) != (TRAIN, iteration) or not drawn:
+                found = _span(rollouts.version, rollouts.newest)
+                raise FleetError(
+                    f"{key} was drawn with the weights of {found} updates, but iteration "
+                    f"{iteration} is to be drawn with those of {_span(expected, newest)}"
+                )
+            self._buffer.complete(iteration, key.group, group)
+
+    def _requests(self, iteration: int) -> list[SampleRequest]:
+        return requests_for(self._config, self._stream.draw(iteration), TRAIN, iteration)
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first}" if first == last else f"{first} to {last}"

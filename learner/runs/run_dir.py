@@ -1,0 +1,283 @@
+"""The run directory: where everything that a run leaves behind is kept.
+
+config.yaml  run.log  metrics.jsonl  exams.jsonl  evaluation.json  best.json  trace.json
+report.html  checkpoints/step_*/  rollouts/*.parquet  gallery/*.png  tensorboard/
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import time
+from pathlib import Path
+from typing import Protocol
+
+from cluster.control.discovery import resume_command
+from cluster.errors import ConfigError, DataError, LockLostError
+from cluster.io.files import AGAIN, RESUME, replacing, writing
+from cluster.io.locks import Lock
+from cluster.io.paths import default_root, expanded
+from cluster.io.run_layout import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATION,
+    EXAMS,
+    GALLERY,
+    LOG,
+    METRICS,
+    OWNER,
+    REPORT,
+    ROLLOUTS,
+    TENSORBOARD,
+    TRACE,
+    steps_in,
+)
+from cluster.io.strict_json import dumps, number
+from learner.config import RunConfig, dump, parse_yaml
+from learner.runs.config_file import seal, unseal
+
+BEGINNING = (CONFIG, OWNER, LOG)
+"""Files of a run that has not done anything yet."""
+AFRESH = f"{AGAIN}, or name another directory by --run-dir"
+"""What to do where a directory cannot be made."""
+
+
+class Owner(Protocol):
+    """The hold that a process has on a place where it writes."""
+
+    def check(self) -> None:
+        """Raises LockLostError: another process took the place over."""
+        ...
+
+
+class RunDirectory:
+    """Paths of a run, and its configuration."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.checkpoints = self.path / CHECKPOINTS
+        self.rollouts = self.path / ROLLOUTS
+        self.gallery = self.path / GALLERY
+        self.tensorboard = self.path / TENSORBOARD
+        self.metrics = self.path / METRICS
+        self.exams = self.path / EXAMS
+        self.evaluation = self.path / EVALUATION
+        self.best = self.path / BEST
+        self.trace = self.path / TRACE
+        self.report = self.path / REPORT
+        self.log = self.path / LOG
+        self.lock: Lock | None = None
+        """Held by the process that writes here (`learner.opening`)."""
+        self.remote: Owner | None = None
+        """The same for its checkpoints at a URL."""
+
+    def check_owned(self) -> None:
+        """To be asked before anything is written.
+
+        Raises:
+            LockLostError: another process took the directory over.
+        """
+        if self.lock is not None:
+            self.lock.check()
+
+    @property
+    def owned(self) -> bool:
+        """Whether no other process took the directory over."""
+        try:
+            self.check_owned()
+        except LockLostError:
+            return False
+        return True
+
+    def check_remote(self) -> None:
+        """The same, before anything is written to `output.checkpoint_url`.
+
+        Raises:
+            LockLostError: another process took the place over.
+        """
+        if self.remote is not None:
+            self.remote.check()
+
+    @classmethod
+    def create(cls, run_dir: str, config: RunConfig) -> RunDirectory:
+        """Make a new run directory, and write the configuration into it.
+
+        Args:
+            run_dir: where; empty makes a new one under `default_root`.
+
+        Raises:
+            ConfigError: the directory already holds something.
+        """
+        path = expanded(run_dir) if run_dir else new_name()
+        cls.check_unused(path)
+        run = cls(path)
+        run._make_folders()
+        run.write_config(config)
+        return run
+
+    @classmethod
+    def check_unused(cls, path: Path) -> None:
+        """Refuse a directory that holds something. What a start leaves that was killed before it
+        had written its configuration is nothing.
+
+        Raises:
+            ConfigError: says what is there.
+        """
+        for parent in path.absolute().parents:
+            if parent.exists() and not parent.is_dir():
+                raise ConfigError(
+                    f"--run-dir {path} cannot be made, since {parent} is a file: name another "
+                    "directory"
+                )
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--run-dir {path} is a file: name another directory")
+        if (path / CONFIG).is_file():
+            raise ConfigError(
+                f"--run-dir {path} is not empty: add --resume to continue the run in it, or name "
+                "another directory"
+            )
+        if any(not _of_the_beginning(path, file) for file in path.rglob("*")):
+            raise ConfigError(
+                f"--run-dir {path} is not empty, and holds no run: name another directory"
+            )
+
+    @classmethod
+    def adopt(cls, path: Path, sealed: bytes) -> RunDirectory:
+        """Make the directory of a run again, from its configuration as a checkpoint keeps it.
+
+        Raises:
+            ConfigError: the configuration is damaged.
+        """
+        text, identity = unseal(sealed, "the checkpoint's configuration")
+        parse_yaml(text, "the checkpoint's configuration")
+        run = cls(path)
+        run._make_folders()
+        run._write_config(seal(text, identity))
+        return run
+
+    def _make_folders(self) -> None:
+        for folder in (self.checkpoints, self.rollouts, self.gallery, self.tensorboard):
+            with writing(folder, then=AFRESH):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def kept_anything(self) -> bool:
+        """Whether there is something to go on with, or to look at."""
+        if steps_in(self.checkpoints) or self.evaluation.is_file():
+            return True
+        if self.metrics.is_file() and self.metrics.stat().st_size:
+            return True
+        try:
+            return bool(self.read_config().output.checkpoint_url)  # which may hold some
+        except ConfigError:
+            return False
+
+    def farewell(self) -> str:
+        """What a run that ends early leaves, in a sentence. A run that has not kept anything worth
+        having leaves nothing, so that no later --resume finds it."""
+        try:
+            self.check_owned()
+        except LockLostError as error:
+            return str(error)
+        if steps_in(self.checkpoints) or self.evaluation.is_file():
+            return f"what was kept is in {self.path}; go on with\n  {resume_command(self.path)}"
+        if all(_of_the_beginning(self.path, file) for file in self.path.rglob("*")):
+            for file in self.path.iterdir() if self.path.is_symlink() else ():
+                if file.is_file():
+                    file.unlink(missing_ok=True)
+            shutil.rmtree(self.path, ignore_errors=True)  # NFS keeps the name of an open log
+            return "nothing was kept"
+        return f"what was kept is in {self.path}"
+
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG
+
+    @property
+    def identity(self) -> str:
+        """Which run this is, also after its directory was renamed."""
+        return self._read_config()[1]
+
+    def read_config(self) -> RunConfig:
+        """The run's configuration.
+
+        Raises:
+            ConfigError: the file is missing, or is not what the run wrote.
+        """
+        text, _ = self._read_config()
+        return parse_yaml(text, str(self.config))
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write it, under the run's identity (a new one, if there was none)."""
+        identity = self.identity if self.config.is_file() else secrets.token_hex(8)
+        self._write_config(seal(dump(config), identity))
+
+    def _write_config(self, text: str) -> None:
+        self.check_owned()
+        then = RESUME if self.config.is_file() else AFRESH
+        with writing(self.config, then=then), replacing(self.config, durable=True) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def _read_config(self) -> tuple[str, str]:
+        try:
+            data = self.config.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{self.config} cannot be read: {error}") from error
+        return unseal(data, str(self.config))
+
+    def sealed_config(self) -> str:
+        """The file as a checkpoint keeps it."""
+        return seal(*self._read_config())
+
+    def read_evaluation(self) -> dict[str, dict[str, float]]:
+        """Rows of the table so far: name -> metrics.
+
+        Raises:
+            DataError: damaged.
+        """
+        if not self.evaluation.is_file():
+            return {}
+        try:
+            rows = json.loads(self.evaluation.read_text(encoding="utf-8"))
+            return {str(k): {n: _figure(v) for n, v in row.items()} for k, row in rows.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{self.evaluation}: not a table of exams ({error}): remove it, and --resume takes "
+                "the exams of the tuned policy again"
+            ) from error
+
+    def write_evaluation(self, rows: dict[str, dict[str, float]]) -> None:
+        self.check_owned()
+        with writing(self.evaluation), replacing(self.evaluation, durable=True) as partial:
+            partial.write_text(dumps(rows, indent=2) + "\n")
+
+
+def _figure(value: object) -> float:
+    value = number(value)
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        raise TypeError(f"a figure was expected, found {value!r}")
+    return float(value)
+
+
+def _of_the_beginning(run: Path, file: Path) -> bool:
+    """Whether something in a run's directory is what a start makes: folders, files of a run that
+    has not done anything yet, and files on their way. (Below it, they are another run's.)"""
+    if file.is_dir():
+        return True
+    on_its_way = file.name.startswith((f".{OWNER}.", f".{CONFIG}."))
+    return file.parent == run and (file.name in BEGINNING or on_its_way)
+
+
+def new_name() -> Path:
+    """A directory that was not there, made here: no two runs get the same."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path, number = default_root() / stamp, 1
+    with writing(path, then=AFRESH):
+        while True:
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:
+                number += 1
+                path = default_root() / f"{stamp}-{number}"

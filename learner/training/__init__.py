@@ -1,0 +1,1 @@
+"""The learner role: policy, optimizer, passes, data parallelism."""

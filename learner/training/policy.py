@@ -1,0 +1,144 @@
+"""The policy under training: fp32 weights, passes in the wanted precision, its frozen reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from actors.checkpoints.loading import PolicyConfig, PolicyModule, load_policy
+from actors.decoding.decode import Likelihoods, token_likelihoods, token_logprobs
+from actors.models.base import Conditions
+from cluster.io.run_layout import POLICY_FILE
+from cluster.messages import Condition, SamplingSpec
+from cluster.model_files.tensors import load_strict, read_tensors
+from learner.training.data_parallel import Peers
+from learner.training.lora import Adapters
+from learner.training.optimizer import OptimizerConfig
+from learner.training.state_files import TensorFile
+
+ADAPTERS_FILE = "adapters.safetensors"
+
+
+class TrainedPolicy:
+    """Weights with gradients, and what they started from.
+
+    The module stays in eval mode: these policies have no dropout layers, and their condition
+    dropout belongs to pre-training alone, so every pass gives the same logprobs as the sampler.
+    """
+
+    def __init__(
+        self, config: PolicyConfig, options: OptimizerConfig, *, reference: bool, seed: int = 0
+    ) -> None:
+        """
+        Args:
+            reference: whether `reference_logprobs` will be asked for.
+            seed: the run's; adapters start from it.
+        """
+        self._options, self.device, self._peers = options, options.device, Peers()
+        self.module = load_policy(config, device=self.device).requires_grad_(True)
+        self.module.checkpointing = options.checkpointing
+        self._adapters: Adapters | None = None
+        if options.lora.rank:
+            self._adapters = Adapters(self.module, options.lora, seed)
+        self._reference: PolicyModule | None = None
+        if reference and self._adapters is None:
+            kept = self.device if options.reference_device == "learner" else "cpu"
+            self._reference = load_policy(config, device=kept)
+
+    def logprobs(self, tokens: Tensor, conditions: Conditions, spec: SamplingSpec) -> Likelihoods:
+        """Logprobs, entropies and unfiltered logprobs (B, T) fp32, with gradients; see
+        `token_likelihoods`."""
+        with self._precision():
+            return token_likelihoods(self.module, tokens, conditions, spec)
+
+    def join(self, peers: Peers) -> None:
+        """Keep a part of the weights alone. The reference, where it is a copy, stays whole."""
+        peers.divide(self.module)
+        self._peers = peers
+
+    def idle_pass(self, conditions: Sequence[Condition]) -> None:
+        """Take part in a pass of the other learners, and add zero to the gradient.
+
+        Args:
+            conditions: one that the policy can encode.
+        """
+        tokens = torch.zeros(1, self.module.num_tokens, dtype=torch.long, device=self.device)
+        logprobs = self.logprobs(tokens, self.module.encode(conditions), SamplingSpec()).logprobs
+        if logprobs.requires_grad:
+            (0 * logprobs.sum()).backward()
+
+    @contextmanager
+    def reference(self) -> Iterator[PolicyModule]:
+        """The frozen reference, on the learner's device while the block runs."""
+        if self._adapters is not None:
+            with self._adapters.off():
+                yield self.module
+            return
+        assert self._reference is not None
+        away = self._options.reference_device == "cpu" and self.device != "cpu"
+        try:
+            yield self._reference.to(self.device)
+        finally:
+            if away:
+                self._reference.to("cpu")
+
+    def reference_logprobs(
+        self, reference: PolicyModule, tokens: Tensor, conditions: Conditions, spec: SamplingSpec
+    ) -> Tensor:
+        """Logprobs (B, T) fp32 of the module that `reference` gave, unfiltered (`learner.grpo.kl`):
+        temperature and guidance are the spec's, top-k and top-p are not applied."""
+        with torch.no_grad(), self._precision():
+            return token_logprobs(reference, tokens, conditions, spec.unfiltered())[0]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict of a plain policy, adapters merged in; every learner of a group must call
+        it, and the first one gets the answer (the others an empty one), here and below."""
+        plain = self._adapters.plain() if self._adapters else self.module.state_dict()
+        return self._peers.whole(plain)
+
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """The state dict of the plain policy that adapters belong to."""
+        assert self._adapters is not None
+        return self._peers.whole(self._adapters.plain(merged=False))
+
+    def adapters(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """See `Adapters.pairs`."""
+        assert self._adapters is not None
+        pairs = self._adapters.pairs()
+        inner = self._peers.whole({name: a for name, (a, _, _) in pairs.items()})
+        outer = self._peers.whole({name: b for name, (_, b, _) in pairs.items()})
+        return {name: (inner[name], outer[name], pairs[name][2]) for name in inner}
+
+    def files(self) -> dict[str, TensorFile]:
+        """What a checkpoint keeps, by file: the policy, and its adapters where it has some. Every
+        learner of a group must call it, and the first one has the tensors."""
+        kept = {POLICY_FILE: TensorFile(self.weights(), self.module.config.to_dict())}
+        if self._adapters:
+            kept[ADAPTERS_FILE] = TensorFile(self._peers.whole(self._adapters.tensors()))
+        return kept
+
+    def restore(self, directory: Path) -> None:
+        """Load what `files` gave.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or of another model.
+        """
+        if self._adapters:
+            file = directory / ADAPTERS_FILE
+            self._adapters.load(self._parts(file, self._adapters.tensors()), str(file))
+        else:
+            file = directory / POLICY_FILE
+            load_strict(self.module, self._parts(file, self.module.state_dict()), str(file))
+
+    def _parts(self, file: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this learner keeps of a file's tensors."""
+        found = read_tensors(file)
+        return {name: self._peers.part_of(found[name], own.get(name)) for name in found}
+
+    def _precision(self) -> torch.autocast:
+        bf16 = self._options.precision == "bf16"
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=bf16)

@@ -1,0 +1,252 @@
+"""Rollouts on their way through the policy: what a step needs of them, a microbatch at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.models.base import Conditions
+from cluster.messages import Condition, SamplingSpec
+from learner.grpo.kl import divergence, k3, penalised_advantages
+from learner.grpo.loss import LossConfig, LossStats
+from learner.grpo.off_policy import (
+    kept_weights,
+    kept_weights_of_sequences,
+    tokens_in_band,
+    truncated_weights,
+)
+from learner.training.batch import TrainingBatch
+from learner.training.data_parallel import Peers
+from learner.training.policy import TrainedPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """B rollouts of this learner, and what stays the same over an iteration's updates."""
+
+    tokens: Tensor
+    """(B, T) int64"""
+    conditions: tuple[Condition, ...]
+    behaviour: Tensor
+    """(B, T)"""
+    advantages: Tensor
+    """(B,), or (B, 1) or (B, T) with KL in the reward"""
+    proximal: Tensor | None = None
+    """(B, T) logprobs before the first update."""
+    unfiltered: Tensor | None = None
+    """(B, T) the same before top-k and top-p, as the KL to the reference takes them."""
+    reference: Tensor | None = None
+    """(B, T) logprobs of the frozen base policy, before top-k and top-p."""
+    weights: Tensor | None = None
+    """(B, T) or (B, 1), of the surrogate."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> Prepared:
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        index = np.arange(len(self))[rows]
+        chosen = torch.from_numpy(index).to(self.tokens.device)
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                fields[name] = value[rows] if isinstance(rows, slice) else value[chosen]
+        fields["conditions"] = tuple(self.conditions[at] for at in index)
+        return Prepared(**fields)
+
+    def microbatches(self, size: int) -> Iterator[Prepared]:
+        """Parts of at most `size` rollouts, in order."""
+        for at in range(0, len(self), size):
+            yield self[slice(at, at + size)]
+
+
+class Passes:
+    """Passes over an iteration's rollouts that take no step."""
+
+    def __init__(
+        self, policy: TrainedPolicy, loss: LossConfig, spec: SamplingSpec, size: int, peers: Peers
+    ) -> None:
+        """size: most rollouts of one pass."""
+        self._policy, self._loss, self._spec = policy, loss, spec
+        self._size, self._peers = size, peers
+        self._known: tuple[Condition, ...] = ()  # to encode, for a learner without rollouts
+
+    def prepare(self, batch: TrainingBatch, *, proximal: bool) -> tuple[Prepared, dict[str, float]]:
+        """This learner's part of a batch.
+
+        Args:
+            proximal: whether logprobs before the update are wanted, needed or not.
+
+        Returns:
+            The part, and what its preparation says of the whole batch, for the metrics.
+        """
+        rows, total = self._peers.rows(len(batch.tokens)), len(batch.tokens)
+        self._known = batch.conditions[:1]
+        tokens, behaviour, advantages = (
+            torch.tensor(array[rows], device=self._policy.device)  # arrays may be read-only
+            for array in (batch.tokens, batch.behaviour, batch.advantages)
+        )
+        prepared = Prepared(
+            tokens=tokens.long(),
+            conditions=batch.conditions[rows],
+            behaviour=behaviour,
+            advantages=advantages,
+        )
+        metrics: dict[str, float] = {}
+        if self._loss.kl_coef > 0:
+            prepared = dataclasses.replace(prepared, reference=self._reference(prepared, total))
+        if proximal or self._loss.needs_proximal:
+            prepared, metrics = self._with_proximal(prepared, total)
+        if self._loss.kl_in == "reward" and self._loss.kl_coef > 0:
+            prepared, of_kl = self._with_kl(prepared, total)
+            metrics |= of_kl
+        if self._loss.importance_cap or self._loss.masks:
+            prepared, of_weights = self._with_weights(prepared, total)
+            metrics |= of_weights
+        return prepared, metrics
+
+    def conditions(self, part: Prepared) -> Conditions:
+        return self._policy.module.encode(part.conditions)
+
+    def rounds(self, part: Prepared, most: int) -> Iterator[Prepared]:
+        """Microbatches of this learner's part; most: rollouts that a learner has of it."""
+        yield from part.microbatches(self._size)
+        self.keep_up(len(part), most, self._known)
+
+    def keep_up(self, mine: int, most: int, known: Sequence[Condition]) -> None:
+        """Idle passes of a learner with `mine` rows, while another one has `most`."""
+        for _ in range(-(-most // self._size) - -(-mine // self._size)):
+            self._policy.idle_pass(known)
+
+    def _rounds(self, prepared: Prepared, total: int) -> Iterator[Prepared]:
+        return self.rounds(prepared, self._peers.most(np.arange(total), total))
+
+    @torch.no_grad()
+    def _reference(self, prepared: Prepared, total: int) -> Tensor:
+        parts = [torch.empty_like(prepared.behaviour[:0])]
+        with self._policy.reference() as module:
+            shared = module is self._policy.module  # else it is whole, and each is on its own
+            rounds = self._rounds(prepared, total) if shared else prepared.microbatches(self._size)
+            for part in rounds:
+                given = self.conditions(part)
+                parts.append(
+                    self._policy.reference_logprobs(module, part.tokens, given, self._spec)
+                )
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _with_proximal(self, prepared: Prepared, total: int) -> tuple[Prepared, dict[str, float]]:
+        """Logprobs before the update, and what they say of the policy that acted."""
+        none = torch.empty_like(prepared.behaviour[:0])
+        parts, entropy = [(none, none)], 0.0
+        for part in self._rounds(prepared, total):
+            found = self._policy.logprobs(part.tokens, self.conditions(part), self._spec)
+            parts.append((found.logprobs, found.unfiltered))
+            entropy += float(found.entropies.sum())
+        proximal, unfiltered = (torch.cat(column) for column in zip(*parts))
+        behaviour = prepared.behaviour
+        gap = (proximal - behaviour).abs().max() if len(prepared) else torch.zeros(())
+        mismatch, entropy = self._means(total, k3(behaviour, proximal).sum(), entropy)
+        return dataclasses.replace(prepared, proximal=proximal, unfiltered=unfiltered), {
+            "entropy": entropy,
+            "mismatch_kl": mismatch,
+            "logprob_gap": self._peers.largest([float(gap)])[0],
+        }
+
+    def _with_kl(self, prepared: Prepared, total: int) -> tuple[Prepared, dict[str, float]]:
+        """Advantages less the divergence from the reference, which then leaves the loss."""
+        assert prepared.unfiltered is not None
+        assert prepared.reference is not None
+        loss = self._loss
+        estimates = divergence(
+            prepared.unfiltered, prepared.reference, loss.kl_estimator, loss.kl_level
+        )
+        mean = self._means(total, estimates.mean(1).sum() * prepared.tokens.shape[1])[0]
+        advantages = penalised_advantages(
+            prepared.advantages.unsqueeze(-1), estimates, loss.kl_coef, mean
+        )
+        changed = dataclasses.replace(prepared, advantages=advantages, reference=None)
+        return changed, {"reference_kl": mean}
+
+    def _with_weights(self, prepared: Prepared, total: int) -> tuple[Prepared, dict[str, float]]:
+        """Truncated importance weights, and zeros for masked tokens."""
+        assert prepared.proximal is not None
+        loss, metrics = self._loss, {}
+        weights = torch.ones_like(prepared.behaviour)
+        if loss.importance_cap:
+            weights = truncated_weights(
+                prepared.proximal,
+                prepared.behaviour,
+                loss.importance_cap,
+                sequence=loss.aggregation == "sequence-ratio",
+            )
+            metrics["importance"] = self._means(total, weights.mean(1).sum() * self._tokens())[0]
+        if loss.masks:
+            kept = tokens_in_band(
+                prepared.proximal,
+                prepared.behaviour,
+                loss.mask_low,
+                loss.mask_high or float("inf"),
+            )
+            share = self._means(total, kept.sum())[0]
+            metrics["kept_share"] = share
+            if loss.length_divisor:  # a constant divisor hands no one's share to the others
+                weights = weights * kept
+            elif loss.aggregation == "seq-mean":
+                weights = weights * kept_weights_of_sequences(kept)
+            else:
+                weights = weights * kept_weights(kept, share)
+        return dataclasses.replace(prepared, weights=weights), metrics
+
+    def _tokens(self) -> int:
+        return self._policy.module.num_tokens
+
+    def _means(self, total: int, *sums: Tensor | float) -> list[float]:
+        """Means over the tokens of the whole batch, from sums over those of this learner."""
+        count = total * self._tokens()
+        return [value / count for value in self._peers.sums([float(value) for value in sums])]
+
+
+class Sums:
+    """Statistics of a whole batch from those of its parts; one wait for the device.
+
+    Args:
+        reference_kl: whether it is measured.
+    """
+
+    def __init__(self, *, reference_kl: bool) -> None:
+        names = [item.name for item in dataclasses.fields(LossStats)]
+        self._names = [name for name in names if reference_kl or name != "reference_kl"]
+        self._parts: list[tuple[float, Tensor]] = []
+
+    def add(self, stats: LossStats, share: float) -> None:
+        """share: of the part in the batch, by rollouts."""
+        values = [getattr(stats, name).float() for name in self._names]
+        self._parts.append((share, torch.stack(values)))
+
+    def total(self, peers: Peers) -> dict[str, float]:
+        """Means weighted by share, the one maximum as it is, over all learners."""
+        names, sums, largest = self._names, dict.fromkeys(self._names, 0.0), 0.0
+        for share, values in self._parts:
+            for name, value in zip(names, values.tolist()):
+                sums[name] += share * value
+                if name == "logprob_gap":
+                    largest = float(np.maximum(largest, value))  # NaN stays NaN
+        found = dict(zip(names, peers.sums(list(sums.values()))))
+        return found | {"logprob_gap": peers.largest([largest])[0]}
+
+
+def cut(total: int, parts: int, seed: int, iteration: int, epoch: int) -> Sequence[np.ndarray]:
+    """Rows of the minibatches of one pass over `total` rollouts: one is all of them in order, more
+    are drawn anew for each pass, a function of (seed, iteration, pass) alone."""
+    if parts == 1:
+        return [np.arange(total)]
+    key = [seed, zlib.crc32(b"minibatches")]
+    generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, epoch, iteration]))
+    pieces = np.array_split(generator.permutation(total), parts)
+    return [np.sort(piece) for piece in pieces if len(piece)]

@@ -1,0 +1,120 @@
+"""Updates that are left out because they are not finite: when a run stops over them, and why.
+
+The options of the guards are here because the learner takes them, too; `learner.monitoring.guards`
+has the guards that look at a run's metrics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Action = Literal["off", "warn", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardsConfig:
+    """When a run that goes wrong says so, or stops. A stop keeps the checkpoints that there are."""
+
+    max_skipped_share: float = 0.2
+    """Updates whose loss or gradient is not finite are left out. The run stops when more than this
+    share of the last `window` updates was, in [0, 1]."""
+    min_skipped: int = 3
+    """But not before so many of them were left out; 1 with a share of 0 stops at the first."""
+    window: int = 20
+    """Optimizer steps that are looked back at for skipped updates."""
+    patience: int = 5
+    """Iterations in a row in which a figure must be bad before the guards below act."""
+    reward: Action = "warn"
+    """Of a reward that tells images apart no more: no group in which any reward differs, or a
+    reward whose deviation over the batch is at most min_reward_std. off | warn | stop."""
+    min_reward_std: float = 1e-8
+    """Deviation of a reward, in its own units, >= 0."""
+    entropy: Action = "warn"
+    """Of entropy below min_entropy_share of the base policy's. off | warn | stop."""
+    min_entropy_share: float = 0.3
+    """Share of the base policy's mean token entropy, in [0, 1)."""
+    kl: Action = "stop"
+    """Of a KL divergence above one of the limits below. off | warn | stop."""
+    max_reference_kl: float = 3.0
+    """Nats a token, to the base policy; looked at where it is measured (loss.kl_coef > 0)."""
+    max_mismatch_kl: float = 1.0
+    """Nats a token, between learner and the samplers that drew; not under guidance 'distil', where
+    the two differ on purpose."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_skipped_share <= 1:
+            raise ValueError(f"max_skipped_share must be in [0, 1], found {self.max_skipped_share}")
+        for name in ("min_skipped", "window", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, found {getattr(self, name)}")
+        if self.min_skipped > self.window:
+            raise ValueError(
+                f"min_skipped must be at most window, found {self.min_skipped} and {self.window}"
+            )
+        if not self.min_reward_std >= 0:
+            raise ValueError(f"min_reward_std must be >= 0, found {self.min_reward_std}")
+        if not 0 <= self.min_entropy_share < 1:
+            raise ValueError(f"min_entropy_share must be in [0, 1), found {self.min_entropy_share}")
+        if not (self.max_reference_kl > 0 and self.max_mismatch_kl > 0):
+            raise ValueError(
+                "max_reference_kl and max_mismatch_kl must be > 0, found "
+                f"{self.max_reference_kl} and {self.max_mismatch_kl}"
+            )
+        for name in ("reward", "entropy", "kl"):
+            if getattr(self, name) not in ("off", "warn", "stop"):
+                raise ValueError(f"{name} must be off, warn or stop, found {getattr(self, name)!r}")
+
+
+def too_many_skipped(config: GuardsConfig, updates: Sequence[bool]) -> bool:
+    """Whether so many updates were skipped that the run must stop.
+
+    Args:
+        updates: whether each was skipped, oldest first; the last `window` of them count, and a run
+            that is younger than that is judged by what there is.
+    """
+    recent = updates[-config.window :]
+    skipped = sum(recent)
+    return skipped >= config.min_skipped and skipped > config.max_skipped_share * len(recent)
+
+
+def not_finite_because(stats: Mapping[str, float]) -> str:
+    """What most likely made an update's statistics not finite, and what to do: a sentence.
+
+    Args:
+        stats: of the update, by the names of `LossStats`, with grad_norm and real_ce.
+    """
+
+    def wrong(name: str) -> bool:
+        return not math.isfinite(stats.get(name, 0.0))
+
+    if wrong("entropy"):  # of all statistics the one that the policy's logits alone decide
+        return (
+            "The policy's own logits are not finite: its weights or activations have overflowed. "
+            "Go on from an earlier checkpoint with a lower learner.lr, or learner.precision "
+            "fp32; sampling.cfg_scale and sampling.temperature of ordinary size keep logits small"
+        )
+    if wrong("reference_kl"):
+        return (
+            "The KL to the base policy overflows: the two give a token probabilities that differ "
+            "by more than a float holds. A lower learner.lr or a larger loss.kl_coef from the "
+            "start keeps them together; loss.kl_estimator k2 does not take their exponential"
+        )
+    if wrong("real_ce"):
+        return (
+            "The cross-entropy on real tokens is what is not finite: look at real.source, or set "
+            "real.weight to 0"
+        )
+    if wrong("surrogate"):
+        return (
+            "The ratio of learner to behaviour policy overflows, or an advantage is not finite: "
+            "logprobs have run away from those of the sampler (policy/logprob_gap). A lower "
+            "learner.lr, fewer updates_per_iteration, a smaller max_staleness or narrower clips "
+            "hold them"
+        )
+    return (
+        "The loss is finite, its gradient is not: it overflowed on its way through the network. "
+        "learner.precision fp32 or a lower learner.lr mends this"
+    )

@@ -1,0 +1,1 @@
+"""The distribution reward: moments, Fréchet distance, leave-one-out FID."""

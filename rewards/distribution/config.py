@@ -1,0 +1,80 @@
+"""How the history behind the leave-one-out FID forgets, and which form of the reward is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.errors import DataError
+from rewards.distribution.diagonal import Mode
+from rewards.distribution.leave_one_out import Method
+from rewards.distribution.moments import Covariance, decay_for, effective_images
+
+PER_DIMENSION = 5  # effective images: the rewards then correlate .99 with those of endless ones
+FOR_VARIANCES = 1000  # effective images; each variance is then known to 5 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentsConfig:
+    """The history behind the leave-one-out FID."""
+
+    decay: float | None = None
+    """Weight of the history in each update, [0, 1). Long against the bias of few images, short
+    against the policy's drift: watch fid/ema beside fid/batch. None: what window comes to."""
+    window: float = 0.0
+    """The same as an effective number of images, whatever an iteration's size; goes before decay.
+    0 and no decay: 5 images for each feature dimension with the full covariance, else 1,000."""
+    kind: Literal["ema", "sliding"] = "ema"
+    """ema: exponential average. sliding: the newest images, all of one weight; forgets at once what
+    left the window, and keeps the features of the whole window in memory."""
+    covariance: Covariance = "full"
+    """full: the FID. diagonal: variances alone, for windows too short for the full covariance."""
+    method: Method = "exact"
+    """Of the full covariance. exact: the definition. influence: its first order, to compare."""
+    num_threads: int = 1
+    """Threads of the moments server's linear algebra. More let the decomposition of thousands of
+    dimensions end sooner on a machine with cores to spare; the rewards' last bits then depend on
+    the machine."""
+    rebuild_every: int = 0
+    """Not used any more, and gone in the next release: the moments server decomposes the history
+    anew when the next iteration would not fit the old decomposition."""
+    mode: Mode = "ema_loo"
+    """Of the diagonal covariance. ema_loo: images are left out of history and batch together.
+    loo_batch: of the batch alone. ema_scalar: one reward for the whole batch."""
+
+    def __post_init__(self) -> None:
+        if self.covariance == "full" and self.mode != "ema_loo":
+            raise ValueError(f"mode {self.mode!r} needs covariance=diagonal")
+        if self.covariance == "diagonal" and self.method != "exact":
+            raise ValueError(f"method {self.method!r} needs covariance=full")
+        if self.num_threads < 1:
+            raise ValueError(f"num_threads must be >= 1, found {self.num_threads}")
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), found {self.decay}")
+        if not 0 <= self.window < float("inf"):
+            raise ValueError(
+                f"window must be a number of images, or 0 for decay; found {self.window}"
+            )
+
+    def effective_images(self, batch: float, dim: int) -> float:
+        """What the history comes to hold, with so many images an iteration."""
+        if self.window:
+            return self.window
+        if self.decay is not None:
+            return effective_images(self.decay, batch)
+        return max(PER_DIMENSION * dim if self.covariance == "full" else FOR_VARIANCES, batch)
+
+    def decay_at(self, batch: int, dim: int) -> float:
+        """The exponential average's decay for an iteration of so many images.
+
+        Raises:
+            DataError: the window is shorter than the iteration.
+        """
+        if not self.window and self.decay is not None:
+            return self.decay
+        try:
+            return decay_for(self.effective_images(batch, dim), batch)
+        except ValueError as error:
+            raise DataError(
+                f"{error}: set window to at least the images of an iteration ({batch})"
+            ) from None

@@ -1,0 +1,236 @@
+"""Exact leave-one-out rewards from the eigendecomposition of an old history.
+
+The decomposition is what costs. But the batches that came since, and the one to be scored, change
+the old history's covariance by a matrix of low rank: a row for each image and one for the shift of
+the mean. With A = diag(l) + P'P in the old eigenbasis, determinants and single images follow from
+
+    K(t) = I + P (diag(l) + t^2)^-1 P',    1 - g_i(t) = W (K(t)^-1)_ii - share
+
+with one small Cholesky factorisation a node: O(Q n^2 (R + n)) instead of O(D^3). The rewards are
+those of `leave_one_out_fid`, so the basis can be built in the background, replaced at any time and
+lost in a restart.
+
+Shapes: N images, D dimensions, R rank, n images since the decomposition, Q quadrature nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rewards.distribution.fid import significant
+from rewards.distribution.leave_one_out import check_batch
+from rewards.distribution.moments import Moments
+from rewards.distribution.quadrature import half_line_nodes
+from rewards.distribution.reference import Reference
+from rewards.distribution.root_trace import TOLERANCE, lightening_rows, log_det
+
+MAX_CONDITION = 1e12  # of L' cov L: beyond, rounding reaches 1e-6 of the rewards' spread
+USELESS_BATCHES = 8  # after which a decomposition that could serve none is tried again
+MAX_SHARE = 1 / 4  # images since the decomposition, of R: beyond, a new one is as cheap
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryBasis:
+    """L' cov L = Q diag(values) Q' of a history, L L' the reference's covariance. Immutable."""
+
+    values: Tensor
+    """(R,) float64, ascending."""
+    vectors: Tensor
+    """(D, R) float64: L Q."""
+    mean: Tensor
+    """(D,) float64, of the history about the reference's mean."""
+    mu: np.ndarray
+    """(D,) the reference's mean."""
+    spread: float
+    """E|x - mu|^2 of the history."""
+    reference_trace: float
+
+    @classmethod
+    def of(cls, moments: Moments, reference: Reference, device: str = "cpu") -> HistoryBasis:
+        """Decompose; O(D^3), the same work as one exact reward. The arguments are not kept."""
+        factor = torch.tensor(reference.factor, dtype=torch.float64, device=device)
+        cov = torch.tensor(moments.cov, dtype=torch.float64, device=device)
+        squares = factor.T @ (cov @ factor)
+        values, vectors = torch.linalg.eigh((squares + squares.T) / 2)
+        mean = moments.mean - reference.mu
+        return cls(
+            values=values,
+            vectors=factor @ vectors,
+            mean=torch.tensor(mean, dtype=torch.float64, device=device),
+            mu=reference.mu.copy(),
+            spread=float(np.trace(moments.cov)) + float(mean @ mean),
+            reference_trace=float(np.trace(reference.sigma)),
+        )
+
+    def fits(self, pending: Sequence[np.ndarray], features: np.ndarray, decay: float) -> bool:
+        """Whether `leave_one_out` is exact and worth it: the history has full rank in the
+        reference's space and a condition that rounding leaves alone, also as faded since; and few
+        images came since. Where not, call `leave_one_out_fid`.
+        """
+        return self.has_room(len(features) + sum(map(len, pending)), len(pending) + 1, decay)
+
+    def has_room(self, images: int, batches: int, decay: float) -> bool:
+        """`fits`, of so many images in so many batches, the one to be scored among them."""
+        faded = decay**batches
+        return (
+            images <= MAX_SHARE * len(self.values)
+            and bool(significant(self.values.cpu().numpy()).all())
+            and float(self.values[0]) * faded * MAX_CONDITION >= float(self.values[-1])
+        )
+
+    def leave_one_out(
+        self, pending: Sequence[np.ndarray], features: np.ndarray, decay: float
+    ) -> tuple[np.ndarray, float]:
+        """`leave_one_out_fid` of `features` with the moments that `pending` brought the history to.
+
+        Args:
+            pending: batches (N_k, D) that updated the moments since, oldest first, each with
+                `decay`; a batch of another weight calls for a new basis.
+            features: (N, D), N >= 2, the batch to be scored.
+            decay: the history's weight in each update, in (0, 1).
+
+        Returns:
+            rewards (N,) float64 and the FID of the mixture with every image, as
+            `leave_one_out_fid`; the rewards to within 1e-6 of their standard deviation.
+
+        Raises:
+            DataError: fewer than two images, or dimensions that differ.
+            ValueError: what `fits` refuses, or decay out of range.
+        """
+        dim = len(self.mean)
+        x = check_batch(features, dim, len(self.mu), decay)
+        if not self.fits(pending, x, decay):
+            raise ValueError(
+                "this basis does not fit these batches: compute the rewards without it"
+            )
+        share = (1 - decay) / (len(x) - 1)
+        old, shares, rows = self._mixture(pending, x, decay)
+        # About the mixture's mean; of weight old + sum of shares = 1 + share.
+        mean = (old * self.mean + shares @ rows) / (1 + share)
+        deviations = torch.cat([(self.mean - mean)[None], rows - mean])
+        weights = torch.cat([shares.new_tensor([old]), shares]).sqrt()
+        projected = weights[:, None] * (deviations @ self.vectors)
+
+        falls, common, root_trace = self._integrals(projected, old, share, len(x))
+        distances = (rows**2).sum(1)
+        own = distances[len(distances) - len(x) :]
+        rewards = share * (own.mean() - own) + 2 * (falls - common)
+        # The batch's shares sum to 1 - decay + share, of which E(u) holds 1 - decay.
+        linear = old * self.spread + float(shares @ distances - share * own.mean())
+        fid = linear + self.reference_trace - 2 * float(root_trace - common)
+        return rewards.cpu().numpy(), max(fid, 0.0)
+
+    def _mixture(
+        self, pending: Sequence[np.ndarray], x: np.ndarray, decay: float
+    ) -> tuple[float, Tensor, Tensor]:
+        """The old history's weight, and all images since: weights (n,), and (n, D) about mu."""
+        count = len(pending)
+        sizes = [len(batch) for batch in pending]
+        each = [(1 - decay) * decay ** (count - k) / size for k, size in enumerate(sizes)]
+        shares = np.repeat([*each, (1 - decay) / (len(x) - 1)], [*sizes, len(x)])
+        rows = np.concatenate([*pending, x]) - self.mu
+        device = self.values.device
+        return (
+            decay ** (count + 1),
+            torch.tensor(shares, dtype=torch.float64, device=device),
+            torch.tensor(rows, dtype=torch.float64, device=device),
+        )
+
+    def _integrals(
+        self, rows: Tensor, old: float, share: float, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Falls (N,) of the last `count` rows, the common fall () and tr sqrt(A) ().
+
+        A = old diag(values) + rows' rows; what is left of it without an image still holds the first
+        term, so nothing here turns singular.
+        """
+        values, total = old * self.values, 1 + share
+        largest = values[-1] + torch.linalg.eigvalsh(rows @ rows.T)[-1]
+        nodes, steps = half_line_nodes(float(values[0]), float(largest), TOLERANCE)
+        falls, common, root_trace = rows.new_zeros(count), 0.0, values.sqrt().sum()
+        one = torch.eye(len(rows), out=rows.new_empty(len(rows), len(rows)))
+        last = one[:count, :count]
+        for node, step in zip(nodes, steps / math.pi):
+            scaled = rows * (values + node**2).rsqrt()
+            triangle = torch.linalg.cholesky(one + scaled @ scaled.T)
+            inverse = torch.cholesky_inverse(triangle[-count:, -count:])  # the last block of K^-1
+            part = lightening_rows(lightening_rows(last - inverse, total).T, total)
+            falls -= step * (total * inverse.diagonal() - share).log()
+            common = common - step * log_det(last - part)
+            root_trace = root_trace + 2 * step * triangle.diagonal().log().sum()
+        return falls, torch.as_tensor(common), root_trace
+
+
+class MaintainedBasis:
+    """The decomposition that a server keeps: of an old history, with the batches committed since.
+
+    It is made anew, between commits, when it could not serve another batch like the last.
+    """
+
+    def __init__(self) -> None:
+        self.base: Moments | None = None
+        """The history that is decomposed."""
+        self.pending: tuple[np.ndarray, ...] = ()
+        """Batches since then, each with the decay `share`."""
+        self.share = 0.0
+        self._basis: HistoryBasis | None = None
+
+    def start(
+        self, base: Moments | None, pending: tuple[np.ndarray, ...] = (), share: float = 0.0
+    ) -> None:
+        """Go on from a history that was decomposed, and what came since; None: from nothing."""
+        self.base, self.pending, self.share, self._basis = base, pending, share, None
+
+    def of_another_reference(self) -> None:
+        """The reference changed: the same history is decomposed in its space."""
+        self._basis = None
+
+    def refresh(self, history: Moments, reference: Reference, count: int) -> bool:
+        """Be ready for a batch of so many images (0: not known); whether that took work."""
+        if count > MAX_SHARE * reference.factor.shape[1]:
+            self.start(None)  # such batches call for a decomposition of their own
+            return False
+        before = self._basis
+        if not self._serves(count, reference):
+            self.start(history.normalised())
+        self._current(reference)
+        return self._basis is not before
+
+    def leave_one_out(
+        self, features: np.ndarray, decay: float, reference: Reference
+    ) -> tuple[np.ndarray, float] | None:
+        """Rewards and FID as `leave_one_out_fid`'s; None where the decomposition cannot serve."""
+        basis = self._current(reference)
+        steady = not self.pending or self.share == decay
+        if basis is None or not steady or not basis.fits(self.pending, features, decay):
+            return None
+        return basis.leave_one_out(self.pending, features, decay)
+
+    def follow(self, features: np.ndarray, decay: float) -> None:
+        """Remember a committed batch beside the decomposition that does not know it."""
+        if self.base is None:
+            return
+        if self.pending and decay != self.share:  # of another size: start anew
+            self.start(None)
+            return
+        self.pending, self.share = (*self.pending, features), decay
+
+    def _serves(self, count: int, reference: Reference) -> bool:
+        basis, batches = self._current(reference), len(self.pending)
+        if basis is None or not batches:
+            return basis is not None
+        if basis.has_room(sum(map(len, self.pending)) + count, batches + 1, self.share):
+            return True
+        # One that was of no use from the first is not made again at once: histories change slowly.
+        return not basis.has_room(count, 1, self.share) and batches < USELESS_BATCHES
+
+    def _current(self, reference: Reference) -> HistoryBasis | None:
+        if self._basis is None and self.base is not None:
+            self._basis = HistoryBasis.of(self.base, reference)
+        return self._basis

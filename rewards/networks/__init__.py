@@ -1,0 +1,1 @@
+"""Every network that looks at images: loading, preprocessing, features."""

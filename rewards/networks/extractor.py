@@ -1,0 +1,115 @@
+"""A network as a feature extractor: batches, image sizes, device, precision.
+
+Shapes: N images, H W pixels, S the side the network takes, D feature dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import DataError
+from rewards.base import Images, RowErrors, by_size
+from rewards.networks.open_clip_models import Precision
+
+
+class NetworkFeatures:
+    """Features of images of any size.
+
+    Args:
+        network: moved to the device and set to eval; frozen.
+        embed: (n, 3, S, S) fp32 -> (n, D), with the network.
+        preprocess: n images of one size, (n, H, W, 3) uint8 -> (n, 3, S, S) fp32.
+        fingerprint: of network, weights and preprocessing.
+        batch: images at a time through the network.
+        precision: bf16 computes under autocast; weights stay fp32. fp32 is fp32 on GPUs, too, in
+            processes that `cluster.program.precision` prepared.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        embed: Callable[[Tensor], Tensor],
+        preprocess: Callable[[np.ndarray], Tensor],
+        fingerprint: str,
+        *,
+        device: str = "cpu",
+        batch: int = 32,
+        precision: Precision = "fp32",
+    ) -> None:
+        network.to(device).eval().requires_grad_(False)
+        self._embed, self._preprocess = embed, preprocess
+        self._device, self._batch, self._precision = torch.device(device), batch, precision
+        self.fingerprint = fingerprint if precision == "fp32" else f"{fingerprint}-{precision}"
+        self.dim = 0  # not known before the first image
+
+    def warm(self) -> None:
+        """One image through the network: libraries load and memory is reserved before it serves."""
+        self(np.zeros((1, 64, 64, 3), np.uint8))
+
+    @torch.inference_mode()
+    def __call__(self, images: Images) -> np.ndarray:
+        """N uint8 images -> (N, D) float32."""
+        starts = range(0, len(images), self._batch)
+        found = np.concatenate([self._extract(images[at : at + self._batch]) for at in starts])
+        self.dim = found.shape[1]
+        return found
+
+    def _extract(self, images: Images) -> np.ndarray:
+        with self._computing():
+            return self._embed(self._pixels(images)).float().cpu().numpy()
+
+    def _pixels(self, images: Images) -> Tensor:
+        """Images of mixed sizes as one batch for the network."""
+        if isinstance(images, np.ndarray):
+            return self._preprocess(images).to(self._device)
+        made = [(rows, self._preprocess(same)) for rows, same in by_size(images)]
+        order = np.argsort(np.concatenate([rows for rows, _ in made]))
+        return torch.cat([pixels for _, pixels in made])[torch.from_numpy(order)].to(self._device)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        if self._precision == "bf16":
+            with torch.autocast(self._device.type, torch.bfloat16):
+                yield
+        else:
+            yield
+
+
+def each_size(images: Images, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Features of images of mixed sizes from an extractor of arrays; rows come back in order.
+
+    Args:
+        extract: (n, H, W, 3) uint8 -> (n, D) float32, or a DataError for sizes it does not take.
+
+    Raises:
+        DataError: of an array, as it is.
+        RowErrors: the images of a sequence that cannot be taken; or all could be, but not together.
+    """
+    if isinstance(images, np.ndarray):
+        return extract(images)
+    errors: dict[int, str] = {}
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    for rows, same in by_size(images):
+        try:
+            parts.append((rows, extract(same)))
+        except DataError as error:
+            errors.update((int(row), str(error)) for row in rows)
+    if errors:
+        raise RowErrors(errors)
+    return _in_order(parts)
+
+
+def _in_order(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    first, dim = parts[0][0], parts[0][1].shape[1]
+    for rows, features in parts:
+        if features.shape[1] != dim:
+            # Nothing is wrong with either: the smaller part goes.
+            message = f"gives {features.shape[1]} features, but image {first[0]} gives {dim}"
+            raise RowErrors({int(row): message for row in rows})
+    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+    return np.concatenate([features for _, features in parts])[order]

@@ -1,0 +1,190 @@
+"""Feature extractors: the spaces in which image distributions are compared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from cluster.errors import ConfigError, DataError
+from cluster.model_files.tensors import locate
+from cluster.program.precision import exact_fp32
+from rewards.base import FeatureExtractor, Images, RowErrors
+from rewards.networks.convnet import load_convnet
+from rewards.networks.extractor import NetworkFeatures, each_size
+from rewards.networks.inception import (
+    fid_pixels,
+    load_fid_inception,
+    load_torchvision_inception,
+    torchvision_pixels,
+)
+from rewards.networks.open_clip_models import Precision
+from rewards.networks.preprocessing import Preprocess, preprocess, to_device
+from rewards.networks.vision_towers import ClipTower, load_dinov2
+from rewards.networks.weight_files import given, weights_digest
+
+MAX_PIXELS = 1024
+MINIATURE = "package://learner.miniature/networks/features.safetensors"
+CHOICE_OF_MODEL = ("dinov2", "clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """The feature network of the distribution reward (or of a judge)."""
+
+    network: Literal[
+        "convnet", "pixels", "inception", "torchvision-inception", "dinov2", "clip"
+    ] = "convnet"
+    """convnet: a small convolutional network. pixels: nothing learned, for small images.
+    inception: the FID literature's, 2048 dimensions. torchvision-inception: the one in the public
+    code of 2603.23086. dinov2, clip: for judging in another space."""
+    checkpoint: str = ""
+    """Weights. Empty or "published": fetched once (convnet: the miniature's, shipped). Else a file;
+    for clip also a pretrained tag of open_clip."""
+    model: str = ""
+    """dinov2: a timm name; empty is vit_large_patch14_dinov2.lvd142m. clip: an open_clip name or a
+    directory in its layout; empty is ViT-B-32-quickgelu with OpenAI's weights."""
+    tag: str = ""
+    """clip, for a checkpoint file: open_clip's pretrained tag that its weights are of, which names
+    preprocessing and activation. Empty: those of the configuration beside the file, or of the
+    model's tags if all agree."""
+    precision: Precision = "fp32"
+    """bf16 for dinov2 and clip: faster on GPUs, and a space of its own."""
+    batch: int = 32
+    """Images at a time through a network (not convnet, which takes all)."""
+
+    def __post_init__(self) -> None:
+        chosen = f"features of network {self.network!r}"
+        # Configurations written before these networks were there name this file for pixels, too.
+        if self.network == "pixels" and self.checkpoint not in ("", MINIATURE):
+            raise ConfigError(
+                f"checkpoint: {chosen} have no weights, found {self.checkpoint!r}: leave it empty, "
+                "or choose a network"
+            )
+        if self.model and self.network not in CHOICE_OF_MODEL:
+            raise ConfigError(
+                f"model: {chosen} are of one model, found {self.model!r}: it is for "
+                f"{' and '.join(CHOICE_OF_MODEL)}"
+            )
+        if self.tag and self.network != "clip":
+            raise ConfigError(
+                f"tag: {chosen} have no tags of open_clip, found {self.tag!r}: it is for clip"
+            )
+        if self.precision != "fp32" and self.network not in CHOICE_OF_MODEL:
+            raise ConfigError(
+                f"precision: {chosen} are computed in fp32, found {self.precision!r}: FID in them "
+                "would not be the literature's"
+            )
+        if self.batch < 1:
+            raise ConfigError(f"batch must be >= 1, found {self.batch}")
+
+
+class ConvNetFeatures:
+    """Features of a `ConvNet`."""
+
+    def __init__(self, checkpoint: str, device: str) -> None:
+        self._network = load_convnet(checkpoint, device)
+        digest = hashlib.sha256(locate(checkpoint).read_bytes()).hexdigest()
+        self.fingerprint = f"convnet-{digest[:16]}"
+        self.dim = self._network.config.dim
+
+    def __call__(self, images: Images) -> np.ndarray:
+        """(N, S, S, 3) uint8 -> (N, D) float32."""
+        return each_size(images, lambda same: self._network.run(same)[0])
+
+
+class PixelFeatures:
+    """Brightness of every pixel, in [0, 1]: a space that no training has shaped."""
+
+    fingerprint = "pixels"
+    one_size = True
+    """Of images of two sizes, a pixel of one has no counterpart in the other."""
+
+    def __call__(self, images: Images) -> np.ndarray:
+        """(N, H, W, 3) uint8 -> (N, H * W) float32.
+
+        Raises:
+            DataError: too many pixels for a covariance.
+            RowErrors: a sequence of images of different sizes.
+        """
+        sizes = [image.shape[:2] for image in images]
+        odd = {row: size for row, size in enumerate(sizes) if size != sizes[0]}
+        if odd:
+            height, width = sizes[0]
+            raise RowErrors(
+                {
+                    row: f"is {size[0]} x {size[1]}, but image 0 is {height} x {width}: pixels are "
+                    "compared of images of one size"
+                    for row, size in odd.items()
+                }
+            )
+        return each_size(images, self._brightness)
+
+    @staticmethod
+    def _brightness(images: np.ndarray) -> np.ndarray:
+        count, height, width, _ = images.shape
+        if height * width > MAX_PIXELS:
+            raise DataError(
+                f"pixel features are for images of at most {MAX_PIXELS} pixels, found "
+                f"{height} x {width}: choose a network"
+            )
+        return images.mean(-1, dtype=np.float32).reshape(count, -1) / 255
+
+
+def load_features(config: FeaturesConfig, device: str = "cpu") -> FeatureExtractor:
+    """The extractor that a configuration names.
+
+    Raises:
+        CheckpointError: weights that are missing, cannot be fetched, or are another network's.
+        ConfigError: a model that is not there.
+    """
+    if config.network == "pixels":
+        return PixelFeatures()
+    if config.network == "convnet":
+        return ConvNetFeatures(config.checkpoint if given(config.checkpoint) else MINIATURE, device)
+    return _load_network(config, device)
+
+
+def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
+    """Fingerprints name the preprocessing: whoever changes one changes its name."""
+    exact_fp32()
+    network: nn.Module
+    embed: Callable[[Tensor], Tensor]
+    if config.network == "inception":
+        network = inception = load_fid_inception(config.checkpoint)
+        digest, prepared = weights_digest(network), "tensorflow299"
+        embed, prepare = lambda pixels: inception(pixels)[0], _on(device, fid_pixels)
+    elif config.network == "torchvision-inception":
+        network = embed = load_torchvision_inception(config.checkpoint)
+        digest, prepared = weights_digest(network), "antialias299-imagenet"
+        prepare = _on(device, torchvision_pixels)
+    elif config.network == "dinov2":
+        network, settings, digest = load_dinov2(config.model, config.checkpoint)
+        embed, prepared, prepare = network, settings.fingerprint, _as_trained(device, settings)
+    else:
+        tower = ClipTower(config.model, config.checkpoint, device, config.tag)
+        digest, prepared = weights_digest(tower.visual), tower.fingerprint
+        network, embed, prepare = tower.network, tower, _as_trained(device, tower.settings)
+    return NetworkFeatures(
+        network,
+        embed,
+        prepare,
+        f"{config.network}-{digest}-{prepared}",
+        device=device,
+        batch=config.batch,
+        precision=config.precision,
+    )
+
+
+def _on(device: str, prepare: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], Tensor]:
+    """A preprocessing of (n, 3, H, W) uint8 tensors, for arrays."""
+    return lambda images: prepare(to_device(images, device).permute(0, 3, 1, 2))
+
+
+def _as_trained(device: str, settings: Preprocess) -> Callable[[np.ndarray], Tensor]:
+    """The transform that a vision transformer was trained with, for arrays."""
+    return lambda images: preprocess(to_device(images, device), settings)

@@ -1,0 +1,379 @@
+"""Building a reference: real images to features to moments, in stretches, by several processes.
+
+Processes decode and extract; this one adds up what they return, in the order of the images. The
+result is therefore the same for any number of processes, and sums saved on the way go on exactly
+where they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from cluster.errors import ConfigError, DataError, TesseraError
+from cluster.io.checksum import DAMAGED_ARRAYS
+from cluster.io.locks import locked_file
+from cluster.io.paths import expanded, output_path
+from cluster.io.strict_json import dumps
+from cluster.program.console import FAILED, INTERRUPTED, REFUSED, counting
+from cluster.program.help import answer_help
+from cluster.program.invocation import command_of
+from cluster.program.signals import STOPPING, handled_by, interrupt
+from cluster.program.streams import shown
+from rewards.base import FeatureExtractor
+from rewards.distribution.joint import class_table
+from rewards.images.class_labels import described, read_class_names
+from rewards.images.decoding import ImageSource
+from rewards.images.sources import open_source
+from rewards.networks.features import FeaturesConfig, load_features
+from rewards.reference.features import extract
+from rewards.reference.sums import BLOCK, Conditions, Part, ReferenceSums
+
+OF_LABELS = ("class_names", "label_column", "num_classes")
+AHEAD = 3  # batches in flight for each process
+ABOUT = (
+    "Mean and covariance of real images' features, for FID and the distribution reward. Started "
+    "again after a stop, the same command goes on where it was. `fetch imagenet256` instead of "
+    "options brings ADM's published moments."
+)
+COMMON = {
+    "from what, to where": ("--images", "--out", "--overwrite"),
+    "features": ("--features.network", "--features.checkpoint", "--features.model"),
+    "conditions": ("--labels", "--class-names", "--joint", "--joint-dim", "--embeddings"),
+    "how": ("--device", "--workers", "--batch", "--skip-unreadable"),
+}
+"""What --help shows; --help-all shows every option."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Mean and covariance of real images' features, for FID and the distribution reward.
+
+    Started again after a stop, the same command goes on where it was.
+    """
+
+    images: Annotated[str, tyro.conf.arg(metavar="SOURCE")]
+    """A folder of images (at any depth), a Parquet file or a folder of them (a column of encoded
+    images), or an .npz or .npy file of uint8 samples (N, H, W, 3)."""
+    out: Path
+    """The .npz file to write."""
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    image_column: str = ""
+    """Parquet column of the images; empty: the only one that holds encoded images."""
+    labels: bool = False
+    """Count the images of each class: folders right below the source, a Parquet column, or arr_1
+    of an .npz file."""
+    label_column: str = ""
+    """Parquet column of the classes, integers or names; empty: "label"."""
+    class_names: str = ""
+    """A text file with the names of all classes, one a line, in the order of their numbers. Empty:
+    names that are decimal numbers are their own, others are numbered in alphabetical order."""
+    num_classes: int = 0
+    """Classes in all; 0: as many as there are."""
+    joint: Literal["none", "classes", "embeddings"] = "none"
+    """Also store moments of features joined with their conditions, for the conditional FID: with
+    classes (implies --labels), or with the rows of --embeddings."""
+    joint_dim: int = 0
+    """Dimensions of the classes' embedding; 0: one-hot. Fewer for hundreds of classes."""
+    joint_weight: float = 0.0
+    """Factor of the embeddings; 0: such that they vary as much as the features in all."""
+    joint_seed: int = 0
+    """Seed of the classes' random projection."""
+    embeddings: Path | None = None
+    """An .npy file (N, E) with the embedding of every image's condition, such as CLIP's of its
+    caption, in the order of the source."""
+    batch: int = 64
+    """Images at a time."""
+    workers: int = 0
+    """Processes that decode and extract; 0: this one alone."""
+    num_threads: int = 0
+    """Threads of each process; 0: an equal share of the cores."""
+    device: str = "cpu"
+    """Where the feature network runs."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, and say at the end how many; else they are refused."""
+    save_every: float = 60.0
+    """Seconds between savings of what was added up."""
+    overwrite: bool = False
+    """Replace --out if it is there."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ConfigError: options that cannot be, or not together.
+        """
+        if self.out.suffix.lower() != ".npz":
+            raise ConfigError(f"--out must be an .npz file, found {self.out}")
+        if self.out.exists() and not self.overwrite:
+            raise ConfigError(f"{self.out} is there already: --overwrite replaces it")
+        for name, least in (("batch", 1), ("workers", 0), ("num_threads", 0), ("num_classes", 0)):
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} must be >= {least}, found {getattr(self, name)}")
+        if not 0 <= self.joint_weight < math.inf:
+            raise ConfigError(f"--joint-weight must be >= 0, found {self.joint_weight}")
+        if (self.joint == "embeddings") != (self.embeddings is not None):
+            raise ConfigError("--joint embeddings and --embeddings FILE go together")
+        joint = self.joint == "classes"
+        for needed, there, names in (
+            ("--labels or --joint classes", self.labels or joint, OF_LABELS),
+            ("--joint classes", joint, ("joint_dim", "joint_seed")),
+            ("--joint", self.joint != "none", ("joint_weight",)),
+        ):
+            for name in names:
+                if getattr(self, name) and not there:
+                    raise ConfigError(f"--{name.replace('_', '-')} needs {needed}")
+
+
+def read_conditions(config: ReferenceConfig, source: ImageSource) -> Conditions:
+    """Classes and embeddings that the options ask for.
+
+    Raises:
+        DataError: the source has no classes, or embeddings do not fit it.
+        ConfigError: too few classes or too many dimensions.
+    """
+    classes, table, rows, names = None, None, None, tuple[str, ...]()
+    num_classes = config.num_classes
+    if config.labels or config.joint == "classes":
+        given = read_class_names(expanded(config.class_names)) if config.class_names else ()
+        labels = source.classes(given)
+        classes, names = labels.indices, labels.names
+        if num_classes and labels.count > num_classes:
+            last = labels.count - 1
+            what = f"class {last} {names[last]!r}" if names else f"class {last}"
+            raise DataError(f"--num-classes {num_classes}, but {what} is there (from 0)")
+        num_classes = num_classes or labels.count
+        if names and len(names) < num_classes:
+            names += ("",) * (num_classes - len(names))
+    if config.joint == "classes":
+        try:
+            table = class_table(num_classes, config.joint_dim, config.joint_seed)
+        except ValueError as error:
+            raise ConfigError(f"--joint classes: {error}") from None
+    if config.embeddings is not None:
+        rows = _read_rows(config.embeddings, len(source))
+    return Conditions(classes, num_classes, table, rows, names)
+
+
+def _read_rows(path: Path, count: int) -> np.ndarray:
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except DAMAGED_ARRAYS as error:
+        raise DataError(f"{path}: not a readable .npy file ({error})") from error
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or len(rows) != count:
+        found = f"shape {rows.shape}" if isinstance(rows, np.ndarray) else "an .npz file"
+        raise DataError(
+            f"{path}: expected an .npy array ({count}, E), a row an image, found {found}"
+        )
+    if rows.dtype.kind not in "fiu":
+        raise DataError(f"{path}: expected an array of numbers, found {rows.dtype}")
+    for start in range(0, count, BLOCK):
+        if not np.isfinite(rows[start : start + BLOCK]).all():
+            raise DataError(
+                f"{path}: an embedding of images {start} to {min(start + BLOCK, count) - 1} is not "
+                "finite: leave its image out, or fill it in"
+            )
+    return rows
+
+
+def parts(
+    config: ReferenceConfig, source: ImageSource, extractor: FeatureExtractor, first: int
+) -> Generator[Part, None, None]:
+    """All stretches from image `first` on, in order.
+
+    Raises:
+        DataError: an image's features; or a process was lost.
+    """
+    starts = range(first, len(source), config.batch)
+    ranges = ((start, min(start + config.batch, len(source))) for start in starts)
+    if not config.workers:
+        torch.set_num_threads(_threads(config))
+        for start, stop in ranges:
+            yield extract(source, extractor, start, stop)
+        return
+    pool = ProcessPoolExecutor(
+        config.workers,
+        mp_context=multiprocessing.get_context("spawn"),  # forked ones inherit torch's threads
+        initializer=_start_worker,
+        initargs=(source, config.features, config.device, _threads(config)),
+    )
+    flying: deque[Future[Part]] = deque()
+    try:
+        for start, stop in ranges:
+            flying.append(pool.submit(_extract_in_worker, start, stop))
+            if len(flying) >= AHEAD * config.workers:
+                yield flying.popleft().result()
+        while flying:
+            yield flying.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process was lost, most likely for want of memory: the same command goes on where it "
+            "was; try fewer --workers or a smaller --batch"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[ImageSource, FeatureExtractor] | None = None
+"""What a process works with, from its start on."""
+
+
+def _start_worker(
+    source: ImageSource, features: FeaturesConfig, device: str, num_threads: int
+) -> None:
+    global _worker
+    for number in STOPPING:  # Ctrl-C and schedulers' go to all; the parent ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(num_threads)
+    _worker = source, load_features(features, device)
+
+
+def _extract_in_worker(start: int, stop: int) -> Part:
+    assert _worker is not None, "the pool's initializer has run"
+    return extract(*_worker, start, stop)
+
+
+def _threads(config: ReferenceConfig) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return config.num_threads or max(1, (cores or 1) // max(1, config.workers))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything loaded and checked, before anything is computed."""
+
+    config: ReferenceConfig
+    source: ImageSource
+    extractor: FeatureExtractor
+    conditions: Conditions
+
+    @property
+    def partial(self) -> Path:
+        """Where sums are kept until the reference is whole."""
+        return self.config.out.with_name(f".{self.config.out.name}.partial.npz")
+
+    @property
+    def key(self) -> str:
+        """Of everything that the sums depend on."""
+        known = [self.source.fingerprint, self.extractor.fingerprint, self.conditions.fingerprint]
+        return hashlib.sha256(dumps(known).encode()).hexdigest()
+
+
+def prepare(config: ReferenceConfig) -> Plan:
+    """Check the options against the images.
+
+    Raises:
+        TesseraError: what is wrong, and what to do.
+    """
+    config.check()
+    source = open_source(config.images, config.image_column, config.label_column)
+    conditions = read_conditions(config, source)
+    return Plan(config, source, load_features(config.features, config.device), conditions)
+
+
+def build(plan: Plan) -> ReferenceSums:
+    """Add up all images, from where an earlier call stopped, and write the reference.
+
+    Raises:
+        DataError: an image cannot be read or used, and is named; what was added up is kept.
+    """
+    config, sums = plan.config, ReferenceSums(plan.key, plan.conditions)
+    unfit = sums.load(plan.partial, allow_skipped=config.skip_unreadable)
+    if unfit:
+        print(f"not going on from {plan.partial}: {unfit}", file=sys.stderr)
+    elif sums.cursor:
+        print(f"going on from image {sums.cursor} ({plan.partial})", file=sys.stderr)
+    total, saved = len(plan.source), time.monotonic()
+    stretches = parts(config, plan.source, plan.extractor, sums.cursor)
+    try:
+        with closing(stretches), counting("reference", total, "images", sums.cursor) as advance:
+            for part in stretches:
+                if part.unreadable and not config.skip_unreadable:
+                    name, error = part.unreadable[0]
+                    raise DataError(
+                        f"{name}: cannot be read ({error}): replace it, or leave out what cannot "
+                        "be read with --skip-unreadable"
+                    )
+                sums.add(part)
+                advance(part.stop - part.start)
+                if time.monotonic() - saved >= config.save_every:
+                    sums.save(plan.partial)
+                    saved = time.monotonic()
+    except BaseException:  # also Ctrl-C: nothing that was added up is lost
+        sums.save(plan.partial)
+        raise
+    weight = config.joint_weight
+    sums.write(config.out, plan.extractor.fingerprint, plan.source.fingerprint, weight)
+    plan.partial.unlink(missing_ok=True)
+    return sums
+
+
+def describe(plan: Plan, sums: ReferenceSums) -> list[str]:
+    """What to say at the end."""
+    lines = [*sums.notes]
+    lines += [
+        f"{sums.images} images, {sums.dim} dimensions, features "
+        f"{plan.extractor.fingerprint}: {shown(plan.config.out)}"
+    ]
+    if sums.skipped:
+        names = ", ".join(sums.skipped_first)
+        more = ", ..." if sums.skipped > len(sums.skipped_first) else ""
+        lines.append(f"left out {sums.skipped} images that could not be read: {names}{more}")
+    if sums.images <= sums.dim:
+        lines.append(
+            f"note: {sums.images} images give no full covariance in {sums.dim} dimensions; every "
+            "FID against them is too high. More images help, or features of fewer dimensions"
+        )
+    return lines
+
+
+def announce(plan: Plan) -> list[str]:
+    """What to say before anything is computed: which images and classes are meant."""
+    lines = list(plan.source.remarks)
+    conditions = plan.conditions
+    if conditions.classes is not None:
+        lines.append(described(conditions.classes, conditions.num_classes, conditions.class_names))
+    return lines
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    example = ReferenceConfig(images="", out=Path())
+    prog = command_of("rewards.reference")
+    arguments = answer_help(arguments, prog, ABOUT, COMMON, example)
+    config = tyro.cli(ReferenceConfig, args=arguments, prog=prog)
+    status = REFUSED  # nothing is computed before everything is loaded and checked
+    try:
+        config = replace(config, out=output_path(config.out, "--out"))
+        config.check()
+        with handled_by(interrupt), locked_file(config.out, f"--out {config.out}"):
+            plan = prepare(config)
+            for line in announce(plan):
+                print(line)
+            status = FAILED
+            sums = build(plan)
+    except (TesseraError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return status
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return INTERRUPTED
+    print("\n".join(describe(plan, sums)))
+    return 0

@@ -1,0 +1,53 @@
+"""CLIP score: how well an image fits its text (Radford et al. 2021, 2103.00020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rewards.networks.open_clip_models import TextImageModel
+from rewards.networks.preprocessing import Preprocess, fault, preprocess, to_device
+from rewards.scorers.text_image import TextImageConfig, TextImageScorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig(TextImageConfig):
+    """CLIP score through open_clip."""
+
+    model: str = "package://learner.miniature/networks/clip"
+    """open_clip model name, hf-hub:owner/name, or a directory with open_clip_config.json and
+    weights."""
+    pretrained: str = ""
+    """open_clip pretrained tag or a checkpoint file (.pt, .safetensors); empty for a directory and
+    for hf-hub models."""
+    preprocessing: Literal["device", "host"] = "device"
+    """device: whole batches where the model is, the same pixels as the model's own transform.
+    host: that transform, image by image; slower, for transforms that device refuses."""
+
+
+class ClipReward(TextImageScorer):
+    """Cosine of image and text features, no logit scale: about [-1, 1], higher is better."""
+
+    def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
+        model = TextImageModel(
+            config.model, config.pretrained, device, config.precision, tag=config.tag
+        )
+        super().__init__(model, config.prompts, config.batch_size)
+        self._transform = model.transform() if config.preprocessing == "host" else None
+        self._pixels = None if self._transform else Preprocess.of(model.preprocess_config)
+
+    def preprocess(self, images: np.ndarray) -> Tensor:
+        """(n, H, W, 3) uint8 -> (n, 3, h, w) fp32 on the device: the model's own transform."""
+        if self._pixels is not None:
+            return preprocess(to_device(images, self._model.device), self._pixels)
+        assert self._transform is not None
+        done = [self._transform(Image.fromarray(image)) for image in images]
+        return torch.stack(done).to(self._model.device)
+
+    def size_fault(self, height: int, width: int) -> str | None:
+        return None if self._pixels is None else fault(height, width, self._pixels)

@@ -1,0 +1,149 @@
+"""HPSv2: a CLIP model fine-tuned on human preferences (Wu et al. 2023, 2306.09341).
+
+The checkpoints (v2.0, v2.1) fit open_clip's ViT-H-14 exactly. What differs from plain CLIP is the
+preprocessing, whose order is kept: to float first, longest side to the model's size (bicubic on the
+float tensor, antialiased), zero padding *before* normalisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from cluster.errors import CheckpointError, ConfigError
+from rewards.networks.open_clip_models import TextImageModel
+from rewards.networks.open_clip_sources import is_file, is_own_source
+from rewards.networks.preprocessing import (
+    Preprocess,
+    fit_floats,
+    longest_size,
+    normalise,
+    to_device,
+    too_narrow,
+)
+from rewards.scorers.hpsv2_package import PackageModel
+from rewards.scorers.text_image import TextImageConfig, TextImageScorer
+
+REPOSITORY = "xswu/HPSv2"
+PUBLISHED = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+"""Version -> file in the Hugging Face repository."""
+ARCHITECTURE = "ViT-H-14"
+TUNED_FROM = "laion2b_s32b_b79k"
+"""The tag of that architecture whose weights HPSv2 was tuned from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HpsConfig(TextImageConfig):
+    """Human preference score."""
+
+    model: str = "package://learner.miniature/networks/preference"
+    """ViT-H-14 for the published checkpoints, or a directory in open_clip's layout."""
+    pretrained: str = ""
+    """v2.0 or v2.1: the published checkpoint, from the Hugging Face hub or its cache. Or a
+    checkpoint file of that layout."""
+    backend: Literal["open_clip", "package"] = "open_clip"
+    """open_clip: the checkpoint in open_clip's model. package: the hpsv2 package's own model and
+    transform (needs the extra tessera-rl[hpsv2])."""
+
+    def __post_init__(self) -> None:
+        TextImageConfig.__post_init__(self)
+        if self.pretrained in PUBLISHED and self.model.startswith("package://"):
+            raise ConfigError(
+                f"pretrained {self.pretrained!r} is a checkpoint of {ARCHITECTURE}: set model to "
+                f"{ARCHITECTURE}, found {self.model!r}"
+            )
+        if self.pretrained in PUBLISHED and self.tag:
+            raise ConfigError(
+                f"tag: what {self.pretrained!r} was tuned from is known, found {self.tag!r}: leave "
+                "it empty"
+            )
+        if self.backend == "package" and self.tag:
+            raise ConfigError(
+                f"tag: the hpsv2 package has a transform of its own, found {self.tag!r}: leave it "
+                "empty, or set backend to open_clip"
+            )
+
+
+class HpsReward(TextImageScorer):
+    """Cosine of image and text features of the preference model; higher is preferred."""
+
+    def __init__(self, config: HpsConfig, device: str = "cpu") -> None:
+        checkpoint = config.pretrained
+        if checkpoint in PUBLISHED:
+            checkpoint = fetch_published(checkpoint)
+        model: TextImageModel | PackageModel
+        if config.backend == "package":
+            if is_own_source(config.model) or not checkpoint:
+                raise ConfigError(
+                    f"backend 'package' needs the name of an architecture ({ARCHITECTURE}) as "
+                    f"model and a checkpoint as pretrained, found {config.model!r} and "
+                    f"{config.pretrained!r}"
+                )
+            model = PackageModel(config.model, checkpoint, device, config.precision)
+            self._constants = None
+        else:
+            model = TextImageModel(
+                config.model, checkpoint, device, config.precision, tag=tag_of(config)
+            )
+            transform = Preprocess.of(model.preprocess_config)
+            self._constants = transform.mean, transform.std
+        height, width = model.image_size
+        if height != width:
+            raise CheckpointError(
+                f"{config.model} takes {height} x {width} images; HPSv2's preprocessing is for "
+                "square ones"
+            )
+        self._size = height
+        self._package = model if isinstance(model, PackageModel) else None
+        super().__init__(model, config.prompts, config.batch_size)
+
+    def preprocess(self, images: np.ndarray) -> Tensor:
+        """(n, H, W, 3) uint8 -> (n, 3, S, S) fp32 on the device, normalised."""
+        if self._package is not None:
+            return self._package.preprocess(images)
+        assert self._constants is not None
+        pixels = fit_floats(to_device(images, self._model.device), self._size)
+        return normalise(pixels, *self._constants)
+
+    def size_fault(self, height: int, width: int) -> str | None:
+        if min(longest_size(height, width, self._size)) < 1:
+            return too_narrow(height, width, self._size)
+        if self._package is not None and max(height, width) == self._size and height != width:
+            return (
+                f"the hpsv2 package does not pad an image of {height} x {width} pixels, whose "
+                f"longer side is {self._size} already, and its model then refuses it: set backend "
+                "to open_clip"
+            )
+        return None
+
+
+def tag_of(config: HpsConfig) -> str:
+    """The tag that the weights were tuned from: a file of HPSv2's architecture is of its layout."""
+    file = config.pretrained in PUBLISHED or is_file(config.pretrained)
+    known = TUNED_FROM if config.model == ARCHITECTURE and file else ""
+    return config.tag or known
+
+
+def fetch_published(version: str) -> str:
+    """The path of a published checkpoint in the hub's cache, where it is put if it is missing.
+
+    Raises:
+        CheckpointError: it is not there and the hub cannot be reached; says what to place where.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    file = PUBLISHED[version]
+    # The library's HTTP client differs between its versions; this base is its transport error.
+    unreachable: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
+    try:
+        return huggingface_hub.hf_hub_download(REPOSITORY, file)
+    except unreachable as error:
+        raise CheckpointError(
+            f"HPSv2 {version}: {file} is not in the Hugging Face cache and was not fetched "
+            f"({type(error).__name__}). With access to the hub, run: hf download {REPOSITORY} "
+            f"{file}; without, copy the file to this machine and set pretrained to its path"
+        ) from None

@@ -1,0 +1,200 @@
+"""What scorers of images and texts share: batches of mixed sizes, prompts, cached text features.
+
+Shapes: N images, E feature dimensions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.errors import ConfigError, DataError
+from cluster.messages import Condition
+from cluster.text_limits import Reading, fault
+from rewards.base import Images, RowErrors, by_size
+from rewards.networks.open_clip_models import Precision
+from rewards.scorers.prompts import LONG_CAPTIONS, PromptConfig, Prompts
+
+CACHED_TEXTS = 4096  # conditions whose text features are kept
+TEXT_BATCH = 64  # sentences of one forward pass
+IMAGE_BATCH = {"cpu": 8, "cuda": 64}
+"""Images of one forward pass; more of them make no pass faster, and take memory."""
+
+Sentences = tuple[str, ...]
+
+
+class Towers(Protocol):
+    """A text-image model: unit features of both."""
+
+    device: torch.device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images it takes."""
+        ...
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(N, 3, h, w) normalised pixels on the device -> (N, E) fp32 unit rows."""
+        ...
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> (N, E) fp32 unit rows on the device."""
+        ...
+
+    def reading(self, text: str) -> Reading:
+        """What the model's tokenizer makes of a text."""
+        ...
+
+
+class TextFeatures:
+    """Unit features of texts, each computed once while it is among the last `limit` used.
+
+    A text is a tuple of sentences; several are averaged, and the mean made a unit vector again.
+    """
+
+    def __init__(
+        self, encode: Callable[[Sequence[str]], Tensor], limit: int = CACHED_TEXTS
+    ) -> None:
+        self._encode = encode
+        self._limit = limit
+        self._kept: OrderedDict[Sentences, Tensor] = OrderedDict()
+
+    def __contains__(self, text: Sentences) -> bool:
+        return text in self._kept
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[Sentences]) -> Tensor:
+        """N texts -> (N, E) fp32 unit rows."""
+        wanted = dict.fromkeys(texts)
+        new = self._compute([text for text in wanted if text not in self._kept])
+        rows = {text: new[text] if text in new else self._kept[text] for text in wanted}
+        for text, row in rows.items():
+            self._kept[text] = row
+            self._kept.move_to_end(text)
+        while len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
+        return torch.stack([rows[text] for text in texts])
+
+    def _compute(self, texts: Sequence[Sentences]) -> dict[Sentences, Tensor]:
+        sentences = list(dict.fromkeys(sentence for text in texts for sentence in text))
+        encoded: dict[str, Tensor] = {}
+        for start in range(0, len(sentences), TEXT_BATCH):
+            batch = sentences[start : start + TEXT_BATCH]
+            encoded.update(zip(batch, self._encode(batch)))
+        return {text: _mean([encoded[sentence] for sentence in text]) for text in texts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextImageConfig:
+    """What is chosen of every such scorer."""
+
+    precision: Precision = "fp32"
+    """bf16: linear maps and convolutions in bf16, which is faster where the hardware has it."""
+    tag: str = ""
+    """For a checkpoint file: open_clip's pretrained tag that its weights are of, or were tuned
+    from. Preprocessing and activation are then that tag's. Empty: those of the configuration beside
+    the file, or of the model's tags if all agree."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    batch_size: int = 0
+    """Images of one forward pass; 0 is 8 on a CPU and 64 on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 0:
+            raise ConfigError(f"batch_size must be >= 0 (0 chooses), found {self.batch_size}")
+
+
+class TextImageScorer(ABC):
+    """Cosine of image and text features; what subclasses add is the preprocessing of images."""
+
+    def __init__(self, model: Towers, prompts: PromptConfig, batch_size: int = 0) -> None:
+        self._model = model
+        self._prompts = Prompts(prompts)
+        self._long_captions = prompts.long_captions
+        self._batch = batch_size or IMAGE_BATCH.get(model.device.type, IMAGE_BATCH["cuda"])
+        self._texts = TextFeatures(model.encode_texts)
+
+    @abstractmethod
+    def preprocess(self, images: np.ndarray) -> Tensor:
+        """(n, H, W, 3) uint8 -> (n, 3, h, w) normalised fp32 on the model's device."""
+
+    @abstractmethod
+    def size_fault(self, height: int, width: int) -> str | None:
+        """Why an image of that size cannot be scored, or None."""
+
+    def warm(self) -> None:
+        """Score a black image, so that the first request finds everything in place."""
+        image = np.zeros((1, *self._model.image_size, 3), np.uint8)
+        self(image, [Condition(text="warm", class_index=0)])
+
+    def __call__(self, images: Images, conditions: Sequence[Condition]) -> np.ndarray:
+        """N uint8 images of any sizes and N conditions -> (N,) float32.
+
+        Raises:
+            RowErrors: rows whose text or image cannot be scored, each with the reason.
+        """
+        texts, faults = self._read(conditions)
+        for row, image in enumerate(images):
+            fault = self.size_fault(*image.shape[:2])
+            if fault is not None:
+                faults.setdefault(row, fault)
+        if faults:
+            raise RowErrors(dict(sorted(faults.items())))
+        words = self._texts(texts)
+        pictures = self._encode(images)
+        return (pictures * words).sum(-1).cpu().numpy()
+
+    def _read(self, conditions: Sequence[Condition]) -> tuple[list[Sentences], dict[int, str]]:
+        """The text of each row, and the rows that have none; one look at each condition."""
+        seen: dict[tuple[str, int | None], Sentences | str] = {}
+        texts: list[Sentences] = []
+        faults: dict[int, str] = {}
+        for row, condition in enumerate(conditions):
+            key = condition.text, condition.class_index
+            if key not in seen:
+                seen[key] = self._sentences(condition)
+            found = seen[key]
+            if isinstance(found, str):
+                faults[row] = found
+            else:
+                texts.append(found)
+        return texts, faults
+
+    def _sentences(self, condition: Condition) -> Sentences | str:
+        """The text of a condition, or what is wrong with it."""
+        try:
+            sentences = self._prompts(condition)
+        except DataError as error:
+            return str(error)
+        if sentences in self._texts:
+            return sentences
+        for sentence in sentences:
+            reading = self._model.reading(sentence)
+            if wrong := fault(sentence, reading, self._long_captions, LONG_CAPTIONS):
+                return wrong
+        return sentences
+
+    @torch.inference_mode()
+    def _encode(self, images: Images) -> Tensor:
+        """(N, E) unit rows. Images of all sizes share a forward pass once they are preprocessed."""
+        parts = []
+        for start in range(0, len(images), self._batch):
+            batch = images[start : start + self._batch]
+            shape = (len(batch), 3, *self._model.image_size)
+            pixels = torch.empty(shape, device=self._model.device)
+            for rows, same in by_size(batch):
+                pixels[torch.from_numpy(rows)] = self.preprocess(same)
+            parts.append(self._model.encode_images(pixels))
+        return torch.cat(parts)
+
+
+def _mean(rows: list[Tensor]) -> Tensor:
+    """The direction of several unit rows together."""
+    return rows[0] if len(rows) == 1 else F.normalize(torch.stack(rows).mean(0), dim=-1)

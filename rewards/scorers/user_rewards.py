@@ -1,0 +1,305 @@
+"""A user's own rewards: by dotted path, `my_pkg.rewards:Aesthetic=0.5,normalise=batch`, or in a
+file, `./my_rewards.py:Aesthetic=0.5`.
+
+The class is built as `Aesthetic(device="cuda", ...)` inside the reward servers that run it, and
+called with images and conditions, as every scorer is (`rewards.base.Scorer`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from cluster.errors import ConfigError, did_you_mean
+from cluster.io import strict_yaml
+from cluster.io.strict_yaml import MalformedYamlError
+from cluster.messages import Condition
+from cluster.model_files.torchvision_ops import ensure_torchvision
+from cluster.own_packages import NAMES
+from rewards.base import Images
+from rewards.combine import Normalisation, ScorerTerm
+from rewards.scorers.isolation import Isolation, describe, of_the_user
+from rewards.scorers.user_reward_files import RewardFile, import_file, read_file
+
+SYNTAX = "module:Class=weight[,option=value...]"
+DOTTED = re.compile(r"(?P<path>[A-Za-z_][\w.]*:[A-Za-z_][\w.]*)(=(?P<rest>.*))?", re.DOTALL)
+IN_FILE = re.compile(
+    r"(?P<path>(?P<file>.+?\.py):[A-Za-z_][\w.]*)(=(?P<rest>.*))?", re.DOTALL
+)  # of any name: with spaces, commas, equals signs
+SECRET_OPTION = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
+OF_THE_TERM = ("normalise", "limit", "pool")
+SHOWN = 5  # names
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtraReward:
+    """One of them, parsed."""
+
+    name: str
+    """Under which it is logged."""
+    path: str
+    """What was written before the weight: where it is, and the name of the class in it."""
+    term: ScorerTerm
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the constructor."""
+    file: str = ""
+    """The file that it is in, as it was written; empty: a module, by its dotted path."""
+    kept: RewardFile | None = None
+    """That file, as it was when the run began; None: as it is where the scorer is built."""
+
+
+def parse_extra(text: str) -> ExtraReward:
+    """`module:Class=weight`, then options: `name`, `normalise`, `limit` and `pool` are the term's;
+    others go to the constructor, their values read as YAML.
+
+    Raises:
+        ValueError: says what is wrong with the text.
+    """
+    found = IN_FILE.fullmatch(text.strip()) or DOTTED.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(
+            f"a reward by dotted path is written {SYNTAX}, one in a file with ./name.py in the "
+            f"place of the module, found {text!r}"
+        )
+    path, rest = found["path"], found["rest"]
+    weight, *pairs = ["1"] if rest is None else rest.split(",")
+    values = {"weight": weight}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise ValueError(f"{text!r}: expected option=value, found {pair!r}")
+        values[key.strip()] = value
+    hidden = [key for key in values if SECRET_OPTION.search(key)]
+    if hidden:
+        raise ValueError(
+            f"{path}: the option {hidden[0]} looks like a secret, and would be written into the "
+            "run directory: read it from the environment instead (env_vars of a pool's "
+            "runtime_env, written ${NAME})"
+        )
+    read = {key: _value(text, key, value) for key, value in values.items()}
+    for key in ("weight", "limit"):
+        value = read.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise ValueError(f"{text!r}: the {key} must be a number, found {values[key]!r}")
+    name = str(read.pop("name", _snake(path.rpartition(":")[2])))
+    term = {key: read.pop(key) for key in ("weight", *OF_THE_TERM) if key in read}
+    file = found.groupdict().get("file") or ""
+    return ExtraReward(name=name, path=path, term=_term(text, term), options=read, file=file)
+
+
+def _value(text: str, key: str, value: str) -> Any:
+    """What a value is as YAML: a number, a flag, a word."""
+    try:
+        return strict_yaml.load(value)
+    except MalformedYamlError as error:
+        raise ValueError(
+            f"{text!r}: the {key} {value!r} cannot be read as YAML ({error}): put it in quotes (a "
+            "comma begins the next option)"
+        ) from None
+
+
+class ForeignScorer:
+    """A user's own scorer, kept apart from everything else in its process: it gets images and
+    conditions of its own, which it may write to, and its answer is copied. What it sets for the
+    whole process is undone after each call (`rewards.scorers.isolation`).
+
+    Python's, numpy's and torch's global generators start each call from what is scored, so that a
+    retry, or another server, draws the same numbers.
+    """
+
+    def __init__(self, extra: ExtraReward, scorer: Callable[..., Any], isolated: Isolation) -> None:
+        self._extra, self._scorer, self._isolated = extra, scorer, isolated
+
+    def warm(self) -> None:
+        """Call the scorer's own `warm()`, if it has one.
+
+        Raises:
+            ConfigError: it fails.
+        """
+        with (
+            _building(self._extra, "failed in its warm()"),
+            self._isolated(_seed(self._extra.path)),
+        ):
+            warm = getattr(self._scorer, "warm", None)
+            if warm is not None:
+                warm()
+
+    def __call__(self, images: Images, conditions: Sequence[Condition]) -> np.ndarray:
+        """N uint8 images and N conditions -> float32, (N,) if the scorer does what it should."""
+        single = isinstance(images, np.ndarray)
+        own = np.array(images) if single else [np.array(image) for image in images]
+        copies = {id(condition): _copy(condition) for condition in conditions}
+        asked = [copies[id(condition)] for condition in conditions]
+        seed = 0
+        for image, condition in zip(own, conditions):
+            seed = zlib.crc32(image.tobytes(), zlib.crc32(condition.text.encode(), seed))
+        with self._isolated(seed):
+            values = self._scorer(own, asked)
+            if isinstance(values, torch.Tensor):
+                values = values.detach().to("cpu", torch.float32).numpy()
+            return np.array(values, dtype=np.float32)
+
+
+def _copy(condition: Condition) -> Condition:
+    features = condition.features
+    return replace(condition, features=None if features is None else np.array(features))
+
+
+def _seed(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
+@contextmanager
+def _building(extra: ExtraReward, what: str, hint: str = "") -> Iterator[None]:
+    """Foreign code is imported or built: whatever it raises becomes one clear error."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except BaseException as error:
+        if of_the_user(error):
+            raise
+        raise ConfigError(f"rewards.extra: {extra.path} {what}: {describe(error)}{hint}") from error
+
+
+def find_extra(extra: ExtraReward, isolated: Isolation | None = None) -> Callable[..., Any]:
+    """Import what builds it, without building it.
+
+    Raises:
+        ConfigError: it cannot be imported, is no class or function, refuses its options, or what
+            it builds could not be called as scorers are.
+    """
+    isolated = isolated or Isolation()
+    module, _, qualified = extra.path.rpartition(":")
+    ensure_torchvision()  # what it imports may import torchvision
+    with (
+        _building(extra, "cannot be imported where reward servers run", _hint(extra, module)),
+        isolated(_seed(extra.path)),
+    ):
+        found: Any = _module(extra, module)
+        for part in qualified.split("."):
+            found = _member(extra, module, found, part)
+    with _building(extra, "cannot be looked at"), isolated(_seed(extra.path)):
+        _check_call(extra, found)
+    return found
+
+
+def _hint(extra: ExtraReward, module: str) -> str:
+    """What to do about one that cannot be imported."""
+    if extra.file:
+        return (
+            ". A file travels alone: is what it imports installed there? Files beside it are not "
+            "taken along: make a package of them, and name it by its dotted path"
+        )
+    if (package := module.partition(".")[0]) in NAMES:
+        return (
+            f". {package!r} is a package of this program: rename yours, or name it by its file, "
+            f"./{package}.py:{extra.path.rpartition(':')[2]}"
+        )
+    return ". Is its package installed there, or in the directory that the run was started from?"
+
+
+def _member(extra: ExtraReward, module: str, owner: Any, name: str) -> Any:
+    """A module's class, or what that holds."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        home = getattr(owner, "__name__", None)
+        own = sorted(
+            key
+            for key, value in getattr(owner, "__dict__", {}).items()
+            if callable(value) and getattr(value, "__module__", None) == home and key[0] != "_"
+        )
+        hint = did_you_mean(name, own) or (f"it has {', '.join(own[:SHOWN])}" if own else "")
+        ours = _hint(extra, module) if module.partition(".")[0] in NAMES else ""
+        raise ConfigError(
+            f"rewards.extra: {extra.path} cannot be found, there is no {name!r} in it"
+            f"{f': {hint.strip()}' if hint else ''}{ours}"
+        ) from None
+
+
+def _module(extra: ExtraReward, name: str) -> Any:
+    if not extra.file:
+        return importlib.import_module(name)
+    return import_file(extra.kept or read_file(extra.file))
+
+
+def _check_call(extra: ExtraReward, found: Any) -> None:
+    """Whether it can be called to build a scorer, and a scorer then with images and conditions."""
+    what = f"rewards.extra: {extra.path}"
+    if not callable(found):
+        raise ConfigError(
+            f"{what} is a {type(found).__name__}, which cannot be called to build a scorer: name a "
+            "class or a function"
+        )
+    given = ", ".join(["device", *extra.options])
+    if error := _misfit(found, device="cpu", **extra.options):
+        raise ConfigError(f"{what} is called with ({given}) to build the scorer, but {error}")
+    if not inspect.isclass(found):
+        return
+    known = (vars(kind) for kind in found.__mro__)
+    call = next((names["__call__"] for names in known if "__call__" in names), None)
+    if call is None or inspect.isabstract(found):
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ()))) or "__call__"
+        raise ConfigError(
+            f"{what}: the class lacks {missing}: define __call__(self, images, conditions)"
+        )
+    if inspect.iscoroutinefunction(call):
+        raise ConfigError(f"{what}: its __call__ is async: a scorer answers when it is called")
+    if inspect.isfunction(call) and (error := _misfit(call, None, None, None)):
+        raise ConfigError(f"{what}: its __call__ is called with (images, conditions), but {error}")
+
+
+def _misfit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Why a function does not take some arguments; empty if it does, or nobody can know."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # compiled: it says nothing of itself
+        return ""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def load_extra(extra: ExtraReward, device: str) -> ForeignScorer:
+    """Import and build it.
+
+    Raises:
+        ConfigError: see `find_extra`; it fails, or what it gives cannot be called.
+    """
+    isolated = Isolation()
+    build = find_extra(extra, isolated)
+    with _building(extra, "cannot be built"), isolated(_seed(extra.path)):
+        scorer = build(device=device, **extra.options)
+    if not callable(scorer):
+        raise ConfigError(
+            f"rewards.extra: {extra.path} gives a {type(scorer).__name__}, which cannot be called "
+            "with images and conditions: define __call__(self, images, conditions)"
+        )
+    return ForeignScorer(extra, scorer, isolated)
+
+
+def _term(text: str, values: Mapping[str, Any]) -> ScorerTerm:
+    normalise = values.get("normalise", "group")
+    if normalise not in get_args(Normalisation):
+        raise ValueError(f"{text!r}: normalise must be one of {', '.join(get_args(Normalisation))}")
+    try:
+        return ScorerTerm(**{**values, "pool": str(values.get("pool", ""))})
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.rpartition(".")[2]).lower()

@@ -1,0 +1,1 @@
+"""The roles that answer for rewards: reward server and moments server."""

@@ -1,0 +1,209 @@
+"""The reward-server role: panels of scorers behind one object that answers many callers at once."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from cluster.errors import DataError
+from cluster.messages import (
+    MAIN_SPACE,
+    Condition,
+    GroupScores,
+    RequestKey,
+    SampleRequest,
+    ServerStats,
+)
+from cluster.program.precision import exact_fp32
+from cluster.roles import FEATURE_BATCH
+from cluster.spans import Span
+from rewards.base import FeatureExtractor, Images, Scorer
+from rewards.config import (
+    ACCURACY,
+    JUDGE,
+    REWARDS,
+    SECOND_SPACE,
+    JudgeConfig,
+    RewardsConfig,
+    RewardServerConfig,
+)
+from rewards.networks.features import load_features
+from rewards.scorers.classifier import ClassifierAccuracy
+from rewards.scorers.clip import ClipReward
+from rewards.scorers.hpsv2 import HpsReward
+from rewards.scorers.user_rewards import load_extra
+from rewards.servers.batcher import Batcher
+from rewards.servers.panel import Panel, PanelScores
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request's images, ready to be scored."""
+
+    key: RequestKey
+    images: Images
+    conditions: list[Condition]
+
+
+class RewardServer:
+    """Scores groups of images with the panel that their request names.
+
+    `score` may be called from many threads: receiving and unpacking images, and packing the
+    answers, is done there, beside the one thread that runs the scorers on what has come together.
+    """
+
+    def __init__(self, config: RewardServerConfig, name: str = "reward-server") -> None:
+        exact_fp32()
+        self.name, self._threads = name, config.num_threads
+        self._panels = build_panels(config, config.batching.max_batch or None)
+        self._failed = 0
+        self._counting = threading.Lock()
+        self._computing = threading.Lock()  # what foreign code sets is seen by who computes beside
+        self._at = ""  # what is being scored
+        self._batcher: Batcher[Job, PanelScores] = Batcher(
+            self._judge_together,
+            max_batch=config.batching.max_batch,
+            max_wait_s=config.batching.max_wait_ms / 1000,
+            max_queued=config.batching.max_queued,
+            limit_s=config.timeout_s,
+            name=name,
+            doing=self._doing,
+        )
+        torch.set_num_threads(self._threads)
+        for panel in self._panels.values():
+            panel.warm()
+
+    def fingerprint(self, panel: str) -> str:
+        """Which feature network the panel has in its main space."""
+        return self._extractors(panel)[MAIN_SPACE].fingerprint
+
+    def feature_dim(self, panel: str) -> int:
+        """D of that network's features; 0 where it depends on the images."""
+        return int(getattr(self._extractors(panel)[MAIN_SPACE], "dim", 0))
+
+    def score(self, request: SampleRequest, images: Images) -> GroupScores:
+        """Scores of one group's images: K of them, (K, H, W, 3) uint8 or a list.
+
+        Raises:
+            DataError: no images, or no such panel here.
+            FleetError: the queue stays full, or the scoring thread has ended.
+            StuckError: a scorer takes longer than any may.
+        """
+        self._panel(request.panel)
+        if not isinstance(images, np.ndarray):
+            images = [np.asarray(image) for image in images]
+        job = Job(request.key, images, [request.condition] * len(images))
+        judged, work = self._batcher.submit(job, max(len(images), 1), request.panel)
+        with self._counting:
+            self._failed += sum(error is not None for error in judged.errors)
+        spans = [Span(self.name, "queue", work.arrived, work.start)]
+        if work.first:  # one batch is one span, however many requests are in it
+            spans.append(Span(self.name, "score", work.start, work.end))
+        return GroupScores(
+            key=request.key,
+            scores=judged.scores,
+            features=judged.features,
+            errors=judged.errors,
+            spans=tuple(spans),
+        )
+
+    def features(
+        self, images: np.ndarray, panel: str, batch: int = FEATURE_BATCH
+    ) -> dict[str, np.ndarray]:
+        """Features of real images (N, H, W, 3) uint8: space -> (N, D) float32."""
+        torch.set_num_threads(self._threads)
+        batches = [images[at : at + batch] for at in range(0, len(images), batch)]
+
+        def run(extract: FeatureExtractor, part: np.ndarray) -> np.ndarray:
+            with self._computing:
+                return extract(part)
+
+        return {
+            space: np.concatenate([run(extract, part) for part in batches])
+            for space, extract in self._extractors(panel).items()
+        }
+
+    def stats(self) -> ServerStats:
+        """What this server did so far."""
+        return replace(self._batcher.stats(), failed=self._failed)
+
+    def close(self) -> None:
+        """Fail what waits, and end the scoring thread."""
+        self._batcher.close()
+
+    def _doing(self) -> str:
+        """Which scorer has which request now."""
+        asked = ", ".join(panel.at for panel in self._panels.values() if panel.at)
+        return f"{self._at} (scorer {asked or 'not known'})"
+
+    def _panel(self, name: str) -> Panel:
+        if name not in self._panels:
+            raise DataError(
+                f"{self.name} has no panel {name!r}: it has {', '.join(self._panels) or 'none'}"
+            )
+        return self._panels[name]
+
+    def _extractors(self, panel: str) -> Mapping[str, FeatureExtractor]:
+        extractors = self._panel(panel).extractors
+        if MAIN_SPACE not in extractors:
+            raise DataError(f"{self.name} runs no feature network for the panel {panel!r}")
+        return extractors
+
+    def _judge_together(self, jobs: list[Job], panel: object) -> list[PanelScores]:
+        """In the scoring thread: all images of some requests at once."""
+        torch.set_num_threads(self._threads)
+        first, more = jobs[0], f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+        stream, iteration, group = first.key
+        self._at = f"group {group} of {stream} {iteration}{more}"
+        judge = self._panel(str(panel)).judge
+        with self._computing:
+            if len(jobs) == 1:
+                return [judge(first.images, first.conditions)]
+            images = [image for job in jobs for image in job.images]
+            conditions = [condition for job in jobs for condition in job.conditions]
+            judged = judge(images, conditions)
+        sizes = [len(job.conditions) for job in jobs]
+        firsts = itertools.accumulate(sizes, initial=0)
+        return [judged.rows(first, size) for first, size in zip(firsts, sizes)]
+
+
+def build_panels(config: RewardServerConfig, max_batch: int | None) -> dict[str, Panel]:
+    """The panels of a server, with what its pool runs."""
+    panels = {REWARDS: _rewards_panel(config.rewards, config.pool, config.device, max_batch)}
+    if config.judge is not None:
+        panels[JUDGE] = _judge_panel(config.judge, config.device, max_batch)
+    return panels
+
+
+def _rewards_panel(config: RewardsConfig, pool: str, device: str, max_batch: int | None) -> Panel:
+    scorers: dict[str, Scorer] = {}
+    extras = {extra.name: extra for extra in config.extras()}
+    for name, term in config.scorers().items():
+        if term.pool != pool:
+            continue
+        if name in extras:
+            scorers[name] = load_extra(extras[name], device)
+        elif name == "clip":
+            scorers[name] = ClipReward(config.clip, device)
+        else:
+            scorers[name] = HpsReward(config.hps, device)
+    extractors: dict[str, FeatureExtractor] = {}
+    if config.features_pool == pool:
+        extractors[MAIN_SPACE] = load_features(config.features, device)
+    return Panel(scorers, extractors, max_batch)
+
+
+def _judge_panel(config: JudgeConfig, device: str, max_batch: int | None) -> Panel:
+    scorers: dict[str, Scorer] = {"clip": ClipReward(config.clip, device)}
+    if config.classifier.checkpoint:
+        scorers[ACCURACY] = ClassifierAccuracy(config.classifier, device)
+    extractors = {
+        MAIN_SPACE: load_features(config.features, device),
+        SECOND_SPACE: load_features(config.second, device),
+    }
+    return Panel(scorers, extractors, max_batch)

@@ -1,0 +1,1 @@
+"""Files of feature statistics, as the FID tools write them."""

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from actors.models.llamagen import LlamaGenConfig
+from actors.models.vq import VQConfig
+from learner.capacity.gpus import UNITS, Process, pack, processes
+from learner.config import dump, load_preset, merge, to_dict, validate
+from learner.plan import REFUSED, largest_microbatch, main, memory_of, rollouts_of
+from tests.reduced import random_run
+
+ARCHITECTURE = LlamaGenConfig(
+    dim=128, num_layers=4, num_heads=2, grid=8, vocab_size=1024, num_classes=10
+)  # fmt: skip
+
+
+def config_of(**changes: object):
+    return validate(merge(to_dict(load_preset("miniature")), changes), "test")
+
+
+def test_the_largest_microbatch_is_the_last_that_fits() -> None:
+    config = config_of(loss={"kl_coef": 0.1})
+    limit = memory_of(config, ARCHITECTURE, 11).total
+    assert largest_microbatch(config, ARCHITECTURE, limit) == 11
+    assert largest_microbatch(config, ARCHITECTURE, limit - 1) == 10
+    assert largest_microbatch(config, ARCHITECTURE, 1e15) == rollouts_of(config) == 160
+    assert largest_microbatch(config, ARCHITECTURE, 1e3) == 0
+
+
+def test_learners_share_rollouts_weights_and_optimizer() -> None:
+    one, two = config_of(), config_of(num_learners=2)
+    assert rollouts_of(two) == 80
+    alone, shared = memory_of(one, ARCHITECTURE), memory_of(two, ARCHITECTURE)
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(shared, name) == getattr(alone, name) / 2
+
+
+def test_a_reference_counts_where_there_is_one() -> None:
+    without = memory_of(config_of(), ARCHITECTURE)
+    beside = memory_of(config_of(loss={"kl_coef": 0.1}), ARCHITECTURE)
+    away = memory_of(
+        config_of(loss={"kl_coef": 0.1}, learner={"reference_device": "cpu"}), ARCHITECTURE
+    )
+    assert (without.reference, away.reference) == (0, 0)
+    assert beside.reference == beside.weights
+
+
+def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--preset", "miniature", "--gpu-memory-gb", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "fits 1 GB" in text
+    assert "largest learner.microbatch that does: 160" in text
+    assert main(["--preset", "miniatur"]) != 0
+    assert "did you mean 'miniature'?" in capsys.readouterr().err
+
+
+# Every process on each GPU.
+
+TOKENIZER = VQConfig(channels=32, multipliers=(1, 1), codebook_size=1024)
+
+
+def shares(*found: float) -> list[list[float]]:
+    """Shares of processes -> those on each GPU."""
+    packed = pack([Process(str(at), share, 1.0) for at, share in enumerate(found)])
+    return [[process.share for process in gpu.processes] for gpu in packed]
+
+
+def test_processes_share_a_gpu_up_to_the_whole() -> None:
+    assert shares(0.4, 0.3, 0.3) == [[0.4, 0.3, 0.3]]
+    assert shares(0.1, 0.2, 0.7) == [[0.1, 0.2, 0.7]]  # in floating point, a little more than 1
+    assert shares(0.5, 0.6, 0.5) == [[0.5, 0.5], [0.6]]
+    assert shares(1, 0.5, 1, 0.5) == [[1], [0.5, 0.5], [1]]
+    assert shares(0.3, 0.6, 0.4) == [[0.3, 0.6], [0.4]]
+    assert shares(0.5, 0.7, 0.3) == [[0.5], [0.7, 0.3]]  # the fullest that has room
+    assert shares(2, 0.5) == [[2], [2], [0.5]]
+    assert shares(*[1 / 3] * 4) == [[1 / 3] * 3, [1 / 3]]
+    assert shares() == []
+    assert pack([Process("a", 0.25, 1.0)])[0].free == UNITS * 3 // 4
+
+
+def test_every_worker_with_a_gpu_is_counted() -> None:
+    gpu = {"num_gpus": 0.25}
+    config = config_of(
+        num_samplers=3,
+        num_reward_servers=2,
+        sampler=gpu,
+        reward=gpu,
+        learner={"num_gpus": 1.0},
+        reward_pools={"extra": {"num_servers": 2, "num_gpus": 0.5}, "cpu": {}},
+        rewards={
+            "hps": {"pool": "extra"},
+            "features_pool": "cpu",
+            "extra": ["tests.stand_ins:Brightness=1"],
+        },
+    )
+    found = {process.name: process for process in processes(config, ARCHITECTURE, TOKENIZER)}
+    assert list(found) == [
+        "learner",
+        *(f"sampler-{at}" for at in range(3)),
+        *(f"reward-server-{at}" for at in range(2)),
+        *(f"reward-extra-{at}" for at in range(2)),
+    ]
+    assert found["learner"].memory > memory_of(config, ARCHITECTURE).total
+    assert found["sampler-0"].memory == found["sampler-2"].memory
+    assert found["reward-server-0"].unknown == ("rewards.extra brightness",)
+    # the main pool has CLIP and the judge's networks, the other one HPS alone
+    assert found["reward-server-0"].memory > found["reward-extra-0"].memory
+    assert processes(config_of(), ARCHITECTURE, TOKENIZER) == []
+
+
+def test_more_scorers_and_more_precision_take_more() -> None:
+    def server(**rewards: object) -> float:
+        config = config_of(reward={"num_gpus": 1}, evaluation={"num_images": 0}, rewards=rewards)
+        return processes(config, ARCHITECTURE, TOKENIZER)[0].memory
+
+    large = {"model": "ViT-L-14-quickgelu", "pretrained": "openai"}
+    small = server()
+    assert server(clip=large) - small == pytest.approx(1.71e9 + 0.54e9, rel=0.1)
+    half = server(clip={**large, "precision": "bf16"})
+    assert half - small == pytest.approx((server(clip=large) - small) / 2, rel=0.05)
+    assert server(features={"network": "inception"}) > small
+    assert server(clip={**large, "enabled": False}) < small
+
+
+@pytest.mark.parametrize(
+    "preset", ["llamagen-b-256", "llamagen-xl-384", "paper-fixed", "vqgan-imagenet"]
+)
+def test_presets_fit_what_they_say_without_any_file(
+    preset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """taming's project file included: its published sizes are known."""
+    monkeypatch.setenv("TESSERA_WEIGHTS", str(tmp_path))
+    assert main(["--preset", preset, "--gpu-memory-gb", "80"]) == 0
+    text = capsys.readouterr().out
+    for process in ("learner", "sampler", "reward-server"):
+        assert f": {process} " in text
+    assert "of 80 GB" in text
+    assert "does not fit" not in text
+    assert main(["--preset", preset, "--gpu-memory-gb", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "does not fit 8 GB" in text
+    assert "GPU 0" in text.splitlines()[-1]
+    assert "does not fit (10% kept free)" in text
+
+
+def test_vqgan_imagenet_has_its_published_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TESSERA_WEIGHTS", str(tmp_path))
+    assert main(["--preset", "vqgan-imagenet"]) == 0
+    assert "1411 M parameters, 256 tokens" in capsys.readouterr().out
+
+
+def test_the_runs_options_change_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    preset = ["--preset", "llamagen-b-256"]
+    assert main([*preset, "--num-learners", "2"]) == REFUSED  # not a traceback
+    assert "2 learners need a GPU each" in capsys.readouterr().err
+    assert main([*preset, "--num-learners", "2", "--learner.num-gpus", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "3 GPUs of" in text
+    assert "0: learner-0" in text
+    assert "1: learner-1" in text
+    assert main([*preset, "--num-samplers", "8"]) == 0
+    assert "2: sampler-7" in capsys.readouterr().out
+
+
+def test_a_policy_of_ones_own_is_counted_by_its_header(tmp_path: Path) -> None:
+    config = random_run("llamagen-b-256", tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text(dump(config))
+    assert main(["--preset", str(file)]) == 0

@@ -1,0 +1,151 @@
+"""Every preset: its header, its dry run, two iterations with random weights at reduced width."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cluster.errors import CheckpointError
+from cluster.fleet import InlineFleet
+from cluster.weights import unpack_weights
+from learner.config import RunConfig, load_preset
+from learner.fleet_plan import fleet_plan
+from learner.run import REFUSED, main
+from rewards.networks.open_clip_sources import check_activation
+from tests.reduced import SMALL, architectures, presets, random_run, values_of
+from tests.small_run import run_training
+
+NAMES = [
+    "llamagen-b-256",
+    "llamagen-t2i",
+    "llamagen-xl-384",
+    "miniature",
+    "paper-fixed",
+    "paper-llamagen-l-256",
+    "vqgan-imagenet",
+]
+CPU = {
+    "iterations": 2,
+    "groups_per_iteration": 3,
+    "rollouts_per_group": 4,
+    "learner": {"num_gpus": 0, "num_threads": 1, "microbatch": 5},
+    "sampler": {"num_gpus": 0},
+    "reward": {"num_gpus": 0},
+    "rewards": {"loo_fid": {"seed_images": 24}},
+    "weights": {"dtype": "float32"},  # snapshots then show what the learner holds
+}
+
+
+OF_CLASSES = ["fid/between_classes", "fid/within_classes"]
+"""Metrics that are not defined for captions."""
+
+
+def test_these_are_the_presets() -> None:
+    assert presets() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_headers_say_what_to_expect(name: str) -> None:
+    text = Path("learner/presets", f"{name}.yaml").read_text(encoding="utf-8")
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    for word in ("Reproduces", "Cost", "Expected"):
+        assert any(line.startswith(f"# {word} ") for line in header), word
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dry_run(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On a machine without GPU, weights or references: says what it lacks, and that the run could
+    not start; that this machine is too small does not count."""
+    monkeypatch.setenv("TESSERA_WEIGHTS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    status = main(["--preset", name, "--dry-run"])
+    assert status == (0 if name == "miniature" else REFUSED)
+    text, told = capsys.readouterr()
+    assert ("the run cannot start" in told) == bool(status)  # and last
+    assert yaml.safe_load(text)["iterations"] == values_of(name)["iterations"]
+    assert text.startswith("# ") == (name != "miniature")  # problems first
+    if name != "miniature":
+        assert "does not fit this machine: the fleet asks for" in text
+        assert f"python -m actors.weights fetch {values_of(name)['policy']['checkpoint']}" in text
+        assert "rewards.loo_fid.reference: expected" in text
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_iterations_at_reduced_width(name: str, tmp_path: Path) -> None:
+    config = random_run(name, tmp_path, changes=CPU)
+    with InlineFleet(fleet_plan(config)) as fleet:
+        before = unpack_weights(fleet.learner.snapshot())
+        done = run_training(config, fleet)
+        after = unpack_weights(fleet.learner.snapshot())
+    assert [iteration.row["version"] for iteration in done] == [1, 2]
+    for iteration in done:
+        assert all(math.isfinite(value) for value in iteration.row.values())
+        measured = [name for name in OF_CLASSES if name in iteration.row]
+        assert measured == ([] if config.conditions.captions else OF_CLASSES)
+        assert iteration.row["images/failed"] == 0
+        check_ratio(config, iteration.row)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) > 0.8 * len(before)
+
+
+def check_ratio(config: RunConfig, row: dict[str, float]) -> None:
+    """Learner and sampler agree before the update, as far as their precisions let them."""
+    exact = config.learner.precision == "fp32" and config.sampler.dtype == "float32"
+    bound = 1e-4 if exact else 0.5
+    if config.sampling.guidance == "distil":
+        assert row["policy/logprob_gap"] > bound  # not the policy that was sampled
+    else:
+        assert row["policy/logprob_gap"] < bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reduced_policy_is_of_the_presets_family(name: str) -> None:
+    values = values_of(name)
+    policy, tokenizer = architectures(values, SMALL)
+    assert type(policy).__name__.startswith("Taming") == (name == "vqgan-imagenet")
+    assert tokenizer.codebook_size == policy.vocab_size
+    assert bool(getattr(policy, "caption_dim", 0)) == (name == "llamagen-t2i")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_clip_weights_have_the_activation_they_were_trained_with(name: str) -> None:
+    clip = load_preset(name).rewards.clip
+    if clip.pretrained:
+        check_activation(clip.model, clip.pretrained)
+        with pytest.raises(CheckpointError, match="trained with another activation"):
+            check_activation(clip.model.removesuffix("-quickgelu"), clip.pretrained)
+
+
+def test_the_papers_settings_are_the_public_codes() -> None:
+    """Facts of the code, one by one (learner/presets/paper-llamagen-l-256.yaml)."""
+    config = load_preset("paper-llamagen-l-256")
+    assert (config.iterations, config.groups_per_iteration, config.rollouts_per_group) == (
+        600, 12, 12
+    )  # fmt: skip
+    assert (config.sampling.cfg_scale, config.sampling.temperature) == (1.5, 1)
+    assert (config.sampling.top_k, config.sampling.top_p) == (0, 1)
+    learner = config.learner
+    assert (learner.lr, learner.betas, learner.weight_decay) == (1e-5, (0.9, 0.95), 0.01)
+    assert (learner.max_grad_norm, learner.updates_per_iteration) == (1, 2)
+    assert learner.lr_at(599, 600) == learner.lr_at(0, 600) == 1e-5
+    loss = config.loss
+    assert (loss.clip_low, loss.clip_high) == (0.2, 0.2)
+    assert (loss.kl_coef, loss.kl_estimator, loss.kl_level) == (3.0, "k3", "sequence")
+    assert config.rewards.loo_fid.decay == 0.5
+
+
+def test_a_dry_run_still_refuses_a_policy_of_ones_own_that_is_not_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--dry-run", "--policy.checkpoint", "nowhere.safetensors"]) == REFUSED
+    assert "nowhere.safetensors: no such file" in capsys.readouterr().out

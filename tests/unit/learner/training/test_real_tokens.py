@@ -1,0 +1,198 @@
+"""Cross-entropy on real tokens: where they come from, and what they do."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from actors.checkpoints.loading import PolicyConfig, TokenizerConfig, load_policy, load_tokenizer
+from actors.models.taming import TamingConfig, TamingGPT
+from cluster.errors import CheckpointError, DataError
+from learner.data.datasets import load_images, load_labels
+from learner.training.optimizer import OptimizerConfig
+from learner.training.real_tokens import RealTokens, RealTokensConfig, check_source, cross_entropy
+from tests.fuzzing import check_reader
+from tests.unit.helpers import TINY, tiny_policy
+from tests.unit.learner_cases import batch_of, gradient, make, tiny_policy_file
+
+TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (6, TINY.num_tokens))
+CLASSES = np.array([0, 1, 2, 3, 0, 1])
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> str:
+    np.savez(tmp_path / "real.npz", tokens=TOKENS, classes=CLASSES)
+    return str(tmp_path / "real.npz")
+
+
+def load(source: str, seed: int = 0, **changes: object) -> RealTokens:
+    config = RealTokensConfig(weight=0.1, source=source, **changes)
+    return RealTokens(config, tiny_policy(), TokenizerConfig(), seed)
+
+
+def test_cross_entropy_by_hand() -> None:
+    assert cross_entropy(torch.tensor([[-1.0, -2.0], [-3.0, -6.0]])) == 3.0
+
+
+def test_tokens_of_npz_and_parquet(npz: str, tmp_path: Path) -> None:
+    table = pa.table({"tokens": TOKENS.tolist(), "class_index": CLASSES})
+    pq.write_table(table, tmp_path / "real.parquet")
+    for source in (npz, str(tmp_path / "real.parquet")):
+        real = load(source)
+        np.testing.assert_array_equal(real.tokens, TOKENS)
+        np.testing.assert_array_equal(real.classes, CLASSES)
+
+
+def test_draws_are_a_function_of_seed_iteration_and_update(npz: str) -> None:
+    tokens, conditions = load(npz, batch=4).draw(3, 1)
+    again = load(npz, batch=4).draw(3, 1)
+    np.testing.assert_array_equal(tokens, again[0])
+    assert conditions == again[1]
+    assert not np.array_equal(load(npz, batch=4).draw(3, 0)[0], tokens)
+    assert not np.array_equal(load(npz, seed=1, batch=4).draw(3, 1)[0], tokens)
+    for row, condition in zip(tokens, conditions):
+        at = [index for index in range(6) if (TOKENS[index] == row).all()]
+        assert CLASSES[at[0]] == condition.class_index
+
+
+def test_digits_are_encoded_and_decode_to_themselves() -> None:
+    """The tokens' images are near the real ones: the miniature's tokenizer reconstructs."""
+    policy = load_policy(PolicyConfig())
+    real = RealTokens(RealTokensConfig(weight=1.0), policy, TokenizerConfig())
+    images, labels = load_images("digits:train"), load_labels("digits:train")
+    np.testing.assert_array_equal(real.classes, labels)
+    tokenizer = load_tokenizer(TokenizerConfig())
+    with torch.inference_mode():
+        pixels = tokenizer.pixels(policy.codes(torch.from_numpy(real.tokens[:50]))).numpy()
+    error = np.abs(pixels.astype(float) - images[:50]).mean()
+    shuffled = np.abs(pixels.astype(float) - images[50:100]).mean()
+    assert error < 0.4 * shuffled
+
+
+def test_tokens_are_put_into_the_order_of_the_policy() -> None:
+    """taming may visit the grid in another order than raster."""
+    policy = TamingGPT(
+        TamingConfig(
+            dim=16,
+            num_layers=1,
+            num_heads=2,
+            vocab_size=64,
+            block_size=16,
+            grid=4,
+            num_classes=10,
+            permuter="SpiralOut",
+        )
+    )
+    raster = RealTokens(
+        RealTokensConfig(weight=1.0), load_policy(PolicyConfig()), TokenizerConfig()
+    )
+    ours = RealTokens(RealTokensConfig(weight=1.0), policy, TokenizerConfig())
+    assert not np.array_equal(ours.tokens, raster.tokens)
+    back = policy.codes(torch.from_numpy(ours.tokens)).flatten(1).numpy()
+    np.testing.assert_array_equal(back, raster.tokens)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"tokens": TOKENS[:, :4], "classes": CLASSES}, r"shape \(6, 4\), expected \(N, 9\)"),
+        ({"tokens": TOKENS, "classes": CLASSES[:3]}, "6 images, but classes of shape"),
+        ({"tokens": TOKENS + 15, "classes": CLASSES}, "expected 0 to 19"),
+        ({"tokens": TOKENS / 1, "classes": CLASSES}, "tokens must be integers, .* float64"),
+        ({"tokens": TOKENS, "classes": CLASSES + 0.5}, "classes must be integers, .* float64"),
+        # number num_classes is the unconditional token of classifier-free guidance
+        ({"tokens": TOKENS, "classes": CLASSES + TINY.num_classes - 3}, "classes"),
+        ({"tokens": TOKENS, "classes": CLASSES - 1}, "class"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, arrays: dict, message: str) -> None:
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        load(str(tmp_path / "bad.npz"))
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no such file .*, which is a folder"):
+        load(str(tmp_path))
+
+
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(DataError, match="8 x 8 pixels give 16 tokens, but the policy draws 9"):
+        load("digits:train")
+
+
+def test_learning_from_them_raises_their_likelihood(npz: str, tmp_path: Path) -> None:
+    """Beside advantages of zero, it is all there is to learn."""
+    learner = make(
+        tiny_policy_file(tmp_path),
+        real=RealTokensConfig(weight=1.0, source=npz, batch=12),
+        optimizer=OptimizerConfig(lr=1e-2, microbatch=5, schedule="constant"),
+    )
+    found = []
+    for iteration in range(8):
+        batch = batch_of(learner, iteration)
+        flat = dataclasses.replace(batch, advantages=np.zeros_like(batch.advantages))
+        found.append(learner.step(flat).metrics["loss/real_ce"])
+    assert found[-1] < 0.8 * found[0]
+
+
+def test_its_gradient_adds_to_the_others(npz: str, tmp_path: Path) -> None:
+    file = tiny_policy_file(tmp_path)
+    real = RealTokensConfig(weight=0.5, source=npz, batch=4)
+    learner, plain = make(file, real=real), make(file)
+    batch = batch_of(learner)
+    together = gradient(learner, batch)
+    learner._learn_from_real(0, 0)
+    parameters = list(learner._policy.module.parameters())
+    together = torch.cat([p.grad.flatten() for p in parameters])
+    tokens, conditions = learner._real.draw(0, 0)
+    given = plain._policy.module.encode(conditions)
+    logprobs, *_ = plain._policy.logprobs(torch.from_numpy(tokens), given, plain._config.spec)
+    alone = torch.autograd.grad(-logprobs.mean() * 0.5, list(plain._policy.module.parameters()))
+    expected = gradient(plain, batch) + torch.cat([part.flatten() for part in alone])
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-6)
+
+
+def test_what_a_file_is_decides(tmp_path: Path) -> None:
+    """Not its suffix; labels that are missing are no classes."""
+    np.savez(tmp_path / "real.npz", tokens=TOKENS, classes=CLASSES)
+    (tmp_path / "real.npz").rename(tmp_path / "REAL.NPZ")
+    table = pa.table({"tokens": TOKENS.tolist(), "class_index": CLASSES})
+    pq.write_table(table, tmp_path / "REAL.Parquet")
+    for name in ("REAL.NPZ", "REAL.Parquet"):
+        check_source(str(tmp_path / name))
+        np.testing.assert_array_equal(load(str(tmp_path / name)).tokens, TOKENS)
+    table = pa.table({"tokens": TOKENS.tolist(), "class_index": [*CLASSES[1:].tolist(), None]})
+    pq.write_table(table, tmp_path / "nulls.parquet")
+    with pytest.raises(DataError, match="class_index must be integers, all rows, found float64"):
+        load(str(tmp_path / "nulls.parquet"))
+    (tmp_path / "page.npz").write_text("<html>")
+    for read in (check_source, load):
+        with pytest.raises(DataError, match=r"a web page|not a readable file"):
+            read(str(tmp_path / "page.npz"))
+
+
+@pytest.mark.parametrize("kind", ["npz", "parquet"])
+def test_damaged_tokens(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"real.{kind}"
+    if kind == "npz":
+        np.savez(path, tokens=TOKENS, classes=CLASSES)
+    else:
+        pq.write_table(pa.table({"tokens": TOKENS.tolist(), "class_index": CLASSES}), path)
+
+    def read(given: Path) -> RealTokens:
+        check_source(str(given))
+        return load(str(given))
+
+    def good(found: object) -> bool:
+        assert isinstance(found, RealTokens)
+        same = np.array_equal(found.tokens, TOKENS) and np.array_equal(found.classes, CLASSES)
+        return same or kind == "parquet"  # which has no checksum
+
+    check_reader(path, read, 500, good=good)

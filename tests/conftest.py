@@ -33,7 +33,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     `-n` sets the number of workers, 0 for none.
     """
     option = config.option
-    if not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None:
+    distributes = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
+    if not distributes or option.numprocesses is not None:
         return
     if option.capture != "no" and all(Path(path).is_dir() for path in config.args):
         option.numprocesses = "auto"

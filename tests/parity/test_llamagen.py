@@ -27,6 +27,7 @@ from tests.parity.reference import TINY_WIDTH, Reference
 Branches = Callable[[str], tuple[Tensor, Tensor]]
 
 FAMILY = "llamagen-gpt"
+FEW = 48  # greedy tokens: three rows of 16; all of them with --slow
 TOLERANCES = {1.0: (3e-5, 2e-4), 2.0: (1e-4, 5e-4), 4.0: (2e-4, 1e-3)}
 """Guidance scale up to -> absolute tolerance of tiny models, of full width."""
 
@@ -124,26 +125,30 @@ def test_logprobs_entropies_and_supports(
     check_compared(reference, compared, least)
 
 
+@pytest.mark.parametrize("length", [FEW, pytest.param(None, marks=pytest.mark.slow)])
 def test_greedy_decoding_with_the_cache(
-    policy: LlamaGen, conditions: Conditions, reference: Reference
+    policy: LlamaGen, conditions: Conditions, reference: Reference, length: int | None
 ) -> None:
     compared = 0
     for name, fields in greedy_runs(reference).items():
         scale, interval = fields["cfg_scale"], fields.get("cfg_interval", -1)
-        tokens = greedy(policy, conditions, scale, interval)
+        tokens = greedy(policy, conditions, scale, interval, length or policy.num_tokens)
         compared += check_greedy(reference, name, tokens)
     check_compared(reference, compared, 1)
 
 
 @torch.inference_mode()
-def greedy(policy: LlamaGen, conditions: Conditions, scale: float, interval: int) -> torch.Tensor:
-    """The most likely token at each position; `interval` guides tokens 0 to interval + 1 alone."""
+def greedy(
+    policy: LlamaGen, conditions: Conditions, scale: float, interval: int, length: int
+) -> torch.Tensor:
+    """The most likely token at each of the first `length` positions; `interval` guides tokens 0 to
+    interval + 1 alone."""
     branches = 2 if scale > 1 else 1
     rows = conditions.and_then(policy.null_conditions(conditions)) if scale > 1 else conditions
     state = policy.allocate(len(rows))
     logits = policy.prefill(state, rows)
     columns: list[torch.Tensor] = []
-    for position in range(policy.num_tokens):
+    for position in range(min(length, policy.num_tokens)):
         if position:
             logits = policy.decode_step(state, columns[-1].repeat(branches))
         conditional, *unconditional = logits.chunk(branches)

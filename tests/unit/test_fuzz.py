@@ -73,7 +73,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kept, Parts]:
 
 
 NAMES = (POLICY_FILE, OPTIMIZER_FILE, STATE_FILE, "moments.msgpack", "rewards.msgpack", GROUPS)
-PER_FILE = 65  # eight files: 520 of a checkpoint
+PER_FILE = 15  # eight files: 120 of a checkpoint
 
 
 @pytest.mark.parametrize("name", [*NAMES, "config.yaml", MANIFEST])

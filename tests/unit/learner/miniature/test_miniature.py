@@ -41,7 +41,7 @@ def test_shipped_networks_are_small() -> None:
 
 def build(folder: Path, seed: int) -> dict[str, bytes]:
     with Progress(disable=True) as progress:
-        Builder(BuildConfig(out=folder, seed=seed, scale=0.01, num_threads=1), progress).build()
+        Builder(BuildConfig(out=folder, seed=seed, scale=0.002, num_threads=1), progress).build()
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))

@@ -131,7 +131,7 @@ def check_batch(features: np.ndarray, dim: int, reference_dim: int, decay: float
 @dataclass(frozen=True, slots=True)
 class _Scene:
     """The input as tensors, and the mixture in which every image has the weight that it keeps when
-    another one is left out: taking one away then is exactly rank one (rewards/README.md).
+    another one is left out: taking one away then is exactly rank one (rewards/DESIGN.md).
     """
 
     x: Tensor  # (N, D)

@@ -2,7 +2,7 @@
 
 A (R, R) is a positive semidefinite sum of outer products to which N images contribute the rows
 sqrt(share) z_i; W = 1 + share is the weight of the mixture that A belongs to. Taking image i out of
-the mixture takes share W z_i z_i' off A (rewards/README.md has the algebra).
+the mixture takes share W z_i z_i' off A (rewards/DESIGN.md has the algebra).
 
 Shapes: N images, R rank, Q quadrature nodes. All tensors are float64, on one device.
 """

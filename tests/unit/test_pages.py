@@ -1,0 +1,176 @@
+"""The pages against the code: links, commands, options, files and names on them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from cluster.own_packages import NAMES
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.md"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+)
+HISTORY = "CHANGELOG.md"  # names things that are gone
+FOLDERS = [f"{name}/README.md" for name in NAMES]
+FOREIGN = "learner/coming-from-the-public-code.md"  # names another repository's files
+HELP = {  # command -> arguments that list all of its options
+    "learner.run": [["--help-all"]],
+    "learner.plan": [["--help-all"]],
+    "learner.miniature.arms": [["--help"]],
+    "learner.miniature.build": [["--help"]],
+    "actors.sample": [["--help-all"]],
+    "actors.captions": [["--help"]],
+    "actors.weights": [[c, "--help"] for c in ("list", "fetch", "convert", "export")],
+    "rewards.reference": [["--help-all"], ["fetch", "--help"]],
+    "cluster.status": [["--help"]],
+    "cluster.scale": [["--help"]],
+    "cluster.stop": [["--help"]],
+}
+OTHERS = {"--signal", "--slow", "--parity-data", "--help-all", "--stats"}
+"""Options on the pages that no help shows: of Slurm, pytest and the method's public code."""
+BENCHES = "tests/bench/README.md"  # their options are argparse's, and in no help above
+WRITTEN = ("gallery", "checkpoints", "rollouts", "runs", "train", "test", "snapshots")
+"""Folders on the pages that are not the repository's: of runs, and of users' images."""
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def prose(page: str) -> str:
+    """The page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str) -> list[str]:
+    """Fenced and indented blocks, continued lines joined."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
+    indented = re.findall(r"^    \S.*$", prose(page), re.MULTILINE)
+    return [re.sub(r"\\\n\s*", "", block) for block in (*fenced, *indented)]
+
+
+def anchors(page: str) -> set[str]:
+    """Of the page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ +(.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def commands(page: str) -> Iterator[tuple[str, str]]:
+    """Each `python -m MODULE ...` on the page: the module, and the rest of its line."""
+    spans = re.findall(r"`([^`\n]+)`", prose(page))
+    for line in "\n".join([*blocks(page), *spans]).splitlines():
+        for found in re.finditer(r"python -m ([\w.]+)([^#|;]*)", line):
+            yield found[1], found[2]
+
+
+@cache
+def options(module: str) -> frozenset[str]:
+    """Every option in a command's help."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "250")
+        main = importlib.import_module(module).main
+        for arguments in HELP[module]:
+            with (
+                contextlib.redirect_stdout(shown),
+                contextlib.redirect_stderr(shown),
+                contextlib.suppress(SystemExit),
+            ):
+                main(arguments)
+    return frozenset(OPTION.findall(shown.getvalue())) | {"--help"}
+
+
+def test_the_pages_are_found() -> None:
+    assert {"README.md", "CONTRIBUTING.md", HISTORY, FOREIGN, *FOLDERS} <= set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        if anchor:
+            name = str(target.resolve().relative_to(ROOT))
+            assert anchor in anchors(name), f"{page}: {link}; there are {sorted(anchors(name))}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY])
+def test_every_command_exists_with_its_options(page: str) -> None:
+    for module, rest in commands(page):
+        if module.partition(".")[0] not in (*NAMES, "tests") or module.endswith(".NAME"):
+            continue
+        assert importlib.util.find_spec(module.rstrip(".")), f"{page}: python -m {module}"
+        if module in HELP:
+            unknown = set(OPTION.findall(rest)) - options(module)
+            assert not unknown, f"{page}: python -m {module} has no {unknown}"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in (HISTORY, FOREIGN, BENCHES)]
+)
+def test_every_option_in_the_text_exists(page: str) -> None:
+    known = OTHERS.union(*(options(module) for module in HELP))
+    spans = re.findall(r"`(--[^`\n]+)`", prose(page))
+    named = {option for span in spans for option in OPTION.findall(span)}
+    unknown = named - known
+    assert not unknown, page
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY])
+def test_blocks_fit_on_a_screen(page: str) -> None:
+    text = text_of(page)
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    long = [line for block in fenced for line in block.splitlines() if len(line) > 100]
+    assert not long
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in (HISTORY, FOREIGN)])
+def test_every_file_that_is_named_exists(page: str) -> None:
+    """By a path from the page's folder or the repository's, or by a name somewhere below."""
+    folder = (ROOT / page).parent
+    for name in re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", prose(page)):
+        at = [folder / name, ROOT / name]
+        somewhere = [] if "/" in name else list(folder.rglob(name))
+        written = name.startswith("my_") or name.split("/")[0] in WRITTEN
+        assert written or somewhere or any(path.exists() for path in at), f"{page}: {name}"
+
+
+@pytest.mark.parametrize("page", FOLDERS)
+def test_every_room_is_in_its_table(page: str) -> None:
+    section = text_of(page).split("## Where to look", 1)[1].split("\n| to find", 1)[0]
+    first_cells = re.findall(r"^\| (.+?) \|", section, re.MULTILINE)
+    named = {room for cell in first_cells for room in re.findall(r"`(\w+)/`", cell)}
+    folder = (ROOT / page).parent
+    rooms = {path.parent.relative_to(folder).parts[0] for path in folder.glob("*/**/*.py")}
+    assert rooms <= named, f"{page} lacks {rooms - named}"
+
+
+@pytest.mark.parametrize("page", FOLDERS)
+def test_what_may_be_imported_can_be(page: str) -> None:
+    listed = text_of(page).split("To import in your own code:", 1)[1].split("\n\n", 1)[0]
+    found = re.findall(r"((?:`\w+`(?:,\s+|\s+and\s+)?)+)\s*of\s+`([a-z_.]+)`", listed)
+    assert found
+    for names, module in found:
+        for name in re.findall(r"\w+", names):
+            assert hasattr(importlib.import_module(module), name), f"{page}: {module}.{name}"

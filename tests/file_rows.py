@@ -1,7 +1,7 @@
 """The tables "Files that are read" of the folder READMEs, and the tests that stand for their rows.
 
 `@reads("rewards/README.md", "torch-fidelity `.pt`")` on a test says: this test reads such a file.
-`tests/unit/test_file_rows.py` compares the marks with the tables: no row without a test, no mark
+`tests/unit/test_pages.py` compares the marks with the tables: no row without a test, no mark
 without a row.
 """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cluster.own_packages import NAMES
+from tests.file_rows import marks, rows
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -174,3 +175,9 @@ def test_what_may_be_imported_can_be(page: str) -> None:
     for names, module in found:
         for name in re.findall(r"\w+", names):
             assert hasattr(importlib.import_module(module), name), f"{page}: {module}.{name}"
+
+
+@pytest.mark.parametrize("page", ["actors/README.md", "rewards/README.md"])
+def test_every_kind_of_file_that_is_read_has_a_test(page: str) -> None:
+    assert sorted(set(rows(page))) == sorted(set(marks(page)))
+    assert len(set(rows(page))) == len(rows(page)), "a row twice"

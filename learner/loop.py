@@ -21,7 +21,7 @@ from learner.rollouts.prefetch import Pipeline, requests_for
 from learner.training.batch import make_batch
 from rewards.combine import Combiner
 from rewards.config import LOO_FID
-from rewards.distribution.answer import DistributionReward
+from rewards.distribution.distribution_reward import DistributionReward
 from rewards.distribution.moments import Moments
 
 

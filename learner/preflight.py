@@ -57,11 +57,11 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
     policy, tokenizer = check_models(config.policy, config.tokenizer, findings)
     side = image_side(policy, tokenizer)
     _conditions(config, policy, findings)
-    foreign = {name for name, pool in config.reward_pools.items() if pool.runtime_env}
-    for name in sorted(foreign):
+    skipped_pools = {name for name, pool in config.reward_pools.items() if pool.runtime_env}
+    for name in sorted(skipped_pools):
         with findings.of(f"reward_pools.{name}"):
             check_runtime_env(config.reward_pools[name].runtime_env)
-    check_rewards(config.rewards, foreign, side, findings)
+    check_rewards(config.rewards, skipped_pools, side, findings)
     _reference(config, side, findings)
     if not begun:
         _seed(config, side, findings)
@@ -115,10 +115,10 @@ def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: 
 
 
 def _check_texts(config: RunConfig, conditions: Sequence[Condition], findings: Findings) -> None:
-    foreign = {name for name, pool in config.reward_pools.items() if pool.runtime_env}
+    skipped_pools = {name for name, pool in config.reward_pools.items() if pool.runtime_env}
     judge = config.judge if config.evaluation.num_images else None
     shipped = replace(config.conditions, classes=()) == ConditionsConfig()
-    check_texts(config.rewards, judge, foreign, conditions, findings, shipped=shipped)
+    check_texts(config.rewards, judge, skipped_pools, conditions, findings, shipped=shipped)
 
 
 def _has_classes(policy: PolicyArchitecture) -> bool:

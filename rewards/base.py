@@ -1,4 +1,4 @@
-"""What scorers and feature extractors are, and what images they take.
+"""The protocols of scorers and feature extractors, and the images they take.
 
 Shapes: N images, H W pixels, D feature dimensions.
 """
@@ -21,8 +21,8 @@ Images = np.ndarray | Sequence[np.ndarray]
 class Scorer(Protocol):
     """One number an image.
 
-    A scorer that cannot take some of the images raises `RowErrors`; it is then asked again for the
-    others. It may have a method `warm() -> None`, which is called once before it serves.
+    A scorer that cannot take some of the images raises `ImageErrors`; it is then called again with
+    the others. An optional method `warm() -> None` is called once before the server serves.
     """
 
     def __call__(self, images: Images, conditions: Sequence[Condition]) -> np.ndarray:
@@ -33,13 +33,13 @@ class Scorer(Protocol):
 class FeatureExtractor(Protocol):
     """One vector an image: the space in which distributions are compared.
 
-    It may have a method `warm() -> None`, which is called once before it serves, and an attribute
-    `dim`: D, or 0 as long as that is not known.
+    Optional: a method `warm() -> None`, called once before the server serves, and an attribute
+    `dim`: D, or 0 while unknown.
     """
 
     @property
     def fingerprint(self) -> str:
-        """Names network, weights and preprocessing; moments of different prints never mix."""
+        """Identifies network, weights and preprocessing; moments of two fingerprints never mix."""
         ...
 
     def __call__(self, images: Images) -> np.ndarray:
@@ -47,27 +47,29 @@ class FeatureExtractor(Protocol):
         ...
 
 
-class RowErrors(DataError):  # noqa: N818 - it carries several
-    """Some images (or their conditions) cannot be scored; the others can.
+class ImageErrors(DataError):  # noqa: N818 - it carries several
+    """Some images of a call (or their conditions) cannot be scored; the others can.
 
     Args:
-        errors: row of the batch -> what is wrong with it, and what to do.
+        errors: index of the image in the call -> what is wrong with it, and what to do.
     """
 
     def __init__(self, errors: Mapping[int, str]) -> None:
         self.errors = dict(errors)
-        row, first = next(iter(self.errors.items()))
-        super().__init__(f"{len(self.errors)} images cannot be scored; image {row}: {first}")
+        index, first = next(iter(self.errors.items()))
+        super().__init__(f"{len(self.errors)} images cannot be scored; image {index}: {first}")
 
-    def __reduce__(self) -> tuple[type[RowErrors], tuple[dict[int, str]]]:
+    def __reduce__(self) -> tuple[type[ImageErrors], tuple[dict[int, str]]]:
         return type(self), (self.errors,)
 
 
-def check_images(images: np.ndarray) -> None:
-    """Refuse anything but a non-empty (N, H, W, 3) uint8 batch.
+RowErrors = ImageErrors  # the former name, kept for one release
 
+
+def check_images(images: np.ndarray) -> None:
+    """
     Raises:
-        DataError: says what was found.
+        DataError: not a non-empty (N, H, W, 3) uint8 batch.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
         raise DataError(
@@ -77,23 +79,23 @@ def check_images(images: np.ndarray) -> None:
 
 
 def by_size(images: Images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images of one size at a time, for networks that take batches.
+    """Group images by size, for networks that take batches.
 
     Yields:
-        Rows (n,) of the batch, and their images (n, H, W, 3) uint8.
+        Indices (n,) of the images of one size, and these images (n, H, W, 3) uint8.
     """
     if isinstance(images, np.ndarray):
         yield np.arange(len(images)), images
         return
-    rows: dict[tuple[int, ...], list[int]] = {}
-    for row, image in enumerate(images):
-        rows.setdefault(image.shape, []).append(row)
-    for same in rows.values():
-        yield np.array(same), np.stack([images[row] for row in same])
+    indices: dict[tuple[int, ...], list[int]] = {}
+    for index, image in enumerate(images):
+        indices.setdefault(image.shape, []).append(index)
+    for same in indices.values():
+        yield np.array(same), np.stack([images[index] for index in same])
 
 
 def image_fault(image: np.ndarray) -> str | None:
-    """What keeps one image from being scored, or None for an (H, W, 3) uint8 image."""
+    """Why an image cannot be scored; None for an (H, W, 3) uint8 image."""
     if image.dtype != np.uint8:
         odd = ""
         if np.issubdtype(image.dtype, np.floating) and not np.isfinite(image).all():

@@ -19,7 +19,7 @@ from rewards.scorers.classifier import ClassifierConfig
 from rewards.scorers.clip import ClipConfig
 from rewards.scorers.hpsv2 import HpsConfig
 from rewards.scorers.user_reward_files import RewardFile, read_file
-from rewards.scorers.user_rewards import ExtraReward, parse_extra
+from rewards.scorers.user_rewards import UserReward, parse_user_reward
 
 LOO_FID = "loo_fid"
 REWARDS, JUDGE = "rewards", "judge"
@@ -119,7 +119,7 @@ class RewardsConfig:
     """Those files, as they were when the run began: written by the run."""
 
     def __post_init__(self) -> None:
-        names = [extra.name for extra in self.extras()]
+        names = [extra.name for extra in self.user_rewards()]
         doubled = {name for name in names if names.count(name) > 1 or hasattr(self, name)}
         if doubled:
             raise ValueError(
@@ -127,9 +127,9 @@ class RewardsConfig:
                 "apart"
             )
 
-    def extras(self) -> list[ExtraReward]:
+    def user_rewards(self) -> list[UserReward]:
         """The user's own rewards, parsed."""
-        parsed = [parse_extra(text) for text in self.extra]
+        parsed = [parse_user_reward(text) for text in self.extra]
         return [replace(extra, kept=self.files.get(extra.file)) for extra in parsed]
 
     def with_files(self) -> RewardsConfig:
@@ -138,14 +138,14 @@ class RewardsConfig:
         Raises:
             ConfigError: one cannot be read.
         """
-        named = dict.fromkeys(extra.file for extra in self.extras() if extra.file)
+        named = dict.fromkeys(extra.file for extra in self.user_rewards() if extra.file)
         files = {name: self.files.get(name) or read_file(name) for name in named}
         return replace(self, files=files)
 
     def scorers(self) -> dict[str, ScorerTerm]:
         """Name of each enabled scorer -> its part, in the order of the records."""
         shipped: dict[str, ScorerTerm] = {"clip": self.clip, "hps": self.hps}
-        terms = shipped | {extra.name: extra.term for extra in self.extras()}
+        terms = shipped | {extra.name: extra.term for extra in self.user_rewards()}
         return {name: term for name, term in terms.items() if term.enabled}
 
     def terms(self) -> dict[str, RewardTerm]:

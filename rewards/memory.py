@@ -58,7 +58,7 @@ def server_memory(config: RewardServerConfig, *, features: bool) -> ServerMemory
         if name in scorers:
             batch = term.batch_size or IMAGE_BATCH["cuda"]
             _add_clip(found, f"rewards.{name}", term.model, term.precision, batch)
-    for extra in rewards.extras():
+    for extra in rewards.user_rewards():
         if extra.name in scorers:
             found.unknown.append(f"rewards.extra {extra.name}")
     if features:

@@ -45,7 +45,7 @@ from rewards.networks.vision_towers import CLIP, CLIP_TAG, DINOV2, known_tower, 
 from rewards.networks.weight_files import given
 from rewards.scorers.classifier import ClassifierConfig
 from rewards.scorers.hpsv2 import ARCHITECTURE, PUBLISHED, REPOSITORY, HpsConfig, tag_of
-from rewards.scorers.user_rewards import find_extra
+from rewards.scorers.user_rewards import import_user_reward
 
 HUB_PAGE = "https://huggingface.co"
 HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -58,12 +58,12 @@ FP32 = 4
 
 
 def check_rewards(
-    rewards: RewardsConfig, foreign: Collection[str], side: int, findings: Findings
+    rewards: RewardsConfig, skipped_pools: Collection[str], side: int, findings: Findings
 ) -> None:
     """Scorers and feature network of the rewards.
 
     Args:
-        foreign: pools with a runtime environment of their own.
+        skipped_pools: pools with a runtime environment of their own.
         side: pixels a side of the policy's images; 0 where it is not known.
     """
     if rewards.loo_fid.rebuild_every:
@@ -71,16 +71,16 @@ def check_rewards(
             "rewards.loo_fid.rebuild_every is not used any more and goes in the next release: the "
             "history is decomposed when the next iteration needs it; leave it out"
         )
-    if rewards.clip.enabled and rewards.clip.pool not in foreign:
+    if rewards.clip.enabled and rewards.clip.pool not in skipped_pools:
         clip = rewards.clip
         _text_image("rewards.clip", clip.model, clip.pretrained, clip.tag, findings)
-    if rewards.hps.enabled and rewards.hps.pool not in foreign:
+    if rewards.hps.enabled and rewards.hps.pool not in skipped_pools:
         _hps(rewards.hps, findings)
-    for extra in rewards.extras():
-        if extra.term.pool not in foreign:
+    for extra in rewards.user_rewards():
+        if extra.term.pool not in skipped_pools:
             with findings.of("rewards.extra"):
-                find_extra(extra)
-    if rewards.features_pool not in foreign:
+                import_user_reward(extra)
+    if rewards.features_pool not in skipped_pools:
         check_features("rewards.features", rewards.features, side, findings)
 
 

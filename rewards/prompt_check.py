@@ -35,7 +35,7 @@ AT_MOST = 20_000  # conditions that are looked at: seconds
 def check_texts(
     rewards: RewardsConfig,
     judge: JudgeConfig | None,
-    foreign: Collection[str],
+    skipped_pools: Collection[str],
     conditions: Sequence[Condition],
     findings: Findings,
     *,
@@ -45,14 +45,14 @@ def check_texts(
 
     Args:
         judge: None where nothing is evaluated.
-        foreign: pools with a runtime environment of their own.
+        skipped_pools: pools with a runtime environment of their own.
         shipped: the conditions are the miniature's, which its own networks are known to read: for
             these no tokenizer is loaded (a second at every start).
     """
     scorers: list[tuple[str, TextImageConfig, str]] = [
         (f"rewards.{name}", term, term.model)
         for name, term in (("clip", rewards.clip), ("hps", rewards.hps))
-        if term.enabled and term.pool not in foreign
+        if term.enabled and term.pool not in skipped_pools
     ]
     if judge is not None:
         scorers.append(("judge.clip", judge.clip, judge.clip.model))

@@ -13,7 +13,7 @@ from cluster.spans import Span
 from learner.grpo.advantage import Advantages
 from learner.monitoring.guards import scoring_times
 from learner.training.batch import StepReport
-from rewards.distribution.answer import DistributionReward
+from rewards.distribution.distribution_reward import DistributionReward
 
 QUANTILES = {"p05": 0.05, "p95": 0.95}
 

@@ -28,7 +28,7 @@ from rewards.distribution.leave_one_out import check_batch
 from rewards.distribution.moments import Moments
 from rewards.distribution.quadrature import half_line_nodes
 from rewards.distribution.reference import Reference
-from rewards.distribution.root_trace import TOLERANCE, lightening_rows, log_det
+from rewards.distribution.root_trace import TOLERANCE, log_det, reweighting_rows
 
 MAX_CONDITION = 1e12  # of L' cov L: beyond, rounding reaches 1e-6 of the rewards' spread
 USELESS_BATCHES = 8  # after which a decomposition that could serve none is tried again
@@ -117,10 +117,10 @@ class HistoryBasis:
         weights = torch.cat([shares.new_tensor([old]), shares]).sqrt()
         projected = weights[:, None] * (deviations @ self.vectors)
 
-        falls, common, root_trace = self._integrals(projected, old, share, len(x))
+        drops, common, root_trace = self._integrals(projected, old, share, len(x))
         distances = (rows**2).sum(1)
         own = distances[len(distances) - len(x) :]
-        rewards = share * (own.mean() - own) + 2 * (falls - common)
+        rewards = share * (own.mean() - own) + 2 * (drops - common)
         # The batch's shares sum to 1 - decay + share, of which E(u) holds 1 - decay.
         linear = old * self.spread + float(shares @ distances - share * own.mean())
         fid = linear + self.reference_trace - 2 * float(root_trace - common)
@@ -153,18 +153,18 @@ class HistoryBasis:
         values, total = old * self.values, 1 + share
         largest = values[-1] + torch.linalg.eigvalsh(rows @ rows.T)[-1]
         nodes, steps = half_line_nodes(float(values[0]), float(largest), TOLERANCE)
-        falls, common, root_trace = rows.new_zeros(count), 0.0, values.sqrt().sum()
+        drops, common, root_trace = rows.new_zeros(count), 0.0, values.sqrt().sum()
         one = torch.eye(len(rows), out=rows.new_empty(len(rows), len(rows)))
         last = one[:count, :count]
         for node, step in zip(nodes, steps / math.pi):
             scaled = rows * (values + node**2).rsqrt()
             triangle = torch.linalg.cholesky(one + scaled @ scaled.T)
             inverse = torch.cholesky_inverse(triangle[-count:, -count:])  # the last block of K^-1
-            part = lightening_rows(lightening_rows(last - inverse, total).T, total)
-            falls -= step * (total * inverse.diagonal() - share).log()
+            part = reweighting_rows(reweighting_rows(last - inverse, total).T, total)
+            drops -= step * (total * inverse.diagonal() - share).log()
             common = common - step * log_det(last - part)
             root_trace = root_trace + 2 * step * triangle.diagonal().log().sum()
-        return falls, torch.as_tensor(common), root_trace
+        return drops, torch.as_tensor(common), root_trace
 
 
 class MaintainedBasis:
@@ -187,7 +187,7 @@ class MaintainedBasis:
         """Go on from a history that was decomposed, and what came since; None: from nothing."""
         self.base, self.pending, self.share, self._basis = base, pending, share, None
 
-    def of_another_reference(self) -> None:
+    def change_reference(self) -> None:
         """The reference changed: the same history is decomposed in its space."""
         self._basis = None
 

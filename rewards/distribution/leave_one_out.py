@@ -32,7 +32,7 @@ from rewards.distribution.fid import (
 from rewards.distribution.joint import joint_features
 from rewards.distribution.moments import Covariance, Moments, check_features
 from rewards.distribution.reference import Reference
-from rewards.distribution.root_trace import Mixture, fall_of_lightening, falls
+from rewards.distribution.root_trace import Mixture, reweighting_drop, trace_drops
 
 __all__ = [
     "Method",
@@ -96,15 +96,15 @@ def leave_one_out_fid(
         raise ValueError(f"unknown covariance or method: {covariance!r}, {method!r}")
     if mode != "ema_loo":
         raise ValueError(f"mode {mode!r} needs covariance 'diagonal'")
-    scene = _Scene.of(x, moments, reference, decay, torch.device(device))
+    problem = _Problem.of(x, moments, reference, decay, torch.device(device))
     if method == "influence":
-        return _influence(scene)
-    if decay == 0 and len(x) <= scene.factor.shape[1]:
-        return _exact(scene, _from_data(scene))
-    mixture, uncertainty = _from_squares(scene)
-    rewards, fid = _exact(scene, mixture)
+        return _influence(problem)
+    if decay == 0 and len(x) <= problem.factor.shape[1]:
+        return _exact(problem, _from_data(problem))
+    mixture, uncertainty = _from_squares(problem)
+    rewards, fid = _exact(problem, mixture)
     if (uncertainty.cpu().numpy() > BUDGET * rewards.std()).any():
-        return _exact(scene, _from_data(scene))
+        return _exact(problem, _from_data(problem))
     return rewards, fid
 
 
@@ -129,7 +129,7 @@ def check_batch(features: np.ndarray, dim: int, reference_dim: int, decay: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Scene:
+class _Problem:
     """The input as tensors, and the mixture in which every image has the weight that it keeps when
     another one is left out: taking one away then is exactly rank one (rewards/DESIGN.md).
     """
@@ -152,7 +152,7 @@ class _Scene:
         reference: Reference,
         decay: float,
         device: torch.device,
-    ) -> _Scene:
+    ) -> _Problem:
         def tensor(array: np.ndarray) -> Tensor:
             return torch.tensor(array, dtype=torch.float64, device=device)
 
@@ -184,25 +184,25 @@ class _Scene:
         return (self.x - self.mean) @ self.factor
 
 
-def _exact(scene: _Scene, mixture: Mixture) -> tuple[np.ndarray, float]:
+def _exact(problem: _Problem, mixture: Mixture) -> tuple[np.ndarray, float]:
     """Rewards and FID. F is linear in the moments but for the trace of the root:
 
     F = E|x - mu_r|^2 + tr S_r - 2 tr (L' cov L)^(1/2).
     """
-    common = fall_of_lightening(mixture)
-    rewards = mixture.share * (scene.distances.mean() - scene.distances)
-    rewards += 2 * (falls(mixture) - common)
+    common = reweighting_drop(mixture)
+    rewards = mixture.share * (problem.distances.mean() - problem.distances)
+    rewards += 2 * (trace_drops(mixture) - common)
     root_trace = mixture.values.sqrt().sum() - common
-    return rewards.cpu().numpy(), _fid(scene, root_trace)
+    return rewards.cpu().numpy(), _fid(problem, root_trace)
 
 
-def _fid(scene: _Scene, root_trace: Tensor) -> float:
-    batch = (1 - scene.decay) * scene.distances.mean().item()
-    linear = scene.decay * scene.old_distance + batch + scene.reference_trace
+def _fid(problem: _Problem, root_trace: Tensor) -> float:
+    batch = (1 - problem.decay) * problem.distances.mean().item()
+    linear = problem.decay * problem.old_distance + batch + problem.reference_trace
     return max(linear - 2 * root_trace.item(), 0.0)
 
 
-def _from_squares(scene: _Scene) -> tuple[Mixture, Tensor]:
+def _from_squares(problem: _Problem) -> tuple[Mixture, Tensor]:
     """The mixture by the eigendecomposition of L' cov L, and the uncertainty (N,) of each fall.
 
     Fast; but squares put what is small beside the largest eigenvalue's rounding error v. A shift
@@ -210,23 +210,23 @@ def _from_squares(scene: _Scene) -> tuple[Mixture, Tensor]:
     sqrt(m + v) - sqrt(m) with the least eigenvalue m that a missing image leaves; directions lost
     in the noise are worth its root.
     """
-    projected = scene.projected
-    history = (scene.old_mean - scene.mean) @ scene.factor
-    squares = scene.decay * (scene.factor.T @ (scene.old_cov @ scene.factor))
-    squares += scene.decay * torch.outer(history, history)
-    squares += scene.share * projected.T @ projected
+    projected = problem.projected
+    history = (problem.old_mean - problem.mean) @ problem.factor
+    squares = problem.decay * (problem.factor.T @ (problem.old_cov @ problem.factor))
+    squares += problem.decay * torch.outer(history, history)
+    squares += problem.share * projected.T @ projected
     spectrum, vectors = torch.linalg.eigh((squares + squares.T) / 2)
     keep = significant(spectrum.cpu().numpy())
     lost = len(keep) - int(keep.sum())
     values = spectrum[torch.from_numpy(keep).to(spectrum.device)]
     vectors = vectors[:, lost:]
-    scores = scene.share**0.5 * (projected @ vectors) / values.sqrt()
-    total = 1 + scene.share
+    scores = problem.share**0.5 * (projected @ vectors) / values.sqrt()
+    total = 1 + problem.share
     weights = total * scores**2
-    mixture = Mixture(values, scores, (1 - weights.sum(1)).clamp(min=0, max=1), scene.share)
+    mixture = Mixture(values, scores, (1 - weights.sum(1)).clamp(min=0, max=1), problem.share)
 
     floor = noise(spectrum.cpu().numpy(), NOISE_MARGIN)
-    uncertainty = torch.full_like(mixture.rest, 3 * scene.share * (lost * floor) ** 0.5)
+    uncertainty = torch.full_like(mixture.rest, 3 * problem.share * (lost * floor) ** 0.5)
     if len(values):
         error = SOLVER_ULPS * torch.finfo(values.dtype).eps * values[-1]
         left = values[0] * mixture.rest
@@ -235,7 +235,7 @@ def _from_squares(scene: _Scene) -> tuple[Mixture, Tensor]:
     return mixture, uncertainty
 
 
-def _from_data(scene: _Scene) -> Mixture:
+def _from_data(problem: _Problem) -> Mixture:
     """The mixture by singular values of a square root F of A, F'F = A: several times slower, right
     where `_from_squares` is not.
 
@@ -244,14 +244,14 @@ def _from_data(scene: _Scene) -> Mixture:
     turns q into the row of the shift removes both. What an image has outside the range then tells
     how near it is to spanning a direction of its own: a length, so accurate where 1 - h is not.
     """
-    count, total = len(scene.x), 1 + scene.share
-    projected = scene.projected
-    q_old, q_new = (scene.decay / total) ** 0.5, (scene.share / total) ** 0.5
-    shift = scene.decay**0.5 * (scene.old_mean - scene.mean) @ scene.factor
-    rows = scene.share**0.5 * projected - q_new / (1 + q_old) * shift
-    if scene.decay:
-        root = torch.from_numpy(covariance_factor(scene.old_cov.cpu().numpy())).to(rows)
-        rows = torch.cat([scene.decay**0.5 * root.T @ scene.factor, rows])
+    count, total = len(problem.x), 1 + problem.share
+    projected = problem.projected
+    q_old, q_new = (problem.decay / total) ** 0.5, (problem.share / total) ** 0.5
+    shift = problem.decay**0.5 * (problem.old_mean - problem.mean) @ problem.factor
+    rows = problem.share**0.5 * projected - q_new / (1 + q_old) * shift
+    if problem.decay:
+        root = torch.from_numpy(covariance_factor(problem.old_cov.cpu().numpy())).to(rows)
+        rows = torch.cat([problem.decay**0.5 * root.T @ problem.factor, rows])
     left, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
     floor = max(rows.shape) * torch.finfo(rows.dtype).eps * sizes.max().item() if len(sizes) else 0
     rank = int((sizes > floor).sum())
@@ -264,10 +264,10 @@ def _from_data(scene: _Scene) -> Mixture:
     outside = unit - left @ scores
     outside -= left @ (left.T @ outside)  # twice is enough
     rest = (total * (outside**2).sum(0)).clamp(max=1)
-    return Mixture(sizes**2, scores.T, rest, scene.share)
+    return Mixture(sizes**2, scores.T, rest, problem.share)
 
 
-def _influence(scene: _Scene) -> tuple[np.ndarray, float]:
+def _influence(problem: _Problem) -> tuple[np.ndarray, float]:
     """First order in an image's weight, about the mixture E(u) with every image:
 
     r_i = share (mean_j q(x_j) - q(x_i)),   q(x) = |x - mu_r|^2 - (x - m)' K (x - m),
@@ -275,16 +275,16 @@ def _influence(scene: _Scene) -> tuple[np.ndarray, float]:
 
     The rewards of a batch sum to zero.
     """
-    weight = (1 - scene.decay) / len(scene.x)
-    mean = scene.decay * scene.old_mean + weight * scene.x.sum(0)
-    projected = (scene.x - mean) @ scene.factor
-    history = (scene.old_mean - mean) @ scene.factor
-    squares = scene.decay * (scene.factor.T @ (scene.old_cov @ scene.factor))
-    squares += scene.decay * torch.outer(history, history) + weight * projected.T @ projected
+    weight = (1 - problem.decay) / len(problem.x)
+    mean = problem.decay * problem.old_mean + weight * problem.x.sum(0)
+    projected = (problem.x - mean) @ problem.factor
+    history = (problem.old_mean - mean) @ problem.factor
+    squares = problem.decay * (problem.factor.T @ (problem.old_cov @ problem.factor))
+    squares += problem.decay * torch.outer(history, history) + weight * projected.T @ projected
     values, vectors = torch.linalg.eigh((squares + squares.T) / 2)
     keep = torch.from_numpy(significant(values.cpu().numpy())).to(values.device)
     roots = values[keep].sqrt()
     slopes = ((projected @ vectors[:, keep]) ** 2) @ (1 / roots)
-    q = scene.distances - slopes
-    rewards = scene.share * (q.mean() - q)
-    return rewards.cpu().numpy(), _fid(scene, roots.sum())
+    q = problem.distances - slopes
+    rewards = problem.share * (q.mean() - q)
+    return rewards.cpu().numpy(), _fid(problem, roots.sum())

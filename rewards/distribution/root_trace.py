@@ -1,4 +1,4 @@
-"""How much the trace of a matrix square root falls when images are taken out: quadratures.
+"""How much the trace of a matrix square root trace_drops when images are taken out: quadratures.
 
 A (R, R) is a positive semidefinite sum of outer products to which N images contribute the rows
 sqrt(share) z_i; W = 1 + share is the weight of the mixture that A belongs to. Taking image i out of
@@ -43,7 +43,7 @@ class Mixture:
         return 1 + self.share
 
 
-def falls(mixture: Mixture) -> Tensor:
+def trace_drops(mixture: Mixture) -> Tensor:
     """(N,) >= 0: tr sqrt(A) - tr sqrt(A - share W z_i z_i'), for each image.
 
     As an integral,
@@ -77,7 +77,7 @@ def falls(mixture: Mixture) -> Tensor:
     return closed - logs @ weights / math.pi
 
 
-def fall_of_lightening(mixture: Mixture) -> Tensor:
+def reweighting_drop(mixture: Mixture) -> Tensor:
     """() >= 0: tr sqrt(A) - tr sqrt(A_all), A_all of the mixture in which all images weigh less.
 
     There each of the N images has the weight share (N - 1) / N, as when none is missing; the
@@ -93,7 +93,7 @@ def fall_of_lightening(mixture: Mixture) -> Tensor:
     values, scores = mixture.values, mixture.scores
     if not len(values):
         return scores.new_zeros(())
-    rows = lightening_rows(scores, mixture.total)
+    rows = reweighting_rows(scores, mixture.total)
     roots = values.sqrt()
     first = (rows**2).sum(0) @ roots / 2
     squares = (rows.T @ rows).square_().div_(roots[:, None] + roots)
@@ -113,8 +113,8 @@ def fall_of_lightening(mixture: Mixture) -> Tensor:
     return first + second + higher / math.pi
 
 
-def lightening_rows(scores: Tensor, total: float) -> Tensor:
-    """Rows (N, R) whose outer products sum to the change in `fall_of_lightening`, relative to A."""
+def reweighting_rows(scores: Tensor, total: float) -> Tensor:
+    """Rows (N, R) whose outer products sum to the change in `reweighting_drop`, relative to A."""
     return (scores + (math.sqrt(total) - 1) * scores.mean(0)) / math.sqrt(len(scores))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import DataError
-from rewards.base import Images, RowErrors, by_size
+from rewards.base import ImageErrors, Images, by_size
 from rewards.networks.open_clip_models import Precision
 
 
@@ -81,14 +81,14 @@ class NetworkFeatures:
 
 
 def each_size(images: Images, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Features of images of mixed sizes from an extractor of arrays; rows come back in order.
+    """Features (N, D) of images of mixed sizes, in the order of the images.
 
     Args:
-        extract: (n, H, W, 3) uint8 -> (n, D) float32, or a DataError for sizes it does not take.
+        extract: (n, H, W, 3) uint8 -> (n, D) float32; raises DataError for sizes it does not take.
 
     Raises:
-        DataError: of an array, as it is.
-        RowErrors: the images of a sequence that cannot be taken; or all could be, but not together.
+        DataError: `images` is an array that `extract` refuses.
+        ImageErrors: images of a sequence that `extract` refuses, or whose D differ.
     """
     if isinstance(images, np.ndarray):
         return extract(images)
@@ -98,9 +98,9 @@ def each_size(images: Images, extract: Callable[[np.ndarray], np.ndarray]) -> np
         try:
             parts.append((rows, extract(same)))
         except DataError as error:
-            errors.update((int(row), str(error)) for row in rows)
+            errors.update((int(index), str(error)) for index in rows)
     if errors:
-        raise RowErrors(errors)
+        raise ImageErrors(errors)
     return _in_order(parts)
 
 
@@ -108,8 +108,8 @@ def _in_order(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     first, dim = parts[0][0], parts[0][1].shape[1]
     for rows, features in parts:
         if features.shape[1] != dim:
-            # Nothing is wrong with either: the smaller part goes.
+            # Neither part is wrong by itself.
             message = f"gives {features.shape[1]} features, but image {first[0]} gives {dim}"
-            raise RowErrors({int(row): message for row in rows})
+            raise ImageErrors({int(row): message for row in rows})
     order = np.argsort(np.concatenate([rows for rows, _ in parts]))
     return np.concatenate([features for _, features in parts])[order]

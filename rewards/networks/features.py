@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cluster.errors import ConfigError, DataError
 from cluster.model_files.tensors import locate
 from cluster.program.precision import exact_fp32
-from rewards.base import FeatureExtractor, Images, RowErrors
+from rewards.base import FeatureExtractor, ImageErrors, Images
 from rewards.networks.convnet import load_convnet
 from rewards.networks.extractor import NetworkFeatures, each_size
 from rewards.networks.inception import (
@@ -109,13 +109,13 @@ class PixelFeatures:
 
         Raises:
             DataError: too many pixels for a covariance.
-            RowErrors: a sequence of images of different sizes.
+            ImageErrors: a sequence of images of different sizes.
         """
         sizes = [image.shape[:2] for image in images]
         odd = {row: size for row, size in enumerate(sizes) if size != sizes[0]}
         if odd:
             height, width = sizes[0]
-            raise RowErrors(
+            raise ImageErrors(
                 {
                     row: f"is {size[0]} x {size[1]}, but image 0 is {height} x {width}: pixels are "
                     "compared of images of one size"

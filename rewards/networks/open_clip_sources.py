@@ -79,7 +79,7 @@ def find_source(model: str, pretrained: str, tag: str = "") -> Source:
         CheckpointError: weights that are missing or doubly named, a damaged configuration, another
             activation than the model's, or a file of which is not known how it was trained.
     """
-    if is_own_source(model):
+    if has_own_weights(model):
         if pretrained or tag:
             raise CheckpointError(
                 f"{model} comes with its own weights, so pretrained and tag must be empty, found "
@@ -104,7 +104,7 @@ def find_source(model: str, pretrained: str, tag: str = "") -> Source:
     return Source(name=model, tag=pretrained)
 
 
-def is_own_source(model: str) -> bool:
+def has_own_weights(model: str) -> bool:
     """Whether a model's name stands for weights, too: a directory, or a model on the hub."""
     return model.startswith(HUB) or directory_of(model) is not None
 

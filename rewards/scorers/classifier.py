@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.messages import Condition
-from rewards.base import Images, RowErrors, by_size
+from rewards.base import ImageErrors, Images, by_size
 from rewards.networks.convnet import load_convnet
 
 
@@ -30,7 +30,7 @@ class ClassifierAccuracy:
         """N images (S, S, 3) uint8 and N conditions -> (N,) float32.
 
         Raises:
-            RowErrors: a condition without a class, or with one that the classifier does not know.
+            ImageErrors: a condition without a class, or with one that the classifier does not know.
         """
         known = self._network.config.num_classes
         wanted = [condition.class_index for condition in conditions]
@@ -42,7 +42,7 @@ class ClassifierAccuracy:
             if index is None or not 0 <= index < known
         }
         if errors:
-            raise RowErrors(errors)
+            raise ImageErrors(errors)
         predicted = np.empty(len(images), np.int64)
         for rows, same in by_size(images):
             predicted[rows] = self._network.run(same)[1].argmax(-1)

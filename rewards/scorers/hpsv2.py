@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.errors import CheckpointError, ConfigError
 from rewards.networks.open_clip_models import TextImageModel
-from rewards.networks.open_clip_sources import is_file, is_own_source
+from rewards.networks.open_clip_sources import has_own_weights, is_file
 from rewards.networks.preprocessing import (
     Preprocess,
     fit_floats,
@@ -76,7 +76,7 @@ class HpsReward(TextImageScorer):
             checkpoint = fetch_published(checkpoint)
         model: TextImageModel | PackageModel
         if config.backend == "package":
-            if is_own_source(config.model) or not checkpoint:
+            if has_own_weights(config.model) or not checkpoint:
                 raise ConfigError(
                     f"backend 'package' needs the name of an architecture ({ARCHITECTURE}) as "
                     f"model and a checkpoint as pretrained, found {config.model!r} and "

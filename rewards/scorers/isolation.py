@@ -2,7 +2,7 @@
 
 Such settings are torch's default dtype and threads, random generators, warning filters, the working
 directory. In the inline fleet all roles share them; on Ray all scorers of a server do. `Isolation`
-keeps a set of them for each piece of foreign code: it is in force during its calls alone.
+keeps a set of them for each piece of user code: it is in force during its calls alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Setting(NamedTuple):
     get: Callable[[], Any]
     set: Callable[[Any], Any]
     kept: bool = True
-    """Whether foreign code finds again what it set; else it is only undone."""
+    """Whether user code finds again what it set; else it is only undone."""
 
 
 def _flag(owner: Any, name: str) -> Setting:
@@ -279,7 +279,7 @@ SETTINGS: dict[str, Setting] = {
     },
     "file modes": Setting(_umask, os.umask, kept=False),
     "timers": Setting(_timers, _stop_timers, kept=False),
-    # these belong to the run, also while foreign code computes
+    # these belong to the run, also while user code computes
     "warnings": _flag(warnings, "showwarning")._replace(kept=False),
     "stdout": _flag(sys, "stdout")._replace(kept=False),
     "stderr": _flag(sys, "stderr")._replace(kept=False),
@@ -288,19 +288,19 @@ SETTINGS: dict[str, Setting] = {
     "logging off": _flag(logging.root.manager, "disable")._replace(kept=False),
     "loggers": Setting(_loggers, _set_loggers, kept=False),
 }
-"""What foreign code may set, and gets for itself."""
+"""What user code may set, and gets for itself."""
 SIGNALS = Setting(_handlers, _set_handlers, kept=False)  # the main thread's alone
 
 
 class Isolation:
-    """The settings that one piece of foreign code sees."""
+    """The settings that one piece of user code sees."""
 
     def __init__(self) -> None:
         self._theirs: dict[str, Any] = {}
 
     @contextmanager
     def __call__(self, seed: int) -> Iterator[None]:
-        """Run the block with the foreign code's settings, then put back everyone else's.
+        """Run the block with the user code's settings, then put back everyone else's.
 
         Args:
             seed: of the global generators (Python's, numpy's, torch's) in the block: 0 to 2^32 - 1.
@@ -363,8 +363,8 @@ def _generators(seed: int) -> Iterator[None]:
 
 
 def of_the_user(error: BaseException) -> bool:
-    """Whether an error that came out of foreign code is the user's Ctrl-C, which Python raises in
-    the main thread. All others, SystemExit and its like included, are the foreign code's own."""
+    """Whether an error that came out of user code is the user's Ctrl-C, which Python raises in
+    the main thread. All others, SystemExit and its like included, are the user code's own."""
     return isinstance(error, KeyboardInterrupt) and _in_main_thread()
 
 
@@ -388,7 +388,7 @@ def describe(error: BaseException) -> str:
 
 
 def _passes_on(file: str) -> bool:
-    """Whether code of a file calls foreign code, or imports it: no place of an error."""
+    """Whether code of a file calls user code, or imports it: no place of an error."""
     path = Path(file)
     return file.startswith("<frozen") or path.parent.name == "importlib" or path in _CALLERS
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
 from cluster.text_limits import Reading, fault
-from rewards.base import Images, RowErrors, by_size
+from rewards.base import ImageErrors, Images, by_size
 from rewards.networks.open_clip_models import Precision
 from rewards.scorers.prompts import LONG_CAPTIONS, PromptConfig, Prompts
 
@@ -138,7 +138,7 @@ class TextImageScorer(ABC):
         """N uint8 images of any sizes and N conditions -> (N,) float32.
 
         Raises:
-            RowErrors: rows whose text or image cannot be scored, each with the reason.
+            ImageErrors: rows whose text or image cannot be scored, each with the reason.
         """
         texts, faults = self._read(conditions)
         for row, image in enumerate(images):
@@ -146,7 +146,7 @@ class TextImageScorer(ABC):
             if fault is not None:
                 faults.setdefault(row, fault)
         if faults:
-            raise RowErrors(dict(sorted(faults.items())))
+            raise ImageErrors(dict(sorted(faults.items())))
         words = self._texts(texts)
         pictures = self._encode(images)
         return (pictures * words).sum(-1).cpu().numpy()

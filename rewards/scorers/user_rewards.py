@@ -42,7 +42,7 @@ SHOWN = 5  # names
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtraReward:
+class UserReward:
     """One of them, parsed."""
 
     name: str
@@ -58,7 +58,7 @@ class ExtraReward:
     """That file, as it was when the run began; None: as it is where the scorer is built."""
 
 
-def parse_extra(text: str) -> ExtraReward:
+def parse_user_reward(text: str) -> UserReward:
     """`module:Class=weight`, then options: `name`, `normalise`, `limit` and `pool` are the term's;
     others go to the constructor, their values read as YAML.
 
@@ -94,7 +94,7 @@ def parse_extra(text: str) -> ExtraReward:
     name = str(read.pop("name", _snake(path.rpartition(":")[2])))
     term = {key: read.pop(key) for key in ("weight", *OF_THE_TERM) if key in read}
     file = found.groupdict().get("file") or ""
-    return ExtraReward(name=name, path=path, term=_term(text, term), options=read, file=file)
+    return UserReward(name=name, path=path, term=_term(text, term), options=read, file=file)
 
 
 def _value(text: str, key: str, value: str) -> Any:
@@ -108,7 +108,7 @@ def _value(text: str, key: str, value: str) -> Any:
         ) from None
 
 
-class ForeignScorer:
+class UserScorer:
     """A user's own scorer, kept apart from everything else in its process: it gets images and
     conditions of its own, which it may write to, and its answer is copied. What it sets for the
     whole process is undone after each call (`rewards.scorers.isolation`).
@@ -117,7 +117,7 @@ class ForeignScorer:
     retry, or another server, draws the same numbers.
     """
 
-    def __init__(self, extra: ExtraReward, scorer: Callable[..., Any], isolated: Isolation) -> None:
+    def __init__(self, extra: UserReward, scorer: Callable[..., Any], isolated: Isolation) -> None:
         self._extra, self._scorer, self._isolated = extra, scorer, isolated
 
     def warm(self) -> None:
@@ -160,7 +160,7 @@ def _seed(text: str) -> int:
 
 
 @contextmanager
-def _building(extra: ExtraReward, what: str, hint: str = "") -> Iterator[None]:
+def _building(extra: UserReward, what: str, hint: str = "") -> Iterator[None]:
     """Foreign code is imported or built: whatever it raises becomes one clear error."""
     try:
         yield
@@ -172,7 +172,7 @@ def _building(extra: ExtraReward, what: str, hint: str = "") -> Iterator[None]:
         raise ConfigError(f"rewards.extra: {extra.path} {what}: {describe(error)}{hint}") from error
 
 
-def find_extra(extra: ExtraReward, isolated: Isolation | None = None) -> Callable[..., Any]:
+def import_user_reward(extra: UserReward, isolated: Isolation | None = None) -> Callable[..., Any]:
     """Import what builds it, without building it.
 
     Raises:
@@ -194,7 +194,7 @@ def find_extra(extra: ExtraReward, isolated: Isolation | None = None) -> Callabl
     return found
 
 
-def _hint(extra: ExtraReward, module: str) -> str:
+def _hint(extra: UserReward, module: str) -> str:
     """What to do about one that cannot be imported."""
     if extra.file:
         return (
@@ -209,7 +209,7 @@ def _hint(extra: ExtraReward, module: str) -> str:
     return ". Is its package installed there, or in the directory that the run was started from?"
 
 
-def _member(extra: ExtraReward, module: str, owner: Any, name: str) -> Any:
+def _member(extra: UserReward, module: str, owner: Any, name: str) -> Any:
     """A module's class, or what that holds."""
     try:
         return getattr(owner, name)
@@ -228,13 +228,13 @@ def _member(extra: ExtraReward, module: str, owner: Any, name: str) -> Any:
         ) from None
 
 
-def _module(extra: ExtraReward, name: str) -> Any:
+def _module(extra: UserReward, name: str) -> Any:
     if not extra.file:
         return importlib.import_module(name)
     return import_file(extra.kept or read_file(extra.file))
 
 
-def _check_call(extra: ExtraReward, found: Any) -> None:
+def _check_call(extra: UserReward, found: Any) -> None:
     """Whether it can be called to build a scorer, and a scorer then with images and conditions."""
     what = f"rewards.extra: {extra.path}"
     if not callable(found):
@@ -273,14 +273,14 @@ def _misfit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     return ""
 
 
-def load_extra(extra: ExtraReward, device: str) -> ForeignScorer:
+def load_user_reward(extra: UserReward, device: str) -> UserScorer:
     """Import and build it.
 
     Raises:
-        ConfigError: see `find_extra`; it fails, or what it gives cannot be called.
+        ConfigError: see `import_user_reward`; it fails, or what it gives cannot be called.
     """
     isolated = Isolation()
-    build = find_extra(extra, isolated)
+    build = import_user_reward(extra, isolated)
     with _building(extra, "cannot be built"), isolated(_seed(extra.path)):
         scorer = build(device=device, **extra.options)
     if not callable(scorer):
@@ -288,7 +288,7 @@ def load_extra(extra: ExtraReward, device: str) -> ForeignScorer:
             f"rewards.extra: {extra.path} gives a {type(scorer).__name__}, which cannot be called "
             "with images and conditions: define __call__(self, images, conditions)"
         )
-    return ForeignScorer(extra, scorer, isolated)
+    return UserScorer(extra, scorer, isolated)
 
 
 def _term(text: str, values: Mapping[str, Any]) -> ScorerTerm:

@@ -1,8 +1,7 @@
-"""Requests of many callers, worked on together: a bounded queue, one working thread.
+"""Batches requests of many threads: a bounded queue and one worker thread.
 
-A batch begins when enough has come together, or when its first request has waited long enough.
-While the thread works on one batch, callers prepare the next: whatever a caller does before and
-after its call is done beside the work.
+A batch starts when it is full or when its first request has waited `max_wait_s`. Callers prepare
+their next requests while the worker thread runs a batch.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from rewards.scorers.isolation import describe
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-NEWEST = 512  # requests whose waits the statistics describe
-CHECK_S = 1.0  # how often a caller looks whether the thread that works for it is still there
+NEWEST = 512  # requests in the statistics of waits
+CHECK_S = 1.0  # seconds between a caller's checks of the worker thread
 
 
 @dataclass(frozen=True)
 class Work:
-    """When a request was worked on; seconds since the epoch."""
+    """Times of a request, seconds since the epoch."""
 
     arrived: float
     start: float
     end: float
     first: bool
-    """Whether the request is the first of its batch: batches are counted by these."""
+    """The request is the first of its batch; used to count batches."""
 
 
 @dataclass
@@ -44,28 +43,27 @@ class Entry(Generic[Item, Result]):
 
     item: Item
     group: object
-    """Only entries of one group are worked on together."""
+    """A batch holds entries of one group only."""
     size: int
     arrived: float = field(default_factory=time.time)
     deadline: float = 0.0
-    """By `time.monotonic`: when it has waited long enough for others."""
+    """`time.monotonic()` at which its batch starts, full or not."""
     future: Future[tuple[Result, Work]] = field(default_factory=Future)
 
 
 class Batcher(Generic[Item, Result]):
-    """Call `submit` from any number of threads; `work` runs in one thread of its own.
+    """Call `submit` from any number of threads; `work` runs in one worker thread.
 
     Args:
-        work: a list of items of one group, and that group -> their results, in order. An exception
-            fails the batch; its items are then tried one by one, so that only those fail that fail
+        work: (items of one group, the group) -> results in the same order. After an exception the
+            items of the batch are retried one by one, so that only items that fail alone fail.
+        max_batch: largest sum of sizes in a batch; 0 runs every item alone. A larger item runs
             alone.
-        max_batch: largest sum of sizes worked on together; 0 takes every item by itself. An item
-            larger than that goes alone.
-        max_wait_s: longest that the first item of a batch waits for others, seconds.
-        max_queued: largest sum of sizes that may wait; an item larger than that may wait alone.
-        patience_s: longest that a caller waits for room.
-        limit_s: longest that a batch may be worked on.
-        doing: what the thread is at, for the error of a batch that takes longer.
+        max_wait_s: longest wait of a batch's first item for others.
+        max_queued: largest sum of sizes in the queue; a larger item queues alone.
+        queue_timeout_s: longest wait of a caller for room in the queue.
+        batch_timeout_s: longest run of a batch.
+        activity: describes the running batch, for the error of one that takes longer.
     """
 
     def __init__(
@@ -75,20 +73,20 @@ class Batcher(Generic[Item, Result]):
         max_batch: int,
         max_wait_s: float,
         max_queued: int,
-        patience_s: float = 600.0,
-        limit_s: float = 600.0,
+        queue_timeout_s: float = 600.0,
+        batch_timeout_s: float = 600.0,
         name: str = "batcher",
-        doing: Callable[[], str] = lambda: "a batch",
+        activity: Callable[[], str] = lambda: "a batch",
     ) -> None:
-        self._work, self._name, self._patience_s = work, name, patience_s
-        self._limit_s, self._doing = limit_s, doing
+        self._work, self._name, self._queue_timeout_s = work, name, queue_timeout_s
+        self._batch_timeout_s, self._activity = batch_timeout_s, activity
         self._max_batch, self._max_wait_s, self._max_queued = max_batch, max_wait_s, max_queued
         self._queue: deque[Entry[Item, Result]] = deque()
         self._queued = 0
         self._changed = threading.Condition()
         self._closed = False
-        self._failure: str | None = None  # why the thread ended, if it was not told to
-        self._begun: float | None = None  # by `time.monotonic`: the batch that is worked on
+        self._failure: str | None = None  # why the thread ended without `close`
+        self._begun: float | None = None  # start of the running batch, by `time.monotonic`
         self._waits: deque[float] = deque(maxlen=NEWEST)
         self._requests = self._images = self._batches = 0
         self._busy_s = 0.0
@@ -96,25 +94,25 @@ class Batcher(Generic[Item, Result]):
         self._thread.start()
 
     def submit(self, item: Item, size: int, group: object = None) -> tuple[Result, Work]:
-        """Have an item worked on, and wait for its result.
+        """Queue an item and wait for its result.
 
         Raises:
-            FleetError: closed, no room in the queue for longer than `patience_s`, or the thread
-                has ended.
-            StuckError: a batch was worked on for longer than `limit_s`, this one or one before it.
-            Exception: whatever `work` raised for this item.
+            FleetError: closed, no room in the queue within `queue_timeout_s`, or the worker thread
+                ended.
+            StuckError: this batch or an earlier one runs for longer than `batch_timeout_s`.
+            Exception: raised by `work` for this item.
         """
         entry = Entry[Item, Result](item, group, size)
         with self._changed:
             room = self._changed.wait_for(
-                lambda: self._closed or self._failure or self._room(size), self._patience_s
+                lambda: self._closed or self._failure or self._room(size), self._queue_timeout_s
             )
             self._refuse()
             if not room:
                 raise FleetError(
                     f"{self._name}: {self._queued} images wait already (max_queued "
                     f"{self._max_queued}), and there was no room for {size} more within "
-                    f"{self._patience_s:g} s: start more servers, or ask for less at a time"
+                    f"{self._queue_timeout_s:g} s: start more servers, or ask for less at a time"
                 )
             entry.arrived = time.time()
             entry.deadline = time.monotonic() + self._max_wait_s
@@ -132,34 +130,34 @@ class Batcher(Generic[Item, Result]):
             raise FleetError(f"{self._name} is closed")
 
     def _check(self) -> None:
-        """For a caller that waits: is somebody still at work?
+        """Check the worker thread, for a waiting caller.
 
         Raises:
-            StuckError: yes, for too long.
-            FleetError: no.
+            StuckError: its batch runs for too long.
+            FleetError: it ended.
         """
         if not self._alive():
-            self._end("its thread ended without a word", [])
+            self._end("its thread ended without an error", [])
             raise FleetError(self._failure)
         if seconds := self._overtime():
             raise StuckError(
-                f"{self._name} has been at {self._doing()} for {seconds:.0f} s (--timeout-s sets "
-                "the bound)"
+                f"{self._name} has been at {self._activity()} for {seconds:.0f} s (--timeout-s "
+                "sets the bound)"
             )
 
     def _overtime(self) -> float:
-        """Seconds that the thread has been at its batch, if those are too many; else 0."""
+        """Seconds that the batch has run, if more than allowed; else 0."""
         begun = self._begun
         seconds = 0.0 if begun is None else time.monotonic() - begun
-        return seconds if seconds > self._limit_s else 0.0
+        return seconds if seconds > self._batch_timeout_s else 0.0
 
     def _alive(self) -> bool:
-        """Python takes a thread that ended in C for alive; the system knows, on Linux."""
+        """Python reports a thread that ended in C code as alive; Linux's /proc does not."""
         tasks, number = Path("/proc/self/task"), self._thread.native_id
         return self._thread.is_alive() and (not tasks.is_dir() or (tasks / str(number)).exists())
 
     def stats(self) -> ServerStats:
-        """Counters so far; `failed` is for the caller to know."""
+        """Counters so far; `failed` is left to the caller."""
         with self._changed:
             waits = sorted(self._waits)
             return ServerStats(
@@ -173,7 +171,7 @@ class Batcher(Generic[Item, Result]):
             )
 
     def close(self) -> None:
-        """Refuse new items, and fail those that wait."""
+        """Refuse new items and fail queued ones."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -188,7 +186,7 @@ class Batcher(Generic[Item, Result]):
         try:
             while batch := self._next():
                 self._do(batch)
-        except BaseException as error:  # of this loop itself: what `work` raises is an answer
+        except BaseException as error:  # of this loop; exceptions of `work` are results
             self._end(describe(error), batch)
 
     def _do(self, batch: list[Entry[Item, Result]]) -> None:
@@ -213,9 +211,9 @@ class Batcher(Generic[Item, Result]):
             if len(results) != len(batch):
                 raise FleetError(f"{self._name}: {len(results)} results of {len(batch)} requests")
             return [*results]
-        except BaseException as error:  # it becomes the answer of the request that it belongs to
+        except BaseException as error:  # becomes the result of its request
             if len(batch) == 1:
-                # whoever waits is not to end by another's SystemExit
+                # a scorer's SystemExit must not end the caller's thread
                 return [error if isinstance(error, Exception) else self._ended_by(error)]
             return [self._results([entry])[0] for entry in batch]
 
@@ -223,7 +221,7 @@ class Batcher(Generic[Item, Result]):
         return FleetError(f"{self._name}: {describe(error)}")
 
     def _end(self, why: str, batch: list[Entry[Item, Result]]) -> None:
-        """The thread is gone: fail what it was at and what waits, and refuse what comes."""
+        """The thread ended: fail the running batch and the queue, refuse new items."""
         with self._changed:
             self._failure = self._failure or f"{self._name} cannot work any more: {why}"
             self._begun = None

@@ -19,7 +19,6 @@ from threadpoolctl import threadpool_limits
 from cluster.errors import CheckpointError, DataError
 from cluster.io.checksum import UNREADABLE, pack_array, seal, unpack_array, unseal
 from cluster.spans import Span
-from rewards.distribution.answer import DistributionReward
 from rewards.distribution.config import MomentsConfig
 from rewards.distribution.diagnostics import (
     LAG_COMMITS,
@@ -30,6 +29,7 @@ from rewards.distribution.diagnostics import (
     short_window_warning,
 )
 from rewards.distribution.diagonal import diagonal_distance
+from rewards.distribution.distribution_reward import DistributionReward
 from rewards.distribution.history_basis import MaintainedBasis
 from rewards.distribution.leave_one_out import leave_one_out_fid
 from rewards.distribution.moments import Moments, SlidingWindow
@@ -91,7 +91,7 @@ class MomentsServer:
         if self._history is not None and self._history.effective_size:
             reference.check_dim(self._history.dim)
         self._reference, self._bias_constant = reference, None
-        self._basis.of_another_reference()
+        self._basis.change_reference()
 
     def seed(self, start: np.ndarray | Moments) -> float:
         """Start the history from images of the base policy, by their features (N, D) or moments;
@@ -167,7 +167,7 @@ class MomentsServer:
         # With one thread the last bits of a product do not depend on where the server runs.
         with threadpool_limits(self._config.num_threads):
             step = self._step(self._history, used)
-            rewards[valid], fid = self._judge(self._reference, step, used)
+            rewards[valid], fid = self._rewards(self._reference, step, used)
             batch_fid = self._batch_fid(self._reference, used)
             size = step.after.effective_size
             bias, batch_bias = self._bias(size, fid), self._bias(len(used), batch_fid)
@@ -292,7 +292,7 @@ class MomentsServer:
             return _Step(Moments.empty(used.shape[1]), 0.0, after)
         return _Step(older.moments(), 1 - len(used) / after.effective_size, after)
 
-    def _judge(
+    def _rewards(
         self, reference: Reference, step: _Step, used: np.ndarray
     ) -> tuple[np.ndarray, float]:
         """Rewards of the images (N, D), and the FID of their mixture with the history."""

@@ -1,4 +1,4 @@
-"""A panel of scorers that judge the same images, each image on its own merits and faults."""
+"""A panel of scorers that score the same images, each image on its own merits and faults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.messages import Condition
-from rewards.base import FeatureExtractor, Images, RowErrors, Scorer, image_fault
+from rewards.base import FeatureExtractor, ImageErrors, Images, Scorer, image_fault
 from rewards.scorers.isolation import describe, of_the_user, one_line
 
 
@@ -68,7 +68,7 @@ class Panel:
             if warm is not None:
                 warm()
 
-    def judge(self, images: Images, conditions: Sequence[Condition]) -> PanelScores:
+    def score(self, images: Images, conditions: Sequence[Condition]) -> PanelScores:
         """Score N uint8 images with their N conditions.
 
         An image that is none (1 pixel, not RGB, not uint8), or that a scorer fails on (exception or
@@ -163,8 +163,8 @@ def _attempt(
     while rows:
         try:
             return dict(zip(rows, _call(score, rows, images, conditions), strict=True)), faults
-        except RowErrors as error:
-            named = _row_faults(error, len(rows))
+        except ImageErrors as error:
+            named = _image_errors(error, len(rows))
             if not named:  # none that it was given: no use to ask again
                 alone, wrong = _one_by_one(score, rows, images, conditions)
                 return alone, faults | wrong
@@ -188,8 +188,8 @@ def _one_by_one(
     for row in rows:
         try:
             found[row] = _call(score, [row], images, conditions)[0]
-        except RowErrors as error:
-            faults[row] = next(iter(_row_faults(error, 1).values()), describe(error))
+        except ImageErrors as error:
+            faults[row] = next(iter(_image_errors(error, 1).values()), describe(error))
         except BaseException as error:
             if of_the_user(error):
                 raise
@@ -197,7 +197,7 @@ def _one_by_one(
     return found, faults
 
 
-def _row_faults(error: RowErrors, count: int) -> dict[int, str]:
+def _image_errors(error: ImageErrors, count: int) -> dict[int, str]:
     """What a scorer says of its rows, as far as these are rows that it was given."""
     named = error.errors.items()
     return {int(row): one_line(fault) for row, fault in named if row in range(count)}

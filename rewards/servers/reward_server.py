@@ -36,7 +36,7 @@ from rewards.networks.features import load_features
 from rewards.scorers.classifier import ClassifierAccuracy
 from rewards.scorers.clip import ClipReward
 from rewards.scorers.hpsv2 import HpsReward
-from rewards.scorers.user_rewards import load_extra
+from rewards.scorers.user_rewards import load_user_reward
 from rewards.servers.batcher import Batcher
 from rewards.servers.panel import Panel, PanelScores
 
@@ -66,13 +66,13 @@ class RewardServer:
         self._computing = threading.Lock()  # what foreign code sets is seen by who computes beside
         self._at = ""  # what is being scored
         self._batcher: Batcher[Job, PanelScores] = Batcher(
-            self._judge_together,
+            self._score_jobs,
             max_batch=config.batching.max_batch,
             max_wait_s=config.batching.max_wait_ms / 1000,
             max_queued=config.batching.max_queued,
-            limit_s=config.timeout_s,
+            batch_timeout_s=config.timeout_s,
             name=name,
-            doing=self._doing,
+            activity=self._activity,
         )
         torch.set_num_threads(self._threads)
         for panel in self._panels.values():
@@ -98,17 +98,17 @@ class RewardServer:
         if not isinstance(images, np.ndarray):
             images = [np.asarray(image) for image in images]
         job = Job(request.key, images, [request.condition] * len(images))
-        judged, work = self._batcher.submit(job, max(len(images), 1), request.panel)
+        scored, work = self._batcher.submit(job, max(len(images), 1), request.panel)
         with self._counting:
-            self._failed += sum(error is not None for error in judged.errors)
+            self._failed += sum(error is not None for error in scored.errors)
         spans = [Span(self.name, "queue", work.arrived, work.start)]
         if work.first:  # one batch is one span, however many requests are in it
             spans.append(Span(self.name, "score", work.start, work.end))
         return GroupScores(
             key=request.key,
-            scores=judged.scores,
-            features=judged.features,
-            errors=judged.errors,
+            scores=scored.scores,
+            features=scored.features,
+            errors=scored.errors,
             spans=tuple(spans),
         )
 
@@ -136,7 +136,7 @@ class RewardServer:
         """Fail what waits, and end the scoring thread."""
         self._batcher.close()
 
-    def _doing(self) -> str:
+    def _activity(self) -> str:
         """Which scorer has which request now."""
         asked = ", ".join(panel.at for panel in self._panels.values() if panel.at)
         return f"{self._at} (scorer {asked or 'not known'})"
@@ -154,22 +154,22 @@ class RewardServer:
             raise DataError(f"{self.name} runs no feature network for the panel {panel!r}")
         return extractors
 
-    def _judge_together(self, jobs: list[Job], panel: object) -> list[PanelScores]:
+    def _score_jobs(self, jobs: list[Job], panel: object) -> list[PanelScores]:
         """In the scoring thread: all images of some requests at once."""
         torch.set_num_threads(self._threads)
         first, more = jobs[0], f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
         stream, iteration, group = first.key
         self._at = f"group {group} of {stream} {iteration}{more}"
-        judge = self._panel(str(panel)).judge
+        score = self._panel(str(panel)).score
         with self._computing:
             if len(jobs) == 1:
-                return [judge(first.images, first.conditions)]
+                return [score(first.images, first.conditions)]
             images = [image for job in jobs for image in job.images]
             conditions = [condition for job in jobs for condition in job.conditions]
-            judged = judge(images, conditions)
+            scored = score(images, conditions)
         sizes = [len(job.conditions) for job in jobs]
         firsts = itertools.accumulate(sizes, initial=0)
-        return [judged.rows(first, size) for first, size in zip(firsts, sizes)]
+        return [scored.rows(first, size) for first, size in zip(firsts, sizes)]
 
 
 def build_panels(config: RewardServerConfig, max_batch: int | None) -> dict[str, Panel]:
@@ -182,12 +182,12 @@ def build_panels(config: RewardServerConfig, max_batch: int | None) -> dict[str,
 
 def _rewards_panel(config: RewardsConfig, pool: str, device: str, max_batch: int | None) -> Panel:
     scorers: dict[str, Scorer] = {}
-    extras = {extra.name: extra for extra in config.extras()}
+    extras = {extra.name: extra for extra in config.user_rewards()}
     for name, term in config.scorers().items():
         if term.pool != pool:
             continue
         if name in extras:
-            scorers[name] = load_extra(extras[name], device)
+            scorers[name] = load_user_reward(extras[name], device)
         elif name == "clip":
             scorers[name] = ClipReward(config.clip, device)
         else:

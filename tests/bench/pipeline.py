@@ -30,7 +30,7 @@ from learner.monitoring.timeline import Usage, bottleneck
 from learner.rollouts.feature_space import RewardSpace
 from learner.runs.run_dir import RunDirectory
 from learner.training.batch import StepReport, TrainingBatch
-from rewards.distribution.answer import DistributionReward
+from rewards.distribution.distribution_reward import DistributionReward
 from tests.small_run import small_config
 
 ROLLOUTS, TOKENS, SIDE = 4, 64, 16

@@ -78,8 +78,8 @@ def test_a_reward_may_import_torchvision(tmp_path: Path) -> None:
     """In a process of its own, where nobody has called the shim before."""
     (tmp_path / "mine.py").write_text("import torchvision\n\ndef make(device):\n    return max\n")
     text = (
-        "from rewards.scorers.user_rewards import load_extra, parse_extra\n"
-        f"load_extra(parse_extra({str(tmp_path / 'mine.py')!r} + ':make=1'), 'cpu')\n"
+        "from rewards.scorers.user_rewards import load_user_reward, parse_user_reward\n"
+        f"load_user_reward(parse_user_reward({str(tmp_path / 'mine.py')!r} + ':make=1'), 'cpu')\n"
     )
     done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from cluster.errors import ConfigError
 from cluster.own_packages import NAMES
 from cluster.program import invocation
 from cluster.program.invocation import Invocation, command_of
-from rewards.scorers.user_rewards import find_extra, parse_extra
+from rewards.scorers.user_rewards import import_user_reward, parse_user_reward
 
 ROOT = Path(__file__).parents[3]
 USED = "the user's file was imported"
@@ -187,4 +187,4 @@ def test_messages_name_the_command_that_was_used(
 
 def test_a_reward_in_a_file_of_our_name_is_told_apart() -> None:
     with pytest.raises(ConfigError, match=r"rename yours, or name it by its file, ./rewards\.py:X"):
-        find_extra(parse_extra("rewards:X=1"))
+        import_user_reward(parse_user_reward("rewards:X=1"))

@@ -10,7 +10,7 @@ from actors.checkpoints.taming_files import read_project
 from cluster.errors import CheckpointError, ConfigError
 from cluster.io.strict_yaml import MalformedYamlError, load
 from learner.config import dump, load_file, load_preset, parse_yaml
-from rewards.scorers.user_rewards import parse_extra
+from rewards.scorers.user_rewards import parse_user_reward
 from tests.fuzzing import check_reader
 
 
@@ -81,7 +81,7 @@ def test_other_readers_of_yaml(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="twice"):
         read_project(project)
     with pytest.raises(ValueError, match="octal"):
-        parse_extra("module:Reward=1,threads=010")
+        parse_user_reward("module:Reward=1,threads=010")
 
 
 def test_damaged_configurations(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from learner.fleet_plan import fleet_plan
 from rewards.config import RewardServerConfig
 from rewards.networks.extractor import NetworkFeatures
 from rewards.networks.features import FeaturesConfig, load_features
-from rewards.scorers.user_rewards import load_extra, parse_extra
+from rewards.scorers.user_rewards import load_user_reward, parse_user_reward
 from rewards.servers.reward_server import RewardServer
 
 ROOT = Path(__file__).parents[4]
@@ -107,7 +107,7 @@ def test_a_thread_that_scores_while_others_load_and_score_sees_constant_flags() 
 def test_foreign_code_gets_flags_of_its_own_and_leaves_ours() -> None:
     """tests.hostile sets the old switches at import, when built and at each call."""
     exact_fp32()
-    extra = load_extra(parse_extra("tests.hostile:Spoils=1"), "cpu")
+    extra = load_user_reward(parse_user_reward("tests.hostile:Spoils=1"), "cpu")
     images = np.zeros((2, 8, 8, 3), np.uint8)
     for _ in range(2):
         extra(images.copy(), [Condition(text="a"), Condition(text="b")])

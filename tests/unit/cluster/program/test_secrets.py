@@ -12,7 +12,7 @@ from cluster.errors import ConfigError
 from cluster.program.secrets import check_environment, equipped, secret_variables
 from learner.config import dump, validate
 from learner.run import main
-from rewards.scorers.user_rewards import parse_extra
+from rewards.scorers.user_rewards import parse_user_reward
 from tests.small_run import small_config
 
 HIDDEN = "hunter2hunter2"
@@ -83,9 +83,12 @@ def test_a_configuration_names_secrets_and_is_the_same_when_resumed() -> None:
 
 def test_options_of_own_rewards_are_no_place_for_secrets() -> None:
     with pytest.raises(ValueError, match="the option api_key looks like a secret") as error:
-        parse_extra(f"my:Judge=1,api_key={HIDDEN}")
+        parse_user_reward(f"my:Judge=1,api_key={HIDDEN}")
     assert HIDDEN not in str(error.value)
-    assert parse_extra("my:Judge=1,max_tokens=5,key=a").options == {"max_tokens": 5, "key": "a"}
+    assert parse_user_reward("my:Judge=1,max_tokens=5,key=a").options == {
+        "max_tokens": 5,
+        "key": "a",
+    }
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "x" * 201])

@@ -30,7 +30,7 @@ The actor died because of an error raised in its creation task, \x1b[36mray::A._
             "cluster.errors.CheckpointError: first: line\n  second: line\nthird",
             "first: line\n  second: line\nthird",
         ),
-        ("rewards.base.RowErrors: two rows", "two rows"),
+        ("rewards.base.ImageErrors: two rows", "two rows"),
         ("ValueError: bad: value", "ValueError: bad: value (inner.py, line 12)"),
         ("KeyError: 'x'\n", "KeyError: 'x' (inner.py, line 12)"),
         ("torch.OutOfMemoryError: much", "torch.OutOfMemoryError: much (inner.py, line 12)"),

@@ -15,7 +15,7 @@ from learner.monitoring.rows import metrics_row, times
 from learner.training.batch import StepReport
 from learner.training.preparation import Sums
 from rewards.combine import Combiner, RewardTerm
-from rewards.distribution.answer import DistributionReward
+from rewards.distribution.distribution_reward import DistributionReward
 from tests.unit.helpers import scored_group
 
 

@@ -20,8 +20,8 @@ from learner.rollouts.feature_space import set_reference
 from learner.rollouts.prefetch import Pipeline
 from learner.runs.run_dir import RunDirectory
 from rewards.combine import Combiner
-from rewards.distribution.answer import DistributionReward
 from rewards.distribution.config import MomentsConfig
+from rewards.distribution.distribution_reward import DistributionReward
 from rewards.distribution.reference import Reference
 from rewards.servers.moments_server import MomentsServer
 from tests.small_run import fingerprint, run_training, small_config

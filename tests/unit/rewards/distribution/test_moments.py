@@ -86,7 +86,7 @@ def test_bytes_round_trip_is_bitwise() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00", b"\x80", b"not msgpack at all"])
-def test_foreign_bytes_are_refused(data: bytes) -> None:
+def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="these are not stored moments"):
         Moments.from_bytes(data)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cluster.errors import CheckpointError, ConfigError, DataError
 from cluster.model_files.checkpoints import read_checkpoint
 from cluster.model_files.torchvision_ops import ensure_torchvision
-from rewards.base import RowErrors
+from rewards.base import ImageErrors
 from rewards.distribution.config import MomentsConfig
 from rewards.distribution.reference import Reference
 from rewards.networks.extractor import NetworkFeatures
@@ -264,12 +264,12 @@ def test_every_network_can_be_warmed(files: dict[str, str]) -> None:
 def test_small_networks_name_the_images_they_cannot_take() -> None:
     convnet, pixels = load_features(FeaturesConfig()), PixelFeatures()
     fit, other = pictures((8, 8)), pictures((16, 8))
-    with pytest.raises(RowErrors) as caught:
+    with pytest.raises(ImageErrors) as caught:
         convnet([fit[0], other[0], fit[1], other[1]])
     assert sorted(caught.value.errors) == [1, 3]
     assert "takes (8, 8, 3) images, found (16, 8, 3)" in caught.value.errors[3]
     np.testing.assert_array_equal(convnet(list(fit)), convnet(fit))
-    with pytest.raises(RowErrors) as caught:
+    with pytest.raises(ImageErrors) as caught:
         pixels([fit[0], other[0], fit[1]])
     told = "is 16 x 8, but image 0 is 8 x 8: pixels are compared of images of one size"
     assert caught.value.errors == {1: told}

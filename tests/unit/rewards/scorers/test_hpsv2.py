@@ -160,7 +160,7 @@ assert gzip.open is opened and "turtle" not in sys.modules
 
 @needs_package
 def test_the_package_cannot_score_what_it_does_not_pad(tmp_path: Path) -> None:
-    from rewards.base import RowErrors
+    from rewards.base import ImageErrors
     from tests.parity import text_image
 
     text_image.register_tiny(tmp_path)
@@ -172,10 +172,10 @@ def test_the_package_cannot_score_what_it_does_not_pad(tmp_path: Path) -> None:
     package = HpsReward(HpsConfig(**fields, backend="package"))
     with pytest.raises(RuntimeError):  # what its model makes of such an image
         package._model.encode_images(package.preprocess(images[0][None]))
-    with pytest.raises(RowErrors, match="does not pad an image of 224 x 100") as caught:
+    with pytest.raises(ImageErrors, match="does not pad an image of 224 x 100") as caught:
         package(images, conditions)
     assert list(caught.value.errors) == [0]
     scores = HpsReward(HpsConfig(**fields))(images, conditions)
     np.testing.assert_allclose(package(images[1:], conditions[1:]), scores[1:], atol=1e-5)
-    with pytest.raises(RowErrors, match="has 78 tokens, but the model reads 77"):
+    with pytest.raises(ImageErrors, match="has 78 tokens, but the model reads 77"):
         package(images[1:], [Condition(text="a " * 76)])

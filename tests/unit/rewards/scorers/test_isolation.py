@@ -21,10 +21,10 @@ from cluster.errors import ConfigError, FleetError
 from cluster.fleet import InlineFleet
 from cluster.messages import Condition
 from learner.fleet_plan import fleet_plan
-from rewards.base import RowErrors
+from rewards.base import ImageErrors
 from rewards.config import RewardServerConfig
 from rewards.scorers.isolation import SETTINGS, SIGNALS, Isolation
-from rewards.scorers.user_rewards import load_extra, parse_extra
+from rewards.scorers.user_rewards import load_user_reward, parse_user_reward
 from rewards.servers.panel import Panel
 from rewards.servers.reward_server import RewardServer
 from tests.small_run import fingerprint, run_training, small_config
@@ -48,7 +48,7 @@ def hostile() -> Any:
     """The module of hostile rewards, imported as a reward's module is."""
     sys.modules.pop("tests.hostile", None)
     before = snapshot()
-    load_extra(parse_extra("tests.hostile:InPlace"), "cpu")
+    load_user_reward(parse_user_reward("tests.hostile:InPlace"), "cpu")
     assert snapshot() == before  # its import alone sets everything
     return sys.modules["tests.hostile"]
 
@@ -146,7 +146,7 @@ def test_pieces_in_two_threads_do_not_see_each_other() -> None:
 
 
 def score(extra: str) -> Any:
-    return load_extra(parse_extra(extra), "cpu")
+    return load_user_reward(parse_user_reward(extra), "cpu")
 
 
 IMAGES = np.random.default_rng(0).integers(1, 256, (4, 8, 8, 3), np.uint8)
@@ -160,10 +160,10 @@ def test_every_scorer_has_the_images_and_conditions_that_the_first_had(hostile: 
     for images in (IMAGES.copy(), [*IMAGES[:3].copy(), IMAGES[3, :5].copy()]):
         kept = [np.array(image) for image in images]
         scorers = {"first": score("tests.hostile:InPlace"), "again": score("tests.hostile:Spoils")}
-        judged = Panel(scorers, {}).judge(images, asked)
+        scored = Panel(scorers, {}).score(images, asked)
         expected = [image.mean() / 255 for image in kept]
         for name in scorers:
-            np.testing.assert_allclose(judged.scores[name], expected, rtol=1e-6)
+            np.testing.assert_allclose(scored.scores[name], expected, rtol=1e-6)
         assert all(np.array_equal(image, was) for image, was in zip(images, kept))
     assert features.all()
     assert asked[0].text == "words"
@@ -180,20 +180,20 @@ def test_images_of_our_own_scorers_cannot_be_written_to() -> None:
     panel = Panel({"ours": ours}, {}, max_batch=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        panel.judge(IMAGES.copy(), CONDITIONS)
-        panel.judge([*IMAGES[:3].copy(), IMAGES[3, :5].copy()], CONDITIONS)
+        panel.score(IMAGES.copy(), CONDITIONS)
+        panel.score([*IMAGES[:3].copy(), IMAGES[3, :5].copy()], CONDITIONS)
     assert flags
     assert not any(flags)
 
 
 def test_an_answer_does_not_change_with_the_next_one() -> None:
     panel = Panel({"reuses": score("tests.hostile:Reuses")}, {})
-    first = panel.judge(IMAGES, CONDITIONS).scores["reuses"]
+    first = panel.score(IMAGES, CONDITIONS).scores["reuses"]
     kept = first.copy()
-    panel.judge(255 - IMAGES, CONDITIONS)
+    panel.score(255 - IMAGES, CONDITIONS)
     assert first.tolist() == kept.tolist()
     alone = Panel({"reuses": score("tests.hostile:Reuses")}, {}, max_batch=1)
-    assert alone.judge(IMAGES, CONDITIONS).scores["reuses"].tolist() == kept.tolist()
+    assert alone.score(IMAGES, CONDITIONS).scores["reuses"].tolist() == kept.tolist()
 
 
 class Draws:
@@ -245,12 +245,12 @@ def test_whatever_a_scorer_raises_is_the_images_error(hostile: Any, how: str, to
     asked = server(f"tests.hostile:Ends=1,how={how}")
     images = np.array([IMAGES[0], IMAGES[1] * 0, IMAGES[2]])
     for _ in range(2):  # the server lives
-        judged = asked.score(request(rollouts=3), images)
-        assert judged.errors[::2] == (None, None)
-        assert judged.errors[1] is not None
-        assert judged.errors[1].startswith(told)
-        assert len(judged.errors[1].encode()) < 1000
-        assert judged.scores["ends"][::2].tolist() == [1, 1]
+        scored = asked.score(request(rollouts=3), images)
+        assert scored.errors[::2] == (None, None)
+        assert scored.errors[1] is not None
+        assert scored.errors[1].startswith(told)
+        assert len(scored.errors[1].encode()) < 1000
+        assert scored.scores["ends"][::2].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -258,11 +258,11 @@ def test_whatever_a_scorer_raises_is_the_images_error(hostile: Any, how: str, to
 )
 def test_rows_that_are_none_are_no_endless_question(errors: dict[Any, Any]) -> None:
     def odd(images: Any, conditions: Any) -> np.ndarray:
-        raise RowErrors(errors)
+        raise ImageErrors(errors)
 
-    judged = Panel({"odd": odd}, {}).judge(IMAGES[:2], CONDITIONS[:2])
-    assert all(error and error.startswith("odd: ") for error in judged.errors)
-    assert all("\n" not in error and error.encode() for error in judged.errors if error)
+    scored = Panel({"odd": odd}, {}).score(IMAGES[:2], CONDITIONS[:2])
+    assert all(error and error.startswith("odd: ") for error in scored.errors)
+    assert all("\n" not in error and error.encode() for error in scored.errors if error)
 
 
 @pytest.mark.parametrize("how", ["exit", "interrupt", "limit", "unreadable", "memory"])
@@ -338,7 +338,7 @@ def test_ctrl_c_ends_a_wait_for_a_scorer() -> None:
 
 
 def test_a_hostile_reward_changes_no_figure_of_a_run(hostile: Any) -> None:
-    """All that is learned and judged, bit for bit; of weight 0, so that it counts for nothing."""
+    """All that is learned and scored, bit for bit; of weight 0, so that it counts for nothing."""
 
     def run(*extra: str) -> list[tuple]:
         config = small_config(iterations=2, rewards={"extra": list(extra)})

@@ -16,7 +16,7 @@ from cluster.text_limits import Reading, fault
 from learner.config import validate
 from learner.data.conditions import ConditionsConfig
 from learner.preflight import preflight
-from rewards.base import RowErrors
+from rewards.base import ImageErrors
 from rewards.networks.tokens import reading_of
 from rewards.prompt_check import local_tokenizer
 from rewards.scorers.clip import ClipConfig, ClipReward
@@ -90,7 +90,7 @@ def test_templates_average_as_in_zero_shot_classification() -> None:
 def test_rows_that_cannot_be_read_are_named_together() -> None:
     clip = ClipReward(ClipConfig())
     conditions = [Condition(text=" "), Condition(text="three"), Condition(text="three " * 300)]
-    with pytest.raises(RowErrors) as caught:
+    with pytest.raises(ImageErrors) as caught:
         clip(IMAGES, conditions)
     errors = caught.value.errors
     assert list(errors) == [0, 2]

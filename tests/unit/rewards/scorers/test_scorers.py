@@ -15,7 +15,7 @@ from cluster.errors import CheckpointError, DataError
 from cluster.messages import Condition
 from cluster.model_files.torchvision_ops import ensure_torchvision
 from learner.data.digits import captions, digits
-from rewards.base import RowErrors, check_images
+from rewards.base import ImageErrors, check_images
 from rewards.networks.features import FeaturesConfig, load_features
 from rewards.scorers.classifier import ClassifierAccuracy, ClassifierConfig
 from rewards.scorers.clip import ClipConfig, ClipReward
@@ -133,7 +133,7 @@ def test_warming_up_scores_something(clip: ClipReward) -> None:
 def test_preference_names_images_too_narrow_to_score(held_out) -> None:
     hps = HpsReward(HpsConfig())
     images = [np.zeros((8, 8, 3), np.uint8), np.zeros((2, 90, 3), np.uint8)]
-    with pytest.raises(RowErrors) as caught:
+    with pytest.raises(ImageErrors) as caught:
         hps(images, CONDITIONS[:2])
     assert list(caught.value.errors) == [1]
     assert "2 x 90 pixels is too narrow" in caught.value.errors[1]

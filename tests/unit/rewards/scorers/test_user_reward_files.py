@@ -20,7 +20,7 @@ from learner.run import main, parse
 from learner.runs.run_dir import RunDirectory
 from rewards.config import RewardsConfig, RewardServerConfig
 from rewards.scorers.user_reward_files import changed_since
-from rewards.scorers.user_rewards import find_extra, load_extra, parse_extra
+from rewards.scorers.user_rewards import import_user_reward, load_user_reward, parse_user_reward
 from rewards.servers.reward_server import RewardServer
 from tests.small_run import small_config
 
@@ -64,27 +64,27 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_what_is_written(text: str, file: str, name: str) -> None:
-    extra = parse_extra(text)
+    extra = parse_user_reward(text)
     assert (extra.file, extra.name) == (file, name)
 
 
 def test_dotted_paths_are_no_files() -> None:
-    assert parse_extra("my_pkg.rewards:Aesthetic=0.5").file == ""
+    assert parse_user_reward("my_pkg.rewards:Aesthetic=0.5").file == ""
     for text in ("./my_rewards:Scaled=1", "./my_rewards.py=1", "./my_rewards.py:=1", ".py:A"):
         with pytest.raises(ValueError, match=r"one in a file with \./name\.py in the place of"):
-            parse_extra(text)
+            parse_user_reward(text)
 
 
 def test_a_weight_beside_a_file_is_checked() -> None:
     with pytest.raises(ValueError, match="the weight must be a number, found 'much'"):
-        parse_extra("./a=b.py:B=much")
+        parse_user_reward("./a=b.py:B=much")
 
 
 @pytest.mark.parametrize("name", ["rewards.py", "learner.py", "numpy.py", "a b.py", "1.py", "ü.py"])
 def test_it_may_be_called_anything(here: Path, name: str) -> None:
     (here / name).write_text(SCALED.format(factor=5))
     for file in (f"./{name}", str(here / name)):
-        scorer = load_extra(parse_extra(f"{file}:Scaled=1,by=2"), "cpu")
+        scorer = load_user_reward(parse_user_reward(f"{file}:Scaled=1,by=2"), "cpu")
         assert scorer(IMAGES, CONDITIONS).tolist() == [40, 40]
     assert sys.modules["numpy"] is np
     assert str(here) not in sys.path
@@ -92,7 +92,10 @@ def test_it_may_be_called_anything(here: Path, name: str) -> None:
 
 def test_a_home_directory_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(here))
-    assert load_extra(parse_extra("~/my_rewards.py:Scaled"), "cpu")(IMAGES, CONDITIONS)[0] == 8
+    assert (
+        load_user_reward(parse_user_reward("~/my_rewards.py:Scaled"), "cpu")(IMAGES, CONDITIONS)[0]
+        == 8
+    )
 
 
 def test_a_run_keeps_the_text_and_goes_on_with_it(here: Path) -> None:
@@ -127,7 +130,7 @@ def test_the_command_line_reads_it_when_the_run_begins(here: Path) -> None:
     (kept,) = config.rewards.files.values()
     assert kept.path == str(here / "my_rewards.py")
     assert kept.text == (here / "my_rewards.py").read_text()
-    assert fleet_plan(config).reward_server.config.rewards.extras()[0].kept == kept
+    assert fleet_plan(config).reward_server.config.rewards.user_rewards()[0].kept == kept
 
 
 def test_a_resumed_run_goes_on_with_what_it_began_with(here: Path) -> None:
@@ -216,7 +219,7 @@ def test_what_is_wrong_with_a_reward_is_one_clear_error(here: Path, text: str, t
     (here / "bad.py").write_text(text)
     for _ in range(2):  # a failed import leaves nothing behind
         with pytest.raises(ConfigError) as caught:
-            find_extra(parse_extra("./bad.py:A=1"))
+            import_user_reward(parse_user_reward("./bad.py:A=1"))
         assert str(caught.value).startswith("rewards.extra: ./bad.py:A")
         assert told in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -224,12 +227,12 @@ def test_what_is_wrong_with_a_reward_is_one_clear_error(here: Path, text: str, t
 
 def test_what_says_nothing_of_its_signature_is_believed(here: Path) -> None:
     (here / "odd.py").write_text("from operator import itemgetter as A\n")
-    assert find_extra(parse_extra("./odd.py:A=1")) is itemgetter
+    assert import_user_reward(parse_user_reward("./odd.py:A=1")) is itemgetter
 
 
 def test_a_file_is_imported_once_in_a_process(here: Path) -> None:
     count = "import sys\nsys.seen = getattr(sys, 'seen', 0) + 1\n"
     (here / "counts.py").write_text(f"{count}from operator import itemgetter as A\n")
     for options in ("", ",name=again"):
-        find_extra(parse_extra(f"./counts.py:A=1{options}"))
+        import_user_reward(parse_user_reward(f"./counts.py:A=1{options}"))
     assert sys.__dict__.pop("seen") == 1

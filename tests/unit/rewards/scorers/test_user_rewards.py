@@ -17,28 +17,30 @@ from learner.fleet_plan import fleet_plan
 from learner.run import REFUSED, main
 from rewards.combine import ScorerTerm
 from rewards.config import RewardsConfig
-from rewards.scorers.user_rewards import load_extra, parse_extra
+from rewards.scorers.user_rewards import load_user_reward, parse_user_reward
 
 README = Path(__file__).parents[4] / "rewards" / "README.md"
 
 
 def test_path_and_weight() -> None:
-    extra = parse_extra("my_pkg.rewards:Aesthetic=0.5")
+    extra = parse_user_reward("my_pkg.rewards:Aesthetic=0.5")
     assert (extra.name, extra.path) == ("aesthetic", "my_pkg.rewards:Aesthetic")
     assert extra.term == ScorerTerm(weight=0.5)
     assert extra.options == {}
 
 
 def test_options_of_the_term_and_of_the_constructor() -> None:
-    extra = parse_extra("a.b:LAIONScore=2,normalise=batch,limit=3,pool=gpu,name=look,size=224,v=x")
+    extra = parse_user_reward(
+        "a.b:LAIONScore=2,normalise=batch,limit=3,pool=gpu,name=look,size=224,v=x"
+    )
     assert extra.name == "look"
     assert extra.term == ScorerTerm(weight=2, normalise="batch", limit=3, pool="gpu")
     assert extra.options == {"size": 224, "v": "x"}
 
 
 def test_without_a_weight_it_counts_once() -> None:
-    assert parse_extra("a:TextFidelity").term.weight == 1
-    assert parse_extra("a:TextFidelity").name == "text_fidelity"
+    assert parse_user_reward("a:TextFidelity").term.weight == 1
+    assert parse_user_reward("a:TextFidelity").name == "text_fidelity"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_without_a_weight_it_counts_once() -> None:
 )
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_extra(text)
+        parse_user_reward(text)
 
 
 def test_names_are_taken_once() -> None:
@@ -116,7 +118,7 @@ def test_the_documented_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(block[1], module.__dict__)
     monkeypatch.setitem(sys.modules, "my_rewards", module)
     command = re.search(r"--rewards\.extra (my_rewards:\S+)", README.read_text())[1]
-    scorer = load_extra(parse_extra(command), "cpu")
+    scorer = load_user_reward(parse_user_reward(command), "cpu")
     gray = np.full((2, 4, 4, 3), 90, np.uint8)
     vivid = gray.copy()
     vivid[1, :2] = (255, 0, 0)

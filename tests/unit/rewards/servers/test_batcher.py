@@ -33,7 +33,7 @@ class Recorder:
 
 
 def make(work: Recorder, **options: object) -> Batcher[int, int]:
-    defaults = {"max_batch": 8, "max_wait_s": 0.0, "max_queued": 64, "patience_s": 10.0}
+    defaults = {"max_batch": 8, "max_wait_s": 0.0, "max_queued": 64, "queue_timeout_s": 10.0}
     return Batcher(work, **{**defaults, **options})
 
 
@@ -151,7 +151,7 @@ def test_a_full_queue_holds_callers_up_until_there_is_room() -> None:
 
 def test_a_queue_that_stays_full_is_an_error_that_says_what_to_do() -> None:
     work = Recorder()
-    batcher = make(work, max_queued=2, patience_s=0.05)
+    batcher = make(work, max_queued=2, queue_timeout_s=0.05)
     with ThreadPoolExecutor(8) as pool:
         first = held(work, batcher, pool)
         waiting = enqueue(batcher, pool, [(1, 2, None)])
@@ -233,7 +233,7 @@ class Sick(Batcher[int, int]):
 @pytest.mark.parametrize("fault", [MemoryError("none left"), SystemExit(1)])
 def test_a_thread_that_ends_fails_what_waits_and_refuses_what_comes(fault: BaseException) -> None:
     work = Recorder()
-    batcher = Sick(work, max_batch=0, max_wait_s=0.0, max_queued=2, patience_s=30.0)
+    batcher = Sick(work, max_batch=0, max_wait_s=0.0, max_queued=2, queue_timeout_s=30.0)
     batcher.fault = fault
     told = f"batcher cannot work any more: {type(fault).__name__}"
     for _ in range(2):
@@ -256,7 +256,7 @@ def test_a_thread_that_ends_in_c_is_missed() -> None:
 
 def test_a_batch_that_takes_too_long_is_told_to_whoever_waits() -> None:
     work = Recorder()
-    batcher = make(work, max_batch=0, limit_s=0.1, doing=lambda: "group 3")
+    batcher = make(work, max_batch=0, batch_timeout_s=0.1, activity=lambda: "group 3")
     with ThreadPoolExecutor(4) as pool:
         first = held(work, batcher, pool)
         (second,) = enqueue(batcher, pool, [(2, 1, None)])

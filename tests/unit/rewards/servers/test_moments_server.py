@@ -304,7 +304,7 @@ def test_it_needs_reference_and_seed() -> None:
         MomentsServer(MomentsConfig()).commit(0, features(12, 2), ALL)
 
 
-def test_foreign_state_is_refused(server: MomentsServer) -> None:
+def test_other_state_is_refused(server: MomentsServer) -> None:
     with pytest.raises(CheckpointError, match="no state of a moments server"):
         server.restore(b"\x01")
 

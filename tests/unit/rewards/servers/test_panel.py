@@ -8,7 +8,7 @@ import pytest
 
 from cluster.errors import DataError
 from cluster.messages import Condition
-from rewards.base import RowErrors
+from rewards.base import ImageErrors
 from rewards.servers.panel import Panel
 
 CONDITIONS = [Condition(text=str(index), class_index=index) for index in range(4)]
@@ -36,18 +36,18 @@ def refuses_black(batch: np.ndarray, conditions: Sequence[Condition]) -> np.ndar
 
 
 def test_scores_and_features() -> None:
-    judged = Panel({"mean": mean}, {"net": Features()}).judge(images(1, 2, 3, 4), CONDITIONS)
-    assert judged.scores["mean"].tolist() == [1, 2, 3, 4]
-    assert judged.features["net"].shape == (4, 2)
-    assert judged.errors == (None,) * 4
+    scored = Panel({"mean": mean}, {"net": Features()}).score(images(1, 2, 3, 4), CONDITIONS)
+    assert scored.scores["mean"].tolist() == [1, 2, 3, 4]
+    assert scored.features["net"].shape == (4, 2)
+    assert scored.errors == (None,) * 4
 
 
 def test_one_bad_image_spoils_no_other() -> None:
     panel = Panel({"picky": refuses_black, "mean": mean}, {"net": Features()})
-    judged = panel.judge(images(1, 0, 3, 4), CONDITIONS)
-    assert judged.errors[1].startswith("picky: ValueError: black image (test_panel.py, line ")
-    assert judged.errors[::2] == (None, None)
-    for values in (*judged.scores.values(), *judged.features.values()):
+    scored = panel.score(images(1, 0, 3, 4), CONDITIONS)
+    assert scored.errors[1].startswith("picky: ValueError: black image (test_panel.py, line ")
+    assert scored.errors[::2] == (None, None)
+    for values in (*scored.scores.values(), *scored.features.values()):
         assert np.isnan(values[1]).all()  # a failed image carries no number at all
         assert np.isfinite(values[[0, 2, 3]]).all()
 
@@ -56,8 +56,8 @@ def test_a_score_that_is_not_finite_is_an_error() -> None:
     def odd(batch: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
         return np.array([1, np.inf, 2, np.nan])
 
-    judged = Panel({"odd": odd}, {"net": Features()}).judge(images(1, 2, 3, 4), CONDITIONS)
-    assert judged.errors == (None, "odd: not finite", None, "odd: not finite")
+    scored = Panel({"odd": odd}, {"net": Features()}).score(images(1, 2, 3, 4), CONDITIONS)
+    assert scored.errors == (None, "odd: not finite", None, "odd: not finite")
 
 
 def test_features_that_are_not_finite_are_an_error() -> None:
@@ -67,23 +67,23 @@ def test_features_that_are_not_finite_are_an_error() -> None:
             features[batch.max((1, 2, 3)) == 2, 1] = np.nan
             return features
 
-    judged = Panel({"mean": mean}, {"net": Broken()}).judge(images(1, 2, 3, 4), CONDITIONS)
-    assert judged.errors == (None, "net: not finite", None, None)
-    assert np.isnan(judged.scores["mean"][1])
+    scored = Panel({"mean": mean}, {"net": Broken()}).score(images(1, 2, 3, 4), CONDITIONS)
+    assert scored.errors == (None, "net: not finite", None, None)
+    assert np.isnan(scored.scores["mean"][1])
 
 
 def test_a_scorer_that_always_fails_is_an_error_of_every_image() -> None:
     def broken(batch: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
         raise RuntimeError("no weights")
 
-    judged = Panel({"broken": broken}, {"net": Features()}).judge(images(1, 2, 3, 4), CONDITIONS)
-    for error in judged.errors:
+    scored = Panel({"broken": broken}, {"net": Features()}).score(images(1, 2, 3, 4), CONDITIONS)
+    for error in scored.errors:
         assert re.fullmatch(r"broken: RuntimeError: no weights \(test_panel\.py, line \d+\)", error)
 
 
 def test_a_malformed_batch_is_refused() -> None:
     with pytest.raises(DataError, match="non-empty"):
-        Panel({"mean": mean}, {"net": Features()}).judge(
+        Panel({"mean": mean}, {"net": Features()}).score(
             np.zeros((2, 2, 3), np.uint8), CONDITIONS[:2]
         )
 
@@ -107,19 +107,19 @@ GOOD = np.full((4, 4, 3), 9, np.uint8)
 )
 def test_what_is_no_image_gets_an_error_and_spoils_no_other(bad: np.ndarray, message: str) -> None:
     panel = Panel({"mean": mean}, {"net": Features()})
-    judged = panel.judge([GOOD, bad, GOOD + 1], CONDITIONS[:3])
-    assert judged.errors[0] is judged.errors[2] is None
-    assert re.search(message, judged.errors[1])
-    assert judged.scores["mean"][[0, 2]].tolist() == [9, 10]
-    assert np.isnan(judged.scores["mean"][1])
-    assert np.isnan(judged.features["net"][1]).all()
+    scored = panel.score([GOOD, bad, GOOD + 1], CONDITIONS[:3])
+    assert scored.errors[0] is scored.errors[2] is None
+    assert re.search(message, scored.errors[1])
+    assert scored.scores["mean"][[0, 2]].tolist() == [9, 10]
+    assert np.isnan(scored.scores["mean"][1])
+    assert np.isnan(scored.features["net"][1]).all()
 
 
 def test_a_batch_of_floats_is_an_error_of_every_image() -> None:
     floats = images(1, 2, 3, 4).astype(np.float32) / 255
-    judged = Panel({"mean": mean}, {"net": Features()}).judge(floats, CONDITIONS)
-    assert all("must be uint8" in error for error in judged.errors)
-    assert judged.features["net"].shape == (4, 0)
+    scored = Panel({"mean": mean}, {"net": Features()}).score(floats, CONDITIONS)
+    assert all("must be uint8" in error for error in scored.errors)
+    assert scored.features["net"].shape == (4, 0)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_batch_of_floats_is_an_error_of_every_image() -> None:
 )
 def test_a_request_that_is_none_is_refused(batch, conditions: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Panel({"mean": mean}, {}).judge(batch, CONDITIONS[:conditions])
+        Panel({"mean": mean}, {}).score(batch, CONDITIONS[:conditions])
 
 
 def refuses_captions(batch: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
@@ -143,7 +143,7 @@ def refuses_captions(batch: np.ndarray, conditions: Sequence[Condition]) -> np.n
         if condition.class_index > 1
     }
     if odd:
-        raise RowErrors(odd)
+        raise ImageErrors(odd)
     return mean(batch, conditions)
 
 
@@ -154,15 +154,15 @@ def test_rows_that_a_scorer_names_are_left_out_and_the_others_scored_together() 
         sizes.append(len(batch))
         return refuses_captions(batch, conditions)
 
-    judged = Panel({"picky": counting}, {}).judge(images(1, 2, 3, 4), CONDITIONS)
+    scored = Panel({"picky": counting}, {}).score(images(1, 2, 3, 4), CONDITIONS)
     assert sizes == [4, 2]
-    assert judged.errors == (None, None, "picky: unknown class 2", "picky: unknown class 3")
-    assert judged.scores["picky"][:2].tolist() == [1, 2]
+    assert scored.errors == (None, None, "picky: unknown class 2", "picky: unknown class 3")
+    assert scored.scores["picky"][:2].tolist() == [1, 2]
 
 
 def test_every_row_named_is_no_failure_of_the_scorer() -> None:
-    judged = Panel({"picky": refuses_captions}, {}).judge(images(1, 2), CONDITIONS[2:])
-    assert judged.errors == ("picky: unknown class 2", "picky: unknown class 3")
+    scored = Panel({"picky": refuses_captions}, {}).score(images(1, 2), CONDITIONS[2:])
+    assert scored.errors == ("picky: unknown class 2", "picky: unknown class 3")
 
 
 def test_scorers_get_an_array_unless_sizes_differ() -> None:
@@ -173,9 +173,9 @@ def test_scorers_get_an_array_unless_sizes_differ() -> None:
         return np.array([image.mean() for image in batch], np.float32)
 
     panel = Panel({"kind": kind}, {})
-    panel.judge([GOOD, GOOD], CONDITIONS[:2])
-    panel.judge([GOOD, GOOD[:2]], CONDITIONS[:2])
-    panel.judge([GOOD, GOOD[:1, :1], GOOD], CONDITIONS[:3])
+    panel.score([GOOD, GOOD], CONDITIONS[:2])
+    panel.score([GOOD, GOOD[:2]], CONDITIONS[:2])
+    panel.score([GOOD, GOOD[:1, :1], GOOD], CONDITIONS[:3])
     assert kinds == ["ndarray", "list", "ndarray"]
 
 
@@ -186,20 +186,20 @@ def test_batches_are_no_larger_than_allowed() -> None:
         sizes.append(len(batch))
         return mean(batch, conditions)
 
-    judged = Panel({"mean": counting}, {}, max_batch=3).judge(images(1, 2, 3, 4), CONDITIONS)
+    scored = Panel({"mean": counting}, {}, max_batch=3).score(images(1, 2, 3, 4), CONDITIONS)
     assert sizes == [3, 1]
-    assert judged.scores["mean"].tolist() == [1, 2, 3, 4]
+    assert scored.scores["mean"].tolist() == [1, 2, 3, 4]
 
 
 def test_a_scorer_that_loses_rows_is_caught() -> None:
     panel = Panel({"short": lambda batch, conditions: np.zeros(1)}, {})
     with pytest.raises(DataError, match=r"short: expected 4 rows of values, found shape \(1,\)"):
-        panel.judge(images(1, 2, 3, 4), CONDITIONS)
+        panel.score(images(1, 2, 3, 4), CONDITIONS)
 
 
 def test_parts_of_a_judged_batch() -> None:
-    judged = Panel({"mean": mean}, {"net": Features()}).judge(images(1, 2, 3, 4), CONDITIONS)
-    part = judged.rows(1, 2)
+    scored = Panel({"mean": mean}, {"net": Features()}).score(images(1, 2, 3, 4), CONDITIONS)
+    part = scored.rows(1, 2)
     assert part.scores["mean"].tolist() == [2, 3]
     assert part.features["net"].shape == (2, 2)
     assert part.errors == (None, None)

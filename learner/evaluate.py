@@ -1,4 +1,4 @@
-"""The exam: images of a policy, judged by networks that no reward uses, against held-out images."""
+"""Evaluation of a policy: its images against held-out ones, by networks that no reward uses."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ PANEL = "judge"
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of the table: a policy under a sampling spec."""
 
     name: str
     spec: SamplingSpec
 
 
-def base_rows(config: RunConfig) -> list[Row]:
+def base_rows(config: RunConfig) -> list[TableRow]:
     """The base policy, without guidance and with each scale of the configuration."""
     spec = config.sampling
-    rows = [Row("base", spec)]
+    rows = [TableRow("base", spec)]
     if spec.guidance == "none":
         rows += [
-            Row(f"base, CFG {scale:g}", replace(spec, cfg_scale=scale, guidance="guided"))
+            TableRow(f"base, CFG {scale:g}", replace(spec, cfg_scale=scale, guidance="guided"))
             for scale in config.evaluation.cfg_scales
         ]
     return rows
 
 
-def tuned_row(config: RunConfig) -> Row:
+def tuned_row(config: RunConfig) -> TableRow:
     """The tuned policy, sampled as it was trained."""
-    return Row(TUNED, config.sampling.learned())
+    return TableRow(TUNED, config.sampling.learned())
 
 
 def real_features(config: RunConfig, fleet: Fleet) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ def real_features(config: RunConfig, fleet: Fleet) -> dict[str, np.ndarray]:
     return fleet.features(iterate_images(config.evaluation.images, FEATURE_BATCH), PANEL)
 
 
-def examine(
+def evaluate_policy(
     config: RunConfig, fleet: Fleet, spec: SamplingSpec, real: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
     """Sample the policy that the fleet now holds, and grade it.
@@ -65,14 +65,14 @@ def examine(
         entropy in nats; and of how many images.
 
     Raises:
-        DataError: an image could not be judged.
+        DataError: an image could not be scored.
     """
-    requests, judged = list(_requests(config, spec)), list[GroupScores]()
+    requests, scored = list(_requests(config, spec)), list[GroupScores]()
     entropies = list[np.ndarray]()
     for group in fleet.stream(requests):  # of every image, no more is kept than this
-        judged.append(group.scores)
+        scored.append(group.scores)
         entropies.append(group.rollouts.entropies.mean(1, dtype=np.float64))
-    failed, images = failures(judged)
+    failed, images = failures(scored)
     if failed:
         raise DataError(f"the judge failed on {len(failed)} images; the first: {failed[0]}")
 
@@ -80,14 +80,14 @@ def examine(
         metrics: dict[str, float] = {}
         for space, theirs in real.items():
             prefix = "" if space == MAIN_SPACE else f"{space}/"
-            ours = np.concatenate([scores.features[space] for scores in judged])
+            ours = np.concatenate([scores.features[space] for scores in scored])
             graded = compare(ours, theirs, config.evaluation.neighbours)
             metrics |= {prefix + name: value for name, value in graded.items()}
         return metrics
 
     metrics = fleet.attend_while(grade)
-    for name in judged[0].scores:
-        metrics[name] = float(np.concatenate([scores.scores[name] for scores in judged]).mean())
+    for name in scored[0].scores:
+        metrics[name] = float(np.concatenate([scores.scores[name] for scores in scored]).mean())
     entropy = float(np.concatenate(entropies).mean())
     return metrics | {"entropy": entropy, "images": float(images)}
 

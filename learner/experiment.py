@@ -1,4 +1,4 @@
-"""One run from beginning to end: exam, training with its records, exam, report."""
+"""One run from start to end: evaluation, training with its records, evaluation, report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cluster.messages import ScoredGroup
 from learner import evaluate
 from learner.capacity.storage import DiskWatch, checkpoint_bytes, free_bytes
 from learner.checkpoints.checkpoint import Checkpoint, restore
-from learner.checkpoints.store import Checkpoints
+from learner.checkpoints.store import CheckpointStore
 from learner.config import RunConfig
 from learner.data.conditions import ConditionsConfig
 from learner.loop import Iteration, failures, prepare, train
@@ -37,7 +37,7 @@ from learner.monitoring.gallery import (
     shown_note,
 )
 from learner.monitoring.guards import Guards, SlowServers
-from learner.monitoring.metrics import Recorder, add_exam, read_metrics
+from learner.monitoring.metrics import Recorder, append_evaluation, read_metrics
 from learner.monitoring.timeline import RoleUse, bottleneck
 from learner.report import write_report
 from learner.rollouts.feature_space import RewardSpace, set_reference
@@ -78,47 +78,47 @@ class Experiment:
     ) -> None:
         """last_checkpoint: whether a run that was asked to stop writes one where it ends."""
         self._last_checkpoint = last_checkpoint
-        self._given = self._config = config
+        self._requested = self._config = config
         self._run, self._fleet = run, fleet
         self._console, self._should_stop = console, should_stop
-        self._rows = run.read_evaluation()
+        self._table = run.read_evaluation()
         self._real: dict[str, np.ndarray] | None = None
         self._space = RewardSpace()
         self._shares: list[RoleUse] = []
-        self._checkpoints = Checkpoints(run, config)
+        self._checkpoints = CheckpointStore(run, config)
         self._recorder: Recorder | None = None
         self._from_step, self._kept = from_step, 0
-        self._newest = Progress()
+        self._progress = Progress()
 
     def run(self) -> bool:
         """Everything; False if the run was asked to stop before its end."""
         logger.info(f"run directory: {self._run.path}")
         try:
-            ended = self._begin_to_end()
+            ended = self._run_to_end()
         except BaseException:
             self._checkpoints.abandon()
             raise
         self._checkpoints.close()
         return ended
 
-    def _begin_to_end(self) -> bool:
-        self._tell("before training")
+    def _run_to_end(self) -> bool:
+        self._report_progress("before training")
         lost = ""
         try:
-            done = self._train_through()
+            done = self._train_with_recovery()
             if done == self._config.iterations:
                 return True
             stopped = f"after {done} of {self._config.iterations} iterations"
-            lost = self._keep_the_last(done if self._last_checkpoint() else None)
+            lost = self._save_last_checkpoint(done if self._last_checkpoint() else None)
         except StopRequestedError as error:  # training itself ends without it
-            stopped = self._newest.stage
-            lost = self._keep_the_last(None)
+            stopped = self._progress.stage
+            lost = self._save_last_checkpoint(None)
             if isinstance(error, LostWhileStoppingError):
                 lost = str(error)
-        self._tell_stopped(stopped, lost)
+        self._log_stopped(stopped, lost)
         return False
 
-    def _keep_the_last(self, done: int | None) -> str:
+    def _save_last_checkpoint(self, done: int | None) -> str:
         """Write the checkpoint that a stop ends with, if one is wanted, and finish what is in the
         making; returns why that cannot be, where a worker that is needed for it is gone."""
         try:
@@ -130,22 +130,22 @@ class Experiment:
             return str(error)
         return ""
 
-    def _tell_stopped(self, stopped: str, lost: str) -> None:
+    def _log_stopped(self, stopped: str, lost: str) -> None:
         text = f"stopped {stopped}"
         if lost:
             steps = self._checkpoints.steps()
             newest = f"the newest is {step_name(steps[-1])}" if steps else "there is none"
             text += f", without a checkpoint of where it was ({lost}); {newest}"
-        if self._run.kept_anything():
+        if self._run.has_results():
             text += f"; go on with\n  {resume_command(self._run.path)}"
         (logger.warning if lost else logger.info)(text)
 
-    def _train_through(self) -> int:
+    def _train_with_recovery(self) -> int:
         """Training and what comes after it, from the beginning or the newest checkpoint; and again
         from there whenever the learner is lost. Returns how many iterations are done."""
         while True:
             try:
-                done = self._train(self._begin())
+                done = self._train(self._prepare_fleet())
                 self._checkpoints.wait()  # the last one, too, needs its learner
                 if done == self._config.iterations:
                     self._finish()
@@ -161,10 +161,10 @@ class Experiment:
         rollouts = config.output.rollouts
         recorder = self._recorder = Recorder(run, first, rollouts=rollouts)
         console.start(first)
-        self._newest = replace(self._newest, done=first)
-        self._tell("training")
+        self._progress = replace(self._progress, done=first)
+        self._report_progress("training")
 
-        told = False
+        warned = False
         one_policy = config.sampling.learned() == config.sampling
         guards = Guards(config.guards, config.groups_per_iteration, one_policy)
         guards.replay(read_metrics(run.metrics))
@@ -173,22 +173,22 @@ class Experiment:
         room()
 
         def after(done: Iteration) -> None:
-            nonlocal told
-            if not told and (fault := first_failure(done.groups)):
-                told = True
+            nonlocal warned
+            if not warned and (fault := first_failure(done.groups)):
+                warned = True
                 logger.warning(f"note: images without a score leave the iteration ({fault})")
-            found = guards(done.row)
-            row = done.row | found.metrics
+            found = guards(done.metrics)
+            row = done.metrics | found.metrics
             self._fleet.attend_while(
                 lambda: recorder.record(row, done.groups, done.advantages, done.spans)
             )
             for line in (*done.advice, *found.notes, *slow(done.spans)):
                 logger.warning(f"note: {line}")
             console.update(row)
-            self._tell("training", row)
+            self._report_progress("training", row)
             found.enforce()
             room()
-            self._keep(done.row["iteration"])
+            self._save_what_is_due(done.metrics["iteration"])
 
         try:
             return train(
@@ -206,18 +206,18 @@ class Experiment:
             recorder.close()
             self._shares = recorder.usage.shares()
 
-    def _begin(self) -> int:
+    def _prepare_fleet(self) -> int:
         """Bring the fleet to where training starts; returns the first iteration."""
-        if self._run.read_config() != self._given:
-            self._run.write_config(self._given)
+        if self._run.read_config() != self._requested:
+            self._run.write_config(self._requested)
         conditions = self._fleet.attend_while(self._read_conditions)
-        self._config = replace(self._given, conditions=conditions)
+        self._config = replace(self._requested, conditions=conditions)
         self._space = set_reference(self._config, self._fleet)
         return self.restore()
 
     def _read_conditions(self) -> ConditionsConfig:
         """The conditions, with captions encoded where they are to be; what is slow is done once."""
-        found = self._given.conditions.encoded(self._run.path / CAPTIONS)
+        found = self._requested.conditions.encoded(self._run.path / CAPTIONS)
         found.conditions()
         return found
 
@@ -240,9 +240,9 @@ class Experiment:
         checkpoints.clear()
         self._kept = found.step if found else 0
         if found is None:
-            return self._start()
+            return self._start_new()
         records.check(self._run, found.step, found.manifest.records)
-        checkpoints.go_back(found.step)
+        checkpoints.roll_back(found.step)
         restore(found, self._fleet, self._combiner, self._pipeline)
         self._fleet.refresh_moments()  # a decomposition is not in the checkpoint, what it is of is
         self._fleet.broadcast()
@@ -252,11 +252,11 @@ class Experiment:
                 f"note: all {self._config.iterations} iterations are done: only what follows them "
                 "is done again; a larger --iterations trains on"
             )
-        self._catch_up(found)
+        self._evaluate_if_missed(found)
         return found.step
 
-    def _start(self) -> int:
-        """The beginning of a run: the base policy, its statistics and exams."""
+    def _start_new(self) -> int:
+        """The beginning of a run: the base policy, its statistics and evaluations."""
         self._fleet.broadcast()
         base = prepare(self._config, self._fleet, self._space)
         source = self._config.rewards.loo_fid.seed_from
@@ -270,40 +270,40 @@ class Experiment:
             logger.info(f"note: galleries show {some}; --output.gallery-rows names others")
         self._gallery(BASE_GALLERY)
         for row in evaluate.base_rows(self._config):
-            self._examine(row)
+            self._fill_table_row(row)
         return 0
 
-    def _catch_up(self, found: Checkpoint) -> None:
-        """Take the exam that a stop has cut off at this checkpoint's step."""
-        if self._rows.pop(TUNED, None):  # of an earlier, longer or shorter run
-            self._run.write_evaluation(self._rows)
-        if self._exam_due(found.step) and not found.manifest.figures:
-            records.cut_back(self._run, found.step, rollouts=False)
-            figures = self._exam(found.step)
-            add_exam(self._run, found.step, figures)
-            self._checkpoints.annotate(found, figures)
+    def _evaluate_if_missed(self, found: Checkpoint) -> None:
+        """Take the evaluation that a stop has cut off at this checkpoint's step."""
+        if self._table.pop(TUNED, None):  # of an earlier, longer or shorter run
+            self._run.write_evaluation(self._table)
+        if self._evaluation_due(found.step) and not found.manifest.figures:
+            records.truncate(self._run, found.step, rollouts=False)
+            figures = self._evaluate(found.step)
+            append_evaluation(self._run, found.step, figures)
+            self._checkpoints.add_figures(found, figures)
 
-    def _exam_due(self, done: int) -> bool:
+    def _evaluation_due(self, done: int) -> bool:
         every = self._config.evaluation.every
         return bool(every) and done % every == 0
 
-    def _exam(self, done: int) -> dict[str, float]:
+    def _evaluate(self, done: int) -> dict[str, float]:
         """Grade the policy of now, as the tuned one is graded at the end.
 
         Raises:
             StopRequestedError: a stop was asked for meanwhile.
         """
         spec = evaluate.tuned_row(self._config).spec
-        return evaluate.examine(self._config, self._fleet, spec, self._real_features())
+        return evaluate.evaluate_policy(self._config, self._fleet, spec, self._real_features())
 
-    def _keep(self, done: int) -> None:
+    def _save_what_is_due(self, done: int) -> None:
         """Exam, checkpoint and gallery when they are due."""
         output, figures = self._config.output, dict[str, float]()
         self._checkpoints.poll()
         with contextlib.suppress(StopRequestedError):  # the main loop ends right after this
-            if self._exam_due(done) and self._recorder is not None:
-                figures = self._exam(done)
-                self._recorder.exam(done, figures)
+            if self._evaluation_due(done) and self._recorder is not None:
+                figures = self._evaluate(done)
+                self._recorder.record_evaluation(done, figures)
         if figures or done % output.checkpoint_every == 0 or done == self._config.iterations:
             self._checkpoint(done, figures)
         if output.gallery_every and done % output.gallery_every == 0:
@@ -316,7 +316,7 @@ class Experiment:
         groups = self._pipeline.state()
         self._checkpoints.save(done, self._fleet, self._combiner, groups, figures)
         self._kept = done
-        if done == self._config.iterations:  # before the exam, which may be long
+        if done == self._config.iterations:  # before the evaluation, which may be long
             self._checkpoints.wait()
 
     def _gallery(self, name: str) -> None:
@@ -332,43 +332,43 @@ class Experiment:
             self._real = evaluate.real_features(self._config, self._fleet)
         return self._real
 
-    def _examine(self, row: evaluate.Row) -> None:
+    def _fill_table_row(self, row: evaluate.TableRow) -> None:
         """Fill one row of the table, once."""
-        if not self._config.evaluation.num_images or row.name in self._rows:
+        if not self._config.evaluation.num_images or row.name in self._table:
             return
-        logger.info(f"examining: {row.name}")
+        logger.info(f"evaluating: {row.name}")
         real = self._real_features()
-        self._rows[row.name] = evaluate.examine(self._config, self._fleet, row.spec, real)
-        self._run.write_evaluation(self._rows)
+        self._table[row.name] = evaluate.evaluate_policy(self._config, self._fleet, row.spec, real)
+        self._run.write_evaluation(self._table)
 
-    def _tell(self, stage: str, row: Mapping[str, Any] | None = None) -> None:
+    def _report_progress(self, stage: str, row: Mapping[str, Any] | None = None) -> None:
         """How far the run is, to whoever asks the fleet."""
         if row:
             done, pace = row["iteration"], self._console.seconds_per_iteration
-            self._newest = replace(self._newest, done=done, seconds=pace, metrics=row)
-        self._newest = replace(
-            self._newest,
+            self._progress = replace(self._progress, done=done, seconds=pace, metrics=row)
+        self._progress = replace(
+            self._progress,
             stage=stage,
             directory=str(self._run.path),
             iterations=self._config.iterations,
             free_bytes=free_bytes(self._run.path),
         )
-        self._fleet.tell(self._newest)
+        self._fleet.tell(self._progress)
 
     def _finish(self) -> None:
-        """After the last iteration: the tuned policy's exam, galleries, report."""
-        self._tell("after training, in the last exam")
-        self._rows.pop(TUNED, None)  # of an earlier, shorter run
-        self._examine(evaluate.tuned_row(self._config))
+        """After the last iteration: the tuned policy's evaluation, galleries, report."""
+        self._report_progress("after training, in the last evaluation")
+        self._table.pop(TUNED, None)  # of an earlier, shorter run
+        self._fill_table_row(evaluate.tuned_row(self._config))
         gallery = self._run.gallery
         self._gallery(TUNED_GALLERY)
         sheets = {"base policy": gallery / BASE_GALLERY, "tuned policy": gallery / TUNED_GALLERY}
         # a directory that was made again from a checkpoint has no images of the base policy
         there = {name: file for name, file in sheets.items() if file.is_file()}
         save_side_by_side(there, gallery / BEFORE_AFTER)
-        self._fleet.attend_while(lambda: write_report(self._run, self._config, self._rows))
-        if self._rows:
-            self._console.table(self._rows)
+        self._fleet.attend_while(lambda: write_report(self._run, self._config, self._table))
+        if self._table:
+            self._console.table(self._table)
         if self._shares:
             inline = isinstance(self._fleet, InlineFleet)
             advice = bottleneck(self._shares, self._config.max_staleness, inline=inline)

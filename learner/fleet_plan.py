@@ -85,7 +85,7 @@ def _reward_role(
     count: int,
     runtime_env: Mapping[str, Any] | None = None,
 ) -> Role:
-    """One pool of reward servers; the main one has no name, and judges the exams."""
+    """One pool of reward servers; the main one has no name, and judges the evaluations."""
     depth = servers.depth(config.rollouts_per_group)
     server = RewardServerConfig(
         rewards=config.rewards,

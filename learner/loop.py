@@ -15,7 +15,7 @@ from cluster.messages import MAIN_SPACE, Condition, GroupScores, SampleRequest, 
 from cluster.spans import Span, Stopwatch
 from learner.config import RunConfig
 from learner.grpo.advantage import Advantages, group_advantages
-from learner.monitoring.rows import all_spans, metrics_row, times
+from learner.monitoring.rows import all_spans, iteration_metrics, times
 from learner.rollouts.feature_space import RewardSpace, seed_moments
 from learner.rollouts.prefetch import Pipeline, requests_for
 from learner.training.batch import make_batch
@@ -29,8 +29,8 @@ from rewards.distribution.moments import Moments
 class Iteration:
     """Everything that happened in one iteration, for whoever keeps records."""
 
-    row: dict[str, Any]
-    """Metrics, ready for JSON."""
+    metrics: dict[str, Any]
+    """One line of metrics.jsonl."""
     groups: Sequence[ScoredGroup]
     advantages: Advantages
     spans: tuple[Span, ...]
@@ -85,13 +85,13 @@ def train(
             fleet.broadcast()
             pipeline.release(iteration)
         spans = (*all_spans(groups, answer, report), *clock.take())
-        row = metrics_row(
+        metrics = iteration_metrics(
             iteration, config.max_staleness, groups, answer, advantages, report, fleet.restarts
         )
-        row |= times(spans, ended, groups)
+        metrics |= times(spans, ended, groups)
         ended = time.time()
         with clock("record"):
-            after(Iteration(row, groups, advantages, spans, answer.warnings))
+            after(Iteration(metrics, groups, advantages, spans, answer.warnings))
         if should_stop():
             return iteration + 1
     return config.iterations

@@ -1,4 +1,4 @@
-"""What a run keeps, how often, and when it is examined."""
+"""What a run keeps, how often, and when it is evaluated."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ LOCAL = ("file", "local")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """The judge's exam: before and after training."""
+    """The evaluation by the judge, before and after training."""
 
     num_images: Annotated[int, Field(ge=0)] = 1000
     """Images of each row of the table, the same number of each class (rounded up); 0 skips the
-    exam."""
+    evaluation."""
     cfg_scales: tuple[Annotated[float, Field(gt=1, le=MOST_CFG_SCALE)], ...] = (1.5, 2.0)
-    """Guidance scales at which the base policy is examined beside no guidance."""
+    """Guidance scales at which the base policy is evaluated too."""
     every: Annotated[int, Field(ge=0)] = 0
-    """Iterations between exams of the policy while it is trained (exams.jsonl, TensorBoard, the
-    report); each has a checkpoint. 0: only before and after training."""
+    """Iterations between evaluations while training (evaluations.jsonl, TensorBoard); each has a
+    checkpoint. 0: only before and after training."""
     images: str = "digits:held-out"
     """Real images to compare with: "digits:held-out", or an .npz file with uint8 images arr_0."""
     image_size: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -49,8 +49,8 @@ class OutputConfig:
     """Also keep the checkpoint of every so many iterations, a multiple of checkpoint_every; 0: none
     for its age."""
     keep_best: str = ""
-    """Also keep the checkpoint that did best in the exams while training (evaluation.every), by
-    this figure: fid (or second/fid; the least), accuracy, coverage, density, precision, recall,
+    """Also keep the checkpoint with the best evaluation while training (evaluation.every), by this
+    figure: fid (or second/fid; the least), accuracy, coverage, density, precision, recall,
     clip (the most); best.json names it. Empty: none."""
     background: bool = True
     """Write checkpoints while the learner goes on: it copies policy and optimizer within its
@@ -71,26 +71,26 @@ class OutputConfig:
     """Write every rollout with its scores to Parquet."""
 
 
-def check_output(output: OutputConfig, exams: EvaluationConfig) -> None:
-    """Refuse settings of exams and checkpoints that do not go together.
+def check_output(output: OutputConfig, evaluation: EvaluationConfig) -> None:
+    """Refuse settings of evaluations and checkpoints that contradict each other.
 
     Raises:
         ValueError: says what to set.
     """
-    if exams.every and not exams.num_images:
+    if evaluation.every and not evaluation.num_images:
         raise ValueError(
-            "evaluation.every asks for exams while training, but evaluation.num_images is 0: "
+            "evaluation.every asks for evaluations while training, but evaluation.num_images is 0: "
             "set how many images each has"
         )
-    if output.keep_best and not exams.every:
+    if output.keep_best and not evaluation.every:
         raise ValueError(
-            f"output.keep_best {output.keep_best!r} needs exams while training: set "
+            f"output.keep_best {output.keep_best!r} needs evaluations while training: set "
             "evaluation.every to the number of iterations between them"
         )
     figure = output.keep_best.removeprefix("second/")
     if output.keep_best and figure not in FIGURES:
         raise ValueError(
-            f"output.keep_best: expected a figure of the exam ({', '.join(FIGURES)}; "
+            f"output.keep_best: expected a figure of the evaluation ({', '.join(FIGURES)}; "
             f"second/ before it for the second features), found {output.keep_best!r}"
         )
     if output.keep_every % output.checkpoint_every:

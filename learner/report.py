@@ -33,7 +33,7 @@ PANELS: dict[str, dict[str, str]] = {
 def write_report(
     run: RunDirectory, config: RunConfig, rows: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """Write `report.html` from the run's files and the exam's rows."""
+    """Write `report.html` from the run's files and the table of evaluations."""
     run.check_owned()
     template = importlib.resources.files("learner").joinpath("templates", "report.html")
     environment = jinja2.Environment(autoescape=True)

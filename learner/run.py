@@ -1,7 +1,7 @@
 """The main job: `python -m learner.run --num-samplers 2`.
 
-Loads the preset, starts the fleet, examines the base policy, trains, examines the tuned policy, and
-leaves everything in a run directory.
+Loads the preset, starts the fleet, evaluates the base policy, trains, evaluates the tuned policy,
+and writes everything into a run directory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from cluster.program.streams import safe_streams
 from cluster.ray_session.session import check_ray, local_resources
 from learner.capacity.storage import store_need
 from learner.checkpoints.resume import check_resume
-from learner.checkpoints.store import Checkpoints
+from learner.checkpoints.store import CheckpointStore
 from learner.config import (
     DEFAULT_PRESET,
     RunConfig,
@@ -51,9 +51,9 @@ from learner.config import (
 )
 from learner.experiment import Experiment
 from learner.monitoring.console import RunConsole
-from learner.opening import Opening, choose
 from learner.output import OutputConfig
 from learner.preflight import listed, placement_lines, preflight
+from learner.run_target import RunTarget, choose_run
 from learner.runs.run_dir import RunDirectory
 from rewards.scorers.user_reward_files import changed_since
 
@@ -103,7 +103,7 @@ class Command:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elsewhere:
+class RemoteArguments:
     """What must be known of a run whose directory is lost."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -120,7 +120,7 @@ class Arguments:
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, Opening]:
+def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunTarget]:
     """Command line to a validated configuration, and the run directory that is meant.
 
     Raises:
@@ -141,22 +141,22 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, Openi
         arguments = answer_help(arguments, command_of("learner.run"), ABOUT, COMMON, *options)
     if command.from_step is not None and not command.resume:
         raise ConfigError("--from-step says where --resume goes on: add --resume")
-    where, _ = tyro.cli(Elsewhere, args=arguments, return_unknown_args=True, add_help=False)
-    opening = choose(
+    remote, _ = tyro.cli(RemoteArguments, args=arguments, return_unknown_args=True, add_help=False)
+    target = choose_run(
         command.run_dir,
         resume=command.resume,
         auto_resume=command.auto_resume,
-        url=where.output.checkpoint_url,
+        url=remote.output.checkpoint_url,
     )
-    config = with_flags(arguments, command, opening.saved or load_preset(command.preset))
+    config = with_flags(arguments, command, target.saved or load_preset(command.preset))
     config = replace(config, rewards=config.rewards.with_files())
-    if opening.saved:
-        check_resume(opening.saved, config)
+    if target.saved:
+        check_resume(target.saved, config)
         if preset:  # the run's own settings hold; the preset that is named must be the run's
             named = with_flags(arguments, command, load_preset(preset))
-            kept = replace(named.rewards, files=opening.saved.rewards.files)
-            check_resume(opening.saved, replace(named, rewards=kept))
-    return command, config, opening
+            kept = replace(named.rewards, files=target.saved.rewards.files)
+            check_resume(target.saved, replace(named, rewards=kept))
+    return command, config, target
 
 
 def with_flags(arguments: list[str] | None, command: Command, base: RunConfig) -> RunConfig:
@@ -188,8 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str] | None, console: Console) -> int:
     with ExitStack() as owned:
         try:
-            command, config, opening = parse(arguments)
-            found = preflight(config, begun=opening.begun)
+            command, config, target = parse(arguments)
+            found = preflight(config, begun=target.begun)
             if not command.inline:
                 with found.of("ray"):
                     check_ray(config.ray)
@@ -202,9 +202,9 @@ def _main(arguments: list[str] | None, console: Console) -> int:
             start.callback(stop.begin)
             if not command.inline:  # from before any thread is there that Ray's handlers could hit
                 start.enter_context(held())
-            run = owned.enter_context(opening.take(config))
+            run = owned.enter_context(target.acquire(config))
             if command.from_step is not None:  # before a fleet is started for nothing
-                Checkpoints(run, config).at(command.from_step)
+                CheckpointStore(run, config).at(command.from_step)
         except (TesseraError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return REFUSED
@@ -244,18 +244,18 @@ def carry_out(
                 )
                 if experiment.run():
                     return 0
-            if not run.kept_anything():
-                logger.info(run.farewell())
+            if not run.has_results():
+                logger.info(run.exit_message())
             return INTERRUPTED
         except LockLostError as error:  # what is in the directory is another process's
             logger.error(f"error: {error}")
             return FAILED
         except TesseraError as error:
             logger.error(f"error: {error}")
-            logger.info(run.farewell())
+            logger.info(run.exit_message())
             return FAILED
         except KeyboardInterrupt:
-            logger.info(f"stopped at once; {run.farewell()}")
+            logger.info(f"stopped at once; {run.exit_message()}")
             return INTERRUPTED
 
 

@@ -239,7 +239,7 @@ class RewardServerConfig:
 
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     judge: JudgeConfig | None = field(default_factory=JudgeConfig)
-    """None: this server judges no exams."""
+    """None: this server takes no part in evaluations."""
     pool: str = ""
     """It runs the scorers of this pool."""
     batching: BatchingConfig = field(default_factory=BatchingConfig)

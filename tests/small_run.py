@@ -55,7 +55,7 @@ def fingerprint(iterations: list[Iteration]) -> list[tuple]:
     """What equal runs have in common: metrics without times, tokens, rewards."""
     return [
         (
-            repeatable(done.row),
+            repeatable(done.metrics),
             [group.rollouts.tokens.tolist() for group in done.groups],
             {name: values.tolist() for name, values in done.advantages.rewards.items()},
         )

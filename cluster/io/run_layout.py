@@ -3,7 +3,7 @@
 run/
   config.yaml  captions.parquet    configuration; captions with the features made for the run
   run.log  metrics.jsonl           log; one line of metrics an iteration
-  exams.jsonl  evaluation.json     evaluations while training; the table of the evaluations
+  evaluations.jsonl  evaluation.json     evaluations while training; the table of the evaluations
   best.json  trace.json            the best checkpoint; a timeline for Perfetto
   report.html                      written at the run's end
   owner.lock  fleet.json           the process that writes here; how to reach its fleet
@@ -21,7 +21,9 @@ CONFIG = "config.yaml"
 CAPTIONS = "captions.parquet"
 LOG = "run.log"
 METRICS = "metrics.jsonl"
-EXAMS = "exams.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+OLD_EVALUATIONS = "exams.jsonl"
+"""The name of that file before version 0.2; a run that began with it keeps it."""
 EVALUATION = "evaluation.json"
 BEST = "best.json"
 TRACE = "trace.json"
@@ -39,8 +41,8 @@ MANIFEST = "manifest.msgpack"
 """Of a checkpoint: written last, so that a directory with one is complete."""
 POLICY_FILE = "policy.safetensors"
 """Of a checkpoint: the policy's weights."""
-SET_ASIDE = "set-aside-"
-"""Beginning of directories of checkpoints that a run did not go on with."""
+ARCHIVED = "archived-"
+"""Prefix of directories of checkpoints that `--from-step` passed over (earlier: set-aside-)."""
 
 _STEP = re.compile(r"step_(\d{6,})")
 _ROLLOUT_FILE = re.compile(r"iteration_(\d{6,})\.parquet")

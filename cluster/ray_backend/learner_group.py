@@ -49,7 +49,7 @@ class LearnerGroup:
         """
         first, size = self._handles[0], len(self._handles)
         host = self._ask(call_inside(first, lambda _: ray.util.get_node_ip_address()), 0)
-        address = self._ask(first.meet.remote(host, size), 0)
+        address = self._ask(first.open_rendezvous.remote(host, size), 0)
         self._together([h.join.remote(rank, size, address) for rank, h in enumerate(self._handles)])
 
     def snapshot(self, on_device: bool = False) -> Any:

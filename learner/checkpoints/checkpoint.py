@@ -19,7 +19,7 @@ from cluster.errors import CheckpointError
 from cluster.fleet import Fleet
 from cluster.io.files import replacing, sync, writing
 from cluster.io.run_layout import CONFIG, MANIFEST, step_name, step_of
-from learner.checkpoints.manifest import FileSum, Manifest
+from learner.checkpoints.manifest import FileDigest, Manifest
 from learner.checkpoints.resume import check_resume
 from learner.config import RunConfig, parse_yaml
 from learner.rollouts.prefetch import Pipeline
@@ -96,7 +96,7 @@ def complete(
             sync(partial / name)
         manifest = Manifest(
             step=step_of(final.name) or 0,
-            files={file.name: FileSum.of(file) for file in sorted(partial.iterdir())},
+            files={file.name: FileDigest.of(file) for file in sorted(partial.iterdir())},
             run=run,
             config=hashlib.sha256(content[CONFIG]).hexdigest(),
             figures=figures,
@@ -106,11 +106,11 @@ def complete(
         sync(partial / MANIFEST)
         sync(partial)
         check_owned()
-        put_in_place(partial, final)
+        replace_directory(partial, final)
     return Checkpoint(final, manifest)
 
 
-def put_in_place(partial: Path, final: Path) -> None:
+def replace_directory(partial: Path, final: Path) -> None:
     """Rename a whole directory; what was there under its name goes."""
     if final.exists():
         old = final.with_name(f".{partial.name}.replaced")
@@ -130,10 +130,10 @@ def remove(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-def annotate(
+def add_figures(
     checkpoint: Checkpoint, figures: Mapping[str, float], records: Mapping[str, str]
 ) -> Checkpoint:
-    """Add an exam's figures to a checkpoint's manifest, and its row to the records."""
+    """Add the evaluation.s figures to a checkpoint's manifest, and its row to the records."""
     manifest = replace(checkpoint.manifest, figures=figures, records=records)
     file = checkpoint.path / MANIFEST
     with writing(file), replacing(file, durable=True) as partial:
@@ -178,7 +178,7 @@ def verify(path: Path, root: Path | None = None) -> Checkpoint:
         file = path / name
         try:
             _regular(file)
-            whole = file.stat().st_size == expected.size and FileSum.of(file) == expected
+            whole = file.stat().st_size == expected.size and FileDigest.of(file) == expected
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {path.name}: {name} is missing or damaged ({error})"

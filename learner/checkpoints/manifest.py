@@ -21,14 +21,14 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
-class FileSum:
+class FileDigest:
     """What a file must be."""
 
     size: int
     sha256: str
 
     @classmethod
-    def of(cls, file: Path) -> FileSum:
+    def of(cls, file: Path) -> FileDigest:
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return cls(file.stat().st_size, digest)
@@ -40,16 +40,16 @@ class Manifest:
 
     step: int
     """Iterations done."""
-    files: Mapping[str, FileSum]
+    files: Mapping[str, FileDigest]
     """By name; nothing else in the directory belongs to it."""
     run: str = ""
     """Identity of the run (`RunDirectory.identity`); empty in format 2."""
     config: str = ""
     """SHA-256 of the run's configuration; empty in format 2."""
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Of the exam that was taken at this step, if one was."""
+    """Of the evaluation that was taken at this step, if one was."""
     records: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of the run's rows up to this step, by file (`records.vouch`)."""
+    """SHA-256 of the run's rows up to this step, by file (`records.digests`)."""
 
     def to_bytes(self) -> bytes:
         """msgpack, read back by `from_bytes`."""
@@ -118,8 +118,8 @@ def _plain(key: Any, name: str) -> str:
     return key
 
 
-def _sum(value: Mapping[str, Any]) -> FileSum:
-    return FileSum(count(value["size"]), str(value["sha256"]))
+def _sum(value: Mapping[str, Any]) -> FileDigest:
+    return FileDigest(count(value["size"]), str(value["sha256"]))
 
 
 def _figure(value: Any) -> float:

@@ -59,7 +59,7 @@ def open_url(url: str) -> tuple[fs.FileSystem, str]:
         ) from error
 
 
-class Mirror:
+class RemoteCheckpoints:
     """The checkpoints of one run at a URL.
 
     Args:
@@ -76,7 +76,7 @@ class Mirror:
         self.url, self._run, self._check_owned = url, run, check_owned
         self._fs, self._base = open_url(url)
         self._base = self._base.rstrip("/")
-        if foreign := self._foreign():
+        if foreign := self._other_run():
             raise ConfigError(foreign)
 
     def steps(self) -> list[int]:
@@ -110,7 +110,7 @@ class Mirror:
             raise CheckpointError(f"checkpoint {step_name(step)} at {self.url} has no {name}")
 
         def whole() -> bytes:
-            with self._fs.open_input_stream(f"{self._place(step)}/{name}") as stream:
+            with self._fs.open_input_stream(f"{self._path(step)}/{name}") as stream:
                 return stream.read()
 
         data = self._try(f"reading {name} of {step_name(step)} at {self.url}", whole)
@@ -128,8 +128,8 @@ class Mirror:
         manifest, data = read_manifest(here), (here / MANIFEST).read_bytes()
         if self._manifest_bytes(manifest.step) == data:
             return
-        place = self._place(manifest.step)
-        self._forget(place)
+        place = self._path(manifest.step)
+        self._delete_manifest(place)
         self._try(f"making {place}", lambda: self._fs.create_dir(place, recursive=True))
         for name in (*manifest.files, MANIFEST):
             self._try(
@@ -148,7 +148,7 @@ class Mirror:
         with writing(partial):
             partial.mkdir(parents=True)
         for name in (*manifest.files, MANIFEST):
-            source = f"{self._place(step)}/{name}"
+            source = f"{self._path(step)}/{name}"
             self._try(
                 f"fetching {source}",
                 lambda name=name, source=source: self._fetch(source, partial / name),  # type: ignore[misc]
@@ -165,18 +165,18 @@ class Mirror:
         self._before_writing()
         for step in self.steps():
             if step not in staying:
-                place = self._place(step)
-                self._forget(place)
+                place = self._path(step)
+                self._delete_manifest(place)
                 self._try(f"removing {place}", lambda place=place: self._fs.delete_dir(place))  # type: ignore[misc]
 
-    def set_aside(self, step: int, folder: str) -> None:
+    def archive(self, step: int, folder: str) -> None:
         """Move a checkpoint into a folder there, its manifest first.
 
         Raises:
             CheckpointError: not within the attempts there are.
         """
         self._before_writing()
-        place, target = self._place(step), f"{self._base}/{folder}/{step_name(step)}"
+        place, target = self._path(step), f"{self._base}/{folder}/{step_name(step)}"
         files = self._listed(place)
         if not files:
             return
@@ -218,10 +218,10 @@ class Mirror:
         CheckpointError: another run writes there.
         """
         self._check_owned()
-        if foreign := self._foreign():
+        if foreign := self._other_run():
             raise CheckpointError(foreign)
 
-    def _foreign(self) -> str:
+    def _other_run(self) -> str:
         """What is wrong if the newest checkpoint there is another run's; empty if nothing is."""
         for step in self.steps()[-1:]:
             theirs = self.manifest(step).run
@@ -232,22 +232,22 @@ class Mirror:
                 )
         return ""
 
-    def _place(self, step: int) -> str:
+    def _path(self, step: int) -> str:
         return f"{self._base}/{step_name(step)}"
 
     def _listed(self, place: str) -> list[fs.FileInfo]:
         selector = fs.FileSelector(place, allow_not_found=True)
         return self._try(f"listing {place}", lambda: self._fs.get_file_info(selector))
 
-    def _forget(self, place: str) -> None:
-        """Remove a manifest: what it vouched for is about to change."""
+    def _delete_manifest(self, place: str) -> None:
+        """Remove a manifest: what it describes is about to change."""
         file = f"{place}/{MANIFEST}"
         info = self._try(f"looking at {file}", lambda: self._fs.get_file_info(file))
         if info.type == fs.FileType.File:
             self._try(f"removing {file}", lambda: self._fs.delete_file(file))
 
     def _manifest_bytes(self, step: int) -> bytes | None:
-        return self._content(f"{self._place(step)}/{MANIFEST}")
+        return self._content(f"{self._path(step)}/{MANIFEST}")
 
     def _content(self, file: str) -> bytes | None:
         """A small file; None if there is none."""

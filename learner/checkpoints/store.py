@@ -1,6 +1,6 @@
 """When a checkpoint is made, how it is written beside the learner's work, and which are kept.
 
-At most one is in the making: the learner writes its files from a copy, then a thread here adds the
+At most one is pending: the learner writes its files from a copy, then a thread here adds the
 rest, hashes, renames and uploads. The main loop asks between iterations (`poll`); failures are
 raised there.
 """
@@ -20,24 +20,24 @@ from cluster.errors import CheckpointError, ConfigError, StorageError, TesseraEr
 from cluster.fleet import Fleet
 from cluster.io.background import Background
 from cluster.io.files import replacing, sync, writing
-from cluster.io.run_layout import SET_ASIDE, step_name, steps_in
+from cluster.io.run_layout import ARCHIVED, step_name, steps_in
 from cluster.io.strict_json import dumps
 from cluster.roles import LearnerRole
 from cluster.scheduling.listening import Listening
 from learner.checkpoints.checkpoint import (
     Checkpoint,
-    annotate,
+    add_figures,
     capture,
     check_identity,
     complete,
-    put_in_place,
     read_manifest,
     remove,
+    replace_directory,
     verify,
 )
 from learner.checkpoints.manifest import Manifest
-from learner.checkpoints.remote import Mirror
-from learner.checkpoints.retention import best_of, kept
+from learner.checkpoints.remote import RemoteCheckpoints
+from learner.checkpoints.retention import best_step, retained_steps
 from learner.config import RunConfig
 from learner.runs import records
 from learner.runs.run_dir import RunDirectory
@@ -49,7 +49,7 @@ WAIT_S = 0.5  # at a time, for the learner
 
 
 @dataclass(frozen=True)
-class Making:
+class PendingCheckpoint:
     """A checkpoint that the learner writes."""
 
     step: int
@@ -61,7 +61,7 @@ class Making:
     """What was recorded since the one before."""
 
 
-class Checkpoints:
+class CheckpointStore:
     """The checkpoints of one run, here and at `output.checkpoint_url`.
 
     Raises:
@@ -72,8 +72,8 @@ class Checkpoints:
         self._run, self._root, self._config = run, run.checkpoints, config
         self._identity = run.identity
         url = config.output.checkpoint_url
-        self._mirror = Mirror(url, self._identity, run.check_remote) if url else None
-        self._making: Making | None = None
+        self._remote = RemoteCheckpoints(url, self._identity, run.check_remote) if url else None
+        self._pending: PendingCheckpoint | None = None
         self._task: Background | None = None
         self._unsent: TesseraError | None = None
         self._saved = 0  # the step of the newest
@@ -97,7 +97,7 @@ class Checkpoints:
 
         Args:
             groups: see `checkpoint.capture`.
-            figures: of the exam at this step.
+            figures: of the evaluation at this step.
 
         Raises:
             CheckpointError: the learner's files did not arrive here.
@@ -110,11 +110,13 @@ class Checkpoints:
             partial.mkdir(parents=True)
         content = capture(fleet, combiner, groups, self._run.sealed_config())
         iterations = range(self._saved, step)
-        self._making = Making(step, partial, fleet.learner, content, figures or {}, iterations)
+        self._pending = PendingCheckpoint(
+            step, partial, fleet.learner, content, figures or {}, iterations
+        )
         try:
             fleet.learner.save(partial, self._config.output.background)
         except StorageError as error:
-            raise self._failed(error) from error
+            raise self._storage_error(error) from error
         if not self._config.output.background:
             self.wait()
 
@@ -124,16 +126,16 @@ class Checkpoints:
         Raises:
             CheckpointError, StorageError: it could not be made.
         """
-        self._go_on(0.0)
+        self._advance(0.0)
 
     def wait(self) -> None:
-        """Until nothing is in the making, `timeout_s` at most.
+        """Until nothing is pending, `timeout_s` at most.
 
         Raises:
             CheckpointError, StorageError: it could not be made, or not in time.
         """
         listening, began = Listening(2 * WAIT_S), time.monotonic()
-        while not self._go_on(WAIT_S):
+        while not self._advance(WAIT_S):
             listening.look()
             if listening.silence(began) > self._config.timeout_s:
                 what = self._task.what if self._task else "the learner's files"
@@ -150,7 +152,7 @@ class Checkpoints:
                 self.wait()
         except TesseraError as error:
             logger.warning("note: %s", error)
-        self._drop()
+        self._discard_pending()
 
     def close(self) -> None:
         """Wait for everything, uploads too.
@@ -164,7 +166,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Of the checkpoints there are, in both places, oldest first; not verified."""
-        there = self._mirror.steps() if self._mirror else []
+        there = self._remote.steps() if self._remote else []
         return sorted({*steps_in(self._root), *there})
 
     def newest(self) -> Checkpoint | None:
@@ -200,115 +202,115 @@ class Checkpoints:
         there = ", ".join(str(each) for each in steps if each != step) or "none"
         raise ConfigError(f"--from-step {step}: no complete checkpoint of it; there are: {there}")
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Set later checkpoints aside, newest first: whatever happens meanwhile, what is left is a
         run that can be resumed."""
         self._run.check_owned()
         later = [each for each in self.steps() if each > step]
         if not later:
             return
-        folder = f"{SET_ASIDE}{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        folder = f"{ARCHIVED}{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         aside = self._root / folder
         for each in reversed(later):
-            if self._mirror:
-                self._mirror.set_aside(each, folder)
+            if self._remote:
+                self._remote.archive(each, folder)
             if (here := self._root / step_name(each)).exists():
                 aside.mkdir(exist_ok=True)
                 here.rename(aside / here.name)
-        for record in (self._run.metrics, self._run.exams):
+        for record in (self._run.metrics, self._run.evaluations):
             if record.is_file() and aside.is_dir():
                 shutil.copy(record, aside)
         self._point_to_best()
         numbers = ", ".join(map(str, later))
         logger.info("later checkpoints are set aside in %s: %s", folder, numbers)
 
-    def annotate(self, checkpoint: Checkpoint, figures: Mapping[str, float]) -> None:
-        """Add the figures of an exam that was taken later; waits for what is in the making."""
+    def add_figures(self, checkpoint: Checkpoint, figures: Mapping[str, float]) -> None:
+        """Add the figures of an evaluation that was taken later; waits for what is pending."""
         self.wait()
         self._run.check_owned()
-        vouched = records.vouch(self._run, checkpoint.step)
-        self._finish(annotate(checkpoint, figures, vouched))
+        digests = records.digests(self._run, checkpoint.step)
+        self._publish(add_figures(checkpoint, figures, digests))
 
     def _find(self, step: int) -> Checkpoint | None:
         here = self._root / step_name(step)
         if here.exists():
             try:
-                return self._checked(verify(here))
+                return self._check_identity(verify(here))
             except CheckpointError as error:
                 logger.warning("skipping %s", error)
-        if self._mirror is None or step not in self._mirror.steps():
+        if self._remote is None or step not in self._remote.steps():
             return None
         partial = self._root / f".{step_name(step)}.{secrets.token_hex(4)}"
         try:
-            self._mirror.download(step, partial)
-            self._checked(verify(partial))
-            put_in_place(partial, here)
-            logger.info("fetched %s from %s", step_name(step), self._mirror.url)
+            self._remote.download(step, partial)
+            self._check_identity(verify(partial))
+            replace_directory(partial, here)
+            logger.info("fetched %s from %s", step_name(step), self._remote.url)
             return verify(here)
         except CheckpointError as error:
-            logger.warning("skipping %s (at %s)", error, self._mirror.url)
+            logger.warning("skipping %s (at %s)", error, self._remote.url)
             return None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _checked(self, found: Checkpoint) -> Checkpoint:
+    def _check_identity(self, found: Checkpoint) -> Checkpoint:
         check_identity(found, self._identity, self._config)
         return found
 
-    def _go_on(self, wait_s: float) -> bool:
+    def _advance(self, wait_s: float) -> bool:
         """One step of what is in the making; whether nothing is."""
-        making = self._making
+        pending = self._pending
         try:
             if self._task is not None:
                 if not self._task.done(wait_s):
                     return False
-                self._making = self._task = None
+                self._pending = self._task = None
                 return True
-            if making is None:
+            if pending is None:
                 return True
-            if making.learner.saved(wait_s):
-                what = f"completing checkpoint {step_name(making.step)}"
-                self._task = Background(what, bound(self._complete, making))
+            if pending.learner.saved(wait_s):
+                what = f"completing checkpoint {step_name(pending.step)}"
+                self._task = Background(what, bound(self._complete, pending))
             return False
         except StorageError as error:
-            raise self._failed(error) from error
+            raise self._storage_error(error) from error
         except CheckpointError:
-            self._drop()
+            self._discard_pending()
             raise
 
-    def _complete(self, making: Making) -> None:
+    def _complete(self, pending: PendingCheckpoint) -> None:
         rollouts = self._config.output.rollouts
-        records.keep(self._run, making.iterations, rollouts=rollouts)
+        records.keep(self._run, pending.iterations, rollouts=rollouts)
         found = complete(
-            making.partial,
-            self._root / step_name(making.step),
-            making.content,
+            pending.partial,
+            self._root / step_name(pending.step),
+            pending.content,
             self._identity,
-            making.figures,
-            records.vouch(self._run, making.step),
+            pending.figures,
+            records.digests(self._run, pending.step),
             self._run.check_owned,
         )
-        self._saved = making.step
-        self._finish(found)
+        self._saved = pending.step
+        self._publish(found)
 
-    def _finish(self, checkpoint: Checkpoint) -> None:
+    def _publish(self, checkpoint: Checkpoint) -> None:
         """After one is whole: let old ones go, and bring it to the other place."""
         self._run.check_owned()
         best = self._point_to_best()
         output = self._config.output
-        staying = kept(steps_in(self._root), output, best)
+        staying = retained_steps(steps_in(self._root), output, best)
         for step in steps_in(self._root):
             if step not in staying:
                 remove(self._root / step_name(step))
         sync(self._root)
-        if self._mirror is None:
+        if self._remote is None:
             return
         try:
-            self._mirror.upload(checkpoint.path)
+            self._remote.upload(checkpoint.path)
             for step in staying - {checkpoint.step}:  # that could not be uploaded when made
-                if self._readable(step):
-                    self._mirror.upload(self._root / step_name(step))
-            self._mirror.keep(kept(self._mirror.steps(), output, best))
+                if self._manifest_of(step):
+                    self._remote.upload(self._root / step_name(step))
+            self._remote.keep(retained_steps(self._remote.steps(), output, best))
             self._unsent = None
         except (CheckpointError, StorageError) as error:
             self._unsent = error
@@ -319,19 +321,24 @@ class Checkpoints:
         figure = self._config.output.keep_best
         if not figure:
             return None
-        graded = {step: self._figures(step) for step in steps_in(self._root)}
-        best = best_of(figure, graded)
+        figures_of = {step: self._figures(step) for step in steps_in(self._root)}
+        best = best_step(figure, figures_of)
         file = self._run.best
         if best is None:
             file.unlink(missing_ok=True)
             return None
         place = f"{self._root.name}/{step_name(best)}"
-        said = {"figure": figure, "value": graded[best][figure], "step": best, "checkpoint": place}
+        said = {
+            "figure": figure,
+            "value": figures_of[best][figure],
+            "step": best,
+            "checkpoint": place,
+        }
         with writing(file), replacing(file, durable=True) as partial:
             partial.write_text(dumps(said, indent=2) + "\n")
         return best
 
-    def _readable(self, step: int) -> Manifest | None:
+    def _manifest_of(self, step: int) -> Manifest | None:
         """The manifest of a checkpoint here; None of a damaged one, which nothing is done with:
         whoever wants to resume from it is told."""
         try:
@@ -340,17 +347,17 @@ class Checkpoints:
             return None
 
     def _figures(self, step: int) -> Mapping[str, float]:
-        manifest = self._readable(step)
+        manifest = self._manifest_of(step)
         return manifest.figures if manifest else {}
 
-    def _failed(self, error: StorageError) -> StorageError:
-        step = self._making.step if self._making else 0
-        self._drop()
+    def _storage_error(self, error: StorageError) -> StorageError:
+        step = self._pending.step if self._pending else 0
+        self._discard_pending()
         before = [each for each in steps_in(self._root) if each != step]
         whole = f"{step_name(before[-1])} is whole" if before else "there is none before it"
         return StorageError(f"checkpoint {step_name(step)} was not kept ({whole}). {error}")
 
-    def _drop(self) -> None:
-        if self._making is not None:
-            shutil.rmtree(self._making.partial, ignore_errors=True)
-        self._making = self._task = None
+    def _discard_pending(self) -> None:
+        if self._pending is not None:
+            shutil.rmtree(self._pending.partial, ignore_errors=True)
+        self._pending = self._task = None

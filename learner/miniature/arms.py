@@ -194,7 +194,7 @@ def build_networks(config: ArmsConfig, seed: int) -> None:
 
 
 def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
-    """Train and examine one arm of one seed; the result goes to a JSON file."""
+    """Train and evaluate one arm of one seed; the result goes to a JSON file."""
     result = result_of(config, seed, arm)
     if result.is_file():
         return
@@ -204,7 +204,7 @@ def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
         real = evaluate.real_features(run, fleet)
         if arm == BASE:
             rows = {
-                row.name: evaluate.examine(run, fleet, row.spec, real)
+                row.name: evaluate.evaluate_policy(run, fleet, row.spec, real)
                 for row in evaluate.base_rows(run)
             }
         else:
@@ -212,7 +212,7 @@ def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
             prepare(run, fleet, space)
             train(run, fleet, space, 0, lambda _: None, lambda: False)
             row = evaluate.tuned_row(run)
-            rows = {arm: evaluate.examine(run, fleet, row.spec, real)}
+            rows = {arm: evaluate.evaluate_policy(run, fleet, row.spec, real)}
     with replacing(result) as partial:
         partial.write_text(dumps(rows))
 

@@ -43,7 +43,7 @@ COLUMNS = {
     "CLIP↑": "clip",
     "entr.": "entropy",
 }
-"""Heading of the table -> metric of the exam."""
+"""Heading of the table -> metric of the evaluation."""
 LEGEND = """  FID, density, coverage, precision, recall: against held-out images, in a judge's
   features; class: share the judge reads as the class asked for; CLIP: a second one,
   never rewarded; entr.: mean entropy of the policy's tokens, nats"""
@@ -134,7 +134,7 @@ class RunConsole:
         logger.info(bottleneck)
 
     def table(self, rows: Mapping[str, Mapping[str, float]]) -> None:
-        """The exam's results, one row a policy."""
+        """The results of the evaluation, one row a policy."""
         images = max((metrics.get("images", 0) for metrics in rows.values()), default=0)
         title = f"Held-out judge, {images:g} images of each policy" if images else "Held-out judge"
         table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -19,11 +19,13 @@ from learner.grpo.advantage import Advantages
 from learner.monitoring.rows import staleness_of
 from learner.monitoring.timeline import Usage
 from learner.rollouts.parquet import rollout_table, write_rollouts
-from learner.runs.records import ITERATION, STEP, counted_from, cut_back, read_rows, rollout_file
+from learner.runs.records import ITERATION, STEP, counted_from, read_rows, rollout_file, truncate
 from learner.runs.run_dir import RunDirectory
 
 UNREPEATABLE = ("time/", "fleet/")
 """Prefixes of metrics that differ between equal runs."""
+EVALUATION_TAGS = ("evaluation", "exam")
+"""TensorBoard prefixes of evaluations; "evaluation", the old name, is written until version 0.3."""
 OVERLAPPING = (QUEUE, "decode")
 """Phases with a row of their own in the trace: what waits in a worker overlaps with what it does,
 and images are decoded while the next group's tokens are."""
@@ -41,7 +43,7 @@ class Recorder:
 
         self._run, self._rollouts = run, rollouts
         self._base = counted_from(run)  # before rows are cut: the run keeps to it
-        cut_back(run, done, rollouts=rollouts)
+        truncate(run, done, rollouts=rollouts)
         with writing(run.metrics):
             self._metrics = run.metrics.open("a", buffering=1)
         with writing(run.tensorboard):
@@ -87,11 +89,12 @@ class Recorder:
             self._trace.idle({use.role: use.idle for use in self.usage.shares()})
             self._trace.flush()
 
-    def exam(self, step: int, figures: Mapping[str, float]) -> None:
-        """An exam while training, after so many iterations."""
-        add_exam(self._run, step, figures)
+    def record_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """An evaluation while training, after `step` iterations."""
+        append_evaluation(self._run, step, figures)
         with self._writing(self._run.tensorboard):
-            self._scalars({f"exam/{key}": value for key, value in figures.items()}, step)
+            for prefix in EVALUATION_TAGS:
+                self._scalars({f"{prefix}/{k}": value for k, value in figures.items()}, step)
 
     def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
         """Points of curves; where there is no number, none."""
@@ -119,10 +122,10 @@ class Recorder:
             self._trace.close(whole=self._run.owned)
 
 
-def add_exam(run: RunDirectory, step: int, figures: Mapping[str, float]) -> None:
-    """Append an exam's row."""
+def append_evaluation(run: RunDirectory, step: int, figures: Mapping[str, float]) -> None:
+    """Append a line to evaluations.jsonl."""
     run.check_owned()
-    with writing(run.exams), run.exams.open("a") as file:
+    with writing(run.evaluations), run.evaluations.open("a") as file:
         file.write(dumps({STEP: step, **figures}) + "\n")
 
 

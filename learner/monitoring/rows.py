@@ -31,7 +31,7 @@ def staleness_of(groups: Sequence[ScoredGroup], version: int) -> np.ndarray:
     return version - np.array([group.rollouts.version for group in groups], dtype=np.int64)
 
 
-def metrics_row(
+def iteration_metrics(
     iteration: int,
     max_staleness: int,
     groups: Sequence[ScoredGroup],

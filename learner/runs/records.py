@@ -1,4 +1,4 @@
-"""A run's rows (metrics.jsonl, exams.jsonl) and table: read, vouched for, cut back.
+"""A run's rows (metrics.jsonl, evaluations.jsonl) and table: read, vouched for, cut back.
 
 Rows are lines of JSON that begin with the step they belong to, in order. Whatever a crash left
 (half a line, rows after the checkpoint, a Parquet file without its row) is put right when a run
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 TUNED = "tuned"
 """The row of the tuned policy in the table of the evaluations."""
 ITERATION, STEP = "iteration", "step"
-"""The first field of a row of metrics, and of exams."""
+"""The first field of a row of metrics, and of evaluations."""
 
 
 def counted_from(run: RunDirectory) -> int:
@@ -59,7 +59,7 @@ def read_rows(path: Path, first_field: str) -> list[dict[str, Any]]:
     return [row for _, row in _rows(path, first_field)]
 
 
-def vouch(run: RunDirectory, step: int) -> dict[str, str]:
+def digests(run: RunDirectory, step: int) -> dict[str, str]:
     """File name -> SHA-256 of what it holds up to a step: a checkpoint keeps them, and a run that
     goes on from it notices when they differ.
 
@@ -68,7 +68,7 @@ def vouch(run: RunDirectory, step: int) -> dict[str, str]:
     """
     parts = {
         run.metrics: _lines(run.metrics, ITERATION, step + counted_from(run)),
-        run.exams: _lines(run.exams, STEP, step + 1),
+        run.evaluations: _lines(run.evaluations, STEP, step + 1),
         run.evaluation: _table(run),
     }
     return {file.name: hashlib.sha256(data).hexdigest() for file, data in parts.items() if data}
@@ -80,7 +80,7 @@ def check(run: RunDirectory, step: int, vouched: Mapping[str, str]) -> None:
     Raises:
         DataError: one is not what it was.
     """
-    now = vouch(run, step)
+    now = digests(run, step)
     for name, digest in vouched.items():
         file = run.path / name
         if not file.is_file():
@@ -93,7 +93,7 @@ def check(run: RunDirectory, step: int, vouched: Mapping[str, str]) -> None:
             )
 
 
-def cut_back(run: RunDirectory, done: int, *, rollouts: bool) -> None:
+def truncate(run: RunDirectory, done: int, *, rollouts: bool) -> None:
     """Leave what belongs to the first `done` iterations, each once.
 
     Raises:
@@ -101,7 +101,10 @@ def cut_back(run: RunDirectory, done: int, *, rollouts: bool) -> None:
         StorageError: there is no room.
     """
     base = counted_from(run)
-    for path, field, end in ((run.metrics, ITERATION, done + base), (run.exams, STEP, done + 1)):
+    for path, field, end in (
+        (run.metrics, ITERATION, done + base),
+        (run.evaluations, STEP, done + 1),
+    ):
         if path.is_file():
             kept = _lines(path, field, end)
             with writing(path), replacing(path, durable=True) as partial:
@@ -130,7 +133,7 @@ def keep(run: RunDirectory, iterations: range, *, rollouts: bool) -> None:
     Raises:
         StorageError: they cannot be brought there.
     """
-    files = [run.metrics, run.exams]
+    files = [run.metrics, run.evaluations]
     base = counted_from(run)
     files += [rollout_file(run, i + base) for i in iterations] if rollouts else []
     for file in files:
@@ -172,7 +175,7 @@ def _lines(path: Path, field: str, end: int) -> bytes:
 
 
 def _table(run: RunDirectory) -> bytes:
-    """The exams before training, in one form."""
+    """The evaluations before training, in one form."""
     rows = {name: row for name, row in run.read_evaluation().items() if name != TUNED}
     return json.dumps(rows, sort_keys=True).encode() if rows else b""
 

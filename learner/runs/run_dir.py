@@ -1,6 +1,6 @@
 """The run directory: where everything that a run leaves behind is kept.
 
-config.yaml  run.log  metrics.jsonl  exams.jsonl  evaluation.json  best.json  trace.json
+config.yaml  run.log  metrics.jsonl  evaluations.jsonl  evaluation.json  best.json  trace.json
 report.html  checkpoints/step_*/  rollouts/*.parquet  gallery/*.png  tensorboard/
 """
 
@@ -23,10 +23,11 @@ from cluster.io.run_layout import (
     CHECKPOINTS,
     CONFIG,
     EVALUATION,
-    EXAMS,
+    EVALUATIONS,
     GALLERY,
     LOG,
     METRICS,
+    OLD_EVALUATIONS,
     OWNER,
     REPORT,
     ROLLOUTS,
@@ -38,9 +39,9 @@ from cluster.io.strict_json import dumps, number
 from learner.config import RunConfig, dump, parse_yaml
 from learner.runs.config_file import seal, unseal
 
-BEGINNING = (CONFIG, OWNER, LOG)
+INITIAL_FILES = (CONFIG, OWNER, LOG)
 """Files of a run that has not done anything yet."""
-AFRESH = f"{AGAIN}, or name another directory by --run-dir"
+OTHER_DIRECTORY = f"{AGAIN}, or name another directory by --run-dir"
 """What to do where a directory cannot be made."""
 
 
@@ -62,14 +63,15 @@ class RunDirectory:
         self.gallery = self.path / GALLERY
         self.tensorboard = self.path / TENSORBOARD
         self.metrics = self.path / METRICS
-        self.exams = self.path / EXAMS
+        old = self.path / OLD_EVALUATIONS
+        self.evaluations = old if old.is_file() else self.path / EVALUATIONS
         self.evaluation = self.path / EVALUATION
         self.best = self.path / BEST
         self.trace = self.path / TRACE
         self.report = self.path / REPORT
         self.log = self.path / LOG
         self.lock: Lock | None = None
-        """Held by the process that writes here (`learner.opening`)."""
+        """Held by the process that writes here (`learner.run_target`)."""
         self.remote: Owner | None = None
         """The same for its checkpoints at a URL."""
 
@@ -138,7 +140,7 @@ class RunDirectory:
                 f"--run-dir {path} is not empty: add --resume to continue the run in it, or name "
                 "another directory"
             )
-        if any(not _of_the_beginning(path, file) for file in path.rglob("*")):
+        if any(not _is_initial(path, file) for file in path.rglob("*")):
             raise ConfigError(
                 f"--run-dir {path} is not empty, and holds no run: name another directory"
             )
@@ -159,10 +161,10 @@ class RunDirectory:
 
     def _make_folders(self) -> None:
         for folder in (self.checkpoints, self.rollouts, self.gallery, self.tensorboard):
-            with writing(folder, then=AFRESH):
+            with writing(folder, then=OTHER_DIRECTORY):
                 folder.mkdir(parents=True, exist_ok=True)
 
-    def kept_anything(self) -> bool:
+    def has_results(self) -> bool:
         """Whether there is something to go on with, or to look at."""
         if steps_in(self.checkpoints) or self.evaluation.is_file():
             return True
@@ -173,7 +175,7 @@ class RunDirectory:
         except ConfigError:
             return False
 
-    def farewell(self) -> str:
+    def exit_message(self) -> str:
         """What a run that ends early leaves, in a sentence. A run that has not kept anything worth
         having leaves nothing, so that no later --resume finds it."""
         try:
@@ -182,7 +184,7 @@ class RunDirectory:
             return str(error)
         if steps_in(self.checkpoints) or self.evaluation.is_file():
             return f"what was kept is in {self.path}; go on with\n  {resume_command(self.path)}"
-        if all(_of_the_beginning(self.path, file) for file in self.path.rglob("*")):
+        if all(_is_initial(self.path, file) for file in self.path.rglob("*")):
             for file in self.path.iterdir() if self.path.is_symlink() else ():
                 if file.is_file():
                     file.unlink(missing_ok=True)
@@ -215,7 +217,7 @@ class RunDirectory:
 
     def _write_config(self, text: str) -> None:
         self.check_owned()
-        then = RESUME if self.config.is_file() else AFRESH
+        then = RESUME if self.config.is_file() else OTHER_DIRECTORY
         with writing(self.config, then=then), replacing(self.config, durable=True) as partial:
             partial.write_text(text, encoding="utf-8")
 
@@ -243,8 +245,8 @@ class RunDirectory:
             return {str(k): {n: _figure(v) for n, v in row.items()} for k, row in rows.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{self.evaluation}: not a table of exams ({error}): remove it, and --resume takes "
-                "the exams of the tuned policy again"
+                f"{self.evaluation}: not a table of evaluations ({error}): remove it, and --resume "
+                "repeats the evaluation of the tuned policy"
             ) from error
 
     def write_evaluation(self, rows: dict[str, dict[str, float]]) -> None:
@@ -260,20 +262,20 @@ def _figure(value: object) -> float:
     return float(value)
 
 
-def _of_the_beginning(run: Path, file: Path) -> bool:
+def _is_initial(run: Path, file: Path) -> bool:
     """Whether something in a run's directory is what a start makes: folders, files of a run that
     has not done anything yet, and files on their way. (Below it, they are another run's.)"""
     if file.is_dir():
         return True
     on_its_way = file.name.startswith((f".{OWNER}.", f".{CONFIG}."))
-    return file.parent == run and (file.name in BEGINNING or on_its_way)
+    return file.parent == run and (file.name in INITIAL_FILES or on_its_way)
 
 
 def new_name() -> Path:
     """A directory that was not there, made here: no two runs get the same."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path, number = default_root() / stamp, 1
-    with writing(path, then=AFRESH):
+    with writing(path, then=OTHER_DIRECTORY):
         while True:
             try:
                 path.mkdir(parents=True)

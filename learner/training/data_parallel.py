@@ -22,8 +22,8 @@ from cluster.errors import FleetError
 
 
 @dataclass(frozen=True)
-class Peers:
-    """One learner's place among its peers; alone, every exchange is what it was given."""
+class DataParallelGroup:
+    """One learner's place among its dp_group; alone, every exchange is what it was given."""
 
     rank: int = 0
     size: int = 1
@@ -36,34 +36,34 @@ class Peers:
         """Whether this is the learner that writes files and publishes weights."""
         return self.rank == 0
 
-    def rows(self, total: int) -> slice:
-        """This learner's part of `total` rows; parts differ by one at most, and may be empty."""
-        return self._part(self.rank, total)
+    def shard(self, total: int) -> slice:
+        """This learner's part of `total` samples; parts differ by one at most, and may be empty."""
+        return self._shard_of(self.rank, total)
 
-    def most(self, rows: np.ndarray, total: int) -> int:
-        """Most of these rows, of `total`, that one learner has."""
-        parts = [self._part(rank, total) for rank in range(self.size)]
-        return max(int(((rows >= part.start) & (rows < part.stop)).sum()) for part in parts)
+    def max_local(self, indices: np.ndarray, total: int) -> int:
+        """Largest number of these samples, of `total`, in the shard of one learner."""
+        shards = [self._shard_of(rank, total) for rank in range(self.size)]
+        return max(int(((indices >= s.start) & (indices < s.stop)).sum()) for s in shards)
 
-    def _part(self, rank: int, total: int) -> slice:
+    def _shard_of(self, rank: int, total: int) -> slice:
         return slice(rank * total // self.size, (rank + 1) * total // self.size)
 
-    def sums(self, values: Sequence[float]) -> list[float]:
+    def all_sum(self, values: Sequence[float]) -> list[float]:
         """Sum of each value over the learners."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+        return self._all_reduce(values, dist.ReduceOp.SUM)
 
-    def largest(self, values: Sequence[float]) -> list[float]:
+    def all_max(self, values: Sequence[float]) -> list[float]:
         """Largest of each value over the learners."""
-        return self._reduced(values, dist.ReduceOp.MAX)
+        return self._all_reduce(values, dist.ReduceOp.MAX)
 
-    def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
+    def _all_reduce(self, values: Sequence[float], how: Any) -> list[float]:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, how)
         return tensor.tolist()
 
-    def divide(self, policy: nn.Module) -> None:
+    def shard_module(self, policy: nn.Module) -> None:
         """Divide the weights of a policy among the learners (FSDP2), each block's and the rest's
         apart: a pass gathers them, its backward adds gradients up at whoever has the part."""
         if self.size == 1:
@@ -83,7 +83,7 @@ class Peers:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # all that gloo has
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors in full, on the CPU, from what each learner keeps of them; every learner of a
         group must call it, and the first one gets the answer (the others an empty one). Alone, what
         it was given."""
@@ -96,7 +96,7 @@ class Peers:
                 found[name] = full.cpu()
         return found
 
-    def part_of(self, tensor: Tensor, like: Tensor | None) -> Tensor:
+    def local_shard(self, tensor: Tensor, like: Tensor | None) -> Tensor:
         """What this learner keeps of a full tensor: the part that it has of `like`."""
         if self.size == 1 or like is None or not tensor.ndim:
             return tensor
@@ -107,7 +107,7 @@ class Peers:
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def open_meeting(host: str, size: int) -> tuple[dist.TCPStore, str]:
+def open_rendezvous(host: str, size: int) -> tuple[dist.TCPStore, str]:
     """A meeting point on this machine, at a free port; returns it and its address."""
     store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
     return store, f"{host}:{store.port}"
@@ -115,12 +115,12 @@ def open_meeting(host: str, size: int) -> tuple[dist.TCPStore, str]:
 
 def join(
     rank: int, size: int, address: str, device: str, timeout_s: float, store: Any = None
-) -> Peers:
+) -> DataParallelGroup:
     """Meet the other learners; returns when all are there.
 
     Args:
-        address: of `open_meeting`, at the first learner.
-        store: what `open_meeting` returned, at the first learner.
+        address: of `open_rendezvous`, at the first learner.
+        store: what `open_rendezvous` returned, at the first learner.
 
     Raises:
         FleetError: not all came in time.
@@ -144,4 +144,4 @@ def join(
             f"learner {rank} of {size} did not meet the others at {address} within "
             f"{timeout_s:g} s: {error}"
         ) from error
-    return Peers(rank, size, device, store)
+    return DataParallelGroup(rank, size, device, store)

@@ -23,18 +23,23 @@ from learner.grpo.entropy import Measured, initial_state, next_state
 from learner.grpo.loss import grpo_loss
 from learner.training.batch import StepReport, TrainingBatch
 from learner.training.config import LearnerConfig
-from learner.training.data_parallel import Peers, join, open_meeting
+from learner.training.data_parallel import DataParallelGroup, join, open_rendezvous
 from learner.training.optimizer import PolicyAdamW
-from learner.training.policy import TrainedPolicy
-from learner.training.preparation import Passes, Prepared, Sums, cut
+from learner.training.policy import LearnerPolicy
+from learner.training.preparation import (
+    ForwardPasses,
+    PreparedBatch,
+    StatsAccumulator,
+    minibatch_indices,
+)
 from learner.training.real_tokens import RealTokens, cross_entropy
 from learner.training.skips import not_finite_because, too_many_skipped
 from learner.training.state_files import OPTIMIZER_FILE, LearnerFiles, LearnerState, TensorFile
 
-OF_THE_ACTOR = ("entropy", "mismatch_kl", "logprob_gap", "reference_kl")
+BEHAVIOUR_STATS = ("entropy", "mismatch_kl", "logprob_gap", "reference_kl")
 """Statistics of the policy that drew the rollouts: of the first pass, before its first update."""
 
-LEARNED = ("surrogate", "entropy", "reference_kl", "real_ce", "grad_norm")
+MUST_BE_FINITE = ("surrogate", "entropy", "reference_kl", "real_ce", "grad_norm")
 """What must be finite. The others compare with the sampler: where filters round differently, a
 token that was drawn may have probability 0 here, which has no gradient and is seen in them."""
 
@@ -50,7 +55,7 @@ class Learner:
         exact_fp32()
         self.name, self._config = name, config
         self.version = 0
-        self._policy = TrainedPolicy(
+        self._policy = LearnerPolicy(
             config.policy,
             config.optimizer,
             reference=config.loss.kl_coef > 0,
@@ -67,12 +72,12 @@ class Learner:
         self._pack = Packer(getattr(torch, config.wire_dtype))
         self._clock = Stopwatch(name)
         self._base: SnapshotName | None = None  # of the frozen weights, where adapters are trained
-        self._take_place(Peers(device=config.optimizer.device))
+        self._join_group(DataParallelGroup(device=config.optimizer.device))
 
-    def meet(self, host: str, size: int) -> str:
+    def open_rendezvous(self, host: str, size: int) -> str:
         """Open the meeting point of a group of `size` learners on this machine; returns its
         address."""
-        self._store, address = open_meeting(host, size)
+        self._store, address = open_rendezvous(host, size)
         return address
 
     def join(self, rank: int, size: int, address: str) -> None:
@@ -82,14 +87,14 @@ class Learner:
             FleetError: not all came in time.
         """
         device, timeout_s = self._config.optimizer.device, self._config.timeout_s
-        self._take_place(join(rank, size, address, device, timeout_s, self._store))
+        self._join_group(join(rank, size, address, device, timeout_s, self._store))
 
-    def _take_place(self, peers: Peers) -> None:
-        config, self._peers = self._config, peers
-        self._policy.join(peers)
-        self._optimizer = PolicyAdamW(self._policy.module, config.optimizer, peers)
-        self._passes = Passes(
-            self._policy, config.loss, config.spec, config.optimizer.microbatch, peers
+    def _join_group(self, dp_group: DataParallelGroup) -> None:
+        config, self._dp_group = self._config, dp_group
+        self._policy.join(dp_group)
+        self._optimizer = PolicyAdamW(self._policy.module, config.optimizer, dp_group)
+        self._passes = ForwardPasses(
+            self._policy, config.loss, config.spec, config.optimizer.microbatch, dp_group
         )
 
     def start(self, base_entropy: float) -> None:
@@ -147,22 +152,23 @@ class Learner:
         start = time.time()
         options = self._config.optimizer
         torch.set_num_threads(options.num_threads)
-        staleness = self._check(batch)
+        staleness = self._check_batch(batch)
         prepared, before = self._passes.prepare(batch, proximal=options.minibatches > 1)
         lr = options.lr_at(batch.iteration, self._config.iterations)
         steps = [
-            self._update(batch, prepared, rows, update, lr) for update, rows in self._cuts(batch)
+            self._update(batch, prepared, rows, update, lr)
+            for update, rows in self._minibatches(batch)
         ]
         self.version += 1
         # The first steps of the first pass see the policy that acted, or nearly so.
-        of_the_actor = [name for name in OF_THE_ACTOR if name in steps[0]]
-        acted = _mean(_taken(steps[: options.minibatches]), of_the_actor) | before
+        measured = [name for name in BEHAVIOUR_STATS if name in steps[0]]
+        acted = _mean(_applied(steps[: options.minibatches]), measured) | before
         others = [name for name in steps[0] if name not in acted]
-        metrics = self._metrics(acted | _mean(_taken(steps), others))
+        metrics = self._metrics(acted | _mean(_applied(steps), others))
         metrics |= {"policy/staleness": float(staleness), "loss/lr": lr}
         metrics["guards/skipped_updates"] = sum(not _finite(step) for step in steps)
         if math.isfinite(acted["entropy"]):
-            self._steer_entropy(batch.iteration, acted["entropy"])
+            self._update_entropy_coefficient(batch.iteration, acted["entropy"])
         if self._base_entropy is not None:
             metrics["policy/base_entropy"] = self._base_entropy
         span = Span(self.name, "learn", start, time.time())
@@ -182,7 +188,7 @@ class Learner:
         """
         self._writing = None
         optimizer, files = self._optimizer.tensors(), self._policy.files()
-        if not self._peers.first:
+        if not self._dp_group.first:
             return
         content = LearnerFiles({**files, OPTIMIZER_FILE: TensorFile(optimizer)}, self._state())
         if not background:
@@ -219,7 +225,7 @@ class Learner:
     def _state(self) -> LearnerState:
         return LearnerState(self.version, self._entropy, self._base_entropy, tuple(self._skipped))
 
-    def _check(self, batch: TrainingBatch) -> int:
+    def _check_batch(self, batch: TrainingBatch) -> int:
         if batch.specs != (self._config.spec,):
             raise FleetError(
                 f"the learner computes logprobs under {self._config.spec}, but rollouts were "
@@ -233,29 +239,34 @@ class Learner:
             )
         return staleness
 
-    def _cuts(self, batch: TrainingBatch) -> list[tuple[int, np.ndarray]]:
+    def _minibatches(self, batch: TrainingBatch) -> list[tuple[int, np.ndarray]]:
         """The rows of each optimizer step, numbered."""
         options = self._config.optimizer
         every = [
             rows
             for epoch in range(options.updates_per_iteration)
-            for rows in cut(
+            for rows in minibatch_indices(
                 len(batch.tokens), options.minibatches, self._config.seed, batch.iteration, epoch
             )
         ]
         return list(enumerate(every))
 
     def _update(
-        self, batch: TrainingBatch, prepared: Prepared, rows: np.ndarray, update: int, lr: float
+        self,
+        batch: TrainingBatch,
+        prepared: PreparedBatch,
+        rows: np.ndarray,
+        update: int,
+        lr: float,
     ) -> dict[str, float]:
         """One optimizer step on `rows` of the whole batch; returns its statistics. Where these are
         not finite the step is left out: weights and optimizer stay as they were. They are of the
         whole batch, so the learners of a group decide alike."""
         self._optimizer.zero_grad()
-        mine = self._peers.rows(len(batch.tokens))
+        mine = self._dp_group.shard(len(batch.tokens))
         here = rows[(rows >= mine.start) & (rows < mine.stop)] - mine.start
         part = prepared if len(here) == len(prepared) else prepared[here]
-        most = self._peers.most(rows, len(batch.tokens))
+        most = self._dp_group.max_local(rows, len(batch.tokens))
         stats = self._accumulate(part, len(rows), most)
         if self._real is not None:
             stats["real_ce"] = self._learn_from_real(batch.iteration, update)
@@ -265,10 +276,10 @@ class Learner:
             self._optimizer.zero_grad()
         else:
             self._optimizer.step(lr)
-        self._count(skipped, stats, f"iteration {batch.iteration + 1}, update {update + 1}")
+        self._record_skip(skipped, stats, f"iteration {batch.iteration + 1}, update {update + 1}")
         return stats
 
-    def _count(self, skipped: bool, stats: dict[str, float], where: str) -> None:
+    def _record_skip(self, skipped: bool, stats: dict[str, float], where: str) -> None:
         """Remember whether an update was skipped; too many end the run."""
         guards = self._config.guards
         self._skipped = [*self._skipped, skipped][-guards.window :]
@@ -281,13 +292,13 @@ class Learner:
                 f"{not_finite_because(stats)}"
             )
 
-    def _accumulate(self, part: Prepared, total: int, most: int) -> dict[str, float]:
+    def _accumulate(self, part: PreparedBatch, total: int, most: int) -> dict[str, float]:
         """Gradients of this learner's part of `total` rollouts, microbatch by microbatch; returns
         the mean statistics of them all. most: rollouts that one learner has of them."""
         config = self._config
         in_loss = config.loss.kl_coef > 0 and config.loss.kl_in == "loss"
-        sums = Sums(reference_kl=in_loss)
-        for rows in self._passes.rounds(part, most):
+        sums = StatsAccumulator(reference_kl=in_loss)
+        for rows in self._passes.microbatches(part, most):
             share = len(rows) / total
             found = self._policy.logprobs(rows.tokens, self._passes.conditions(rows), config.spec)
             loss, stats = grpo_loss(
@@ -304,13 +315,13 @@ class Learner:
             )
             (loss * share).backward()
             sums.add(stats, share)
-        return sums.total(self._peers)
+        return sums.total(self._dp_group)
 
     def _learn_from_real(self, iteration: int, update: int) -> float:
         """Add the gradient of the cross-entropy on real tokens; returns its mean, nats."""
         assert self._real is not None
         tokens, conditions = self._real.draw(iteration, update)
-        mine = self._peers.rows(len(tokens))
+        mine = self._dp_group.shard(len(tokens))
         size, sum_of_parts = self._config.optimizer.microbatch, 0.0
         for at in range(mine.start, mine.stop, size):
             rows = slice(at, min(at + size, mine.stop))
@@ -320,9 +331,9 @@ class Learner:
             loss = cross_entropy(logprobs) * (len(here) / len(tokens))
             (loss * self._config.real.weight).backward()
             sum_of_parts += float(loss.detach())
-        most = self._peers.most(np.arange(len(tokens)), len(tokens))
-        self._passes.keep_up(mine.stop - mine.start, most, conditions[:1])
-        return self._peers.sums([sum_of_parts])[0]
+        most = self._dp_group.max_local(np.arange(len(tokens)), len(tokens))
+        self._passes.pad_passes(mine.stop - mine.start, most, conditions[:1])
+        return self._dp_group.all_sum([sum_of_parts])[0]
 
     def _metrics(self, found: dict[str, float]) -> dict[str, float]:
         """Names under which the records keep what a step found."""
@@ -331,7 +342,7 @@ class Learner:
         metrics = {names[name]: value for name, value in found.items()}
         return metrics | {"policy/entropy_coef": self._entropy.coefficient}
 
-    def _steer_entropy(self, iteration: int, entropy: float) -> None:
+    def _update_entropy_coefficient(self, iteration: int, entropy: float) -> None:
         config = self._config
         differs = config.spec.learned() != config.spec
         if self._base_entropy is None and differs and self.version == 1:
@@ -352,10 +363,10 @@ class Learner:
 
 def _finite(stats: dict[str, float]) -> bool:
     """Whether an update with these statistics may be taken."""
-    return all(math.isfinite(stats[name]) for name in LEARNED if name in stats)
+    return all(math.isfinite(stats[name]) for name in MUST_BE_FINITE if name in stats)
 
 
-def _taken(steps: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
+def _applied(steps: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
     """Statistics of the updates that were taken; of all, if none was, to show what was found."""
     return [step for step in steps if _finite(step)] or steps
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cluster.bounds import check_at_most
 from cluster.errors import CheckpointError
 from cluster.roles import Resources
-from learner.training.data_parallel import Peers
+from learner.training.data_parallel import DataParallelGroup
 from learner.training.lora import LoraConfig
 
 
@@ -38,7 +38,7 @@ class OptimizerConfig(Resources):
     final_lr: float = 0.05
     """Share of the peak learning rate that is left at the end, in [0, 1]."""
     updates_per_iteration: int = 1
-    """Passes over an iteration's rollouts, each with its own optimizer steps."""
+    """ForwardPasses over an iteration's rollouts, each with its own optimizer steps."""
     minibatches: int = 1
     """Parts into which each pass is cut, one optimizer step each."""
     microbatch: int = 32
@@ -96,11 +96,13 @@ STATE = (STEP, "exp_avg", "exp_avg_sq")
 
 class PolicyAdamW:
     """AdamW over the trainable parameters of a policy, whole or divided among learners
-    (`Peers.divide`): the state lies where its parameter does."""
+    (`DataParallelGroup.divide`): the state lies where its parameter does."""
 
-    def __init__(self, policy: nn.Module, config: OptimizerConfig, peers: Peers) -> None:
+    def __init__(
+        self, policy: nn.Module, config: OptimizerConfig, dp_group: DataParallelGroup
+    ) -> None:
         self._named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self._limit, self._peers = config.max_grad_norm, peers
+        self._limit, self._dp_group = config.max_grad_norm, dp_group
         self._adamw = torch.optim.AdamW(
             self._named.values(),
             lr=config.lr,
@@ -115,7 +117,7 @@ class PolicyAdamW:
     def limit(self) -> float:
         """Scale gradients down to the configured norm; returns the norm before, of the whole."""
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self._limit)
-        return float(norm if self._peers.size == 1 else cast(Any, norm).full_tensor())
+        return float(norm if self._dp_group.size == 1 else cast(Any, norm).full_tensor())
 
     def step(self, lr: float) -> None:
         for group in self._adamw.param_groups:
@@ -130,7 +132,7 @@ class PolicyAdamW:
             for name, parameter in self._named.items()
             for key, tensor in self._adamw.state.get(parameter, {}).items()
         }
-        return {name: tensor.cpu() for name, tensor in self._peers.whole(kept).items()}
+        return {name: tensor.cpu() for name, tensor in self._dp_group.gather(kept).items()}
 
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
         """Inverse of `tensors`, whatever number of learners wrote it.
@@ -151,7 +153,7 @@ class PolicyAdamW:
             ):
                 raise CheckpointError(f"{source}: optimizer state {full!r} fits no parameter")
             tensor = tensor.to(parameter.device if tensor.ndim or fused else "cpu")
-            part = self._peers.part_of(tensor, parameter)
+            part = self._dp_group.local_shard(tensor, parameter)
             state.setdefault(parameter, {})[key] = part
         for parts in state.values():
             if len(parts) < len(STATE):

@@ -15,7 +15,7 @@ from actors.models.base import Conditions
 from cluster.io.run_layout import POLICY_FILE
 from cluster.messages import Condition, SamplingSpec
 from cluster.model_files.tensors import load_strict, read_tensors
-from learner.training.data_parallel import Peers
+from learner.training.data_parallel import DataParallelGroup
 from learner.training.lora import Adapters
 from learner.training.optimizer import OptimizerConfig
 from learner.training.state_files import TensorFile
@@ -23,7 +23,7 @@ from learner.training.state_files import TensorFile
 ADAPTERS_FILE = "adapters.safetensors"
 
 
-class TrainedPolicy:
+class LearnerPolicy:
     """Weights with gradients, and what they started from.
 
     The module stays in eval mode: these policies have no dropout layers, and their condition
@@ -38,7 +38,7 @@ class TrainedPolicy:
             reference: whether `reference_logprobs` will be asked for.
             seed: the run's; adapters start from it.
         """
-        self._options, self.device, self._peers = options, options.device, Peers()
+        self._options, self.device, self._dp_group = options, options.device, DataParallelGroup()
         self.module = load_policy(config, device=self.device).requires_grad_(True)
         self.module.checkpointing = options.checkpointing
         self._adapters: Adapters | None = None
@@ -55,12 +55,12 @@ class TrainedPolicy:
         with self._precision():
             return token_likelihoods(self.module, tokens, conditions, spec)
 
-    def join(self, peers: Peers) -> None:
+    def join(self, dp_group: DataParallelGroup) -> None:
         """Keep a part of the weights alone. The reference, where it is a copy, stays whole."""
-        peers.divide(self.module)
-        self._peers = peers
+        dp_group.shard_module(self.module)
+        self._dp_group = dp_group
 
-    def idle_pass(self, conditions: Sequence[Condition]) -> None:
+    def dummy_pass(self, conditions: Sequence[Condition]) -> None:
         """Take part in a pass of the other learners, and add zero to the gradient.
 
         Args:
@@ -98,19 +98,19 @@ class TrainedPolicy:
         """The state dict of a plain policy, adapters merged in; every learner of a group must call
         it, and the first one gets the answer (the others an empty one), here and below."""
         plain = self._adapters.plain() if self._adapters else self.module.state_dict()
-        return self._peers.whole(plain)
+        return self._dp_group.gather(plain)
 
     def frozen_weights(self) -> dict[str, Tensor]:
         """The state dict of the plain policy that adapters belong to."""
         assert self._adapters is not None
-        return self._peers.whole(self._adapters.plain(merged=False))
+        return self._dp_group.gather(self._adapters.plain(merged=False))
 
     def adapters(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         """See `Adapters.pairs`."""
         assert self._adapters is not None
         pairs = self._adapters.pairs()
-        inner = self._peers.whole({name: a for name, (a, _, _) in pairs.items()})
-        outer = self._peers.whole({name: b for name, (_, b, _) in pairs.items()})
+        inner = self._dp_group.gather({name: a for name, (a, _, _) in pairs.items()})
+        outer = self._dp_group.gather({name: b for name, (_, b, _) in pairs.items()})
         return {name: (inner[name], outer[name], pairs[name][2]) for name in inner}
 
     def files(self) -> dict[str, TensorFile]:
@@ -118,7 +118,7 @@ class TrainedPolicy:
         learner of a group must call it, and the first one has the tensors."""
         kept = {POLICY_FILE: TensorFile(self.weights(), self.module.config.to_dict())}
         if self._adapters:
-            kept[ADAPTERS_FILE] = TensorFile(self._peers.whole(self._adapters.tensors()))
+            kept[ADAPTERS_FILE] = TensorFile(self._dp_group.gather(self._adapters.tensors()))
         return kept
 
     def restore(self, directory: Path) -> None:
@@ -137,7 +137,7 @@ class TrainedPolicy:
     def _parts(self, file: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What this learner keeps of a file's tensors."""
         found = read_tensors(file)
-        return {name: self._peers.part_of(found[name], own.get(name)) for name in found}
+        return {name: self._dp_group.local_shard(found[name], own.get(name)) for name in found}
 
     def _precision(self) -> torch.autocast:
         bf16 = self._options.precision == "bf16"

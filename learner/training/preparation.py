@@ -22,12 +22,12 @@ from learner.grpo.off_policy import (
     truncated_weights,
 )
 from learner.training.batch import TrainingBatch
-from learner.training.data_parallel import Peers
-from learner.training.policy import TrainedPolicy
+from learner.training.data_parallel import DataParallelGroup
+from learner.training.policy import LearnerPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedBatch:
     """B rollouts of this learner, and what stays the same over an iteration's updates."""
 
     tokens: Tensor
@@ -49,7 +49,7 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, rows: np.ndarray | slice) -> Prepared:
+    def __getitem__(self, rows: np.ndarray | slice) -> PreparedBatch:
         fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         index = np.arange(len(self))[rows]
         chosen = torch.from_numpy(index).to(self.tokens.device)
@@ -57,26 +57,33 @@ class Prepared:
             if isinstance(value, Tensor):
                 fields[name] = value[rows] if isinstance(rows, slice) else value[chosen]
         fields["conditions"] = tuple(self.conditions[at] for at in index)
-        return Prepared(**fields)
+        return PreparedBatch(**fields)
 
-    def microbatches(self, size: int) -> Iterator[Prepared]:
+    def microbatches(self, size: int) -> Iterator[PreparedBatch]:
         """Parts of at most `size` rollouts, in order."""
         for at in range(0, len(self), size):
             yield self[slice(at, at + size)]
 
 
-class Passes:
-    """Passes over an iteration's rollouts that take no step."""
+class ForwardPasses:
+    """ForwardPasses over an iteration's rollouts that take no step."""
 
     def __init__(
-        self, policy: TrainedPolicy, loss: LossConfig, spec: SamplingSpec, size: int, peers: Peers
+        self,
+        policy: LearnerPolicy,
+        loss: LossConfig,
+        spec: SamplingSpec,
+        size: int,
+        dp_group: DataParallelGroup,
     ) -> None:
         """size: most rollouts of one pass."""
         self._policy, self._loss, self._spec = policy, loss, spec
-        self._size, self._peers = size, peers
+        self._size, self._dp_group = size, dp_group
         self._known: tuple[Condition, ...] = ()  # to encode, for a learner without rollouts
 
-    def prepare(self, batch: TrainingBatch, *, proximal: bool) -> tuple[Prepared, dict[str, float]]:
+    def prepare(
+        self, batch: TrainingBatch, *, proximal: bool
+    ) -> tuple[PreparedBatch, dict[str, float]]:
         """This learner's part of a batch.
 
         Args:
@@ -85,13 +92,13 @@ class Passes:
         Returns:
             The part, and what its preparation says of the whole batch, for the metrics.
         """
-        rows, total = self._peers.rows(len(batch.tokens)), len(batch.tokens)
+        rows, total = self._dp_group.shard(len(batch.tokens)), len(batch.tokens)
         self._known = batch.conditions[:1]
         tokens, behaviour, advantages = (
             torch.tensor(array[rows], device=self._policy.device)  # arrays may be read-only
             for array in (batch.tokens, batch.behaviour, batch.advantages)
         )
-        prepared = Prepared(
+        prepared = PreparedBatch(
             tokens=tokens.long(),
             conditions=batch.conditions[rows],
             behaviour=behaviour,
@@ -110,28 +117,30 @@ class Passes:
             metrics |= of_weights
         return prepared, metrics
 
-    def conditions(self, part: Prepared) -> Conditions:
+    def conditions(self, part: PreparedBatch) -> Conditions:
         return self._policy.module.encode(part.conditions)
 
-    def rounds(self, part: Prepared, most: int) -> Iterator[Prepared]:
+    def microbatches(self, part: PreparedBatch, most: int) -> Iterator[PreparedBatch]:
         """Microbatches of this learner's part; most: rollouts that a learner has of it."""
         yield from part.microbatches(self._size)
-        self.keep_up(len(part), most, self._known)
+        self.pad_passes(len(part), most, self._known)
 
-    def keep_up(self, mine: int, most: int, known: Sequence[Condition]) -> None:
+    def pad_passes(self, mine: int, most: int, known: Sequence[Condition]) -> None:
         """Idle passes of a learner with `mine` rows, while another one has `most`."""
         for _ in range(-(-most // self._size) - -(-mine // self._size)):
-            self._policy.idle_pass(known)
+            self._policy.dummy_pass(known)
 
-    def _rounds(self, prepared: Prepared, total: int) -> Iterator[Prepared]:
-        return self.rounds(prepared, self._peers.most(np.arange(total), total))
+    def _microbatches(self, prepared: PreparedBatch, total: int) -> Iterator[PreparedBatch]:
+        return self.microbatches(prepared, self._dp_group.max_local(np.arange(total), total))
 
     @torch.no_grad()
-    def _reference(self, prepared: Prepared, total: int) -> Tensor:
+    def _reference(self, prepared: PreparedBatch, total: int) -> Tensor:
         parts = [torch.empty_like(prepared.behaviour[:0])]
         with self._policy.reference() as module:
             shared = module is self._policy.module  # else it is whole, and each is on its own
-            rounds = self._rounds(prepared, total) if shared else prepared.microbatches(self._size)
+            rounds = (
+                self._microbatches(prepared, total) if shared else prepared.microbatches(self._size)
+            )
             for part in rounds:
                 given = self.conditions(part)
                 parts.append(
@@ -140,25 +149,29 @@ class Passes:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def _with_proximal(self, prepared: Prepared, total: int) -> tuple[Prepared, dict[str, float]]:
+    def _with_proximal(
+        self, prepared: PreparedBatch, total: int
+    ) -> tuple[PreparedBatch, dict[str, float]]:
         """Logprobs before the update, and what they say of the policy that acted."""
         none = torch.empty_like(prepared.behaviour[:0])
         parts, entropy = [(none, none)], 0.0
-        for part in self._rounds(prepared, total):
+        for part in self._microbatches(prepared, total):
             found = self._policy.logprobs(part.tokens, self.conditions(part), self._spec)
             parts.append((found.logprobs, found.unfiltered))
             entropy += float(found.entropies.sum())
         proximal, unfiltered = (torch.cat(column) for column in zip(*parts))
         behaviour = prepared.behaviour
         gap = (proximal - behaviour).abs().max() if len(prepared) else torch.zeros(())
-        mismatch, entropy = self._means(total, k3(behaviour, proximal).sum(), entropy)
+        mismatch, entropy = self._token_means(total, k3(behaviour, proximal).sum(), entropy)
         return dataclasses.replace(prepared, proximal=proximal, unfiltered=unfiltered), {
             "entropy": entropy,
             "mismatch_kl": mismatch,
-            "logprob_gap": self._peers.largest([float(gap)])[0],
+            "logprob_gap": self._dp_group.all_max([float(gap)])[0],
         }
 
-    def _with_kl(self, prepared: Prepared, total: int) -> tuple[Prepared, dict[str, float]]:
+    def _with_kl(
+        self, prepared: PreparedBatch, total: int
+    ) -> tuple[PreparedBatch, dict[str, float]]:
         """Advantages less the divergence from the reference, which then leaves the loss."""
         assert prepared.unfiltered is not None
         assert prepared.reference is not None
@@ -166,14 +179,16 @@ class Passes:
         estimates = divergence(
             prepared.unfiltered, prepared.reference, loss.kl_estimator, loss.kl_level
         )
-        mean = self._means(total, estimates.mean(1).sum() * prepared.tokens.shape[1])[0]
+        mean = self._token_means(total, estimates.mean(1).sum() * prepared.tokens.shape[1])[0]
         advantages = penalised_advantages(
             prepared.advantages.unsqueeze(-1), estimates, loss.kl_coef, mean
         )
         changed = dataclasses.replace(prepared, advantages=advantages, reference=None)
         return changed, {"reference_kl": mean}
 
-    def _with_weights(self, prepared: Prepared, total: int) -> tuple[Prepared, dict[str, float]]:
+    def _with_weights(
+        self, prepared: PreparedBatch, total: int
+    ) -> tuple[PreparedBatch, dict[str, float]]:
         """Truncated importance weights, and zeros for masked tokens."""
         assert prepared.proximal is not None
         loss, metrics = self._loss, {}
@@ -185,7 +200,9 @@ class Passes:
                 loss.importance_cap,
                 sequence=loss.aggregation == "sequence-ratio",
             )
-            metrics["importance"] = self._means(total, weights.mean(1).sum() * self._tokens())[0]
+            metrics["importance"] = self._token_means(
+                total, weights.mean(1).sum() * self._tokens()
+            )[0]
         if loss.masks:
             kept = tokens_in_band(
                 prepared.proximal,
@@ -193,7 +210,7 @@ class Passes:
                 loss.mask_low,
                 loss.mask_high or float("inf"),
             )
-            share = self._means(total, kept.sum())[0]
+            share = self._token_means(total, kept.sum())[0]
             metrics["kept_share"] = share
             if loss.length_divisor:  # a constant divisor hands no one's share to the others
                 weights = weights * kept
@@ -206,13 +223,13 @@ class Passes:
     def _tokens(self) -> int:
         return self._policy.module.num_tokens
 
-    def _means(self, total: int, *sums: Tensor | float) -> list[float]:
+    def _token_means(self, total: int, *sums: Tensor | float) -> list[float]:
         """Means over the tokens of the whole batch, from sums over those of this learner."""
         count = total * self._tokens()
-        return [value / count for value in self._peers.sums([float(value) for value in sums])]
+        return [value / count for value in self._dp_group.all_sum([float(value) for value in sums])]
 
 
-class Sums:
+class StatsAccumulator:
     """Statistics of a whole batch from those of its parts; one wait for the device.
 
     Args:
@@ -229,7 +246,7 @@ class Sums:
         values = [getattr(stats, name).float() for name in self._names]
         self._parts.append((share, torch.stack(values)))
 
-    def total(self, peers: Peers) -> dict[str, float]:
+    def total(self, dp_group: DataParallelGroup) -> dict[str, float]:
         """Means weighted by share, the one maximum as it is, over all learners."""
         names, sums, largest = self._names, dict.fromkeys(self._names, 0.0), 0.0
         for share, values in self._parts:
@@ -237,11 +254,13 @@ class Sums:
                 sums[name] += share * value
                 if name == "logprob_gap":
                     largest = float(np.maximum(largest, value))  # NaN stays NaN
-        found = dict(zip(names, peers.sums(list(sums.values()))))
-        return found | {"logprob_gap": peers.largest([largest])[0]}
+        found = dict(zip(names, dp_group.all_sum(list(sums.values()))))
+        return found | {"logprob_gap": dp_group.all_max([largest])[0]}
 
 
-def cut(total: int, parts: int, seed: int, iteration: int, epoch: int) -> Sequence[np.ndarray]:
+def minibatch_indices(
+    total: int, parts: int, seed: int, iteration: int, epoch: int
+) -> Sequence[np.ndarray]:
     """Rows of the minibatches of one pass over `total` rollouts: one is all of them in order, more
     are drawn anew for each pass, a function of (seed, iteration, pass) alone."""
     if parts == 1:

@@ -76,7 +76,7 @@ def main() -> None:
         with InlineFleet(fleet_plan(config)) as fleet:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            rows = [done.row for done in run_training(config, fleet)][1:]
+            rows = [done.metrics for done in run_training(config, fleet)][1:]
     phases = {
         name: sum(row.get(f"time/{span}", 0.0) for row in rows) / len(rows)
         for span, name in PHASES.items()

@@ -280,8 +280,8 @@ def memory(session: RaySession, seconds: float) -> None:
         recorder = Recorder(RunDirectory.create(f"{folder}/run", config), 0, rollouts=True)
 
         def after(done: Iteration) -> None:
-            recorder.record(done.row, done.groups, done.advantages, done.spans)
-            if done.row["iteration"] % 100 == 0:
+            recorder.record(done.metrics, done.groups, done.advantages, done.spans)
+            if done.metrics["iteration"] % 100 == 0:
                 sizes.append(process.memory_info().rss / 2**20)
 
         run(session, Costs(), config, after=after)

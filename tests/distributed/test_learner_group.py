@@ -63,7 +63,7 @@ def test_two_learners_of_eight_are_one_of_sixteen(
     assert workers == {"learner-0", "learner-1"}
     for ours, theirs in zip(found, iterations):
         for name in ("loss/grad_norm", "policy/entropy", "policy/ratio", "version"):
-            assert ours.row[name] == pytest.approx(theirs.row[name], rel=1e-4), name
+            assert ours.metrics[name] == pytest.approx(theirs.metrics[name], rel=1e-4), name
     # Complete, and independent of who wrote it: one learner goes on from it.
     with InlineFleet(fleet_plan(config_of())) as one:
         assert one.learner.restore(tmp_path) == 4

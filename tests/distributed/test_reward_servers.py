@@ -109,8 +109,8 @@ def test_rewards_do_not_depend_on_how_many_there_are_or_who_dies(
     print(f"servers {servers}, kill {kill}: largest differences {worst}")
     assert max(worst.values()) <= 1e-6
     for ours, theirs in zip(done, alone):
-        assert ours.row["fid/ema"] == pytest.approx(theirs.row["fid/ema"], abs=1e-5)
-        assert ours.row["fid/effective_size"] == theirs.row["fid/effective_size"]
+        assert ours.metrics["fid/ema"] == pytest.approx(theirs.metrics["fid/ema"], abs=1e-5)
+        assert ours.metrics["fid/effective_size"] == theirs.metrics["fid/effective_size"]
 
 
 MOMENTS = RayFleet.moments

@@ -36,15 +36,15 @@ def test_a_run_whose_samplers_take_weights_up_between_tokens(ray_session: RaySes
         done = run_training(config, fleet)
         assert fleet.restarts == 0
         assert not fleet._calls
-    assert [iteration.row["version"] for iteration in done] == [1, 2, 3, 4]
+    assert [iteration.metrics["version"] for iteration in done] == [1, 2, 3, 4]
     shares = []
     for number, iteration in enumerate(done):
-        assert 0 <= iteration.row["policy/staleness"] <= 1
+        assert 0 <= iteration.metrics["policy/staleness"] <= 1
         groups = [group.rollouts for group in iteration.groups]
         assert all(max(number - 1, 0) <= g.version <= g.newest <= number for g in groups)
         assert all(np.all(np.diff(g.token_versions) >= 0) for g in groups if g.newest > g.version)
         share = float(np.mean([group.mixed_share for group in groups]))
-        assert iteration.row["staleness/mixed_tokens"] == share
+        assert iteration.metrics["staleness/mixed_tokens"] == share
         shares.append(share)
     assert shares[0] == 0  # nothing newer was there
     assert max(shares) > 0
@@ -57,4 +57,4 @@ def test_without_it_every_token_is_of_the_rules_version(ray_session: RaySession)
     for number, iteration in enumerate(done):
         assert {g.rollouts.version for g in iteration.groups} == {max(number - 1, 0)}
         assert all(g.rollouts.token_versions is None for g in iteration.groups)
-        assert iteration.row["staleness/mixed_tokens"] == 0
+        assert iteration.metrics["staleness/mixed_tokens"] == 0

@@ -60,7 +60,7 @@ def test_the_run_directory_has_everything(finished: Path) -> None:
         assert said in log
 
 
-def test_the_exam_has_every_row_and_figure(finished: Path) -> None:
+def test_the_evaluation_has_every_row_and_figure(finished: Path) -> None:
     rows = json.loads((finished / "evaluation.json").read_text())
     assert list(rows) == ["base", "base, CFG 1.5", "base, CFG 2", "tuned"]
     for metrics in rows.values():

@@ -1,4 +1,4 @@
-"""Resumed runs equal the uninterrupted one, to the bit; exams while training; a lost directory."""
+"""Resumed runs equal the uninterrupted one, bit for bit; evaluations while training; lost runs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def assert_same(found: Path, expected: Path) -> None:
     assert rows[0] == rows[1]
     assert [row["iteration"] for row in rows[0]] == list(range(1, STEPS + 1))
     assert rows[0][-1]["policy/entropy_coef"] != 0.01  # the controller did steer
-    for pattern in ("rollouts/*.parquet", "exams.jsonl", "evaluation.json"):
+    for pattern in ("rollouts/*.parquet", "evaluations.jsonl", "evaluation.json"):
         theirs = {path.name: path.read_bytes() for path in expected.glob(pattern)}
         assert theirs
         assert {path.name: path.read_bytes() for path in found.glob(pattern)} == theirs
@@ -125,9 +125,15 @@ def test_from_an_earlier_step(
     )
     assert main([*arguments, "2"]) == 0
     assert_same(run, expected)
-    (aside,) = (run / "checkpoints").glob("set-aside-*")
+    (aside,) = (run / "checkpoints").glob("archived-*")
     names = sorted(path.name for path in aside.iterdir())
-    assert names == ["exams.jsonl", "metrics.jsonl", "step_000003", "step_000004", "step_000006"]
+    assert names == [
+        "evaluations.jsonl",
+        "metrics.jsonl",
+        "step_000003",
+        "step_000004",
+        "step_000006",
+    ]
     assert (aside / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
 
 
@@ -136,10 +142,10 @@ def test_from_step_needs_resume(capsys: pytest.CaptureFixture[str]) -> None:
     assert "add --resume" in capsys.readouterr().err
 
 
-def test_exams_change_nothing_but_what_is_kept(whole: tuple, tmp_path: Path) -> None:
+def test_evaluations_change_nothing_but_what_is_kept(whole: tuple, tmp_path: Path) -> None:
     staleness, expected = whole
     config = config_of(staleness)
-    rows = [json.loads(line) for line in (expected / "exams.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (expected / "evaluations.jsonl").read_text().splitlines()]
     assert [row.pop("step") for row in rows] == [3, 6]
     assert rows[0] != rows[1]
     assert rows[1] == json.loads((expected / "evaluation.json").read_text())["tuned"]
@@ -155,7 +161,7 @@ def test_exams_change_nothing_but_what_is_kept(whole: tuple, tmp_path: Path) -> 
     assert metrics[0] == metrics[1]
 
 
-def test_an_exam_that_a_stop_cut_off_is_made_up_for(whole: tuple, tmp_path: Path) -> None:
+def test_an_evaluation_that_a_stop_interrupted_is_repeated(whole: tuple, tmp_path: Path) -> None:
     staleness, expected = whole
     config = config_of(staleness)
     run = RunDirectory.create(str(tmp_path / "run"), config)
@@ -163,7 +169,7 @@ def test_an_exam_that_a_stop_cut_off_is_made_up_for(whole: tuple, tmp_path: Path
 
     class Stopping(RunConsole):
         def update(self, row: Any) -> None:
-            if row["iteration"] == 3:  # and then the exam of step 3 is due
+            if row["iteration"] == 3:  # and then the evaluation of step 3 is due
                 stopping.append(True)
 
     with (
@@ -220,8 +226,10 @@ def test_the_best_one_is_kept_and_a_lost_directory_made_again(tmp_path: Path) ->
     url = f"file://{tmp_path}/elsewhere"
     run = run_until(tmp_path / "run", 0, keep_checkpoints=1, keep_best="fid", checkpoint_url=url)
     best = json.loads((run / "best.json").read_text())
-    exams = [json.loads(line) for line in (run / "exams.jsonl").read_text().splitlines()]
-    assert best["value"] == min(row["fid"] for row in exams)
+    evaluations = [
+        json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()
+    ]
+    assert best["value"] == min(row["fid"] for row in evaluations)
     expected = sorted({best["step"], STEPS})
     there = sorted(path.name for path in (tmp_path / "elsewhere").iterdir())
     assert there == [f"step_{step:06d}" for step in expected]

@@ -1,4 +1,4 @@
-"""A fleet that saves a few bytes, and a keeper of its checkpoints."""
+"""A fleet that saves a few bytes, and the store of its checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.io.run_layout import step_name, steps_in
 from learner.checkpoints.checkpoint import Checkpoint, verify
-from learner.checkpoints.store import Checkpoints
+from learner.checkpoints.store import CheckpointStore
 from learner.config import RunConfig
 from learner.runs.run_dir import RunDirectory
 from rewards.combine import Combiner, RewardTerm
@@ -60,7 +60,7 @@ def run_config(**output: Any) -> RunConfig:
 
 
 class Kept:
-    """A run directory with its keeper."""
+    """A run directory with its checkpoint store."""
 
     def __init__(self, path: Path, **output: Any) -> None:
         self.config = run_config(**{"checkpoint_every": 1, **output})
@@ -68,16 +68,16 @@ class Kept:
         self.run = RunDirectory.create(str(path), self.config) if fresh else RunDirectory(path)
         self.open()
 
-    def open(self) -> Checkpoints:
-        """The keeper of a new process."""
-        self.keeper = Checkpoints(self.run, self.config)
-        return self.keeper
+    def open(self) -> CheckpointStore:
+        """The store that a new process opens."""
+        self.store = CheckpointStore(self.run, self.config)
+        return self.store
 
     def save(self, step: int, fleet: FakeFleet | None = None, **given: Any) -> Checkpoint:
         """One that is complete when this returns."""
         fleet = fleet or FakeFleet(f"weights {step}".encode())
-        self.keeper.save(step, fleet, combiner(step), **given)
-        self.keeper.wait()
+        self.store.save(step, fleet, combiner(step), **given)
+        self.store.wait()
         return verify(self.run.checkpoints / step_name(step))
 
     @property

@@ -22,7 +22,7 @@ import torch
 from cluster.fleet import InlineFleet
 from cluster.messages import MAIN_SPACE, SampleRequest, SamplingSpec
 from learner.checkpoints.checkpoint import MOMENTS, restore
-from learner.checkpoints.store import Checkpoints
+from learner.checkpoints.store import CheckpointStore
 from learner.fleet_plan import fleet_plan
 from learner.grpo.loss import LossConfig, clipped_surrogate
 from learner.runs.run_dir import RunDirectory
@@ -162,7 +162,7 @@ def test_9_moments_are_in_the_checkpoint(tmp_path: Path) -> None:
     with InlineFleet(fleet_plan(config)) as fleet:
         run_training(config, fleet)
         combiner = Combiner(config.rewards.terms())
-        kept = Checkpoints(RunDirectory.create(str(tmp_path / "run"), config), config)
+        kept = CheckpointStore(RunDirectory.create(str(tmp_path / "run"), config), config)
         kept.save(1, fleet, combiner)
         kept.close()
         saved = kept.at(1)

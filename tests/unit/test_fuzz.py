@@ -67,8 +67,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kept, Parts]:
     for step in (1, 2):
         fleet.learner.step(batch_of(fleet.learner, step))
         fleet.moments.commit(step, features(step + 1), np.ones(40, bool), run="run")
-        made.keeper.save(step, fleet, Combiner({"clip": RewardTerm()}), b"groups %d" % step)
-        made.keeper.close()
+        made.store.save(step, fleet, Combiner({"clip": RewardTerm()}), b"groups %d" % step)
+        made.store.close()
     return made, fleet
 
 
@@ -291,20 +291,20 @@ def test_configuration_files(tmp_path: Path) -> None:
             run.read_config()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "exams.jsonl", "evaluation.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl", "evaluation.json"])
 def test_rows_that_a_checkpoint_vouches_for(tmp_path: Path, name: str) -> None:
     run = RunDirectory.create(str(tmp_path / "run"), small_config())
     rows = [{"iteration": i, "version": i + 1, "reward/clip": 0.1 * i} for i in range(6)]
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run.exams.write_text("".join(json.dumps({"step": s, "fid": 2.5}) + "\n" for s in (2, 4)))
+    run.evaluations.write_text("".join(json.dumps({"step": s, "fid": 2.5}) + "\n" for s in (2, 4)))
     run.write_evaluation({"base": {"fid": 1.5, "accuracy": 0.5}})
-    vouched = records.vouch(run, 4)
+    vouched = records.digests(run, 4)
     good = (run.path / name).read_bytes()
 
     def read(data: bytes) -> object:
         (run.path / name).write_bytes(data)
         records.check(run, 4, vouched)
-        return records.vouch(run, 4)
+        return records.digests(run, 4)
 
     fuzz(good, read, lambda found: found == vouched)
 

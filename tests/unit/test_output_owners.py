@@ -17,9 +17,9 @@ from learner.checkpoints.remote import open_url
 from learner.miniature import arms, build
 from rewards.reference import build as reference
 from rewards.reference.build import ReferenceConfig
-from tests.unit.learner import test_opening as test_opening
+from tests.unit.learner import test_run_target as test_run_target
 
-package = test_opening.package
+package = test_run_target.package
 POLICY = "package://learner.miniature/networks/policy.safetensors"
 
 

@@ -111,10 +111,10 @@ def test_malformed_files_are_named(tmp_path: Path, text: str, message: str) -> N
 def test_command_line_over_preset_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"iterations": 7, "learner": {"lr": 0.5}}))
-    command, config, opening = parse(
+    command, config, target = parse(
         ["--preset", str(file), "--learner.lr", "0.25", "--num-samplers", "8", "--inline"]
     )
-    assert (command.inline, opening.saved) == (True, None)
+    assert (command.inline, target.saved) == (True, None)
     assert (config.iterations, config.learner.lr, config.num_samplers) == (7, 0.25, 8)
     assert config.seed == RunConfig().seed
 

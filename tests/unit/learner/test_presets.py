@@ -87,13 +87,13 @@ def test_two_iterations_at_reduced_width(name: str, tmp_path: Path) -> None:
         before = unpack_weights(fleet.learner.snapshot())
         done = run_training(config, fleet)
         after = unpack_weights(fleet.learner.snapshot())
-    assert [iteration.row["version"] for iteration in done] == [1, 2]
+    assert [iteration.metrics["version"] for iteration in done] == [1, 2]
     for iteration in done:
-        assert all(math.isfinite(value) for value in iteration.row.values())
-        measured = [name for name in OF_CLASSES if name in iteration.row]
+        assert all(math.isfinite(value) for value in iteration.metrics.values())
+        measured = [name for name in OF_CLASSES if name in iteration.metrics]
         assert measured == ([] if config.conditions.captions else OF_CLASSES)
-        assert iteration.row["images/failed"] == 0
-        check_ratio(config, iteration.row)
+        assert iteration.metrics["images/failed"] == 0
+        check_ratio(config, iteration.metrics)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) > 0.8 * len(before)
 

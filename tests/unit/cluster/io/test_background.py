@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cluster.model_files.tensors import write_tensors
-from learner.checkpoints.manifest import FileSum
+from learner.checkpoints.manifest import FileDigest
 
 TENSORS = {f"{number}": torch.zeros(1 << 23) for number in range(10)}  # 336 MB
 ATTEMPTS = 5
@@ -50,7 +50,7 @@ def test_other_threads_go_on(tmp_path: Path, what: str) -> None:
     write_tensors(file, TENSORS, {})
     calls: dict[str, Callable[[], object]] = {
         "write": lambda: write_tensors(other, TENSORS, {}),
-        "checksum": lambda: FileSum.of(file),
+        "checksum": lambda: FileDigest.of(file),
         "copy": lambda: shutil.copyfile(file, other),
     }
     measured = []

@@ -19,7 +19,7 @@ from cluster.control.control_actor import FleetStatus, PoolStatus, Progress, Wor
 from cluster.io.strict_json import dumps, number
 from cluster.spans import Span
 from learner.checkpoints.manifest import Manifest
-from learner.checkpoints.retention import best_of
+from learner.checkpoints.retention import best_step
 from learner.grpo.advantage import group_advantages
 from learner.miniature import arms
 from learner.monitoring.guards import Guards
@@ -81,21 +81,26 @@ def test_a_runs_files_are_strict_and_can_be_read_again(run: RunDirectory) -> Non
     groups = [scored_group({"clip": [0.1, np.nan]}, errors=[None, "clip: boom"])]
     advantages = group_advantages(groups, {}, Combiner({"clip": RewardTerm()}))
     recorder.record(dict(ODD), groups, advantages, [Span("learner", "learn", 1.0, 1.5)])
-    recorder.exam(1, {"fid": math.nan, "accuracy": 0.5})
+    recorder.record_evaluation(1, {"fid": math.nan, "accuracy": 0.5})
     recorder.close()
     run.write_evaluation({"base": {"fid": math.inf, "density": 1.0}})
     (row,) = [strict(line) for line in run.metrics.read_text().splitlines()]
     assert row == {"iteration": 0, "a": None, "b": None, "c": None, "d": 1.5}
-    assert strict(run.exams.read_text()) == {"step": 1, "fid": None, "accuracy": 0.5}
+    assert strict(run.evaluations.read_text()) == {"step": 1, "fid": None, "accuracy": 0.5}
     assert strict(run.evaluation.read_text())["base"] == {"fid": None, "density": 1.0}
     assert strict(run.trace.read_text())
     assert read_metrics(run.metrics) == [row]
     table = run.read_evaluation()["base"]
     assert math.isnan(table["fid"])
-    assert records.vouch(run, 1) == records.vouch(run, 1)
+    assert records.digests(run, 1) == records.digests(run, 1)
     events = EventAccumulator(str(run.tensorboard))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"iteration", "d", "exam/accuracy"}
+    assert set(events.Tags()["scalars"]) == {
+        "iteration",
+        "d",
+        "evaluation/accuracy",
+        "exam/accuracy",
+    }
     Recorder(run, 1, rollouts=True).close()  # resumed
     assert read_metrics(run.metrics) == [row]
 
@@ -103,10 +108,10 @@ def test_a_runs_files_are_strict_and_can_be_read_again(run: RunDirectory) -> Non
 def test_rows_of_earlier_versions_stay_as_they_are(run: RunDirectory) -> None:
     line = '{"iteration": 0, "fid/ema": NaN, "fid/batch": 2.0}\n'
     run.metrics.write_text(line)
-    before = records.vouch(run, 1)
+    before = records.digests(run, 1)
     Recorder(run, 1, rollouts=False).close()
     assert run.metrics.read_text() == line
-    assert records.vouch(run, 1) == before
+    assert records.digests(run, 1) == before
 
 
 def test_guards_see_the_same_live_and_after_a_resume() -> None:
@@ -136,8 +141,8 @@ def test_the_report_has_gaps_where_nothing_was_measured() -> None:
 
 def test_the_best_is_a_number() -> None:
     graded = {1: {"fid": math.nan}, 2: {"fid": math.inf}, 3: {"fid": 4.0}, 4: {"fid": -math.inf}}
-    assert best_of("fid", graded) == 3
-    assert best_of("fid", {1: {"fid": -math.inf}}) is None
+    assert best_step("fid", graded) == 3
+    assert best_step("fid", {1: {"fid": -math.inf}}) is None
 
 
 def test_a_checkpoint_can_be_read_whatever_its_exam_found(tmp_path: Path) -> None:

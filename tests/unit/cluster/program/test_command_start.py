@@ -31,7 +31,7 @@ from cluster.ray_session.machine import (
 )
 from cluster.ray_session.session import RayConfig
 from learner import run
-from learner.opening import Opening
+from learner.run_target import RunTarget
 from learner.runs.run_dir import RunDirectory
 from rewards.distribution import reference
 from tests.small_run import small_config
@@ -127,7 +127,7 @@ def test_a_run_directory_that_cannot_be_made() -> None:
     assert "--resume" not in str(caught.value)
     with (
         pytest.raises(StorageError, match="another directory by --run-dir"),
-        Opening(Path("/proc/run")).take(small_config()),
+        RunTarget(Path("/proc/run")).acquire(small_config()),
     ):
         pass
 
@@ -137,7 +137,7 @@ def test_what_is_not_a_run_is_not_resumed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir("/proc")
     with (
         pytest.raises(StorageError, match="another directory by --run-dir"),
-        Opening(None).take(small_config()),
+        RunTarget(None).acquire(small_config()),
     ):
         pass
     with (

@@ -17,7 +17,7 @@ from cluster.errors import CheckpointError, ConfigError
 from cluster.io.run_layout import CONFIG, MANIFEST, step_name
 from learner.checkpoints import remote
 from learner.checkpoints.checkpoint import verify
-from learner.checkpoints.remote import Mirror
+from learner.checkpoints.remote import RemoteCheckpoints
 from tests.unit.checkpoint_cases import Kept
 
 
@@ -67,7 +67,7 @@ def test_finished_checkpoints_are_there_too_and_the_same_ones_stay(
     made = Kept(tmp_path / "run", checkpoint_url=url, keep_checkpoints=2, keep_every=3)
     for step in range(1, 7):
         made.save(step)
-    assert Mirror(url).steps() == made.steps == [3, 5, 6]
+    assert RemoteCheckpoints(url).steps() == made.steps == [3, 5, 6]
     shutil.rmtree(made.run.checkpoints)
     made.run.checkpoints.mkdir()
     newest = made.open().newest()
@@ -75,8 +75,8 @@ def test_finished_checkpoints_are_there_too_and_the_same_ones_stay(
     assert (newest.step, newest.path.parent) == (6, made.run.checkpoints)
     assert newest.read("policy.safetensors") == b"weights 6"
     assert logged == [f"fetched step_000006 from {url}"]
-    assert made.keeper.steps() == [3, 5, 6]
-    assert made.keeper.at(3).step == 3
+    assert made.store.steps() == [3, 5, 6]
+    assert made.store.at(3).step == 3
 
 
 def test_the_newest_of_both_places_is_used(tmp_path: Path, url: str) -> None:
@@ -87,7 +87,7 @@ def test_the_newest_of_both_places_is_used(tmp_path: Path, url: str) -> None:
     assert made.open().newest().step == 2  # from there
     (made.run.checkpoints / "step_000002" / "policy.safetensors").write_bytes(b"damaged")
     assert made.open().newest().step == 2  # a damaged one here is fetched anew
-    made.keeper._mirror.keep([1])
+    made.store._remote.keep([1])
     (made.run.checkpoints / "step_000002" / "policy.safetensors").write_bytes(b"damaged")
     assert made.open().newest().step == 1
 
@@ -100,7 +100,7 @@ def test_half_an_upload_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "step_000002" / MANIFEST).unlink()
     shutil.rmtree(made.run.checkpoints / "step_000002")
     assert made.open().newest().step == 1
-    assert Mirror(url).steps() == [1]
+    assert RemoteCheckpoints(url).steps() == [1]
 
 
 def test_what_was_damaged_there_is_skipped(tmp_path: Path, logged: list[str]) -> None:
@@ -136,13 +136,13 @@ def test_a_storage_that_fails_in_the_middle_is_told_and_made_up_for(
     assert "step_000002/" in logged[0]
     assert "failed 4 times (OSError: connection reset)" in logged[0]
     assert "it is whole here" in logged[0]
-    assert (made.steps, Mirror(flaky).steps()) == ([1, 2], [1])
+    assert (made.steps, RemoteCheckpoints(flaky).steps()) == ([1, 2], [1])
     with pytest.raises(CheckpointError, match="failed 4 times"):
-        made.keeper.close()
+        made.store.close()
     Flaky.failures = 0
     made.save(3)
-    assert Mirror(flaky).steps() == [1, 2, 3]
-    made.keeper.close()
+    assert RemoteCheckpoints(flaky).steps() == [1, 2, 3]
+    made.store.close()
 
 
 def test_a_storage_library_that_cancels_is_a_storage_that_fails(
@@ -164,7 +164,7 @@ def test_ctrl_c_is_not_tried_again(flaky: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Mirror(flaky)._try("reading", stop)
+        RemoteCheckpoints(flaky)._try("reading", stop)
     assert asked == 1
 
 
@@ -172,12 +172,12 @@ def test_later_ones_are_set_aside_there_too(tmp_path: Path, url: str) -> None:
     made = Kept(tmp_path / "run", checkpoint_url=url)
     for step in (1, 2, 3):
         made.save(step)
-    made.keeper.go_back(1)
-    assert (made.steps, Mirror(url).steps()) == ([1], [1])
+    made.store.roll_back(1)
+    assert (made.steps, RemoteCheckpoints(url).steps()) == ([1], [1])
     aside = [path.relative_to(made.run.checkpoints) for path in made.run.checkpoints.glob("s*/*")]
-    (folder,) = {path.parts[0] for path in aside if path.parts[0].startswith("set-aside-")}
+    (folder,) = {path.parts[0] for path in aside if path.parts[0].startswith("archived-")}
     assert verify(made.run.checkpoints / folder / "step_000003").step == 3
-    there = Mirror(f"{url}/{folder}")
+    there = RemoteCheckpoints(f"{url}/{folder}")
     assert there.steps() == [2, 3]
     there.download(3, tmp_path / step_name(3))
     assert verify(tmp_path / step_name(3)).step == 3
@@ -193,7 +193,7 @@ def test_another_runs_place_is_refused(tmp_path: Path, url: str) -> None:
 def test_a_lost_directory_can_be_made_again(tmp_path: Path, url: str) -> None:
     made = Kept(tmp_path / "run", checkpoint_url=url)
     made.save(1)
-    there = Mirror(url)
+    there = RemoteCheckpoints(url)
     assert there.read(1, CONFIG) == made.run.config.read_bytes()
     with pytest.raises(CheckpointError, match="has no other"):
         there.read(1, "other")

@@ -13,10 +13,10 @@ import pytest
 from cluster.errors import CheckpointError, ConfigError, LockHeldError, LockLostError
 from cluster.io.processes import Holder
 from learner.checkpoints import remote_owner
-from learner.checkpoints.remote import Mirror
+from learner.checkpoints.remote import RemoteCheckpoints
 from learner.checkpoints.remote_owner import RemoteOwner
-from learner.opening import Opening
 from learner.run import REFUSED, main
+from learner.run_target import RunTarget
 from tests.small_run import flags
 from tests.unit.checkpoint_cases import Kept, run_config
 
@@ -40,17 +40,17 @@ def far(**changes: object) -> Holder:
 
 
 def test_a_second_process_is_refused_while_the_first_lives(url: str) -> None:
-    with RemoteOwner.acquire(Mirror(url), "A") as first:
+    with RemoteOwner.acquire(RemoteCheckpoints(url), "A") as first:
         first.check()
         with pytest.raises(LockHeldError, match=rf"is in use by process {os.getpid()} on .*run A"):
-            RemoteOwner.acquire(Mirror(url), "A")
+            RemoteOwner.acquire(RemoteCheckpoints(url), "A")
         first.check()
-    assert Mirror(url).owner() is None
-    RemoteOwner.acquire(Mirror(url), "A").release()
+    assert RemoteCheckpoints(url).owner() is None
+    RemoteOwner.acquire(RemoteCheckpoints(url), "A").release()
 
 
 def test_one_of_another_machine_is_watched(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    place = Mirror(url)
+    place = RemoteCheckpoints(url)
     place.write_owner(far().to_bytes())
     start = time.monotonic()
     with RemoteOwner.acquire(place, "A"):
@@ -67,7 +67,7 @@ def test_one_of_another_machine_is_watched(url: str, caplog: pytest.LogCaptureFi
 
 
 def test_a_dead_one_of_this_machine_is_followed_at_once(url: str) -> None:
-    place = Mirror(url)
+    place = RemoteCheckpoints(url)
     place.write_owner(replace(Holder.this_process(), started="1").to_bytes())
     start = time.monotonic()
     with RemoteOwner.acquire(place, "A"):
@@ -76,16 +76,16 @@ def test_a_dead_one_of_this_machine_is_followed_at_once(url: str) -> None:
 
 def test_who_lost_the_place_writes_no_more(tmp_path: Path, url: str) -> None:
     made = Kept(tmp_path / "run", checkpoint_url=url)
-    with RemoteOwner.acquire(Mirror(url), "A") as made.run.remote:
+    with RemoteOwner.acquire(RemoteCheckpoints(url), "A") as made.run.remote:
         made.open()
         made.save(1)
         theirs = far().to_bytes()
-        Mirror(url).write_owner(theirs)
+        RemoteCheckpoints(url).write_owner(theirs)
         with pytest.raises(LockLostError, match=r"but to process 1 on node7 \(run B\)"):
             made.save(2)
-        assert Mirror(url).steps() == [1]
+        assert RemoteCheckpoints(url).steps() == [1]
         assert made.steps == [1, 2]  # here it is whole
-    assert Mirror(url).owner() == theirs
+    assert RemoteCheckpoints(url).owner() == theirs
 
 
 def test_two_runs_that_began_at_one_place_do_not_mix(
@@ -96,11 +96,11 @@ def test_two_runs_that_began_at_one_place_do_not_mix(
     one.save(1)
     other.save(1)
     assert "holds checkpoints of run" in caplog.text
-    assert Mirror(url, one.run.identity).manifest(1).run == one.run.identity
+    assert RemoteCheckpoints(url, one.run.identity).manifest(1).run == one.run.identity
     other.save(2)
-    assert Mirror(url).steps() == [1]
+    assert RemoteCheckpoints(url).steps() == [1]
     with pytest.raises(CheckpointError, match="a directory of its own for each run"):
-        other.keeper.close()
+        other.store.close()
 
 
 def test_a_start_at_anothers_place_is_refused_and_leaves_nothing(
@@ -112,12 +112,12 @@ def test_a_start_at_anothers_place_is_refused_and_leaves_nothing(
     assert "holds checkpoints of run" in capsys.readouterr().err
     assert not (tmp_path / "B").exists()
     config = run_config(checkpoint_every=1, checkpoint_url=f"{url}/new")
-    with Opening(tmp_path / "C").take(config) as run:
+    with RunTarget(tmp_path / "C").acquire(config) as run:
         assert run.remote is not None
         with (
             pytest.raises((LockHeldError, ConfigError), match="in use by"),
-            Opening(tmp_path / "D").take(config),
+            RunTarget(tmp_path / "D").acquire(config),
         ):
             pass
     assert not (tmp_path / "D").exists()
-    assert Mirror(f"{url}/new").owner() is None
+    assert RemoteCheckpoints(f"{url}/new").owner() is None

@@ -19,9 +19,9 @@ from cluster.io.locks import acquire
 from cluster.io.run_layout import CONFIG, MANIFEST, OWNER
 from learner.checkpoints import checkpoint, store
 from learner.checkpoints.checkpoint import restore, verify
-from learner.checkpoints.manifest import FileSum, Manifest
-from learner.checkpoints.retention import best_of, kept
-from learner.monitoring.metrics import add_exam
+from learner.checkpoints.manifest import FileDigest, Manifest
+from learner.checkpoints.retention import best_step, retained_steps
+from learner.monitoring.metrics import append_evaluation
 from learner.output import OutputConfig
 from learner.runs.run_dir import RunDirectory
 from rewards.combine import Combiner, RewardTerm
@@ -69,9 +69,9 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(
     assert len(logged) == 1
     assert "skipping checkpoint step_000002" in logged[0]
     # What comes next is the newest: the damaged one counts for nothing, and is not thrown away.
-    made.keeper.go_back(1)
+    made.store.roll_back(1)
     assert made.steps == [1]
-    assert [path.name for path in made.run.checkpoints.glob("set-aside-*/*")] == ["step_000002"]
+    assert [path.name for path in made.run.checkpoints.glob("archived-*/*")] == ["step_000002"]
 
 
 def test_there_is_none_or_none_is_whole(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_there_is_none_or_none_is_whole(tmp_path: Path) -> None:
     (made.run.checkpoints / ".step_000009.partial").mkdir()
     assert made.open().newest() is None
     assert made.names == [".step_000009.partial"]  # which may be another process's
-    made.keeper.clear()
+    made.store.clear()
     assert made.names == []
     broken = made.save(9)
     (broken.path / MANIFEST).unlink()
@@ -125,7 +125,7 @@ def test_names_in_a_manifest_stay_inside(tmp_path: Path, name: str) -> None:
     path = made.save(1).path
     (tmp_path / "outside").write_bytes(b"secret")
     good = verify(path).manifest
-    sums = {**good.files, name: FileSum.of(tmp_path / "outside")}
+    sums = {**good.files, name: FileDigest.of(tmp_path / "outside")}
     (path / MANIFEST).write_bytes(Manifest(step=1, files=sums).to_bytes())
     with pytest.raises(CheckpointError, match="expected plain names of files in its own directory"):
         verify(path)
@@ -163,7 +163,7 @@ def test_another_format_is_refused_and_format_2_is_read(tmp_path: Path) -> None:
         verify(path)
     (path / CONFIG).unlink()
     files = {
-        file.name: {"size": file.stat().st_size, "sha256": FileSum.of(file).sha256}
+        file.name: {"size": file.stat().st_size, "sha256": FileDigest.of(file).sha256}
         for file in path.iterdir()
         if file.name != MANIFEST
     }
@@ -189,23 +189,23 @@ def test_the_learner_does_not_wait_for_the_disk(tmp_path: Path) -> None:
         made = Kept(tmp_path / str(background), background=background)
         fleet = FakeFleet(slow_s=0.5)
         start = time.monotonic()
-        made.keeper.save(1, fleet, combiner())
+        made.store.save(1, fleet, combiner())
         times[background] = time.monotonic() - start
-        made.keeper.poll()
+        made.store.poll()
         assert made.steps == ([] if background else [1])
-        made.keeper.close()
+        made.store.close()
         assert made.steps == [1]
     assert times[True] < 0.25 < 0.5 <= times[False]
 
 
 def test_one_is_made_at_a_time(tmp_path: Path) -> None:
     made = Kept(tmp_path / "run")
-    made.keeper.save(1, FakeFleet(slow_s=0.3), combiner())
+    made.store.save(1, FakeFleet(slow_s=0.3), combiner())
     start = time.monotonic()
-    made.keeper.save(2, FakeFleet(), combiner())
+    made.store.save(2, FakeFleet(), combiner())
     assert time.monotonic() - start >= 0.25
     assert made.steps == [1]
-    made.keeper.close()
+    made.store.close()
     assert made.steps == [1, 2]
 
 
@@ -215,26 +215,26 @@ def test_a_wait_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     made.open().save(1, FakeFleet(slow_s=60), combiner())
     monkeypatch.setattr(store, "WAIT_S", 0.05)
     with pytest.raises(CheckpointError, match=r"the learner's files: not done within 0\.3 s"):
-        made.keeper.close()
+        made.store.close()
 
 
 def test_one_whose_learner_died_is_forgotten(tmp_path: Path) -> None:
     made = Kept(tmp_path / "run")
     made.save(1)
     fleet = FakeFleet(slow_s=60)
-    made.keeper.save(2, fleet, combiner())
+    made.store.save(2, fleet, combiner())
     fleet.error = FleetError("learner was lost")
     with pytest.raises(FleetError, match="was lost"):
-        made.keeper.poll()
-    made.keeper.abandon()
+        made.store.poll()
+    made.store.abandon()
     assert made.names == ["step_000001"]
     # and one that has left the learner is finished without it
     fleet = FakeFleet()
-    made.keeper.save(3, fleet, combiner())
-    while made.keeper._task is None:
-        made.keeper.poll()
+    made.store.save(3, fleet, combiner())
+    while made.store._task is None:
+        made.store.poll()
     fleet.error = FleetError("learner was lost")
-    made.keeper.abandon()
+    made.store.abandon()
     assert made.names == ["step_000001", "step_000003"]
     verify(made.run.checkpoints / "step_000003")
 
@@ -260,8 +260,8 @@ def test_a_full_disk_leaves_the_one_before(
         monkeypatch.setattr(fleet, "save", lambda path, _: (path / "policy").touch())
 
     def save() -> None:
-        made.keeper.save(20, fleet, combiner())
-        made.keeper.wait()
+        made.store.save(20, fleet, combiner())
+        made.store.wait()
 
     with pytest.raises(StorageError) as caught:
         save()
@@ -290,27 +290,27 @@ def test_who_is_no_owner_any_more_publishes_nothing(tmp_path: Path) -> None:
     made.save(1)
     made.run.lock = acquire(made.run.path / OWNER, "run")
     fleet = FakeFleet(slow_s=0.2)
-    made.keeper.save(2, fleet, combiner())
+    made.store.save(2, fleet, combiner())
     other = replace(made.run.lock.holder, token="0" * 16, pid=1)
     (made.run.path / OWNER).write_bytes(other.to_bytes())
     with pytest.raises(LockLostError, match=r"process 1 on .* has taken over"):
-        made.keeper.wait()
+        made.store.wait()
     assert made.steps == [1]
     writes = (
-        lambda: made.keeper.save(3, FakeFleet(), combiner()),
-        lambda: made.keeper.go_back(0),
-        lambda: made.keeper.annotate(verify(made.run.checkpoints / "step_000001"), {"fid": 1.0}),
+        lambda: made.store.save(3, FakeFleet(), combiner()),
+        lambda: made.store.roll_back(0),
+        lambda: made.store.add_figures(verify(made.run.checkpoints / "step_000001"), {"fid": 1.0}),
         lambda: made.run.write_evaluation({}),
         lambda: made.run.write_config(made.config),
-        lambda: add_exam(made.run, 1, {}),
-        made.keeper.clear,
+        lambda: append_evaluation(made.run, 1, {}),
+        made.store.clear,
     )
     before = sorted(str(path) for path in made.run.path.rglob("*"))
     for write in writes:
         with pytest.raises(LockLostError):
             write()
-    made.keeper.abandon()
-    assert "has taken over" in made.run.farewell()
+    made.store.abandon()
+    assert "has taken over" in made.run.exit_message()
     assert sorted(str(path) for path in made.run.path.rglob("*") if ".step" not in path.name) == [
         path for path in before if ".step" not in path
     ]
@@ -326,24 +326,24 @@ def test_one_that_goes_is_never_seen_half(tmp_path: Path, monkeypatch: pytest.Mo
     assert made.steps == [2]
     assert [name for name in seen if name.startswith("step_")] == []
     monkeypatch.undo()
-    made.keeper.clear()
+    made.store.clear()
     assert made.names == ["step_000002"]
 
 
 def test_what_stays() -> None:
     steps = range(10, 130, 10)
     output = OutputConfig(keep_checkpoints=2, keep_every=50)
-    assert kept(steps, output, best=30) == {30, 50, 100, 110, 120}
-    assert kept(steps, OutputConfig(keep_checkpoints=1), best=None) == {120}
-    assert kept([10], output, best=30) == {10}  # the best one is not here
+    assert retained_steps(steps, output, best=30) == {30, 50, 100, 110, 120}
+    assert retained_steps(steps, OutputConfig(keep_checkpoints=1), best=None) == {120}
+    assert retained_steps([10], output, best=30) == {10}  # the best one is not here
 
 
 def test_the_best_is_the_least_distance_or_the_most_of_the_others() -> None:
     graded = {1: {"fid": 3.0, "accuracy": 0.5}, 2: {"fid": 2.0, "accuracy": 0.5}, 3: {}}
-    assert best_of("fid", graded) == 2
-    assert best_of("accuracy", graded) == 1  # the earlier of equals
-    assert best_of("second/fid", {1: {"second/fid": 3.0}, 2: {"second/fid": 2.0}}) == 2
-    assert best_of("fid", {1: {"fid": float("nan")}}) is None
+    assert best_step("fid", graded) == 2
+    assert best_step("accuracy", graded) == 1  # the earlier of equals
+    assert best_step("second/fid", {1: {"second/fid": 3.0}, 2: {"second/fid": 2.0}}) == 2
+    assert best_step("fid", {1: {"fid": float("nan")}}) is None
 
 
 def test_the_best_one_stays_and_is_pointed_to(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_the_best_one_stays_and_is_pointed_to(tmp_path: Path) -> None:
         "checkpoint": "checkpoints/step_000002",
     }
     found = made.open().at(4)
-    made.keeper.annotate(found, {"fid": 1.0})
+    made.store.add_figures(found, {"fid": 1.0})
     assert json.loads(made.run.best.read_text())["step"] == 4
     assert verify(found.path).manifest.figures == {"fid": 1.0}
 
@@ -387,19 +387,19 @@ def test_a_step_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
     made = Kept(tmp_path / "run")
     made.save(2)
     made.save(4)
-    assert made.keeper.at(2).step == 2
+    assert made.store.at(2).step == 2
     with pytest.raises(ConfigError, match=r"--from-step 3: .* there are: 2, 4"):
-        made.keeper.at(3)
+        made.store.at(3)
     (made.run.checkpoints / "step_000004" / MANIFEST).unlink()
     with pytest.raises(ConfigError, match=r"--from-step 4: no complete .* there are: 2$"):
-        made.keeper.at(4)
+        made.store.at(4)
 
 
 def test_a_run_keeps_its_identity_when_its_directory_is_renamed(tmp_path: Path) -> None:
     made = Kept(tmp_path / "run")
     made.save(1)
     made.run.path.rename(tmp_path / "other")
-    newest = Kept(tmp_path / "other").keeper.newest()
+    newest = Kept(tmp_path / "other").store.newest()
     assert newest is not None
     run = RunDirectory(tmp_path / "other")
     identity = run.identity
@@ -413,6 +413,6 @@ def test_a_crash_between_two_renames_loses_nothing_that_was_whole(tmp_path: Path
     for place in (final, partial):
         place.mkdir()
         (place / "x").write_text(place.name)
-    checkpoint.put_in_place(partial, final)
+    checkpoint.replace_directory(partial, final)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
     assert (final / "x").read_text() == ".step_000001.ab"

@@ -11,9 +11,9 @@ import torch
 from cluster.spans import Span
 from learner.grpo.advantage import group_advantages
 from learner.grpo.loss import LossStats
-from learner.monitoring.rows import metrics_row, times
+from learner.monitoring.rows import iteration_metrics, times
 from learner.training.batch import StepReport
-from learner.training.preparation import Sums
+from learner.training.preparation import StatsAccumulator
 from rewards.combine import Combiner, RewardTerm
 from rewards.distribution.distribution_reward import DistributionReward
 from tests.unit.helpers import scored_group
@@ -47,7 +47,7 @@ def row(errors: list[str | None], *, classes: bool = True) -> dict:
     report = StepReport(version=1, metrics={"policy/entropy": 2.0}, spans=())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return metrics_row(0, 0, groups, answer, advantages, report, 0)
+        return iteration_metrics(0, 0, groups, answer, advantages, report, 0)
 
 
 def test_a_reward_that_no_image_got_is_absent() -> None:
@@ -81,13 +81,13 @@ def stats(gap: float) -> LossStats:
 
 def test_a_gap_that_is_no_number_is_not_zero() -> None:
     for gaps in ([float("nan"), 0.1], [0.1, float("nan")]):
-        sums = Sums(reference_kl=False)
+        sums = StatsAccumulator(reference_kl=False)
         for gap in gaps:
             sums.add(stats(gap), 0.5)
         found = sums.total(Alone)  # type: ignore[arg-type]
         assert np.isnan(found["logprob_gap"])
         assert "reference_kl" not in found
         assert found["surrogate"] == 0.5
-    measured = Sums(reference_kl=True)
+    measured = StatsAccumulator(reference_kl=True)
     measured.add(stats(0.2), 1.0)
     assert measured.total(Alone)["reference_kl"] == 0.5  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from cluster.errors import CheckpointError, FleetError, StopRequestedError
 from cluster.fleet import InlineFleet
 from cluster.messages import RolloutGroup, SampleRequest, ScoredGroup
 from learner.checkpoints.checkpoint import restore
-from learner.checkpoints.store import Checkpoints
+from learner.checkpoints.store import CheckpointStore
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration, check_history, prepare, train
@@ -177,11 +177,13 @@ def one_ahead() -> tuple[RunConfig, list[Iteration]]:
 def test_the_loop_learns_from_rollouts_one_update_old(one_ahead: tuple) -> None:
     _, done = one_ahead
     assert [iteration.groups[0].rollouts.version for iteration in done] == [0, 0, 1, 2]
-    assert [iteration.row["policy/staleness"] for iteration in done] == [0, 1, 1, 1]
-    assert [iteration.row["staleness/groups_1"] for iteration in done] == [0, 4, 4, 4]
-    assert [iteration.row["staleness/groups_0"] for iteration in done] == [4, 0, 0, 0]
-    assert [iteration.row["moments/version"] for iteration in done] == [0, 1, 2, 3]
-    assert abs(done[0].row["policy/ratio"] - 1) < 1e-4 < abs(done[1].row["policy/ratio"] - 1)
+    assert [iteration.metrics["policy/staleness"] for iteration in done] == [0, 1, 1, 1]
+    assert [iteration.metrics["staleness/groups_1"] for iteration in done] == [0, 4, 4, 4]
+    assert [iteration.metrics["staleness/groups_0"] for iteration in done] == [4, 0, 0, 0]
+    assert [iteration.metrics["moments/version"] for iteration in done] == [0, 1, 2, 3]
+    assert (
+        abs(done[0].metrics["policy/ratio"] - 1) < 1e-4 < abs(done[1].metrics["policy/ratio"] - 1)
+    )
 
 
 def test_resumed_one_ahead_equals_uninterrupted(one_ahead: tuple, tmp_path: Path) -> None:
@@ -200,13 +202,13 @@ def test_resumed_one_ahead_equals_uninterrupted(one_ahead: tuple, tmp_path: Path
             config, fleet, space, 0, first.append, lambda: len(first) == 2, "", combiner, made
         )  # fmt: skip
         run = RunDirectory.create(str(tmp_path / "run"), config)
-        kept = Checkpoints(run, config)
+        kept = CheckpointStore(run, config)
         kept.save(2, fleet, combiner, made.state())
         kept.close()
     with InlineFleet(fleet_plan(config)) as fleet:
         made = Pipeline(config, fleet)
         space, combiner = begin(fleet)
-        newest = Checkpoints(run, config).newest()
+        newest = CheckpointStore(run, config).newest()
         assert newest is not None
         restore(newest, fleet, combiner, made)
         fleet.broadcast()

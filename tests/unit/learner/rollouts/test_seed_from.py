@@ -15,9 +15,9 @@ from cluster.fleet import InlineFleet
 from learner.config import load_preset, merge, to_dict, validate
 from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration, prepare, train
-from learner.opening import Opening
 from learner.preflight import preflight
 from learner.rollouts.feature_space import RewardSpace, set_reference
+from learner.run_target import RunTarget
 from rewards.config import LooFidTerm
 from rewards.distribution.config import MomentsConfig
 from rewards.distribution.moments import Moments
@@ -240,14 +240,14 @@ def test_a_run_that_goes_on_needs_the_file_no_more(tmp_path: Path) -> None:
     config = run(seed_from=str(tmp_path / "gone.npz"))
     directory = tmp_path / "runs" / "A"
     (directory / "checkpoints").mkdir(parents=True)
-    opening = Opening(directory, config)
-    assert not opening.begun
-    assert "no such file" in preflight(config, begun=opening.begun).problems[0]
+    target = RunTarget(directory, config)
+    assert not target.begun
+    assert "no such file" in preflight(config, begun=target.begun).problems[0]
     (directory / "checkpoints" / "step_000002").mkdir()
-    assert opening.begun
-    assert Opening(directory, config, b"its config.yaml, from a URL").begun
-    assert preflight(config, begun=opening.begun).problems == []
-    assert not Opening(directory).begun  # a new run
+    assert target.begun
+    assert RunTarget(directory, config, b"its config.yaml, from a URL").begun
+    assert preflight(config, begun=target.begun).problems == []
+    assert not RunTarget(directory).begun  # a new run
 
 
 def test_a_run_that_starts_from_a_file_learns_the_same(tmp_path: Path) -> None:

@@ -46,11 +46,11 @@ def test_a_used_directory_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_that_kept_nothing_leaves_nothing(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
-    assert run.farewell() == "nothing was kept"
+    assert run.exit_message() == "nothing was kept"
     assert not run.path.exists()
     run = new_run(tmp_path / "run")
     run.write_evaluation({"base": {"fid": 1.0}})
-    assert f"--resume --run-dir {run.path}" in run.farewell()
+    assert f"--resume --run-dir {run.path}" in run.exit_message()
     assert run.evaluation.is_file()
 
 
@@ -59,7 +59,7 @@ def test_what_lies_below_is_another_runs(tmp_path: Path) -> None:
     other = new_run(tmp_path / "runs" / "other")
     with pytest.raises(ConfigError, match="is not empty, and holds no run: name another"):
         new_run(tmp_path / "runs")
-    assert "what was kept" in RunDirectory(tmp_path / "runs").farewell()
+    assert "what was kept" in RunDirectory(tmp_path / "runs").exit_message()
     assert other.read_config() == RunConfig()
 
 
@@ -67,7 +67,7 @@ def test_a_run_behind_a_link_that_kept_nothing_leaves_nothing(tmp_path: Path) ->
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk")
     for _ in range(2):  # the same command line again
-        assert new_run(tmp_path / "run").farewell() == "nothing was kept"
+        assert new_run(tmp_path / "run").exit_message() == "nothing was kept"
     assert not [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
 
 
@@ -130,7 +130,7 @@ def test_a_run_that_counts_from_0_keeps_to_it(
         made.rename(run.rollouts / f"iteration_{number - 1:06d}.parquet")
     recorder.close()
     assert (
-        records.vouch(run, 3)[run.metrics.name] == sha256("".join(lines[:3]).encode()).hexdigest()
+        records.digests(run, 3)[run.metrics.name] == sha256("".join(lines[:3]).encode()).hexdigest()
     )
     resumed = Recorder(run, 3, rollouts=rollouts)
     record(resumed, 4)

@@ -19,7 +19,7 @@ from cluster.messages import SamplingSpec, WeightSnapshot
 from cluster.model_files.tensors import write_tensors
 from cluster.weights import open_snapshot
 from learner.grpo.loss import LossConfig
-from learner.training.data_parallel import Peers, join, open_meeting
+from learner.training.data_parallel import DataParallelGroup, join, open_rendezvous
 from learner.training.learner import Learner
 from learner.training.lora import LoraConfig
 from learner.training.optimizer import OptimizerConfig
@@ -89,7 +89,7 @@ def share_snapshots(learner: Learner) -> Learner:
 
     def of_the_first() -> WeightSnapshot:
         found = [own()]
-        assert bool(open_snapshot(found[0]).tensors) == learner._peers.first
+        assert bool(open_snapshot(found[0]).tensors) == learner._dp_group.first
         torch.distributed.broadcast_object_list(found, 0)
         return found[0]
 
@@ -97,21 +97,23 @@ def share_snapshots(learner: Learner) -> Learner:
     return learner
 
 
-def family_gradients(folder: Path, peers: Peers, **options: object) -> dict[str, torch.Tensor]:
+def family_gradients(
+    folder: Path, dp_group: DataParallelGroup, **options: object
+) -> dict[str, torch.Tensor]:
     """Of every family of policies, the same rollouts at each learner; whole, at the first."""
     found = {}
     for name in FAMILIES:
         policy = trained(str(folder / f"{name}.safetensors"), **options)
-        policy.join(peers)
-        whole = peers.whole(gradients(policy))
+        policy.join(dp_group)
+        whole = dp_group.gather(gradients(policy))
         found |= {f"{name}/{key}": gradient for key, gradient in whole.items()}
     return found
 
 
-def one_broken_step(learner: Learner, peers: Peers) -> dict:
+def one_broken_step(learner: Learner, dp_group: DataParallelGroup) -> dict:
     """A step on rollouts of which the first learner has one without a finite advantage; then a
     sound one."""
-    share_snapshots(learner)._take_place(peers)
+    share_snapshots(learner)._join_group(dp_group)
     batch, before = batch_of(learner, 0, 8), weights(learner)
     advantages = np.where(np.arange(8) == 0, np.nan, batch.advantages).astype(np.float32)
     broken = learner.step(dataclasses.replace(batch, advantages=advantages))
@@ -131,25 +133,25 @@ def member(rank: int, size: int, address: str, folder: Path) -> None:
     """One learner of a group, in a process of its own."""
     torch.set_num_threads(1)
     results: dict = {}
-    peers: Peers | None = None
+    dp_group: DataParallelGroup | None = None
     for name, case in (CASES | ROUNDED).items():
         learner = share_snapshots(learner_of(folder, case))
-        if peers is None:  # a process joins one group, for all cases
+        if dp_group is None:  # a process joins one group, for all cases
             learner.join(rank, size, address)
-            peers = learner._peers
+            dp_group = learner._dp_group
         else:
-            learner._take_place(peers)
+            learner._join_group(dp_group)
         results[name] = {"metrics": train(learner, case)}
         torch.save(weights(learner), folder / f"{size}-{rank}-{name}.pt")
         (folder / f"saved-{size}-{name}").mkdir(exist_ok=True)
         learner.save(folder / f"saved-{size}-{name}")
     learner = share_snapshots(learner_of(folder, CASES["plain"]))
-    learner._take_place(peers)
+    learner._join_group(dp_group)
     prepared, _ = learner._passes.prepare(off_policy(learner), proximal=False)
-    learner._accumulate(prepared, 8, learner._peers.most(np.arange(8), 8))
+    learner._accumulate(prepared, 8, learner._dp_group.max_local(np.arange(8), 8))
     results["norm"] = learner._optimizer.limit()
     named = learner._optimizer._named.items()
-    whole = peers.whole({name: p.grad for name, p in named})
+    whole = dp_group.gather({name: p.grad for name, p in named})
     torch.save(whole, folder / f"{size}-{rank}-gradient.pt")
     learner.restore(folder / "saved-1-plain")
     learner.step(batch_of(learner, STEPS, 8))
@@ -161,12 +163,12 @@ def member(rank: int, size: int, address: str, folder: Path) -> None:
         "averages": sum(state["exp_avg"].to_local().numel() for state in states),
     }
     adapted = share_snapshots(learner_of(folder, CASES["adapters"]))
-    adapted._take_place(peers)
+    adapted._join_group(dp_group)
     adapted.restore(folder / "saved-1-adapters")
     torch.save(weights(adapted), folder / f"{size}-{rank}-adapted.pt")
-    results["skipped"] = one_broken_step(learner_of(folder, CASES["plain"]), peers)
+    results["skipped"] = one_broken_step(learner_of(folder, CASES["plain"]), dp_group)
     for options in FAMILY_OPTIONS:
-        found = family_gradients(folder, peers, **options)
+        found = family_gradients(folder, dp_group, **options)
         torch.save(found, folder / f"{size}-{rank}-{sorted(options)}.pt")
     (folder / f"{size}-{rank}.json").write_text(json.dumps(results))
     torch.distributed.barrier()  # nobody leaves while another still reads from it
@@ -202,7 +204,7 @@ def size(request: pytest.FixtureRequest) -> int:
 def folder(alone: Path, size: int) -> Path:
     """The same cases by a group. Its processes are forked from one that has imported everything."""
     multiprocessing.set_forkserver_preload([__name__, "torch._dynamo", "peft"])
-    store, address = open_meeting("127.0.0.1", size)
+    store, address = open_rendezvous("127.0.0.1", size)
     arguments = (size, address, alone)
     torch.multiprocessing.start_processes(member, arguments, size, start_method="forkserver")
     del store
@@ -239,7 +241,7 @@ def test_a_group_in_bf16_goes_where_one_learner_goes(folder: Path, size: int) ->
 @pytest.mark.parametrize("options", FAMILY_OPTIONS, ids=str)
 def test_every_family_can_be_divided(folder: Path, size: int, options: dict) -> None:
     """Captions, too, whose rows go through a block beside its forward pass."""
-    expected = family_gradients(folder, Peers(), **options)
+    expected = family_gradients(folder, DataParallelGroup(), **options)
     found = torch.load(folder / f"{size}-0-{sorted(options)}.pt", weights_only=True)
     assert found.keys() == expected.keys()
     for name, ours in expected.items():
@@ -312,7 +314,7 @@ def test_adapters_do_not_depend_on_the_number_of_learners(folder: Path, size: in
 @pytest.mark.parametrize("total", [0, 1, 7, 8, 100])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_parts_cover_every_row_once(total: int, size: int) -> None:
-    parts = [Peers(rank, size).rows(total) for rank in range(size)]
+    parts = [DataParallelGroup(rank, size).shard(total) for rank in range(size)]
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(total))
     lengths = [part.stop - part.start for part in parts]
     assert max(lengths) - min(lengths) <= 1
@@ -320,9 +322,9 @@ def test_parts_cover_every_row_once(total: int, size: int) -> None:
 
 def test_the_largest_part_is_counted() -> None:
     """Rows 0 to 2 of 7 are the first's, 3 to 6 the second's."""
-    assert Peers(0, 2).most(np.array([0, 2, 3, 5, 6]), 7) == 3
-    assert Peers(1, 2).most(np.array([0, 1, 2, 6]), 7) == 3
-    assert Peers().most(np.arange(7), 7) == 7
+    assert DataParallelGroup(0, 2).max_local(np.array([0, 2, 3, 5, 6]), 7) == 3
+    assert DataParallelGroup(1, 2).max_local(np.array([0, 1, 2, 6]), 7) == 3
+    assert DataParallelGroup().max_local(np.arange(7), 7) == 7
 
 
 def test_one_that_nobody_meets_says_so() -> None:

@@ -22,7 +22,7 @@ from learner.training.batch import TrainingBatch
 from learner.training.learner import Learner
 from learner.training.lora import LoraConfig
 from learner.training.optimizer import OptimizerConfig
-from learner.training.preparation import cut
+from learner.training.preparation import minibatch_indices
 from learner.training.skips import GuardsConfig
 from learner.training.state_files import STATE_FILE
 from tests.unit.helpers import TINY, random_policy, tiny_policy
@@ -60,16 +60,16 @@ def test_schedules() -> None:
 
 
 def test_minibatches_cover_every_rollout_once_and_are_drawn_anew() -> None:
-    first, second = (cut(10, 3, seed=1, iteration=4, epoch=epoch) for epoch in (0, 1))
+    first, second = (minibatch_indices(10, 3, seed=1, iteration=4, epoch=epoch) for epoch in (0, 1))
     assert [len(part) for part in first] == [4, 3, 3]
     assert sorted(np.concatenate(first).tolist()) == list(range(10))
     assert [part.tolist() for part in first] != [part.tolist() for part in second]
-    again = cut(10, 3, seed=1, iteration=4, epoch=0)
+    again = minibatch_indices(10, 3, seed=1, iteration=4, epoch=0)
     assert [part.tolist() for part in again] == [part.tolist() for part in first]
-    other = cut(10, 3, seed=2, iteration=4, epoch=0)
+    other = minibatch_indices(10, 3, seed=2, iteration=4, epoch=0)
     assert [part.tolist() for part in other] != [part.tolist() for part in first]
-    assert [len(part) for part in cut(2, 3, 0, 0, 0)] == [1, 1]
-    assert cut(10, 1, 0, 0, 0)[0].tolist() == list(range(10))
+    assert [len(part) for part in minibatch_indices(2, 3, 0, 0, 0)] == [1, 1]
+    assert minibatch_indices(10, 1, 0, 0, 0)[0].tolist() == list(range(10))
 
 
 def test_two_updates_are_two_steps_on_the_same_rollouts(policy_file: str) -> None:
@@ -92,7 +92,7 @@ def test_minibatches_are_steps_on_parts(policy_file: str) -> None:
     by_hand = make(policy_file, max_staleness=1)
     batch = batch_of(parts)
     metrics = parts.step(batch).metrics
-    for rows in cut(8, 2, 0, batch.iteration, 0):
+    for rows in minibatch_indices(8, 2, 0, batch.iteration, 0):
         fields = ("tokens", "behaviour", "advantages", "versions")
         part = {name: getattr(batch, name)[rows] for name in fields}
         asked = tuple(batch.conditions[row] for row in rows)

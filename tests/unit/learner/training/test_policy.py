@@ -17,7 +17,7 @@ from cluster.messages import Condition, SamplingSpec
 from cluster.model_files.tensors import write_tensors
 from learner.training.lora import LoraConfig
 from learner.training.optimizer import OptimizerConfig
-from learner.training.policy import TrainedPolicy
+from learner.training.policy import LearnerPolicy
 
 FAMILIES: dict[str, PolicyArchitecture] = {
     "classes": LlamaGenConfig(
@@ -42,12 +42,12 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "policy.safetensors")
 
 
-def trained(file: str, *, reference: bool = False, **options: object) -> TrainedPolicy:
+def trained(file: str, *, reference: bool = False, **options: object) -> LearnerPolicy:
     config = PolicyConfig(checkpoint=file)
-    return TrainedPolicy(config, OptimizerConfig(**options), reference=reference)
+    return LearnerPolicy(config, OptimizerConfig(**options), reference=reference)
 
 
-def inputs(policy: TrainedPolicy) -> tuple:
+def inputs(policy: LearnerPolicy) -> tuple:
     """Tokens (4, T) and conditions: two captions that two rows each share, or classes."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 20, (4, 9), generator=generator)
@@ -59,7 +59,7 @@ def inputs(policy: TrainedPolicy) -> tuple:
     return tokens, policy.module.encode(asked)
 
 
-def gradients(policy: TrainedPolicy, spec: SamplingSpec = SamplingSpec()) -> dict:  # noqa: B008
+def gradients(policy: LearnerPolicy, spec: SamplingSpec = SamplingSpec()) -> dict:  # noqa: B008
     tokens, conditions = inputs(policy)
     logprobs, entropies, _ = policy.logprobs(tokens, conditions, spec)
     (logprobs.sum() - 0.1 * entropies.sum()).backward()

@@ -15,15 +15,17 @@ from cluster.io.locks import acquire
 from cluster.io.paths import default_root, output_path
 from cluster.io.processes import Holder
 from cluster.io.run_layout import CONFIG, OWNER
-from learner.opening import Opening, choose, newest
 from learner.run import REFUSED, main, parse
+from learner.run_target import RunTarget, choose_run, newest_run
 from learner.runs.run_dir import RunDirectory
 from tests.small_run import flags, small_config
 from tests.unit.checkpoint_cases import Kept
 
 
-def chosen(run_dir: str = "", *, resume: bool = True, auto: bool = False, url: str = "") -> Opening:
-    return choose(run_dir, resume=resume, auto_resume=auto, url=url)
+def chosen(
+    run_dir: str = "", *, resume: bool = True, auto: bool = False, url: str = ""
+) -> RunTarget:
+    return choose_run(run_dir, resume=resume, auto_resume=auto, url=url)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -62,7 +64,7 @@ def test_without_a_name_the_newest_that_is_free_and_kept_something(
     assert chosen().path == active
     rows = RunDirectory.create(str(runs / "rows"), small_config())
     rows.metrics.write_text('{"iteration": 0}\n')
-    assert newest(runs) == rows.path
+    assert newest_run(runs) == rows.path
 
 
 def test_all_active_or_empty_is_said(runs: Path) -> None:
@@ -103,7 +105,7 @@ def test_a_live_run_is_refused_and_not_touched(
 
 def test_a_preset_beside_resume_must_be_the_runs(runs: Path) -> None:
     config = small_config()
-    with chosen("runs/A", resume=False).take(config):
+    with chosen("runs/A", resume=False).acquire(config):
         pass
     line = ["--run-dir", "runs/A", *flags()]
     for resume in ("--resume", "--auto-resume"):
@@ -148,11 +150,11 @@ def test_one_command_line_for_a_start_and_every_requeue(runs: Path) -> None:
     (runs / "A" / "checkpoints").mkdir()
     (runs / "A" / f".{CONFIG}.partial").write_text("se")
     config = small_config()
-    with chosen("runs/A", resume=False, auto=True).take(config) as run:
+    with chosen("runs/A", resume=False, auto=True).acquire(config) as run:
         assert run.read_config() == config
-    opening = chosen("runs/A", resume=False, auto=True)  # killed before its first checkpoint
-    assert opening.saved == config
-    with opening.take(config) as run:
+    target = chosen("runs/A", resume=False, auto=True)  # killed before its first checkpoint
+    assert target.saved == config
+    with target.acquire(config) as run:
         assert run.lock is not None
     assert not (runs / "A" / OWNER).exists()
     with pytest.raises(ConfigError, match="--auto-resume needs the --run-dir"):
@@ -161,7 +163,7 @@ def test_one_command_line_for_a_start_and_every_requeue(runs: Path) -> None:
     (runs / "thesis" / "thesis.tex").write_text("")
     with (
         pytest.raises(ConfigError, match="is not empty, and holds no run"),
-        chosen("runs/thesis", resume=False, auto=True).take(config),
+        chosen("runs/thesis", resume=False, auto=True).acquire(config),
     ):
         pass
     assert [path.name for path in (runs / "thesis").iterdir()] == ["thesis.tex"]
@@ -174,10 +176,10 @@ def test_a_lost_directory_is_made_again_by_its_owner_alone(runs: Path) -> None:
     identity = made.run.identity
     shutil.rmtree(made.run.path)
     for auto in (False, True):
-        opening = chosen("runs/A", resume=not auto, auto=auto, url=url)
-        assert opening.saved == made.config
+        target = chosen("runs/A", resume=not auto, auto=auto, url=url)
+        assert target.saved == made.config
         assert not made.run.path.exists()
-    with opening.take(made.config) as run:
+    with target.acquire(made.config) as run:
         assert run.identity == identity
     with pytest.raises(ConfigError, match=f"nothing to resume: no runs/B, and no .* {url}/none"):
         chosen("runs/B", url=f"{url}/none")
@@ -194,9 +196,9 @@ def test_what_cannot_be_resumed_says_why(runs: Path) -> None:
 
 def test_two_new_runs_get_two_names(runs: Path) -> None:
     config = small_config()
-    with Opening(None).take(config) as one, Opening(None).take(config) as other:
+    with RunTarget(None).acquire(config) as one, RunTarget(None).acquire(config) as other:
         assert one.path != other.path
-        with pytest.raises(LockHeldError), Opening(one.path, config).take(config):
+        with pytest.raises(LockHeldError), RunTarget(one.path, config).acquire(config):
             pass
 
 
@@ -240,19 +242,19 @@ def test_a_home_that_nobody_knows_is_refused(line: str, capsys: pytest.CaptureFi
 def test_a_run_in_a_job_is_resumed_by_the_same_name(package: Path) -> None:
     line = ["--run-dir", "runs/A", "--auto-resume", *flags()]
     for saved in (False, True):
-        _, config, opening = parse(line)
-        assert bool(opening.saved) == saved
-        with opening.take(config) as run:
+        _, config, target = parse(line)
+        assert bool(target.saved) == saved
+        with target.acquire(config) as run:
             assert run.path == Path.home() / "tessera-runs" / "A"
     assert list(package.iterdir()) == []
 
 
 def test_a_path_that_is_not_utf_8_is_refused_before_anything_is_there(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
-    opening = chosen(str(folder / "run"), resume=False)
+    target = chosen(str(folder / "run"), resume=False)
     with (
         pytest.raises(ConfigError, match=r"caf\\udce9/run is not UTF-8"),
-        opening.take(small_config()),
+        target.acquire(small_config()),
     ):
         pass
     assert not folder.exists()

@@ -18,26 +18,26 @@ from cluster.io.paths import default_root, output_path
 from cluster.io.run_layout import CHECKPOINTS, CONFIG, OWNER, steps_in
 from cluster.program.invocation import command_of
 from cluster.program.streams import printable
-from learner.checkpoints.remote import Mirror
+from learner.checkpoints.remote import RemoteCheckpoints
 from learner.checkpoints.remote_owner import RemoteOwner
 from learner.config import RunConfig, parse_yaml
 from learner.runs.config_file import unseal
-from learner.runs.run_dir import AFRESH, RunDirectory, new_name
+from learner.runs.run_dir import OTHER_DIRECTORY, RunDirectory, new_name
 
 logger = logging.getLogger(__name__)
 
-ELSEWHERE = "the checkpoint's configuration"
+CHECKPOINT_CONFIG = "the checkpoint's configuration"
 
 
 @dataclass(frozen=True)
-class Opening:
+class RunTarget:
     """A run directory that a command line means; nothing was written yet."""
 
     path: Path | None
     """None: a new one with a name of its own."""
     saved: RunConfig | None = None
     """Configuration of the run that is resumed; None: a new run."""
-    sealed: bytes | None = None
+    saved_config_file: bytes | None = None
     """`config.yaml` of a lost directory, as its newest checkpoint elsewhere keeps it."""
 
     @property
@@ -46,10 +46,10 @@ class Opening:
         then be gone."""
         here = self.saved is not None and self.path is not None
         kept = here and self.path is not None and bool(steps_in(self.path / CHECKPOINTS))
-        return kept or self.sealed is not None
+        return kept or self.saved_config_file is not None
 
     @contextmanager
-    def take(self, config: RunConfig) -> Iterator[RunDirectory]:
+    def acquire(self, config: RunConfig) -> Iterator[RunDirectory]:
         """Own the directory while the block runs; make what is not there yet.
 
         Raises:
@@ -61,16 +61,16 @@ class Opening:
             raise ConfigError(f"the run directory {printable(path)} is not UTF-8: name another")
         stop = f"{command_of('cluster.stop')} --run {shlex.quote(str(path))}"
         what = f"the run directory {path}"
-        if self.path is not None and (self.saved is None or self.sealed is not None):
+        if self.path is not None and (self.saved is None or self.saved_config_file is not None):
             if owner_of(path):  # who it is matters more than what it holds
                 with acquire(path / OWNER, what, stop, path.name):
                     pass  # it has ended meanwhile
             RunDirectory.check_unused(path)
-        with writing(path, then=AFRESH):
+        with writing(path, then=OTHER_DIRECTORY):
             path.mkdir(parents=True, exist_ok=True)
         with acquire(path / OWNER, what, stop, path.name) as lock:
-            if self.sealed is not None:
-                run = RunDirectory.adopt(path, self.sealed)
+            if self.saved_config_file is not None:
+                run = RunDirectory.adopt(path, self.saved_config_file)
             elif self.saved is not None:
                 run = RunDirectory(path)
             else:
@@ -79,16 +79,18 @@ class Opening:
             with ExitStack() as stack:
                 if url := config.output.checkpoint_url:
                     try:
-                        run.remote = RemoteOwner.acquire(Mirror(url, run.identity), path.name)
+                        run.remote = RemoteOwner.acquire(
+                            RemoteCheckpoints(url, run.identity), path.name
+                        )
                     except TesseraError:
                         if self.saved is None:  # nothing was there before
-                            run.farewell()
+                            run.exit_message()
                         raise
                     stack.enter_context(run.remote)
                 yield run
 
 
-def choose(run_dir: str, *, resume: bool, auto_resume: bool, url: str) -> Opening:
+def choose_run(run_dir: str, *, resume: bool, auto_resume: bool, url: str) -> RunTarget:
     """What the options mean. Reads only.
 
     Args:
@@ -104,24 +106,28 @@ def choose(run_dir: str, *, resume: bool, auto_resume: bool, url: str) -> Openin
     if auto_resume and path is None:
         raise ConfigError("--auto-resume needs the --run-dir of the run")
     if not resume and not auto_resume:
-        return Opening(path)
+        return RunTarget(path)
     if path is None:
-        path = newest(default_root())
+        path = newest_run(default_root())
         logger.info(f"resuming the newest run, {path}")
     if (path / CONFIG).is_file():
-        return Opening(path, RunDirectory(path).read_config())
-    if url and (steps := (mirror := Mirror(url)).steps()):
-        sealed = mirror.read(steps[-1], CONFIG)
-        return Opening(path, parse_yaml(unseal(sealed, ELSEWHERE)[0], ELSEWHERE), sealed)
+        return RunTarget(path, RunDirectory(path).read_config())
+    if url and (steps := (remote := RemoteCheckpoints(url)).steps()):
+        saved_config_file = remote.read(steps[-1], CONFIG)
+        return RunTarget(
+            path,
+            parse_yaml(unseal(saved_config_file, CHECKPOINT_CONFIG)[0], CHECKPOINT_CONFIG),
+            saved_config_file,
+        )
     if auto_resume:
         logger.info(f"no run in {path} yet: starting one")
-        return Opening(path)
+        return RunTarget(path)
     why = f"{path.absolute()} has no {CONFIG}" if path.exists() else f"no {path}"
     there = f", and no complete checkpoint at {url}" if url else ""
     raise ConfigError(f"nothing to resume: {why}{there}")
 
 
-def newest(root: Path) -> Path:
+def newest_run(root: Path) -> Path:
     """The newest run that can be gone on with: past those that are active, and those that ended
     before anything was kept.
 
@@ -133,7 +139,7 @@ def newest(root: Path) -> Path:
     for file in files:
         run = RunDirectory(file.parent)
         owner = owner_of(run.path)
-        if not owner and run.kept_anything():
+        if not owner and run.has_results():
             for line in passed:
                 logger.info(line)
             return run.path

@@ -168,13 +168,13 @@ def test_ctrl_c_is_not_tried_again(flaky: str) -> None:
     assert asked == 1
 
 
-def test_later_ones_are_set_aside_there_too(tmp_path: Path, url: str) -> None:
+def test_later_ones_are_archived_there_too(tmp_path: Path, url: str) -> None:
     made = Kept(tmp_path / "run", checkpoint_url=url)
     for step in (1, 2, 3):
         made.save(step)
     made.store.roll_back(1)
     assert (made.steps, RemoteCheckpoints(url).steps()) == ([1], [1])
-    aside = [path.relative_to(made.run.checkpoints) for path in made.run.checkpoints.glob("s*/*")]
+    aside = [path.relative_to(made.run.checkpoints) for path in made.run.checkpoints.glob("archived-*/*")]
     (folder,) = {path.parts[0] for path in aside if path.parts[0].startswith("archived-")}
     assert verify(made.run.checkpoints / folder / "step_000003").step == 3
     there = RemoteCheckpoints(f"{url}/{folder}")

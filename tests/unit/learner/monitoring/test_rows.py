@@ -23,10 +23,10 @@ class Alone:
     """One learner."""
 
     @staticmethod
-    def sums(values: list[float]) -> list[float]:
+    def all_sum(values: list[float]) -> list[float]:
         return values
 
-    largest = sums
+    all_max = all_sum
 
 
 def row(errors: list[str | None], *, classes: bool = True) -> dict:

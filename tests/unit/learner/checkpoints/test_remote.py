@@ -174,7 +174,9 @@ def test_later_ones_are_archived_there_too(tmp_path: Path, url: str) -> None:
         made.save(step)
     made.store.roll_back(1)
     assert (made.steps, RemoteCheckpoints(url).steps()) == ([1], [1])
-    aside = [path.relative_to(made.run.checkpoints) for path in made.run.checkpoints.glob("archived-*/*")]
+    aside = [
+        path.relative_to(made.run.checkpoints) for path in made.run.checkpoints.glob("archived-*/*")
+    ]
     (folder,) = {path.parts[0] for path in aside if path.parts[0].startswith("archived-")}
     assert verify(made.run.checkpoints / folder / "step_000003").step == 3
     there = RemoteCheckpoints(f"{url}/{folder}")

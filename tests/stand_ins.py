@@ -1,4 +1,5 @@
-"""Rewards that are made for tests: they cost a known time, or say where they run."""
+"""Roles and rewards that are made for tests: they cost nothing or a known time, or say where they
+run. Imports no torch, since each worker process imports this module."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster.messages import Condition, RolloutGroup, SampleRequest
+from cluster.spans import Span
 
 
 def drawn(request: SampleRequest, version: int = 0) -> RolloutGroup:
@@ -18,6 +20,41 @@ def drawn(request: SampleRequest, version: int = 0) -> RolloutGroup:
     return RolloutGroup(
         request=request, version=version, tokens=tokens, logprobs=zero, entropies=zero
     )
+
+
+def instant_images(count: int) -> np.ndarray:
+    """(count, 32, 32, 3) uint8: what `InstantSampler` answers with."""
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+class InstantSampler:
+    """Answers every request with the same images."""
+
+    def __init__(self, config: object, name: str) -> None:
+        self._images = np.zeros((0,))
+
+    def load_weights(self, snapshot: object) -> int:
+        return 0
+
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
+        empty = np.zeros((request.num_rollouts, 1), np.float32)
+        tokens = empty.astype(np.int32)
+        return [
+            RolloutGroup(request=request, version=0, tokens=tokens, logprobs=empty, entropies=empty)
+        ]
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        if len(self._images) != len(group.tokens):
+            self._images = instant_images(len(group.tokens))
+        return self._images, Span("sampler", "decode", 0.0, 0.0)
+
+
+class Idle:
+    """A role that is never called."""
+
+    def __init__(self, config: object, name: str) -> None:
+        pass
 
 
 class Brightness:

@@ -12,53 +12,15 @@ from __future__ import annotations
 import argparse
 import time
 
-import numpy as np
-
-from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec
+from cluster.messages import Condition, SampleRequest, SamplingSpec
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_session.session import RayConfig, RaySession
 from cluster.roles import FleetPlan, Resources, Role
-from cluster.spans import Span
 from learner.config import RunConfig, load_preset, merge, to_dict, validate
 from learner.fleet_plan import fleet_plan
+from tests.stand_ins import Idle, InstantSampler
 
 ROLLOUTS = 16
-SIDE = 32
-
-
-class InstantSampler:
-    """Answers every request with the same images."""
-
-    def __init__(self, config: object, name: str) -> None:
-        self._images = np.random.default_rng(0).integers(
-            0, 256, (ROLLOUTS, SIDE, SIDE, 3), np.uint8
-        )
-
-    def load_weights(self, snapshot: object) -> int:
-        return 0
-
-    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
-        (request,) = requests
-        empty = np.zeros((ROLLOUTS, 1), np.float32)
-        return [
-            RolloutGroup(
-                request=request,
-                version=0,
-                tokens=empty.astype(np.int32),
-                logprobs=empty,
-                entropies=empty,
-            )
-        ]
-
-    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
-        return self._images, Span("sampler", "decode", 0.0, 0.0)
-
-
-class Idle:
-    """A role that the bench does not use."""
-
-    def __init__(self, config: object, name: str) -> None:
-        pass
 
 
 def bench_config(servers: int, seconds: float) -> RunConfig:

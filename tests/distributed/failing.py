@@ -1,6 +1,6 @@
-"""Roles that end their own process at a chosen moment, once: a file tells that they did.
+"""Roles that end or stop their own process, once for each reason: a file tells that they did.
 
-The file lies in the test's own directory, and is named after what died.
+The files lie in a folder of the test's own. A reason whose file is there already does not happen.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,151 +19,130 @@ from cluster.roles import FleetPlan
 from learner.training.learner import Learner
 from rewards.servers.moments_server import MomentsServer
 
-ROLES = {"sampler": "sampler", "moments": "moments_server", "learner": "learner"}
-ITERATION = 2
-"""In which they die."""
+AT = {
+    "learner-start": 0,
+    "sampler-killed": 2,
+    "moments-killed": 4,
+    "learner-step": 5,
+    "moments-answer": 6,
+    "learner-save": 7,
+    "sampler-stopped": 9,
+    "moments-stopped": 10,
+    "learner-stopped": 11,
+}
+"""Iteration in which each happens."""
+AFTER = {"server-killed": "moments-killed", "server-stopped": "sampler-stopped"}
+"""Of reward servers, which do not know the iteration: what happened before."""
+OTHER = "learner-first-save"
+REASONS = (*AT, *AFTER, OTHER)
 EVERY = 2
 """Iterations between checkpoints."""
 
 
-def die_once(folder: Path, what: str, number: signal.Signals = signal.SIGKILL) -> None:
+def end_once(folder: Path, reason: str) -> None:
     """End (or stop) this process, if none has done so for this reason."""
-    file = folder / what
     try:
-        file.touch(exist_ok=False)
+        (folder / reason).touch(exist_ok=False)
     except FileExistsError:
         return
-    os.kill(os.getpid(), number)
+    stop = reason.endswith("stopped")
+    os.kill(os.getpid(), signal.SIGSTOP if stop else signal.SIGKILL)
 
 
-class StepKilledLearner(Learner):
-    """Dies in the middle of a step: its gradients are there, its weights are those of before."""
+def spare(folder: Path, reasons: Iterable[str]) -> None:
+    """Make a folder in which only the given reasons will happen."""
+    folder.mkdir()
+    for reason in {*REASONS} - {*reasons}:
+        (folder / reason).touch()
 
+
+class FailingLearner(Learner):
     folder: Path
     _now = -1
+
+    def start(self, base_entropy: float) -> None:
+        end_once(self.folder, "learner-start")  # there is no checkpoint yet
+        super().start(base_entropy)
 
     def step(self, batch: Any) -> Any:
         self._now = batch.iteration
         return super().step(batch)
 
     def _accumulate(self, *args: Any) -> dict[str, float]:
+        """Its gradients are there, its weights are those of before."""
         stats = super()._accumulate(*args)
-        if self._now == ITERATION:
-            die_once(self.folder, "learner-step")
+        for reason in ("learner-step", "learner-stopped"):
+            if self._now == AT[reason]:
+                end_once(self.folder, reason)
         return stats
 
-
-class StartKilledLearner(Learner):
-    """Dies before there is a checkpoint."""
-
-    folder: Path
-
-    def start(self, base_entropy: float) -> None:
-        die_once(self.folder, "learner-start")
-        super().start(base_entropy)
-
-
-class SaveKilledLearner(Learner):
-    """Dies in the middle of its second checkpoint: one of its files is there."""
-
-    folder: Path
-
     def save(self, directory: Path, background: bool = False) -> None:
-        if self.version > ITERATION:
+        if self.version > AT["learner-save"]:
             (directory / "optimizer.safetensors").write_bytes(b"half of")
-            die_once(self.folder, "learner-save")
+            end_once(self.folder, "learner-save")
         super().save(directory, background)
 
-
-class FirstSaveKilledLearner(Learner):
-    """Dies while a thread writes its first checkpoint: there is none to go back to."""
-
-    folder: Path
-
     def saved(self, wait_s: float = 0.0) -> bool:
-        die_once(self.folder, "learner-save")
+        """Asked while a thread writes the first checkpoint: there is none to go back to."""
+        end_once(self.folder, "learner-first-save")
         return super().saved(wait_s)
 
 
-class StoppedLearner(StepKilledLearner):
-    """Stands still in the middle of a step, as if its machine had."""
-
-    def _accumulate(self, *args: Any) -> dict[str, float]:
-        if self._now == ITERATION:
-            die_once(self.folder, "learner-stopped", signal.SIGSTOP)
-        return Learner._accumulate(self, *args)
-
-
-class CommitKilledMoments(MomentsServer):
-    """Dies when it has received a commit and judged it, and before the history holds it."""
-
+class FailingMoments(MomentsServer):
     folder: Path
     _now = -1
 
     def commit(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
         self._now = iteration
-        return super().commit(iteration, *args, **kwargs)
+        answer = super().commit(iteration, *args, **kwargs)
+        if iteration == AT["moments-answer"]:  # the history holds it, nobody has the answer
+            end_once(self.folder, "moments-answer")
+        return answer
 
     def _warnings(self, *answer: Any) -> tuple[str, ...]:
-        if self._now == ITERATION:
-            die_once(self.folder, "moments-commit")
+        """The commit is computed, and the history does not hold it yet."""
+        for reason in ("moments-killed", "moments-stopped"):
+            if self._now == AT[reason]:
+                end_once(self.folder, reason)
         return super()._warnings(*answer)
 
 
-class StoppedMoments(CommitKilledMoments):
-    """Stands still with a commit in hand."""
-
-    def _warnings(self, *answer: Any) -> tuple[str, ...]:
-        if self._now == ITERATION:
-            die_once(self.folder, "moments-stopped", signal.SIGSTOP)
-        return MomentsServer._warnings(self, *answer)
-
-
-class AnswerKilledMoments(CommitKilledMoments):
-    """Dies when the history holds a commit, and before anybody has the answer."""
-
-    def _warnings(self, *answer: Any) -> tuple[str, ...]:
-        return MomentsServer._warnings(self, *answer)
-
-    def commit(self, iteration: int, *args: Any, **kwargs: Any) -> Any:
-        answer = super().commit(iteration, *args, **kwargs)
-        if iteration == ITERATION:
-            die_once(self.folder, "moments-answer")
-        return answer
-
-
-class BusySampler(Sampler):
-    """Dies, or stands still, with a group in hand."""
+class FailingSampler(Sampler):
+    """With a group in hand."""
 
     folder: Path
-    number = signal.SIGKILL
 
     def sample(self, requests: Any) -> Any:
-        if any((r.stream, r.iteration, r.group) == ("train", ITERATION, 1) for r in requests):
-            die_once(self.folder, f"sampler-{self.number.name}", self.number)
+        for reason in ("sampler-killed", "sampler-stopped"):
+            if any((r.stream, r.iteration, r.group) == ("train", AT[reason], 1) for r in requests):
+                end_once(self.folder, reason)
         return super().sample(requests)
 
 
-class StoppedSampler(BusySampler):
-    number = signal.SIGSTOP
+ROLES = {
+    "sampler": FailingSampler,
+    "moments_server": FailingMoments,
+    "learner": FailingLearner,
+}
 
 
-def with_role(plan: FleetPlan, role: str, kind: type, folder: Path) -> FleetPlan:
-    """A plan in which one role is of another kind."""
-    field = ROLES[role]
-    doomed = type(kind.__name__, (kind,), {"folder": folder})  # reaches the workers by value
-    changed = dataclasses.replace(getattr(plan, field), factory=doomed)
-    return dataclasses.replace(plan, **{field: changed})
+def failing(plan: FleetPlan, folder: Path) -> FleetPlan:
+    """A plan whose samplers, moments server and learners fail as `folder` lets them."""
+    changed = {}
+    for field, kind in ROLES.items():
+        doomed = type(kind.__name__, (kind,), {"folder": folder})  # reaches the workers by value
+        changed[field] = dataclasses.replace(getattr(plan, field), factory=doomed)
+    return dataclasses.replace(plan, **changed)
 
 
 class Scorer:
-    """Brightness, by a process that dies, or stands still, in the middle of a batch."""
+    """Brightness, by a process that fails in the middle of a batch."""
 
-    def __init__(self, device: str, folder: str, end: str) -> None:
-        self._folder, self._number, self._batches = Path(folder), signal.Signals[end], 0
+    def __init__(self, device: str, folder: str) -> None:
+        self._folder = Path(folder)
 
     def __call__(self, images: np.ndarray, conditions: Any) -> np.ndarray:
-        self._batches += 1
-        if self._batches > 12:  # the moments' seed images, and an iteration or two
-            die_once(self._folder, f"server-{self._number.name}", self._number)
+        for reason, before in AFTER.items():
+            if (self._folder / before).exists():
+                end_once(self._folder, reason)
         return np.array([image.mean() / 255 for image in images], np.float32)

@@ -6,34 +6,13 @@ A program of its own, since Ray reads its limits from the environment when it st
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-
-import numpy as np
 
 from cluster.errors import TesseraError
-from cluster.messages import RolloutGroup, SampleRequest
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_session.object_store import StoreNeed, explained
 from cluster.ray_session.session import RayConfig, RaySession
 from cluster.roles import FleetPlan, Resources, Role
-from cluster.spans import Span
-from tests.distributed.test_ray_fleet import requests
-from tests.stand_ins import drawn
-
-IMAGES = 120_000_000  # bytes; the store has 80 MB
-
-
-class Large:
-    """Stands in for every role."""
-
-    def __init__(self, config: str, name: str) -> None:
-        self.name = name
-
-    def sample(self, requests: Sequence[SampleRequest]) -> list[RolloutGroup]:
-        return [drawn(request) for request in requests]
-
-    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
-        return np.zeros(IMAGES, np.uint8), Span(self.name, "decode", 0.0, 0.0)
+from tests.distributed.stubs import IMAGES, Large, requests
 
 
 def main() -> None:

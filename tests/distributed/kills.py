@@ -21,6 +21,12 @@ def pid_of(worker: Worker) -> int:
     return ray.get(call_inside(worker.handle, lambda _: os.getpid(), heartbeat.GROUP), timeout=60)
 
 
+def once(act: Callable[[], None]) -> Callable[[], None]:
+    """A run that goes back to a checkpoint asks for an iteration again."""
+    left = [act]
+    return lambda: left.pop()() if left else None
+
+
 def when_asked_for(
     fleet: RayFleet, iteration: int, strike: Callable[[], None], *, after: bool = True
 ) -> None:

@@ -10,11 +10,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from learner.fleet_plan import fleet_plan
 
 QUICK = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
 for name, value in QUICK.items():  # how soon Ray takes a silent node for lost
@@ -27,12 +24,13 @@ from cluster.ray_backend.fleet import RayFleet  # noqa: E402
 from cluster.ray_session.private import call_inside  # noqa: E402
 from cluster.ray_session.session import RayConfig, RaySession  # noqa: E402
 from cluster.scheduling.pool import State, Worker  # noqa: E402
-from tests.distributed.kills import when_asked_for  # noqa: E402
+from learner.fleet_plan import fleet_plan  # noqa: E402
+from tests.distributed.kills import once, when_asked_for  # noqa: E402
 from tests.distributed.test_failures import OPTIONS, run_whole  # noqa: E402
 from tests.logged import messages  # noqa: E402
 from tests.small_run import small_config  # noqa: E402
 
-ITERATIONS, LOST, BACK = 8, 3, 5
+ITERATIONS, LOST, BACK = 6, 2, 4
 GROWTH_S = 120.0
 
 
@@ -40,14 +38,8 @@ def node_of(worker: Worker) -> str:
     return ray.get(call_inside(worker.handle, lambda _: ray.get_runtime_context().get_node_id()))
 
 
-def once(act: Callable[[], None]) -> Callable[[], None]:
-    """A run that goes back to a checkpoint asks for an iteration again."""
-    left = [act]
-    return lambda: left.pop()() if left else None
-
-
 def changed_options() -> dict[str, Any]:
-    return {**OPTIONS, "iterations": ITERATIONS, "output": {"checkpoint_every": 2}}
+    return {**OPTIONS, "iterations": ITERATIONS}
 
 
 def main(directory: Path) -> dict[str, Any]:
@@ -56,7 +48,7 @@ def main(directory: Path) -> dict[str, Any]:
     config = small_config(**changed_options())
     with (
         messages() as said,
-        RaySession(RayConfig(address=cluster.ray_session.address)) as session,
+        RaySession(RayConfig(address=cluster.address)) as session,
         RayFleet(fleet_plan(config), session) as fleet,
     ):
         found: dict[str, Any] = {"said": said}

@@ -15,8 +15,9 @@ from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan
 from learner.fleet_plan import fleet_plan
 from rewards.servers.reward_server import RewardServer
-from tests.bench.reward_server import InstantSampler, plan, requests
+from tests.bench.reward_server import ROLLOUTS, plan, requests
 from tests.small_run import small_config
+from tests.stand_ins import instant_images
 
 OFF = {"enabled": False}
 OWN = """\
@@ -106,7 +107,7 @@ def test_scores_are_those_of_one_process_whatever_rewards_do(
     own.unlink()
     found = run(whole, ray_session)
     server = RewardServer(whole.reward_server.config)
-    images = InstantSampler(None, "")._images
+    images = instant_images(ROLLOUTS)
     for request, scores in zip(requests(4), found, strict=True):
         expected = server.score(request, images)
         assert scores.errors == expected.errors == (None,) * len(images)

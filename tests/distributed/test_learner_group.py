@@ -20,6 +20,7 @@ from cluster.weights import unpack_weights
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration
+from tests.distributed.stubs import learners_alone
 from tests.small_run import run_training, small_config
 
 ROUNDING = 1e-6
@@ -72,8 +73,8 @@ def test_two_learners_of_eight_are_one_of_sixteen(
 
 def test_a_lost_learner_ends_the_step_and_is_named(ray_session: RaySession) -> None:
     """Not after the whole timeout: the others would wait for it in vain."""
-    config = config_of(num_learners=2)
-    with RayFleet(fleet_plan(config), ray_session) as fleet:
+    plan = learners_alone(fleet_plan(config_of(num_learners=2)))
+    with RayFleet(plan, ray_session) as fleet:
         victim = fleet._keepers.learners[1].handle
         pid = ray.get(call_inside(victim, lambda _: os.getpid()))
         os.kill(pid, signal.SIGKILL)
@@ -93,6 +94,6 @@ def test_a_step_that_fails_in_one_learner_fails_as_a_whole(ray_session: RaySessi
     config = config_of(num_learners=2, policy={"checkpoint": "nowhere.safetensors"})
     with (
         pytest.raises(TesseraError, match=r"^learner-0 could not start: [^\n]*no such file[^\n]*$"),
-        RayFleet(fleet_plan(config), ray_session),
+        RayFleet(learners_alone(fleet_plan(config)), ray_session),
     ):
         pass

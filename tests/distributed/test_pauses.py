@@ -12,8 +12,7 @@ import pytest
 
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_session.session import RaySession
-from tests.distributed.test_pipeline import slow_plan
-from tests.distributed.test_ray_fleet import requests
+from tests.distributed.stubs import requests, slow_plan
 
 BOUND_S = 4.0
 PAUSE_S = 6.0

@@ -4,94 +4,36 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
-import pytest
 import ray
 
 from cluster.fleet import InlineFleet
-from cluster.messages import RolloutGroup, SampleRequest
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_session.session import RaySession
-from cluster.roles import FleetPlan, Resources, Role
-from cluster.spans import Span
 from learner.fleet_plan import fleet_plan
 from tests.distributed.kills import kill_when_asked_for
-from tests.distributed.test_ray_fleet import requests
+from tests.distributed.stubs import requests, slow_plan
 from tests.small_run import fingerprint, run_training, small_config
-from tests.stand_ins import drawn
 
 
 def ahead(**changes: object):
     return small_config(max_staleness=1, iterations=5, **changes)
 
 
-@pytest.fixture(scope="module")
-def inline() -> list[tuple]:
-    with InlineFleet(fleet_plan(ahead())) as fleet:
-        return fingerprint(run_training(ahead(), fleet))
-
-
-def test_one_ahead_equals_inline_bit_for_bit(ray_session: RaySession, inline: list[tuple]) -> None:
-    config = ahead(num_samplers=3, num_reward_servers=2)
-    with RayFleet(fleet_plan(config), ray_session) as fleet:
-        assert fingerprint(run_training(config, fleet)) == inline
-
-
-def test_a_killed_sampler_changes_nothing(ray_session: RaySession, inline: list[tuple]) -> None:
-    """Its groups of the older version are drawn by one that starts with the older weights."""
-    config = ahead(num_samplers=2)
+def test_one_ahead_equals_inline_bit_for_bit_whoever_dies(ray_session: RaySession) -> None:
+    """The killed sampler's groups of the older version are drawn by one that starts with the older
+    weights."""
+    config = ahead(num_samplers=2, num_reward_servers=2)
+    with InlineFleet(fleet_plan(config)) as inline:
+        expected = fingerprint(run_training(config, inline))
     with RayFleet(fleet_plan(config), ray_session) as fleet:
         killed = kill_when_asked_for(fleet, fleet.pools[0].workers, iteration=2)
-        assert fingerprint(run_training(config, fleet)) == inline
+        done = run_training(config, fleet)
         assert (len(killed), fleet.restarts) == (1, 1)
-
-
-class Slow:
-    """Every role; `config` is the seconds that a group takes on the worker of each index."""
-
-    def __init__(self, config: tuple[float, ...], name: str) -> None:
-        index = name.rpartition("-")[2]
-        self._seconds, self._version = config[int(index) if index.isdigit() else 0], 0
-
-    def load_weights(self, snapshot: int) -> int:
-        self._version = snapshot
-        return snapshot
-
-    def snapshot(self) -> int:
-        self._version += 1
-        return self._version
-
-    def step(self, seconds: float) -> float:
-        time.sleep(seconds)
-        return time.time()
-
-    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
-        (request,) = requests
-        time.sleep(self._seconds)
-        return [drawn(request, self._version)]
-
-    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
-        return np.full((1, 1), group.version), Span("sampler", "decode", 0.0, 0.0)
-
-
-def slow_plan(*seconds: float) -> FleetPlan:
-    def role(name: str, config: tuple[float, ...] = (0.0,), count: int = 1) -> Role:
-        resources = Resources(num_cpus=0.1)
-        return Role(name=name, factory=Slow, config=config, resources=resources, count=count)
-
-    return FleetPlan(
-        sampler=role("sampler", seconds, len(seconds)),
-        reward_server=Role(
-            name="server", factory=Slow, config=(0.0,), resources=Resources(num_cpus=0.1)
-        ),
-        moments_server=Role(
-            name="moments", factory=Slow, config=(0.0,), resources=Resources(num_cpus=0.1)
-        ),
-        learner=Role(
-            name="learner", factory=Slow, config=(0.0,), resources=Resources(num_cpus=0.1)
-        ),
-        timeout_s=60,
-    )
+    assert fingerprint(done) == expected
+    for number, iteration in enumerate(done):
+        assert {g.rollouts.version for g in iteration.groups} == {max(number - 1, 0)}
+        assert all(g.rollouts.token_versions is None for g in iteration.groups)
+        assert iteration.metrics["staleness/mixed_tokens"] == 0
 
 
 def versions(fleet: RayFleet, count: int) -> list[int]:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import time
 
-import numpy as np
 import pytest
 
 from cluster.errors import FleetError, StopRequestedError, TesseraError
 from cluster.fleet import InlineFleet
-from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_session.session import RaySession
-from cluster.roles import FleetPlan, Resources, Role
-from cluster.spans import Span
 from learner.fleet_plan import fleet_plan
-from tests.distributed.kills import kill_when_asked_for
+from tests.distributed.stubs import echo_plan, requests
 from tests.small_run import fingerprint, run_training, small_config
-from tests.stand_ins import drawn
-
-START_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +22,9 @@ def inline() -> list[tuple]:
         return fingerprint(run_training(config, fleet))
 
 
-@pytest.mark.parametrize(("samplers", "servers"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("samplers", "servers"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 2)]
+)
 def test_equals_inline_bit_for_bit(
     ray_session: RaySession, inline: list[tuple], samplers: int, servers: int
 ) -> None:
@@ -42,88 +36,14 @@ def test_equals_inline_bit_for_bit(
 def test_moments_prepared_off_the_critical_path_are_the_same(ray_session: RaySession) -> None:
     """The joint space, whose history has full rank only with enough seed images."""
     config = small_config(
-        num_samplers=2,
+        num_samplers=1,
+        iterations=3,
         rewards={"loo_fid": {"joint": True, "joint_dim": 4, "seed_images": 200}},
     )
     with InlineFleet(fleet_plan(config)) as fleet:
         expected = fingerprint(run_training(config, fleet))
     with RayFleet(fleet_plan(config), ray_session) as fleet:
         assert fingerprint(run_training(config, fleet)) == expected
-
-
-@pytest.mark.slow  # test_failures.py has these and others, over whole runs
-@pytest.mark.parametrize("role", ["sampler", "reward_server"])
-def test_a_killed_worker_is_replaced_and_nothing_changes(
-    ray_session: RaySession, inline: list[tuple], role: str
-) -> None:
-    config = small_config(num_samplers=2, num_reward_servers=2)
-    with RayFleet(fleet_plan(config), ray_session) as fleet:
-        samplers, servers = fleet.pools
-        victims = (samplers if role == "sampler" else servers).workers
-        killed = kill_when_asked_for(fleet, victims, iteration=1)
-        assert fingerprint(run_training(config, fleet)) == inline
-        assert len(killed) == 1
-        assert fleet.restarts == 1
-
-
-class Echo:
-    """Stands in for every role; what it does is in its config."""
-
-    def __init__(self, config: str, name: str) -> None:
-        self.config, self.name = config, name
-        if config == "cannot start":
-            raise TesseraError("no such weights")
-
-    def load_weights(self, snapshot: object) -> int:
-        return 0
-
-    def snapshot(self) -> str:
-        return "weights"
-
-    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
-        (request,) = requests
-        match self.config:
-            case "raises":
-                raise TesseraError("the policy has no class 7")
-            case "crashes":
-                raise ZeroDivisionError("a bug")
-            case "dies":
-                os._exit(1)
-            case "hangs":
-                time.sleep(60)
-        return [drawn(request)]
-
-    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
-        return np.full((2, 2), group.tokens[0, 0]), Span(self.name, "decode", 0.0, 0.0)
-
-
-def echo_plan(sampler: str = "", *, timeout_s: float = START_S, restarts: int = 1) -> FleetPlan:
-    def role(name: str, config: str = "") -> Role:
-        return Role(name=name, factory=Echo, config=config, resources=Resources(num_cpus=0.1))
-
-    return FleetPlan(
-        sampler=role("sampler", sampler),
-        reward_server=role("reward-server"),
-        moments_server=role("moments-server"),
-        learner=role("learner"),
-        timeout_s=timeout_s,
-        max_restarts=restarts,
-    )
-
-
-def requests(count: int) -> list[SampleRequest]:
-    return [
-        SampleRequest(
-            stream="gallery",
-            iteration=0,
-            group=group,
-            condition=Condition(text=""),
-            num_rollouts=1,
-            seed=0,
-            spec=SamplingSpec(),
-        )
-        for group in range(count)
-    ]
 
 
 def test_answers_keep_the_order_of_the_requests(ray_session: RaySession) -> None:
@@ -136,7 +56,7 @@ def test_answers_keep_the_order_of_the_requests(ray_session: RaySession) -> None
     ("behaviour", "message"),
     [
         ("raises", "the policy has no class 7"),
-        ("crashes", r"^sampler failed: ZeroDivisionError: a bug \(test_ray_fleet\.py, line \d+\)$"),
+        ("crashes", r"^sampler failed: ZeroDivisionError: a bug \(stubs\.py, line \d+\)$"),
         ("dies", r"sampler was lost \(its process .*\), after 1 replacements in an hour: look"),
     ],
 )

@@ -46,6 +46,7 @@ def test_more_samplers_and_reward_servers(
     assert (run.path / name).read_bytes() == (inline / name).read_bytes()
 
 
+@pytest.mark.slow  # test_learner_group.py restores a checkpoint of two learners with one
 def test_two_learners_go_on_with_the_same_rollouts(
     ray_session: RaySession, inline: Path, tmp_path: Path
 ) -> None:

@@ -24,10 +24,15 @@ from cluster.scheduling.pool import State, Worker, WorkerPool
 from cluster.scheduling.work_queue import Waiting
 from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration
+from tests.bench.reward_server import requests
 from tests.distributed.kills import pid_of
+from tests.distributed.stubs import echo_plan, servers_alone
 from tests.small_run import run_training, small_config
 
 SLOW = "tests.stand_ins:Brightness=0.3,seconds=0.15"
+OFF = {"enabled": False}
+PLAIN = {"clip": OFF, "hps": OFF, "features": {"network": "pixels"}}
+"""Rewards that need no network."""
 TOGETHER = {"max_batch": 16, "max_wait_ms": 30.0}
 
 
@@ -80,7 +85,7 @@ def test_rewards_do_not_depend_on_how_many_there_are_or_who_dies(
 ) -> None:
     """Batching across groups, so that the last bits of a score are not bound to be the same."""
     options = {"num_reward_servers": servers, "reward": TOGETHER, "rewards": {"extra": [SLOW]}}
-    config = small_config(num_samplers=2, **options)
+    config = small_config(num_samplers=1, **options)
     kind = KillsInMidBatch if kill else RayFleet
     with kind(fleet_plan(config), ray_session) as fleet:
         fleet.victims = []
@@ -129,6 +134,7 @@ def test_pools_with_an_environment_of_their_own_give_the_same_scores(
     )
     environment = {"env_vars": {"PYTHONPATH": str(tmp_path), "WHO": "7"}}
     config = small_config(
+        num_samplers=1,
         iterations=1,
         rewards={
             "hps": {"pool": "apart"},
@@ -137,14 +143,14 @@ def test_pools_with_an_environment_of_their_own_give_the_same_scores(
                 "tests.stand_ins:Environment=0,variable=WHO,pool=apart",
             ],
         },
-        reward_pools={"apart": {"num_servers": 2, "runtime_env": environment}},
+        reward_pools={"apart": {"runtime_env": environment}},
         evaluation={"num_images": 0},
     )
     plain = small_config(iterations=1, evaluation={"num_images": 0})
     with InlineFleet(fleet_plan(plain)) as fleet:
         expected = rewards_of(run_training(plain, fleet))
     with RayFleet(fleet_plan(config), ray_session) as fleet:
-        assert [len(pool.workers) for pool in fleet.pools] == [2, 1, 2]
+        assert [len(pool.workers) for pool in fleet.pools] == [1, 1, 1]
         done = run_training(config, fleet)
     found = rewards_of(done)
     assert list(found) == ["clip", "hps", "redness", "environment", "loo_fid"]
@@ -157,7 +163,7 @@ def test_a_scorer_that_its_server_cannot_import_is_named(ray_session: RaySession
     config = small_config(rewards={"extra": ["only_there:Redness=0.1"]})
     with (
         pytest.raises(TesseraError, match=r"only_there:Redness cannot be imported where reward"),
-        RayFleet(fleet_plan(config), ray_session),
+        RayFleet(servers_alone(fleet_plan(config)), ray_session),
     ):
         pass
 
@@ -191,7 +197,7 @@ def status_of(control: Any) -> FleetStatus:
     return ray.get(control.status.remote())
 
 
-@pytest.mark.slow  # tests/e2e/test_scale.py does it from another process
+@pytest.mark.slow  # tests/e2e/test_stop.py does it from another process
 def test_scaling_by_hand_while_it_runs(ray_session: RaySession, logged: list[str]) -> None:
     """Up and down, samplers and servers: same rewards, servers warm before they serve."""
     extra = ["tests.stand_ins:Brightness=0.3,seconds=0.1,warm_seconds=1.0"]
@@ -221,15 +227,19 @@ def test_scaling_by_hand_while_it_runs(ray_session: RaySession, logged: list[str
 
 
 def test_a_name_is_taken_once_and_given_back(ray_session: RaySession) -> None:
-    config = small_config()
     with (
-        RayFleet(fleet_plan(config), ray_session, run="twice"),
+        RayFleet(echo_plan(), ray_session, run="twice"),
         pytest.raises(FleetError, match="a run named 'twice' is active on this cluster already"),
-        RayFleet(fleet_plan(config), ray_session, run="twice"),
+        RayFleet(echo_plan(), ray_session, run="twice"),
     ):
         pass
-    with RayFleet(fleet_plan(config), ray_session, run="twice"):  # free again
+    with RayFleet(echo_plan(), ray_session, run="twice"):  # free again
         pass
+
+
+def score(fleet: RayFleet, count: int) -> int:
+    """Have groups of instant samplers scored; returns how many were."""
+    return len(fleet.collect(fleet.submit(requests(count))))
 
 
 def test_waiting_groups_bring_more_servers_and_idle_ones_leave(
@@ -237,17 +247,17 @@ def test_waiting_groups_bring_more_servers_and_idle_ones_leave(
 ) -> None:
     extra = ["tests.stand_ins:Brightness=0.3,seconds=0.4"]
     auto = {"max": 3, "target_wait_s": 0.2, "every_s": 1.0}
-    config = small_config(
-        iterations=6, groups_per_iteration=8, rewards={"extra": extra}, reward=auto
-    )
-    with RayFleet(fleet_plan(config), ray_session) as fleet:
-        run_training(config, fleet)
+    config = small_config(rewards={**PLAIN, "extra": extra}, reward=auto)
+    with RayFleet(servers_alone(fleet_plan(config)), ray_session) as fleet:
         servers = fleet.pools[1]
         deadline = time.monotonic() + 60
-        while servers.of(State.STARTING) and time.monotonic() < deadline:
-            fleet._turn()  # no decision is taken while one still starts
+        while len(servers.of(State.SERVING)) < 2:
+            assert score(fleet, 8) == 8
+            assert time.monotonic() < deadline, logged
+        while servers.of(State.STARTING):  # no decision is taken while one still starts
+            score(fleet, 1)
+            assert time.monotonic() < deadline, logged
         grown = len(servers.of(State.SERVING))
-        assert grown > 1, logged
         servers.meter.restart(time.monotonic() - 10)  # ten seconds without work
         fleet._steward.tend(0)
         assert len(servers.of(State.SERVING)) == grown - 1
@@ -270,28 +280,27 @@ def test_an_addition_that_cannot_start_does_not_end_the_run(
     )
     environment = {"env_vars": {"PYTHONPATH": str(tmp_path), "MARK": str(tmp_path / "mark")}}
     config = small_config(
-        iterations=3,
-        rewards={"extra": ["fragile:Once=0.1,pool=apart"]},
+        rewards={**PLAIN, "extra": ["fragile:Once=0.1,pool=apart"]},
         reward_pools={"apart": {"runtime_env": environment}},
     )
-    with RayFleet(fleet_plan(config), ray_session) as fleet:
-        fleet.pools[2].scale(2)
-        done = run_training(config, fleet)
-        deadline = time.monotonic() + 30
-        while fleet.pools[2].of(State.STARTING) and time.monotonic() < deadline:
-            fleet._turn()
-        assert len(fleet.pools[2].workers) == 1
-    assert len(done) == 3
+    with RayFleet(servers_alone(fleet_plan(config)), ray_session) as fleet:
+        apart = fleet.pools[2]
+        apart.scale(2)
+        assert len(apart.workers) == 2
+        deadline = time.monotonic() + 60
+        while len(apart.workers) > 1:
+            assert score(fleet, 1) == 1
+            assert time.monotonic() < deadline, logged
     assert any("going on without reward-apart-1" in line for line in logged), logged
 
 
 def test_bad_images_are_answered_with_errors_and_the_server_lives(ray_session: RaySession) -> None:
     from tests.unit.helpers import request
 
-    config = small_config(evaluation={"num_images": 0})
+    plan = servers_alone(fleet_plan(small_config()))
     good = np.full((8, 8, 3), 200, np.uint8)
     bad = [good, good[:1, :1], good[..., :1], good.astype(np.float32), good * np.nan, good]
-    with RayFleet(fleet_plan(config), ray_session) as fleet:
+    with RayFleet(plan, ray_session) as fleet:
         worker = fleet.pools[1].workers[0]
         scores = ray.get(worker.handle.score.remote(request(rollouts=6), bad), timeout=60)
         with pytest.raises(Exception, match="non-empty"):

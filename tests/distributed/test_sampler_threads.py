@@ -3,63 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import time
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ray
 
-from cluster.messages import RolloutGroup, SampleRequest
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_backend.publisher import Publisher
 from cluster.ray_backend.transports import OBJECT_STORE, DeviceTransport
 from cluster.ray_backend.worker_calls import IMAGES, SAMPLER_THREADS, spans_of
 from cluster.ray_session.private import started
 from cluster.ray_session.session import RaySession
-from cluster.roles import FleetPlan, Resources, Role
 from cluster.spans import Span
-from tests.distributed.test_ray_fleet import Echo, requests
+from tests.distributed.stubs import (
+    DECODE_S,
+    SAMPLE_S,
+    Batches,
+    TwoHanded,
+    requests,
+    two_handed_plan,
+)
 from tests.stand_ins import drawn
 
-SAMPLE_S, DECODE_S, WAIT_S = 0.2, 0.15, 60.0
-
-
-class TwoHanded:
-    """A sampler of fixed costs that keeps a diary. `config` names a file: the first that decodes
-    the images of group 2 dies in the middle, and leaves the file."""
-
-    def __init__(self, config: str, name: str) -> None:
-        self._died, self.name, self._version = config, name, 0
-        self._diary: list[str] = []
-
-    def load_weights(self, snapshot: int) -> int:
-        self._diary.append(f"load {snapshot}")
-        self._version = snapshot
-        return snapshot
-
-    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
-        (request,) = requests
-        start = time.time()
-        time.sleep(SAMPLE_S)
-        self._diary.append(f"sample {request.group} with {self._version}")
-        group = drawn(request, self._version)
-        return [group.with_span(Span(self.name, "sample", start, time.time()))]
-
-    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
-        start = time.time()
-        number = int(group.tokens[0, 0])
-        if self._died and number == 2 and not Path(self._died).exists():
-            Path(self._died).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(DECODE_S)
-        return np.full((1, 1), number), Span(self.name, "decode", start, time.time())
-
-    def diary(self) -> list[str]:
-        return self._diary
+WAIT_S = 60.0
 
 
 @pytest.fixture
@@ -94,31 +62,6 @@ def test_the_thread_beside_leaves_the_order_of_the_others(
         assert seconds < 8 * (SAMPLE_S + DECODE_S) - 0.5  # they did overlap
     finally:
         ray.kill(sampler)
-
-
-def two_handed_plan(died: str = "", restarts: int = 0) -> FleetPlan:
-    def role(name: str, factory: type, config: str = "") -> Role:
-        return Role(name=name, factory=factory, config=config, resources=Resources(num_cpus=0.1))
-
-    return FleetPlan(
-        sampler=role("sampler", TwoHanded, died),
-        reward_server=role("reward-server", Echo),
-        moments_server=role("moments-server", Echo),
-        learner=role("learner", Counter),
-        timeout_s=WAIT_S,
-        max_restarts=restarts,
-    )
-
-
-class Counter:
-    """A learner whose snapshots are numbers."""
-
-    def __init__(self, config: str, name: str) -> None:
-        self._version = 0
-
-    def snapshot(self) -> int:
-        self._version += 1
-        return self._version
 
 
 def test_images_are_decoded_beside_the_next_groups_tokens(ray_session: RaySession) -> None:
@@ -160,24 +103,6 @@ def test_one_that_dies_over_images_has_its_groups_asked_for_again(
         assert (tmp_path / "died").exists()
         assert [int(image[0, 0]) for image in images] == list(range(6))
         assert fleet.restarts == 1
-
-
-class Batches(TwoHanded):
-    """Draws several groups in one call. `config` names a folder: a file there for each call, and
-    the first call of two or more dies in the middle."""
-
-    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
-        calls = Path(self._died)
-        numbers = "-".join(str(request.group) for request in requests)
-        first = not any("-" in path.name for path in calls.iterdir())
-        (calls / f"{time.time()}_{numbers}").touch()
-        if first and len(requests) > 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(SAMPLE_S)
-        return [drawn(request, self._version) for request in requests]
-
-    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
-        return np.full((1, 1), group.tokens[0, 0]), Span(self.name, "decode", 0.0, 0.0)
 
 
 def test_every_group_of_a_lost_batch_is_asked_for_again(

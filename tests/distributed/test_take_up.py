@@ -48,13 +48,3 @@ def test_a_run_whose_samplers_take_weights_up_between_tokens(ray_session: RaySes
         shares.append(share)
     assert shares[0] == 0  # nothing newer was there
     assert max(shares) > 0
-
-
-def test_without_it_every_token_is_of_the_rules_version(ray_session: RaySession) -> None:
-    config = small_config(max_staleness=1, iterations=3, num_samplers=2)
-    with RayFleet(fleet_plan(config), ray_session) as fleet:
-        done = run_training(config, fleet)
-    for number, iteration in enumerate(done):
-        assert {g.rollouts.version for g in iteration.groups} == {max(number - 1, 0)}
-        assert all(g.rollouts.token_versions is None for g in iteration.groups)
-        assert iteration.metrics["staleness/mixed_tokens"] == 0

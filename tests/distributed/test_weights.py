@@ -10,14 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
-import torch
 
 from cluster.errors import CheckpointError
 from cluster.fleet import InlineFleet
-from cluster.messages import RolloutGroup, SampleRequest, WeightSnapshot
 from cluster.ray_backend import fleet as ray_fleet
 from cluster.ray_backend import publisher as publishing
 from cluster.ray_backend.fleet import RayFleet
@@ -25,69 +22,12 @@ from cluster.ray_backend.publisher import Published, Publisher
 from cluster.ray_backend.transports import OBJECT_STORE, DeviceTransport
 from cluster.ray_session.calls import answer
 from cluster.ray_session.session import RaySession
-from cluster.roles import FleetPlan, Resources, Role
-from cluster.spans import Span
-from cluster.weights import Packer, load_weights
 from learner.fleet_plan import fleet_plan
-from tests.distributed.test_ray_fleet import Echo, requests
+from tests.distributed.stubs import requests
+from tests.distributed.weight_stubs import Picky, SmallLearner, SmallSampler, small_plan
 from tests.small_run import fingerprint, run_training, small_config
-from tests.stand_ins import drawn
 
-SIDE = 512  # 1 MiB a layer: too large to travel inside Ray's own messages
 WAIT_S = 120.0
-
-
-def layers(value: float) -> torch.nn.Module:
-    return torch.nn.ParameterList(torch.full((SIDE, SIDE), float(value)) for _ in range(4))
-
-
-class SmallLearner:
-    """Publishes weights whose every value is the version."""
-
-    def __init__(self, config: object = None, name: str = "learner") -> None:
-        self._pack, self.version = Packer(), 0
-
-    def snapshot(self, on_device: bool = False) -> WeightSnapshot:
-        self.version += 1
-        state = layers(self.version).state_dict()
-        return self._pack(state, self.version, device="cpu" if on_device else "")
-
-    def pid(self) -> int:
-        return os.getpid()
-
-
-class SmallSampler:
-    """Holds the weights it was last given. `config` names a file: the first sampler-0 dies in the
-    middle of its load, and leaves the file."""
-
-    def __init__(self, config: str = "", name: str = "sampler") -> None:
-        self._module, self._config, self._name = layers(-1), config, name
-
-    def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
-        if self._config and self._name == "sampler-0" and not Path(self._config).exists():
-            Path(self._config).touch()
-            half = dict(list(layers(7).state_dict().items())[:2])
-            self._module.load_state_dict(half, strict=False)
-            os.kill(os.getpid(), signal.SIGKILL)
-        load_weights(self._module, snapshot)
-        return snapshot.version
-
-    def write_in_place(self) -> None:
-        with torch.no_grad():
-            for parameter in self._module.parameters():
-                parameter.add_(1)
-
-    def values(self) -> list[float]:
-        return sorted({float(value) for p in self._module.parameters() for value in p.unique()})
-
-    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
-        (request,) = requests
-        version = self.values()
-        assert len(version) == 1
-        return [drawn(request, int(version[0]))]
-
-    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
-        return np.array([float(group.version)]), Span(self._name, "decode", 0.0, 0.0)
 
 
 @contextmanager
@@ -131,21 +71,6 @@ def test_an_in_place_write_reaches_nobody_else(ray_session: RaySession) -> None:
         assert values(other) == [1.0]
         assert loaded(publisher, weights, late) == [1]  # checks the sums of the shared copy again
         assert values(late) == [1.0]
-
-
-def small_plan(folder: Path) -> FleetPlan:
-    def role(name: str, factory: type, config: object = "", count: int = 1) -> Role:
-        resources = Resources(num_cpus=0.1)
-        return Role(name=name, factory=factory, config=config, resources=resources, count=count)
-
-    return FleetPlan(
-        sampler=role("sampler", SmallSampler, str(folder / "died"), 2),
-        reward_server=role("reward-server", Echo),
-        moments_server=role("moments-server", Echo),
-        learner=role("learner", SmallLearner),
-        timeout_s=WAIT_S,
-        max_restarts=1,
-    )
 
 
 def test_a_sampler_that_dies_in_its_load_harms_nobody(
@@ -217,15 +142,6 @@ def test_a_failed_transport_falls_back_once(
         assert not publisher.fall_back(CheckpointError("snapshot 1 is damaged"))
         assert len(logged) == 1
         assert loaded(publisher, publisher.publish([learner], [sampler]), sampler) == [2]
-
-
-class Picky(SmallSampler):
-    """Refuses weights that come over a GPU transport, as if they were torn."""
-
-    def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
-        if isinstance(snapshot.buffer, torch.Tensor):
-            raise CheckpointError(f"snapshot {snapshot.version} is damaged")
-        return super().load_weights(snapshot, base)
 
 
 @pytest.mark.parametrize("kind", [SmallSampler, Picky])

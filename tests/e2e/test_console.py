@@ -69,16 +69,13 @@ def test_a_run_goes_on_to_its_end(
             stream.close()
 
 
-COMMANDS = [
-    ["learner.run", "--help"],
-    ["learner.run", "--help-all"],
-    ["learner.run", "--dry-run", "--inline"],
-    ["learner.plan"],
-    ["actors.weights", "list"],
-]
+COMMANDS = [["learner.run", "--help"], ["actors.weights", "list"]]
+MORE = [["learner.run", "--help-all"], ["learner.run", "--dry-run", "--inline"], ["learner.plan"]]
 
 
-@pytest.mark.parametrize("line", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize(
+    "line", [*COMMANDS, *[pytest.param(line, marks=pytest.mark.slow) for line in MORE]], ids=str
+)
 def test_a_command_whose_output_nobody_reads_ends_quietly(line: list[str], tmp_path: Path) -> None:
     """All of it at once: each takes seconds to start."""
     running = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -92,7 +93,12 @@ STOPS: dict[str, Callable[[Path, list[int]], bool]] = {
 """When a stop is asked for, given the run directory and the iterations seen."""
 
 
-@pytest.mark.parametrize("when", STOPS)
+BEYOND = ("before training", "before a gallery")
+
+
+@pytest.mark.parametrize(
+    "when", [pytest.param(w, marks=pytest.mark.slow) if w in BEYOND else w for w in STOPS]
+)
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     when: str, finished: Path, tmp_path: Path
 ) -> None:
@@ -204,9 +210,12 @@ def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
     yield from process.stdout
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, cores: int = 0) -> subprocess.Popen[str]:
+    """A run in a process of its own; `cores` bounds the CPUs that it may use."""
+    own = sorted(os.sched_getaffinity(0))
     return subprocess.Popen(
         [sys.executable, "-m", "learner.run", *flags(), *arguments],
+        preexec_fn=lambda: os.sched_setaffinity(0, own[: cores or None]),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -215,8 +224,8 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def test_on_ray_with_more_samplers_than_cores(finished: Path, tmp_path: Path) -> None:
-    """Eight samplers on any machine: exit 0, a clean console, the inline run's numbers."""
-    process = start("--num-samplers", "8", "--run-dir", str(tmp_path / "run"))
+    """Exit 0, a clean console, the inline run's numbers."""
+    process = start("--num-samplers", "3", "--run-dir", str(tmp_path / "run"), cores=2)
     text = "".join(lines_of(process))
     assert process.wait() == 0, text
     assert not [line for line in text.splitlines() if any(w in line.lower() for w in NOISE)]
@@ -232,7 +241,9 @@ def signal_everybody(process: subprocess.Popen[str], number: signal.Signals) -> 
             each.send_signal(number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_every_process_writes_a_checkpoint_and_leaves_no_process(
     tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -167,6 +167,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         head.end()
 
 
+@pytest.mark.slow  # the next one submits the same job, and stops it
 def test_readmes_commands_run_a_job(head: Head, tmp_path: Path) -> None:
     run = tmp_path / "first"
     done = head.shell(head.job(run, *flags()))

@@ -59,7 +59,11 @@ def run_until(path: Path, staleness: int, last: int = STEPS, **output: Any) -> P
     return path
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["on-policy", "one ahead"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(0, marks=pytest.mark.slow), 1],  # test_main_job.py resumes on-policy runs
+    ids=["on-policy", "one ahead"],
+)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     folder = tmp_path_factory.mktemp("resume")
     return request.param, run_until(folder / "run", request.param)  # the moments know its name

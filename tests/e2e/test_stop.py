@@ -1,4 +1,5 @@
-"""`python -m cluster.status` and `cluster.stop` beside a running job; and who else can reach it."""
+"""`cluster.status`, `cluster.scale` and `cluster.stop` beside a running job, as a user types them
+who had no token yet, in a directory of their own; and who else can reach the job."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +19,8 @@ from cluster.io.run_layout import WHEREABOUTS
 from cluster.ray_session.address import is_loopback
 from tests.small_run import flags
 
-START_S = 120.0
+ROOT = Path(__file__).parents[2]
+START_S = 300.0
 STRANGER = """
 import ray
 ray.init(address={address!r}, logging_level="ERROR", _node_ip_address="127.0.0.1")
@@ -25,26 +28,54 @@ print("let in", len(ray.nodes()))
 """
 
 
-def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", name, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=START_S)
-
-
 class Job:
-    """A run of 5,000 iterations, once it has done one."""
+    """A run of 5,000 iterations, once it has done one.
+
+    Attributes:
+        early: what `cluster.status` said right after the start; None if Ray was there before it.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.run, self._log = folder / "night", folder / "console"
+        self.run, self.home, self._log = folder / "night", folder / "home", folder / "console"
+        self.home.mkdir()
+        self._environment = {
+            **os.environ, "HOME": str(self.home), "RAY_TMPDIR": "/tmp", "PYTHONPATH": str(ROOT)
+        }  # fmt: skip
         options = [*flags(), "--iterations", "5000", "--evaluation.num-images", "0"]
         options += ["--output.checkpoint-every", "5000", "--output.gallery-every", "0"]
         line = [sys.executable, "-m", "learner.run", *options, "--run-dir", str(self.run)]
         with self._log.open("w") as console:
-            self.process = subprocess.Popen(line, stdout=console, stderr=console)
-        deadline, metrics = time.monotonic() + START_S, self.run / "metrics.jsonl"
-        while not (metrics.is_file() and metrics.stat().st_size):
+            self.process = subprocess.Popen(
+                line, stdout=console, stderr=console, env=self._environment
+            )
+        self._wait_for((self.run / WHEREABOUTS).is_file)
+        early = self.command("cluster.status", "--run", "night")
+        self.early = None if self.place()["address"] else early
+        metrics = self.run / "metrics.jsonl"
+        self._wait_for(lambda: metrics.is_file() and metrics.stat().st_size > 0)
+
+    def _wait_for(self, there: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_S
+        while not there():
             assert self.process.poll() is None, self.said()
             assert time.monotonic() < deadline, self.said()
-            time.sleep(0.2)
+            time.sleep(0.1)
+
+    def command(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", name, *arguments],
+            cwd=self.home,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+        )
+
+    def place(self) -> dict[str, Any]:
+        return json.loads((self.run / WHEREABOUTS).read_text())
+
+    def token(self) -> Path:
+        return self.home / ".ray" / "auth_token"
 
     def said(self) -> str:
         return self._log.read_text()
@@ -66,6 +97,29 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     job.end()
 
 
+def test_a_run_that_starts_has_a_status(job: Job) -> None:
+    if job.early is None:
+        pytest.skip("Ray was there before the first status")
+    assert job.early.returncode == 0, job.early.stderr
+    assert f"run night: starting  {job.run}" in job.early.stdout
+
+
+def test_a_running_job_is_scaled_from_another_shell(job: Job) -> None:
+    """By its name, whatever the working directory is."""
+    grown = job.command(
+        "cluster.scale", "--run", "night", "--reward-servers", "2", "--samplers", "3"
+    )
+    assert grown.returncode == 0, grown.stderr + job.said()
+    assert "sampler: 3 serving, 0 starting, 0 leaving" in grown.stdout
+    assert "reward-server: 2 serving" in grown.stdout
+    shown = job.command("cluster.scale", "--run", str(job.run))
+    assert "run night\nsampler: 3 serving" in shown.stdout
+    unknown = job.command("cluster.scale", "--run", str(job.run), "--pool", "other", "2")
+    assert unknown.returncode == 1
+    assert unknown.stderr == "error: no role 'reward-other': there are sampler, reward-server\n"
+    assert "reward-server: 1 -> 2 workers, as asked for" in job.said()
+
+
 def test_nothing_of_a_private_ray_can_be_reached_from_outside(job: Job) -> None:
     listening = {
         (process.name(), connection.laddr.ip)
@@ -79,7 +133,7 @@ def test_nothing_of_a_private_ray_can_be_reached_from_outside(job: Job) -> None:
 
 
 def test_nobody_gets_in_without_the_token(job: Job, tmp_path: Path) -> None:
-    found = json.loads((job.run / WHEREABOUTS).read_text())
+    found = job.place()
     assert found["token_authentication"] is True
     environment = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(tmp_path), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -100,7 +154,8 @@ def test_nobody_gets_in_without_the_token(job: Job, tmp_path: Path) -> None:
 
 
 def test_no_token_is_in_the_run_directory(job: Job) -> None:
-    token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+    assert job.token().stat().st_mode & 0o077 == 0
+    token = job.token().read_text().strip()
     assert len(token) > 20
     for file in job.run.rglob("*"):
         if file.is_file():
@@ -109,7 +164,7 @@ def test_no_token_is_in_the_run_directory(job: Job) -> None:
 
 
 def test_status_then_stop_then_resume(job: Job) -> None:
-    shown = command("cluster.status", "--run", str(job.run), "--json")
+    shown = job.command("cluster.status", "--run", str(job.run), "--json")
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout)
     assert found["stage"] == "training"
@@ -123,7 +178,9 @@ def test_status_then_stop_then_resume(job: Job) -> None:
     for role in roles.values():
         assert role["serving"] == role["wanted"] == len(role["workers"])
         assert {worker["pid"] for worker in role["workers"]} <= pids
-    stopped = command("cluster.stop", "--run", str(job.run), "--checkpoint", "--timeout-s", "90")
+    stopped = job.command(
+        "cluster.stop", "--run", str(job.run), "--checkpoint", "--timeout-s", "90"
+    )
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr + job.said()
     assert job.process.wait(30) == 130
     assert "asked to stop: stopping at the next safe point, with a checkpoint" in job.said()
@@ -132,9 +189,15 @@ def test_status_then_stop_then_resume(job: Job) -> None:
     assert f"python -m learner.run --resume --run-dir {job.run}" in stopped.stdout
     done = int(kept.name.removeprefix("step_"))
     line = ["--resume", "--inline", "--run-dir", str(job.run), "--iterations", str(done + 1)]
-    resumed = command("learner.run", *line)
+    resumed = job.command("learner.run", *line)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"resumed from {kept.name}" in resumed.stdout
-    again = command("cluster.stop", "--run", str(job.run))
+    again = job.command("cluster.stop", "--run", str(job.run))
     assert again.returncode == 1
     assert "no run is active" in again.stderr
+    assert not (job.run / WHEREABOUTS).exists()
+    ended = job.command("cluster.scale", "--run", "night", "--samplers", "1")
+    assert ended.returncode == 1
+    newest = f"it has ended; newest checkpoint: step_{done + 1:06d}"
+    assert f"no run is active in {job.run}: {newest}" in ended.stderr
+    assert ended.stderr.endswith(f"python -m learner.run --resume --run-dir {job.run}\n")

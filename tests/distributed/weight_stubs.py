@@ -1,0 +1,100 @@
+"""Roles that hold a few tensors and compute nothing, for tests of how weights travel.
+
+Imports little more than torch: each worker process imports this module.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cluster.errors import CheckpointError
+from cluster.messages import RolloutGroup, SampleRequest, WeightSnapshot
+from cluster.roles import FleetPlan, Resources, Role
+from cluster.spans import Span
+from cluster.weights import Packer, load_weights
+from tests.distributed.stubs import START_S, Echo
+from tests.stand_ins import drawn
+
+SIDE = 512  # 1 MiB a layer: too large to travel inside Ray's own messages
+
+
+def layers(value: float) -> torch.nn.Module:
+    return torch.nn.ParameterList(torch.full((SIDE, SIDE), float(value)) for _ in range(4))
+
+
+class SmallLearner:
+    """Publishes weights whose every value is the version."""
+
+    def __init__(self, config: object = None, name: str = "learner") -> None:
+        self._pack, self.version = Packer(), 0
+
+    def snapshot(self, on_device: bool = False) -> WeightSnapshot:
+        self.version += 1
+        state = layers(self.version).state_dict()
+        return self._pack(state, self.version, device="cpu" if on_device else "")
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class SmallSampler:
+    """Holds the weights it was last given. `config` names a file: the first sampler-0 dies in the
+    middle of its load, and leaves the file."""
+
+    def __init__(self, config: str = "", name: str = "sampler") -> None:
+        self._module, self._config, self._name = layers(-1), config, name
+
+    def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
+        if self._config and self._name == "sampler-0" and not Path(self._config).exists():
+            Path(self._config).touch()
+            half = dict(list(layers(7).state_dict().items())[:2])
+            self._module.load_state_dict(half, strict=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        load_weights(self._module, snapshot)
+        return snapshot.version
+
+    def write_in_place(self) -> None:
+        with torch.no_grad():
+            for parameter in self._module.parameters():
+                parameter.add_(1)
+
+    def values(self) -> list[float]:
+        return sorted({float(value) for p in self._module.parameters() for value in p.unique()})
+
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        (request,) = requests
+        version = self.values()
+        assert len(version) == 1
+        return [drawn(request, int(version[0]))]
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        return np.array([float(group.version)]), Span(self._name, "decode", 0.0, 0.0)
+
+
+class Picky(SmallSampler):
+    """Refuses weights that come over a GPU transport, as if they were torn."""
+
+    def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
+        if isinstance(snapshot.buffer, torch.Tensor):
+            raise CheckpointError(f"snapshot {snapshot.version} is damaged")
+        return super().load_weights(snapshot, base)
+
+
+def small_plan(folder: Path) -> FleetPlan:
+    def role(name: str, factory: type, config: object = "", count: int = 1) -> Role:
+        resources = Resources(num_cpus=0.1)
+        return Role(name=name, factory=factory, config=config, resources=resources, count=count)
+
+    return FleetPlan(
+        sampler=role("sampler", SmallSampler, str(folder / "died"), 2),
+        reward_server=role("reward-server", Echo),
+        moments_server=role("moments-server", Echo),
+        learner=role("learner", SmallLearner),
+        timeout_s=START_S,
+        max_restarts=1,
+    )

@@ -79,7 +79,7 @@ def _check(
 
 
 def _absent(model: NamedModel) -> list[Path]:
-    places = [model.place(), *([model.project_place()] if model.project else [])]
+    places = [model.path(), *([model.project_path()] if model.project else [])]
     return [place for place in places if not place.is_file()]
 
 

@@ -38,7 +38,7 @@ from actors.decoding.steps import Workspace
 from actors.models.base import Policy
 from actors.models.vq import VQDecoder
 from actors.sample_files import ContactSheet, NpzWriter, PngWriter
-from actors.sample_source import SampleConfig, Source, check, check_unused, find_source
+from actors.sample_source import SampleConfig, SampleSource, check, check_unused, find_source
 from actors.text.captions import caption_conditions, read_captions
 from actors.text.encoder import CaptionEncoder, check_captions
 from cluster.errors import ConfigError, LockHeldError, TesseraError
@@ -131,7 +131,7 @@ class Plan:
     """Everything that sampling needs, loaded and checked before a file is written."""
 
     config: SampleConfig
-    source: Source
+    source: SampleSource
     policy: Policy
     decoder: VQDecoder
     conditions: list[Condition]

@@ -112,7 +112,7 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SampleSource:
     """A policy, the tokenizer for its codes, and how it is meant to be sampled."""
 
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
@@ -181,7 +181,7 @@ def _check_npz(npz: Path, out: Path) -> None:
         raise ConfigError(f"--npz {npz}: cannot write to {parent}")
 
 
-def find_source(config: SampleConfig) -> Source:
+def find_source(config: SampleConfig) -> SampleSource:
     """Policy, tokenizer and spec that the options ask for.
 
     Raises:
@@ -198,13 +198,13 @@ def find_source(config: SampleConfig) -> Source:
         policy = PolicyConfig(
             checkpoint=checkpoint, architecture=config.architecture, ema=config.ema
         )
-        own = own_tokenizer(policy)
+        own = default_tokenizer(policy)
         if own is None and not config.tokenizer:
             raise ConfigError(
                 f"{checkpoint} does not say which tokenizer its codes belong to: name it with "
                 "--tokenizer"
             )
-        source = Source(policy=policy, tokenizer=own or TokenizerConfig())
+        source = SampleSource(policy=policy, tokenizer=own or TokenizerConfig())
     if config.tokenizer:
         tokenizer = TokenizerConfig(
             checkpoint=config.tokenizer, architecture=config.tokenizer_architecture
@@ -220,7 +220,7 @@ def find_source(config: SampleConfig) -> Source:
     return dataclasses.replace(source, spec=spec)
 
 
-def own_tokenizer(policy: PolicyConfig) -> TokenizerConfig | None:
+def default_tokenizer(policy: PolicyConfig) -> TokenizerConfig | None:
     """The tokenizer that belongs to a policy with a name, lies in its file (taming, AR-GRPO), or is
     the miniature's; None if nothing says."""
     if policy.checkpoint == PolicyConfig().checkpoint:
@@ -237,7 +237,7 @@ def own_tokenizer(policy: PolicyConfig) -> TokenizerConfig | None:
     return TokenizerConfig(checkpoint=model.tokenizer)
 
 
-def run_source(run: Path, step: int | None = None, base: bool = False) -> Source:
+def run_source(run: Path, step: int | None = None, base: bool = False) -> SampleSource:
     """What a run tuned.
 
     Args:
@@ -254,11 +254,13 @@ def run_source(run: Path, step: int | None = None, base: bool = False) -> Source
     tokenizer = build(TokenizerConfig, _section(values, "tokenizer", file), f"{file}: tokenizer")
     spec = build(SamplingSpec, _section(values, "sampling", file), f"{file}: sampling")
     if base:
-        return Source(policy=policy, tokenizer=tokenizer, spec=spec, step=0)
+        return SampleSource(policy=policy, tokenizer=tokenizer, spec=spec, step=0)
     found = _checkpoint(expanded(run), step)
     # Its header carries the architecture, so nothing else of the base policy's section counts.
     tuned = PolicyConfig(checkpoint=str(found / POLICY_FILE))
-    return Source(policy=tuned, tokenizer=tokenizer, spec=spec.learned(), step=step_of(found.name))
+    return SampleSource(
+        policy=tuned, tokenizer=tokenizer, spec=spec.learned(), step=step_of(found.name)
+    )
 
 
 def with_guidance(spec: SamplingSpec, **changes: float | int | None) -> SamplingSpec:

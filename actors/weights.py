@@ -43,7 +43,7 @@ from actors.checkpoints.sources import (
     tokenizer_architecture,
 )
 from actors.checkpoints.taming_files import official_policy_tensors, read_project
-from actors.checkpoints.zoo import MODELS, Kind, NamedModel, named, weights_directory
+from actors.checkpoints.zoo import MODELS, Kind, NamedModel, find_model, weights_directory
 from actors.models.taming import TamingConfig
 from actors.models.vq import VQConfig
 from actors.sample_source import complete_checkpoints
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_fetch(command: FetchCommand) -> None:
     """See `actors.checkpoints.hub.fetch`."""
-    fetch(named(command.name), _directory(command.directory))
+    fetch(find_model(command.name), _directory(command.directory))
 
 
 def _directory(given: str) -> Path:
@@ -311,7 +311,7 @@ def _report(target: Path, tensors: dict[str, Tensor]) -> None:
 def _sizes(model: NamedModel, directory: Path) -> tuple[str, str, str, str]:
     """Parameters, size in fp32, grid and tokenizer."""
     architecture: Architecture | None = model.architecture
-    place = model.project_place(directory)
+    place = model.project_path(directory)
     if model.project and place.is_file():
         project = read_project(place)
         architecture = project.policy if model.kind == "policy" else project.tokenizer
@@ -329,7 +329,7 @@ def _state(model: NamedModel, directory: Path) -> str:
     if not model.file:
         return "none published"
     if all((directory / name).is_file() for name in model.files):
-        return f"{model.file}, {_human(model.place(directory).stat().st_size)}"
+        return f"{model.file}, {_human(model.path(directory).stat().st_size)}"
     return "to be placed by hand" if model.project else "not fetched"
 
 

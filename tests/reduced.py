@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 
-from actors.checkpoints.loading import module_of
+from actors.checkpoints.loading import init_policy
 from actors.checkpoints.sources import PolicyArchitecture
 from actors.checkpoints.zoo import MODELS
 from actors.models.llamagen import LlamaGenConfig
@@ -78,7 +78,7 @@ def random_run(
     values = values_of(preset)
     policy, tokenizer = architectures(values, reduction)
     torch.manual_seed(0)
-    files = {"policy": module_of(policy), "tokenizer": VQTokenizer(tokenizer)}
+    files = {"policy": init_policy(policy), "tokenizer": VQTokenizer(tokenizer)}
     for name, module in files.items():
         file = folder / f"{name}.safetensors"
         write_tensors(file, module.state_dict(), module.config.to_dict())

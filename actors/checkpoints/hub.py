@@ -62,7 +62,7 @@ def fetch(model: NamedModel, directory: Path) -> Path:
             f"no official file of {model.name} is published; its architecture fits files of your "
             f"own (--policy.checkpoint FILE --policy.architecture {model.name})"
         )
-    target = model.place(directory)
+    target = model.path(directory)
     set_verbosity_error()  # it tells of every retry, with hosts and signed addresses
     with _explained(model, target):
         directory.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def _checked(model: NamedModel, target: Path) -> Path:
 
 
 def _placed_by_hand(model: NamedModel, directory: Path) -> Path:
-    checkpoint, project = model.place(directory), model.project_place(directory)
+    checkpoint, project = model.path(directory), model.project_path(directory)
     if checkpoint.is_file() and project.is_file():
         logger.info(
             "%s is at %s and %s; nobody states their SHA-256", model.name, checkpoint, project

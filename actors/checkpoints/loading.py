@@ -89,7 +89,7 @@ def load_policy(
     source = Source.of(config.checkpoint, config.architecture, config.ema)
     architecture = policy_architecture(source)
     if weights:
-        policy = _bare(module_of, architecture, source)
+        policy = _bare(init_policy, architecture, source)
         _fill(_materialise(policy, device, dtype, torch.empty), source, architecture)
     else:
         policy = build_policy(architecture, device=device, dtype=dtype)
@@ -133,11 +133,11 @@ def build_policy(
     """A policy whose weights are still to be loaded. Until then they are zeros: it draws uniform
     noise, not NaN. Buffers that no file holds (RoPE's tables, token orders) have their values."""
     with _WithoutWeights():
-        policy = module_of(architecture)
+        policy = init_policy(architecture)
     return _materialise(policy, device, dtype, torch.zeros)
 
 
-def module_of(architecture: PolicyArchitecture) -> PolicyModule:
+def init_policy(architecture: PolicyArchitecture) -> PolicyModule:
     """The module of an architecture, freshly initialised."""
     if isinstance(architecture, TamingConfig):
         return TamingGPT(architecture)
@@ -197,7 +197,7 @@ def _weightless(architecture: Architecture) -> nn.Module:
     with _WithoutWeights():
         if isinstance(architecture, VQConfig):
             return VQTokenizer(architecture)
-        return module_of(architecture)
+        return init_policy(architecture)
 
 
 def _fill(

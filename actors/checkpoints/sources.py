@@ -24,7 +24,7 @@ from actors.checkpoints.taming_files import (
     read_project,
     tokenizer_tensors,
 )
-from actors.checkpoints.zoo import MODELS, Kind, candidates, named
+from actors.checkpoints.zoo import MODELS, Kind, candidates, find_model
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.taming import TamingConfig
 from actors.models.vq import VQConfig
@@ -66,7 +66,7 @@ class Source:
             ConfigError: no such name, or options that the kind of checkpoint does not have.
         """
         if checkpoint in MODELS or _looks_like_name(checkpoint):
-            model = named(checkpoint)
+            model = find_model(checkpoint)
             if architecture not in ("", checkpoint):
                 raise ConfigError(
                     f"checkpoint {checkpoint!r} is a named model, but architecture says "
@@ -77,10 +77,10 @@ class Source:
                     f"no official file of {checkpoint!r} is published: give the path of your own "
                     f"as checkpoint, and {checkpoint!r} as architecture"
                 )
-            return cls(file=str(model.place()), architecture=checkpoint, ema=ema, name=checkpoint)
+            return cls(file=str(model.path()), architecture=checkpoint, ema=ema, name=checkpoint)
         source = cls(file=checkpoint, architecture=architecture, ema=ema)
         if architecture and _suffix(architecture) not in (*YAML, JSON):
-            named(architecture)  # refuses what is no name
+            find_model(architecture)  # refuses what is no name
         if (architecture or ema) and not source.official:
             raise ConfigError(
                 f"{checkpoint} is no official file: it was written by this program and carries its "
@@ -102,12 +102,12 @@ class Source:
         model = MODELS.get(self.architecture)
         if model is None or not model.project:
             return None
-        if not model.project_place().is_file():
+        if not model.project_path().is_file():
             raise CheckpointError(
-                f"{model.name} needs its project file at {model.project_place()}: run "
+                f"{model.name} needs its project file at {model.project_path()}: run "
                 f"`{command_of('actors.weights')} fetch {model.name}` to see which one that is"
             )
-        return read_project(model.project_place())
+        return read_project(model.project_path())
 
     def open(self, kind: Kind | None = None, *, check: bool = True) -> OfficialFile:
         """Read an official file; see `open_official`.
@@ -157,7 +157,7 @@ def planned_tokenizer(source: Source) -> VQConfig:
 
 def _published(source: Source) -> tuple[TamingConfig, VQConfig] | None:
     model = MODELS.get(source.architecture)
-    if model is None or model.published is None or model.project_place().is_file():
+    if model is None or model.published is None or model.project_path().is_file():
         return None
     return model.published
 
@@ -235,7 +235,7 @@ def _header(source: Source, kind: Kind) -> Mapping[str, Any]:
     if not source.architecture:
         raise ConfigError(_which_architecture(source, kind))
     if _suffix(source.architecture) != JSON:
-        named(source.architecture)  # raises: it is no name either
+        find_model(source.architecture)  # raises: it is no name either
     try:
         fields = json.loads(locate(source.architecture).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

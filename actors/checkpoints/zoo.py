@@ -61,11 +61,11 @@ class NamedModel:
         """Names of the files in the weights directory."""
         return tuple(name for name in (self.file, self.project) if name)
 
-    def place(self, directory: Path | None = None) -> Path:
+    def path(self, directory: Path | None = None) -> Path:
         """Where `fetch` puts the checkpoint."""
         return (directory or weights_directory()) / self.file
 
-    def project_place(self, directory: Path | None = None) -> Path:
+    def project_path(self, directory: Path | None = None) -> Path:
         """Where the project file belongs."""
         return (directory or weights_directory()) / self.project
 
@@ -177,7 +177,7 @@ _TABLE = (
 MODELS: dict[str, NamedModel] = {model.name: model for model in _TABLE}
 
 
-def named(name: str) -> NamedModel:
+def find_model(name: str) -> NamedModel:
     """The row of a name.
 
     Raises:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from actors.decoding.distribution import log_distribution, mixed_logits, unfiltered_logprobs
-from actors.decoding.steps import Drawn, Workspace, guided_rows
+from actors.decoding.steps import Sampled, Workspace, with_null_conditions
 from actors.models.base import Conditions, Policy
 from cluster.errors import NotFiniteError
 from cluster.messages import RequestKey, SamplingSpec
@@ -81,13 +81,13 @@ def decode_tokens(
         NotFiniteError: the policy's logits, with guidance and temperature, were not finite.
     """
     workspace = workspace or Workspace(policy)
-    rows = guided_rows(policy, conditions, spec)
-    drawn = workspace.begin(rows, uniforms[:, 0], spec)
-    columns: list[Drawn] = [drawn]
+    rows = with_null_conditions(policy, conditions, spec)
+    drawn = workspace.prefill(rows, uniforms[:, 0], spec)
+    columns: list[Sampled] = [drawn]
     for position in range(1, policy.num_tokens):
         if between_steps is not None:
             between_steps(position)
-        drawn = workspace.advance(drawn.tokens, uniforms[:, position], spec)
+        drawn = workspace.step(drawn.tokens, uniforms[:, position], spec)
         columns.append(drawn)
     decoded = Decoded(*(torch.stack(column, dim=1) for column in zip(*columns)))
     _check_finite(decoded, policy, spec)
@@ -151,7 +151,7 @@ def token_likelihoods(
         conditions: B rows, from `policy.encode`.
     """
     learned = spec.learned()
-    rows = guided_rows(policy, conditions, learned)
+    rows = with_null_conditions(policy, conditions, learned)
     guided = learned.guided_sampling
     logits = mixed_logits(policy(tokens.repeat(2, 1) if guided else tokens, rows), learned)
     logp, entropies = log_distribution(logits, learned)

@@ -23,7 +23,7 @@ WINDOW = 64  # slots: a captured step reads at most this many dead ones
 WARM_UP = 3  # eager steps before a capture, as PyTorch asks for
 
 
-class Drawn(NamedTuple):
+class Sampled(NamedTuple):
     """One token of each rollout."""
 
     tokens: Tensor
@@ -34,19 +34,19 @@ class Drawn(NamedTuple):
     """(B,) fp32, nats"""
 
 
-def guided_rows(policy: Policy, conditions: Conditions, spec: SamplingSpec) -> Conditions:
+def with_null_conditions(policy: Policy, conditions: Conditions, spec: SamplingSpec) -> Conditions:
     """The rows a pass needs: the conditions, and under guidance the null ones after them."""
     if not spec.guided_sampling:
         return conditions
-    return conditions.and_then(policy.null_conditions(conditions))
+    return conditions.concat(policy.null_conditions(conditions))
 
 
-def draw(logits: Tensor, uniforms: Tensor, spec: SamplingSpec) -> Drawn:
+def draw(logits: Tensor, uniforms: Tensor, spec: SamplingSpec) -> Sampled:
     """Guidance, filters, draw; logits (B or 2B, V), uniforms (B,). The probabilities are not kept:
     a whole image's would be 16 MB."""
     logp, entropies = log_distribution(mixed_logits(logits, spec), spec)
     tokens = sample_tokens(logp, uniforms)
-    return Drawn(tokens, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropies)
+    return Sampled(tokens, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropies)
 
 
 def step(
@@ -56,7 +56,7 @@ def step(
     uniforms: Tensor,
     spec: SamplingSpec,
     window: Window | None = None,
-) -> Drawn:
+) -> Sampled:
     """Append tokens (B,) and draw the next ones with uniforms (B,)."""
     rows = tokens.repeat(2) if spec.guided_sampling else tokens
     return draw(policy.decode_step(state, rows, window), uniforms, spec)
@@ -74,15 +74,15 @@ class StaticStep:
         self._uniforms = torch.zeros(batch, dtype=torch.float64, device=device)
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
         self._slots = torch.arange(size, device=device)
-        self._drawn: Drawn | None = None
+        self._sampled: Sampled | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, tokens: Tensor, uniforms: Tensor, place: int) -> Drawn:
+    def __call__(self, tokens: Tensor, uniforms: Tensor, place: int) -> Sampled:
         self.load(tokens, uniforms, place)
-        if self._graph is None or self._drawn is None:
+        if self._graph is None or self._sampled is None:
             return self._run()
         self._graph.replay()
-        return Drawn(*(output.clone() for output in self._drawn))
+        return Sampled(*(output.clone() for output in self._sampled))
 
     def capture(self, pool: Any) -> None:
         """Record the step. It runs on what the buffers hold, and writes where it will write."""
@@ -95,7 +95,7 @@ class StaticStep:
         graph = torch.cuda.CUDAGraph()
         # another thread may decode images meanwhile: its calls are no error of this capture
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self._drawn = self._run()
+            self._sampled = self._run()
         self._graph = graph
 
     def load(self, tokens: Tensor, uniforms: Tensor, place: int) -> None:
@@ -104,7 +104,7 @@ class StaticStep:
         self._uniforms.copy_(uniforms)
         self._place.fill_(place)
 
-    def _run(self) -> Drawn:
+    def _run(self) -> Sampled:
         position = self._state.position
         dead = (self._slots > self._place).view(1, 1, 1, -1)
         bias = torch.zeros(dead.shape, device=dead.device).masked_fill(dead, -torch.inf)
@@ -130,8 +130,8 @@ class Workspace:
         self._steps: dict[tuple[SamplingSpec, int], StaticStep] = {}
         self._pool: Any = None
 
-    def begin(self, rows: Conditions, uniforms: Tensor, spec: SamplingSpec) -> Drawn:
-        """Draw the first token of each rollout; rows as `guided_rows` gives them."""
+    def prefill(self, rows: Conditions, uniforms: Tensor, spec: SamplingSpec) -> Sampled:
+        """Draw the first token of each rollout; rows as `with_null_conditions` gives them."""
         state = self._allocated(len(rows))
         before = state.bias
         logits = self._policy.prefill(state, rows)
@@ -140,11 +140,11 @@ class Workspace:
             state.bias = before
         return draw(logits, uniforms, spec)
 
-    def advance(self, tokens: Tensor, uniforms: Tensor, spec: SamplingSpec) -> Drawn:
+    def step(self, tokens: Tensor, uniforms: Tensor, spec: SamplingSpec) -> Sampled:
         """Append tokens (B,) and draw the next ones."""
         state = self._state
         if state is None:
-            raise RuntimeError("advance() before begin()")
+            raise RuntimeError("step() before prefill()")
         if not self._is_static(state):
             return step(self._policy, state, tokens, uniforms, spec)
         slots = state.cache.shape[4]

@@ -42,15 +42,15 @@ class Conditions:
         used, index = self.index[rows].unique(return_inverse=True)
         return Conditions(self.values[used], None if self.mask is None else self.mask[used], index)
 
-    def and_then(self, other: Conditions) -> Conditions:
+    def concat(self, other: Conditions) -> Conditions:
         """The rows of both, these first. Both are of the same kind."""
         values = torch.cat([self.values, other.values])
         if self.mask is None or other.mask is None:
             return Conditions(values)
-        index = torch.cat([self.rows(), other.rows() + len(self.values)])
+        index = torch.cat([self.value_index(), other.value_index() + len(self.values)])
         return Conditions(values, torch.cat([self.mask, other.mask]), index)
 
-    def rows(self) -> Tensor:
+    def value_index(self) -> Tensor:
         """(B,) int64: which row of `values` each row of the batch has."""
         if self.index is not None:
             return self.index
@@ -61,7 +61,7 @@ class Conditions:
 class Window:
     """Where a decoding step writes its keys and values, and which slots it reads."""
 
-    place: int | Tensor
+    slot: int | Tensor
     """First slot written. A tensor (1,) int64 where the step must not depend on a Python number:
     a CUDA graph replays it with other contents."""
     size: int

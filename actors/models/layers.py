@@ -103,7 +103,7 @@ def cached_attention(
     Returns:
         (B, H, 1, E) in the query's dtype.
     """
-    write_cache(cache, key, value, window.place)
+    write_cache(cache, key, value, window.slot)
     keys, values = cache[0, :, :, : window.size], cache[1, :, :, : window.size]
     wide = query.to(cache.dtype)
     bias = None if window.bias is None else window.bias.to(cache.dtype)

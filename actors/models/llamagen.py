@@ -315,14 +315,14 @@ class LlamaGen(nn.Module):
         embedded = self.cls_embedding(conditions.values)
         if conditions.mask is None:
             return embedded, None
-        index = conditions.rows()
+        index = conditions.value_index()
         return embedded[:, -1:][index], CaptionRows(embedded, conditions.mask, index)
 
     def _step(
         self, state: DecodeState, x: Tensor, window: Window | None, caption: CaptionRows | None
     ) -> Tensor:
         window = window or state.next_window()
-        rope = _rows(self.rope_cos, window.place), _rows(self.rope_sin, window.place)
+        rope = _rows(self.rope_cos, window.slot), _rows(self.rope_sin, window.slot)
         for cache, layer in zip(state.cache, self.layers):
 
             def attend(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = cache) -> Tensor:
@@ -370,7 +370,7 @@ def _key_bias(conditions: Conditions, slots: int) -> Tensor | None:
     """(B, 1, 1, slots) fp32: log n at slot 0, which stands for the n tokens of a caption."""
     if conditions.mask is None:
         return None
-    counts = conditions.mask.sum(-1)[conditions.rows()]
+    counts = conditions.mask.sum(-1)[conditions.value_index()]
     return F.pad(counts.log().view(-1, 1, 1, 1), (0, slots - 1))
 
 

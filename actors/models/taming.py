@@ -253,7 +253,7 @@ class TamingGPT(nn.Module):
     ) -> Tensor:
         """Append tokens (B,) to the state; logits (B, V) fp32 of the next ones."""
         window = window or state.next_window()
-        x = self._embed(tokens.unsqueeze(1), window.place)
+        x = self._embed(tokens.unsqueeze(1), window.slot)
         for cache, block in zip(state.cache, self.blocks):
 
             def attend(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = cache) -> Tensor:

@@ -218,7 +218,7 @@ class Codebook(nn.Module):
         self.normalise = config.normalise
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
 
-    def rows(self) -> Tensor:
+    def vectors(self) -> Tensor:
         """(codebook_size, codebook_dim), of unit length where the codebook is normalised."""
         weight = self.embedding.weight
         return F.normalize(weight, dim=-1) if self.normalise else weight
@@ -229,7 +229,7 @@ class Codebook(nn.Module):
         By squared distance, less the latent's own norm, which is the same for every row. Between
         unit vectors the largest cosine says the same.
         """
-        rows = self.rows()
+        rows = self.vectors()
         if self.normalise:
             return torch.einsum("bchw,vc->bhwv", F.normalize(latents, dim=1), rows).argmax(-1)
         products = torch.einsum("bchw,vc->bhwv", latents, rows)
@@ -255,7 +255,7 @@ class VQDecoder(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """(B, h, w) integers -> (B, 3, H, W) float, about [-1, 1]."""
-        return self.decode_latents(F.embedding(codes, self.quantize.rows()).permute(0, 3, 1, 2))
+        return self.decode_latents(F.embedding(codes, self.quantize.vectors()).permute(0, 3, 1, 2))
 
     def pixels(self, codes: Tensor, size: int = 0) -> Tensor:
         """(B, h, w) integers -> (B, H, W, 3) uint8, by this tokenizer's own rule.

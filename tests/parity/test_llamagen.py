@@ -144,7 +144,7 @@ def greedy(
     """The most likely token at each of the first `length` positions; `interval` guides tokens 0 to
     interval + 1 alone."""
     branches = 2 if scale > 1 else 1
-    rows = conditions.and_then(policy.null_conditions(conditions)) if scale > 1 else conditions
+    rows = conditions.concat(policy.null_conditions(conditions)) if scale > 1 else conditions
     state = policy.allocate(len(rows))
     logits = policy.prefill(state, rows)
     columns: list[torch.Tensor] = []

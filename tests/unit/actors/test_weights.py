@@ -16,7 +16,7 @@ from torch import Tensor
 from actors.checkpoints.loading import PolicyConfig, load_policy
 from actors.checkpoints.official import read_official
 from actors.checkpoints.taming_files import official_policy_tensors
-from actors.checkpoints.zoo import named
+from actors.checkpoints.zoo import find_model
 from actors.models.taming import TamingConfig, TamingGPT
 from actors.models.vq import VQConfig, VQTokenizer
 from actors.weights import main
@@ -300,7 +300,7 @@ def test_convert_takes_the_average_and_another_dtype(tmp_path: Path) -> None:
 
 
 def test_tokenizers_convert_by_name_and_export_for_strict_loading(hub: Hub, tmp_path: Path) -> None:
-    config = named("llamagen-vq-16").architecture
+    config = find_model("llamagen-vq-16").architecture
     assert isinstance(config, VQConfig)
     tensors = dict(VQTokenizer(config).state_dict())
     usage = {"quantize.codebook_used": torch.arange(65536.0)}

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from actors.checkpoints.loading import module_of
+from actors.checkpoints.loading import init_policy
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig, VQTokenizer
 from actors.text.features import write_caption_features
@@ -62,7 +62,7 @@ def policy_file(path: Path, **changes: Any) -> str:
             **changes,
         }
     )
-    write_tensors(path, module_of(config).state_dict(), config.to_dict())
+    write_tensors(path, init_policy(config).state_dict(), config.to_dict())
     return str(path)
 
 
@@ -128,7 +128,7 @@ def test_a_policy_whose_tensors_do_not_fit_its_header() -> None:
     config = LlamaGenConfig(
         dim=32, num_layers=1, num_heads=2, grid=4, vocab_size=64, num_classes=10
     )
-    tensors = module_of(config).state_dict()
+    tensors = init_policy(config).state_dict()
     lacking = dict(list(tensors.items())[1:])
     write_tensors("lacking.safetensors", lacking, config.to_dict())
     wider = {name: torch.zeros(*tensor.shape, 2) for name, tensor in tensors.items()}

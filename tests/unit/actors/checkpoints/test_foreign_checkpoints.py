@@ -16,7 +16,7 @@ from actors.checkpoints.loading import PolicyConfig, TokenizerConfig, load_decod
 from actors.models.llamagen import LlamaGen
 from actors.models.vq import VQConfig, VQTokenizer
 from actors.preflight import check_models
-from actors.sample_source import own_tokenizer
+from actors.sample_source import default_tokenizer
 from cluster.errors import CheckpointError, ConfigError
 from cluster.model_files.tensors import read_config, read_tensors, write_tensors
 from cluster.model_files.torchvision_ops import ensure_torchvision
@@ -112,12 +112,12 @@ def test_what_ar_grpo_writes_beside_it(architectures: tuple[str, str], tmp_path:
                 load_policy(config)
     named_policy = PolicyConfig(checkpoint=str(folder), architecture="llamagen-b-256")
     own = TokenizerConfig(checkpoint=str(folder), architecture="llamagen-vq-16")
-    assert own_tokenizer(named_policy) == own
+    assert default_tokenizer(named_policy) == own
     save_file(dict(tiny_policy().state_dict()), tmp_path / "alone.safetensors")
     alone = PolicyConfig(
         checkpoint=str(tmp_path / "alone.safetensors"), architecture="llamagen-b-256"
     )
-    assert own_tokenizer(alone) == TokenizerConfig(checkpoint="llamagen-vq-16")
+    assert default_tokenizer(alone) == TokenizerConfig(checkpoint="llamagen-vq-16")
 
 
 @pytest.mark.parametrize("part", ["policy", "tokenizer"])

@@ -19,7 +19,7 @@ from actors.checkpoints.loading import (
 )
 from actors.checkpoints.official import read_official
 from actors.checkpoints.taming_files import official_policy_tensors
-from actors.checkpoints.zoo import MODELS, named
+from actors.checkpoints.zoo import MODELS, find_model
 from actors.models.llamagen import LlamaGen, LlamaGenConfig, rope_tables
 from actors.models.taming import TamingConfig, TamingGPT
 from actors.models.vq import VQConfig, VQTokenizer
@@ -139,7 +139,7 @@ def test_the_trainers_options_contradict_a_wrong_grid(tensors: Tensors, tmp_path
 
 def named_like(name: str) -> Tensors:
     """A few tensors from which a model's width, depth and vocabulary can be told."""
-    config = named(name).architecture
+    config = find_model(name).architecture
     assert isinstance(config, LlamaGenConfig)
     layers = {f"layers.{i}.ffn_norm.weight": torch.ones(1) for i in range(config.num_layers)}
     return layers | {"tok_embeddings.weight": torch.zeros(1, 1).expand(16384, config.dim)}
@@ -203,7 +203,7 @@ def test_a_named_tokenizer_is_found_where_fetch_puts_it(
 ) -> None:
     """VQ-8 of the true architecture, small only in its channels' values."""
     monkeypatch.setenv("TESSERA_WEIGHTS", str(tmp_path))
-    config = named("llamagen-vq-8").architecture
+    config = find_model("llamagen-vq-8").architecture
     assert isinstance(config, VQConfig)
     tensors = dict(VQTokenizer(config).half().state_dict())
     usage = {"quantize.codebook_used": torch.zeros(65536)}
@@ -263,7 +263,7 @@ def test_taming_files_load_through_their_project(tmp_path: Path) -> None:
 
 
 def test_the_largest_model_without_memory() -> None:
-    config = named("llamagen-3b-384").architecture
+    config = find_model("llamagen-3b-384").architecture
     assert isinstance(config, LlamaGenConfig)
     assert (config.head_dim, config.hidden_dim, config.num_tokens) == (100, 8704, 576)
     with torch.device("meta"):
@@ -285,7 +285,7 @@ def test_the_largest_model_without_memory() -> None:
     ],
 )
 def test_parameter_counts(name: str, millions: int) -> None:
-    architecture = named(name).architecture
+    architecture = find_model(name).architecture
     assert architecture is not None
     assert round(count_parameters(architecture) / 1e6) == millions
 

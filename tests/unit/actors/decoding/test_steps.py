@@ -141,7 +141,7 @@ def test_a_shared_caption_is_computed_once_and_counts_the_same() -> None:
     assert shared.values.shape == (2, 7, 12)
     assert len(shared) == 4
     tokens = torch.randint(0, 20, (4, policy.num_tokens))
-    rows = [shared.values[shared.rows()], shared.mask[shared.rows()]]  # type: ignore[index]
+    rows = [shared.values[shared.value_index()], shared.mask[shared.value_index()]]  # type: ignore[index]
     torch.testing.assert_close(policy(tokens, shared), policy(tokens, Conditions(*rows)))
     part = shared[1:2]
     assert part.values.shape == (1, 7, 12)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.checkpoints.loading import build_policy, count_parameters, module_of
+from actors.checkpoints.loading import build_policy, count_parameters, init_policy
 from actors.checkpoints.sources import PolicyArchitecture
-from actors.checkpoints.zoo import named
+from actors.checkpoints.zoo import find_model
 from actors.decoding.decode import token_logprobs
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.taming import TamingConfig
@@ -28,7 +28,7 @@ GB = 1e9
 
 def kept_bytes(config: PolicyArchitecture, rows: int, precision: str, checkpointing: bool) -> int:
     """Storage that autograd holds between forward and backward, but for the weights."""
-    policy = module_of(config).requires_grad_(True)
+    policy = init_policy(config).requires_grad_(True)
     policy.checkpointing = checkpointing
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -101,7 +101,7 @@ def test_guidance_doubles_rows_but_not_what_is_kept_of_the_mixture() -> None:
 def test_the_largest_policy_fits_80_gb(name: str, grid: int, microbatch: int, limit: float) -> None:
     """144 rollouts an iteration, fp32 weights, gradients, AdamW and reference, bf16 passes with
     checkpointing: what is left is for samplers and scorers."""
-    architecture = named(name).architecture
+    architecture = find_model(name).architecture
     assert isinstance(architecture, LlamaGenConfig)
     assert architecture.grid == grid
     found = learner_memory(architecture, microbatch=microbatch)
@@ -137,7 +137,7 @@ def test_a_sampler_has_weights_and_a_cache(policy: PolicyArchitecture) -> None:
     ],
 )
 def test_the_table_in_the_readme(name: str, microbatch: int, guided: bool) -> None:
-    found = learner_memory(named(name).architecture, microbatch=microbatch, guided=guided)
+    found = learner_memory(find_model(name).architecture, microbatch=microbatch, guided=guided)
     cells = (
         found.weights, found.gradients, found.optimizer, found.reference, found.activations,
         found.logits,

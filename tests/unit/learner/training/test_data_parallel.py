@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from actors.checkpoints.loading import module_of
+from actors.checkpoints.loading import init_policy
 from cluster.errors import FleetError
 from cluster.messages import SamplingSpec, WeightSnapshot
 from cluster.model_files.tensors import write_tensors
@@ -183,7 +183,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "real.npz", tokens=TOKENS, classes=CLASSES)
     for name, architecture in FAMILIES.items():
         torch.manual_seed(0)
-        tensors = module_of(architecture).state_dict()
+        tensors = init_policy(architecture).state_dict()
         write_tensors(folder / f"{name}.safetensors", tensors, architecture.to_dict())
     for name, case in (CASES | ROUNDED).items():
         learner = learner_of(folder, case)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.checkpoints.loading import PolicyConfig, module_of
+from actors.checkpoints.loading import PolicyConfig, init_policy
 from actors.checkpoints.sources import PolicyArchitecture
 from actors.decoding.decode import token_logprobs
 from actors.models.llamagen import LlamaGenConfig
@@ -37,7 +37,7 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Writes a random policy of a family; returns its file."""
     torch.manual_seed(0)
     architecture = FAMILIES[request.param]
-    policy = module_of(architecture)
+    policy = init_policy(architecture)
     write_tensors(tmp_path / "policy.safetensors", policy.state_dict(), architecture.to_dict())
     return str(tmp_path / "policy.safetensors")
 

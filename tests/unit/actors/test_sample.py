@@ -19,7 +19,7 @@ from actors.models.llamagen import LlamaGen, LlamaGenConfig
 from actors.models.taming import TamingConfig, TamingGPT
 from actors.sample import main, sample_images
 from actors.sample_files import GAP, SMALLEST_CELL, ContactSheet, NpzWriter
-from actors.sample_source import own_tokenizer
+from actors.sample_source import default_tokenizer
 from actors.text.features import write_caption_features
 from cluster.errors import DataError
 from cluster.io.run_layout import MANIFEST
@@ -274,14 +274,14 @@ def test_captions_of_a_caption_conditional_policy(tmp_path: Path) -> None:
 
 
 def test_tokenizers_that_belong_to_policies() -> None:
-    named = own_tokenizer(PolicyConfig(checkpoint="llamagen-b-256"))
+    named = default_tokenizer(PolicyConfig(checkpoint="llamagen-b-256"))
     assert named == TokenizerConfig(checkpoint="llamagen-vq-16")
     copy = PolicyConfig(checkpoint="my.pt", architecture="llamagen-t2i-xl-stage1-256")
-    assert own_tokenizer(copy) == TokenizerConfig(checkpoint="llamagen-vq-16-t2i")
+    assert default_tokenizer(copy) == TokenizerConfig(checkpoint="llamagen-vq-16-t2i")
     taming = PolicyConfig(checkpoint="cin.ckpt", architecture="cin-project.yaml")
-    assert own_tokenizer(taming).checkpoint == "cin.ckpt"
-    assert own_tokenizer(PolicyConfig()) == TokenizerConfig()
-    assert own_tokenizer(PolicyConfig(checkpoint="x.safetensors")) is None
+    assert default_tokenizer(taming).checkpoint == "cin.ckpt"
+    assert default_tokenizer(PolicyConfig()) == TokenizerConfig()
+    assert default_tokenizer(PolicyConfig(checkpoint="x.safetensors")) is None
 
 
 @pytest.mark.parametrize(

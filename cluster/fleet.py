@@ -2,7 +2,7 @@
 
     submit(requests) -> ticket          ask for groups, to be sampled and scored
     collect(ticket) -> [ScoredGroup]    wait for them, in the order of the requests
-    broadcast()                         the learner's weights to every sampler
+    broadcast(version)                  the learner's weights to every sampler
     learner, moments                    the two roles that exist once
 
 A group is drawn with the weights of the last broadcast before it was asked for. Whatever happens
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cluster.control.control_actor import Progress
-from cluster.errors import ConfigError, LearnerLostError, StopRequestedError
+from cluster.errors import ConfigError, FleetError, LearnerLostError, StopRequestedError
 from cluster.messages import GroupScores, SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, Role, SamplerRole
 from cluster.scheduling.in_flight import STOPPED, Ticket
@@ -43,7 +43,7 @@ class Fleet(Protocol):
         """How many lost workers were replaced so far."""
         ...
 
-    def tell(self, progress: Progress) -> None:
+    def report_progress(self, progress: Progress) -> None:
         """How far the run is, for `python -m cluster.status`."""
         ...
 
@@ -94,13 +94,14 @@ class Fleet(Protocol):
         """Let the moments server prepare for the next commit, without waiting for it."""
         ...
 
-    def attend_while(self, work: Callable[[], Result]) -> Result:
+    def serve_while(self, work: Callable[[], Result]) -> Result:
         """What some work in this process returns. It runs in a thread of its own, and the fleet is
         attended to meanwhile: for whatever may take seconds."""
         ...
 
-    def broadcast(self) -> None:
-        """Publish the learner's weights. Nobody waits until every sampler has them."""
+    def broadcast(self, version: int) -> None:
+        """Publish the learner's weights, which are of this policy version, for all requests from
+        now on. Does not wait until every sampler has them."""
         ...
 
     def recover_learner(self, error: LearnerLostError) -> None:
@@ -164,7 +165,7 @@ class InlineFleet:
         self._submitted.clear()
         self._done.clear()
 
-    def tell(self, progress: Progress) -> None:
+    def report_progress(self, progress: Progress) -> None:
         """Nobody can ask for it."""
 
     def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
@@ -240,17 +241,19 @@ class InlineFleet:
     def refresh_moments(self) -> None:
         self.moments.refresh()
 
-    def attend_while(self, work: Callable[[], Result]) -> Result:
+    def serve_while(self, work: Callable[[], Result]) -> Result:
         return work()  # nobody else is there to be attended to
 
-    def broadcast(self) -> None:
+    def broadcast(self, version: int) -> None:
         for ticket in list(self._submitted):  # to be drawn with the weights of before
             self._done[ticket] = self._work(ticket, finish=True)
         if self._plan.adapters_alone:
             self._base = self._base or self.learner.base_snapshot()
-            self._sampler.load_weights(self.learner.adapter_snapshot(), self._base)
+            found = self._sampler.load_weights(self.learner.adapter_snapshot(), self._base)
         else:
-            self._sampler.load_weights(self.learner.snapshot())
+            found = self._sampler.load_weights(self.learner.snapshot())
+        if found != version:
+            raise FleetError(f"the learner published version {found}, expected {version}")
 
 
 def join_features(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -106,12 +106,12 @@ class Role:
     """Ray runtime environment of its workers, where it is another than the driver's."""
 
     @property
-    def most(self) -> int:
+    def max_count(self) -> int:
         """The largest number of workers that scaling comes to by itself."""
         return max(self.count, self.autoscale.max)
 
     def worker_name(self, index: int) -> str:
-        return self.name if self.most == 1 and index == 0 else f"{self.name}-{index}"
+        return self.name if self.max_count == 1 and index == 0 else f"{self.name}-{index}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,7 @@ def as_dict(
     """
     progress = status.progress
     metrics = dict(progress.metrics)
+    newest = _newest_weights(status)
     return {
         "run": run,
         "directory": progress.directory,
@@ -105,7 +106,8 @@ def as_dict(
         "eta_s": progress.eta_s,
         "free_bytes": progress.free_bytes,
         "restarts": status.restarts,
-        "edition": status.edition,
+        "weight_version": newest,
+        "weight_version": newest,  # name in 0.1, kept for one release
         "roles": [
             *(_role_of_singles(name, workers, actors) for name, workers in _singles(status)),
             *(_role(pool, status, actors) for pool in status.pools),
@@ -114,10 +116,15 @@ def as_dict(
     }
 
 
+def _newest_weights(status: FleetStatus) -> int | None:
+    """Policy version of the newest weights; None before the first broadcast."""
+    return status.weight_version if status.weight_version >= 0 else None
+
+
 def _role(
     pool: PoolStatus, status: FleetStatus, actors: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    weights = pool.role == "sampler"
+    newest = _newest_weights(status) if pool.role == "sampler" else None
     return {
         "role": pool.role,
         "serving": pool.serving,
@@ -126,9 +133,7 @@ def _role(
         "wanted": pool.wanted,
         "queued": pool.queued,
         "queue_wait_s": pool.wait_s,
-        "workers": [
-            _worker(worker, actors, status.edition if weights else None) for worker in pool.workers
-        ],
+        "workers": [_worker(worker, actors, newest) for worker in pool.workers],
     }
 
 
@@ -156,8 +161,9 @@ def _worker(
         "state": worker.state,
         "node": actor.get("node"),
         "pid": actor.get("pid"),
-        "edition": None if newest is None else worker.edition,
-        "behind": None if newest is None else max(newest - worker.edition, 0),
+        "weight_version": None if newest is None else worker.weight_version,
+        "weight_version": None if newest is None else worker.weight_version,
+        "behind": None if newest is None else max(newest - worker.weight_version, 0),
         "in_hand": worker.busy,
     }
 
@@ -183,8 +189,8 @@ def table(found: Mapping[str, Any]) -> Group:
     for role in found["roles"]:
         roles.add_row(role["role"], _state(role))
         for worker in role["workers"][:SHOWN]:
-            edition, behind = worker["edition"], worker["behind"]
-            weights = "" if edition is None else f"{edition}" + (f" (-{behind})" if behind else "")
+            version, behind = worker["weight_version"], worker["behind"]
+            weights = "" if version is None else f"{version}" + (f" (-{behind})" if behind else "")
             roles.add_row(
                 f"  {worker['name']}",
                 worker["state"],
@@ -263,7 +269,7 @@ def after_its_end(directory: Path) -> dict[str, Any]:
     `resume`. What only a fleet would know is empty."""
     left = left_behind(directory)
     progress = Progress(stage=left["stage"], directory=str(directory))
-    unknown = {"iteration": None, "restarts": None, "edition": None}
+    unknown = dict.fromkeys(("iteration", "restarts", "weight_version", "weight_version"))
     found = as_dict(directory.absolute().name, FleetStatus(progress=progress), {})
     return found | unknown | {name: left[name] or None for name in LEFT}
 

@@ -85,7 +85,7 @@ def evaluate_policy(
             metrics |= {prefix + name: value for name, value in graded.items()}
         return metrics
 
-    metrics = fleet.attend_while(grade)
+    metrics = fleet.serve_while(grade)
     for name in scored[0].scores:
         metrics[name] = float(np.concatenate([scores.scores[name] for scores in scored]).mean())
     entropy = float(np.concatenate(entropies).mean())

@@ -179,7 +179,7 @@ class Experiment:
                 logger.warning(f"note: images without a score leave the iteration ({fault})")
             found = guards(done.metrics)
             row = done.metrics | found.metrics
-            self._fleet.attend_while(
+            self._fleet.serve_while(
                 lambda: recorder.record(row, done.groups, done.advantages, done.spans)
             )
             for line in (*done.advice, *found.notes, *slow(done.spans)):
@@ -210,7 +210,7 @@ class Experiment:
         """Bring the fleet to where training starts; returns the first iteration."""
         if self._run.read_config() != self._requested:
             self._run.write_config(self._requested)
-        conditions = self._fleet.attend_while(self._read_conditions)
+        conditions = self._fleet.serve_while(self._read_conditions)
         self._config = replace(self._requested, conditions=conditions)
         self._space = set_reference(self._config, self._fleet)
         return self.restore()
@@ -234,7 +234,7 @@ class Experiment:
         self._pipeline = Pipeline(self._config, self._fleet)
         step, self._from_step = self._from_step, None
         checkpoints = self._checkpoints
-        found = self._fleet.attend_while(  # every file's digest is computed anew
+        found = self._fleet.serve_while(  # every file's digest is computed anew
             lambda: checkpoints.newest() if step is None else checkpoints.at(step)
         )
         checkpoints.clear()
@@ -245,7 +245,7 @@ class Experiment:
         checkpoints.roll_back(found.step)
         restore(found, self._fleet, self._combiner, self._pipeline)
         self._fleet.refresh_moments()  # a decomposition is not in the checkpoint, what it is of is
-        self._fleet.broadcast()
+        self._fleet.broadcast(found.step)
         logger.info(f"resumed from {found.path.name}")
         if found.step >= self._config.iterations:
             logger.info(
@@ -325,7 +325,7 @@ class Experiment:
         file = self._run.gallery / name
         self._run.check_owned()
         config = self._config
-        self._fleet.attend_while(lambda: save_sheet(gallery_sheet(config, rows), file))
+        self._fleet.serve_while(lambda: save_sheet(gallery_sheet(config, rows), file))
 
     def _real_features(self) -> dict[str, np.ndarray]:
         if self._real is None:
@@ -353,7 +353,7 @@ class Experiment:
             iterations=self._config.iterations,
             free_bytes=free_bytes(self._run.path),
         )
-        self._fleet.tell(self._progress)
+        self._fleet.report_progress(self._progress)
 
     def _finish(self) -> None:
         """After the last iteration: the tuned policy's evaluation, galleries, report."""
@@ -366,7 +366,7 @@ class Experiment:
         # a directory that was made again from a checkpoint has no images of the base policy
         there = {name: file for name, file in sheets.items() if file.is_file()}
         save_side_by_side(there, gallery / BEFORE_AFTER)
-        self._fleet.attend_while(lambda: write_report(self._run, self._config, self._table))
+        self._fleet.serve_while(lambda: write_report(self._run, self._config, self._table))
         if self._table:
             self._console.table(self._table)
         if self._shares:

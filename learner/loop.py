@@ -82,7 +82,7 @@ def train(
         with clock("wait_learner"):
             report = fleet.learner.step(make_batch(iteration, groups, advantages))
         with clock("broadcast"):
-            fleet.broadcast()
+            fleet.broadcast(iteration + 1)
             pipeline.release(iteration)
         spans = (*all_spans(groups, answer, report), *clock.take())
         metrics = iteration_metrics(
@@ -108,7 +108,7 @@ def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, fl
     groups = -(-term.seed_images // config.rollouts_per_group)
     if term.seed_from:
         dim, fingerprint = fleet.feature_dim("rewards"), fleet.fingerprint("rewards")
-        start = fleet.attend_while(lambda: seed_moments(config, dim, fingerprint))
+        start = fleet.serve_while(lambda: seed_moments(config, dim, fingerprint))
         groups = min(groups, config.groups_per_iteration)
     asked = requests_for(config, spread(conditions, groups), "moments", 0)
     scores, entropies = list[GroupScores](), list[np.ndarray]()

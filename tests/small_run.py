@@ -44,7 +44,7 @@ def run_training(
 ) -> list[Iteration]:
     """The main loop alone, its iterations kept in memory; ends early after `enough` of them."""
     iterations: list[Iteration] = []
-    fleet.broadcast()
+    fleet.broadcast(0)
     space = set_reference(config, fleet)
     prepare(config, fleet, space)
     train(config, fleet, space, 0, iterations.append, lambda: enough(len(iterations)))

@@ -30,8 +30,8 @@ class WorkerStatus:
     state: str
     actor: str
     """Ray's id of it, which leads to its node and process."""
-    edition: int = 0
-    """Of a sampler: the weights that it was sent last; the newest are `FleetStatus.edition`."""
+    weight_version: int = 0
+    """Of a sampler: version of the weights it was sent last."""
     busy: int = 0
     """Requests it has in hand."""
 
@@ -85,8 +85,8 @@ class FleetStatus:
     singles: tuple[WorkerStatus, ...] = ()
     """Learners and moments server."""
     restarts: int = 0
-    edition: int = 0
-    """Number of the newest weights."""
+    weight_version: int = 0
+    """Of the newest weights."""
     progress: Progress = field(default_factory=Progress)
     age_s: float | None = None
     """How long ago it was said; None: nothing was yet."""

@@ -27,7 +27,7 @@ EXCHANGE_S = 1.0  # how often the control actor is spoken to
 MOST = 4096  # workers of a role
 
 
-class Steward:
+class Autoscaler:
     """Scales pools while their fleet waits for groups.
 
     Args:
@@ -67,10 +67,10 @@ class Steward:
             ray.kill(self._control)
 
     def refs(self) -> list[Any]:
-        """What to wait for, and bring to `heard`."""
+        """What to wait for, and bring to `receive`."""
         return [self._exchange] if self._exchange is not None else []
 
-    def tend(self, restarts: int, edition: int = 0, *, decide: bool = True) -> None:
+    def tick(self, restarts: int, weight_version: int = 0, *, decide: bool = True) -> None:
         """Let those go that have finished; decide by queue wait, unless told that nobody has
         anything to do just now; speak to the control actor."""
         now = time.monotonic()
@@ -81,14 +81,14 @@ class Steward:
         if self._control is None or self._exchange is not None or now - self._spoken < EXCHANGE_S:
             return
         self._spoken = now
-        self._exchange = self._control.exchange.remote(self.status(restarts, edition))
+        self._exchange = self._control.exchange.remote(self.status(restarts, weight_version))
 
     def restart(self) -> None:
         """Observe anew: what was seen so far says nothing of how many workers are needed."""
         for pool in self._pools.values():
             pool.meter.restart(time.monotonic())
 
-    def heard(self, ref: Any) -> None:
+    def receive(self, ref: Any) -> None:
         """The control actor's answer: carry out what is wanted."""
         import ray
         from ray.exceptions import RayActorError
@@ -109,7 +109,7 @@ class Steward:
             else:
                 self._grant(wish)
 
-    def status(self, restarts: int = 0, edition: int = 0) -> FleetStatus:
+    def status(self, restarts: int = 0, weight_version: int = 0) -> FleetStatus:
         pools = tuple(
             PoolStatus(
                 role=name,
@@ -127,7 +127,7 @@ class Steward:
             pools=pools,
             singles=tuple(map(_status_of, self._others())),
             restarts=restarts,
-            edition=edition,
+            weight_version=weight_version,
             progress=self.progress,
             answered=self._answered,
             refusals=tuple(self._refusals),
@@ -183,6 +183,6 @@ def _status_of(worker: Worker) -> WorkerStatus:
         name=worker.name,
         state=worker.state.value,
         actor=actor_id(worker.handle),
-        edition=worker.edition,
+        weight_version=worker.weight_version,
         busy=worker.busy,
     )

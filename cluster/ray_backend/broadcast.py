@@ -14,14 +14,14 @@ from cluster.ray_backend.worker_calls import WEIGHTS
 from cluster.ray_session.calls import answer
 from cluster.roles import FleetPlan
 from cluster.scheduling.pool import State, Worker, WorkerPool
-from cluster.scheduling.weight_versions import Editions
+from cluster.scheduling.weight_versions import NO_WEIGHTS, WeightVersions
 
 
-class Delivery:
+class Broadcaster:
     """See the module.
 
     Args:
-        needed: editions of the groups that are with samplers.
+        needed: weight_versions of the groups that are with samplers.
         lost: told of a sampler that was lost.
     """
 
@@ -34,24 +34,24 @@ class Delivery:
     ) -> None:
         self._plan, self._publisher = plan, publisher
         self._with_samplers, self._lost = needed, lost
-        self._editions = Editions()
+        self._weight_versions = WeightVersions()
         self.under_way: dict[ray.ObjectRef, Worker] = {}
-        """Samplers' answers that they have taken weights up; for `taken_up`."""
+        """Samplers' answers that they have taken weights up; for `updated`."""
 
     @property
     def newest(self) -> int:
-        """The edition that groups are drawn with which are asked for now; 0 before the first."""
-        return self._editions.newest
+        """Policy version that new requests are drawn with; `NO_WEIGHTS` before the first."""
+        return self._weight_versions.newest
 
-    def broadcast(self, learners: Sequence[Worker], samplers: WorkerPool) -> None:
+    def broadcast(self, version: int, learners: Sequence[Worker], samplers: WorkerPool) -> None:
         """Publish the learner's weights once. What is submitted from now on is drawn with them;
         each sampler takes them up when it has no older work to begin. Nobody is waited for, but by
         transports between GPUs, which move the weights while learner and samplers hold still."""
-        self._editions.publish(self._publish(learners, samplers))
+        self._weight_versions.publish(version, self._publish(learners, samplers))
         if self._publisher.on_device:
             self._hand_over(learners, samplers)
         if self._plan.sampler.goes_ahead:
-            newest = self._editions[self.newest]
+            newest = self._weight_versions[self.newest]
             for worker in samplers.of(State.SERVING):
                 self.under_way[self._publisher.offer(worker.handle, newest, WEIGHTS)] = worker
         self.catch_up(samplers)
@@ -59,12 +59,12 @@ class Delivery:
     def begin(self, worker: Worker, samplers: WorkerPool) -> None:
         """Have a new sampler serve with weights only: the oldest that somebody waits for, as it
         never goes back."""
-        worker.ready = self._load(worker, self._editions.oldest(self._needed(samplers)))
+        worker.ready = self._load(worker, self._weight_versions.oldest(self._needed(samplers)))
 
-    def bring(self, worker: Worker, edition: int) -> None:
-        """Have a sampler go on to an edition, if it is behind."""
-        if worker.edition < edition:
-            self.under_way[self._load(worker, edition)] = worker
+    def bring(self, worker: Worker, weight_version: int) -> None:
+        """Have a sampler go on to an weight_version, if it is behind."""
+        if worker.weight_version < weight_version:
+            self.under_way[self._load(worker, weight_version)] = worker
 
     def catch_up(self, samplers: WorkerPool) -> None:
         """Send the newest weights to samplers that have nothing older to begin."""
@@ -72,16 +72,18 @@ class Delivery:
             return
         for worker in samplers.workers:
             serving = worker.state is State.SERVING
-            if worker.edition == self.newest or not (serving or worker.state is State.STARTING):
+            if worker.weight_version == self.newest or not (
+                serving or worker.state is State.STARTING
+            ):
                 continue
             loaded = self._load(worker, self.newest)
             if serving:
                 self.under_way[loaded] = worker
             else:
                 worker.ready = loaded
-        self._editions.oldest(self._needed(samplers))
+        self._weight_versions.oldest(self._needed(samplers))
 
-    def taken_up(self, ref: ray.ObjectRef) -> None:
+    def updated(self, ref: ray.ObjectRef) -> None:
         """A sampler took up weights, or says why not.
 
         Raises:
@@ -98,11 +100,11 @@ class Delivery:
 
     def forget(self, samplers: WorkerPool, replace: Callable[[Worker], Any]) -> None:
         """The learner is another one, with older weights: samplers begin anew."""
-        self._editions = Editions()
+        self._weight_versions = WeightVersions()
         self.under_way.clear()
         self._publisher.forget()
         for worker in list(samplers.workers):
-            worker.edition = 0
+            worker.weight_version = NO_WEIGHTS
             starting = worker.state is State.STARTING  # perhaps with weights that will never come
             if starting or self._plan.sampler.goes_ahead:  # or an offer may still be on its way
                 replace(worker)
@@ -125,16 +127,16 @@ class Delivery:
             except TesseraError as error:
                 if not self._publisher.fall_back(error):
                     raise
-                self._editions.amend(self._publish(learners, samplers))
+                self._weight_versions.amend(self._publish(learners, samplers))
                 for each in loading.values():
-                    each.edition = 0  # and so takes them up again
+                    each.weight_version = NO_WEIGHTS  # and so takes them up again
                 return
 
-    def _load(self, worker: Worker, edition: int) -> ray.ObjectRef:
-        worker.edition = edition
-        return self._publisher.load(worker.handle, self._editions[edition])
+    def _load(self, worker: Worker, weight_version: int) -> ray.ObjectRef:
+        worker.weight_version = weight_version
+        return self._publisher.load(worker.handle, self._weight_versions[weight_version])
 
     def _needed(self, samplers: WorkerPool) -> Iterator[int]:
-        """Editions of the groups that wait for a sampler, or are with one."""
-        yield from (waiting.edition for waiting in samplers.waiting)
+        """WeightVersions of the groups that wait for a sampler, or are with one."""
+        yield from (waiting.weight_version for waiting in samplers.waiting)
         yield from self._with_samplers()

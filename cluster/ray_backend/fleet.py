@@ -23,23 +23,24 @@ from cluster.errors import FleetError, LearnerLostError, TesseraError
 from cluster.fleet import Result, join_features
 from cluster.io.background import Background
 from cluster.messages import SampleRequest, ScoredGroup
-from cluster.ray_backend.autoscaler import Steward
-from cluster.ray_backend.broadcast import Delivery
+from cluster.ray_backend.autoscaler import Autoscaler
+from cluster.ray_backend.broadcast import Broadcaster
 from cluster.ray_backend.group_calls import InFlight
-from cluster.ray_backend.heartbeat import Pulse
+from cluster.ray_backend.heartbeat import Heartbeat
 from cluster.ray_backend.launcher import Launcher, actor_class
 from cluster.ray_backend.publisher import publisher_of
-from cluster.ray_backend.stateful_roles import Keepers
+from cluster.ray_backend.stateful_roles import StatefulRoles
 from cluster.ray_backend.supervisor import Supervisor
 from cluster.ray_backend.worker_calls import SAMPLER_THREADS, queue_for_tokens
 from cluster.ray_session.calls import RemoteRole, answer, how_ended, ready_of, too_late
 from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
-from cluster.scheduling.in_flight import GroupOnTheWay, Ticket, Tickets
+from cluster.scheduling.in_flight import PendingBatches, PendingGroup, Ticket
 from cluster.scheduling.listening import LOOK_S, Listening
 from cluster.scheduling.placement import Placement
 from cluster.scheduling.pool import State, Worker, WorkerPool
 from cluster.scheduling.restarts import RestartBudget
+from cluster.scheduling.weight_versions import NO_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class RayFleet:
     Args:
         run: name under which other processes find the fleet (`python -m cluster.scale`); empty
             hides it.
-        ask_to_stop: called when another process wants the run to end (see `Steward`).
+        ask_to_stop: called when another process wants the run to end (see `Autoscaler`).
     """
 
     def __init__(
@@ -69,34 +70,34 @@ class RayFleet:
         self._listening, self._judged = Listening(), 0.0
         self._launcher = Launcher(plan, session)
         self._weights = publisher_of(plan, session)
-        self._delivery = Delivery(
+        self._broadcaster = Broadcaster(
             plan,
             self._weights,
-            lambda: self._in_flight.editions,
+            lambda: self._in_flight.weight_versions,
             self._sampler_lost,
         )
         self._budget = RestartBudget(plan.max_restarts, stopping=should_stop)
-        self._pulse = Pulse(plan.heartbeat_s, self._listening)
-        self._keepers = Keepers(
-            plan, self._launch_keeper, self._answer, self._attend, self._budget, self._listening
+        self._heartbeat = Heartbeat(plan.heartbeat_s, self._listening)
+        self._stateful = StatefulRoles(
+            plan, self._launch_stateful, self._answer, self._attend, self._budget, self._listening
         )
         self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
         self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
         self._supervisor = Supervisor(plan, self.pools, self._budget, self._listening, self._kill)
-        self._steward = Steward(
-            self.pools, run, others=lambda: self._keepers.workers, stop=ask_to_stop
+        self._autoscaler = Autoscaler(
+            self.pools, run, others=lambda: self._stateful.workers, stop=ask_to_stop
         )
         self._in_flight = InFlight(
             plan,
             self._samplers,
             self._servers,
-            self._delivery,
+            self._broadcaster,
             self._supervisor,
             self._budget,
             self._listening,
         )
         self._calls = self._in_flight.calls
-        self._tickets = Tickets(
+        self._tickets = PendingBatches(
             plan,
             self._listening,
             self._turn,
@@ -109,12 +110,12 @@ class RayFleet:
     def __enter__(self) -> Self:
         who = "the fleet's control actor"
         try:
-            self._steward.start()
+            self._autoscaler.start()
             for worker in self._all():
                 who = worker.name
-                self._keepers.started(worker)
+                self._stateful.started(worker)
             who = "a learner"
-            self._keepers.meet()
+            self._stateful.meet()
         except RayActorError as error:
             self._end()
             raise FleetError(
@@ -148,18 +149,18 @@ class RayFleet:
 
     @property
     def learner(self) -> LearnerRole:
-        return self._keepers.learner
+        return self._stateful.learner
 
     @property
     def moments(self) -> MomentsRole:
-        return self._keepers.moments
+        return self._stateful.moments
 
     def recover_learner(self, error: LearnerLostError) -> None:
         self._tickets.abandon(list(self._answers))
         for pool in self.pools:
             pool.waiting.clear()
-        self._delivery.forget(self._samplers, self._replace)
-        self._keepers.replace_learners(str(error))
+        self._broadcaster.forget(self._samplers, self._replace)
+        self._stateful.replace_learners(str(error))
 
     def _sampler_lost(self, worker: Worker) -> None:
         self._supervisor.lost(self._samplers, worker)
@@ -168,8 +169,8 @@ class RayFleet:
         self._kill(worker)
         self._samplers.replace(worker)
 
-    def tell(self, progress: Progress) -> None:
-        self._steward.progress = progress
+    def report_progress(self, progress: Progress) -> None:
+        self._autoscaler.progress = progress
 
     def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
         return self._submit(requests, scored=True)
@@ -197,9 +198,9 @@ class RayFleet:
         return self._ask_server(panel, "feature_dim", panel)
 
     def refresh_moments(self) -> None:
-        self._keepers.refresh_moments()
+        self._stateful.refresh_moments()
 
-    def attend_while(self, work: Callable[[], Result]) -> Result:
+    def serve_while(self, work: Callable[[], Result]) -> Result:
         found: list[Result] = []
         task = Background("computing", lambda: found.append(work()))
         try:
@@ -210,20 +211,20 @@ class RayFleet:
             raise
         return found[0]
 
-    def broadcast(self) -> None:
-        self._delivery.broadcast(self._keepers.learners, self._samplers)
-        self._keepers.broadcast_made()
+    def broadcast(self, version: int) -> None:
+        self._broadcaster.broadcast(version, self._stateful.learners, self._samplers)
+        self._stateful.broadcast_made()
 
     def _launch(self, role: Role, index: int, addition: bool, late: bool) -> Worker:
         sampler = role is self._plan.sampler
         wrap = self._weights.actor_class if sampler else actor_class
         threads = SAMPLER_THREADS if sampler else {}
         worker = self._launcher(role, index, wrap, threads, addition=addition, late=late)
-        if sampler and self._delivery.newest:
-            self._delivery.begin(worker, self._samplers)
+        if sampler and self._broadcaster.newest > NO_WEIGHTS:
+            self._broadcaster.begin(worker, self._samplers)
         return worker
 
-    def _launch_keeper(self, role: Role, index: int, late: bool) -> Worker:
+    def _launch_stateful(self, role: Role, index: int, late: bool) -> Worker:
         wrap = self._weights.actor_class if role is self._plan.learner else actor_class
         return self._launcher(role, index, wrap, {}, late=late)
 
@@ -238,11 +239,11 @@ class RayFleet:
     def _end(self) -> None:
         for worker in self._all():
             self._kill(worker)
-        self._steward.end()
+        self._autoscaler.end()
 
     def _all(self) -> list[Worker]:
         pooled = (worker for pool in self.pools for worker in pool.workers)
-        return [*self._keepers.workers, *pooled]
+        return [*self._stateful.workers, *pooled]
 
     def _submit(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
         ticket = self._queue(requests, scored=scored)
@@ -253,8 +254,8 @@ class RayFleet:
         ticket, answers = self._tickets.issue(len(requests))
         for position, request in enumerate(requests):
             judges = tuple(role.name for role in self._plan.judges(request.panel)) if scored else ()
-            edition = self._delivery.newest
-            group = GroupOnTheWay(answers, position, request, judges, edition)
+            weight_version = self._broadcaster.newest
+            group = PendingGroup(answers, position, request, judges, weight_version)
             queue_for_tokens(self._samplers, group)
         return ticket
 
@@ -304,14 +305,20 @@ class RayFleet:
         """
         # while the learner learns and nothing is on its way, idle workers are no surplus
         decide = bool(self._calls) or (waited_for and not others)
-        self._steward.tend(self.restarts, self._delivery.newest, decide=decide)
-        self._supervisor.tend()
+        self._autoscaler.tick(self.restarts, self._broadcaster.newest, decide=decide)
+        self._supervisor.tick()
         self._dispatch()
         starting = {worker.ready: (pool, worker) for pool, worker in self._supervisor.starting()}
-        refs = [*others, *self._calls, *self._delivery.under_way, *starting, *self._steward.refs()]
+        refs = [
+            *others,
+            *self._calls,
+            *self._broadcaster.under_way,
+            *starting,
+            *self._autoscaler.refs(),
+        ]
         took = [self._take(ref, starting) for ref in ready_of(refs, min(timeout_s, LOOK_S))]
         if self._listening.look():
-            self._steward.restart()  # what waited for this process did not wait for workers
+            self._autoscaler.restart()  # what waited for this process did not wait for workers
         return self._judge() or any(took)
 
     def _judge(self) -> bool:
@@ -321,7 +328,7 @@ class RayFleet:
         if now - self._judged < JUDGE_S:
             return False
         self._judged = now
-        overdue, missed = self._supervisor.overdue(), self._missed()
+        overdue, missed = self._supervisor.overdue(), self._replace_unresponsive()
         return overdue or missed
 
     def _take(
@@ -330,22 +337,22 @@ class RayFleet:
         """Take an answer that is there; whether it moves work on."""
         if ref in self._calls:
             self._in_flight.advance(ref)
-        elif ref in self._delivery.under_way:
-            self._delivery.taken_up(ref)
+        elif ref in self._broadcaster.under_way:
+            self._broadcaster.updated(ref)
         elif ref in starting:
             pool, worker = starting[ref]
             if worker in pool.workers:  # not one that was dropped meanwhile
                 self._supervisor.started(pool, worker)
         else:
-            if ref in self._steward.refs():
-                self._steward.heard(ref)
+            if ref in self._autoscaler.refs():
+                self._autoscaler.receive(ref)
             return False
         return True
 
-    def _missed(self) -> bool:
+    def _replace_unresponsive(self) -> bool:
         """Replace those that are gone or silent; says whether there were any."""
         here = [worker for worker in self._all() if worker.state in (State.SERVING, State.DRAINING)]
-        missed = self._pulse.missed(here)
+        missed = self._heartbeat.unresponsive(here)
         for worker, why in missed:
             pool = next((pool for pool in self.pools if worker in pool.workers), None)
             if pool is None:  # of a learner or moments server, its next answer will tell
@@ -368,8 +375,8 @@ class RayFleet:
         for pool in self.pools:
             while picked := pool.next():
                 self._in_flight.send(pool, *picked)
-        self._samplers.turn_back()
-        self._delivery.catch_up(self._samplers)
+        self._samplers.recycle()
+        self._broadcaster.catch_up(self._samplers)
 
     def _ask_server(self, panel: str, method: str, *args: Any) -> Any:
         """Ask any server that has a panel's feature network; another one, if it is lost."""

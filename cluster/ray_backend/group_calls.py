@@ -10,12 +10,12 @@ from typing import Any
 import ray
 
 from cluster.errors import InputLostError
-from cluster.ray_backend.broadcast import Delivery
+from cluster.ray_backend.broadcast import Broadcaster
 from cluster.ray_backend.supervisor import Supervisor
 from cluster.ray_backend.worker_calls import Call, Stage, ask_for_images, spans_of
 from cluster.ray_session.calls import LOST, answer, why_lost
 from cluster.roles import FleetPlan
-from cluster.scheduling.in_flight import GroupOnTheWay
+from cluster.scheduling.in_flight import PendingGroup
 from cluster.scheduling.listening import Listening
 from cluster.scheduling.pool import Worker, WorkerPool
 from cluster.scheduling.restarts import RestartBudget
@@ -37,28 +37,28 @@ class InFlight:
         plan: FleetPlan,
         samplers: WorkerPool,
         servers: Mapping[str, WorkerPool],
-        delivery: Delivery,
+        delivery: Broadcaster,
         supervisor: Supervisor,
         budget: RestartBudget,
         listening: Listening,
     ) -> None:
         self._plan, self._samplers, self._servers = plan, samplers, servers
-        self._delivery, self._supervisor, self._budget = delivery, supervisor, budget
+        self._broadcaster, self._supervisor, self._budget = delivery, supervisor, budget
         self._listening, self._check = listening, ScoreChecks()
         self.calls: dict[ray.ObjectRef, Call] = {}
-        """Answers that are waited for, to be brought to `advance`."""
+        """PendingBatch that are waited for, to be brought to `advance`."""
 
     @property
-    def editions(self) -> Iterator[int]:
+    def weight_versions(self) -> Iterator[int]:
         """Weights of the groups that are with samplers."""
-        return (call.edition for call in self.calls.values() if call.pool is self._samplers)
+        return (call.weight_version for call in self.calls.values() if call.pool is self._samplers)
 
     def send(self, pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
         """Give a worker of a pool the work that was picked for it."""
-        groups: tuple[GroupOnTheWay, ...] = tuple(waiting.task for waiting in picked)
+        groups: tuple[PendingGroup, ...] = tuple(waiting.task for waiting in picked)
         first, now = groups[0], time.monotonic()
         if pool is self._samplers:
-            self._delivery.bring(worker, first.edition)
+            self._broadcaster.bring(worker, first.weight_version)
             requests = [group.request for group in groups]
             stage, ref = Stage.SAMPLE, worker.handle.sample.remote(requests)
         else:

@@ -27,7 +27,7 @@ def _here(role: Any) -> bool:
     return True
 
 
-class Pulse:
+class Heartbeat:
     """Asks workers whether they are there.
 
     Args:
@@ -39,10 +39,10 @@ class Pulse:
         self._silence_s, self._listening = silence_s, listening
         self._pause_s = min(silence_s / ASKS, LONGEST_PAUSE_S)
         self._asked: dict[Worker, tuple[Any, float]] = {}
-        self._heard: dict[Worker, float] = {}
+        self._last_response: dict[Worker, float] = {}
         self._looked = 0.0
 
-    def missed(self, workers: Iterable[Worker]) -> list[tuple[Worker, str]]:
+    def unresponsive(self, workers: Iterable[Worker]) -> list[tuple[Worker, str]]:
         """Those of some workers, all of which have started, that are gone or have not answered for
         too long, and which it is; asks the others again when it is time."""
         now = time.monotonic()
@@ -51,10 +51,12 @@ class Pulse:
         self._looked = now
         known = set(workers)
         self._asked = {worker: asked for worker, asked in self._asked.items() if worker in known}
-        self._heard = {worker: heard for worker, heard in self._heard.items() if worker in known}
+        self._last_response = {
+            worker: heard for worker, heard in self._last_response.items() if worker in known
+        }
         gone = self._listen(now)
         for worker in known - self._asked.keys():
-            if now - self._heard.get(worker, -self._pause_s) >= self._pause_s:
+            if now - self._last_response.get(worker, -self._pause_s) >= self._pause_s:
                 self._asked[worker] = (call_inside(worker.handle, _here, GROUP), now)
         silence = self._listening.silence
         silent = [w for w, (_, since) in self._asked.items() if silence(since) > self._silence_s]
@@ -69,7 +71,7 @@ class Pulse:
         for ref in ready:
             worker = refs[ref]
             del self._asked[worker]
-            self._heard[worker] = now
+            self._last_response[worker] = now
             try:
                 ray.get(ref)
             except RayActorError:

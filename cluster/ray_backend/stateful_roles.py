@@ -33,7 +33,7 @@ Launch = Callable[[Role, int, bool], Worker]
 """(role, index, late) -> worker."""
 
 
-class Keepers:
+class StatefulRoles:
     """Starts learners and moments server, and replaces them.
 
     Args:

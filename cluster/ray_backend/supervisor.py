@@ -69,7 +69,7 @@ class Supervisor:
             logger.info("%s serves", worker.name)
         self._late.discard(worker)
 
-    def tend(self) -> None:
+    def tick(self) -> None:
         """Replace lost ones when their time has come."""
         now = time.monotonic()
         for worker, (due, pool) in list(self._due.items()):
@@ -90,7 +90,7 @@ class Supervisor:
                         self._go_on_without(pool, worker)
                 elif worker.state is State.LOST or worker.idle:
                     continue
-                elif self._listening.silence(worker.heard) > limit:
+                elif self._listening.silence(worker.last_response) > limit:
                     had = worker.at(time.monotonic())
                     within = f"within {limit:g} s (--timeout-s)"
                     self.lost(pool, worker, f"did not answer {within}: it has had {had}")

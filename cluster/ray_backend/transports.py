@@ -81,7 +81,7 @@ class Surroundings:
             num_learners=learner.count,
             learner_gpus=learner.resources.num_gpus,
             sampler_gpus=sampler.resources.num_gpus,
-            num_samplers=sampler.most,
+            num_samplers=sampler.max_count,
             gpus=gpus,
             nodes=nodes,
             nixl=importlib.util.find_spec("nixl") is not None,

@@ -30,7 +30,7 @@ from typing import Any
 import ray
 
 from cluster.messages import GroupScores, RolloutGroup
-from cluster.scheduling.in_flight import GroupOnTheWay
+from cluster.scheduling.in_flight import PendingGroup
 from cluster.scheduling.pool import Worker, WorkerPool
 from cluster.spans import Span
 
@@ -54,19 +54,19 @@ ASKED = {Stage.SAMPLE: "the tokens", Stage.IMAGES: "the images", Stage.SCORE: "t
 class Call:
     """A worker's answer that is being waited for."""
 
-    groups: tuple[GroupOnTheWay, ...]
-    """Of one edition; several only of samplers' tokens."""
+    groups: tuple[PendingGroup, ...]
+    """Of one weight_version; several only of samplers' tokens."""
     pool: WorkerPool
     worker: Worker
     stage: Stage
     waited_s: tuple[float, ...] = ()
     """Of each group."""
-    drawings: tuple[int, ...] = field(init=False)
+    attempts: tuple[int, ...] = field(init=False)
     """Of each group, when it was asked for."""
 
     def __post_init__(self) -> None:
-        drawings = tuple(group.drawing for group in self.groups)
-        object.__setattr__(self, "drawings", drawings)
+        attempts = tuple(group.attempt for group in self.groups)
+        object.__setattr__(self, "attempts", attempts)
 
     def __str__(self) -> str:
         stream, iteration, group = self.groups[0].request.key
@@ -74,23 +74,23 @@ class Call:
         return f"{ASKED[self.stage]} of group {group} of {stream} {iteration}{more}"
 
     @property
-    def live(self) -> list[GroupOnTheWay]:
+    def live(self) -> list[PendingGroup]:
         """Those whose answers somebody still waits for."""
         return [
             group
-            for group, drawing in zip(self.groups, self.drawings)
-            if drawing == group.drawing and not group.answers.abandoned
+            for group, attempt in zip(self.groups, self.attempts)
+            if attempt == group.attempt and not group.answers.abandoned
         ]
 
     @property
-    def edition(self) -> int:
-        return self.groups[0].edition
+    def weight_version(self) -> int:
+        return self.groups[0].weight_version
 
     def began(self) -> None:
         """The worker has it in hand."""
         self.worker.calls[id(self)] = self, time.monotonic()
         if self.worker.idle:
-            self.worker.heard = time.monotonic()
+            self.worker.last_response = time.monotonic()
         if self.stage is Stage.IMAGES:
             self.worker.decoding += 1
         else:
@@ -99,7 +99,7 @@ class Call:
     def ended(self) -> None:
         """The worker has it in hand no more."""
         self.worker.calls.pop(id(self), None)
-        self.worker.heard = time.monotonic()
+        self.worker.last_response = time.monotonic()
         if self.stage is Stage.IMAGES:
             self.worker.decoding -= 1
         else:
@@ -138,21 +138,21 @@ class Call:
     def measure(self, spans: Iterable[Span]) -> None:
         """Tell the pool how long the work waited and took, and how fast the worker is."""
         spans, meter = tuple(spans), self.pool.meter
-        pieces = len(self.groups)
+        tasks = len(self.groups)
         if self.stage is Stage.IMAGES:  # they wait behind nobody else's work
-            pieces = 0
+            tasks = 0
         queued = sum(span.seconds for span in spans if span.phase == "queue")
         for waited_s in self.waited_s:
             meter.waited(waited_s + queued)
         worked = sorted((s for s in spans if s.phase in WORK), key=lambda span: span.start)
         work = [(self.worker.count_work(span), span) for span in worked]
         meter.worked(sum(seconds for seconds, _ in work))
-        self.worker.pace.add(sum(seconds for seconds, s in work if s.phase != "load"), pieces)
+        self.worker.pace.add(sum(seconds for seconds, s in work if s.phase != "load"), tasks)
 
 
-def queue_for_tokens(samplers: WorkerPool, group: GroupOnTheWay, *, front: bool = False) -> None:
+def queue_for_tokens(samplers: WorkerPool, group: PendingGroup, *, front: bool = False) -> None:
     """Have a group drawn, by whichever sampler, perhaps together with others of its iteration."""
-    samplers.add(group, front=front, edition=group.edition, kind=group.request.batch)
+    samplers.add(group, front=front, weight_version=group.weight_version, kind=group.request.batch)
 
 
 def ask_for_images(

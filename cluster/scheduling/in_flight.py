@@ -19,24 +19,24 @@ STOPPED = "stopped while sampling"
 
 
 @dataclass(eq=False)
-class GroupOnTheWay:
+class PendingGroup:
     """One request, and what there is of its answer."""
 
-    answers: Answers
+    answers: PendingBatch
     position: int
     """Its place among the requests of the call."""
     request: SampleRequest
     judges: tuple[str, ...]
     """Pools that score it, in the order of the merge; none for galleries, which want images."""
-    edition: int = 0
+    weight_version: int = 0
     """Weights that it is drawn with: those that were published last when it was asked for."""
     rollouts: RolloutGroup | None = None
     images: Any = None
     """Reference to the images; they stay in the object store."""
     losses: list[str] = field(default_factory=list)
     """Workers that were lost with it in hand, and how."""
-    drawing: int = 0
-    """How often it was asked for anew; what comes of an earlier drawing is not wanted any more."""
+    attempt: int = 0
+    """How often it was asked for anew; what comes of an earlier attempt is not wanted any more."""
     parts: dict[str, GroupScores] = field(default_factory=dict)
     """Pool -> what it said."""
 
@@ -57,7 +57,7 @@ class GroupOnTheWay:
 
     def draw_again(self) -> None:
         """Begin anew: its rollouts or images are gone."""
-        self.drawing += 1
+        self.attempt += 1
         self.rollouts = self.images = None
         self.parts.clear()
 
@@ -78,7 +78,7 @@ class GroupOnTheWay:
 
 
 @dataclass
-class Answers:
+class PendingBatch:
     """Results of one call, in the order of its requests."""
 
     results: list[Any]
@@ -94,7 +94,7 @@ class Answers:
         self.missing -= 1
 
 
-class Tickets:
+class PendingBatches:
     """What was asked for, and the waits for it.
 
     Args:
@@ -115,7 +115,7 @@ class Tickets:
         self._plan, self._listening, self._turn = plan, listening, turn
         self._should_stop, self._who_is_there = should_stop, who_is_there
         self._lacking = lacking
-        self.answers: dict[Ticket, Answers] = {}
+        self.answers: dict[Ticket, PendingBatch] = {}
         """Of what somebody waits for."""
         self._issued = 0
 
@@ -124,11 +124,11 @@ class Tickets:
         """Groups on their way."""
         return sum(answers.missing for answers in self.answers.values())
 
-    def issue(self, groups: int) -> tuple[Ticket, Answers]:
+    def issue(self, groups: int) -> tuple[Ticket, PendingBatch]:
         """A ticket for so many groups, and the place for their answers."""
         self._issued += 1
         ticket = Ticket(self._issued)
-        answers = self.answers[ticket] = Answers([None] * groups)
+        answers = self.answers[ticket] = PendingBatch([None] * groups)
         return ticket, answers
 
     def collect(self, ticket: Ticket, *, finish: bool = False) -> list[Any]:
@@ -138,7 +138,7 @@ class Tickets:
         return self.answers.pop(ticket).results
 
     def stream(self, submits: Iterable[Callable[[], Ticket]]) -> Iterator[Any]:
-        """Answers of single groups, in order, each asked for when there is a slot for it: groups of
+        """PendingBatch of single groups, in order, each asked for when there is a slot for it: groups of
         whatever ticket take slots until they are there, and these until they are given out."""
         left, ahead, slots = iter(submits), deque[Ticket](), self._plan.slots
         asked_all = False

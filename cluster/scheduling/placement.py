@@ -32,7 +32,7 @@ def place(plan: FleetPlan, cpus: float, gpus: float) -> list[Placement]:
         ConfigError: more is asked for than there is.
     """
     fixed = sum(role.count * role.resources.num_cpus for role in plan.roles)
-    sharing = sum(role.most for role in plan.roles if role.resources.num_cpus == 0)
+    sharing = sum(role.max_count for role in plan.roles if role.resources.num_cpus == 0)
     wanted_gpus = sum(role.count * role.resources.num_gpus for role in plan.roles)
     share = min(1.0, math.floor((cpus - fixed) / max(sharing, 1) * 100) / 100)
     if fixed > cpus or (sharing and share < SMALLEST_SHARE):

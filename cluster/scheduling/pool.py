@@ -18,6 +18,7 @@ from typing import Any
 from cluster.roles import Role
 from cluster.scheduling.autoscaling import LoadMeter
 from cluster.scheduling.dispatch import Candidate, Pace, batch_size, choose_of_runs
+from cluster.scheduling.weight_versions import NO_WEIGHTS
 from cluster.scheduling.work_queue import Waiting, WorkQueue
 from cluster.spans import Span
 
@@ -44,7 +45,7 @@ class Worker:
     state: State = State.STARTING
     busy: int = 0
     """Calls it has in hand."""
-    pieces: int = 0
+    tasks: int = 0
     """Pieces of work in them."""
     begun: float = 0.0
     """When it began with the call that it is at, as far as one can tell from here."""
@@ -55,10 +56,10 @@ class Worker:
     """Of a sampler: groups whose images it decodes, or is yet to, beside what it has in hand."""
     worked_until: float = 0.0
     """Seconds since the epoch: end of its work that was counted last."""
-    edition: int = 0
-    """Of a sampler: the weights it was sent last. It never goes back."""
+    weight_version: int = NO_WEIGHTS
+    """Of a sampler: policy version it was sent last. It never decreases."""
     since: float = field(default_factory=time.monotonic)
-    heard: float = field(default_factory=time.monotonic)
+    last_response: float = field(default_factory=time.monotonic)
     """When it last answered, or was given work after it had none."""
     calls: dict[int, tuple[object, float]] = field(default_factory=dict)
     """Those it has in hand, by any number: what is asked (as text), and since when."""
@@ -76,8 +77,8 @@ class Worker:
 
     @property
     def oldest_work(self) -> int:
-        """The oldest edition that it can work for."""
-        return 0 if self.role.goes_ahead else self.edition
+        """The oldest weight_version that it can work for."""
+        return NO_WEIGHTS if self.role.goes_ahead else self.weight_version
 
     @property
     def has_room(self) -> bool:
@@ -90,26 +91,26 @@ class Worker:
     def idle(self) -> bool:
         return self.busy == self.decoding == 0
 
-    def take(self, pieces: int = 1, now: float | None = None) -> None:
+    def take(self, tasks: int = 1, now: float | None = None) -> None:
         """One more call in hand."""
         if not self.busy:
             self.begun = time.monotonic() if now is None else now
         self.passed_over = 0
         self.busy += 1
-        self.pieces += pieces
+        self.tasks += tasks
 
-    def give(self, pieces: int = 1, now: float | None = None) -> None:
+    def give(self, tasks: int = 1, now: float | None = None) -> None:
         """One call less."""
         self.begun = time.monotonic() if now is None else now
         self.busy -= 1
-        self.pieces -= pieces
+        self.tasks -= tasks
 
     def candidate(self, now: float) -> Candidate:
         """What the choice of a worker goes by."""
         return Candidate(
             self.pace.value,
-            self.pieces,
-            self.pieces / self.busy if self.busy else 0.0,
+            self.tasks,
+            self.tasks / self.busy if self.busy else 0.0,
             now - self.begun,
             self.oldest_work,
             self.has_room,
@@ -151,10 +152,11 @@ class WorkerPool:
     def of(self, state: State) -> list[Worker]:
         return [worker for worker in self.workers if worker.state is state]
 
-    def add(self, task: Any, *, front: bool = False, edition: int = 0, kind: Any = None) -> None:
-        """Queue a piece of work; at the front of its edition, if it was begun before. Editions are
-        queued in order."""
-        waiting = Waiting(task, edition, kind)
+    def add(
+        self, task: Any, *, front: bool = False, weight_version: int = 0, kind: Any = None
+    ) -> None:
+        """Queue a task: at the end, or (`front`) before the others of its weight version."""
+        waiting = Waiting(task, weight_version, kind)
         if front:
             self.waiting.add_first(waiting)
         else:
@@ -176,8 +178,8 @@ class WorkerPool:
         place, index = chosen
         count = 1
         if self.role.max_groups > 1:
-            edition = self.waiting.edition(place)
-            able = [each for each in candidates if each.edition <= edition]
+            weight_version = self.waiting.weight_version(place)
+            able = [each for each in candidates if each.weight_version <= weight_version]
             which, alike = able.index(candidates[index]), self.waiting.alike(place)
             count = batch_size(self.role.max_groups, alike, able, which)
         picked = self.waiting.take(place, count)
@@ -215,12 +217,12 @@ class WorkerPool:
         self.workers.remove(worker)
         self._stop(worker)
 
-    def turn_back(self) -> Worker | None:
-        """Where the next piece of work needs weights that every worker has left behind, because
+    def recycle(self) -> Worker | None:
+        """Where the next task of work needs weights that every worker has left behind, because
         whoever was to do it is gone: put a new worker in the place of an idle one."""
         coming = self.of(State.SERVING) + self.of(State.STARTING)
         if not self.waiting or any(
-            worker.oldest_work <= self.waiting.first.edition for worker in coming
+            worker.oldest_work <= self.waiting.first.weight_version for worker in coming
         ):
             return None
         idle = next((w for w in self.of(State.SERVING) if w.idle), None)

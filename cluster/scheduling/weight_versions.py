@@ -1,8 +1,7 @@
-"""The weights that samplers may still need: the newest, and older ones that groups wait for.
+"""Snapshots that samplers may still need: the newest version, and older ones of pending groups.
 
-Every broadcast is an edition, numbered from 1. A group is drawn with the edition that was newest
-when it was asked for, whichever sampler draws it and whenever: results do not depend on who was
-fast. No Ray.
+A group is drawn with the policy version that was newest when the group was requested, by any
+sampler at any time: results do not depend on timing. No Ray.
 """
 
 from __future__ import annotations
@@ -10,35 +9,43 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from cluster.errors import FleetError
 
-class Editions:
-    """Edition -> reference to its snapshot."""
+NO_WEIGHTS = -1  # version of a fleet or sampler before the first broadcast
+
+
+class WeightVersions:
+    """Policy version -> reference to its snapshot."""
 
     def __init__(self) -> None:
         self._snapshots: dict[int, Any] = {}
-        self.newest = 0
-        """0: nothing was published yet."""
+        self.newest = NO_WEIGHTS
 
     def __len__(self) -> int:
         return len(self._snapshots)
 
-    def __getitem__(self, edition: int) -> Any:
-        return self._snapshots[edition]
+    def __getitem__(self, version: int) -> Any:
+        return self._snapshots[version]
 
-    def publish(self, snapshot: Any) -> int:
-        """Take a new edition; returns its number."""
-        self.newest += 1
-        self._snapshots[self.newest] = snapshot
-        return self.newest
+    def publish(self, version: int, snapshot: Any) -> None:
+        """Add a version.
+
+        Raises:
+            FleetError: it is not newer than the others.
+        """
+        if version <= self.newest:
+            raise FleetError(f"weights of version {version} follow those of version {self.newest}")
+        self.newest = version
+        self._snapshots[version] = snapshot
 
     def amend(self, snapshot: Any) -> None:
-        """The newest edition by another way: the same weights."""
+        """Replace the newest version's snapshot by one with the same weights."""
         self._snapshots[self.newest] = snapshot
 
     def oldest(self, needed: Iterable[int]) -> int:
-        """The oldest edition that is needed, by groups that wait or are at work. Older ones are
-        forgotten, and the object store may drop them."""
+        """The oldest version that pending groups need. Drops older snapshots, which lets the object
+        store free them."""
         first = min(needed, default=self.newest)
-        for edition in [edition for edition in self._snapshots if edition < first]:
-            del self._snapshots[edition]
+        for version in [version for version in self._snapshots if version < first]:
+            del self._snapshots[version]
         return first

@@ -10,23 +10,23 @@ from typing import Any
 
 @dataclass
 class Waiting:
-    """One piece of work in a pool's queue."""
+    """One task of work in a pool's queue."""
 
     task: Any
-    edition: int = 0
+    weight_version: int = 0
     """Weights that it needs; of samplers' work."""
     kind: Any = None
-    """Pieces of one kind (and edition) may go to a worker in one call."""
+    """Pieces of one kind (and weight_version) may go to a worker in one call."""
     since: float = field(default_factory=time.monotonic)
 
     def goes_with(self, other: Waiting) -> bool:
         """Whether one call may hold both."""
-        return (self.edition, self.kind) == (other.edition, other.kind)
+        return (self.weight_version, self.kind) == (other.weight_version, other.kind)
 
 
 class WorkQueue:
-    """Pieces of work, by edition and in the order in which they came. What is asked of it costs as
-    much as there are runs of alike pieces (a few), however many pieces wait."""
+    """Waiting tasks, ordered by weight version, then by arrival. Operations cost as much as there
+    are runs of alike tasks (a few), however many tasks wait."""
 
     def __init__(self) -> None:
         self._runs: list[list[Waiting]] = []
@@ -39,12 +39,12 @@ class WorkQueue:
 
     @property
     def first(self) -> Waiting:
-        """The piece that comes first; there is one."""
+        """The task that comes first; there is one."""
         return self._runs[0][0]
 
     def runs(self) -> list[tuple[int, int]]:
-        """(edition, number of pieces) of pieces that come one after another."""
-        return [(run[0].edition, len(run)) for run in self._runs]
+        """(weight_version, number of tasks) of tasks that come one after another."""
+        return [(run[0].weight_version, len(run)) for run in self._runs]
 
     def add(self, waiting: Waiting) -> None:
         """At the end."""
@@ -54,9 +54,13 @@ class WorkQueue:
             self._runs.append([waiting])
 
     def add_first(self, waiting: Waiting) -> None:
-        """Before all of its edition and of newer ones."""
+        """Before all of its weight_version and of newer ones."""
         place = next(
-            (i for i, run in enumerate(self._runs) if run[0].edition >= waiting.edition),
+            (
+                i
+                for i, run in enumerate(self._runs)
+                if run[0].weight_version >= waiting.weight_version
+            ),
             len(self._runs),
         )
         if place < len(self._runs) and self._runs[place][0].goes_with(waiting):
@@ -65,15 +69,15 @@ class WorkQueue:
             self._runs.insert(place, [waiting])
 
     def alike(self, place: int) -> int:
-        """How many pieces from a place on may go together."""
+        """How many tasks from a place on may go together."""
         number, offset = self._find(place)
         return len(self._runs[number]) - offset
 
-    def edition(self, place: int) -> int:
-        return self._runs[self._find(place)[0]][0].edition
+    def weight_version(self, place: int) -> int:
+        return self._runs[self._find(place)[0]][0].weight_version
 
     def take(self, place: int, count: int) -> list[Waiting]:
-        """Take out so many alike pieces from a place on."""
+        """Take out so many alike tasks from a place on."""
         number, offset = self._find(place)
         run = self._runs[number]
         taken = run[offset : offset + count]
@@ -84,7 +88,7 @@ class WorkQueue:
         return taken
 
     def remove(self, unwanted: Callable[[Any], bool]) -> None:
-        """Drop pieces by what their task is."""
+        """Drop tasks by what their task is."""
         kept = ([w for w in run if not unwanted(w.task)] for run in self._runs)
         self._runs = [run for run in kept if run]
         self._join()
@@ -107,4 +111,4 @@ class WorkQueue:
             if place < len(run):
                 return number, place
             place -= len(run)
-        raise IndexError(f"{len(self)} pieces wait, none at {place}")
+        raise IndexError(f"{len(self)} tasks wait, none at {place}")

@@ -200,7 +200,7 @@ def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
         return
     run = arm_config(config, seed, (ARMS | FURTHER).get(arm, {}))
     with InlineFleet(fleet_plan(run)) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(0)
         real = evaluate.real_features(run, fleet)
         if arm == BASE:
             rows = {

@@ -73,13 +73,13 @@ def set_reference(config: RunConfig, fleet: Fleet) -> RewardSpace:
     """
     term, fingerprint = config.rewards.loo_fid, fleet.fingerprint("rewards")
     if stored_reference(term.reference):
-        space, reference = fleet.attend_while(lambda: read_moments(config))
+        space, reference = fleet.serve_while(lambda: read_moments(config))
         if dim := fleet.feature_dim("rewards"):
             reference.check_dim(dim + space.added, fingerprint)
     else:
         images = iterate_images(term.reference, FEATURE_BATCH)
         features = fleet.features(images, "rewards")[MAIN_SPACE]
-        space, reference = fleet.attend_while(lambda: _built(config, features, fingerprint))
+        space, reference = fleet.serve_while(lambda: _built(config, features, fingerprint))
     if few := few_images_warning(reference, term.covariance):
         logger.warning(f"note: {few}")
     fleet.moments.set_reference(reference, fingerprint)

@@ -1,8 +1,8 @@
-"""What the driver takes to decide who gets the next piece of work, against the plan's definition.
+"""What the driver takes to decide who gets the next task of work, against the plan's definition.
 
 python -m tests.bench.dispatch [--waiting 4096] [--workers 256] [--compared 30]
 
-An iteration in simulated time: `--waiting` pieces for `--workers` workers, of one speed or of
+An iteration in simulated time: `--waiting` tasks for `--workers` workers, of one speed or of
 several, from the first handing-out to the last end. At every event (a call ends, its worker has
 room) the pool is asked until it hands out nothing more: CPU seconds of the whole over the events.
 In a second run the definition (`tests/unit/old_schedule.py`) decides the same at some choices,
@@ -25,7 +25,7 @@ from cluster.scheduling.pool import State, Worker, WorkerPool
 from tests.unit import old_schedule
 
 SPEEDS = {"equal": [1.0], "uneven": [0.7, 1.0, 1.3, 4.0], "straggler": [1.0] * 63 + [100.0]}
-"""Seconds a piece, of worker after worker, again and again."""
+"""Seconds a task, of worker after worker, again and again."""
 
 
 def made(seconds: list[float]) -> WorkerPool:
@@ -78,10 +78,12 @@ class Compared:
         self._choices += 1
         if self._choices % self._every == 0:
             ours = timed(lambda: choose_of_runs(runs, workers))
-            editions = [edition for edition, count in runs for _ in range(count)]
-            if chosen != old_schedule.choose(editions, workers):
+            weight_versions = [
+                weight_version for weight_version, count in runs for _ in range(count)
+            ]
+            if chosen != old_schedule.choose(weight_versions, workers):
                 raise SystemExit(f"chose {chosen}, which is not what the definition says")
-            self.definition += timed(lambda: old_schedule.choose(editions, workers))
+            self.definition += timed(lambda: old_schedule.choose(weight_versions, workers))
             self.ours, self.slowest = self.ours + ours, max(self.slowest, ours)
         return chosen
 

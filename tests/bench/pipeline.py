@@ -170,7 +170,7 @@ def run(
     ends: list[float] = []
     stages: list[dict[str, float]] = []
     with RayFleet(plan(costs, samplers), session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(0)
         usage = Usage(time.time())
 
         def each(done: Iteration) -> None:

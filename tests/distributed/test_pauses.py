@@ -30,7 +30,7 @@ def test_the_drivers_own_pauses_cost_no_worker(
 ) -> None:
     plan = dataclasses.replace(slow_plan(0.1, 0.1), heartbeat_s=BOUND_S)
     with RayFleet(plan, ray_session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(1)
         fleet.sample_images(requests(4))
         workers = [worker.name for pool in fleet.pools for worker in pool.workers]
         object.__setattr__(plan, "timeout_s", BOUND_S)  # which would be short for a start
@@ -62,7 +62,7 @@ def test_the_drivers_own_pauses_cost_no_worker(
 
 def test_groups_move_on_while_the_driver_computes(ray_session: RaySession) -> None:
     with RayFleet(slow_plan(0.1), ray_session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(1)
         ticket = fleet._submit(requests(6), scored=False)  # three times what a worker has in hand
 
         def until_all_are_there() -> str:
@@ -71,9 +71,9 @@ def test_groups_move_on_while_the_driver_computes(ray_session: RaySession) -> No
                 time.sleep(0.05)
             return f"{os.getpid()}, {fleet._answers[ticket].missing} missing"
 
-        assert fleet.attend_while(until_all_are_there) == f"{os.getpid()}, 0 missing"
+        assert fleet.serve_while(until_all_are_there) == f"{os.getpid()}, 0 missing"
         with pytest.raises(ZeroDivisionError):
-            fleet.attend_while(lambda: 1 // 0)
+            fleet.serve_while(lambda: 1 // 0)
 
 
 def test_galleries_and_evaluations_take_no_more_than_the_slots(
@@ -81,7 +81,7 @@ def test_galleries_and_evaluations_take_no_more_than_the_slots(
 ) -> None:
     plan = dataclasses.replace(slow_plan(0.0, 0.0), slots=3)
     with RayFleet(plan, ray_session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(1)
         most = []
 
         def advance(ref, advance=fleet._in_flight.advance) -> None:

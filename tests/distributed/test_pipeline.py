@@ -42,25 +42,25 @@ def versions(fleet: RayFleet, count: int) -> list[int]:
 
 def test_groups_have_the_weights_of_when_they_were_asked_for(ray_session: RaySession) -> None:
     with RayFleet(slow_plan(0.0, 0.3), ray_session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(1)
         first = fleet._submit(requests(8), scored=False)
-        fleet.broadcast()  # while most of those wait
+        fleet.broadcast(2)  # while most of those wait
         second = fleet._submit(requests(4), scored=False)
-        fleet.broadcast()
+        fleet.broadcast(3)
         assert [int(images[0, 0]) for images in fleet._collect(second)] == [2] * 4
         assert [int(images[0, 0]) for images in fleet._collect(first)] == [1] * 8
         assert versions(fleet, 2) == [3, 3]
-        assert len(fleet._delivery._editions) == 1
+        assert len(fleet._broadcaster._weight_versions) == 1
 
 
 def test_nobody_waits_for_a_straggler(ray_session: RaySession) -> None:
     """A broadcast returns at once, and the fast sampler goes on with new weights meanwhile."""
     with RayFleet(slow_plan(0.01, 3.0), ray_session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(1)
         assert versions(fleet, 2) == [1, 1]
         slow = fleet._submit(requests(4), scored=False)  # two of them with each, at first
         start = time.monotonic()
-        fleet.broadcast()
+        fleet.broadcast(2)
         fast = fleet._submit(requests(2), scored=False)
         assert time.monotonic() - start < 1.0
         assert [int(images[0, 0]) for images in fleet._collect(fast)] == [2, 2]
@@ -71,7 +71,7 @@ def test_nobody_waits_for_a_straggler(ray_session: RaySession) -> None:
 
 def test_groups_move_on_while_the_learner_learns(ray_session: RaySession) -> None:
     with RayFleet(slow_plan(0.2), ray_session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(1)
         ticket = fleet._submit(requests(6), scored=False)  # three times what a worker has in hand
         fleet.learner.step(2.5)
         assert not fleet._answers[ticket].missing
@@ -82,16 +82,16 @@ def test_older_work_of_one_that_was_to_leave_is_done_all_the_same(
 ) -> None:
     """The one worker that could do it is gone and gets no successor; another is turned back."""
     with RayFleet(slow_plan(0.0, 1.5), ray_session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(1)
         assert versions(fleet, 2) == [1, 1]
         old = fleet._submit(requests(4), scored=False)
-        fleet.broadcast()
+        fleet.broadcast(2)
         samplers = fleet.pools[0]
         leaving = samplers.workers[1]
         samplers.scale(1)
         while fleet._calls and any(call.worker is not leaving for call in fleet._calls.values()):
             fleet._turn()
-        assert samplers.workers[0].edition == 2
+        assert samplers.workers[0].weight_version == 2
         ray.kill(leaving.handle)
         assert [int(images[0, 0]) for images in fleet._collect(old)] == [1] * 4
         assert versions(fleet, 1) == [2]

@@ -259,7 +259,7 @@ def test_waiting_groups_bring_more_servers_and_idle_ones_leave(
             assert time.monotonic() < deadline, logged
         grown = len(servers.of(State.SERVING))
         servers.meter.restart(time.monotonic() - 10)  # ten seconds without work
-        fleet._steward.tend(0)
+        fleet._autoscaler.tick(0)
         assert len(servers.of(State.SERVING)) == grown - 1
     assert any("workers (work waited" in line for line in logged)
 

@@ -67,7 +67,7 @@ def test_the_thread_beside_leaves_the_order_of_the_others(
 def test_images_are_decoded_beside_the_next_groups_tokens(ray_session: RaySession) -> None:
     """The sampler never idles: its groups take as long as their tokens do, and the last images."""
     with RayFleet(two_handed_plan(), ray_session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(1)
         fleet.sample_images(requests(1))
         spans: list[Span] = []
         advance = fleet._in_flight.advance
@@ -98,7 +98,7 @@ def test_one_that_dies_over_images_has_its_groups_asked_for_again(
     ray_session: RaySession, tmp_path: Path
 ) -> None:
     with RayFleet(two_handed_plan(str(tmp_path / "died"), 1), ray_session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(1)
         images = fleet.sample_images(requests(6))
         assert (tmp_path / "died").exists()
         assert [int(image[0, 0]) for image in images] == list(range(6))
@@ -111,12 +111,12 @@ def test_every_group_of_a_lost_batch_is_asked_for_again(
     plan = two_handed_plan(str(tmp_path), 1)
     sampler = dataclasses.replace(plan.sampler, factory=Batches, max_groups=4)
     with RayFleet(dataclasses.replace(plan, sampler=sampler), ray_session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(1)
         images = fleet.sample_images(requests(11))
         assert [int(image[0, 0]) for image in images] == list(range(11))
         assert fleet.restarts == 1
         assert fleet.pools[0].workers[0].idle
-        assert fleet.pools[0].workers[0].pieces == 0
+        assert fleet.pools[0].workers[0].tasks == 0
     calls = [path.name.partition("_")[2].split("-") for path in sorted(tmp_path.iterdir())]
     assert max(len(call) for call in calls) == 4
     lost = calls[0]

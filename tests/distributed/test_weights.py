@@ -77,12 +77,12 @@ def test_a_sampler_that_dies_in_its_load_harms_nobody(
     ray_session: RaySession, tmp_path: Path
 ) -> None:
     with RayFleet(small_plan(tmp_path), ray_session) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(1)
         images = fleet.sample_images(requests(6))
         assert (tmp_path / "died").exists()
         assert [image.tolist() for image in images] == [[1.0]] * 6
         assert fleet.restarts == 1
-        fleet.broadcast()
+        fleet.broadcast(2)
         images = fleet.sample_images(requests(6))
         assert [image.tolist() for image in images] == [[2.0]] * 6
 
@@ -159,8 +159,8 @@ def test_a_fleet_over_a_group_transport(
     sampler = dataclasses.replace(plan.sampler, factory=kind, config="")
     with RayFleet(dataclasses.replace(plan, sampler=sampler), ray_session) as fleet:
         drawn = []
-        for _ in range(2):
-            fleet.broadcast()
+        for version in (1, 2):
+            fleet.broadcast(version)
             drawn += [image.tolist() for image in fleet.sample_images(requests(4))]
         assert fleet.restarts == 0
     failed = ["weights.transport gloo failed, going on with object-store: snapshot 1 is damaged"]

@@ -1,4 +1,4 @@
-"""The plan of `cluster.scheduling.dispatch` by its definition: each piece looks at every worker."""
+"""The plan of `cluster.scheduling.dispatch` by its definition: each task looks at every worker."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from cluster.scheduling.dispatch import CLOSE, Candidate, free_in, paces
 
 
-def choose(editions: Sequence[int], workers: Sequence[Candidate]) -> tuple[int, int] | None:
+def choose(weight_versions: Sequence[int], workers: Sequence[Candidate]) -> tuple[int, int] | None:
     if not any(worker.has_room for worker in workers):
         return None
     plan = Plan(workers)
-    for place, edition in enumerate(editions):
-        able = [index for index, worker in enumerate(workers) if worker.edition <= edition]
+    for place, weight_version in enumerate(weight_versions):
+        able = [
+            index for index, worker in enumerate(workers) if worker.weight_version <= weight_version
+        ]
         if not able:
             continue
         best = plan.give(able)
@@ -34,7 +36,7 @@ class Plan:
     def __init__(self, workers: Sequence[Candidate]) -> None:
         self._workers, self._pace = workers, paces(workers)
         self._free = [free_in(worker, each) for worker, each in zip(workers, self._pace)]
-        self._pieces = [worker.pieces for worker in workers]
+        self._pieces = [worker.tasks for worker in workers]
 
     def give(self, able: Sequence[int]) -> int:
         ends = {index: self._free[index] + self._pace[index] for index in able}

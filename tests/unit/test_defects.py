@@ -141,7 +141,7 @@ def test_8_real_and_generated_images_take_one_path() -> None:
     built; FID of a set with itself is zero."""
     config = small_config()
     with InlineFleet(fleet_plan(config)) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(0)
         asked = SampleRequest(
             stream="train",
             iteration=0,

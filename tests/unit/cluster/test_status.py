@@ -39,8 +39,10 @@ STATUS = FleetStatus(
             wanted=2,
             wait_s=0.25,
             workers=(
-                WorkerStatus(name="sampler-0", state="serving", actor="a", edition=7, busy=2),
-                WorkerStatus(name="sampler-1", state="starting", actor="b", edition=5),
+                WorkerStatus(
+                    name="sampler-0", state="serving", actor="a", weight_version=7, busy=2
+                ),
+                WorkerStatus(name="sampler-1", state="starting", actor="b", weight_version=5),
             ),
         ),
     ),
@@ -49,7 +51,7 @@ STATUS = FleetStatus(
         for name in ("learner-0", "learner-1", "moments-server")
     ),
     restarts=2,
-    edition=7,
+    weight_version=7,
     progress=Progress(
         stage="training",
         directory="/runs/night",
@@ -68,7 +70,7 @@ def test_everything_is_in_the_object() -> None:
     found = json.loads(json.dumps(as_dict("night", STATUS, ACTORS)))
     assert found["iterations_per_h"] == 1800
     assert found["eta_s"] == 300  # 150 iterations of 2 s
-    assert (found["iteration"], found["restarts"], found["edition"]) == (50, 2, 7)
+    assert (found["iteration"], found["restarts"], found["weight_version"]) == (50, 2, 7)
     learner, moments, sampler = found["roles"]
     assert (learner["role"], learner["serving"], len(learner["workers"])) == ("learner", 2, 2)
     assert moments["role"] == "moments-server"
@@ -76,11 +78,11 @@ def test_everything_is_in_the_object() -> None:
     assert sampler["workers"] == [
         {
             "name": "sampler-0", "state": "serving", "node": "10.0.0.2", "pid": 41,
-            "edition": 7, "behind": 0, "in_hand": 2,
+            "weight_version": 7, "weight_version": 7, "behind": 0, "in_hand": 2,
         },
         {
             "name": "sampler-1", "state": "starting", "node": None, "pid": None,
-            "edition": 5, "behind": 2, "in_hand": 0,
+            "weight_version": 5, "weight_version": 5, "behind": 2, "in_hand": 0,
         },
     ]  # fmt: skip
 

@@ -76,7 +76,7 @@ class Drawing:
             yield ScoredGroup(rollouts=kept, scores=scores)
             del kept
 
-    def attend_while(self, work: Callable[[], Any]) -> Any:
+    def serve_while(self, work: Callable[[], Any]) -> Any:
         return work()
 
     def start(self, entropy: float) -> None:

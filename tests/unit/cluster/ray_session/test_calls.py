@@ -7,7 +7,7 @@ from ray.exceptions import RayActorError
 
 import rewards.base  # noqa: F401  (its errors are known where the driver has it)
 from cluster.ray_session.calls import how_ended, last_words
-from cluster.scheduling.in_flight import Answers, FleetError, GroupOnTheWay
+from cluster.scheduling.in_flight import FleetError, PendingBatch, PendingGroup
 from tests.unit.helpers import request
 
 TRACEBACK = """\
@@ -72,7 +72,7 @@ def test_how_a_process_ended(text: str, told: str) -> None:
 
 
 def test_a_group_that_ends_every_worker_names_them() -> None:
-    group = GroupOnTheWay(Answers([None]), 0, request(group=3, iteration=5), ("reward-server",))
+    group = PendingGroup(PendingBatch([None]), 0, request(group=3, iteration=5), ("reward-server",))
     group.count_loss(1, "reward-server-0", "was lost")
     group.count_loss(1, "reward-server-1", "ran out of memory")
     with pytest.raises(FleetError) as caught:

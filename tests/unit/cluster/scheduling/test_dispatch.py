@@ -18,9 +18,13 @@ from tests.unit import old_schedule
 
 
 def candidate(
-    pace: float | None, pieces: int = 0, elapsed: float = 0.0, edition: int = 0, room: bool = True
+    pace: float | None,
+    tasks: int = 0,
+    elapsed: float = 0.0,
+    weight_version: int = 0,
+    room: bool = True,
 ) -> Candidate:
-    return Candidate(pace, pieces, float(bool(pieces)), elapsed, edition, room)
+    return Candidate(pace, tasks, float(bool(tasks)), elapsed, weight_version, room)
 
 
 def test_pace_is_work_over_pieces_and_forgets() -> None:
@@ -49,22 +53,22 @@ def test_who_is_not_known_counts_as_the_mean() -> None:
 
 def test_when_a_worker_is_free() -> None:
     assert free_in(candidate(2.0), 2.0) == 0
-    assert free_in(candidate(2.0, pieces=2, elapsed=0.5), 2.0) == 3.5
-    assert free_in(candidate(2.0, pieces=1, elapsed=7.0), 2.0) == 5.0  # five late: five more
-    assert free_in(candidate(None, pieces=2, elapsed=7.0), 3.0) == 6.0
-    # two calls of four pieces each, the first half done
+    assert free_in(candidate(2.0, tasks=2, elapsed=0.5), 2.0) == 3.5
+    assert free_in(candidate(2.0, tasks=1, elapsed=7.0), 2.0) == 5.0  # five late: five more
+    assert free_in(candidate(None, tasks=2, elapsed=7.0), 3.0) == 6.0
+    # two calls of four tasks each, the first half done
     assert free_in(Candidate(1.0, 8, 4.0, 2.0, 0, True), 1.0) == 6.0
 
 
 def test_work_waits_for_whoever_would_finish_it_first() -> None:
-    fast, slow = candidate(1.0, pieces=2, room=False), candidate(4.6)
-    # further pieces of the fast one end at 3, 4 and 5, the slow one's at 4.6
+    fast, slow = candidate(1.0, tasks=2, room=False), candidate(4.6)
+    # further tasks of the fast one end at 3, 4 and 5, the slow one's at 4.6
     assert choose([0], [fast, slow]) is None
     assert choose([0, 0], [fast, slow]) is None
     assert choose([0, 0, 0], [fast, slow]) == (2, 1)
-    assert choose([0], [fast, candidate(3.4)]) == (0, 1)  # half a piece is no difference
+    assert choose([0], [fast, candidate(3.4)]) == (0, 1)  # half a task is no difference
     assert choose([0], [fast, candidate(3.6)]) is None
-    assert choose([0] * 9, [fast, candidate(1.0, pieces=2, room=False)]) is None
+    assert choose([0] * 9, [fast, candidate(1.0, tasks=2, room=False)]) is None
     assert choose([], [slow]) is None
 
 
@@ -80,7 +84,7 @@ def test_those_that_are_about_as_fast_take_turns() -> None:
 
 
 def test_one_that_was_passed_over_for_long_is_tried_again() -> None:
-    """Slow as it looks, two others do eight pieces while it does one."""
+    """Slow as it looks, two others do eight tasks while it does one."""
     fast = [candidate(1.0), candidate(1.0)]
     slow = candidate(4.0, elapsed=99.0)
     for passed_over, chosen in ((0, 0), (16, 0), (17, 2)):
@@ -111,7 +115,7 @@ def test_passing_over_is_counted_while_nothing_is_in_hand() -> None:
 
 
 def test_work_of_older_weights_goes_to_who_still_can() -> None:
-    ahead, slow = candidate(1.0, edition=2), candidate(4.0, edition=1)
+    ahead, slow = candidate(1.0, weight_version=2), candidate(4.0, weight_version=1)
     assert choose([1, 2], [ahead, slow]) == (0, 1)
     slow.has_room = False
     assert choose([1, 2], [ahead, slow]) == (1, 0)
@@ -123,7 +127,7 @@ def test_work_of_older_weights_goes_to_who_still_can() -> None:
     [
         (4, 40, [1, 1, 1, 1], [0, 0, 0, 0], 0, 4),
         (1, 40, [1, 1], [0, 0], 0, 1),
-        (8, 8, [1, 1, 1, 1], [0, 0, 0, 0], 0, 2),  # 8 pieces over 4 workers
+        (8, 8, [1, 1, 1, 1], [0, 0, 0, 0], 0, 2),  # 8 tasks over 4 workers
         (8, 6, [1, 1, 1, 1], [2, 0, 0, 0], 1, 2),  # and the next worker's share of them
         (8, 8, [4, 4, 4, 1], [0, 0, 0, 0], 3, 1),  # a thirteenth of 8
         (8, 40, [4, 4, 4, 1], [0, 0, 0, 0], 3, 2),  # 3.08: a power of two
@@ -161,7 +165,7 @@ def made(seconds: list[float], max_groups: int = 1) -> WorkerPool:
 
 
 def makespan(pool: WorkerPool, seconds: list[float], count: int, start: float, pick: Pick) -> float:
-    """Seconds until `count` pieces are done by workers that answer in order, one call after
+    """Seconds until `count` tasks are done by workers that answer in order, one call after
     another; sizes of the calls are recorded in the pool's `sizes`."""
     for number in range(count):
         pool.add(number)
@@ -170,10 +174,10 @@ def makespan(pool: WorkerPool, seconds: list[float], count: int, start: float, p
     now, done = start, 0
     while done < count:
         while picked := pick(pool, now):
-            pieces, worker = picked
-            worker.take(len(pieces), now)
-            free[worker] = max(free[worker], now) + seconds[worker.index] * len(pieces)
-            heapq.heappush(ends, (free[worker], worker.index, len(pieces)))
+            tasks, worker = picked
+            worker.take(len(tasks), now)
+            free[worker] = max(free[worker], now) + seconds[worker.index] * len(tasks)
+            heapq.heappush(ends, (free[worker], worker.index, len(tasks)))
         now, index, size = heapq.heappop(ends)
         worker = pool.workers[index]
         worker.give(size, now)
@@ -194,7 +198,7 @@ def least_busy(pool: WorkerPool, now: float) -> tuple[list[Waiting], Worker] | N
 
 
 def best_makespan(seconds: list[float], count: int) -> float:
-    """Of identical pieces: each in turn to whoever ends it first is optimal."""
+    """Of identical tasks: each in turn to whoever ends it first is optimal."""
     ends = [0.0] * len(seconds)
     for _ in range(count):
         index = min(range(len(seconds)), key=lambda i: ends[i] + seconds[i])
@@ -222,7 +226,7 @@ def test_random_speeds_come_close_to_the_best(count: int) -> None:
     pool = made(seconds)
     makespan(pool, seconds, 40, 0.0, by_speed)  # gets to know them
     took = makespan(pool, seconds, count, 1000.0, by_speed)
-    # what is in hand cannot be taken back, and half a piece is no difference
+    # what is in hand cannot be taken back, and half a task is no difference
     assert took <= best_makespan(seconds, count) + 0.7
 
 
@@ -247,8 +251,14 @@ def test_batches_leave_nobody_without_work_at_the_end() -> None:
 
 def test_only_alike_pieces_go_together() -> None:
     pool = made([1.0], max_groups=8)
-    for task, kind, edition in [("a", 1, 1), ("b", 1, 1), ("c", 2, 1), ("d", 2, 1), ("e", 2, 2)]:
-        pool.add(task, kind=kind, edition=edition)
+    for task, kind, weight_version in [
+        ("a", 1, 1),
+        ("b", 1, 1),
+        ("c", 2, 1),
+        ("d", 2, 1),
+        ("e", 2, 2),
+    ]:
+        pool.add(task, kind=kind, weight_version=weight_version)
     taken = []
     while picked := pool.next(0.0):
         taken.append([waiting.task for waiting in picked[0]])
@@ -261,13 +271,13 @@ seconds = quarters | st.floats(0.01, 100.0, allow_subnormal=False)
 
 @st.composite
 def candidates(draw: st.DrawFn) -> Candidate:
-    pieces = draw(st.sampled_from([0, 0, 1, 1, 2, 4, 16]))
+    tasks = draw(st.sampled_from([0, 0, 1, 1, 2, 4, 16]))
     return Candidate(
         pace=draw(st.none() | seconds),
-        pieces=pieces,
-        current=draw(st.sampled_from([1.0, float(pieces), pieces / 2])) if pieces else 0.0,
+        tasks=tasks,
+        current=draw(st.sampled_from([1.0, float(tasks), tasks / 2])) if tasks else 0.0,
         elapsed=draw(st.just(0.0) | seconds),
-        edition=draw(st.integers(0, 3)),
+        weight_version=draw(st.integers(0, 3)),
         has_room=draw(st.booleans() | st.just(False)),
         passed_over=draw(st.sampled_from([0, 0, 3, 1000])),
     )
@@ -276,32 +286,36 @@ def candidates(draw: st.DrawFn) -> Candidate:
 @settings(max_examples=300, deadline=None)
 @given(
     workers=st.lists(candidates(), min_size=1, max_size=24),
-    editions=st.lists(st.integers(0, 4), max_size=300),
+    weight_versions=st.lists(st.integers(0, 4), max_size=300),
     most=st.integers(1, 9),
     in_order=st.booleans(),
     data=st.data(),
 )
 def test_choices_are_those_of_the_definition(
-    workers: list[Candidate], editions: list[int], most: int, in_order: bool, data: st.DataObject
+    workers: list[Candidate],
+    weight_versions: list[int],
+    most: int,
+    in_order: bool,
+    data: st.DataObject,
 ) -> None:
-    editions = sorted(editions) if in_order else editions
-    assert choose(editions, workers) == old_schedule.choose(editions, workers)
+    weight_versions = sorted(weight_versions) if in_order else weight_versions
+    assert choose(weight_versions, workers) == old_schedule.choose(weight_versions, workers)
     chosen = data.draw(st.integers(0, len(workers) - 1))
-    for waiting in (len(editions), 10 * len(editions)):
+    for waiting in (len(weight_versions), 10 * len(weight_versions)):
         expected = old_schedule.batch_size(most, waiting, workers, chosen)
         assert batch_size(most, waiting, workers, chosen) == expected
 
 
 def test_a_slow_worker_beside_many_without_room_is_looked_at_as_by_definition() -> None:
-    """Long plans: thousands of pieces go to the others, or fewer than it would take."""
+    """Long plans: thousands of tasks go to the others, or fewer than it would take."""
     random = Random(0)
     for slow in (1.0, 3.0, 9.0, 40.0, 1000.0):
         pace = [random.choice([1.0, 1.1, 0.3, random.random() + 0.1]) for _ in range(40)]
         workers = [candidate(p, 2, random.random(), room=False) for p in pace]
         workers[7] = candidate(slow, 1)
         for waiting in (1, 300, 3000):
-            editions = [0] * waiting
-            assert choose(editions, workers) == old_schedule.choose(editions, workers)
+            weight_versions = [0] * waiting
+            assert choose(weight_versions, workers) == old_schedule.choose(weight_versions, workers)
 
 
 operations = st.lists(
@@ -322,7 +336,7 @@ def test_a_queue_is_a_list_in_order_of_editions(operations: list[tuple[str, int]
         elif what == "first":
             waiting = Waiting(number, min(value, newest), value % 2)
             queue.add_first(waiting)
-            older = sum(each.edition < waiting.edition for each in model)
+            older = sum(each.weight_version < waiting.weight_version for each in model)
             model.insert(older, waiting)
         elif what == "remove":
             queue.remove(lambda task, value=value: task % 10 == value)
@@ -332,10 +346,12 @@ def test_a_queue_is_a_list_in_order_of_editions(operations: list[tuple[str, int]
             while value + same < len(model) and model[value].goes_with(model[value + same]):
                 same += 1
             assert queue.alike(value) == same
-            assert queue.edition(value) == model[value].edition
+            assert queue.weight_version(value) == model[value].weight_version
             count = (same + 1) // 2
             assert queue.take(value, count) == model[value : value + count]
             del model[value : value + count]
         assert [*queue] == model
         assert len(queue) == len(model) == sum(count for _, count in queue.runs())
-        assert [e for e, count in queue.runs() for _ in range(count)] == [w.edition for w in model]
+        assert [e for e, count in queue.runs() for _ in range(count)] == [
+            w.weight_version for w in model
+        ]

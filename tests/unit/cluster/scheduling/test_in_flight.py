@@ -9,21 +9,21 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.errors import FleetError, StopRequestedError
-from cluster.scheduling.in_flight import Answers, Ticket, Tickets
+from cluster.scheduling.in_flight import PendingBatch, PendingBatches, Ticket
 from cluster.scheduling.listening import Listening
 
 SLOTS = 6
 
 
 class Desk:
-    """Answers come one a turn, in any order."""
+    """PendingBatch come one a turn, in any order."""
 
     def __init__(self, seed: int = 0) -> None:
         self.random, self.most, self.asked = Random(seed), 0, 0
-        self.open: list[tuple[Answers, int, object]] = []
+        self.open: list[tuple[PendingBatch, int, object]] = []
         self.turns, self.stop_after = 0, 1 << 30
         self.listening = Listening()
-        self.tickets = Tickets(
+        self.tickets = PendingBatches(
             SimpleNamespace(slots=SLOTS, timeout_s=0.05),  # type: ignore[arg-type]
             self.listening,
             self.turn,

@@ -66,7 +66,7 @@ def supervised(clock: Clock) -> tuple[Supervisor, WorkerPool, Listening, list[Wo
     pool = WorkerPool(role, lambda r, i, *_: Worker(r, i, handle=None), lambda worker: None)
     busy, _, starting = pool.workers
     for worker in pool.workers:
-        worker.state, worker.heard, worker.since = State.SERVING, clock.now, clock.now
+        worker.state, worker.last_response, worker.since = State.SERVING, clock.now, clock.now
     busy.take()
     starting.state, starting.addition = State.STARTING, True
     listening, stopped = Listening(1.0, clock), list[Worker]()
@@ -107,25 +107,25 @@ def test_a_heartbeat_is_missed_by_time_listened_to(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(heartbeat, "ray", fake)
     monkeypatch.setattr(heartbeat.time, "monotonic", clock)
     listening = Listening(1.0, clock)
-    beats = heartbeat.Pulse(10.0, listening)
+    beats = heartbeat.Heartbeat(10.0, listening)
     role = Role(name="sampler", factory=object, config=None, resources=Resources())
 
     monkeypatch.setattr(heartbeat, "call_inside", lambda handle, function, group: object())
     one, two = (Worker(role, index, handle=None) for index in range(2))
-    assert beats.missed([one, two]) == []
+    assert beats.unresponsive([one, two]) == []
     clock.now += 600
     listening.look()
-    assert beats.missed([one, two]) == []
+    assert beats.unresponsive([one, two]) == []
     for _ in range(17):
         clock.now += 0.5
         listening.look()
         answered.extend(ref for who, (ref, _) in beats._asked.items() if who is one)
-        assert beats.missed([one, two]) == []
+        assert beats.unresponsive([one, two]) == []
     for _ in range(4):
         clock.now += 0.5
         listening.look()
         answered.extend(ref for who, (ref, _) in beats._asked.items() if who is one)
-        found = beats.missed([one, two])
+        found = beats.unresponsive([one, two])
         if found:
             break
     assert found == [(two, "gave no sign of life for 10 s")]

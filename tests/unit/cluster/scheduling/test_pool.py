@@ -6,7 +6,7 @@ import pytest
 
 from cluster.ray_backend.worker_calls import Call, Stage
 from cluster.roles import AutoscaleConfig, Resources, Role
-from cluster.scheduling.in_flight import Answers, GroupOnTheWay
+from cluster.scheduling.in_flight import PendingBatch, PendingGroup
 from cluster.scheduling.pool import State, Worker, WorkerPool
 from cluster.spans import Span
 from tests.unit.helpers import request
@@ -198,7 +198,7 @@ def test_whoever_is_alone_in_its_role_is_not_to_wait_for_room() -> None:
 def test_a_worker_tells_what_it_has_had_longest() -> None:
     """Of a real call; what an error says of a worker that does not answer."""
     worker = Pool().pool.workers[0]
-    group = GroupOnTheWay(Answers([None]), 0, request(group=3, iteration=5), ("server",))
+    group = PendingGroup(PendingBatch([None]), 0, request(group=3, iteration=5), ("server",))
     assert worker.at(0.0) == ""
     first = Call((group,), Pool().pool, worker, Stage.SCORE)
     second = Call((group, group), Pool().pool, worker, Stage.SAMPLE)

@@ -1,4 +1,4 @@
-"""Answers that are not what was asked for, one by one."""
+"""PendingBatch that are not what was asked for, one by one."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Bench:
     def feature_dim(self, panel: str) -> int:
         return DIM
 
-    def attend_while(self, work: Callable[[], Any]) -> Any:
+    def serve_while(self, work: Callable[[], Any]) -> Any:
         return work()
 
     def features(self, batches: Iterable[np.ndarray], panel: str) -> dict[str, np.ndarray]:

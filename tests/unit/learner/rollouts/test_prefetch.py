@@ -195,7 +195,7 @@ def test_resumed_one_ahead_equals_uninterrupted(one_ahead: tuple, tmp_path: Path
     with InlineFleet(fleet_plan(config)) as fleet:
         made = Pipeline(config, fleet)
         space, combiner = begin(fleet)
-        fleet.broadcast()
+        fleet.broadcast(0)
         prepare(config, fleet, space)
         first: list[Iteration] = []
         train(
@@ -211,7 +211,7 @@ def test_resumed_one_ahead_equals_uninterrupted(one_ahead: tuple, tmp_path: Path
         newest = CheckpointStore(run, config).newest()
         assert newest is not None
         restore(newest, fleet, combiner, made)
-        fleet.broadcast()
+        fleet.broadcast(2)
         rest: list[Iteration] = []
         train(config, fleet, space, 2, rest.append, lambda: False, "", combiner, made)
     assert fingerprint([*first, *rest]) == fingerprint(whole)
@@ -221,7 +221,7 @@ def test_a_stop_ends_the_wait_but_not_a_checkpoint() -> None:
     config = small_config(max_staleness=1)
     stop: list[bool] = []
     with InlineFleet(fleet_plan(config), lambda: bool(stop)) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(0)
         made = Pipeline(config, fleet)
         made.begin(0)
         stop.append(True)

@@ -254,7 +254,7 @@ def test_a_run_that_starts_from_a_file_learns_the_same(tmp_path: Path) -> None:
     """The moments that a run sampled, written to a file and started from: the same iterations."""
     config = small_config(iterations=2)
     with InlineFleet(fleet_plan(config)) as fleet:
-        fleet.broadcast()
+        fleet.broadcast(0)
         space = set_reference(config, fleet)
         prepare(config, fleet, space)
         history = fleet.moments._history  # type: ignore[attr-defined]

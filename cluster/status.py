@@ -107,7 +107,7 @@ def as_dict(
         "free_bytes": progress.free_bytes,
         "restarts": status.restarts,
         "weight_version": newest,
-        "weight_version": newest,  # name in 0.1, kept for one release
+        "edition": newest,  # name in 0.1, kept for one release
         "roles": [
             *(_role_of_singles(name, workers, actors) for name, workers in _singles(status)),
             *(_role(pool, status, actors) for pool in status.pools),
@@ -162,7 +162,7 @@ def _worker(
         "node": actor.get("node"),
         "pid": actor.get("pid"),
         "weight_version": None if newest is None else worker.weight_version,
-        "weight_version": None if newest is None else worker.weight_version,
+        "edition": None if newest is None else worker.weight_version,
         "behind": None if newest is None else max(newest - worker.weight_version, 0),
         "in_hand": worker.busy,
     }
@@ -269,7 +269,7 @@ def after_its_end(directory: Path) -> dict[str, Any]:
     `resume`. What only a fleet would know is empty."""
     left = left_behind(directory)
     progress = Progress(stage=left["stage"], directory=str(directory))
-    unknown = dict.fromkeys(("iteration", "restarts", "weight_version", "weight_version"))
+    unknown = dict.fromkeys(("iteration", "restarts", "weight_version", "edition"))
     found = as_dict(directory.absolute().name, FleetStatus(progress=progress), {})
     return found | unknown | {name: left[name] or None for name in LEFT}
 

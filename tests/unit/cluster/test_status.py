@@ -78,11 +78,11 @@ def test_everything_is_in_the_object() -> None:
     assert sampler["workers"] == [
         {
             "name": "sampler-0", "state": "serving", "node": "10.0.0.2", "pid": 41,
-            "weight_version": 7, "weight_version": 7, "behind": 0, "in_hand": 2,
+            "weight_version": 7, "edition": 7, "behind": 0, "in_hand": 2,
         },
         {
             "name": "sampler-1", "state": "starting", "node": None, "pid": None,
-            "weight_version": 5, "weight_version": 5, "behind": 2, "in_hand": 0,
+            "weight_version": 5, "edition": 5, "behind": 2, "in_hand": 0,
         },
     ]  # fmt: skip
 

@@ -257,7 +257,7 @@ class Experiment:
 
     def _start_new(self) -> int:
         """The beginning of a run: the base policy, its statistics and evaluations."""
-        self._fleet.broadcast()
+        self._fleet.broadcast(0)
         base = prepare(self._config, self._fleet, self._space)
         source = self._config.rewards.loo_fid.seed_from
         if source:

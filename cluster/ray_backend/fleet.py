@@ -1,8 +1,7 @@
-"""The fleet on Ray: supervised actors, each group followed from request to scores.
+"""The fleet on Ray: starts the workers, dispatches requests, polls for answers.
 
-The driver holds object references only: images go from sampler to reward servers through the object
-store. A lost sampler or reward server is replaced, and what it was working on is asked for again;
-since randomness belongs to the request, the answer is the same.
+Images go from samplers to reward servers through the object store; the driver holds references. A
+lost worker is replaced and its requests are retried: seeds are part of a request.
 """
 
 from __future__ import annotations
@@ -272,8 +271,8 @@ class RayFleet:
         return self._tickets.collect(ticket, finish=finish)
 
     def _attend(self, refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
-        """Wait until one of some answers is there, and keep groups moving meanwhile; returns it,
-        or nothing if the time is over, without what this process spent on other things."""
+        """Serve the fleet until one of some references is ready; returns it, or nothing after
+        `timeout_s` of listening."""
         began = time.monotonic()
         while (left := timeout_s - self._listening.silence(began)) > 0:
             self._turn(refs, left)
@@ -322,8 +321,7 @@ class RayFleet:
         return self._judge() or any(took)
 
     def _judge(self) -> bool:
-        """Look for those that are silent, now and then, since that asks after every worker; whether
-        any was replaced."""
+        """Replace silent workers, every `JUDGE_S`; whether there were any."""
         now = time.monotonic()
         if now - self._judged < JUDGE_S:
             return False

@@ -294,12 +294,11 @@ class RayFleet:
         *,
         waited_for: bool = True,
     ) -> bool:
-        """Hand out what there is to do, wait until something happens, and take all that has; False
-        if nothing of the fleet's own did. Only then is anybody's silence judged, by time in which
-        this process listened: what came while it did other things lies ready.
+        """Poll once: dispatch work, wait for an answer, take all that are ready, then replace
+        silent workers; False if no work moved on.
 
         Args:
-            others: end the wait, and are left to the caller.
+            others: references that end the wait, left to the caller.
             waited_for: whether the caller can do nothing without groups.
         """
         # while the learner learns and nothing is on its way, idle workers are no surplus

@@ -75,7 +75,7 @@ def test_a_lost_learner_ends_the_step_and_is_named(ray_session: RaySession) -> N
     """Not after the whole timeout: the others would wait for it in vain."""
     plan = learners_alone(fleet_plan(config_of(num_learners=2)))
     with RayFleet(plan, ray_session) as fleet:
-        victim = fleet._keepers.learners[1].handle
+        victim = fleet._stateful.learners[1].handle
         pid = ray.get(call_inside(victim, lambda _: os.getpid()))
         os.kill(pid, signal.SIGKILL)
         started = time.monotonic()

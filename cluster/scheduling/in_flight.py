@@ -138,7 +138,7 @@ class PendingBatches:
         return self.answers.pop(ticket).results
 
     def stream(self, submits: Iterable[Callable[[], Ticket]]) -> Iterator[Any]:
-        """PendingBatch of single groups, in order, each requested when there is a slot for it. Groups of
+        """Answers of single groups, in order, each requested when there is a slot for it. Groups of
         any ticket take slots until they are there, and these until they are given out."""
         left, ahead, slots = iter(submits), deque[Ticket](), self._plan.slots
         asked_all = False

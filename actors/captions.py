@@ -40,7 +40,7 @@ from actors.text.features import read_caption_features, write_caption_features
 from cluster.errors import ConfigError, TesseraError
 from cluster.io.locks import locked_file
 from cluster.io.paths import output_path
-from cluster.program.console import counting, exit_status
+from cluster.program.console import exit_status, progress_bar
 from cluster.program.invocation import command_of
 from cluster.program.precision import exact_fp32
 from cluster.text_limits import LongCaptions
@@ -130,7 +130,7 @@ def _encode(config: CaptionsConfig, features: Path) -> None:
         normalise=config.normalise,
     )
     check_captions(str(config.captions), texts, encoder, config.long_captions)
-    with counting("encoding", len(texts), "captions") as advance:
+    with progress_bar("encoding", len(texts), "captions") as advance:
         write_caption_features(features, texts, encoder.stream(texts, advance))
     print(f"{len(texts)} captions, features of width {encoder.width}: {features}")
 

@@ -46,7 +46,7 @@ from cluster.io.locks import locked, locked_file
 from cluster.io.paths import output_path
 from cluster.io.strict_json import dumps
 from cluster.messages import Condition, RequestKey, SamplingSpec
-from cluster.program.console import FAILED, INTERRUPTED, REFUSED, counting
+from cluster.program.console import FAILED, INTERRUPTED, REFUSED, progress_bar
 from cluster.program.help import answer_help
 from cluster.program.invocation import command_of
 from cluster.program.precision import exact_fp32
@@ -247,7 +247,7 @@ def _write(plan: Plan) -> None:
         if config.npz:
             npz = NpzWriter(config.npz, plan.num_images, _labels(plan))
             writers.append(stack.enter_context(npz))
-        advance = stack.enter_context(counting("sampling", plan.num_images, "images"))
+        advance = stack.enter_context(progress_bar("sampling", plan.num_images, "images"))
         batches = sample_images(
             plan.policy,
             plan.decoder,

@@ -22,7 +22,7 @@ from actors.text.encoder import DEFAULT_ENCODER
 from cluster.errors import ConfigError
 from cluster.io import strict_yaml
 from cluster.io.locks import is_lock
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.io.run_layout import (
     CHECKPOINTS,
     CONFIG,
@@ -248,14 +248,14 @@ def run_source(run: Path, step: int | None = None, base: bool = False) -> Sample
         ConfigError: not a run directory, no such checkpoint, or a section of its configuration that
             this version does not understand.
     """
-    file = expanded(run) / CONFIG
+    file = expand_user(run) / CONFIG
     values = _read_yaml(file)
     policy = build(PolicyConfig, _section(values, "policy", file), f"{file}: policy")
     tokenizer = build(TokenizerConfig, _section(values, "tokenizer", file), f"{file}: tokenizer")
     spec = build(SamplingSpec, _section(values, "sampling", file), f"{file}: sampling")
     if base:
         return SampleSource(policy=policy, tokenizer=tokenizer, spec=spec, step=0)
-    found = _checkpoint(expanded(run), step)
+    found = _checkpoint(expand_user(run), step)
     # Its header carries the architecture, so nothing else of the base policy's section counts.
     tuned = PolicyConfig(checkpoint=str(found / POLICY_FILE))
     return SampleSource(

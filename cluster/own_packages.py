@@ -1,7 +1,8 @@
 """Which files are imported as this program's four packages, whose names others use, too.
 
 Alone: the packages run this file by its path before they import anything (`check`), and so does the
-command `tessera` (`claim`); at that moment the very name `cluster` may be somebody else's.
+command `tessera` (`import_own_packages`), since the name `cluster`
+may belong to another package.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ def check(package: str) -> None:
         found = _location(name)
         if found is None or found == home / name:
             continue
-        message = _two_copies(home, found) if _ours(found) else _hidden(name, found)
+        message = _two_copies(home, found) if _is_copy(found) else _hidden(name, found)
         if sys.argv and sys.argv[0] == "-m":  # `python -m` looks for the module that it is to run
             print(f"error: {message}", file=sys.stderr)
             raise SystemExit(REFUSED)
         raise ImportError(message)
 
 
-class Own:
+class OwnPackageFinder:
     """Finds the four packages in one folder; first in `sys.meta_path`, before anybody's files."""
 
     def __init__(self, home: Path) -> None:
@@ -48,14 +49,14 @@ class Own:
         return PathFinder.find_spec(name, [str(self.home)]) if name in NAMES else None
 
 
-def claim(home: Path) -> bool:
+def import_own_packages(home: Path) -> bool:
     """From now on, import the four packages from a folder, whatever else the path has.
 
     Returns:
         Whether something of their names came before them, on the path or among what is loaded.
     """
     others = [name for name in NAMES if (at := _location(name)) and at != home / name]
-    sys.meta_path.insert(0, Own(home))
+    sys.meta_path.insert(0, OwnPackageFinder(home))
     for module in list(sys.modules):
         if module.partition(".")[0] in others:
             del sys.modules[module]
@@ -75,7 +76,7 @@ def _location(name: str) -> Path | None:
     return Path(folders[0]).resolve() if folders else None
 
 
-def _ours(found: Path) -> bool:
+def _is_copy(found: Path) -> bool:
     """Whether it is a copy of this program's."""
     return all((found.parent / name / "__init__.py").is_file() for name in NAMES)
 

@@ -24,8 +24,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from cluster.control.control_actor import FleetStatus, WhichRun, ask, reached
-from cluster.control.discovery import locate_run
+from cluster.control.control_actor import FleetStatus, RunSelection, connect_to_run, control_answer
+from cluster.control.discovery import find_run
 from cluster.errors import FleetError
 from cluster.program.console import REFUSED, exit_status
 from cluster.program.invocation import command_of
@@ -34,7 +34,7 @@ POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(WhichRun):
+class Arguments(RunSelection):
     """Change the number of workers of a running job; without a number, show what there is."""
 
     samplers: int | None = None
@@ -59,10 +59,10 @@ def scale(control: Any, wanted: Mapping[str, int], timeout_s: float) -> FleetSta
     Raises:
         FleetError: refused, or not carried out in time.
     """
-    numbers = [ask(control.ask.remote(role, count)) for role, count in wanted.items()]
+    numbers = [control_answer(control.scale.remote(role, count)) for role, count in wanted.items()]
     deadline = time.monotonic() + timeout_s
     while True:
-        status: FleetStatus = ask(control.status.remote())
+        status: FleetStatus = control_answer(control.status.remote())
         refused = [why for number, why in status.refusals if number in numbers]
         if refused:
             raise FleetError("; ".join(refused))
@@ -72,7 +72,7 @@ def scale(control: Any, wanted: Mapping[str, int], timeout_s: float) -> FleetSta
             raise FleetError(
                 f"not carried out within {timeout_s:g} s: "
                 + ("; ".join(lines(status)) if status.answered else "the run did not answer")
-                + ". A run looks for wishes while it waits for groups; new workers wait for free "
+                + ". A run looks for requests while it waits for groups; new workers wait for free "
                 "CPUs and GPUs"
             )
         time.sleep(POLL_S)
@@ -106,11 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
             return REFUSED
 
     def work() -> None:
-        with reached(locate_run(asked.run, asked.address)) as run:
+        with connect_to_run(find_run(asked.run, asked.address)) as run:
             if wanted:
                 status = scale(run.control, wanted, asked.timeout_s)
             else:
-                status = ask(run.control.status.remote())
+                status = control_answer(run.control.status.remote())
             print("\n".join([f"run {run.name}", *lines(status)]))
 
     return exit_status(work)

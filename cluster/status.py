@@ -39,26 +39,26 @@ from cluster.control.control_actor import (
     FleetStatus,
     PoolStatus,
     Progress,
-    Reached,
+    RunConnection,
     RunEndedError,
-    WhichRun,
+    RunSelection,
     WorkerStatus,
-    ask,
-    reached,
+    connect_to_run,
+    control_answer,
 )
 from cluster.control.discovery import (
     LastRunError,
-    Place,
+    RunLocation,
     check_alive,
+    find_run,
     left_behind,
-    locate_run,
-    whereabouts,
+    read_discovery_file,
 )
-from cluster.io.run_layout import WHEREABOUTS
+from cluster.io.run_layout import DISCOVERY_FILE
 from cluster.io.strict_json import dumps
 from cluster.program.console import REFUSED, exit_status, make_console
 from cluster.program.invocation import command_of
-from cluster.ray_session.object_store import size
+from cluster.ray_session.object_store import format_bytes
 from cluster.ray_session.private import living_actors
 
 WIDTH = 120  # columns, where there is no terminal
@@ -70,7 +70,7 @@ FIGURES = ("fid/", "reward/", "policy/entropy", "policy/reference_kl", "stalenes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(WhichRun):
+class Arguments(RunSelection):
     """Show how a running job is."""
 
     watch: float = 0.0
@@ -226,7 +226,7 @@ def headlines(found: Mapping[str, Any]) -> list[str]:
         parts.append(f"{found['images_per_s']:.3g} images/s")
     parts.append(f"{found['restarts']} workers replaced")
     if found["free_bytes"] is not None:
-        parts.append(f"{size(found['free_bytes'])} free on its disk")
+        parts.append(f"{format_bytes(found['free_bytes'])} free on its disk")
     lines.append(", ".join(parts))
     age = found["said_s_ago"]
     if age is None:
@@ -253,12 +253,12 @@ def console() -> Console:
     return here if told else make_console(width=max(here.width, WIDTH))
 
 
-def look(run: Reached) -> dict[str, Any]:
+def look(run: RunConnection) -> dict[str, Any]:
     """How the run is now."""
-    return as_dict(run.name, ask(run.control.status.remote()), living_actors())
+    return as_dict(run.name, control_answer(run.control.status.remote()), living_actors())
 
 
-def before_its_fleet(place: Place) -> dict[str, Any]:
+def before_its_fleet(place: RunLocation) -> dict[str, Any]:
     """The same of a run that is starting: everything that is not known yet is empty."""
     directory = str(place.directory or "")
     return as_dict(place.run, FleetStatus(progress=Progress(directory=directory)), {})
@@ -283,14 +283,16 @@ def last_lines(found: Mapping[str, Any]) -> list[str]:
     return [*lines, f"newest checkpoint: {newest}", f"resume with\n  {found['resume']}"]
 
 
-def watch(run: Reached, show: Callable[[dict[str, Any]], None], seconds: float) -> None:
+def watch(run: RunConnection, show: Callable[[dict[str, Any]], None], seconds: float) -> None:
     """Show it again and again, until the run ends."""
     while not _ended(run.place):
         show(look(run))
         time.sleep(seconds)
 
 
-def await_fleet(place: Place, show: Callable[[dict[str, Any]], None], seconds: float) -> Place:
+def await_fleet(
+    place: RunLocation, show: Callable[[dict[str, Any]], None], seconds: float
+) -> RunLocation:
     """Show again and again that a run is starting, until it has its fleet.
 
     Raises:
@@ -300,12 +302,12 @@ def await_fleet(place: Place, show: Callable[[dict[str, Any]], None], seconds: f
         check_alive(place)
         show(before_its_fleet(place))
         time.sleep(seconds)
-        place = whereabouts(place.directory) if place.directory else place
+        place = read_discovery_file(place.directory) if place.directory else place
     return place
 
 
-def _ended(place: Place) -> bool:
-    return place.directory is not None and not (place.directory / WHEREABOUTS).is_file()
+def _ended(place: RunLocation) -> bool:
+    return place.directory is not None and not (place.directory / DISCOVERY_FILE).is_file()
 
 
 @contextmanager
@@ -345,14 +347,14 @@ def look_or_watch(asked: Arguments) -> None:
         LastRunError: it is not active any more.
         FleetError: as `report`.
     """
-    place = locate_run(asked.run, asked.address)
+    place = find_run(asked.run, asked.address)
     with shown(as_json=asked.json, live=bool(asked.watch)) as show:
         if not place.address and not asked.watch:
             check_alive(place)
             show(before_its_fleet(place))
             return
         place = await_fleet(place, show, asked.watch)
-        with reached(place) as run:
+        with connect_to_run(place) as run:
             if asked.watch:
                 with contextlib.suppress(RunEndedError):  # told below, however it was noticed
                     watch(run, show, asked.watch)

@@ -22,10 +22,16 @@ from typing import Any
 
 import tyro
 
-from cluster.control.control_actor import Reached, RunEndedError, WhichRun, ask, reached
-from cluster.control.discovery import Place, left_behind, locate_run, was_killed
+from cluster.control.control_actor import (
+    RunConnection,
+    RunEndedError,
+    RunSelection,
+    connect_to_run,
+    control_answer,
+)
+from cluster.control.discovery import RunLocation, find_run, left_behind, was_killed
 from cluster.errors import FleetError
-from cluster.io.run_layout import WHEREABOUTS
+from cluster.io.run_layout import DISCOVERY_FILE
 from cluster.program.console import exit_status
 from cluster.program.invocation import command_of
 
@@ -33,7 +39,7 @@ POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(WhichRun):
+class Arguments(RunSelection):
     """End a running job at its next safe point."""
 
     checkpoint: bool = False
@@ -42,7 +48,7 @@ class Arguments(WhichRun):
     """Longest wait for the end, seconds: an iteration, and a checkpoint."""
 
 
-def stop(run: Reached, checkpoint: bool, timeout_s: float) -> Path | None:
+def stop(run: RunConnection, checkpoint: bool, timeout_s: float) -> Path | None:
     """Ask a run to end, and wait until it has heard.
 
     Returns:
@@ -52,16 +58,16 @@ def stop(run: Reached, checkpoint: bool, timeout_s: float) -> Path | None:
         FleetError: it did not hear in time.
     """
     try:
-        number = ask(run.control.stop.remote(checkpoint))
+        number = control_answer(run.control.stop.remote(checkpoint))
         deadline = time.monotonic() + timeout_s
         while True:
-            status = ask(run.control.status.remote())
+            status = control_answer(run.control.status.remote())
             directory = run.place.directory or _there(status.progress.directory)
             if status.answered >= number:
                 return directory
             if time.monotonic() > deadline:
                 raise FleetError(
-                    f"the run {run.name} did not hear within {timeout_s:g} s: it looks for wishes "
+                    f"the run {run.name} did not answer within {timeout_s:g} s: it reads requests "
                     "while it waits for workers; is it stuck? (kill its process, and go on with "
                     "--resume)"
                 )
@@ -91,16 +97,16 @@ def await_end(ended: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def gone(place: Place, directory: Path) -> bool:
+def gone(place: RunLocation, directory: Path) -> bool:
     """Whether the program that drove a run has ended: its file is gone, or its process."""
     if place.here and place.pid:
         return was_killed(place)
-    return not (directory / WHEREABOUTS).is_file()
+    return not (directory / DISCOVERY_FILE).is_file()
 
 
 def answers_no_more(control: Any) -> bool:
     try:
-        ask(control.status.remote())
+        control_answer(control.status.remote())
     except RunEndedError:
         return True
     return False
@@ -112,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + asked.timeout_s
 
     def work() -> None:
-        with reached(locate_run(asked.run, asked.address)) as run:
+        with connect_to_run(find_run(asked.run, asked.address)) as run:
             directory = stop(run, asked.checkpoint, asked.timeout_s)
             print(f"run {run.name}: stopping at the next safe point", flush=True)
             if directory is None:  # on a cluster that stays, whose run directory is elsewhere

@@ -96,7 +96,9 @@ class Packer:
             **more,
         }
         base = body["base"] and body["base"]["version"]
-        return WeightSnapshot(version=version, manifest=_seal(body), buffer=buffer, base=base)
+        return WeightSnapshot(
+            version=version, manifest=_pack_manifest(body), buffer=buffer, base=base
+        )
 
     def _free_buffer(self, entries: list[dict[str, Any]], nbytes: int) -> np.ndarray:
         """A view of a buffer that has no other views: whoever holds a snapshot keeps its own."""
@@ -167,7 +169,7 @@ def open_snapshot(snapshot: WeightSnapshot) -> Opened:
         CheckpointError: manifest or buffer are damaged, do not belong together, or are of another
             format.
     """
-    body, digest = _unseal(snapshot)
+    body, digest = _unpack_manifest(snapshot)
     nbytes, buffer = int(snapshot.buffer.nbytes), snapshot.buffer
     if body["nbytes"] != nbytes or body["version"] != snapshot.version:
         raise CheckpointError(
@@ -319,16 +321,16 @@ def _view(flat: Tensor, entry: Mapping[str, Any]) -> Tensor:
     return flat[entry["at"] : entry["at"] + nbytes].view(dtype).view(entry["shape"])
 
 
-def _seal(body: Mapping[str, Any]) -> bytes:
+def _pack_manifest(body: Mapping[str, Any]) -> bytes:
     packed = msgpack.packb(body)
     return msgpack.packb({"format": FORMAT, "body": packed, "digest": _hash(packed)})
 
 
-def _unseal(snapshot: WeightSnapshot) -> tuple[dict[str, Any], bytes]:
+def _unpack_manifest(snapshot: WeightSnapshot) -> tuple[dict[str, Any], bytes]:
     """The manifest's body and digest."""
     try:
-        sealed = msgpack.unpackb(snapshot.manifest)
-        found, packed, digest = sealed["format"], sealed["body"], sealed["digest"]
+        manifest = msgpack.unpackb(snapshot.manifest)
+        found, packed, digest = manifest["format"], manifest["body"], manifest["digest"]
         intact = _hash(packed) == digest
     except UNREADABLE:
         intact, found = False, FORMAT

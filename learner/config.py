@@ -22,7 +22,7 @@ from actors.checkpoints.loading import PolicyConfig, TokenizerConfig
 from actors.sampler import SamplerResources
 from cluster.errors import ConfigError, did_you_mean, nearest
 from cluster.io import strict_yaml
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.io.strict_yaml import MalformedYamlError
 from cluster.messages import SamplingSpec
 from cluster.ray_backend.transports import WeightsConfig
@@ -216,7 +216,7 @@ def load_preset(name: str) -> RunConfig:
         return parse_yaml(
             folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}"
         )
-    path = expanded(name)
+    path = expand_user(name)
     if path.is_dir() or not path.exists():
         raise ConfigError(_no_preset(name, path, shipped))
     return load_file(path)

@@ -16,7 +16,7 @@ from actors.models.llamagen import LlamaGenConfig
 from actors.models.taming import TamingConfig
 from actors.preflight import check_models, image_side
 from cluster.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.messages import Condition
 from cluster.model_files.tensors import locate
 from cluster.preflight import Download, Findings, size_of
@@ -202,7 +202,7 @@ def _reference(config: RunConfig, side: int, findings: Findings) -> None:
             if term.joint:
                 reference_labels(config, shape[0])
             return
-        if published is None and not expanded(term.reference).exists():
+        if published is None and not expand_user(term.reference).exists():
             raise ConfigError(_no_reference(term.reference))
         space, reference = read_moments(config)
         _fits_features(config, side, space, reference)
@@ -228,7 +228,7 @@ def _seed(config: RunConfig, side: int, findings: Findings) -> None:
         if few := few_images_warning(stored.reference, term.covariance):
             findings.notes.append(f"{field}: {few}")
         files = (term.seed_from, reference_file(term.reference))
-        if len({os.path.realpath(expanded(file)) for file in files}) == 1:
+        if len({os.path.realpath(expand_user(file)) for file in files}) == 1:
             findings.notes.append(
                 f"{field}: this is the reference itself: the history is meant to start from images "
                 "of the base policy, whose moments differ from those of real images"
@@ -241,7 +241,7 @@ def _no_reference(path: str) -> str:
     if known:
         fetch = f"{fetch_command()} {known.name}"
         remedy = f"name it {known.name} after `{fetch}`, which brings it from {known.url}"
-    return f"expected a file of moments, found none at {expanded(path).absolute()}: {remedy}"
+    return f"expected a file of moments, found none at {expand_user(path).absolute()}: {remedy}"
 
 
 def _fits_features(config: RunConfig, side: int, space: RewardSpace, reference: Reference) -> None:
@@ -273,7 +273,7 @@ def _images(field: str, source: str, config: RunConfig) -> tuple[int, int, int]:
         moments = field.startswith("rewards")
         names = [f"{DIGITS}train", f"{DIGITS}held-out", *(PUBLISHED if moments else ())]
         try:
-            if expanded(source).is_dir():
+            if expand_user(source).is_dir():
                 raise DataError(
                     f"{source}: expected an .npz or .npy file of uint8 images, found a folder: "
                     "write its images as one array (N, H, W, 3), arr_0"

@@ -25,17 +25,17 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from cluster.control.discovery import announced
+from cluster.control.discovery import discovery_file
 from cluster.errors import ConfigError, LockLostError, TesseraError
 from cluster.fleet import Fleet, InlineFleet
-from cluster.io.run_layout import WHEREABOUTS
-from cluster.io.user_files import remember_run
+from cluster.io.run_layout import DISCOVERY_FILE
+from cluster.io.user_files import record_run
 from cluster.preflight import Findings
 from cluster.program import logs
 from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.program.help import answer_help, asks_help
 from cluster.program.invocation import command_of
-from cluster.program.signals import StopFlag, handled_by, held
+from cluster.program.signals import StopFlag, deferred_signals, signal_handler
 from cluster.program.streams import safe_streams
 from cluster.ray_session.session import check_ray, local_resources
 from learner.capacity.storage import store_need
@@ -197,11 +197,11 @@ def _main(arguments: list[str] | None, console: Console) -> int:
                 return dry_run(config, found)
             found.enforce()
             stop = StopFlag()
-            owned.enter_context(handled_by(stop.handle))
+            owned.enter_context(signal_handler(stop.handle))
             start = owned.enter_context(ExitStack())
             start.callback(stop.begin)
             if not command.inline:  # from before any thread is there that Ray's handlers could hit
-                start.enter_context(held())
+                start.enter_context(deferred_signals())
             run = owned.enter_context(target.acquire(config))
             if command.from_step is not None:  # before a fleet is started for nothing
                 CheckpointStore(run, config).at(command.from_step)
@@ -280,20 +280,20 @@ def open_fleet(
     """The fleet that the command asks for, closed again at the end. While it is there, the run
     directory tells other commands where (`cluster.scale`)."""
     if command.inline:
-        (run.path / WHEREABOUTS).unlink(missing_ok=True)  # of a run on Ray that was killed
-        remember_run(run.path)
+        (run.path / DISCOVERY_FILE).unlink(missing_ok=True)  # of a run on Ray that was killed
+        record_run(run.path)
         with InlineFleet(fleet_plan(config), should_stop) as inline:
             yield inline
         return
     from cluster.ray_backend.fleet import RayFleet
-    from cluster.ray_session.object_store import check_store, explained
+    from cluster.ray_session.object_store import check_store, explain_store_full
     from cluster.ray_session.session import RaySession
 
     need = store_need(config)
     with (
-        announced(run.path) as announce,
+        discovery_file(run.path) as announce,
         RaySession(config.ray) as session,
-        explained(need, session.object_store),
+        explain_store_full(need, session.object_store),
     ):
         if session.joined and not session.guarded:
             logger.warning(

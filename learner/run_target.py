@@ -21,7 +21,7 @@ from cluster.program.streams import printable
 from learner.checkpoints.remote import RemoteCheckpoints
 from learner.checkpoints.remote_owner import RemoteOwner
 from learner.config import RunConfig, parse_yaml
-from learner.runs.config_file import unseal
+from learner.runs.config_file import verify_checksum
 from learner.runs.run_dir import OTHER_DIRECTORY, RunDirectory, new_name
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def choose_run(run_dir: str, *, resume: bool, auto_resume: bool, url: str) -> Ru
         saved_config_file = remote.read(steps[-1], CONFIG)
         return RunTarget(
             path,
-            parse_yaml(unseal(saved_config_file, CHECKPOINT_CONFIG)[0], CHECKPOINT_CONFIG),
+            parse_yaml(verify_checksum(saved_config_file, CHECKPOINT_CONFIG)[0], CHECKPOINT_CONFIG),
             saved_config_file,
         )
     if auto_resume:

@@ -17,7 +17,7 @@ import numpy as np
 
 from cluster.bounds import check_at_most
 from cluster.errors import CheckpointError
-from cluster.io.checksum import UNREADABLE, seal, unseal
+from cluster.io.checksum import UNREADABLE, add_checksum, verify_checksum
 
 Normalisation = Literal["group", "batch", "anchored", "centred"]
 EPSILON = 1e-4  # added to a group's deviation, as in the public code of 2603.23086
@@ -88,7 +88,7 @@ class Combiner:
 
     def state(self) -> bytes:
         """The anchors (msgpack)."""
-        return seal(msgpack.packb({"anchors": self.anchors}))
+        return add_checksum(msgpack.packb({"anchors": self.anchors}))
 
     def restore(self, state: bytes) -> None:
         """Inverse of `state`.
@@ -97,7 +97,7 @@ class Combiner:
             CheckpointError: damaged.
         """
         try:
-            anchors = msgpack.unpackb(unseal(state))["anchors"]
+            anchors = msgpack.unpackb(verify_checksum(state))["anchors"]
             self.anchors = None if anchors is None else {k: float(v) for k, v in anchors.items()}
         except UNREADABLE as error:
             raise CheckpointError(f"the rewards' anchors cannot be read: {error}") from error

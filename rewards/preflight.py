@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import constants
 
 from cluster.errors import CheckpointError, ConfigError, nearest
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.model_files.checkpoints import is_own, open_checkpoint
 from cluster.model_files.tensors import locate, read_config, read_shapes
 from cluster.model_files.torchvision_ops import ensure_torchvision
@@ -327,7 +327,7 @@ def _tagged(
             download = Download(field=field, name=name, url=url, size=size)
             findings.fetched(download, offline=_offline())
     elif (url := str(config.get("url", ""))) and not (
-        expanded("~/.cache/clip") / url.rpartition("/")[2]
+        expand_user("~/.cache/clip") / url.rpartition("/")[2]
     ).is_file():
         findings.downloads.append(Download(field=field, name=name, url=url, size=size))
 

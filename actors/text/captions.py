@@ -36,7 +36,7 @@ from actors.text.tables import (
 )
 from cluster.errors import DataError
 from cluster.io.files import split_lines
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.messages import Condition
 from cluster.model_files.file_kinds import FileKind, described, file_kind
 
@@ -79,7 +79,7 @@ def load_captions(path: Path, column: str = "") -> Captions:
         DataError: names the file, and the line or row of what is wrong: it is not there, is of
             another kind, is a table in a text file's clothes, has no such column, or no caption.
     """
-    place = expanded(path)
+    place = expand_user(path)
     cells, notes = _cells(path, place, column), list[str]()
     captions = [_caption(path, cells, at) for at in range(len(cells.values))]
     if not captions:
@@ -109,7 +109,7 @@ def caption_conditions(path: Path, column: str = "") -> list[Condition]:
     if not is_parquet(path):
         return [Condition(text=text) for text in load_captions(path, column).texts]
     try:
-        with pq.ParquetFile(expanded(path)) as file:
+        with pq.ParquetFile(expand_user(path)) as file:
             names = file.schema_arrow.names
         if set(SCHEMA.names) <= set(names):
             if column not in ("", SCHEMA.names[0]):
@@ -135,7 +135,7 @@ def is_parquet(path: Path) -> bool:
     Raises:
         DataError: there is no such file.
     """
-    return _kind_of(path, expanded(path)) is FileKind.PARQUET
+    return _kind_of(path, expand_user(path)) is FileKind.PARQUET
 
 
 def _cells(path: Path, place: Path, column: str) -> Cells:

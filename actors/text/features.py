@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from actors.text.tables import UNREADABLE_PARQUET
 from cluster.errors import DataError
 from cluster.io.files import replacing
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.messages import Condition, FeatureRow
 from cluster.program.invocation import command_of
 
@@ -75,7 +75,7 @@ def write_caption_features(
 def iterate_caption_features(path: Path) -> Iterator[Condition]:
     """The captions of a file as conditions, one after another; see `read_caption_features`."""
     try:
-        file = pq.ParquetFile(expanded(path))
+        file = pq.ParquetFile(expand_user(path))
     except UNREADABLE_PARQUET as error:
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
     with file:
@@ -129,7 +129,7 @@ def iterate_text_features(path: Path, column: str) -> Iterator[Condition]:
         DataError: names file, column and row of what is wrong.
         OSError, ArrowException: it cannot be read.
     """
-    with pq.ParquetFile(expanded(path)) as file:
+    with pq.ParquetFile(expand_user(path)) as file:
         columns = [column]
         if FEATURES in file.schema_arrow.names:
             columns.append(FEATURES)
@@ -149,7 +149,7 @@ def by_row(path: Path, row: int, condition: Condition) -> Condition:
     features = condition.features
     if not isinstance(features, np.ndarray):
         return condition
-    there = FeatureRow(path=str(expanded(path).absolute()), row=row, digest=_digest(features))
+    there = FeatureRow(path=str(expand_user(path).absolute()), row=row, digest=_digest(features))
     return replace(condition, features=there)
 
 

@@ -1,7 +1,7 @@
 """How another process speaks with a running fleet: a small named actor between the two.
 
 The run asks it, whenever it waits for something, what is wanted, and tells it how things are;
-`python -m cluster.scale`, `cluster.status` and `cluster.stop` leave wishes with it and read the
+`python -m cluster.scale`, `cluster.status` and `cluster.stop` leave requests with it and read the
 answers. It answers by itself, also while the run is busy.
 """
 
@@ -13,7 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cluster.control.discovery import Place, check_alive, killed, not_on_cluster, starting
+from cluster.control.discovery import (
+    RunLocation,
+    check_alive,
+    killed_error,
+    not_on_cluster_error,
+    still_starting,
+)
 from cluster.errors import FleetError
 from cluster.ray_session.session import RayConfig, RaySession, find_cluster
 
@@ -91,16 +97,16 @@ class FleetStatus:
     age_s: float | None = None
     """How long ago it was said; None: nothing was yet."""
     answered: int = 0
-    """Number of the newest wish that was carried out or refused."""
+    """Number of the newest request that was carried out or refused."""
     refusals: tuple[tuple[int, str], ...] = ()
-    """(number of the wish, why it was refused)."""
+    """(number of the request, why it was refused)."""
 
     def pool(self, role: str) -> PoolStatus | None:
         return next((pool for pool in self.pools if pool.role == role), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class ScaleRequest:
     """Workers that somebody wants a role to have."""
 
     number: int
@@ -109,7 +115,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StopWish:
+class StopRequest:
     """Somebody wants the run to end at the next safe point."""
 
     number: int
@@ -117,40 +123,40 @@ class StopWish:
     """Whether it is to write a checkpoint first."""
 
 
-class Control:
-    """The actor: wishes in one direction, status in the other."""
+class ControlActor:
+    """The actor: requests in one direction, status in the other."""
 
     def __init__(self) -> None:
-        self._wishes: list[Wish | StopWish] = []
+        self._requests: list[ScaleRequest | StopRequest] = []
         self._numbers = 0
         self._status = FleetStatus()
         self._told: float | None = None
 
-    def ask(self, role: str, count: int) -> int:
-        """Leave a wish; returns its number."""
-        return self._leave(Wish(number=self._numbers + 1, role=role, count=count))
+    def scale(self, role: str, count: int) -> int:
+        """Leave a request; returns its number."""
+        return self._leave(ScaleRequest(number=self._numbers + 1, role=role, count=count))
 
     def stop(self, checkpoint: bool) -> int:
-        """Leave the wish that the run ends; returns its number."""
-        return self._leave(StopWish(number=self._numbers + 1, checkpoint=checkpoint))
+        """Leave the request that the run ends; returns its number."""
+        return self._leave(StopRequest(number=self._numbers + 1, checkpoint=checkpoint))
 
-    def _leave(self, wish: Wish | StopWish) -> int:
-        self._numbers = wish.number
-        self._wishes.append(wish)
-        return wish.number
+    def _leave(self, request: ScaleRequest | StopRequest) -> int:
+        self._numbers = request.number
+        self._requests.append(request)
+        return request.number
 
-    def exchange(self, status: FleetStatus) -> list[Wish | StopWish]:
+    def exchange(self, status: FleetStatus) -> list[ScaleRequest | StopRequest]:
         """The fleet's side: tell its status, and take what is wanted since the last call."""
         self._status, self._told = status, time.monotonic()
-        wishes, self._wishes = self._wishes, []
-        return wishes
+        requests, self._requests = self._requests, []
+        return requests
 
     def status(self) -> FleetStatus:
         age = None if self._told is None else time.monotonic() - self._told
         return replace(self._status, age_s=age)
 
 
-def start_control(run: str) -> Any:
+def start_control_actor(run: str) -> Any:
     """Start the control actor of a run; it ends with the process that started it.
 
     Raises:
@@ -160,7 +166,7 @@ def start_control(run: str) -> Any:
 
     options = {"name": PREFIX + run, "namespace": NAMESPACE, "num_cpus": 0}
     try:
-        return ray.remote(Control).options(**options).remote()
+        return ray.remote(ControlActor).options(**options).remote()
     except ValueError as error:
         raise FleetError(
             f"a run named {run!r} is active on this cluster already: end it, or choose another "
@@ -168,7 +174,7 @@ def start_control(run: str) -> Any:
         ) from error
 
 
-def find_control(run: str) -> tuple[str, Any]:
+def find_control_actor(run: str) -> tuple[str, Any]:
     """The control actor of a run on the cluster that this process has joined.
 
     Args:
@@ -197,7 +203,7 @@ def find_control(run: str) -> tuple[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WhichRun:
+class RunSelection:
     """What every command beside a run is told."""
 
     run: str = ""
@@ -209,16 +215,16 @@ class WhichRun:
 
 
 @dataclass(frozen=True)
-class Reached:
+class RunConnection:
     """A running fleet, as another process reaches it."""
 
     name: str
     control: Any
-    place: Place
+    place: RunLocation
 
 
 @contextmanager
-def reached(place: Place) -> Iterator[Reached]:
+def connect_to_run(place: RunLocation) -> Iterator[RunConnection]:
     """Join a run's cluster, for as long as the block runs.
 
     Args:
@@ -229,22 +235,24 @@ def reached(place: Place) -> Iterator[Reached]:
     """
     check_alive(place)
     if not place.address:
-        raise FleetError(f"{starting(place)}. Try again in a moment")
+        raise FleetError(f"{still_starting(place)}. Try again in a moment")
     cluster = find_cluster(RayConfig(address=place.address), place.source)
     with RaySession(RayConfig(), cluster):
         try:
-            name, control = find_control(place.run)
+            name, control = find_control_actor(place.run)
         except FleetError as error:
             known = place.directory is not None
-            raise (killed(place) if known else not_on_cluster(place.run, error)) from None
-        yield Reached(name, control, place)
+            raise (
+                killed_error(place) if known else not_on_cluster_error(place.run, error)
+            ) from None
+        yield RunConnection(name, control, place)
 
 
 class RunEndedError(FleetError):
     """The run that was spoken with is not there any more."""
 
 
-def ask(ref: Any) -> Any:
+def control_answer(ref: Any) -> Any:
     """An answer of the control actor.
 
     Raises:

@@ -14,26 +14,26 @@ from pathlib import Path
 from cluster.errors import ConfigError, FleetError, TesseraError, UnreachableError, did_you_mean
 from cluster.io import run_layout
 from cluster.io.files import replacing, writing
-from cluster.io.locks import look, owner_of
-from cluster.io.paths import expanded
+from cluster.io.locks import owner_of, read_lock
+from cluster.io.paths import expand_user
 from cluster.io.processes import process_lives
-from cluster.io.run_layout import CHECKPOINTS, CONFIG, OWNER, REPORT, WHEREABOUTS, steps_in
+from cluster.io.run_layout import CHECKPOINTS, CONFIG, DISCOVERY_FILE, OWNER, REPORT, steps_in
 from cluster.io.strict_json import MALFORMED, dumps
-from cluster.io.user_files import remember_run, remembered_runs
+from cluster.io.user_files import record_run, recorded_runs
 from cluster.program.invocation import command_of
 from cluster.ray_session.address import (
     AUTO,
     PRIVATE,
     VARIABLE,
     current_cluster,
-    greet,
     parse_address,
+    probe,
     written_address,
 )
 from cluster.ray_session.token import AUTH_MODE, TOKEN_MODE, find_token, shows_token
 
 LONGEST_NAME = 200
-HINT = (
+START_HINT = (
     "one that has just been started is found when its Ray is there; name another's directory by "
     "--run, or its cluster by --address"
 )
@@ -48,7 +48,7 @@ class LastRunError(FleetError):
 
 
 @dataclass(frozen=True)
-class Place:
+class RunLocation:
     """Where to look for a run."""
 
     run: str
@@ -70,10 +70,10 @@ class Place:
 
 
 @contextmanager
-def announced(directory: Path) -> Iterator[Callable[[str], None]]:
+def discovery_file(directory: Path) -> Iterator[Callable[[str], None]]:
     """While the block runs, a file in the run's directory says that it starts; and on which cluster
     it is, once the function that this yields was given the address."""
-    file = directory / WHEREABOUTS
+    file = directory / DISCOVERY_FILE
 
     def at(address: str) -> None:
         found = {
@@ -87,14 +87,14 @@ def announced(directory: Path) -> Iterator[Callable[[str], None]]:
             partial.write_text(dumps(found) + "\n")
 
     at("")
-    remember_run(directory)
+    record_run(directory)
     try:
         yield at
     finally:
         file.unlink(missing_ok=True)
 
 
-def whereabouts(directory: Path) -> Place:
+def read_discovery_file(directory: Path) -> RunLocation:
     """Where the run in a directory says it is. Where its cluster asks for a token, this process
     will show the user's (Ray would not by itself, for a cluster named by address); Ray must not
     have been imported yet.
@@ -103,7 +103,7 @@ def whereabouts(directory: Path) -> Place:
         LastRunError: the run there has ended.
         FleetError: nothing runs there, or the file is damaged.
     """
-    file = directory / WHEREABOUTS
+    file = directory / DISCOVERY_FILE
     try:
         found = json.loads(file.read_text())
         if found["token_authentication"]:
@@ -112,18 +112,18 @@ def whereabouts(directory: Path) -> Place:
         host, pid = str(found.get("host", "")), int(found.get("pid", 0))
         check_run_name(str(found["run"]))
         run, address = str(found["run"]), str(found["address"])
-        return Place(run, address, directory, host, pid, str(file))
+        return RunLocation(run, address, directory, host, pid, str(file))
     except FileNotFoundError:
-        raise not_active(directory) from None
+        raise not_active_error(directory) from None
     except (OSError, *MALFORMED) as error:
         if not owner_of(directory):  # of a run that a power cut ended, say
-            raise not_active(directory) from None
+            raise not_active_error(directory) from None
         raise FleetError(
             f"{file} cannot be read ({error}): name the cluster by --address"
         ) from None
 
 
-def locate_run(run: str, address: str) -> Place:
+def find_run(run: str, address: str) -> RunLocation:
     """Where a run is.
 
     Args:
@@ -148,22 +148,22 @@ def locate_run(run: str, address: str) -> Place:
         name = Path(run).name
         if name:
             check_run_name(name)
-        return Place(name, address)
-    run = str(expanded(run)) if run.startswith("~") else run
+        return RunLocation(name, address)
+    run = str(expand_user(run)) if run.startswith("~") else run
     if run and (Path(run).name != run or holds_run(Path(run))):
         if not os.path.isdir(run):
             raise FleetError(f"there is no directory {run}: name a run, or its directory")
-        return whereabouts(Path(run))
+        return read_discovery_file(Path(run))
     return _named(run) if run else _newest()
 
 
 def _directories(run: str) -> list[Path]:
     """Directories of runs of a name (empty: any) that are known, newest first; each once."""
-    there = [path for path in (*_under_roots(), *remembered_runs()) if run in ("", path.name)]
+    there = [path for path in (*_under_roots(), *recorded_runs()) if run in ("", path.name)]
     return list({path.resolve(): path for path in reversed(there)}.values())[::-1]
 
 
-def not_on_cluster(run: str, error: FleetError) -> FleetError:
+def not_on_cluster_error(run: str, error: FleetError) -> FleetError:
     """That a cluster has no such run, and what is known of one of the name that has ended."""
     for path in _directories(run):
         if not _living(path):
@@ -173,7 +173,7 @@ def not_on_cluster(run: str, error: FleetError) -> FleetError:
     return error
 
 
-def _named(run: str) -> Place:
+def _named(run: str) -> RunLocation:
     """The run of a name."""
     there = _directories(run)
     living = [place for path in there if (place := _living(path))]
@@ -186,10 +186,10 @@ def _named(run: str) -> Place:
     if there:
         raise _ended_place(there[0])
     hint = did_you_mean(run, [path.name for path in _directories("")])
-    raise FleetError(f"there is no run {run!r} under {_searched()}: {hint}{HINT}")
+    raise FleetError(f"there is no run {run!r} under {_searched()}: {hint}{START_HINT}")
 
 
-def _newest() -> Place:
+def _newest() -> RunLocation:
     """The run that is meant where none is named."""
     cluster = _cluster_here()
     if cluster and cluster.source == f"${VARIABLE}":
@@ -198,7 +198,7 @@ def _newest() -> Place:
     for path in ours:
         if place := _living(path):
             return place
-    others = [path for path in remembered_runs() if path not in ours]
+    others = [path for path in recorded_runs() if path not in ours]
     living = [place for path in others if (place := _living(path))]
     if len(living) > 1:
         raise FleetError(_several("several runs are active", living))
@@ -208,7 +208,7 @@ def _newest() -> Place:
         return cluster
     if ours or others:
         raise _ended_place((ours or others)[0])
-    raise FleetError(f"no run is active under {_searched()}: {HINT}")
+    raise FleetError(f"no run is active under {_searched()}: {START_HINT}")
 
 
 def _roots() -> list[Path]:
@@ -237,50 +237,50 @@ def _started(directory: Path) -> float:
 
 def _marks(directory: Path) -> list[Path]:
     """The files of which a directory of a run has one."""
-    return [directory / name for name in (WHEREABOUTS, OWNER, CONFIG)]
+    return [directory / name for name in (DISCOVERY_FILE, OWNER, CONFIG)]
 
 
 def holds_run(directory: Path) -> bool:
     return any(os.path.isfile(file) for file in _marks(directory))
 
 
-def _living(directory: Path) -> Place | None:
+def _living(directory: Path) -> RunLocation | None:
     """Where an active run is; None if its fleet cannot be spoken with."""
-    if not os.path.isfile(directory / WHEREABOUTS):
+    if not os.path.isfile(directory / DISCOVERY_FILE):
         return None
     try:
-        place = whereabouts(directory)
+        place = read_discovery_file(directory)
     except LastRunError:
         return None
     return None if was_killed(place) else place
 
 
-def _cluster_here() -> Place | None:
+def _cluster_here() -> RunLocation | None:
     """Where a run may be whose directory is not known: on the cluster that the environment names,
     or else on that of this machine."""
     text, source = written_address("")
     if text and text != AUTO:
-        return Place("", text, source=source)
+        return RunLocation("", text, source=source)
     with suppress(TesseraError):
         if found := current_cluster():
-            greet(found)
-            return Place("", AUTO, source="--address")
+            probe(found)
+            return RunLocation("", AUTO, source="--address")
     return None
 
 
-def _several(what: str, places: list[Place]) -> str:
+def _several(what: str, places: list[RunLocation]) -> str:
     lines = [f"  --run {shlex.quote(str(place.directory))}" for place in places]
     return "\n".join([f"{what}: choose one by its directory", *lines])
 
 
 def _ended_place(directory: Path) -> FleetError:
     """That the last run there was is not active any more."""
-    if os.path.isfile(directory / WHEREABOUTS):
-        return killed(whereabouts(directory))
-    return not_active(directory)
+    if os.path.isfile(directory / DISCOVERY_FILE):
+        return killed_error(read_discovery_file(directory))
+    return not_active_error(directory)
 
 
-def not_active(directory: Path) -> FleetError:
+def not_active_error(directory: Path) -> FleetError:
     """That a directory has no run that can be spoken with: it never held one, it runs without Ray,
     or it has ended, with what it kept."""
     if not holds_run(directory):
@@ -299,22 +299,22 @@ def not_active(directory: Path) -> FleetError:
     return LastRunError(said, directory)
 
 
-def was_killed(place: Place) -> bool:
+def was_killed(place: RunLocation) -> bool:
     """Whether the program that drove a run is gone, as far as this machine can tell."""
-    sight = look(place.directory / OWNER) if place.directory else None
+    sight = read_lock(place.directory / OWNER) if place.directory else None
     if sight is not None and sight.holder is not None and sight.holder.here:
         return not sight.holder.lives
     return place.here and bool(place.pid) and not process_lives(place.pid)
 
 
-def check_alive(place: Place) -> None:
+def check_alive(place: RunLocation) -> None:
     """Find out quickly whether anybody can be there, before Ray waits for it, which takes minutes.
 
     Raises:
         FleetError: the run was killed and left its file, or its cluster takes no connection.
     """
     if was_killed(place):
-        raise killed(place)
+        raise killed_error(place)
     try:
         address = parse_address(place.address, place.source)
     except ConfigError:
@@ -325,14 +325,14 @@ def check_alive(place: Place) -> None:
             "this command on that machine"
         )
     try:
-        greet(address)
+        probe(address)
     except UnreachableError as error:
         if place.directory is not None:
-            raise killed(place) from error
+            raise killed_error(place) from error
         raise
 
 
-def killed(place: Place) -> FleetError:
+def killed_error(place: RunLocation) -> FleetError:
     """That a run ended without taking its leave."""
     assert place.directory is not None
     return LastRunError(
@@ -363,7 +363,7 @@ def resume_command(directory: Path) -> str:
     )
 
 
-def starting(place: Place) -> str:
+def still_starting(place: RunLocation) -> str:
     """That the program of a run is there, and its workers are not yet."""
     return (
         f"the run {place.run} is starting (process {place.pid} on {place.host}): its workers are "
@@ -379,7 +379,7 @@ def left_behind(directory: Path) -> dict[str, str]:
     finished = report.is_file()
     if finished and steps:  # one that was gone on with after its end has an older report
         finished = report.stat().st_mtime >= steps[-1].stat().st_mtime
-    killed = any(os.path.isfile(directory / name) for name in (WHEREABOUTS, OWNER))
+    killed = any(os.path.isfile(directory / name) for name in (DISCOVERY_FILE, OWNER))
     return {
         "stage": "killed" if killed else "finished" if finished else "ended",
         "checkpoint": str(steps[-1]) if steps else "",

@@ -63,14 +63,14 @@ def unpack_array(fields: dict[str, Any]) -> np.ndarray:
     return np.frombuffer(fields["data"], dtype=dtype).reshape(fields["shape"]).copy()
 
 
-def seal(body: bytes) -> bytes:
+def add_checksum(body: bytes) -> bytes:
     """msgpack of the bytes and their SHA-256."""
     return msgpack.packb({"sha256": hashlib.sha256(body).digest(), "body": body})
 
 
-def unseal(data: bytes) -> bytes:
-    """Inverse of `seal`. What was written before there were seals (another map, a list) comes back
-    as it is.
+def verify_checksum(data: bytes) -> bytes:
+    """Inverse of `add_checksum`. Data of older versions without a checksum (another map, a list) is
+    returned unchanged.
 
     Raises:
         any of UNREADABLE: damaged.

@@ -43,7 +43,7 @@ Verdict = Literal["held", "stale", "watch"]
 
 
 @dataclass(frozen=True)
-class Sight:
+class LockState:
     """A lock file at one moment."""
 
     token: str
@@ -53,7 +53,7 @@ class Sight:
     """None where the content says nothing: it is being created, or damaged."""
 
 
-def judge(sight: Sight, age_s: float, watched_s: float) -> Verdict:
+def lock_verdict(sight: LockState, age_s: float, watched_s: float) -> Verdict:
     """Whether a lock is held.
 
     Args:
@@ -89,10 +89,10 @@ class Lock:
             LockLostError: another process took over, or somebody removed the file: this one stood
                 still for longer than `STALE_S`.
         """
-        sight = look(self.path)
+        sight = read_lock(self.path)
         if sight is not None and sight.token == self.holder.token:
             return
-        who = f"{described(sight)} has taken over" if sight else "its lock is gone"
+        who = f"{describe_owner(sight)} has taken over" if sight else "its lock is gone"
         raise LockLostError(
             f"{self.path.parent} does not belong to this process (pid {self.holder.pid}) any more: "
             f"{who}, because this one stood still for over {STALE_S:g} s (was it suspended?) or "
@@ -107,7 +107,7 @@ class Lock:
         try:
             if self.path.parent.is_dir() and _create(guard, self.holder):
                 try:
-                    sight = look(self.path)
+                    sight = read_lock(self.path)
                     if sight is not None and sight.token == self.holder.token:
                         self.path.unlink()
                 finally:
@@ -118,7 +118,7 @@ class Lock:
     def _renew(self) -> None:
         while not self._ended.wait(BEAT_S):
             try:
-                sight = look(self.path)
+                sight = read_lock(self.path)
                 if sight is None or sight.token != self.holder.token:
                     return  # lost: whoever asks `check` is told
                 os.utime(self.path)  # no times given: the storage's own clock
@@ -167,7 +167,7 @@ def locked(directory: Path, what: str) -> Iterator[Lock]:
 
 
 @dataclass(frozen=True)
-class _Taken:
+class _Acquired:
     before: str = ""
     """The owner from whom it was taken over; empty if it was free."""
 
@@ -190,41 +190,41 @@ def is_lock(file: Path) -> bool:
     return file.name == OWNER or file.name.startswith(f".{OWNER}.")
 
 
-def _attempt(path: Path, mine: Holder, what: str, stop: str) -> _Taken | None:
+def _attempt(path: Path, mine: Holder, what: str, stop: str) -> _Acquired | None:
     """Try once; None: others create, take over or release it at this moment."""
     if _create(path, mine):
-        return _Taken()
-    first = look(path)
+        return _Acquired()
+    first = read_lock(path)
     if first is None:
         return None
     verdict, sight = _watched(path, first, what)
     if sight is None:
         return None
     if verdict == "held":
-        raise _held(path, sight, what, stop)
-    return _Taken(described(sight)) if _take_over(path, sight, mine, what) else None
+        raise _held_error(path, sight, what, stop)
+    return _Acquired(describe_owner(sight)) if _take_over(path, sight, mine, what) else None
 
 
-def _watched(path: Path, sight: Sight, what: str) -> tuple[Verdict, Sight | None]:
+def _watched(path: Path, sight: LockState, what: str) -> tuple[Verdict, LockState | None]:
     """Judge a lock, after watching it for as long as that takes; None once it is gone."""
     start, age_s, told = time.monotonic(), _age_s(path, sight), False
     while True:
-        verdict = judge(sight, age_s, time.monotonic() - start)
+        verdict = lock_verdict(sight, age_s, time.monotonic() - start)
         if verdict != "watch":
             return verdict, sight
         if not told:
             told = True
             logger.info(
-                f"{what} is locked by {described(sight)}, last renewed {age_s:.0f} s ago: watching "
-                f"for up to {max(WATCH_S, STALE_S - age_s):.0f} s whether that process lives"
+                f"{what} is locked by {describe_owner(sight)}, last renewed {age_s:.0f} s ago: "
+                f"watching for up to {max(WATCH_S, STALE_S - age_s):.0f} s whether it lives"
             )
         time.sleep(POLL_S)
-        now = look(path)
+        now = read_lock(path)
         if now is None or (now.token, now.renewed_ns) != (sight.token, sight.renewed_ns):
             return "held", now
 
 
-def _take_over(path: Path, sight: Sight, mine: Holder, what: str) -> bool:
+def _take_over(path: Path, sight: LockState, mine: Holder, what: str) -> bool:
     """Put our lock in the place of an abandoned one; False if somebody else did."""
     guard, partial = _guard(path, sight.token), _guard(path, mine.token)
     try:
@@ -233,7 +233,7 @@ def _take_over(path: Path, sight: Sight, mine: Holder, what: str) -> bool:
     except LockHeldError:
         return False
     try:
-        now = look(path)
+        now = read_lock(path)
         if now is None or now.token != sight.token:
             return False
         partial.write_bytes(mine.to_bytes())
@@ -265,7 +265,7 @@ def _create(path: Path, holder: Holder) -> bool:
     return True
 
 
-def look(path: Path) -> Sight | None:
+def read_lock(path: Path) -> LockState | None:
     """A lock file as it is now; None if there is none. Reading an opened file, not its name,
     has NFS ask the server."""
     deadline = time.monotonic() + WRITTEN_S
@@ -278,11 +278,11 @@ def look(path: Path) -> Sight | None:
         holder = Holder.from_bytes(data)
         if holder is not None or time.monotonic() > deadline:
             unnamed = f"{status.st_ino:x}x{status.st_mtime_ns:x}"
-            return Sight(holder.token if holder else unnamed, status.st_mtime_ns, holder)
+            return LockState(holder.token if holder else unnamed, status.st_mtime_ns, holder)
         time.sleep(0.02)
 
 
-def _age_s(path: Path, sight: Sight) -> float:
+def _age_s(path: Path, sight: LockState) -> float:
     """Seconds since a lock was renewed, by the clock that renewed it: for a process of another
     machine that of the storage."""
     if sight.holder is not None and sight.holder.here:
@@ -297,7 +297,7 @@ def _age_s(path: Path, sight: Sight) -> float:
         probe.unlink(missing_ok=True)
 
 
-def described(sight: Sight) -> str:
+def describe_owner(sight: LockState) -> str:
     """Who holds a lock, in words."""
     holder = sight.holder
     if holder is None:
@@ -312,17 +312,17 @@ def owner_of(directory: Path) -> str:
     process that is gone or has not renewed its lock for long (`acquire` looks closer)."""
     path = directory / OWNER
     try:
-        sight = look(path)
+        sight = read_lock(path)
         if sight is None:
             return ""
         if sight.holder is not None and sight.holder.here:
-            return described(sight) if sight.holder.lives else ""
-        return "" if _age_s(path, sight) > STALE_S else described(sight)
+            return describe_owner(sight) if sight.holder.lives else ""
+        return "" if _age_s(path, sight) > STALE_S else describe_owner(sight)
     except OSError as error:
         return f"a process that cannot be known ({error})"
 
 
-def _held(path: Path, sight: Sight, what: str, stop: str) -> LockHeldError:
+def _held_error(path: Path, sight: LockState, what: str, stop: str) -> LockHeldError:
     age_s, holder = _age_s(path, sight), sight.holder
     ways = [f"`{stop}`"] if stop else []
     if holder is not None:
@@ -331,6 +331,6 @@ def _held(path: Path, sight: Sight, what: str, stop: str) -> LockHeldError:
     quiet = f" (it stands still: {copied})" if age_s > STALE_S else ""
     how = f"Stop it with {' or '.join(ways)}" if ways else "Wait until it has ended"
     return LockHeldError(
-        f"{what} is in use by {described(sight)}, last heartbeat {age_s:.0f} s ago{quiet}. {how}, "
-        "or name another directory"
+        f"{what} is in use by {describe_owner(sight)}, last heartbeat {age_s:.0f} s ago{quiet}. "
+        f"{how}, or name another directory"
     )

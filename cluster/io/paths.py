@@ -15,7 +15,7 @@ RAY_PACKAGES = "runtime_resources"
 """Folder of Ray's session, into which it unpacks the package of a job."""
 
 
-def expanded(given: str | os.PathLike[str]) -> Path:
+def expand_user(given: str | os.PathLike[str]) -> Path:
     """A path as a user writes it, ~ for his home directory.
 
     Raises:
@@ -38,7 +38,7 @@ def in_ray_package(path: Path) -> bool:
 def default_root() -> Path:
     """Of runs: `runs/` here, or `~/tessera-runs` inside the package of a job."""
     here = Path.cwd()
-    return expanded("~/tessera-runs") if in_ray_package(here) else here / RUNS
+    return expand_user("~/tessera-runs") if in_ray_package(here) else here / RUNS
 
 
 def output_path(given: str | Path, option: str) -> Path:
@@ -51,7 +51,7 @@ def output_path(given: str | Path, option: str) -> Path:
     Raises:
         ConfigError: it lies in the package all the same.
     """
-    path = expanded(given)
+    path = expand_user(given)
     if not in_ray_package(path):
         return path
     deleted = "the package of this job, which Ray deletes after it"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cluster.io.files import replacing
 
-KEPT = 200  # directories of runs that are remembered
+MAX_RECORDS = 200  # directories of runs that are remembered
 RUNS = "runs"
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def user_directories() -> Iterator[Path]:
     yield Path(tempfile.gettempdir()) / f"tessera-{os.getuid()}"
 
 
-def ours_alone(directory: Path) -> bool:
+def is_private_directory(directory: Path) -> bool:
     """Whether a directory is this user's, and nobody else writes it: anybody may have made one
     under /tmp."""
     found = directory.lstat()
@@ -43,7 +43,7 @@ def ours_alone(directory: Path) -> bool:
     )
 
 
-def remember_run(directory: Path) -> None:
+def record_run(directory: Path) -> None:
     """Note where a run is, so that other commands of this user find it by its name, from any
     working directory. What cannot be noted ends nothing."""
     path = os.fsencode(directory.absolute())
@@ -51,36 +51,36 @@ def remember_run(directory: Path) -> None:
     for place in user_directories():
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not ours_alone(place):
+            if not is_private_directory(place):
                 continue
             with replacing(place / RUNS / hashlib.sha256(path).hexdigest()[:16]) as partial:
                 partial.write_bytes(path)
-            _forget(place / RUNS)
+            _prune(place / RUNS)
             return
         except OSError as error:
             problem = error
     logger.warning(f"note: this run is found by its directory, but not by its name ({problem})")
 
 
-def remembered_runs() -> list[Path]:
+def recorded_runs() -> list[Path]:
     """Directories of this user's runs that are still there, those that were started last first."""
     notes: list[tuple[float, bytes]] = []
     for place in user_directories():
         with suppress(OSError):
-            if ours_alone(place):
+            if is_private_directory(place):
                 notes += [
-                    (note.stat().st_mtime, note.read_bytes()) for note in _notes(place / RUNS)
+                    (note.stat().st_mtime, note.read_bytes()) for note in _records(place / RUNS)
                 ]
     paths = [Path(os.fsdecode(path)) for _, path in sorted(notes, reverse=True)]
     return [path for path in paths if path.is_absolute() and os.path.isdir(path)]
 
 
-def _notes(directory: Path) -> list[Path]:
+def _records(directory: Path) -> list[Path]:
     return [note for note in directory.glob("*") if not note.name.startswith(".")]
 
 
-def _forget(directory: Path) -> None:
+def _prune(directory: Path) -> None:
     """Keep the newest. (Not those whose directory is there: another machine may see it.)"""
-    notes = sorted(_notes(directory), key=lambda note: note.stat().st_mtime)
-    for note in notes[:-KEPT]:
+    notes = sorted(_records(directory), key=lambda note: note.stat().st_mtime)
+    for note in notes[:-MAX_RECORDS]:
         note.unlink(missing_ok=True)

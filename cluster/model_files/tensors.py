@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from cluster.errors import CheckpointError, ConfigError
 from cluster.io.files import AGAIN, storage_error, writing
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.io.strict_json import dumps
 from cluster.model_files.file_kinds import FileKind, described, file_kind
 from cluster.model_files.weight_checks import largest, losses, narrower, not_finite
@@ -56,7 +56,7 @@ def weights_directory() -> Path:
     """
     given = os.environ.get(WEIGHTS_VARIABLE)
     try:
-        return expanded(given or "~/.cache/tessera")
+        return expand_user(given or "~/.cache/tessera")
     except ConfigError as error:
         raise ConfigError(f"{error}, or set {WEIGHTS_VARIABLE}") from error
 
@@ -78,7 +78,7 @@ def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
         except ModuleNotFoundError as error:
             raise CheckpointError(f"{text}: no package named {package!r} is installed") from error
     else:
-        place = expanded(text)
+        place = expand_user(text)
     if not (place.is_dir() if directory else place.is_file()):
         kind, other = ("directory", "a file") if directory else ("file", "a folder")
         there = f", which is {other}" if place.is_dir() or place.is_file() else ""

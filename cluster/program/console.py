@@ -80,7 +80,7 @@ def exit_status(
 
 
 @contextmanager
-def bounded(seconds: float, message: str) -> Iterator[None]:
+def time_limit(seconds: float, message: str) -> Iterator[None]:
     """End the program, with an error, if the block does not end in time: for calls of libraries
     that know no bound of their own."""
 
@@ -98,7 +98,9 @@ def bounded(seconds: float, message: str) -> Iterator[None]:
 
 
 @contextmanager
-def counting(task: str, total: int, unit: str, first: int = 0) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    task: str, total: int, unit: str, first: int = 0
+) -> Iterator[Callable[[int], None]]:
     """A bar with a rate on stderr; without a terminal, as in a job's log, a few lines.
 
     Args:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.own_packages import claim
+from cluster.own_packages import import_own_packages
 
 COMMAND = "tessera"
 
@@ -32,16 +32,18 @@ def current() -> Invocation:
     return _current
 
 
-def begin(directory: str, *, hidden: bool) -> None:
+def begin_by_name(directory: str, *, hidden: bool) -> None:
     """Of the command `tessera`: remember how it was started."""
-    adopt(Invocation(by_name=True, directory=directory, hidden=hidden))
+    adopt_invocation(Invocation(by_name=True, directory=directory, hidden=hidden))
 
 
-def adopt(invocation: Invocation) -> None:
+def adopt_invocation(invocation: Invocation) -> None:
     """Do as the program that was started so; for its workers, too."""
     global _current
     if invocation.by_name and not _current.by_name:
-        claim(Path(__file__).resolve().parents[1])  # an editable install comes after the whole path
+        import_own_packages(
+            Path(__file__).resolve().parents[1]
+        )  # an editable install comes after the whole path
     _current = invocation
     if invocation.directory and invocation.directory not in sys.path:
         sys.path.append(invocation.directory)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.program.streams import console_failure, unending
+from cluster.program.streams import console_failure, optional_output
 
 PACKAGES = ("actors", "cluster", "learner", "rewards")
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -45,7 +45,7 @@ class ConsoleHandler(logging.Handler):
             return
         try:
             text = self.format(record)
-            with unending():
+            with optional_output():
                 self._console.print(
                     text, highlight=False, markup=False, emoji=False, soft_wrap=True
                 )

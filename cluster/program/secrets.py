@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.errors import ConfigError
 from cluster.io.paths import in_ray_package
-from cluster.program.invocation import Invocation, adopt
+from cluster.program.invocation import Invocation, adopt_invocation
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
@@ -93,7 +93,7 @@ def _value(name: str, environment: Mapping[str, str]) -> str:
     return environment[name]
 
 
-def equipped(
+def with_environment(
     factory: Callable[..., Any],
     variables: Mapping[str, str],
     started: Invocation | None = None,
@@ -114,7 +114,7 @@ def equipped(
     class Equipped(factory):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             os.environ.update(given)
-            adopt(started or Invocation())
+            adopt_invocation(started or Invocation())
             if directory and os.path.isdir(directory) and not in_ray_package(Path.cwd()):
                 os.chdir(directory)
             super().__init__(*args, **kwargs)

@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-INSISTING = (signal.SIGINT, signal.SIGTERM)
+URGENT = (signal.SIGINT, signal.SIGTERM)
 """Those of which a second one ends the program at once. The others warn: they are often followed by
 one of these, or come again by themselves."""
-STOPPING = (*INSISTING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+STOPPING = (*URGENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 ONE_REQUEST_S = 0.2
 """Signals that come closer together are one request: `timeout` and shells send theirs twice."""
-LOOK_S = 0.1
+POLL_S = 0.1
 
 Handler = Callable[[int, FrameType | None], Any]
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class StopFlag:
     def __init__(self) -> None:
         self._asked = self._started = False
         self._insisted: float | None = None  # since when
-        self._passed_on = False  # by a thread, which wakes the main one (`held`)
+        self._passed_on = False  # by a thread, which wakes the main one (`deferred_signals`)
         self.checkpoint = True
         """Whether the run is to write a checkpoint where it ends."""
 
@@ -55,7 +55,7 @@ class StopFlag:
         """A signal's handler."""
         now, first, insisted = time.monotonic(), not self._asked, self._insisted
         self._asked = True
-        if insisted is None and (number in INSISTING or not self._started):
+        if insisted is None and (number in URGENT or not self._started):
             self._insisted = now
         name = signal.Signals(number).name
         why = "" if number == signal.SIGINT else f"{name}: "
@@ -67,10 +67,10 @@ class StopFlag:
         if self._passed_on and main:
             self._passed_on = False
             raise KeyboardInterrupt
-        if first or (number in INSISTING and insisted is None):
-            more = "; once more to stop at once" if number in INSISTING else ""
+        if first or (number in URGENT and insisted is None):
+            more = "; once more to stop at once" if number in URGENT else ""
             logger.info(f"{why}stopping at the next safe point{more}")
-        elif number in INSISTING and insisted is not None and now - insisted > ONE_REQUEST_S:
+        elif number in URGENT and insisted is not None and now - insisted > ONE_REQUEST_S:
             raise KeyboardInterrupt
 
     def ask(self, checkpoint: bool) -> None:
@@ -81,10 +81,10 @@ class StopFlag:
             logger.info(f"asked to stop: stopping at the next safe point, {how} a checkpoint")
 
 
-def ignored() -> None:
+def ignore_signals() -> None:
     """From here on the program ends by itself, with its own status."""
     if threading.current_thread() is threading.main_thread():
-        _install(dict.fromkeys(heeded(), signal.SIG_IGN))
+        _install(dict.fromkeys(handled_signals(), signal.SIG_IGN))
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -92,19 +92,19 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def heeded() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """All of them, but for a SIGHUP that is ignored: `nohup` wants it so."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [each for each in STOPPING if not (ignored and each is signal.SIGHUP)]
 
 
 @contextmanager
-def handled_by(handler: Handler) -> Iterator[None]:
+def signal_handler(handler: Handler) -> Iterator[None]:
     """Have the signals handled while the block runs, if this is the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in heeded()}
+    before = {number: signal.signal(number, handler) for number in handled_signals()}
     try:
         yield
     finally:
@@ -112,17 +112,19 @@ def handled_by(handler: Handler) -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def deferred_signals() -> Iterator[None]:
     """For a block whose code installs handlers of its own, such as `ray.init`: the signals go on to
     the handlers from before, which are there again at its end. Meanwhile they are blocked: also in
     all threads and processes that the block starts, for good."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in heeded()}
+    handlers = {number: signal.getsignal(number) for number in handled_signals()}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
     ended = threading.Event()
-    watch = threading.Thread(target=_pass_on, args=(handlers, ended), name="signals", daemon=True)
+    watch = threading.Thread(
+        target=_forward_signals, args=(handlers, ended), name="signals", daemon=True
+    )
     watch.start()
     try:
         yield
@@ -139,17 +141,17 @@ def _install(handlers: Mapping[signal.Signals, Any]) -> None:
             signal.signal(number, handler)
 
 
-def _pass_on(handlers: Mapping[signal.Signals, Any], ended: threading.Event) -> None:
+def _forward_signals(handlers: Mapping[signal.Signals, Any], ended: threading.Event) -> None:
     interrupted: float | None = None  # when
     while not ended.is_set():
-        found = signal.sigtimedwait(list(handlers), LOOK_S)
+        found = signal.sigtimedwait(list(handlers), POLL_S)
         if found is None or found.si_signo not in handlers:  # Python's, after an EINTR, is random
             continue
         number = signal.Signals(found.si_signo)
         if handlers[number] is signal.SIG_DFL:
             os._exit(128 + number)
         if interrupted is not None:
-            if number in INSISTING and time.monotonic() - interrupted > ONE_REQUEST_S:
+            if number in URGENT and time.monotonic() - interrupted > ONE_REQUEST_S:
                 os._exit(128 + number)  # the main thread may be somewhere where it hears nothing
             continue
         try:
@@ -160,7 +162,7 @@ def _pass_on(handlers: Mapping[signal.Signals, Any], ended: threading.Event) -> 
             _thread.interrupt_main()
 
 
-def shielded(factory: Callable[..., Any]) -> Callable[..., Any]:
+def ignoring_signals(factory: Callable[..., Any]) -> Callable[..., Any]:
     """The same role, in whose process the signals do nothing: its driver has them, too, and ends
     it. Processes that the role starts are ended by them as usual."""
 
@@ -177,12 +179,12 @@ def _shield() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     for number in STOPPING:  # SIG_IGN, or a blocked signal, would be inherited
-        signal.signal(number, _nothing)
-    os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_as_usual)
+        signal.signal(number, _ignore_signal)
+    os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_restore_defaults)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
-def _nothing(number: int, frame: FrameType | None) -> None:
+def _ignore_signal(number: int, frame: FrameType | None) -> None:
     pass
 
 
@@ -190,7 +192,7 @@ _before_fork = threading.local()
 
 
 def _block() -> None:
-    """Between fork and `_as_usual`, a signal would be lost on the child."""
+    """Between fork and `_restore_defaults`, a signal would be lost on the child."""
     _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 
@@ -198,7 +200,7 @@ def _unblock() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, _before_fork.mask)
 
 
-def _as_usual() -> None:
+def _restore_defaults() -> None:
     for number in STOPPING:
         usual = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
         signal.signal(number, usual)

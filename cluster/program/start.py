@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-from cluster.program.signals import handled_by, held, ignored, interrupt
+from cluster.program.signals import deferred_signals, ignore_signals, interrupt, signal_handler
 from cluster.program.streams import FAILURES, safe_streams
 
 FAILED = 1
@@ -27,20 +27,20 @@ def run_command(module: str, *arguments: list[str]) -> int:
     status = FAILED
     try:
         with safe_streams(output_is_all=True):
-            with handled_by(_nothing_done), held():
+            with signal_handler(_exit_at_once), deferred_signals():
                 main = importlib.import_module(module).main
-            with handled_by(interrupt):
+            with signal_handler(interrupt):
                 try:
                     status = int(main(*arguments) or 0)
                 except KeyboardInterrupt:
                     status = INTERRUPTED
                 return status
     finally:
-        ignored()
+        ignore_signals()
         threading.Thread(target=_leave_threads, args=(status,), daemon=True).start()
 
 
-def _nothing_done(number: int, frame: FrameType | None) -> None:
+def _exit_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)  # an exception would come up inside of somebody's import
 
 

@@ -22,7 +22,7 @@ def printable(text: object) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def shown(name: object) -> str:
+def escaped(name: object) -> str:
     """A file's name as one line: control characters written out, too (\\n, \\x1b)."""
     text = printable(name)
     if text.isprintable():
@@ -131,7 +131,7 @@ def safe_streams(*, output_is_all: bool) -> Iterator[None]:
 
 
 @contextmanager
-def unending() -> Iterator[None]:
+def optional_output() -> Iterator[None]:
     """What is printed in the block is beside the program's output: if it cannot be written, the
     program ends by what is printed after it, or at its end."""
     stream = sys.stdout

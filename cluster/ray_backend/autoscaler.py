@@ -11,10 +11,10 @@ from cluster.control.control_actor import (
     FleetStatus,
     PoolStatus,
     Progress,
-    StopWish,
-    Wish,
+    ScaleRequest,
+    StopRequest,
     WorkerStatus,
-    start_control,
+    start_control_actor,
 )
 from cluster.errors import FleetError
 from cluster.ray_session.private import actor_id
@@ -58,7 +58,7 @@ class Autoscaler:
     def start(self) -> None:
         """Become reachable for other processes."""
         if self._run:
-            self._control = start_control(self._run)
+            self._control = start_control_actor(self._run)
 
     def end(self) -> None:
         if self._control is not None:
@@ -95,19 +95,19 @@ class Autoscaler:
 
         self._exchange = None
         try:
-            wishes = ray.get(ref)
+            requests = ray.get(ref)
         except RayActorError:
             self._control = None
             logger.warning(
                 "the fleet's control actor was lost: cluster.scale cannot reach this run"
             )
             return
-        for wish in wishes:
-            if isinstance(wish, StopWish):
-                self._answered = wish.number
-                self._stop(wish.checkpoint)
+        for request in requests:
+            if isinstance(request, StopRequest):
+                self._answered = request.number
+                self._stop(request.checkpoint)
             else:
-                self._grant(wish)
+                self._grant(request)
 
     def status(self, restarts: int = 0, weight_version: int = 0) -> FleetStatus:
         pools = tuple(
@@ -133,30 +133,32 @@ class Autoscaler:
             refusals=tuple(self._refusals),
         )
 
-    def _grant(self, wish: Wish) -> None:
-        self._answered = wish.number
+    def _grant(self, request: ScaleRequest) -> None:
+        self._answered = request.number
         try:
-            pool = self._pool(wish)
+            pool = self._pool(request)
         except FleetError as error:
-            self._refusals.append((wish.number, str(error)))
+            self._refusals.append((request.number, str(error)))
             return
         before = pool.target
-        if before != wish.count:
-            logger.info("%s: %d -> %d workers, as asked for", wish.role, before, wish.count)
-            pool.scale(wish.count)
+        if before != request.count:
+            logger.info("%s: %d -> %d workers, as asked for", request.role, before, request.count)
+            pool.scale(request.count)
             pool.meter.restart(time.monotonic())
 
-    def _pool(self, wish: Wish) -> WorkerPool:
-        pool = self._pools.get(wish.role)
+    def _pool(self, request: ScaleRequest) -> WorkerPool:
+        pool = self._pools.get(request.role)
         if pool is None:
-            raise FleetError(f"no role {wish.role!r}: there are {', '.join(self._pools)}")
-        if not 1 <= wish.count <= MOST:
-            raise FleetError(f"{wish.role}: the number must be in 1..{MOST}, found {wish.count}")
-        auto = pool.role.autoscale
-        if auto.on and wish.count != auto.bounded(wish.count):
+            raise FleetError(f"no role {request.role!r}: there are {', '.join(self._pools)}")
+        if not 1 <= request.count <= MOST:
             raise FleetError(
-                f"{wish.role} is scaled by its queue wait, between {max(auto.min, 1)} and "
-                f"{auto.max}; found {wish.count}"
+                f"{request.role}: the number must be in 1..{MOST}, found {request.count}"
+            )
+        auto = pool.role.autoscale
+        if auto.on and request.count != auto.bounded(request.count):
+            raise FleetError(
+                f"{request.role} is scaled by its queue wait, between {max(auto.min, 1)} and "
+                f"{auto.max}; found {request.count}"
             )
         return pool
 

@@ -10,8 +10,8 @@ import ray
 
 from cluster.io.paths import in_ray_package
 from cluster.program.invocation import current
-from cluster.program.secrets import equipped, secret_variables
-from cluster.program.signals import shielded
+from cluster.program.secrets import secret_variables, with_environment
+from cluster.program.signals import ignoring_signals
 from cluster.ray_backend import heartbeat
 from cluster.ray_session.private import started
 from cluster.ray_session.session import RaySession
@@ -74,7 +74,9 @@ class Launcher:
         environment, secrets = secret_variables(role.runtime_env or {})
         if environment:
             options["runtime_env"] = environment
-        factory = shielded(equipped(role.factory, secrets, current(), self._directory))
+        factory = ignoring_signals(
+            with_environment(role.factory, secrets, current(), self._directory)
+        )
         actor = wrap(factory, {heartbeat.GROUP: 1, **threads}).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         return Worker(role, index, handle, started(handle), addition)

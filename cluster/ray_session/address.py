@@ -155,7 +155,7 @@ def temp_root(temp_dir: str = "") -> Path:
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
 
 
-def greet(address: Address, *, wait_s: float = PROBE_S) -> None:
+def probe(address: Address, *, wait_s: float = PROBE_S) -> None:
     """Connect, and see that a gRPC server answers.
 
     Raises:

@@ -43,11 +43,11 @@ class StoreNeed:
         return SNAPSHOTS * self.snapshot + self.groups * self.group + self.batch
 
     def __str__(self) -> str:
+        real = f"{format_bytes(self.batch)} of real images " if self.batch else ""
         return (
-            f"{self.groups} groups on their way, (S + 1) P, with {size(self.group)} of images "
-            f"each, {f'{size(self.batch)} of real images ' if self.batch else ''}and {SNAPSHOTS} "
-            f"snapshots of weights of {size(self.snapshot)}: "
-            f"{size(self.total)}"
+            f"{self.groups} groups in flight, (S + 1) P, with {format_bytes(self.group)} of images "
+            f"each, {real}and {SNAPSHOTS} snapshots of weights of {format_bytes(self.snapshot)}: "
+            f"{format_bytes(self.total)}"
         )
 
 
@@ -58,7 +58,7 @@ CHANGES = (
 )
 
 
-def size(number: float) -> str:
+def format_bytes(number: float) -> str:
     """Bytes for people."""
     return f"{number / GB:.3g} GB" if number >= GB / 10 else f"{number / 1e6:.3g} MB"
 
@@ -74,14 +74,15 @@ def check_store(need: StoreNeed, store: int) -> str:
     """
     if need.snapshot + need.group > store:
         raise FleetError(
-            f"the object store has {size(store)}, but one snapshot of the weights has "
-            f"{size(need.snapshot)} and the images of one group {size(need.group)}: {CHANGES}"
+            f"the object store has {format_bytes(store)}, but one snapshot of the weights has "
+            f"{format_bytes(need.snapshot)} and the images of one group "
+            f"{format_bytes(need.group)}: {CHANGES}"
         )
     if need.total <= store:
         return ""
     return (
-        f"the object store has {size(store)}, less than what may be in it at a time ({need}); Ray "
-        f"will write to disk what does not fit, which is slow: {CHANGES}"
+        f"the object store has {format_bytes(store)}, less than what may be in it at a time "
+        f"({need}); Ray will write to disk what does not fit, which is slow: {CHANGES}"
     )
 
 
@@ -96,10 +97,10 @@ def store_on_disk(store: int, shared_memory: int, directory: Path) -> str:
     if store <= shared_memory:
         return ""
     return (
-        f"/dev/shm has room for {size(shared_memory)}, less than Ray's object store of "
-        f"{size(store)}, which lies in files in {directory} instead: weights and images travel at "
-        "the speed of that disk. Give a container more (`docker run --shm-size=8g`; Kubernetes: an "
-        "emptyDir of medium Memory at /dev/shm), or lower --ray.object-store-memory"
+        f"/dev/shm has room for {format_bytes(shared_memory)}, less than Ray's object store of "
+        f"{format_bytes(store)}, which is kept in files in {directory} instead: weights and images "
+        "travel at the speed of that disk. Give a container more (`docker run --shm-size=8g`; "
+        "Kubernetes: an emptyDir of medium Memory at /dev/shm), or lower --ray.object-store-memory"
     )
 
 
@@ -125,11 +126,11 @@ def memory_full(what: str, error: BaseException) -> MemoryFullError:
 
 
 @contextmanager
-def explained(need: StoreNeed, store: int) -> Iterator[None]:
+def explain_store_full(need: StoreNeed, store: int) -> Iterator[None]:
     """While the block runs, an error of a full store also says what the run needs there."""
     try:
         yield
     except StoreFullError as error:
         raise StoreFullError(
-            f"{error}. The store has {size(store)}; the run needs {need}"
+            f"{error}. The store has {format_bytes(store)}; the run needs {need}"
         ) from error

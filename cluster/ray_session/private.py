@@ -187,5 +187,5 @@ def worker_paths(started: Invocation) -> dict[str, Any]:
 
     options: dict[str, Any] = {"job_config": WithoutPaths()}
     if started.hidden:  # not always: workers of a runtime environment start a second later
-        options["runtime_env"] = {"worker_process_setup_hook": "tessera_rl.claim"}
+        options["runtime_env"] = {"worker_process_setup_hook": "tessera_rl.import_own_packages"}
     return options

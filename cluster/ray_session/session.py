@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from cluster.errors import FleetError
-from cluster.program.console import bounded
+from cluster.program.console import time_limit
 from cluster.program.invocation import current
-from cluster.program.signals import held
+from cluster.program.signals import deferred_signals
 from cluster.ray_session import private
 from cluster.ray_session.address import (
     AUTO,
@@ -26,10 +26,10 @@ from cluster.ray_session.address import (
     Address,
     check_answer,
     current_cluster,
-    greet,
     is_loopback,
     no_node_here,
     parse_address,
+    probe,
     temp_root,
     why_not_joined,
     written_address,
@@ -176,7 +176,7 @@ def check_cluster(address: Address, *, ours: bool = False) -> Address:
     Raises:
         FleetError: no; within seconds.
     """
-    greet(address)
+    probe(address)
     shown = token(os.environ) if shows_token(os.environ) else ""
     answer = private.ask_gcs(str(address), shown, ANSWER_S)
     unset = AUTH_MODE not in os.environ
@@ -214,7 +214,7 @@ def _join(cluster: Address, quiet: dict[str, Any]) -> None:
         f"in within {CONNECT_S:g} s: it hangs or is overloaded (gcs_server.out and raylet.out in "
         "its logs say more)"
     )
-    with bounded(CONNECT_S, late), private.one_attempt():
+    with time_limit(CONNECT_S, late), private.one_attempt():
         try:
             with loopback() if _on_loopback_alone(cluster) else contextlib.nullcontext():
                 ray.init(address=str(cluster), **quiet)
@@ -265,7 +265,7 @@ class RaySession:
         cluster = cluster or find_cluster(config)
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
         quiet |= worker_paths(current())
-        with held():  # Ray installs handlers, and one that crashes at SIGTERM
+        with deferred_signals():  # Ray installs handlers, and one that crashes at SIGTERM
             if cluster:
                 _join(cluster, quiet)
             else:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cluster.errors import FleetError
 from cluster.io.processes import in_environment
-from cluster.io.user_files import ours_alone, user_directories
+from cluster.io.user_files import is_private_directory, user_directories
 
 AUTH_MODE, TOKEN_MODE = "RAY_AUTH_MODE", "token"
 TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -86,7 +86,7 @@ def ensure_token() -> None:
     for file in (*([standard] if standard else []), *_own_token_files()):
         with suppress(OSError):
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if file != standard and not ours_alone(file.parent):
+            if file != standard and not is_private_directory(file.parent):
                 continue
             _make_token(file)
             find_token()
@@ -119,7 +119,7 @@ def find_token() -> bool:
         return False
     for file in _own_token_files():
         with suppress(OSError):
-            if ours_alone(file.parent) and file.stat().st_size:
+            if is_private_directory(file.parent) and file.stat().st_size:
                 os.environ[TOKEN_PATH] = str(file)
                 return True
     return False

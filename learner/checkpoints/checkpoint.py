@@ -23,7 +23,7 @@ from learner.checkpoints.manifest import FileDigest, Manifest
 from learner.checkpoints.resume import check_resume
 from learner.config import RunConfig, parse_yaml
 from learner.rollouts.prefetch import Pipeline
-from learner.runs.config_file import unseal
+from learner.runs.config_file import verify_checksum
 from learner.training.state_files import OPTIMIZER_FILE, STATE_FILE
 from rewards.combine import Combiner
 
@@ -205,7 +205,7 @@ def check_identity(checkpoint: Checkpoint, run: str, config: RunConfig) -> None:
     if hashlib.sha256(data).hexdigest() != manifest.config:
         raise CheckpointError(f"checkpoint {name}: its {CONFIG} is not that of its manifest")
     try:
-        saved = parse_yaml(unseal(data, f"checkpoint {name}, {CONFIG}")[0], name)
+        saved = parse_yaml(verify_checksum(data, f"checkpoint {name}, {CONFIG}")[0], name)
         check_resume(saved, config)
     except ValueError as error:  # ConfigError is one
         raise CheckpointError(f"checkpoint {name}: of another configuration: {error}") from error

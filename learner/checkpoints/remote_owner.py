@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Self
 
 from cluster.errors import LockHeldError, LockLostError, TesseraError
-from cluster.io.locks import Sight, described
+from cluster.io.locks import LockState, describe_owner
 from cluster.io.processes import Holder
 from learner.checkpoints.remote import RemoteCheckpoints
 
@@ -135,7 +135,7 @@ def _held_error(remote: RemoteCheckpoints, data: bytes) -> LockHeldError:
 
 
 def _describe(data: bytes) -> str:
-    return described(Sight("", 0, Holder.from_bytes(data)))
+    return describe_owner(LockState("", 0, Holder.from_bytes(data)))
 
 
 def _token(data: bytes | None) -> str:

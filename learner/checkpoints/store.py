@@ -108,7 +108,7 @@ class CheckpointStore:
         partial = self._root / f".{step_name(step)}.{secrets.token_hex(4)}"
         with writing(partial):
             partial.mkdir(parents=True)
-        content = capture(fleet, combiner, groups, self._run.sealed_config())
+        content = capture(fleet, combiner, groups, self._run.config_with_checksum())
         iterations = range(self._saved, step)
         self._pending = PendingCheckpoint(
             step, partial, fleet.learner, content, figures or {}, iterations

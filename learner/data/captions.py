@@ -15,7 +15,7 @@ from actors.text.captions import Captions, caption_conditions, is_parquet, load_
 from actors.text.features import FEATURES, SCHEMA, read_caption_features, write_caption_features
 from actors.text.tables import UNREADABLE_PARQUET
 from cluster.errors import DataError
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.text_limits import LongCaptions, faults
 
 AT_MOST = 20_000  # captions that are looked at before a run: seconds
@@ -61,7 +61,7 @@ def check_encoder(encoder: str, texts: Sequence[str], long_captions: LongCaption
         ConfigError: its tokenizer cannot be loaded.
     """
     cache = huggingface_hub.try_to_load_from_cache
-    here = expanded(encoder).is_dir() or isinstance(cache(encoder, "tokenizer_config.json"), str)
+    here = expand_user(encoder).is_dir() or isinstance(cache(encoder, "tokenizer_config.json"), str)
     if not here or importlib.util.find_spec("transformers") is None:
         return
     from actors.text.encoder import (
@@ -99,7 +99,7 @@ def peek_captions(path: str, column: str = "") -> Peeked:
     if not is_parquet(file):
         return Peeked(load_captions(file, column))
     try:
-        with pq.ParquetFile(expanded(file)) as parquet:
+        with pq.ParquetFile(expand_user(file)) as parquet:
             names = parquet.schema_arrow.names
             own = set(SCHEMA.names) <= set(names)
             captions = load_captions(file, "caption" if own else column)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cluster.errors import DataError
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.model_files.file_kinds import described
 from cluster.model_files.tensors import locate
 from cluster.program.streams import printable
@@ -69,7 +69,7 @@ def _samples(source: str) -> SampleImages:
         DataError: a folder, or a file of something else.
     """
     expected = "expected an .npz file of samples, arr_0 (N, H, W, 3) uint8 and, for classes, arr_1"
-    if expanded(source).is_dir():
+    if expand_user(source).is_dir():
         raise DataError(f"{printable(source)}: {expected}, found a folder: write its images as one")
     found = open_source(str(locate(source)))
     if not isinstance(found, SampleImages):

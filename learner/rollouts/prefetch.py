@@ -14,7 +14,7 @@ import msgpack
 
 from cluster.errors import CheckpointError, FleetError
 from cluster.fleet import Fleet
-from cluster.io.checksum import UNREADABLE, seal, unseal
+from cluster.io.checksum import UNREADABLE, add_checksum, verify_checksum
 from cluster.messages import TRAIN, Condition, SampleRequest, ScoredGroup
 from cluster.scheduling.buffer import GroupBuffer
 from cluster.scheduling.in_flight import Ticket
@@ -99,7 +99,7 @@ class Pipeline:
             (iteration, self._buffer.version(iteration), self._packed(iteration))
             for iteration in older
         ]
-        return seal(msgpack.packb(kept)) if kept else b""
+        return add_checksum(msgpack.packb(kept)) if kept else b""
 
     def restore(self, state: bytes) -> None:
         """Inverse of `state`, before `begin`.
@@ -108,7 +108,7 @@ class Pipeline:
             CheckpointError: damaged.
         """
         try:
-            kept = msgpack.unpackb(unseal(state))
+            kept = msgpack.unpackb(verify_checksum(state))
             self._restored = [(int(i), int(v), list(g)) for i, v, g in kept]
         except UNREADABLE as error:
             raise CheckpointError(f"the groups on their way cannot be read: {error}") from error

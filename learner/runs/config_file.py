@@ -13,14 +13,14 @@ RUN = "# run "
 SHA256 = "# sha256 "
 
 
-def seal(text: str, run: str) -> str:
+def add_checksum(text: str, run: str) -> str:
     """A YAML text with its run's identity and its checksum."""
     body = f"{text}{RUN}{run}\n"
     return f"{body}{SHA256}{hashlib.sha256(body.encode()).hexdigest()}\n"
 
 
-def unseal(data: bytes, source: str) -> tuple[str, str]:
-    """Inverse of `seal`: the text and the run.
+def verify_checksum(data: bytes, source: str) -> tuple[str, str]:
+    """Inverse of `add_checksum`: the text and the run.
 
     Args:
         source: the file's name, for errors.

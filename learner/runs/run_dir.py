@@ -17,7 +17,7 @@ from cluster.control.discovery import resume_command
 from cluster.errors import ConfigError, DataError, LockLostError
 from cluster.io.files import AGAIN, RESUME, replacing, writing
 from cluster.io.locks import Lock
-from cluster.io.paths import default_root, expanded
+from cluster.io.paths import default_root, expand_user
 from cluster.io.run_layout import (
     BEST,
     CHECKPOINTS,
@@ -37,7 +37,7 @@ from cluster.io.run_layout import (
 )
 from cluster.io.strict_json import dumps, number
 from learner.config import RunConfig, dump, parse_yaml
-from learner.runs.config_file import seal, unseal
+from learner.runs.config_file import add_checksum, verify_checksum
 
 INITIAL_FILES = (CONFIG, OWNER, LOG)
 """Files of a run that has not done anything yet."""
@@ -112,7 +112,7 @@ class RunDirectory:
         Raises:
             ConfigError: the directory already holds something.
         """
-        path = expanded(run_dir) if run_dir else new_name()
+        path = expand_user(run_dir) if run_dir else new_name()
         cls.check_unused(path)
         run = cls(path)
         run._make_folders()
@@ -146,17 +146,17 @@ class RunDirectory:
             )
 
     @classmethod
-    def adopt(cls, path: Path, sealed: bytes) -> RunDirectory:
+    def adopt(cls, path: Path, config: bytes) -> RunDirectory:
         """Make the directory of a run again, from its configuration as a checkpoint keeps it.
 
         Raises:
             ConfigError: the configuration is damaged.
         """
-        text, identity = unseal(sealed, "the checkpoint's configuration")
+        text, identity = verify_checksum(config, "the checkpoint's configuration")
         parse_yaml(text, "the checkpoint's configuration")
         run = cls(path)
         run._make_folders()
-        run._write_config(seal(text, identity))
+        run._write_config(add_checksum(text, identity))
         return run
 
     def _make_folders(self) -> None:
@@ -213,7 +213,7 @@ class RunDirectory:
     def write_config(self, config: RunConfig) -> None:
         """Write it, under the run's identity (a new one, if there was none)."""
         identity = self.identity if self.config.is_file() else secrets.token_hex(8)
-        self._write_config(seal(dump(config), identity))
+        self._write_config(add_checksum(dump(config), identity))
 
     def _write_config(self, text: str) -> None:
         self.check_owned()
@@ -226,11 +226,11 @@ class RunDirectory:
             data = self.config.read_bytes()
         except OSError as error:
             raise ConfigError(f"{self.config} cannot be read: {error}") from error
-        return unseal(data, str(self.config))
+        return verify_checksum(data, str(self.config))
 
-    def sealed_config(self) -> str:
+    def config_with_checksum(self) -> str:
         """The file as a checkpoint keeps it."""
-        return seal(*self._read_config())
+        return add_checksum(*self._read_config())
 
     def read_evaluation(self) -> dict[str, dict[str, float]]:
         """Rows of the table so far: name -> metrics.

@@ -13,7 +13,7 @@ import msgpack
 from torch import Tensor
 
 from cluster.errors import CheckpointError
-from cluster.io.checksum import UNREADABLE, count, seal, unseal
+from cluster.io.checksum import UNREADABLE, add_checksum, count, verify_checksum
 from cluster.io.files import RESUME, sync, writing
 from cluster.model_files.tensors import write_tensors
 from learner.grpo.entropy import EntropyState
@@ -46,7 +46,7 @@ class LearnerState:
     """Whether each of the newest updates was left out."""
 
     def to_bytes(self) -> bytes:
-        return seal(msgpack.packb(dataclasses.asdict(self)))
+        return add_checksum(msgpack.packb(dataclasses.asdict(self)))
 
     @classmethod
     def read(cls, directory: Path) -> LearnerState:
@@ -57,7 +57,7 @@ class LearnerState:
         """
         file = directory / STATE_FILE
         try:
-            fields = msgpack.unpackb(unseal(file.read_bytes()))
+            fields = msgpack.unpackb(verify_checksum(file.read_bytes()))
             # the first format kept the coefficient alone
             entropy = fields.get("entropy") or {"coefficient": fields["entropy_coef"]}
             state = cls(

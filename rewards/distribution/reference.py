@@ -20,7 +20,7 @@ import scipy.linalg
 
 from cluster.errors import DataError
 from cluster.io.files import replacing
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from rewards.base import FeatureExtractor
 from rewards.distribution.fid import covariance_factor, distance_with_factor
 from rewards.distribution.moments import Covariance, Moments, check_features
@@ -259,7 +259,7 @@ def write_reference(
         "images": np.array(images),
         "ddof": np.array(ddof),
     }
-    write_arrays(expanded(path), arrays | (extra or {}))
+    write_arrays(expand_user(path), arrays | (extra or {}))
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:

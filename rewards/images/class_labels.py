@@ -19,7 +19,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.io.files import split_lines
-from cluster.program.streams import shown
+from cluster.program.streams import escaped
 
 MOST_CLASSES = 1_000_000  # more are no classes: identifiers, dates
 SHOWN = 3  # classes at either end that are told
@@ -92,12 +92,12 @@ def class_numbers(
         other = next(name for name in names if not DECIMAL.fullmatch(name))
         raise DataError(
             f"{where}: some classes are numbers and some are names ({decimal[0]!r}, "
-            f"{shown(other)!r}): {CHOICE}"
+            f"{escaped(other)!r}): {CHOICE}"
         )
     if decimal:
         return _as_numbers(decimal, where)
     _check_counted(names, where)
-    return {name: number for number, name in enumerate(names)}, tuple(map(shown, names))
+    return {name: number for number, name in enumerate(names)}, tuple(map(escaped, names))
 
 
 def _as_numbers(names: list[str], where: str) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -124,11 +124,11 @@ def _as_given(
     for name in names:
         if _composed(name) in composed:
             numbers.setdefault(name, composed[_composed(name)])
-    unknown = [shown(name) for name in names if name not in numbers]
+    unknown = [escaped(name) for name in names if name not in numbers]
     if unknown:
         raise DataError(
             f"{where}: {len(unknown)} classes are not among the {len(given)} of --class-names; the "
-            f"first: {unknown[0]!r}, where the file begins with {shown(given[0])!r}"
+            f"first: {unknown[0]!r}, where the file begins with {escaped(given[0])!r}"
         )
     return numbers, tuple(given)
 
@@ -144,8 +144,8 @@ def _check_accents(names: list[str], where: str) -> None:
     for name in names:
         if before.setdefault(_composed(name), name) != name:
             raise DataError(
-                f"{where}: two classes are called {shown(name)!r}, with accents in their letters "
-                "and apart: put them together"
+                f"{where}: two classes are called {escaped(name)!r}, with accents in their "
+                "letters and apart: put them together"
             )
 
 
@@ -161,8 +161,8 @@ def _check_counted(names: list[str], where: str) -> None:
     for at in range(1, len(names)):
         if keys[at] < keys[at - 1]:
             raise DataError(
-                f"{where}: in alphabetical order {shown(names[at - 1])!r} comes before "
-                f"{shown(names[at])!r}, by their numbers after it: {CHOICE}"
+                f"{where}: in alphabetical order {escaped(names[at - 1])!r} comes before "
+                f"{escaped(names[at])!r}, by their numbers after it: {CHOICE}"
             )
 
 

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cluster.errors import TesseraError
 from cluster.model_files.file_kinds import FileKind, described, file_kind
-from cluster.program.streams import shown
+from cluster.program.streams import escaped
 from rewards.images.class_labels import ClassLabels
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000")
@@ -91,7 +91,7 @@ class _UnusableError(TesseraError):
 
 def decode(name: str, data: bytes | Path) -> Loaded:
     """An encoded image as RGB; see the module."""
-    name = shown(name)
+    name = escaped(name)
     suffix = os.path.splitext(name)[1].lower()
     try:
         with Image.open(
@@ -108,7 +108,7 @@ def decode(name: str, data: bytes | Path) -> Loaded:
             told = "HEIC is not read: convert it"
         elif isinstance(error, UnidentifiedImageError) and isinstance(data, Path):
             told = f"no image that Pillow reads, but {_other(data)}"
-        return Loaded(name, None, shown(told))
+        return Loaded(name, None, escaped(told))
 
 
 def _other(file: Path) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.model_files.file_kinds import REMEDIES, FileKind, file_kind
-from cluster.program.streams import shown
+from cluster.program.streams import escaped
 from rewards.images.class_labels import ClassLabels, class_numbers
 from rewards.images.decoding import SUFFIXES, Loaded, decode, digest
 
@@ -67,7 +67,7 @@ class FolderContents:
         counts = Counter(name.partition("/")[0] for name in self.images if "/" in name)
         splits = [name for name in counts if name.lower() in SPLITS]
         if len(splits) > 1:
-            parts = ", ".join(f"{shown(name)} ({counts[name]})" for name in splits)
+            parts = ", ".join(f"{escaped(name)} ({counts[name]})" for name in splits)
             lines.append(f"images of {len(splits)} splits together: {parts}")
         return tuple(lines)
 
@@ -75,7 +75,7 @@ class FolderContents:
 def shortened(names: list[str]) -> str:
     """The first few names."""
     more = ", ..." if len(names) > NAMED else ""
-    return ", ".join(map(shown, names[:NAMED])) + more
+    return ", ".join(map(escaped, names[:NAMED])) + more
 
 
 def by_reason(left_out: list[str]) -> str:
@@ -90,7 +90,7 @@ def by_reason(left_out: list[str]) -> str:
         f"{entries[0]} and {len(entries) - 1} more like it" if len(entries) > 1 else entries[0]
         for entries in reasons.values()
     ]
-    return ", ".join(map(shown, told[: 2 * NAMED])) + (", ..." if len(told) > 2 * NAMED else "")
+    return ", ".join(map(escaped, told[: 2 * NAMED])) + (", ..." if len(told) > 2 * NAMED else "")
 
 
 def walk(root: Path) -> FolderContents:
@@ -108,8 +108,8 @@ def walk(root: Path) -> FolderContents:
     if all((root / name).is_dir() for name in HUB):
         revisions = sorted(os.listdir(root / "snapshots"))
         raise DataError(
-            f"{shown(root)}: a repository in the cache of the Hugging Face hub: name one of its "
-            f"snapshots, {', '.join(shown(root / 'snapshots' / name) for name in revisions)}"
+            f"{escaped(root)}: a repository in the cache of the Hugging Face hub: name one of "
+            f"its snapshots, {', '.join(escaped(root / 'snapshots' / name) for name in revisions)}"
         )
     return _Walk(root).contents
 
@@ -162,7 +162,7 @@ class _Walk:
                 return sorted(found, key=lambda entry: entry.name)
         except OSError as error:
             raise DataError(
-                f"{shown(self._root / name)}: the folder cannot be listed ({error.strerror}), "
+                f"{escaped(self._root / name)}: the folder cannot be listed ({error.strerror}), "
                 "so nobody knows what is in it: make it readable, or move it away"
             ) from error
 
@@ -265,7 +265,7 @@ class FolderImages:
         self._names = list(contents.images)
         self.remarks = contents.remarks()
         if not self._names:
-            raise DataError(f"{shown(root)}: no images in it or below{_instead(contents)}")
+            raise DataError(f"{escaped(root)}: no images in it or below{_instead(contents)}")
         lines = (f"{name} {size}" for name, size in contents.images.items())
         self.fingerprint = digest(os.fsencode("\n".join(lines)))
 
@@ -278,9 +278,9 @@ class FolderImages:
 
     def classes(self, names: tuple[str, ...] = ()) -> ClassLabels:
         folders = [name.partition("/")[0] if "/" in name else "" for name in self._names]
-        root = shown(self._root)
+        root = escaped(self._root)
         if "" in folders:
-            stray = shown(self._names[folders.index("")])
+            stray = escaped(self._names[folders.index("")])
             raise DataError(
                 f"{root}: classes are the folders right below it, but {stray} is in none"
             )
@@ -294,18 +294,18 @@ class FolderImages:
         Raises:
             DataError: the folders are splits, or one folder that holds the classes.
         """
-        one, found = shown(self._root / folders[0]), sorted(set(folders))
+        one, found = escaped(self._root / folders[0]), sorted(set(folders))
         if all(name.lower() in SPLITS for name in found):
             raise DataError(
-                f"{shown(self._root)}: classes are the folders right below it, but these are "
-                f"splits of a data set ({', '.join(map(shown, found))}): name one, such as {one}"
+                f"{escaped(self._root)}: classes are the folders right below it, but these are "
+                f"splits of a data set ({', '.join(map(escaped, found))}): name one, such as {one}"
             )
         if len(found) > 1:
             return
         below = {name.split("/")[1] if name.count("/") > 1 else "" for name in self._names}
         if len(below) > 1 and "" not in below:
             raise DataError(
-                f"{shown(self._root)}: classes are the folders right below it, and that is one; "
+                f"{escaped(self._root)}: classes are the folders right below it, and that is one; "
                 f"are those below it meant ({shortened(sorted(below))})? Then name {one}"
             )
 

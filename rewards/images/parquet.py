@@ -16,7 +16,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.model_files.file_kinds import image_head
-from cluster.program.streams import shown
+from cluster.program.streams import escaped
 from rewards.images.class_labels import DECIMAL, ClassLabels, class_numbers
 from rewards.images.decoding import Loaded, decode, digest
 
@@ -63,7 +63,7 @@ class ParquetImages:
                 self._column = _image_column(file, parquet, image_column)
             elif self._column not in _candidates(parquet.schema_arrow):
                 raise DataError(
-                    f"{shown(file)}: no column {self._column!r} of images, as {files[0].name} "
+                    f"{escaped(file)}: no column {self._column!r} of images, as {files[0].name} "
                     f"has: found {parquet.schema_arrow.names}; move it away, or name the files' "
                     "folder alone"
                 )
@@ -73,7 +73,7 @@ class ParquetImages:
                 self._groups.append(_RowGroup(first, end, file, start, index))
             described.append(f"{file.name} {metadata.num_rows} {file.stat().st_size}")
         if not end:
-            raise DataError(f"{shown(files[0])}: no rows")
+            raise DataError(f"{escaped(files[0])}: no rows")
         self._count = end
         self.remarks = (*_listing(files, self._column, end), *remarks)
         self.fingerprint = digest(os.fsencode("\n".join([self._column, *described])))
@@ -93,7 +93,7 @@ class ParquetImages:
                 name = f"{group.file} row {row - group.file_first}"
                 data = _encoded(rows[row - group.first])
                 if not data:
-                    yield Loaded(shown(name), None, f"no bytes in column {self._column!r}")
+                    yield Loaded(escaped(name), None, f"no bytes in column {self._column!r}")
                 else:
                     yield decode(name, data)
 
@@ -104,18 +104,18 @@ class ParquetImages:
             columns = parquet.schema_arrow.names
             if name not in columns:
                 raise DataError(
-                    f"{shown(file)}: no column {name!r} of labels: name it with "
+                    f"{escaped(file)}: no column {name!r} of labels: name it with "
                     f"--label-column, found {columns}"
                 )
             theirs = _class_names(parquet.schema_arrow, name)
             if number and theirs != known:
                 raise DataError(
-                    f"{shown(file)}: column {name!r} has other class names than in "
+                    f"{escaped(file)}: column {name!r} has other class names than in "
                     f"{self._files[0].name}: {theirs[:3]} and {known[:3]}, ..."
                 )
             known = theirs
             values += _labels(file, parquet, name)
-        where = f"{shown(self._files[0])}: column {name!r}"
+        where = f"{escaped(self._files[0])}: column {name!r}"
         if isinstance(values[0], str):
             if not all(isinstance(value, str) for value in values):
                 raise DataError(f"{where} holds names in some files, numbers in others")
@@ -180,18 +180,18 @@ def _labels(file: Path, parquet: Any, name: str) -> list[Any]:
         text = any(getattr(pa.types, f"is_{name}")(kind) for name in STRINGS)
         if not (text or pa.types.is_integer(kind)):
             raise DataError(
-                f"{shown(file)}: column {name!r} must hold integers or names, found {kind}"
+                f"{escaped(file)}: column {name!r} must hold integers or names, found {kind}"
             )
         values = column.to_pylist()
         if len(values) != parquet.metadata.num_rows:
             raise ValueError(f"{parquet.metadata.num_rows} rows announced, {len(values)} there")
     if None in values:
         raise DataError(
-            f"{shown(file)}: column {name!r} must hold integers or names, all rows: row "
+            f"{escaped(file)}: column {name!r} must hold integers or names, all rows: row "
             f"{values.index(None)} has none"
         )
     if not text and values and max(values) > np.iinfo(np.int64).max:
-        raise DataError(f"{shown(file)}: column {name!r}: {max(values)} is no class")
+        raise DataError(f"{escaped(file)}: column {name!r}: {max(values)} is no class")
     return values
 
 
@@ -212,7 +212,7 @@ def _explained(file: Path) -> Iterator[None]:
     """What pyarrow raises of a damaged file, as ours."""
     import pyarrow as pa
 
-    where = shown(file)
+    where = escaped(file)
     try:
         yield
     except UnicodeEncodeError as error:
@@ -258,7 +258,7 @@ def _candidates(schema: Any) -> list[str]:
 
 def _image_column(file: Path, parquet: Any, wanted: str) -> str:
     """The column whose first cells are images."""
-    schema, where = parquet.schema_arrow, shown(file)
+    schema, where = parquet.schema_arrow, escaped(file)
     typed = _candidates(schema)
     if wanted and wanted not in typed:
         raise DataError(
@@ -315,5 +315,5 @@ def _listing(files: list[Path], column: str, rows: int) -> tuple[str, ...]:
     """Which files are read: a folder may hold more than one split."""
     if len(files) == 1:
         return ()
-    first, last = shown(files[0].name), shown(files[-1].name)
+    first, last = escaped(files[0].name), escaped(files[-1].name)
     return (f"{rows} rows of {len(files)} Parquet files, {first} to {last}, column {column!r}",)

@@ -19,10 +19,10 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.io.checksum import DAMAGED_ARRAYS
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.model_files.file_kinds import FileKind, described, file_kind, presumed_kind
 from cluster.model_files.tensors import locate
-from cluster.program.streams import shown
+from cluster.program.streams import escaped
 from rewards.base import check_images
 from rewards.images.class_labels import ClassLabels
 from rewards.images.decoding import ImageSource, Loaded, digest
@@ -49,12 +49,14 @@ def open_source(images: str, image_column: str = "", label_column: str = "") -> 
     source = _opened(images, image_column, label_column)
     column = image_column or label_column
     if column and not isinstance(source, ParquetImages):
-        raise DataError(f"{shown(images)}: column {column!r} is of Parquet files, which it is not")
+        raise DataError(
+            f"{escaped(images)}: column {column!r} is of Parquet files, which it is not"
+        )
     return source
 
 
 def _opened(images: str, image_column: str, label_column: str) -> ImageSource:
-    place = expanded(images)
+    place = expand_user(images)
     if place.is_dir():
         return _folder(place, image_column, label_column)
     locate(place)  # a better error, if there is no such file
@@ -66,8 +68,8 @@ def _opened(images: str, image_column: str, label_column: str) -> ImageSource:
         samples.verify()
         return samples
     if kind is FileKind.IMAGE:
-        raise DataError(f"{shown(images)}: one image: name the folder that holds them all")
-    raise DataError(f"{shown(images)}: expected {EXPECTED}, found {described(place)}")
+        raise DataError(f"{escaped(images)}: one image: name the folder that holds them all")
+    raise DataError(f"{escaped(images)}: expected {EXPECTED}, found {described(place)}")
 
 
 def _folder(root: Path, image_column: str, label_column: str) -> ImageSource:
@@ -87,7 +89,7 @@ def _folder(root: Path, image_column: str, label_column: str) -> ImageSource:
     )
     if contents.images and contents.parquet:
         raise DataError(
-            f"{shown(root)}: {len(contents.images)} images ({shortened([*contents.images])}) "
+            f"{escaped(root)}: {len(contents.images)} images ({shortened([*contents.images])}) "
             f"and {len(contents.parquet)} Parquet files ({shortened(contents.parquet)}): which are "
             "meant? Name a folder that holds the one kind alone, or a Parquet file"
         )
@@ -138,7 +140,7 @@ class SampleImages:
         of_images = len(self._shape) == 4 and self._shape[-1] == 3 and min(self._shape) > 0
         if dtype != np.uint8 or not of_images:
             raise DataError(
-                f"{shown(self.path)}: expected images (N, H, W, 3) of uint8, found {dtype} of "
+                f"{escaped(self.path)}: expected images (N, H, W, 3) of uint8, found {dtype} of "
                 f"shape {self._shape}{_conversion(self._shape, dtype)}"
             )
         self.fingerprint = digest(os.fsencode(f"{self.path.name} {self._shape} {size}"))
@@ -155,11 +157,11 @@ class SampleImages:
             data = self._bytes(index, each) if each <= self._size else b""
             if len(data) < each:
                 raise DataError(
-                    f"{shown(self.path)}: cut off: {len(self)} images announced, {index} "
+                    f"{escaped(self.path)}: cut off: {len(self)} images announced, {index} "
                     "there: fetch or write it again"
                 )
             pixels = np.frombuffer(data, np.uint8).reshape(self._shape[1:])
-            yield Loaded(shown(f"{self.path} image {index}"), pixels)
+            yield Loaded(escaped(f"{self.path} image {index}"), pixels)
 
     def verify(self) -> None:
         """Compare the images with the archive's checksum, which reading in stretches cannot do.
@@ -189,7 +191,8 @@ class SampleImages:
 
     def _damaged(self, error: Exception) -> DataError:
         return DataError(
-            f"{shown(self.path)}: not a readable array of images ({error}): fetch or write it again"
+            f"{escaped(self.path)}: not a readable array of images ({error}): fetch or write it "
+            "again"
         )
 
     def classes(self, names: tuple[str, ...] = ()) -> ClassLabels:
@@ -200,7 +203,7 @@ class SampleImages:
                 found, values = file.files, file.get(CLASSES)
         except DAMAGED_ARRAYS as error:
             raise self._damaged(error) from error
-        where = shown(self.path)
+        where = escaped(self.path)
         if values is None:
             raise DataError(f"{where}: no classes, array {CLASSES!r}; found {found}")
         if values.shape != (len(self),) or values.dtype.kind not in "iu":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError, nearest
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.model_files.tensors import PACKAGE, locate
 from cluster.model_files.torchvision_ops import ensure_torchvision
 from rewards.networks.open_clip_configs import (
@@ -117,7 +117,7 @@ def directory_of(model: str) -> Path | None:
     """
     if model.startswith((PACKAGE, LOCAL_DIR)):
         return locate(model.removeprefix(LOCAL_DIR), directory=True)
-    path = expanded(model)
+    path = expand_user(model)
     return path if path.is_dir() else None
 
 

@@ -30,13 +30,13 @@ import tyro
 from cluster.errors import ConfigError, DataError, TesseraError
 from cluster.io.checksum import DAMAGED_ARRAYS
 from cluster.io.locks import locked_file
-from cluster.io.paths import expanded, output_path
+from cluster.io.paths import expand_user, output_path
 from cluster.io.strict_json import dumps
-from cluster.program.console import FAILED, INTERRUPTED, REFUSED, counting
+from cluster.program.console import FAILED, INTERRUPTED, REFUSED, progress_bar
 from cluster.program.help import answer_help
 from cluster.program.invocation import command_of
-from cluster.program.signals import STOPPING, handled_by, interrupt
-from cluster.program.streams import shown
+from cluster.program.signals import STOPPING, interrupt, signal_handler
+from cluster.program.streams import escaped
 from rewards.base import FeatureExtractor
 from rewards.distribution.joint import class_table
 from rewards.images.class_labels import described, read_class_names
@@ -152,7 +152,7 @@ def read_conditions(config: ReferenceConfig, source: ImageSource) -> Conditions:
     classes, table, rows, names = None, None, None, tuple[str, ...]()
     num_classes = config.num_classes
     if config.labels or config.joint == "classes":
-        given = read_class_names(expanded(config.class_names)) if config.class_names else ()
+        given = read_class_names(expand_user(config.class_names)) if config.class_names else ()
         labels = source.classes(given)
         classes, names = labels.indices, labels.names
         if num_classes and labels.count > num_classes:
@@ -303,7 +303,7 @@ def build(plan: Plan) -> ReferenceSums:
     total, saved = len(plan.source), time.monotonic()
     stretches = parts(config, plan.source, plan.extractor, sums.cursor)
     try:
-        with closing(stretches), counting("reference", total, "images", sums.cursor) as advance:
+        with closing(stretches), progress_bar("reference", total, "images", sums.cursor) as advance:
             for part in stretches:
                 if part.unreadable and not config.skip_unreadable:
                     name, error = part.unreadable[0]
@@ -330,7 +330,7 @@ def describe(plan: Plan, sums: ReferenceSums) -> list[str]:
     lines = [*sums.notes]
     lines += [
         f"{sums.images} images, {sums.dim} dimensions, features "
-        f"{plan.extractor.fingerprint}: {shown(plan.config.out)}"
+        f"{plan.extractor.fingerprint}: {escaped(plan.config.out)}"
     ]
     if sums.skipped:
         names = ", ".join(sums.skipped_first)
@@ -363,7 +363,7 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         config = replace(config, out=output_path(config.out, "--out"))
         config.check()
-        with handled_by(interrupt), locked_file(config.out, f"--out {config.out}"):
+        with signal_handler(interrupt), locked_file(config.out, f"--out {config.out}"):
             plan = prepare(config)
             for line in announce(plan):
                 print(line)

@@ -19,7 +19,7 @@ from types import ModuleType
 
 from cluster.errors import ConfigError
 from cluster.io.files import MIB
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 
 PREFIX = "tessera_reward_"
 LARGEST = MIB  # of a file that is kept in every checkpoint
@@ -71,7 +71,7 @@ def read_file(name: str) -> RewardFile:
     Raises:
         ConfigError: no such file, not Python, or too large.
     """
-    path = expanded(name).absolute()
+    path = expand_user(name).absolute()
     what = f"rewards.extra: {name}"
     if not path.is_file():
         found = "a directory" if path.is_dir() else "no such file"

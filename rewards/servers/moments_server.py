@@ -17,7 +17,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from cluster.errors import CheckpointError, DataError
-from cluster.io.checksum import UNREADABLE, pack_array, seal, unpack_array, unseal
+from cluster.io.checksum import UNREADABLE, add_checksum, pack_array, unpack_array, verify_checksum
 from cluster.spans import Span
 from rewards.distribution.config import MomentsConfig
 from rewards.distribution.diagnostics import (
@@ -229,7 +229,7 @@ class MomentsServer:
             fields["pending_share"] = basis.share
         if self._answer is not None:
             fields["answer"] = self._answer.packed()
-        return seal(msgpack.packb(fields))
+        return add_checksum(msgpack.packb(fields))
 
     def restore(self, state: bytes) -> None:
         """Inverse of `state`; the next commit repeats the last one or is a later iteration.
@@ -238,7 +238,7 @@ class MomentsServer:
             CheckpointError: not such a state, or of the other kind of history.
         """
         try:
-            fields = msgpack.unpackb(unseal(state), strict_map_key=False)
+            fields = msgpack.unpackb(verify_checksum(state), strict_map_key=False)
             key = (fields.get("run", ""), int(fields["iteration"]))  # version 0.1 had no runs
             found = "sliding" if "window" in fields else "ema"
             history = _unpack_history(fields)

@@ -24,7 +24,7 @@ import scipy.linalg
 
 from cluster.errors import DataError
 from cluster.io.checksum import DAMAGED_ARRAYS
-from cluster.io.paths import expanded
+from cluster.io.paths import expand_user
 from cluster.model_files.file_kinds import FileKind, file_kind
 from cluster.model_files.tensors import locate
 from rewards.images.sources import read_header
@@ -161,7 +161,7 @@ def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
         CheckpointError: no such file.
         DataError: a file of another kind, with what to do, or a damaged one.
     """
-    if expanded(path).is_dir():
+    if expand_user(path).is_dir():
         raise DataError(
             f"{path}: expected a file of statistics, found a folder: if it holds images, build "
             f"their reference: {build_command(path)}"

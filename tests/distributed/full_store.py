@@ -9,7 +9,7 @@ import sys
 
 from cluster.errors import TesseraError
 from cluster.ray_backend.fleet import RayFleet
-from cluster.ray_session.object_store import StoreNeed, explained
+from cluster.ray_session.object_store import StoreNeed, explain_store_full
 from cluster.ray_session.session import RayConfig, RaySession
 from cluster.roles import FleetPlan, Resources, Role
 from tests.distributed.stubs import IMAGES, Large, requests
@@ -30,7 +30,7 @@ def main() -> None:
     try:
         with (
             RaySession(RayConfig(num_cpus=1, object_store_memory=0.08)) as session,
-            explained(need, session.object_store),
+            explain_store_full(need, session.object_store),
             RayFleet(plan, session) as fleet,
         ):
             fleet.sample_images(requests(2))

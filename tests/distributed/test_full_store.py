@@ -15,7 +15,7 @@ FULL = {
         {"RAY_local_fs_capacity_threshold": "0.000001"},  # Ray takes any disk for a full one
         (
             "StoreFullError: sampler: no room for it in the object store, nor on the disk",
-            "The store has 80 MB; the run needs 2 groups on their way, (S + 1) P, with 0.12 GB",
+            "The store has 80 MB; the run needs 2 groups in flight, (S + 1) P, with 0.12 GB",
         ),
     ),
     "memory": (

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.control.control_actor import Control, FleetStatus, find_control
+from cluster.control.control_actor import ControlActor, FleetStatus, find_control_actor
 from cluster.errors import FleetError, TesseraError
 from cluster.fleet import InlineFleet
 from cluster.ray_backend.fleet import RayFleet
@@ -204,7 +204,7 @@ def test_scaling_by_hand_while_it_runs(ray_session: RaySession, logged: list[str
     config = small_config(iterations=400, rewards={"extra": extra})
     with RayFleet(fleet_plan(config), ray_session, run="by-hand") as fleet:
         running = Background(config, fleet)
-        name, control = find_control("")
+        name, control = find_control_actor("")
         assert name == "by-hand"
         status = scale(control, {"reward-server": 3, "sampler": 3}, timeout_s=60)
         assert [pool.serving for pool in status.pools] == [3, 3]
@@ -312,8 +312,11 @@ def test_bad_images_are_answered_with_errors_and_the_server_lives(ray_session: R
 
 
 def test_the_control_actor_passes_wishes_once() -> None:
-    control = Control()
-    assert [control.ask("sampler", 2), control.ask("reward-server", 4)] == [1, 2]
-    wishes = control.exchange(FleetStatus(restarts=3))
-    assert [(wish.role, wish.count) for wish in wishes] == [("sampler", 2), ("reward-server", 4)]
+    control = ControlActor()
+    assert [control.scale("sampler", 2), control.scale("reward-server", 4)] == [1, 2]
+    requests = control.exchange(FleetStatus(restarts=3))
+    assert [(request.role, request.count) for request in requests] == [
+        ("sampler", 2),
+        ("reward-server", 4),
+    ]
     assert control.exchange(FleetStatus()) == []

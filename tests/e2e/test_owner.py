@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.io.locks import look
+from cluster.io.locks import read_lock
 from cluster.io.processes import Holder
 from cluster.io.run_layout import LOG, OWNER
 from learner.monitoring.metrics import read_metrics
@@ -58,7 +58,7 @@ def test_a_run_and_who_else_wants_its_directory(
             time.sleep(0.1)
 
         process.send_signal(signal.SIGSTOP)  # a machine that sleeps, while another one takes over
-        found = look(run / OWNER)
+        found = read_lock(run / OWNER)
         assert found is not None
         assert found.holder is not None
         assert found.holder.pid == process.pid

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.io.run_layout import WHEREABOUTS
+from cluster.io.run_layout import DISCOVERY_FILE
 from cluster.ray_session.address import is_loopback
 from tests.small_run import flags
 
@@ -48,7 +48,7 @@ class Job:
             self.process = subprocess.Popen(
                 line, stdout=console, stderr=console, env=self._environment
             )
-        self._wait_for((self.run / WHEREABOUTS).is_file)
+        self._wait_for((self.run / DISCOVERY_FILE).is_file)
         early = self.command("cluster.status", "--run", "night")
         self.early = None if self.place()["address"] else early
         metrics = self.run / "metrics.jsonl"
@@ -72,7 +72,7 @@ class Job:
         )
 
     def place(self) -> dict[str, Any]:
-        return json.loads((self.run / WHEREABOUTS).read_text())
+        return json.loads((self.run / DISCOVERY_FILE).read_text())
 
     def token(self) -> Path:
         return self.home / ".ray" / "auth_token"
@@ -195,7 +195,7 @@ def test_status_then_stop_then_resume(job: Job) -> None:
     again = job.command("cluster.stop", "--run", str(job.run))
     assert again.returncode == 1
     assert "no run is active" in again.stderr
-    assert not (job.run / WHEREABOUTS).exists()
+    assert not (job.run / DISCOVERY_FILE).exists()
     ended = job.command("cluster.scale", "--run", "night", "--samplers", "1")
     assert ended.returncode == 1
     newest = f"it has ended; newest checkpoint: step_{done + 1:06d}"

@@ -179,11 +179,11 @@ def test_groups_on_their_way() -> None:
     """Each group is read when a run begins; here it is packed into the pipeline's state."""
     import msgpack
 
-    from cluster.io.checksum import seal
+    from cluster.io.checksum import add_checksum
 
     asked: SampleRequest = scored_group({"clip": [0.1, 0.2]}).rollouts.request
     packed = pack_group(scored_group({"clip": [0.1, 0.2]}))
-    good = seal(msgpack.packb([(3, 2, [packed])]))
+    good = add_checksum(msgpack.packb([(3, 2, [packed])]))
 
     def read(data: bytes) -> object:
         pipeline = Pipeline(small_config(max_staleness=1), None)  # type: ignore[arg-type]

@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean 'tessera {near[0]}'?" if near else "see 'tessera --help'"
         return _show(f"error: there is no command {name!r}: {hint}", REFUSED)
-    hidden = claim()
+    hidden = import_own_packages()
     started = importlib.import_module("cluster.program.invocation")
-    started.begin(_working_directory_last(), hidden=hidden)
+    started.begin_by_name(_working_directory_last(), hidden=hidden)
     program = importlib.import_module("cluster.program.start")
     return int(program.run_command(COMMANDS[name][0], rest))
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _show(text: str, status: int = 0) -> int:
     """Print a text, or what is wrong, as every command does where nobody reads it; returns the exit
     status."""
-    claim()
+    import_own_packages()
     with importlib.import_module("cluster.program.streams").safe_streams(output_is_all=True):
         print(text, file=sys.stderr if status else sys.stdout)
     return status
@@ -65,7 +65,7 @@ def usage() -> str:
     )
 
 
-def claim() -> bool:
+def import_own_packages() -> bool:
     """Have the four packages imported from beside this one, also in Ray's workers; returns whether
     others of their names come before them."""
     home = next(
@@ -80,7 +80,7 @@ def claim() -> bool:
     assert spec.loader is not None
     own: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(own)
-    return bool(own.claim(home))
+    return bool(own.import_own_packages(home))
 
 
 def _working_directory_last() -> str:

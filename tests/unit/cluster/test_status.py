@@ -16,12 +16,12 @@ import pytest
 from rich.console import Console
 
 from cluster.control.control_actor import (
-    Control,
+    ControlActor,
     FleetStatus,
     PoolStatus,
     Progress,
-    StopWish,
-    Wish,
+    ScaleRequest,
+    StopRequest,
     WorkerStatus,
 )
 from cluster.io.processes import Holder
@@ -124,12 +124,15 @@ def test_the_actor_answers_by_itself_and_says_how_old_its_news_are(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("cluster.control.control_actor.time.monotonic", lambda: now)
-    control = Control()
+    control = ControlActor()
     assert control.status().age_s is None
-    assert control.ask("sampler", 3) == 1
+    assert control.scale("sampler", 3) == 1
     assert control.stop(True) == 2
     wishes = control.exchange(STATUS)
-    assert wishes == [Wish(number=1, role="sampler", count=3), StopWish(number=2, checkpoint=True)]
+    assert wishes == [
+        ScaleRequest(number=1, role="sampler", count=3),
+        StopRequest(number=2, checkpoint=True),
+    ]
     assert control.exchange(STATUS) == []
     now = 107.0
     assert control.status().age_s == 7

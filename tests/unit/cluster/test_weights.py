@@ -187,9 +187,9 @@ def test_a_manifest_of_another_snapshot_is_refused() -> None:
 
 def test_another_format_is_refused() -> None:
     snapshot = pack_weights(state(), 2)
-    sealed = {**msgpack.unpackb(snapshot.manifest), "format": 1}
+    manifest = {**msgpack.unpackb(snapshot.manifest), "format": 1}
     with pytest.raises(CheckpointError, match="has format 1, expected 2: learner and samplers run"):
-        open_snapshot(dataclasses.replace(snapshot, manifest=msgpack.packb(sealed)))
+        open_snapshot(dataclasses.replace(snapshot, manifest=msgpack.packb(manifest)))
 
 
 def test_bf16_on_the_wire_rounds_floats_alone() -> None:

@@ -19,19 +19,19 @@ import pytest
 from cluster import scale, status, stop
 from cluster.control.discovery import (
     LastRunError,
-    Place,
-    announced,
+    RunLocation,
     check_alive,
+    discovery_file,
+    find_run,
     left_behind,
-    locate_run,
-    not_on_cluster,
+    not_on_cluster_error,
     resume_command,
 )
 from cluster.errors import FleetError
 from cluster.io import user_files
 from cluster.io.locks import locked
 from cluster.io.processes import Holder, process_lives
-from cluster.io.run_layout import OWNER, WHEREABOUTS
+from cluster.io.run_layout import DISCOVERY_FILE, OWNER
 
 
 @pytest.fixture(autouse=True)
@@ -72,27 +72,27 @@ def write(directory: Path, **changes: object) -> Path:
         "pid": os.getpid(),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / WHEREABOUTS).write_text(json.dumps({**found, **changes}))
+    (directory / DISCOVERY_FILE).write_text(json.dumps({**found, **changes}))
     return directory
 
 
 def test_a_run_says_where_it_is_while_it_runs(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
-    with announced(tmp_path) as at:
-        place = locate_run(str(tmp_path), "")
+    with discovery_file(tmp_path) as at:
+        place = find_run(str(tmp_path), "")
         assert (place.address, place.pid) == ("", os.getpid())
         at("10.0.0.1:6379")
-        place = locate_run(str(tmp_path), "")
-        assert place == Place(
+        place = find_run(str(tmp_path), "")
+        assert place == RunLocation(
             tmp_path.name,
             "10.0.0.1:6379",
             tmp_path,
             socket.gethostname(),
             os.getpid(),
-            str(tmp_path / WHEREABOUTS),
+            str(tmp_path / DISCOVERY_FILE),
         )
     with pytest.raises(FleetError, match=f"no run is active in {tmp_path}: it has ended"):
-        locate_run(str(tmp_path), "")
+        find_run(str(tmp_path), "")
 
 
 def test_a_run_that_was_killed_is_known_by_its_process(tmp_path: Path, gone: int) -> None:
@@ -100,7 +100,7 @@ def test_a_run_that_was_killed_is_known_by_its_process(tmp_path: Path, gone: int
     with pytest.raises(
         FleetError, match=r"it was killed\. Go on with\n  python -m learner\.run"
     ) as e:
-        check_alive(locate_run(str(directory), ""))
+        check_alive(find_run(str(directory), ""))
     assert str(e.value).endswith(f"--resume --run-dir {directory}")
 
 
@@ -108,12 +108,12 @@ def test_or_by_its_cluster(tmp_path: Path, closed: int) -> None:
     """Its process number may belong to another program by now, or to another machine."""
     for changes in ({}, {"host": "elsewhere"}):
         directory = write(tmp_path / "night", address=f"127.0.0.1:{closed}", **changes)
-        place = locate_run(str(directory), "")
+        place = find_run(str(directory), "")
         message = "it was killed" if not changes else "is on elsewhere, with a Ray that listens"
         with pytest.raises(FleetError, match=message):
             check_alive(place)
     with pytest.raises(FleetError, match=f"no Ray cluster answers at 127.0.0.1:{closed}"):
-        check_alive(locate_run("night", f"127.0.0.1:{closed}"))
+        check_alive(find_run("night", f"127.0.0.1:{closed}"))
 
 
 def test_without_a_name_the_newest_that_lives_is_found(
@@ -123,20 +123,20 @@ def test_without_a_name_the_newest_that_lives_is_found(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(FleetError, match="no run is active under runs or"):
-        locate_run("", "")
+        find_run("", "")
     with pytest.raises(FleetError, match="there is no run 'night' under runs or"):
-        locate_run("night", "")
+        find_run("night", "")
     lives = write(tmp_path / "runs" / "lives")
     dead = write(tmp_path / "runs" / "dead", pid=gone)
-    os.utime(lives / WHEREABOUTS, (1, 1))
-    found = locate_run("", "").directory
+    os.utime(lives / DISCOVERY_FILE, (1, 1))
+    found = find_run("", "").directory
     assert found is not None
     assert found.name == "lives"
-    (lives / WHEREABOUTS).unlink()
+    (lives / DISCOVERY_FILE).unlink()
     with pytest.raises(FleetError, match="it was killed"):
-        locate_run("", "")
+        find_run("", "")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert locate_run("night", "") == Place("night", "10.0.0.1:6379", source="$RAY_ADDRESS")
+    assert find_run("night", "") == RunLocation("night", "10.0.0.1:6379", source="$RAY_ADDRESS")
     assert dead.is_dir()
 
 
@@ -145,10 +145,10 @@ def test_one_that_hangs_is_not_taken_for_killed(tmp_path: Path) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         directory = write(tmp_path, address=f"127.0.0.1:{listener.getsockname()[1]}")
-        place = locate_run(str(directory), "")
+        place = find_run(str(directory), "")
         with pytest.raises(FleetError, match="says nothing for 3 s"):
             check_alive(place)
-    check_alive(Place("night", "auto"))
+    check_alive(RunLocation("night", "auto"))
 
 
 @pytest.mark.parametrize("command", [scale.main, status.main, stop.main])
@@ -171,13 +171,13 @@ def test_damaged_files_and_odd_names(tmp_path: Path) -> None:
     first.mkdir(parents=True)
     endless = '{"run": "a", "token_authentication": 0, "pid": 1e999}'
     for damage in ('{"run": 1', "", "[" * 100_000, endless):  # a power cut leaves an empty one
-        (first / WHEREABOUTS).write_text(damage)
+        (first / DISCOVERY_FILE).write_text(damage)
         with locked(first, "x"), pytest.raises(FleetError, match="cannot be read"):
-            locate_run(str(first), "")
+            find_run(str(first), "")
         with pytest.raises(LastRunError, match="it has ended"):
-            locate_run(str(first), "")
+            find_run(str(first), "")
     with pytest.raises(FleetError, match=r"there is no directory \.\./other"):
-        locate_run("../other", "")
+        find_run("../other", "")
 
 
 def test_what_is_left(tmp_path: Path) -> None:
@@ -202,19 +202,19 @@ def active(directory: Path, **changes: object) -> Path:
     """The directory of a run that this process drives."""
     write(directory, **changes)
     (directory / "config.yaml").touch()
-    user_files.remember_run(directory)
+    user_files.record_run(directory)
     return directory
 
 
 def ended(directory: Path, *steps: int) -> Path:
-    (active(directory) / WHEREABOUTS).unlink()
+    (active(directory) / DISCOVERY_FILE).unlink()
     for step in steps:
         (directory / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
     return directory
 
 
 def found(run: str) -> Path:
-    place = locate_run(run, "")
+    place = find_run(run, "")
     assert place.directory is not None
     return place.directory
 
@@ -223,12 +223,12 @@ def test_a_run_is_found_by_name_wherever_its_directory_lies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`--run-dir /shared/runs/first`, then `cluster.scale --run first` from another shell."""
-    with announced(tmp_path / "shared" / "runs" / "first") as at:
+    with discovery_file(tmp_path / "shared" / "runs" / "first") as at:
         at("10.0.0.1:6379")
         elsewhere = tmp_path / "elsewhere"
         (elsewhere / "first").mkdir(parents=True)  # a folder of the name that holds no run
         monkeypatch.chdir(elsewhere)
-        assert locate_run("first", "").address == "10.0.0.1:6379"
+        assert find_run("first", "").address == "10.0.0.1:6379"
         assert found("") == tmp_path / "shared" / "runs" / "first"
 
 
@@ -239,13 +239,13 @@ def test_a_name_that_several_active_runs_have_is_not_guessed(
     places = [active(tmp_path / folder / "first") for folder in ("my shared", "b")]
     active(tmp_path / "killed" / "first", pid=gone)
     with pytest.raises(FleetError, match="several runs named 'first' are active") as error:
-        locate_run("first", "")
+        find_run("first", "")
     assert f"--run '{places[0]}'" in str(error.value)  # with a blank in it
     assert f"--run {places[1]}" in str(error.value)
     assert "killed" not in str(error.value)
     assert found(str(places[1])) == places[1]
     with pytest.raises(FleetError, match="several runs are active: choose one"):
-        locate_run("", "")
+        find_run("", "")
     here = active(tmp_path / "runs" / "here")
     assert found("").resolve() == here
 
@@ -267,27 +267,27 @@ def test_after_an_end_the_last_run_is_named_with_how_to_go_on(
     os.utime(tmp_path / "before" / "config.yaml", (1, 1))
     for run in ("my last", str(last), ""):
         with pytest.raises(FleetError, match="has ended; newest checkpoint: step_000010") as error:
-            locate_run(run, "")
+            find_run(run, "")
         assert str(error.value).endswith(f"--resume --run-dir '{last}'")
     with pytest.raises(FleetError, match="newest checkpoint: none yet"):
-        locate_run("before", "")
+        find_run("before", "")
     (last / "report.html").touch()
     with pytest.raises(FleetError, match=r"has ended, and left .*report\.html"):
-        locate_run("my last", "")
+        find_run("my last", "")
 
 
 def test_a_cluster_without_the_run_is_told_with_what_ended(tmp_path: Path) -> None:
     """The cluster outlives its runs; a run that lives, on another one, is no end."""
     error = FleetError("no run named 'first' on this cluster: no run is active there")
-    assert not_on_cluster("first", error) is error
+    assert not_on_cluster_error("first", error) is error
     directory = ended(tmp_path / "first", 4)
-    assert str(not_on_cluster("first", error)).startswith(
+    assert str(not_on_cluster_error("first", error)).startswith(
         f"{error}; no run is active in {directory}"
     )
-    assert "newest checkpoint: step_000004" in str(not_on_cluster("", error))
-    assert not_on_cluster("second", error) is error
+    assert "newest checkpoint: step_000004" in str(not_on_cluster_error("", error))
+    assert not_on_cluster_error("second", error) is error
     active(directory)
-    assert not_on_cluster("first", error) is error
+    assert not_on_cluster_error("first", error) is error
 
 
 def test_a_run_in_one_process_has_no_fleet(tmp_path: Path) -> None:
@@ -296,12 +296,12 @@ def test_a_run_in_one_process_has_no_fleet(tmp_path: Path) -> None:
         locked(tmp_path / "first", "the run directory"),
         pytest.raises(FleetError, match=rf"one process \(--inline\).*process {os.getpid()} on"),
     ):
-        locate_run("first", "")
+        find_run("first", "")
 
 
 def test_a_directory_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(FleetError, match="holds no run"):
-        locate_run(str(tmp_path / "home"), "")
+        find_run(str(tmp_path / "home"), "")
 
 
 def test_a_process_number_that_went_to_another_program(tmp_path: Path) -> None:
@@ -311,10 +311,10 @@ def test_a_process_number_that_went_to_another_program(tmp_path: Path) -> None:
     earlier = Holder(**{**asdict(mine), "started": "1"})
     (directory / OWNER).write_bytes(earlier.to_bytes())
     with pytest.raises(FleetError, match="it was killed"):
-        check_alive(locate_run(str(directory), ""))
+        check_alive(find_run(str(directory), ""))
     (directory / OWNER).write_bytes(mine.to_bytes())
     with pytest.raises(FleetError, match="it was killed"):
-        check_alive(locate_run(str(directory), ""))  # its port is closed
+        check_alive(find_run(str(directory), ""))  # its port is closed
 
 
 @pytest.mark.parametrize("command", [scale.main, status.main, stop.main])
@@ -380,11 +380,11 @@ def test_runs_are_remembered_where_the_user_may_write(
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setenv("HOME", "/proc/nowhere")
     directory = active(tmp_path / "first")
-    assert user_files.remembered_runs() == [directory]
+    assert user_files.recorded_runs() == [directory]
     (private,) = temporary.iterdir()
     assert private.stat().st_mode & 0o777 == 0o700
     private.chmod(0o777)  # anybody could have put something there
-    assert user_files.remembered_runs() == []
+    assert user_files.recorded_runs() == []
 
 
 def test_no_place_to_remember_a_run_is_noted(
@@ -392,16 +392,16 @@ def test_no_place_to_remember_a_run_is_noted(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
     monkeypatch.setenv("HOME", "/proc/nowhere")
-    user_files.remember_run(tmp_path)
+    user_files.record_run(tmp_path)
     assert "found by its directory, but not by its name" in caplog.text
 
 
 def test_only_the_newest_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user_files, "KEPT", 3)
+    monkeypatch.setattr(user_files, "MAX_RECORDS", 3)
     for number in range(5):
-        user_files.remember_run(active(tmp_path / f"run{number}"))
+        user_files.record_run(active(tmp_path / f"run{number}"))
         time.sleep(0.02)
-    names = [path.name for path in user_files.remembered_runs()]
+    names = [path.name for path in user_files.recorded_runs()]
     assert names == ["run4", "run3", "run2"]
     (tmp_path / "run3").rename(tmp_path / "moved")
-    assert [path.name for path in user_files.remembered_runs()] == ["run4", "run2"]
+    assert [path.name for path in user_files.recorded_runs()] == ["run4", "run2"]

@@ -17,7 +17,7 @@ import pytest
 
 from cluster.errors import LockHeldError, LockLostError
 from cluster.io import locks
-from cluster.io.locks import Sight, acquire, judge, locked, look, owner_of
+from cluster.io.locks import LockState, acquire, lock_verdict, locked, owner_of, read_lock
 from cluster.io.processes import Holder, process_start, this_machine
 from cluster.io.run_layout import OWNER
 
@@ -140,8 +140,8 @@ def test_a_suspended_owner_on_this_machine_keeps_it(owner: tuple, quick: None) -
 )
 def test_a_lock_of_another_machine_is_watched(age_s: float, watched_s: float, verdict: str) -> None:
     theirs = replace(Holder.this_process(), machine="other")
-    assert judge(Sight("t", 0, theirs), age_s, watched_s) == verdict
-    assert judge(Sight("t", 0, None), age_s, watched_s) == verdict  # damaged, or being written
+    assert lock_verdict(LockState("t", 0, theirs), age_s, watched_s) == verdict
+    assert lock_verdict(LockState("t", 0, None), age_s, watched_s) == verdict  # damaged or partial
 
 
 def test_same_host_name_and_number_in_another_container_is_another_machine(quick: None) -> None:
@@ -149,7 +149,7 @@ def test_same_host_name_and_number_in_another_container_is_another_machine(quick
     assert mine.machine == this_machine()
     twin = replace(mine, machine="other boot", token="0" * 16)
     assert not twin.here
-    assert judge(Sight("t", 0, twin), 0.0, 0.0) == "watch"
+    assert lock_verdict(LockState("t", 0, twin), 0.0, 0.0) == "watch"
 
 
 def test_a_far_owner_that_renews_is_refused_at_the_next_renewal(
@@ -175,7 +175,7 @@ def test_a_far_owner_that_renews_is_refused_at_the_next_renewal(
     finally:
         ended.set()
         thread.join()
-    assert look(path).token == holder.token
+    assert read_lock(path).token == holder.token
     assert contents(tmp_path) == [OWNER]
 
 
@@ -224,9 +224,9 @@ def test_any_content_is_read(content: bytes) -> None:
 
 def test_the_heartbeat_renews(tmp_path: Path, quick: None) -> None:
     with acquire(tmp_path / OWNER, "A") as lock:
-        first = look(lock.path).renewed_ns
+        first = read_lock(lock.path).renewed_ns
         deadline = time.monotonic() + WAIT_S
-        while look(lock.path).renewed_ns == first:
+        while read_lock(lock.path).renewed_ns == first:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
@@ -244,7 +244,7 @@ def test_an_owner_notices_that_it_is_none_any_more(tmp_path: Path, quick: None, 
     assert ("process 1 on node7" in str(caught.value)) == (how == "taken over")
     lock.release()
     if how == "taken over":  # and leaves the other's lock alone
-        assert look(lock.path).token == theirs.token
+        assert read_lock(lock.path).token == theirs.token
         assert contents(tmp_path) == [OWNER]
 
 
@@ -258,7 +258,7 @@ def race(directory: Path, go: Path, count: int = 8) -> None:
         assert sorted(said) == ["owns", *["refused"] * (count - 1)]
         assert contents(directory) == [OWNER]
         winner = processes[said.index("owns")]
-        assert look(directory / OWNER).holder.pid == winner.pid
+        assert read_lock(directory / OWNER).holder.pid == winner.pid
     finally:
         for process in processes:
             process.communicate("\n", timeout=WAIT_S)

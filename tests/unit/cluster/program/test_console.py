@@ -13,13 +13,13 @@ import pytest
 from rich.table import Table
 
 from cluster import status
-from cluster.program.console import counting, make_console
+from cluster.program.console import make_console, progress_bar
 
 ROOT = Path(__file__).parents[4]
 SHOW = """
-from cluster.program.console import counting, make_console
+from cluster.program.console import progress_bar, make_console
 make_console().print("[bold]name[/bold] :smile: 'a' 1")
-with counting("[red]task", 2, "images") as advance:
+with progress_bar("[red]task", 2, "images") as advance:
     advance(1), advance(1)
 print(make_console().is_terminal)
 """
@@ -60,7 +60,7 @@ def test_a_file_gets_lines_whatever_the_environment_says(
     table.add_row("[/] :smile: [link=x]")
     make_console().print(table)
     status.console().print("[bold]run")
-    with counting("[red]task", 2, "images") as advance:
+    with progress_bar("[red]task", 2, "images") as advance:
         advance(1)
         advance(1)
     assert "\x1b" not in out.getvalue() + error.getvalue()

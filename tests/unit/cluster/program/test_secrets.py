@@ -9,7 +9,7 @@ import pytest
 
 from cluster.control.discovery import check_run_name
 from cluster.errors import ConfigError
-from cluster.program.secrets import check_environment, equipped, secret_variables
+from cluster.program.secrets import check_environment, secret_variables, with_environment
 from learner.config import dump, validate
 from learner.run import main
 from rewards.scorers.user_rewards import parse_user_reward
@@ -59,10 +59,10 @@ def test_a_role_has_its_variables_before_it_is_built(monkeypatch: pytest.MonkeyP
             self.found = (config, os.environ["TESSERA_TEST_TOKEN"])
 
     monkeypatch.setenv("TESSERA_TEST_TOKEN", "before")
-    made = equipped(Role, {"TESSERA_TEST_TOKEN": HIDDEN})
+    made = with_environment(Role, {"TESSERA_TEST_TOKEN": HIDDEN})
     assert made.__name__ == "Role"
     assert made("a").found == ("a", HIDDEN)
-    assert equipped(Role, {}) is Role
+    assert with_environment(Role, {}) is Role
 
 
 POOLS = {"rewards": {"extra": ["tests.stand_ins:Environment=0.1,variable=X,pool=apart"]}}
@@ -116,7 +116,10 @@ def test_a_worker_of_a_cluster_works_where_the_driver_does(
     package.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shared").mkdir()
-    assert equipped(Here, {}, directory=str(tmp_path / "nowhere"))().found == tmp_path
-    assert equipped(Here, {}, directory=str(tmp_path / "shared"))().found == tmp_path / "shared"
+    assert with_environment(Here, {}, directory=str(tmp_path / "nowhere"))().found == tmp_path
+    assert (
+        with_environment(Here, {}, directory=str(tmp_path / "shared"))().found
+        == tmp_path / "shared"
+    )
     monkeypatch.chdir(package)  # of its pool
-    assert equipped(Here, {}, directory=str(tmp_path / "shared"))().found == package
+    assert with_environment(Here, {}, directory=str(tmp_path / "shared"))().found == package

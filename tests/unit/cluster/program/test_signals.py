@@ -14,7 +14,7 @@ import pytest
 
 from cluster.errors import LostWhileStoppingError
 from cluster.program import signals
-from cluster.program.signals import INSISTING, STOPPING, StopFlag, handled_by, held
+from cluster.program.signals import STOPPING, URGENT, StopFlag, deferred_signals, signal_handler
 from cluster.scheduling.restarts import RestartBudget
 
 LIMIT_S = 60.0
@@ -36,13 +36,13 @@ def until(condition: object) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", INSISTING)
+@pytest.mark.parametrize("number", URGENT)
 def test_the_first_signal_asks_and_the_second_interrupts(
     number: signal.Signals, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = StopFlag()
     stop.begin()
-    with handled_by(stop.handle):
+    with signal_handler(stop.handle):
         assert not stop()
         os.kill(os.getpid(), number)
         until(stop)
@@ -60,7 +60,7 @@ def _kill_and_wait(number: signal.Signals) -> None:
     time.sleep(LIMIT_S)
 
 
-@pytest.mark.parametrize("number", [each for each in STOPPING if each not in INSISTING])
+@pytest.mark.parametrize("number", [each for each in STOPPING if each not in URGENT])
 def test_a_warning_ends_nothing_at_once(
     number: signal.Signals, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,10 +111,10 @@ def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         stop = StopFlag()
-        for block in (handled_by(stop.handle), held()):
+        for block in (signal_handler(stop.handle), deferred_signals()):
             with block:
                 os.kill(os.getpid(), signal.SIGHUP)
-                time.sleep(3 * signals.LOOK_S)
+                time.sleep(3 * signals.POLL_S)
         assert not stop()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
@@ -123,15 +123,15 @@ def test_nohup_is_respected() -> None:
 
 HELD = """
 import os, signal, subprocess, sys, time
-from cluster.program.signals import STOPPING, StopFlag, handled_by, held, interrupt
+from cluster.program.signals import STOPPING, StopFlag, signal_handler, deferred_signals, interrupt
 found = []
 def until(count):
     deadline = time.monotonic() + 30
     while len(found) < count and time.monotonic() < deadline: time.sleep(0.01)
 show = "import signal; print(*map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
 for number in STOPPING:
-    with handled_by(lambda number, frame: found.append(("ours", number))):
-        with held():
+    with signal_handler(lambda number, frame: found.append(("ours", number))):
+        with deferred_signals():
             signal.signal(number, lambda number, frame: found.append(("theirs", number)))
             os.kill(os.getpid(), number)
             until(1)
@@ -142,7 +142,7 @@ for number in STOPPING:
     assert set(map(int, blocked.split())) >= set(STOPPING), blocked
     found.clear()
 try:
-    with handled_by(interrupt), held():
+    with signal_handler(interrupt), deferred_signals():
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
             time.sleep(0.02)
@@ -150,7 +150,7 @@ try:
 except KeyboardInterrupt:
     stop = StopFlag()
     try:
-        with handled_by(stop.handle), held():
+        with signal_handler(stop.handle), deferred_signals():
             for number in (signal.SIGTERM, signal.SIGHUP):
                 os.kill(os.getpid(), number)
                 time.sleep(0.01)
@@ -160,11 +160,11 @@ except KeyboardInterrupt:
 """
 SHIELDED = """
 import multiprocessing, os, signal, subprocess, sys, time
-from cluster.program.signals import STOPPING, shielded
+from cluster.program.signals import STOPPING, ignoring_signals
 class Role:
     def __init__(self, config, name): self.name = name
 signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # as below a private Ray
-role = shielded(Role)(None, name="sampler-0")
+role = ignoring_signals(Role)(None, name="sampler-0")
 for number in STOPPING: os.kill(os.getpid(), number)
 assert (role.name, type(role).__name__) == ("sampler-0", "Role")
 started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])

@@ -20,8 +20,8 @@ from cluster.ray_session.address import (
     GcsAnswer,
     check_answer,
     current_cluster,
-    greet,
     parse_address,
+    probe,
     temp_root,
     why_not_joined,
     written_address,
@@ -147,10 +147,10 @@ def server(
 
 def test_a_grpc_server_is_let_pass() -> None:
     with server(lambda connection: connection.sendall(SETTINGS)) as port:
-        greet(Address("127.0.0.1", port))
-        greet(Address("localhost", port))
+        probe(Address("127.0.0.1", port))
+        probe(Address("localhost", port))
     with server(lambda c: c.sendall(SETTINGS), socket.AF_INET6, "::1") as port:
-        greet(parse_address(f"[::1]:{port}", "--ray.address"))
+        probe(parse_address(f"[::1]:{port}", "--ray.address"))
 
 
 def closes(connection: socket.socket) -> None:
@@ -175,7 +175,7 @@ def breaks_off(connection: socket.socket) -> None:
 )
 def test_what_else_listens_is_named(talk: Callable[[socket.socket], None], found: str) -> None:
     with server(talk) as port, pytest.raises(FleetError, match=found) as error:
-        greet(Address("127.0.0.1", port, f"${VARIABLE}"), wait_s=0.5)
+        probe(Address("127.0.0.1", port, f"${VARIABLE}"), wait_s=0.5)
     assert str(error.value).startswith(
         f"no Ray cluster answers at 127.0.0.1:{port} ($RAY_ADDRESS): "
     )
@@ -195,14 +195,14 @@ def test_where_nothing_listens(source: str, advice: str) -> None:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     with pytest.raises(FleetError, match=f"Connection refused.*{advice}"):
-        greet(Address("127.0.0.1", port, source))
+        probe(Address("127.0.0.1", port, source))
 
 
 def test_an_unknown_name() -> None:
     with pytest.raises(FleetError, match=r"the name 'no-such-host\.invalid' is not known here"):
-        greet(Address("no-such-host.invalid", 6379))
+        probe(Address("no-such-host.invalid", 6379))
     with pytest.raises(FleetError, match="is not known here"):
-        greet(Address("a" * 70 + ".b", 6379))  # longer than a name may be
+        probe(Address("a" * 70 + ".b", 6379))  # longer than a name may be
 
 
 def test_whoever_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,10 +216,10 @@ def test_whoever_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(socket, "create_connection", dropped)
     start = time.monotonic()
     with pytest.raises(FleetError, match=r"no connection within 0\.5 s; is the machine up"):
-        greet(Address("127.0.0.1", 6379), wait_s=0.5)
+        probe(Address("127.0.0.1", 6379), wait_s=0.5)
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     with pytest.raises(FleetError, match=r"no connection within 0\.5 s"):
-        greet(Address("head", 6379), wait_s=0.5)
+        probe(Address("head", 6379), wait_s=0.5)
     assert time.monotonic() - start < 20
 
 

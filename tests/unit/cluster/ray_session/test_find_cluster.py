@@ -45,7 +45,7 @@ def closed() -> int:
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[GcsAnswer]:
     """Clusters answer everywhere, with these in turn; the last one stays."""
     answers = [WELCOME]
-    monkeypatch.setattr(session, "greet", lambda address: None)
+    monkeypatch.setattr(session, "probe", lambda address: None)
     monkeypatch.setattr(
         private, "ask_gcs", lambda *_: answers.pop(0) if len(answers) > 1 else answers[0]
     )

@@ -14,9 +14,9 @@ from cluster.ray_session.object_store import (
     StoreFullError,
     StoreNeed,
     check_store,
-    explained,
+    explain_store_full,
+    format_bytes,
     memory_full,
-    size,
     store_full,
 )
 from cluster.ray_session.session import RayConfig
@@ -42,7 +42,7 @@ def test_store_by_hand() -> None:
     assert NEED.total == 4_000_000_000
     assert check_store(NEED, 4_000_000_000) == ""
     note = check_store(NEED, 3_999_999_999)
-    assert "20 groups on their way, (S + 1) P, with 50 MB of images each" in note
+    assert "20 groups in flight, (S + 1) P, with 50 MB of images each" in note
     assert "3 snapshots of weights of 1 GB: 4 GB" in note
     assert check_store(NEED, 1_050_000_000)
     with pytest.raises(FleetError, match=r"store has 1\.05 GB, but one snapshot .* has 1 GB"):
@@ -51,12 +51,12 @@ def test_store_by_hand() -> None:
 
 def test_errors_say_what_holds_how_much() -> None:
     error = store_full("sampler-1", RuntimeError("Local disk is full\nmore"))
-    with pytest.raises(StoreFullError) as caught, explained(NEED, 80_000_000):
+    with pytest.raises(StoreFullError) as caught, explain_store_full(NEED, 80_000_000):
         raise error
     text = str(caught.value)
     assert text.startswith("sampler-1: no room for it in the object store")
     assert "(Local disk is full)" in text
-    assert "The store has 80 MB; the run needs 20 groups on their way" in text
+    assert "The store has 80 MB; the run needs 20 groups in flight" in text
     assert "--ray.object-store-memory" in text
     assert "(1 worker(s) were killed)" in str(
         memory_full("learner", RuntimeError("1 worker(s) were killed\nTop 10 users"))
@@ -65,7 +65,7 @@ def test_errors_say_what_holds_how_much() -> None:
 
 @pytest.mark.parametrize(("number", "text"), [(83e6, "83 MB"), (2.5e9, "2.5 GB"), (1e8, "0.1 GB")])
 def test_sizes(number: float, text: str) -> None:
-    assert size(number) == text
+    assert format_bytes(number) == text
 
 
 @pytest.mark.parametrize(

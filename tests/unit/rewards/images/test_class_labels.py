@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import ConfigError, DataError
-from cluster.program.streams import shown
+from cluster.program.streams import escaped
 from learner.data.conditions import DIGITS
 from learner.rollouts.feature_space import read_moments
 from rewards.distribution.fid import frechet_distance
@@ -366,7 +366,7 @@ def test_any_names_have_one_number_each_or_none() -> None:
         assert len(set(numbers.values())) == len(numbers)
         decimal = all(name.isascii() and name.isdecimal() for name in found)
         for name, number in numbers.items():
-            assert names[number] == shown(name)
+            assert names[number] == escaped(name)
             assert not decimal or int(name) == number
     assert 0 < refused < 1000
 

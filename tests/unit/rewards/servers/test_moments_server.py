@@ -10,7 +10,7 @@ import pytest
 import threadpoolctl
 
 from cluster.errors import CheckpointError, DataError
-from cluster.io.checksum import unseal
+from cluster.io.checksum import verify_checksum
 from rewards.distribution.config import MomentsConfig
 from rewards.distribution.diagnostics import bias_constant
 from rewards.distribution.diagonal import diagonal_distance
@@ -114,7 +114,7 @@ def test_another_run_may_go_on_from_a_checkpoint(server: MomentsServer) -> None:
 
 def test_states_of_the_first_version_are_read(server: MomentsServer) -> None:
     server.commit(3, features(12, 2), ALL)
-    state = msgpack.unpackb(unseal(server.state()), strict_map_key=False)
+    state = msgpack.unpackb(verify_checksum(server.state()), strict_map_key=False)
     old = msgpack.packb({"moments": state["moments"], "iteration": 3})
     restored = make_server(seeded=False)
     restored.restore(old)

@@ -33,7 +33,7 @@ from cluster.ray_session.session import RayConfig
 from learner import run
 from learner.run_target import RunTarget
 from learner.runs.run_dir import RunDirectory
-from rewards.distribution import reference
+from rewards import reference
 from tests.small_run import small_config
 
 Usage = namedtuple("Usage", "total used free")

@@ -41,9 +41,8 @@ def adopt_invocation(invocation: Invocation) -> None:
     """Do as the program that was started so; for its workers, too."""
     global _current
     if invocation.by_name and not _current.by_name:
-        import_own_packages(
-            Path(__file__).resolve().parents[1]
-        )  # an editable install comes after the whole path
+        home = Path(__file__).resolve().parents[2]
+        import_own_packages(home)  # an editable install comes after the whole path
     _current = invocation
     if invocation.directory and invocation.directory not in sys.path:
         sys.path.append(invocation.directory)

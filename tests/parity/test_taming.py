@@ -150,12 +150,19 @@ def test_condition_tokens(policy: TamingGPT, reference: Reference) -> None:
     assert torch.equal(found, expected)
 
 
-def test_decoding_images(loaded: Loaded, reference: Reference) -> None:
-    codes = loaded.codes(reference, "decode/codes")
-    check_images(reference, loaded.tokenizer(codes), loaded.image_bound)
+@pytest.fixture(scope="module")
+def images(loaded: Loaded, reference: Reference) -> Tensor:
+    return loaded.tokenizer(loaded.codes(reference, "decode/codes"))
 
 
-def test_levels(loaded: Loaded, reference: Reference) -> None:
+def test_decoding_images(loaded: Loaded, images: Tensor, reference: Reference) -> None:
+    check_images(reference, images, loaded.image_bound)
+
+
+def test_levels(
+    loaded: Loaded, images: Tensor, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded.tokenizer, "forward", lambda _: images)
     check_levels(reference, loaded.tokenizer.pixels(loaded.codes(reference, "decode/codes")))
 
 

@@ -162,7 +162,7 @@ def test_a_console_that_fails_is_no_traceback(asked: list[str]) -> None:
     assert both.returncode == one.returncode
 
 
-@pytest.mark.parametrize("command", ["run", "stop"])
+@pytest.mark.parametrize("command", ["stop", pytest.param("run", marks=pytest.mark.slow)])
 def test_commands_call_themselves_by_the_users_name(tmp_path: Path, command: str) -> None:
     found = start(tmp_path, "-m", "tessera_rl", command, "--help")
     assert found.returncode == 0, found.stderr

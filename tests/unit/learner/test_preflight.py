@@ -413,21 +413,20 @@ def test_a_reference_that_fits_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("features", "dim"),
+    ("covariance", "features", "dim"),
     [
-        ({"network": "convnet"}, 64),
-        ({"network": "pixels"}, 64),
-        ({"network": "inception"}, 2048),
-        ({"network": "torchvision-inception"}, 2048),
-        ({"network": "dinov2", "model": "vit_tiny_patch16_224"}, 192),
-        ({"network": "clip"}, 512),
-        ({"network": "clip", "model": "ViT-L-14", "checkpoint": "openai"}, 768),
-        ({"network": "clip", "model": "./clip"}, 96),
+        ("full", {"network": "convnet"}, 64),
+        ("full", {"network": "pixels"}, 64),
+        ("diagonal", {"network": "inception"}, 2048),
+        ("diagonal", {"network": "torchvision-inception"}, 2048),
+        ("full", {"network": "dinov2", "model": "vit_tiny_patch16_224"}, 192),
+        ("diagonal", {"network": "clip"}, 512),
+        ("diagonal", {"network": "clip", "model": "ViT-L-14", "checkpoint": "openai"}, 768),
+        ("full", {"network": "clip", "model": "./clip"}, 96),
     ],
 )
-@pytest.mark.parametrize("covariance", ["full", "diagonal"])
 def test_a_reference_of_another_dimension(
-    features: dict[str, str], dim: int, covariance: str
+    covariance: str, features: dict[str, str], dim: int
 ) -> None:
     """A file of another tool names no network: its dimension alone tells. No weights are here."""
     Path("clip").mkdir()

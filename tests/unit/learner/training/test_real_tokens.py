@@ -195,4 +195,4 @@ def test_damaged_tokens(kind: str, tmp_path: Path) -> None:
         same = np.array_equal(found.tokens, TOKENS) and np.array_equal(found.classes, CLASSES)
         return same or kind == "parquet"  # which has no checksum
 
-    check_reader(path, read, 500, good=good)
+    check_reader(path, read, 150, good=good)

@@ -31,12 +31,12 @@ def error(s: Scene, decay: float, some: int | None = None) -> float:
 @pytest.mark.parametrize(("dim", "count"), [(8, 16), (64, 160), (64, 24), (64, 65), (16, 2)])
 def test_equals_the_definition(dim: int, count: int, decay: float) -> None:
     s = scene(dim, count, history=5 * dim)
-    assert error(s, decay, some=24 if count > 24 else None) <= TARGET
+    assert error(s, decay, some=8 if count > 24 else None) <= TARGET
     _, fid = leave_one_out_fid(s.x, s.moments, s.reference, decay)
     assert fid == pytest.approx(Oracle(s, decay).fid(s.x), rel=1e-9)
 
 
-@pytest.mark.parametrize("condition", [1e2, 1e8, 1e14])
+@pytest.mark.parametrize("condition", [1e2, pytest.param(1e8, marks=pytest.mark.slow), 1e14])
 @pytest.mark.parametrize("alike", [True, False])
 def test_singular_and_steep_covariances(condition: float, alike: bool) -> None:
     """Any of history, batch, mixture and reference may be short of full rank, by one or by far."""

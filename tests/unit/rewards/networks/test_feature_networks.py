@@ -281,7 +281,7 @@ def test_small_networks_name_the_images_they_cannot_take() -> None:
 @pytest.mark.parametrize(
     "network",
     [
-        "inception",
+        pytest.param("inception", marks=pytest.mark.slow),
         "clip",
         pytest.param("torchvision-inception", marks=pytest.mark.slow),
         pytest.param("dinov2", marks=pytest.mark.slow),

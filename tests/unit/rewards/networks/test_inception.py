@@ -24,7 +24,12 @@ from rewards.networks.resize import resize_tensorflow
 from tests.file_rows import reads
 
 TOLERANCE = 1e-4
-SIZES = [(299, 299), (256, 256), (512, 384), (8, 8), (2, 2)]
+SIZES = [
+    (299, 299),
+    (512, 384),
+    (8, 8),
+    *(pytest.param(size, marks=pytest.mark.slow) for size in ((256, 256), (2, 2))),
+]
 
 
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -196,7 +201,7 @@ def torchvision_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @reads("rewards/README.md", "torchvision's `inception_v3_google-*.pth`")
-@pytest.mark.parametrize("size", [(299, 299), (256, 256), (512, 384), (2, 2)])
+@pytest.mark.parametrize("size", SIZES)
 def test_torchvision_features(
     size: tuple[int, int], torchvision_weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -356,7 +356,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize(
+    "count", [3, 4, 16, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5, 8))]
+)
 def test_an_old_decomposition_serves_every_commit_exactly(count: int, used: list[int]) -> None:
     """A quarter of the dimensions is 16 images. 4 of them are the presets' 128 of 2,048 dimensions,
     8 their 256."""

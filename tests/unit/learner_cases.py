@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from actors.checkpoints.loading import PolicyConfig
 from actors.decoding.decode import decode_tokens, rollout_uniforms, token_logprobs
@@ -69,10 +72,27 @@ def weights(learner: Learner) -> torch.Tensor:
     return torch.from_numpy(learner.snapshot().buffer.copy()).view(torch.float32)
 
 
-def gradient(learner: Learner, batch: TrainingBatch) -> torch.Tensor:
-    """Of the whole batch, before it is limited; all trained parameters in a row."""
-    learner._optimizer.zero_grad()
-    prepared, _ = learner._passes.prepare(batch, proximal=False)
-    learner._accumulate(prepared, len(batch.tokens), len(batch.tokens))
-    trained = [p for p in learner._policy.module.parameters() if p.requires_grad]
-    return torch.cat([p.grad.flatten().clone() for p in trained])
+@contextmanager
+def optimizer_steps(look: Callable[[torch.optim.Optimizer], object]) -> Iterator[None]:
+    """Look at the optimizer just before each of its steps."""
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: look(optimizer))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def gradient(learner: Learner, batch: TrainingBatch, limit: float = 1.0) -> torch.Tensor:
+    """Of the whole batch, all trained parameters in a row, as the step on it finds it: that is, one
+    step is taken.
+
+    limit: the learner's `max_grad_norm`; it is undone.
+    """
+    found: list[torch.Tensor] = []
+    with optimizer_steps(lambda of: found.extend(p.grad.flatten() for p in parameters(of))):
+        norm = learner.step(batch).metrics["loss/grad_norm"]
+    return torch.cat(found) * max(1.0, (norm + 1e-6) / limit)

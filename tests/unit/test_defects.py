@@ -26,13 +26,21 @@ from learner.checkpoints.store import CheckpointStore
 from learner.fleet_plan import fleet_plan
 from learner.grpo.loss import LossConfig, clipped_surrogate
 from learner.runs.run_dir import RunDirectory
-from learner.training.learner import Learner
 from learner.training.optimizer import OptimizerConfig
 from rewards.combine import Combiner
 from rewards.distribution.fid import frechet_distance
 from rewards.distribution.moments import Moments
 from tests.small_run import run_training, small_config
-from tests.unit.learner_cases import batch_of, gradient, make, tiny_policy_file
+from tests.unit.learner.training.test_policy import gradients, trained
+from tests.unit.learner_cases import (
+    batch_of,
+    gradient,
+    make,
+    optimizer_steps,
+    parameters,
+    tiny_policy_file,
+    weights,
+)
 
 STEPS, LR = 50, 1e-5
 
@@ -80,9 +88,8 @@ def test_4_bf16_passes_over_fp32_weights_move_what_bf16_weights_leave_still(
     )
     learner = make(policy_file, optimizer=config, iterations=STEPS, max_staleness=STEPS)
     batch = batch_of(learner)
-    slope = gradient(learner, batch).bfloat16()
-    start = flat(learner)
-    learner._optimizer.zero_grad()
+    slope = gradient(make(policy_file, optimizer=config), batch).bfloat16()
+    start = weights(learner)
     for _ in range(STEPS):
         learner.step(batch)
     pure = start.bfloat16().requires_grad_(True)
@@ -93,36 +100,39 @@ def test_4_bf16_passes_over_fp32_weights_move_what_bf16_weights_leave_still(
     large = (start.abs() >= 2**-7) & (slope != 0)
     assert large.sum() > 10_000
     assert torch.equal(pure.detach()[large], start.bfloat16()[large])  # the defect
-    moved = (flat(learner) - start).abs()[large]
+    moved = (weights(learner) - start).abs()[large]
     assert moved.mean() > 0.5 * STEPS * LR
     assert (moved > 2 * LR).float().mean() > 0.9
-    rounded = flat(learner).bfloat16() != start.bfloat16()
+    rounded = weights(learner).bfloat16() != start.bfloat16()
     assert rounded[large].float().mean() > 0.2  # samplers see it, too, if they round to bf16
 
 
 def test_4_bf16_keeps_weights_gradients_and_state_in_fp32(policy_file: str) -> None:
     learner = make(policy_file, optimizer=OptimizerConfig(precision="bf16", microbatch=8))
-    batch = batch_of(learner)
-    metrics = learner.step(batch).metrics
-    module = learner._policy.module
-    assert {p.dtype for p in module.parameters()} == {torch.float32}
-    assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
-    assert {t.dtype for t in learner._optimizer.tensors().values()} == {torch.float32}
+    seen: list[torch.dtype] = []
+
+    def look(optimizer: torch.optim.Optimizer) -> None:
+        state = [tensor for kept in optimizer.state.values() for tensor in kept.values()]
+        for p in parameters(optimizer):
+            seen.extend((p.dtype, p.grad.dtype))
+        seen.extend(tensor.dtype for tensor in state)
+
+    with optimizer_steps(look):
+        metrics = learner.step(batch_of(learner)).metrics
+        learner.step(batch_of(learner, 1))  # the optimizer has a state now
+    assert set(seen) == {torch.float32}
     assert 1e-4 < metrics["policy/logprob_gap"] < 0.2  # it did compute in bf16
-
-
-def flat(learner: Learner) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in learner._policy.module.parameters()])
 
 
 def test_5_nothing_is_dropped_in_a_logprob_pass(policy_file: str) -> None:
     """Not even in train mode: passes repeat to the bit, with the conditions they were given."""
-    learner = make(policy_file)
-    assert not learner._policy.module.training
-    batch = batch_of(learner)
-    first = gradient(learner, batch)
-    learner._policy.module.train()
-    assert torch.equal(gradient(learner, batch), first)
+    policy = trained(policy_file)
+    assert not policy.module.training
+    first = {name: found.clone() for name, found in gradients(policy).items()}
+    policy.module.zero_grad()
+    policy.module.train()
+    again = gradients(policy)
+    assert all(torch.equal(again[name], found) for name, found in first.items())
 
 
 def test_7_the_history_starts_at_full_scale() -> None:

@@ -110,8 +110,14 @@ def test_a_heartbeat_is_missed_by_time_listened_to(monkeypatch: pytest.MonkeyPat
     beats = heartbeat.Heartbeat(10.0, listening)
     role = Role(name="sampler", factory=object, config=None, resources=Resources())
 
-    monkeypatch.setattr(heartbeat, "call_inside", lambda handle, function, group: object())
-    one, two = (Worker(role, index, handle=None) for index in range(2))
+    asked: dict[str, list[object]] = {"one": [], "two": []}
+
+    def call_inside(handle: str, function: object, group: str) -> object:
+        asked[handle].append(object())
+        return asked[handle][-1]
+
+    monkeypatch.setattr(heartbeat, "call_inside", call_inside)
+    one, two = (Worker(role, index, handle=name) for index, name in enumerate(asked))
     assert beats.unresponsive([one, two]) == []
     clock.now += 600
     listening.look()
@@ -119,12 +125,12 @@ def test_a_heartbeat_is_missed_by_time_listened_to(monkeypatch: pytest.MonkeyPat
     for _ in range(17):
         clock.now += 0.5
         listening.look()
-        answered.extend(ref for who, (ref, _) in beats._asked.items() if who is one)
+        answered.extend(asked["one"])
         assert beats.unresponsive([one, two]) == []
     for _ in range(4):
         clock.now += 0.5
         listening.look()
-        answered.extend(ref for who, (ref, _) in beats._asked.items() if who is one)
+        answered.extend(asked["one"])
         found = beats.unresponsive([one, two])
         if found:
             break

@@ -191,15 +191,12 @@ def test_an_update_that_is_not_finite_is_left_out(policy_file: str) -> None:
     learner.start(base_entropy=2.9)
     assert learner.step(batch_of(learner)).metrics["guards/skipped_updates"] == 0
     weights_before = weights(learner).clone()
-    optimizer = {name: tensor.clone() for name, tensor in learner._optimizer.tensors().items()}
     report = learner.step(broken(learner, 1))
     assert report.version == 2
     assert report.metrics["guards/skipped_updates"] == 1
     assert math.isnan(report.metrics["loss/surrogate"])
     assert torch.equal(weights(learner), weights_before)
-    for name, tensor in learner._optimizer.tensors().items():
-        assert torch.equal(tensor, optimizer[name]), name
-    whole = make(policy_file)  # which never saw the broken batch
+    whole = make(policy_file)  # whose optimizer never saw the broken batch
     whole.start(base_entropy=2.9)
     whole.step(batch_of(whole))
     batch = batch_of(learner, 2)

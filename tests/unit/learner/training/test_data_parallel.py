@@ -24,12 +24,22 @@ from learner.training.learner import Learner
 from learner.training.lora import LoraConfig
 from learner.training.optimizer import OptimizerConfig
 from learner.training.real_tokens import RealTokensConfig
+from tests.unit.helpers import tiny_policy
 from tests.unit.learner.training.test_learner_options import off_policy
 from tests.unit.learner.training.test_policy import FAMILIES, gradients, trained
 from tests.unit.learner.training.test_real_tokens import CLASSES, TOKENS
-from tests.unit.learner_cases import batch_of, gradient, make, tiny_policy_file, weights
+from tests.unit.learner_cases import (
+    batch_of,
+    gradient,
+    make,
+    optimizer_steps,
+    parameters,
+    tiny_policy_file,
+    weights,
+)
 
 STEPS = 3
+LIMIT = 0.05  # of the gradient's norm, so that it binds
 SIZES = [2, pytest.param(3, marks=pytest.mark.slow)]
 MASKED = LossConfig(ratio_to="proximal", mask_low=0.6, mask_high=1.8)
 WEIGHTED = LossConfig(aggregation="sequence-ratio", ratio_to="proximal", importance_cap=1.1)
@@ -66,7 +76,7 @@ def learner_of(folder: Path, case: dict, microbatch: int = 8) -> Learner:
         microbatch=case.get("microbatch", microbatch),
         updates_per_iteration=case.get("updates", 1),
         minibatches=case.get("parts", 1),
-        max_grad_norm=0.05,  # so that it binds
+        max_grad_norm=LIMIT,
         **case.get("options", {}),
     )
     real = RealTokensConfig(
@@ -83,18 +93,38 @@ def train(learner: Learner, case: dict) -> list[dict[str, float]]:
     return [learner.step(draw(learner, at, case["rows"], **given)).metrics for at in range(STEPS)]
 
 
-def share_snapshots(learner: Learner) -> Learner:
-    """Give every learner of a group the first one's snapshot: tests draw rollouts from it."""
-    own = learner.snapshot
+class Place:
+    """One process's place in a group. It is taken anew for every learner: a process can be in one
+    group at a time."""
 
-    def of_the_first() -> WeightSnapshot:
-        found = [own()]
-        assert bool(open_snapshot(found[0]).tensors) == learner._dp_group.first
-        torch.distributed.broadcast_object_list(found, 0)
-        return found[0]
+    def __init__(self, rank: int, size: int, addresses: list[str]) -> None:
+        self._rank, self._size, self._addresses = rank, size, iter(addresses)
 
-    learner.snapshot = of_the_first
-    return learner
+    def learner(self, folder: Path, case: dict) -> Learner:
+        """A member of the group, which gives out the first one's snapshots: tests draw rollouts
+        from them."""
+        made = learner_of(folder, case)
+        own, rank = made.snapshot, self._rank
+
+        def of_the_first() -> WeightSnapshot:
+            found = [own()]
+            assert bool(open_snapshot(found[0]).tensors) == (rank == 0)
+            torch.distributed.broadcast_object_list(found, 0)
+            return found[0]
+
+        made.snapshot = of_the_first
+        self.leave()
+        made.join(self._rank, self._size, next(self._addresses))
+        return made
+
+    def dp_group(self) -> DataParallelGroup:
+        self.leave()
+        return join(self._rank, self._size, next(self._addresses), "cpu", timeout_s=60.0)
+
+    def leave(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # nobody leaves while another still reads from it
+            torch.distributed.destroy_process_group()
 
 
 def family_gradients(
@@ -110,69 +140,64 @@ def family_gradients(
     return found
 
 
-def one_broken_step(learner: Learner, dp_group: DataParallelGroup) -> dict:
+def one_broken_step(learner: Learner) -> dict:
     """A step on rollouts of which the first learner has one without a finite advantage; then a
     sound one."""
-    share_snapshots(learner)._join_group(dp_group)
     batch, before = batch_of(learner, 0, 8), weights(learner)
     advantages = np.where(np.arange(8) == 0, np.nan, batch.advantages).astype(np.float32)
-    broken = learner.step(dataclasses.replace(batch, advantages=advantages))
+    taken: list[torch.optim.Optimizer] = []
+    with optimizer_steps(taken.append):
+        broken = learner.step(dataclasses.replace(batch, advantages=advantages))
     untouched = torch.equal(weights(learner), before)
-    steps = len(learner._optimizer._adamw.state)
     sound = learner.step(batch_of(learner, 1, 8))
     return {
         "broken": broken.metrics["guards/skipped_updates"],
         "untouched": untouched,
-        "optimizer states": steps,
+        "optimizer steps": len(taken),
         "sound": sound.metrics["guards/skipped_updates"],
         "moved": not torch.equal(weights(learner), before),
     }
 
 
-def member(rank: int, size: int, address: str, folder: Path) -> None:
+def kept_by(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Numbers that this learner has of the weights, their gradients and averages of these."""
+    own, states = parameters(optimizer), optimizer.state.values()
+    return {
+        "weights": sum(p.to_local().numel() for p in own),
+        "gradients": sum(p.grad.to_local().numel() for p in own),
+        "averages": sum(state["exp_avg"].to_local().numel() for state in states),
+    }
+
+
+def member(rank: int, size: int, addresses: list[str], folder: Path) -> None:
     """One learner of a group, in a process of its own."""
     torch.set_num_threads(1)
     results: dict = {}
-    dp_group: DataParallelGroup | None = None
+    place = Place(rank, size, addresses)
     for name, case in (CASES | ROUNDED).items():
-        learner = share_snapshots(learner_of(folder, case))
-        if dp_group is None:  # a process joins one group, for all cases
-            learner.join(rank, size, address)
-            dp_group = learner._dp_group
-        else:
-            learner._join_group(dp_group)
+        learner = place.learner(folder, case)
         results[name] = {"metrics": train(learner, case)}
         torch.save(weights(learner), folder / f"{size}-{rank}-{name}.pt")
         (folder / f"saved-{size}-{name}").mkdir(exist_ok=True)
         learner.save(folder / f"saved-{size}-{name}")
-    learner = share_snapshots(learner_of(folder, CASES["plain"]))
-    learner._join_group(dp_group)
-    prepared, _ = learner._passes.prepare(off_policy(learner), proximal=False)
-    learner._accumulate(prepared, 8, learner._dp_group.max_local(np.arange(8), 8))
-    results["norm"] = learner._optimizer.limit()
-    named = learner._optimizer._named.items()
-    whole = dp_group.gather({name: p.grad for name, p in named})
-    torch.save(whole, folder / f"{size}-{rank}-gradient.pt")
+    learner, parts = place.learner(folder, CASES["plain"]), []
+    with optimizer_steps(lambda of: parts.extend(p.grad.full_tensor() for p in parameters(of))):
+        results["norm"] = learner.step(off_policy(learner)).metrics["loss/grad_norm"]
+    torch.save(torch.cat([part.flatten() for part in parts]), folder / f"{size}-{rank}-gradient.pt")
     learner.restore(folder / "saved-1-plain")
-    learner.step(batch_of(learner, STEPS, 8))
+    with optimizer_steps(lambda of: results.update(kept=kept_by(of))):
+        learner.step(batch_of(learner, STEPS, 8))
     torch.save(weights(learner), folder / f"{size}-{rank}-resumed.pt")
-    states = learner._optimizer._adamw.state.values()
-    results["kept"] = {
-        "weights": sum(p.to_local().numel() for p in learner._policy.module.parameters()),
-        "gradients": sum(p.grad.to_local().numel() for _, p in named),
-        "averages": sum(state["exp_avg"].to_local().numel() for state in states),
-    }
-    adapted = share_snapshots(learner_of(folder, CASES["adapters"]))
-    adapted._join_group(dp_group)
+    adapted = place.learner(folder, CASES["adapters"])
     adapted.restore(folder / "saved-1-adapters")
     torch.save(weights(adapted), folder / f"{size}-{rank}-adapted.pt")
-    results["skipped"] = one_broken_step(learner_of(folder, CASES["plain"]), dp_group)
+    results["skipped"] = one_broken_step(place.learner(folder, CASES["plain"]))
+    dp_group = place.dp_group()
     for options in FAMILY_OPTIONS:
         found = family_gradients(folder, dp_group, **options)
         torch.save(found, folder / f"{size}-{rank}-{sorted(options)}.pt")
     (folder / f"{size}-{rank}.json").write_text(json.dumps(results))
-    torch.distributed.barrier()  # nobody leaves while another still reads from it
-    torch.distributed.destroy_process_group()
+    place.leave()
 
 
 @pytest.fixture(scope="module")
@@ -204,10 +229,11 @@ def size(request: pytest.FixtureRequest) -> int:
 def folder(alone: Path, size: int) -> Path:
     """The same cases by a group. Its processes are forked from one that has imported everything."""
     multiprocessing.set_forkserver_preload([__name__, "torch._dynamo", "peft"])
-    store, address = open_rendezvous("127.0.0.1", size)
-    arguments = (size, address, alone)
+    joins = len(CASES | ROUNDED) + 4
+    stores, addresses = zip(*(open_rendezvous("127.0.0.1", size) for _ in range(joins)))
+    arguments = (size, addresses, alone)
     torch.multiprocessing.start_processes(member, arguments, size, start_method="forkserver")
-    del store
+    del stores
     return alone
 
 
@@ -250,7 +276,7 @@ def test_every_family_can_be_divided(folder: Path, size: int, options: dict) -> 
 
 def test_a_group_leaves_an_update_out_together(folder: Path, size: int) -> None:
     """Also those whose own rollouts are sound."""
-    left_out = {"broken": 1, "untouched": True, "optimizer states": 0, "sound": 0, "moved": True}
+    left_out = {"broken": 1, "untouched": True, "optimizer steps": 0, "sound": 0, "moved": True}
     for rank in range(size):
         assert of(folder, size, rank)["skipped"] == left_out, rank
 
@@ -258,20 +284,20 @@ def test_a_group_leaves_an_update_out_together(folder: Path, size: int) -> None:
 def test_the_gradient_is_the_sum_of_the_parts(folder: Path, size: int) -> None:
     """Averaged by rollouts, not over learners; limited by the norm of the whole."""
     learner = learner_of(folder, CASES["plain"])
-    expected = gradient(learner, off_policy(learner))
+    expected = gradient(learner, off_policy(learner), limit=LIMIT)
     norm = expected.norm().item()
-    assert norm > 0.05
+    assert norm > LIMIT
     assert of(folder, size)["norm"] == pytest.approx(norm, rel=1e-5)
     found = torch.load(folder / f"{size}-0-gradient.pt", weights_only=True)
-    together = torch.cat([found[name].flatten() for name in learner._optimizer._named])
-    torch.testing.assert_close(together, expected * 0.05 / norm, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected * LIMIT / norm, rtol=0, atol=1e-6)
 
 
 def test_gradients_of_one_learner_and_of_accumulation_are_equal(alone: Path) -> None:
     whole = learner_of(alone, CASES["plain"], microbatch=8)
     single = learner_of(alone, CASES["plain"], microbatch=1)
     batch = batch_of(whole, rows=8)
-    torch.testing.assert_close(gradient(single, batch), gradient(whole, batch), rtol=0, atol=1e-6)
+    one, other = (gradient(learner, batch, limit=LIMIT) for learner in (whole, single))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     for iteration in range(STEPS):
         batch = batch_of(whole, iteration)
         whole.step(batch)
@@ -280,7 +306,7 @@ def test_gradients_of_one_learner_and_of_accumulation_are_equal(alone: Path) -> 
 
 
 def test_weights_gradients_and_state_are_divided(folder: Path, size: int) -> None:
-    total = sum(p.numel() for p in learner_of(folder, CASES["plain"])._policy.module.parameters())
+    total = sum(p.numel() for p in tiny_policy().parameters())
     for what in ("weights", "gradients", "averages"):
         kept = [of(folder, size, rank)["kept"][what] for rank in range(size)]
         assert sum(kept) == total, what

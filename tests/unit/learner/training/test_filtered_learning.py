@@ -19,9 +19,12 @@ from cluster.messages import Condition, SamplingSpec
 from learner.grpo.entropy import EntropyConfig
 from learner.grpo.loss import LossConfig, grpo_loss
 from learner.grpo.off_policy import mean_log_ratio, truncated_weights
+from learner.training.data_parallel import DataParallelGroup
 from learner.training.optimizer import OptimizerConfig
+from learner.training.preparation import ForwardPasses
 from learner.training.skips import not_finite_because
 from tests.unit.helpers import TINY, random_policy, tiny_policy
+from tests.unit.learner.training.test_policy import trained
 from tests.unit.learner_cases import batch_of, make, tiny_policy_file, weights
 
 FILTERS = {
@@ -135,10 +138,11 @@ def test_the_kl_takes_both_logprobs_before_the_filter_and_after_temperature() ->
 
 def test_the_references_logprobs_are_unfiltered(policy_file: str) -> None:
     spec = spec_of("top_k")
-    learner = make(policy_file, spec=spec, loss=LossConfig(kl_coef=1.0))
-    batch = batch_of(learner, spec=spec)
+    batch = batch_of(make(policy_file, spec=spec), spec=spec)
     batch.tokens[:] = np.arange(batch.tokens.size).reshape(batch.tokens.shape) % TINY.vocab_size
-    prepared, _ = learner._passes.prepare(batch, proximal=False)
+    own = trained(policy_file, reference=True)
+    passes = ForwardPasses(own, LossConfig(kl_coef=1.0), spec, 8, DataParallelGroup())
+    prepared, _ = passes.prepare(batch, proximal=False)
     policy = tiny_policy()
     expected = token_likelihoods(
         policy, prepared.tokens, policy.encode(batch.conditions), spec.unfiltered()

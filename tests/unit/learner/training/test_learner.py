@@ -58,17 +58,6 @@ def test_accumulation_equals_one_batch_over_five_steps(policy_file: str, microba
     torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=1e-4)
 
 
-def test_gradients_of_parts_add_up(policy_file: str) -> None:
-    gradients = []
-    for microbatch in (8, 1):
-        learner = make(policy_file, optimizer=OptimizerConfig(lr=1e-2, microbatch=microbatch))
-        prepared, _ = learner._passes.prepare(batch_of(learner), proximal=False)
-        learner._accumulate(prepared, 8, 8)
-        parts = [p.grad.flatten() for p in learner._policy.module.parameters()]
-        gradients.append(torch.cat(parts))
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)
-
-
 def test_another_spec_is_refused(policy_file: str) -> None:
     learner = make(policy_file)
     with pytest.raises(FleetError, match="the ratio would mean nothing"):

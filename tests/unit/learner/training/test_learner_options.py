@@ -16,16 +16,19 @@ from cluster.errors import CheckpointError, ConfigError, FleetError, LearningErr
 from cluster.io.run_layout import POLICY_FILE
 from cluster.messages import SamplingSpec
 from cluster.model_files.tensors import read_tensors
+from cluster.weights import load_weights
 from learner.grpo.entropy import EntropyConfig
-from learner.grpo.loss import LossConfig
+from learner.grpo.loss import LossConfig, grpo_loss
 from learner.training.batch import TrainingBatch
+from learner.training.data_parallel import DataParallelGroup
 from learner.training.learner import Learner
 from learner.training.lora import LoraConfig
 from learner.training.optimizer import OptimizerConfig
-from learner.training.preparation import minibatch_indices
+from learner.training.preparation import ForwardPasses, minibatch_indices
 from learner.training.skips import GuardsConfig
 from learner.training.state_files import STATE_FILE
 from tests.unit.helpers import TINY, random_policy, tiny_policy
+from tests.unit.learner.training.test_policy import trained
 from tests.unit.learner_cases import batch_of, gradient, make, tiny_policy_file, weights
 
 
@@ -43,6 +46,13 @@ def off_policy(learner: Learner, iteration: int = 0, rows: int = 8) -> TrainingB
     batch = batch_of(learner, iteration, rows)
     noise = np.random.default_rng(iteration).normal(0, 0.8, batch.behaviour.shape)
     return dataclasses.replace(batch, behaviour=batch.behaviour + noise.astype(np.float32))
+
+
+def saved(learner: Learner, folder: Path) -> Path:
+    """A new folder with the learner's files."""
+    (folder / "saved").mkdir()
+    learner.save(folder / "saved")
+    return folder / "saved"
 
 
 def test_schedules() -> None:
@@ -138,29 +148,36 @@ def test_every_form_adds_up_over_microbatches(policy_file: str, loss: LossConfig
 
 def test_masked_tokens_are_counted_and_have_no_say(policy_file: str) -> None:
     """Advantages of the kept tokens alone give the same gradient."""
-    learner = make(policy_file, loss=LossConfig(mask_low=0.5, mask_high=2.0))
+    masked = LossConfig(mask_low=0.5, mask_high=2.0)
+    learner, plain = make(policy_file, loss=masked), trained(policy_file)
     batch = off_policy(learner)
-    prepared, metrics = learner._passes.prepare(batch, proximal=False)
+    passes = ForwardPasses(plain, masked, SamplingSpec(), 8, DataParallelGroup())
+    prepared, metrics = passes.prepare(batch, proximal=False)
     ratio = (prepared.proximal - prepared.behaviour).exp()
     kept = (ratio >= 0.5) & (ratio <= 2.0)
     share = kept.float().mean().item()
     assert 0.2 < share < 0.9
     assert metrics["kept_share"] == pytest.approx(share)
     found = gradient(learner, batch)
-    plain = make(policy_file)
-    prepared, _ = plain._passes.prepare(batch, proximal=False)
+    policy = plain.logprobs(prepared.tokens, plain.module.encode(batch.conditions), SamplingSpec())
     by_token = prepared.advantages[:, None] * kept / share
-    plain._accumulate(dataclasses.replace(prepared, advantages=by_token), 8, 8)
-    expected = torch.cat([p.grad.flatten() for p in plain._policy.module.parameters()])
+    loss, _ = grpo_loss(
+        policy.logprobs, policy.entropies, prepared.behaviour, by_token, None, 0.0, LossConfig()
+    )
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in plain.module.parameters()])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_kl_in_the_reward_is_centred_and_leaves_the_loss(policy_file: str) -> None:
+def test_kl_in_the_reward_is_centred_and_leaves_the_loss(policy_file: str, tmp_path: Path) -> None:
     config = LossConfig(kl_coef=0.5, kl_in="reward", kl_estimator="k1")
     learner = make(policy_file, loss=config)
     learner.step(batch_of(learner))
     batch = batch_of(learner, 1)
-    prepared, metrics = learner._passes.prepare(batch, proximal=False)
+    own = trained(policy_file, reference=True)
+    own.restore(saved(learner, tmp_path))
+    passes = ForwardPasses(own, config, SamplingSpec(), 8, DataParallelGroup())
+    prepared, metrics = passes.prepare(batch, proximal=False)
     assert prepared.reference is None
     assert metrics["reference_kl"] != 0
     paid = prepared.advantages - torch.from_numpy(batch.advantages)[:, None]
@@ -170,7 +187,9 @@ def test_kl_in_the_reward_is_centred_and_leaves_the_loss(policy_file: str) -> No
 
 
 @pytest.mark.parametrize("place", ["learner", "cpu"])
-def test_the_reference_is_the_base_policy_and_stays(policy_file: str, place: str) -> None:
+def test_the_reference_is_the_base_policy_and_stays(
+    policy_file: str, place: str, tmp_path: Path
+) -> None:
     config = LossConfig(kl_coef=0.1)
     learner = make(policy_file, loss=config, optimizer=options(reference_device=place))
     first = learner.step(batch_of(learner)).metrics["policy/reference_kl"]
@@ -178,9 +197,10 @@ def test_the_reference_is_the_base_policy_and_stays(policy_file: str, place: str
     for iteration in range(1, 4):
         last = learner.step(batch_of(learner, iteration)).metrics["policy/reference_kl"]
     assert last > 1e-4
-    with learner._policy.reference() as reference:
-        for name, tensor in tiny_policy().state_dict().items():
-            assert torch.equal(reference.state_dict()[name], tensor), name
+    again = make(policy_file, loss=config)  # whose reference has just been loaded
+    again.restore(saved(learner, tmp_path))
+    batch = batch_of(learner, 4)
+    assert again.step(batch).metrics == learner.step(batch).metrics
 
 
 def test_an_update_that_is_not_finite_is_left_out_and_too_many_stop_the_run(
@@ -204,15 +224,6 @@ def test_an_update_that_is_not_finite_is_left_out_and_too_many_stop_the_run(
     with pytest.raises(LearningError, match="the loss or its gradient"):
         go_on()
     assert torch.equal(weights(learner), after)
-
-
-@pytest.mark.parametrize("spec", [SamplingSpec(), SamplingSpec(cfg_scale=1.5, guidance="guided")])
-def test_activation_checkpointing_changes_no_gradient(policy_file: str, spec: SamplingSpec) -> None:
-    kept = make(policy_file, spec=spec)
-    again = make(policy_file, spec=spec, optimizer=options(checkpointing=True))
-    assert again._policy.module.checkpointing
-    batch = batch_of(kept, spec=spec)
-    assert torch.equal(gradient(again, batch), gradient(kept, batch))
 
 
 def test_guided_gradients_are_finite_differences_in_both_branches() -> None:
@@ -264,7 +275,7 @@ def test_distil_anchors_entropy_to_the_policy_that_is_learned(policy_file: str) 
     learner = make(policy_file, spec=spec, entropy=EntropyConfig(controller="target"))
     learner.start(base_entropy=0.5)
     metrics = learner.step(batch_of(learner, spec=spec)).metrics
-    assert learner._base_entropy == metrics["policy/entropy"] != 0.5
+    assert metrics["policy/base_entropy"] == metrics["policy/entropy"] != 0.5
 
 
 def test_paper_controller_runs_and_is_restored(policy_file: str, tmp_path: Path) -> None:
@@ -279,35 +290,37 @@ def test_paper_controller_runs_and_is_restored(policy_file: str, tmp_path: Path)
     learner.save(tmp_path)
     resumed = make(policy_file, entropy=config)
     resumed.restore(tmp_path)
-    assert resumed._entropy == learner._entropy
+    batch = batch_of(learner, 3)
+    assert resumed.step(batch).metrics == learner.step(batch).metrics
 
 
 LORA = LoraConfig(rank=2)
 
 
-def test_adapters_alone_are_trained_and_published_merged(policy_file: str) -> None:
-    learner = make(policy_file, optimizer=options(lora=LORA))
-    module = learner._policy.module
-    trained = [name for name, p in module.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * TINY.num_layers * 5  # A and B of wqkv, wo, w1, w2, w3
-    assert all("lora_" in name for name in trained)
+def test_adapters_alone_are_trained_and_published_merged(policy_file: str, tmp_path: Path) -> None:
+    learner, own = make(policy_file, optimizer=options(lora=LORA)), trained(policy_file, lora=LORA)
+    names = [name for name, p in own.module.named_parameters() if p.requires_grad]
+    assert len(names) == 2 * TINY.num_layers * 5  # A and B of wqkv, wo, w1, w2, w3
+    assert all("lora_" in name for name in names)
     start = weights(learner)
     torch.testing.assert_close(start, weights(make(policy_file)), rtol=0, atol=0)
     batch = batch_of(learner)
     learner.step(batch)
     learner.step(batch_of(learner, 1))
     assert not torch.equal(weights(learner), start)
+    own.restore(saved(learner, tmp_path))
     plain = tiny_policy()
-    plain.load_state_dict(learner._policy.weights())
+    load_weights(plain, learner.snapshot())
     tokens, given = torch.from_numpy(batch.tokens).long(), plain.encode(batch.conditions)
     theirs = token_logprobs(plain, tokens, given, SamplingSpec())[0]
-    ours = learner._policy.logprobs(tokens, given, SamplingSpec())[0]
+    ours = own.logprobs(tokens, given, SamplingSpec())[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_the_reference_of_adapters_is_the_policy_without_them(policy_file: str) -> None:
+def test_the_reference_of_adapters_is_the_policy_without_them(
+    policy_file: str, tmp_path: Path
+) -> None:
     learner = make(policy_file, loss=LossConfig(kl_coef=0.1), optimizer=options(lora=LORA))
-    assert learner._policy._reference is None
     assert learner.step(batch_of(learner)).metrics["policy/reference_kl"] == 0
     for iteration in (1, 2, 3):
         batch = batch_of(learner, iteration)
@@ -315,11 +328,14 @@ def test_the_reference_of_adapters_is_the_policy_without_them(policy_file: str) 
     assert metrics["policy/reference_kl"] > 0
     tokens, base = torch.from_numpy(batch.tokens).long(), tiny_policy()
     given = base.encode(batch.conditions)
-    with learner._policy.reference() as module:
-        found = learner._policy.reference_logprobs(module, tokens, given, SamplingSpec())
+    own = trained(policy_file, reference=True, lora=LORA)
+    own.restore(saved(learner, tmp_path))
+    with own.reference() as module:
+        assert module is own.module  # no copy
+        found = own.reference_logprobs(module, tokens, given, SamplingSpec())
     expected = token_logprobs(base, tokens, given, SamplingSpec())[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert learner._policy.module.layers[0].attention.wo.lora_A.default.weight.requires_grad
+    assert own.module.layers[0].attention.wo.lora_A.default.weight.requires_grad
 
 
 def test_adapters_go_on_bitwise_after_a_restore(policy_file: str, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from actors.checkpoints.loading import PolicyConfig, TokenizerConfig, load_policy, load_tokenizer
+from actors.decoding.decode import token_logprobs
 from actors.models.taming import TamingConfig, TamingGPT
 from cluster.errors import CheckpointError, DataError
+from cluster.messages import SamplingSpec
 from learner.data.datasets import load_images, load_labels
 from learner.training.optimizer import OptimizerConfig
 from learner.training.real_tokens import RealTokens, RealTokensConfig, check_source, cross_entropy
@@ -145,16 +147,13 @@ def test_learning_from_them_raises_their_likelihood(npz: str, tmp_path: Path) ->
 def test_its_gradient_adds_to_the_others(npz: str, tmp_path: Path) -> None:
     file = tiny_policy_file(tmp_path)
     real = RealTokensConfig(weight=0.5, source=npz, batch=4)
-    learner, plain = make(file, real=real), make(file)
+    learner, plain, policy = make(file, real=real), make(file), tiny_policy().requires_grad_(True)
     batch = batch_of(learner)
     together = gradient(learner, batch)
-    learner._learn_from_real(0, 0)
-    parameters = list(learner._policy.module.parameters())
-    together = torch.cat([p.grad.flatten() for p in parameters])
-    tokens, conditions = learner._real.draw(0, 0)
-    given = plain._policy.module.encode(conditions)
-    logprobs, *_ = plain._policy.logprobs(torch.from_numpy(tokens), given, plain._config.spec)
-    alone = torch.autograd.grad(-logprobs.mean() * 0.5, list(plain._policy.module.parameters()))
+    tokens, conditions = RealTokens(real, policy, TokenizerConfig()).draw(0, 0)
+    given = policy.encode(conditions)
+    logprobs = token_logprobs(policy, torch.from_numpy(tokens), given, SamplingSpec())[0]
+    alone = torch.autograd.grad(-logprobs.mean() * 0.5, list(policy.parameters()))
     expected = gradient(plain, batch) + torch.cat([part.flatten() for part in alone])
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-6)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +17,12 @@ from learner.config import validate
 from learner.data.conditions import ConditionsConfig
 from learner.preflight import preflight
 from rewards.base import ImageErrors
+from rewards.networks.open_clip_models import TextImageModel
 from rewards.networks.tokens import reading_of
 from rewards.prompt_check import local_tokenizer
 from rewards.scorers.clip import ClipConfig, ClipReward
 from rewards.scorers.prompts import PromptConfig, Prompts
-from rewards.scorers.text_image import TextFeatures
+from rewards.scorers.text_image import TextFeatures, TextImageScorer
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
 
@@ -73,14 +74,15 @@ def test_templates_average_as_in_zero_shot_classification() -> None:
     clip = ClipReward(ClipConfig(prompts=PromptConfig(templates=templates)))
     names = ["three", "seven", "zero"]
     scores = clip(IMAGES, [Condition(text=name) for name in names])
+    plainly = TextImageModel(ClipConfig().model, "", "cpu", "fp32")
     with torch.inference_mode():
         head = build_zero_shot_classifier(
-            clip._model.model,
-            clip._model.tokenizer,
+            plainly.model,
+            plainly.tokenizer,
             names,
             [lambda text, t=t: t.replace("{}", text) for t in templates],
         )
-        features = clip._model.encode_images(clip.preprocess(IMAGES))
+        features = plainly.encode_images(clip.preprocess(IMAGES))
         expected = (features @ head).diagonal()
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     plain = ClipReward(ClipConfig())(IMAGES, [Condition(text=name) for name in names])
@@ -96,8 +98,7 @@ def test_rows_that_cannot_be_read_are_named_together() -> None:
     assert list(errors) == [0, 2]
     assert "text is empty" in errors[0]
     # The miniature's vocabulary has the word as one token: 300, a start and an end.
-    tokens = int(re.search(r"has (\d+) tokens, but the model reads 16", errors[2])[1])  # type: ignore[index]
-    assert tokens == len(clip._model.tokenizer.encode("three " * 300)) + 2
+    assert "has 302 tokens, but the model reads 16" in errors[2]
     assert "prompts.long_captions to truncate" in errors[2]
     assert clip(IMAGES[:1], conditions[1:2]).shape == (1,)
 
@@ -109,17 +110,45 @@ def test_long_captions_are_cut_where_that_is_asked_for() -> None:
     np.testing.assert_allclose(long, fitting, atol=1e-6)
 
 
+class Reads(TextImageScorer):
+    """A scorer whose text tower has a given tokenizer; its scores are of nothing."""
+
+    def __init__(self, tokenizer: Any, long_captions: str = "error") -> None:
+        towers = SimpleNamespace(
+            device=torch.device("cpu"),
+            image_size=(8, 8),
+            encode_images=lambda pixels: torch.ones(len(pixels), 2),
+            encode_texts=lambda texts: torch.ones(len(texts), 2),
+            reading=lambda text: reading_of(tokenizer, text),
+        )
+        super().__init__(towers, PromptConfig(long_captions=long_captions))  # type: ignore[arg-type]
+
+    def preprocess(self, images: np.ndarray) -> torch.Tensor:
+        return torch.zeros(len(images), 3, 8, 8)
+
+    def size_fault(self, height: int, width: int) -> None:
+        return None
+
+    def fault(self, text: str) -> str:
+        """Why a caption is refused; empty if it is read."""
+        try:
+            self(IMAGES[:1], [Condition(text=text)])
+        except ImageErrors as error:
+            return error.errors[0]
+        return ""
+
+
 def test_a_caption_of_77_tokens_fits_and_one_of_78_does_not() -> None:
     """open_clip's own vocabulary: "a" is one token, start and end take two."""
     ensure_torchvision()
     import open_clip
 
-    clip = ClipReward(ClipConfig())
-    clip._model.tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    assert clip._model.reading("a " * 75) == Reading(tokens=77, limit=77, known=75)
-    assert clip._model.reading("a " * 76) == Reading(tokens=78, limit=77, known=76)
-    assert clip._sentences(Condition(text="a " * 75)) == ("a " * 75,)
-    assert "has 78 tokens, but the model reads 77" in clip._sentences(Condition(text="a " * 76))
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    assert reading_of(tokenizer, "a " * 75) == Reading(tokens=77, limit=77, known=75)
+    assert reading_of(tokenizer, "a " * 76) == Reading(tokens=78, limit=77, known=76)
+    scorer = Reads(tokenizer)
+    assert scorer.fault("a " * 75) == ""
+    assert "has 78 tokens, but the model reads 77" in scorer.fault("a " * 76)
 
 
 class Words:
@@ -137,13 +166,12 @@ class Words:
 
 def test_texts_that_a_tower_does_not_read_are_named() -> None:
     """One rule with captions (test_captions.py): cut, unknown, or emptied by cleaning."""
-    clip = ClipReward(ClipConfig(prompts=PromptConfig(long_captions="truncate")))
     ensure_torchvision()
     import open_clip
 
-    clip._model.tokenizer = open_clip.get_tokenizer("ViT-B-32")  # of bytes: knows everything
-    assert clip._sentences(Condition(text="一只猫")) == ("一只猫",)
-    assert "nothing left" in clip._sentences(Condition(text="&nbsp;"))
+    scorer = Reads(open_clip.get_tokenizer("ViT-B-32"), "truncate")  # of bytes: knows everything
+    assert scorer.fault("一只猫") == ""
+    assert "nothing left" in scorer.fault("&nbsp;")
     clean = open_clip.tokenizer.get_clean_fn("canonicalize")
     for inner in (
         SimpleNamespace(tokenizer=Words(), clean_fn=clean, context_length=5),
@@ -152,14 +180,13 @@ def test_texts_that_a_tower_does_not_read_are_named() -> None:
             tokenizer=Words(), clean_fn=clean, context_length=5, tokenizer_mode="clips"
         ),
     ):
-        clip._model.tokenizer = inner
-        assert clip._sentences(Condition(text="a cat")) == ("a cat",)
-        assert clip._sentences(Condition(text="a zebra")) == ("a zebra",)
-        assert "unknown to the encoder, whole (2" in clip._sentences(Condition(text="ein Bär"))
-        assert "nothing left" in clip._sentences(Condition(text="!?"))
-        clip._long_captions = "error"
-        assert "but the model reads 5" in clip._sentences(Condition(text="a a a a a a"))
-        clip._long_captions = "truncate"
+        scorer = Reads(inner, "truncate")
+        assert scorer.fault("a cat") == ""
+        assert scorer.fault("a zebra") == ""
+        assert "unknown to the encoder, whole (2" in scorer.fault("ein Bär")
+        assert "nothing left" in scorer.fault("!?")
+        assert scorer.fault("a a a a a a") == ""
+        assert "but the model reads 5" in Reads(inner).fault("a a a a a a")
 
 
 @pytest.mark.parametrize("text", ["\u200b", "\x1a", "\u202b \u202c", "\u2060\ufeff"])

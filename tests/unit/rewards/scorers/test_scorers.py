@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from cluster.model_files.torchvision_ops import ensure_torchvision
 from learner.data.digits import captions, digits
 from rewards.base import ImageErrors, check_images
 from rewards.networks.features import FeaturesConfig, load_features
+from rewards.networks.open_clip_models import TextImageModel
 from rewards.scorers.classifier import ClassifierAccuracy, ClassifierConfig
 from rewards.scorers.clip import ClipConfig, ClipReward
 from rewards.scorers.hpsv2 import HpsConfig, HpsReward
@@ -77,11 +79,16 @@ def test_scores_do_not_depend_on_the_batch(clip: ClipReward, held_out) -> None:
     np.testing.assert_allclose(clip(images[:20], conditions[:20]), alone, atol=1e-5)
 
 
-def test_texts_are_encoded_once() -> None:
+def test_texts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    encode = TextImageModel.encode_texts
+
+    def counting(model: TextImageModel, texts: Sequence[str]) -> torch.Tensor:
+        calls.append(len(texts))
+        return encode(model, texts)
+
+    monkeypatch.setattr(TextImageModel, "encode_texts", counting)
     clip = ClipReward(ClipConfig())
-    calls = []
-    encode = clip._model.model.encode_text
-    clip._model.model.encode_text = lambda tokens: calls.append(len(tokens)) or encode(tokens)
     images = np.zeros((3, 8, 8, 3), np.uint8)
     clip(images, [CONDITIONS[0], CONDITIONS[1], CONDITIONS[0]])
     clip(images, [CONDITIONS[1], CONDITIONS[2], CONDITIONS[2]])

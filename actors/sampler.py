@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from actors.decoding.steps import Workspace
 from cluster.errors import CheckpointError, FleetError
 from cluster.messages import TRAIN, RolloutGroup, SampleRequest, WeightSnapshot
 from cluster.program.precision import exact_fp32
-from cluster.ray_backend.transports import TakeUp
 from cluster.roles import Resources
 from cluster.spans import Span
 from cluster.weights import load_weights
@@ -53,15 +51,14 @@ class SamplerConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     resources: SamplerResources = field(default_factory=SamplerResources)
-    take_up: TakeUp = "group"
-    """When new weights are taken up: see `cluster.ray_backend.transports.WeightsConfig`."""
 
 
 class Sampler:
     """Decodes groups with the weights it was last given.
 
     `images` needs the frozen decoder alone: it may run in a thread beside `sample`, for the group
-    before. So may `offer_weights`. The other methods want to be called one after another.
+    before. The other methods must be called one
+    after another.
     """
 
     def __init__(self, config: SamplerConfig, name: str = "sampler") -> None:
@@ -74,9 +71,6 @@ class Sampler:
         self._policy = load_policy(config.policy, weights=False, device=self._device, dtype=dtype)
         self._decoder = load_decoder(config.tokenizer, device=self._device)
         self._workspaces: dict[int, Workspace] = {}  # by number of groups
-        self._take_up = config.take_up
-        self._offered: tuple[WeightSnapshot, WeightSnapshot | None] | None = None
-        self._lock = threading.Lock()
         self._loads: deque[Span] = deque(maxlen=KEPT_LOADS)  # that no group told of yet
         self._stream: torch.cuda.Stream | None = None
         if torch.device(self._device).type == "cuda":
@@ -84,8 +78,7 @@ class Sampler:
             self._stream.wait_stream(torch.cuda.current_stream())  # for the decoder's weights
 
     def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
-        """Take up a snapshot; returns the version that is held. With `take_up` token, these weights
-        at least: newer ones that were offered meanwhile stay.
+        """Load a snapshot into the policy; returns its version.
 
         Args:
             base: the full snapshot that `snapshot` builds upon, where it does.
@@ -94,8 +87,6 @@ class Sampler:
             CheckpointError: damaged, older than what is held, of another base or architecture. What
                 was held before is still there.
         """
-        if self._take_up == "token" and snapshot.version <= self.version:
-            return self.version
         if snapshot.version < self.version:
             raise CheckpointError(
                 f"{self.name} holds version {self.version} and refuses the older {snapshot.version}"
@@ -112,22 +103,6 @@ class Sampler:
         back to a checkpoint."""
         self.version = -1
 
-    def offer_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
-        """Have a snapshot taken up before the next token is drawn, or not at all if a newer one
-        comes first; returns its version. It is checked when it is taken up."""
-        with self._lock:
-            if self._offered is None or snapshot.version > self._offered[0].version:
-                self._offered = snapshot, base
-        return snapshot.version
-
-    def _take_up_offered(self) -> None:
-        with self._lock:
-            offered, self._offered = self._offered, None
-        if offered is not None and offered[0].version > self.version:
-            # as between groups: decoding runs in inference mode, loading does not
-            with torch.inference_mode(False):
-                self.load_weights(*offered)
-
     def sample(self, requests: Sequence[SampleRequest]) -> list[RolloutGroup]:
         """Decode the tokens of some groups, as one batch. The first tells of the time it took;
         groups to learn from, whose spans are kept, also of the weights that were loaded since.
@@ -141,13 +116,7 @@ class Sampler:
         if self.version < 0:
             raise FleetError(f"{self.name} was asked to sample before it was given weights")
         torch.set_num_threads(self._threads)
-        self._take_up_offered()
-        start, versions = time.time(), np.full(self._policy.num_tokens, self.version, np.int32)
-
-        def between_steps(place: int) -> None:
-            self._take_up_offered()
-            if self.version != versions[-1]:
-                versions[place:] = self.version
+        start = time.time()
 
         first = requests[0]
         if any(request.batch != first.batch for request in requests):
@@ -165,9 +134,7 @@ class Sampler:
             torch.from_numpy(np.concatenate(uniforms)).to(self._device),
             first.spec,
             self._workspace(len(requests)),
-            between_steps if self._take_up == "token" else None,
         )
-        began = int(versions[0])
         tokens = decoded.tokens.to(torch.int32).cpu().numpy()
         logprobs, entropies = decoded.logprobs.cpu().numpy(), decoded.entropies.cpu().numpy()
         groups = []
@@ -175,8 +142,7 @@ class Sampler:
             rows = slice(index * first.num_rollouts, (index + 1) * first.num_rollouts)
             group = RolloutGroup(
                 request=request,
-                version=began,
-                token_versions=None if began == versions[-1] else versions,
+                version=self.version,
                 tokens=tokens[rows],
                 logprobs=logprobs[rows],
                 entropies=entropies[rows],

@@ -194,29 +194,14 @@ class RolloutGroup:
 
     request: SampleRequest
     version: int
-    """Policy version that drew the tokens; the oldest of them, where there are several."""
+    """Policy version that drew the tokens."""
     tokens: np.ndarray
     """(K, T) int32, raster order."""
     logprobs: np.ndarray
     """(K, T) float32: behaviour logprobs, after guidance, temperature and filters."""
     entropies: np.ndarray
     """(K, T) float32, nats: entropy of the distribution each token was drawn from."""
-    token_versions: np.ndarray | None = None
-    """(T,) int32: policy version that drew each token of all K rollouts, where new weights were
-    taken up between tokens; None: `version` drew them all."""
     spans: tuple[Span, ...] = ()
-
-    @property
-    def newest(self) -> int:
-        """Policy version that drew the last token."""
-        return self.version if self.token_versions is None else int(self.token_versions[-1])
-
-    @property
-    def mixed_share(self) -> float:
-        """Share of tokens that were drawn with newer weights than the first."""
-        if self.token_versions is None:
-            return 0.0
-        return float(np.mean(self.token_versions > self.version))
 
     def with_span(self, span: Span) -> RolloutGroup:
         """The group with one more phase of work on it."""

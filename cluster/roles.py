@@ -90,8 +90,6 @@ class Role:
     work on several together."""
     max_groups: int = 1
     """Pieces of work that one call may hold."""
-    goes_ahead: bool = False
-    """Of samplers: whether newer weights than those a piece of work asks for do as well."""
     concurrency: int = 1
     """Threads in which one worker answers; with 1, it answers in order."""
     autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
@@ -163,10 +161,6 @@ class SamplerRole(Protocol):
     def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int: ...
 
     def forget_weights(self) -> None: ...
-
-    def offer_weights(
-        self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None
-    ) -> int: ...
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[RolloutGroup]: ...
 

@@ -108,11 +108,6 @@ class RunConfig:
                 f"rewards.loo_fid.seed_images must be at least {2 * self.rollouts_per_group} (two "
                 f"groups), found {self.rewards.loo_fid.seed_images}"
             )
-        if self.weights.take_up == "token" and not self.max_staleness:
-            raise ValueError(
-                "weights.take_up token needs max_staleness >= 1 (on-policy, no group is under way "
-                "when new weights come), found 0"
-            )
         self._check_pools()
         check_output(self.output, self.evaluation)
 

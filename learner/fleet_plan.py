@@ -23,7 +23,6 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
         policy=config.policy,
         tokenizer=config.tokenizer,
         resources=config.sampler,
-        take_up=config.weights.take_up,
     )
     learner = LearnerConfig(
         policy=config.policy,
@@ -48,7 +47,6 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
             resources=config.sampler,
             count=config.num_samplers,
             max_groups=config.sampler.max_groups,
-            goes_ahead=config.weights.take_up == "token",
         ),
         reward_server=_reward_role(config, "", config.reward, config.num_reward_servers),
         reward_pools=tuple(

@@ -10,7 +10,6 @@ Shapes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,7 +62,6 @@ def decode_tokens(
     uniforms: Tensor,
     spec: SamplingSpec,
     workspace: Workspace | None = None,
-    between_steps: Callable[[int], None] | None = None,
 ) -> Decoded:
     """Decode whole rollouts with a KV cache.
 
@@ -72,9 +70,6 @@ def decode_tokens(
         uniforms: (B, T) float64 in [0, 1), on the policy's device.
         spec: transforms of the logits; guidance runs as one batch of 2B rows.
         workspace: cache and captured steps to use again; None makes them for this call alone.
-        between_steps: called with t before token t is drawn, t >= 1. It may write new weights into
-            the policy, in place: keys and values of earlier tokens stay those of the weights before
-            (as in PipelineRL, arXiv 2509.19128). Without it the function is pure.
 
     Raises:
         ConfigError: guidance with a policy that has no unconditional branch.
@@ -85,8 +80,6 @@ def decode_tokens(
     drawn = workspace.prefill(rows, uniforms[:, 0], spec)
     columns: list[Sampled] = [drawn]
     for position in range(1, policy.num_tokens):
-        if between_steps is not None:
-            between_steps(position)
         drawn = workspace.step(drawn.tokens, uniforms[:, position], spec)
         columns.append(drawn)
     decoded = Decoded(*(torch.stack(column, dim=1) for column in zip(*columns)))

@@ -10,7 +10,6 @@ from ray.exceptions import RayActorError
 
 from cluster.errors import InputLostError, LearnerLostError, TesseraError
 from cluster.ray_backend.publisher import Publisher
-from cluster.ray_backend.worker_calls import WEIGHTS
 from cluster.ray_session.calls import answer
 from cluster.roles import FleetPlan
 from cluster.scheduling.pool import State, Worker, WorkerPool
@@ -50,10 +49,6 @@ class Broadcaster:
         self._weight_versions.publish(version, self._publish(learners, samplers))
         if self._publisher.on_device:
             self._hand_over(learners, samplers)
-        if self._plan.sampler.goes_ahead:
-            newest = self._weight_versions[self.newest]
-            for worker in samplers.of(State.SERVING):
-                self.under_way[self._publisher.offer(worker.handle, newest, WEIGHTS)] = worker
         self.catch_up(samplers)
 
     def begin(self, worker: Worker, samplers: WorkerPool) -> None:
@@ -105,8 +100,7 @@ class Broadcaster:
         self._publisher.forget()
         for worker in list(samplers.workers):
             worker.weight_version = NO_WEIGHTS
-            starting = worker.state is State.STARTING  # perhaps with weights that will never come
-            if starting or self._plan.sampler.goes_ahead:  # or an offer may still be on its way
+            if worker.state is State.STARTING:  # perhaps with weights that will never come
                 replace(worker)
             elif worker.state is not State.LOST:
                 worker.handle.forget_weights.remote()

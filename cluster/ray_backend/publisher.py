@@ -16,13 +16,7 @@ from typing import Any
 import ray
 
 from cluster.errors import TesseraError
-from cluster.ray_backend.transports import (
-    DEVICE_TRANSPORTS,
-    OBJECT_STORE,
-    DeviceTransport,
-    Surroundings,
-    why_not,
-)
+from cluster.ray_backend.transports import OBJECT_STORE, Surroundings, why_not
 from cluster.ray_session.private import form_device_group
 from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan
@@ -45,7 +39,7 @@ class Publisher:
     """Has the learner publish its weights, and samplers take them up.
 
     Args:
-        transport: one that can run here: "object-store", or a key of `DEVICE_TRANSPORTS`.
+        transport: one that can run here: "object-store", or Ray's name of one between devices.
         adapters_alone: the learner trains adapters: the frozen weights travel once, and then the
             adapters of each version.
         timeout_s: longest wait for workers to form a group.
@@ -59,7 +53,7 @@ class Publisher:
         timeout_s: float = 600.0,
     ) -> None:
         self._name, self._timeout_s = transport, timeout_s
-        self._device: DeviceTransport | None = DEVICE_TRANSPORTS.get(transport)
+        self._device = "" if transport == OBJECT_STORE else transport
         self._adapters_alone = adapters_alone
         self._members: set[Any] = set()
         self._learners: Sequence[Any] = ()
@@ -68,7 +62,7 @@ class Publisher:
     @property
     def on_device(self) -> bool:
         """Whether weights stay on the learner's device until samplers take them."""
-        return self._device is not None
+        return bool(self._device)
 
     def actor_class(self, factory: Callable[..., Any], groups: Mapping[str, int]) -> Any:
         """Ray's actor class of a learner or sampler.
@@ -97,7 +91,7 @@ class Publisher:
             self._base = self._base or self._asked("base_snapshot")
             return Published(self._asked("adapter_snapshot"), self._base)
         if self._device and self._gathered(learners[0], samplers):
-            call = learners[0].snapshot.options(tensor_transport=self._device.ray_name)
+            call = learners[0].snapshot.options(tensor_transport=self._device)
             return Published(None, on_device=call.remote(on_device=True))
         return Published(self._asked("snapshot"))
 
@@ -113,24 +107,14 @@ class Publisher:
         as the learner waits for rollouts (device transports are for max_staleness 0 alone)."""
         if weights.on_device is not None and (not self._members or sampler in self._members):
             return sampler.load_weights.remote(weights.on_device)
-        return sampler.load_weights.remote(*self._stored(weights))
-
-    def offer(self, sampler: Any, weights: Published, thread: str) -> ray.ObjectRef:
-        """Offer weights to a sampler at once, in a thread (concurrency group) beside its work."""
-        offered = sampler.offer_weights.options(concurrency_group=thread)
-        return offered.remote(*self._stored(weights))
-
-    def _stored(self, weights: Published) -> list[ray.ObjectRef]:
-        """References to a snapshot in the object store, and to what it builds upon."""
-        snapshot = weights.snapshot
-        if snapshot is None:
-            snapshot = self._asked("snapshot")
-        return [snapshot] if weights.base is None else [snapshot, weights.base]
+        snapshot = weights.snapshot or self._asked("snapshot")
+        base = [] if weights.base is None else [weights.base]
+        return sampler.load_weights.remote(snapshot, *base)
 
     def fall_back(self, error: TesseraError) -> bool:
         """After a failed load: publish through the object store from now on, and say so. False if
         that is what failed."""
-        if self._device is None:
+        if not self._device:
             return False
         self._give_up(str(error).partition("\n")[0])
         return True
@@ -139,16 +123,16 @@ class Publisher:
         logger.warning(
             "weights.transport %s failed, going on with %s: %s", self._name, OBJECT_STORE, reason
         )
-        self._device = None
+        self._device = ""
 
     def _gathered(self, learner: Any, samplers: Sequence[Any]) -> bool:
-        """Whether the group that the transport needs is there."""
-        assert self._device is not None
-        if not self._device.group or self._members:
+        """Form the group of sender and receivers, which no worker can join later; false if it
+        cannot be formed."""
+        if self._members:
             return True
         pool = ThreadPoolExecutor(1)  # Ray's own wait has no bound
         members = [learner, *samplers]
-        forming = pool.submit(form_device_group, members, self._device.ray_name)
+        forming = pool.submit(form_device_group, members, self._device)
         try:
             forming.result(timeout=self._timeout_s)
         except (TimeoutError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -164,7 +148,7 @@ def publisher_of(plan: FleetPlan, session: RaySession) -> Publisher:
     """A publisher with the transport that the plan asks for, or the object store where that cannot
     run; says why."""
     transport = plan.transport
-    here = Surroundings.of(plan.learner, plan.sampler, session.gpus, session.nodes)
+    here = Surroundings.of(plan.learner, plan.sampler)
     reason = why_not(transport, here, plan.adapters_alone, plan.max_staleness)
     if reason:
         logger.warning(

@@ -1,14 +1,12 @@
-"""How weights reach the samplers: the options, and whether one can run where the fleet is.
+"""How weights reach the samplers: the options, and whether a transport can run on this cluster.
 
-The object store is the default and the fallback: it needs nothing, and no worker's death harms it.
-The others leave the weights on the learner's GPU and move them from there (Ray Direct Transport,
-alpha in Ray 2.60). They are experimental: no machine with GPUs has run them yet (README.md has what
-was tested without).
+The object store is the default and the fallback: it needs nothing and survives any worker's death.
+NCCL leaves the weights on the learner's GPU and sends them from there (Ray Direct Transport, alpha
+in Ray 2.60). It is experimental: no machine with several GPUs has run it yet.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,23 +15,6 @@ from cluster.roles import Role
 
 OBJECT_STORE = "object-store"
 WireDtype = Literal["float32", "bfloat16"]
-TakeUp = Literal["group", "token"]
-
-
-@dataclass(frozen=True)
-class DeviceTransport:
-    """What Ray calls a transport, and what it needs."""
-
-    ray_name: str
-    group: bool = False
-    """Sender and receivers must form a group beforehand, which nobody can join later."""
-
-
-DEVICE_TRANSPORTS = {
-    "nccl": DeviceTransport("nccl", group=True),
-    "nixl": DeviceTransport("nixl"),
-    "cuda-ipc": DeviceTransport("cuda_ipc"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +22,27 @@ class WeightsConfig:
     """How new weights travel from the learner to the samplers."""
 
     transport: Literal["object-store", "nccl", "nixl", "cuda-ipc"] = "object-store"
-    """object-store works everywhere and survives any sampler's death. Experimental, between GPUs:
-    nccl (a GPU for each worker), nixl (needs the package), cuda-ipc (all on one GPU). One that
-    cannot run is replaced by object-store, with a message."""
+    """object-store works everywhere and survives any sampler's death. nccl is experimental: between
+    GPUs, one for each worker. If it cannot run, object-store is used, with a message. (nixl and
+    cuda-ipc were removed.)"""
     dtype: Literal["sampler", "float32", "bfloat16"] = "sampler"
     """Of the weights on the way; sampler is what samplers compute in (sampler.dtype). bfloat16
     halves what travels, and rounds the weights of float32 samplers."""
+    take_up: Literal["group", "token"] = "group"
+    """Not used any more, and dropped in the next release: samplers load new weights between groups.
+    (token was removed.)"""
 
-    take_up: TakeUp = "group"
-    """When a sampler takes up new weights. group: between groups, so that results do not depend on
-    the clock, and repeat. token: before the next token it draws, in the middle of groups (their
-    earlier tokens, and the cache of these, stay those of the weights before); rollouts are fresher,
-    each token's version is recorded, and results depend on the clock: they do not repeat, and
-    `--resume` goes on differently. Needs max_staleness >= 1."""
+    def __post_init__(self) -> None:
+        if self.transport in ("nixl", "cuda-ipc"):
+            raise ValueError(
+                f"weights.transport {self.transport} was removed (it never ran on a GPU): leave it "
+                f"out for {OBJECT_STORE}, or set nccl"
+            )
+        if self.take_up == "token":
+            raise ValueError(
+                "weights.take_up token was removed (no benchmark showed a gain): leave it out; "
+                "samplers load new weights between groups"
+            )
 
     def wire(self, sampler: WireDtype) -> WireDtype:
         """dtype on the way, for samplers that compute in `sampler`."""
@@ -67,24 +56,14 @@ class Surroundings:
     learner_gpus: float
     """Of one learner; 0 computes on the CPU."""
     sampler_gpus: float
-    num_samplers: int
     num_learners: int = 1
-    gpus: float
-    """Of the cluster."""
-    nodes: int
-    nixl: bool
-    """Whether the package is there."""
 
     @classmethod
-    def of(cls, learner: Role, sampler: Role, gpus: float, nodes: int) -> Surroundings:
+    def of(cls, learner: Role, sampler: Role) -> Surroundings:
         return cls(
             num_learners=learner.count,
             learner_gpus=learner.resources.num_gpus,
             sampler_gpus=sampler.resources.num_gpus,
-            num_samplers=sampler.max_count,
-            gpus=gpus,
-            nodes=nodes,
-            nixl=importlib.util.find_spec("nixl") is not None,
         )
 
 
@@ -97,11 +76,11 @@ def why_not(
     if adapters_alone:
         return "adapters travel alone, and are too small for it to matter"
     if max_staleness:
-        return f"it moves the newest weights alone, and max_staleness {max_staleness} needs older"
-    return "; ".join(_obstacles(transport, here))
+        return f"it sends the newest weights alone, and max_staleness {max_staleness} needs older"
+    return "; ".join(_obstacles(here))
 
 
-def _obstacles(transport: str, here: Surroundings) -> Sequence[str]:
+def _obstacles(here: Surroundings) -> Sequence[str]:
     found = []
     for who, gpus in (("the learner", here.learner_gpus), ("samplers", here.sampler_gpus)):
         if gpus <= 0:
@@ -109,19 +88,10 @@ def _obstacles(transport: str, here: Surroundings) -> Sequence[str]:
     if found:
         return found
     if here.num_learners > 1:
-        found.append(f"the weights are divided among {here.num_learners} learners")
-    if transport == "nixl" and not here.nixl:
-        found.append("the package is not there: pip install nixl, on every node")
-    if transport == "nccl" and min(here.learner_gpus, here.sampler_gpus) < 1:
+        found.append(f"the weights are sharded over {here.num_learners} learners")
+    if min(here.learner_gpus, here.sampler_gpus) < 1:
         found.append(
             f"learner and samplers need a GPU each, found shares of {here.learner_gpus:g} and "
             f"{here.sampler_gpus:g}"
         )
-    if transport == "cuda-ipc":
-        shares = here.learner_gpus + here.num_samplers * here.sampler_gpus
-        if here.gpus != 1 or here.nodes != 1 or shares > 1:
-            found.append(
-                "learner and samplers must share the one GPU of one node, found "
-                f"{here.gpus:g} GPUs on {here.nodes} nodes, and shares that add up to {shares:g}"
-            )
     return found

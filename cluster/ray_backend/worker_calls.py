@@ -10,9 +10,6 @@ weights must be taken up between the groups that they were sent between. (Asked 
 the tokens' reference, it would hold up what is sent after it: Ray sends an actor's calls in order,
 and each when its arguments are there.)
 
-Where weights are taken up between tokens, they are offered in a third thread; and sent in order as
-well before the first group that must not be drawn with older ones.
-
 A sampler may be asked for the tokens of several groups in one call, which decodes them as one
 batch; each group goes its own way after that.
 """
@@ -35,8 +32,7 @@ from cluster.scheduling.pool import Worker, WorkerPool
 from cluster.spans import Span
 
 IMAGES = "images"
-WEIGHTS = "weights"
-SAMPLER_THREADS = {IMAGES: 1, WEIGHTS: 1}
+SAMPLER_THREADS = {IMAGES: 1}
 """Ray concurrency groups of a sampler, beside the one thread that answers in order."""
 WORK = ("load", "sample", "decode", "score")  # phases in which a worker works
 

@@ -76,11 +76,6 @@ class Worker:
         return f"{what} for {now - since:.0f} s"
 
     @property
-    def oldest_work(self) -> int:
-        """The oldest weight_version that it can work for."""
-        return NO_WEIGHTS if self.role.goes_ahead else self.weight_version
-
-    @property
     def has_room(self) -> bool:
         """Whether it may be given more. Images in decoding leave room for tokens to sample; only
         too many of them, where images are what takes longer, do not."""
@@ -112,7 +107,7 @@ class Worker:
             self.tasks,
             self.tasks / self.busy if self.busy else 0.0,
             now - self.begun,
-            self.oldest_work,
+            self.weight_version,
             self.has_room,
             self.passed_over,
         )
@@ -222,7 +217,7 @@ class WorkerPool:
         whoever was to do it is gone: put a new worker in the place of an idle one."""
         coming = self.of(State.SERVING) + self.of(State.STARTING)
         if not self.waiting or any(
-            worker.oldest_work <= self.waiting.first.weight_version for worker in coming
+            worker.weight_version <= self.waiting.first.weight_version for worker in coming
         ):
             return None
         idle = next((w for w in self.of(State.SERVING) if w.idle), None)

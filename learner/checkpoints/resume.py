@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "output.",
     "evaluation.",
     "weights.transport",
+    "weights.take_up",  # of earlier versions; does nothing
     "ray.",
 )
 """Beginnings of the fields that a resumed run may set anew: they change how it is carried out, not

@@ -47,7 +47,6 @@ def iteration_metrics(
         "iteration": iteration + 1,  # as everywhere in the records: how many are done with it
         "version": report.version,
         **{f"staleness/groups_{age}": ages.count(age) for age in range(max_staleness + 1)},
-        "staleness/mixed_tokens": float(np.mean([g.rollouts.mixed_share for g in groups])),
         "moments/version": answer.version,
         "moments/staleness": iteration - answer.version,
         **{f"reward/{name}": float(np.nanmean(values)) for name, values in rewards.items()},

@@ -16,12 +16,10 @@ from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ScoredGro
 def pack_group(group: ScoredGroup) -> bytes:
     """Everything but the request, which follows from the configuration, and the times."""
     rollouts, scores = group.rollouts, group.scores
-    versions = rollouts.token_versions
     return msgpack.packb(
         {
             "key": list(rollouts.request.key),
             "version": rollouts.version,
-            "token_versions": None if versions is None else pack_array(versions),
             "tokens": pack_array(rollouts.tokens),
             "logprobs": pack_array(rollouts.logprobs),
             "entropies": pack_array(rollouts.entropies),
@@ -48,7 +46,6 @@ def unpack_group(request: SampleRequest, data: bytes) -> ScoredGroup:
             tokens=unpack_array(fields["tokens"]),
             logprobs=unpack_array(fields["logprobs"]),
             entropies=unpack_array(fields["entropies"]),
-            token_versions=unpack_array(each) if (each := fields.get("token_versions")) else None,
         )
         scores = GroupScores(
             key=request.key,

@@ -38,7 +38,7 @@ IDENTITY = {
 """The same for all rollouts of a group."""
 DRAWN = {
     "rollout": pa.int64(),
-    "token_versions": pa.list_(pa.int32()),
+    "token_versions": pa.list_(pa.int32()),  # empty; the column stays for one release
     "tokens": pa.list_(pa.int32()),
     "logprobs": pa.list_(pa.float32()),
     "entropies": pa.list_(pa.float32()),
@@ -61,8 +61,8 @@ def rollout_schema(rewards: Iterable[str]) -> pa.Schema:
 def rollout_table(
     iteration: int, groups: Sequence[ScoredGroup], advantages: Advantages, moments: int
 ) -> pa.Table:
-    """One row a rollout: identity, tokens, logprobs, spec, seed, version of the policy (and of each
-    token's, where they differ) and of the moments that judged it, every score."""
+    """One row a rollout: identity, tokens, logprobs, spec, seed,
+    versions of policy and moments, every score."""
     schema = rollout_schema(advantages.rewards)
     rows: dict[str, list[Any]] = {name: [] for name in schema.names}
     for index, group in enumerate(groups):
@@ -82,12 +82,11 @@ def rollout_table(
             "cfg_scale": spec.cfg_scale,
             "guidance": spec.guidance,
         }
-        versions = rollouts.token_versions
         found: dict[str, Iterable[Any]] = {
             name: [value] * count for name, value in identity.items()
         } | {
             "rollout": range(count),
-            "token_versions": [None if versions is None else versions.tolist()] * count,
+            "token_versions": [None] * count,
             "tokens": rollouts.tokens,
             "logprobs": rollouts.logprobs,
             "entropies": rollouts.entropies,

@@ -3,7 +3,6 @@
 Iteration i is drawn with the weights of max(i - S, 0) updates: always, whoever was fast. With
 S = 0 that is on-policy; with S = 1 samplers and reward servers work on the next iteration while the
 learner learns. Since the rule knows no clock, results stay a function of the seed, on any fleet.
-With `weights.take_up` token, tokens may be of newer weights than the rule says, never of older.
 """
 
 from __future__ import annotations
@@ -133,22 +132,14 @@ class Pipeline:
 
     def _put(self, iteration: int, groups: Sequence[ScoredGroup]) -> None:
         expected = self._buffer.version(iteration)
-        ahead = self._config.weights.take_up == "token"
-        newest = self._buffer.live if ahead else expected
         for group in groups:
             key, rollouts = group.rollouts.request.key, group.rollouts
-            drawn = expected <= rollouts.version <= rollouts.newest <= newest
-            if (key.stream, key.iteration) != (TRAIN, iteration) or not drawn:
-                found = _span(rollouts.version, rollouts.newest)
+            if (key.stream, key.iteration, rollouts.version) != (TRAIN, iteration, expected):
                 raise FleetError(
-                    f"{key} was drawn with the weights of {found} updates, but iteration "
-                    f"{iteration} is to be drawn with those of {_span(expected, newest)}"
+                    f"{key} was drawn with the weights of {rollouts.version} updates, but "
+                    f"iteration {iteration} is to be drawn with those of {expected}"
                 )
             self._buffer.complete(iteration, key.group, group)
 
     def _requests(self, iteration: int) -> list[SampleRequest]:
         return requests_for(self._config, self._stream.draw(iteration), TRAIN, iteration)
-
-
-def _span(first: int, last: int) -> str:
-    return f"{first}" if first == last else f"{first} to {last}"

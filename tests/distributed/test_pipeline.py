@@ -32,8 +32,6 @@ def test_one_ahead_equals_inline_bit_for_bit_whoever_dies(ray_session: RaySessio
     assert fingerprint(done) == expected
     for number, iteration in enumerate(done):
         assert {g.rollouts.version for g in iteration.groups} == {max(number - 1, 0)}
-        assert all(g.rollouts.token_versions is None for g in iteration.groups)
-        assert iteration.metrics["staleness/mixed_tokens"] == 0
 
 
 def versions(fleet: RayFleet, count: int) -> list[int]:

@@ -12,7 +12,7 @@ import ray
 
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_backend.publisher import Publisher
-from cluster.ray_backend.transports import OBJECT_STORE, DeviceTransport
+from cluster.ray_backend.transports import OBJECT_STORE
 from cluster.ray_backend.worker_calls import IMAGES, SAMPLER_THREADS, spans_of
 from cluster.ray_session.private import started
 from cluster.ray_session.session import RaySession
@@ -30,15 +30,9 @@ from tests.stand_ins import drawn
 WAIT_S = 60.0
 
 
-@pytest.fixture
-def over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {"gloo": DeviceTransport("gloo", group=True)}
-    monkeypatch.setattr("cluster.ray_backend.publisher.DEVICE_TRANSPORTS", there)
-
-
 @pytest.mark.parametrize("transport", [OBJECT_STORE, "gloo"])
 def test_the_thread_beside_leaves_the_order_of_the_others(
-    ray_session: RaySession, over_gloo: None, transport: str
+    ray_session: RaySession, transport: str
 ) -> None:
     """Weights are taken up between the groups that they were sent between, while images decode."""
     actor_class = Publisher(transport).actor_class(TwoHanded, SAMPLER_THREADS)

@@ -19,7 +19,7 @@ from cluster.ray_backend import fleet as ray_fleet
 from cluster.ray_backend import publisher as publishing
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_backend.publisher import Published, Publisher
-from cluster.ray_backend.transports import OBJECT_STORE, DeviceTransport
+from cluster.ray_backend.transports import OBJECT_STORE
 from cluster.ray_session.calls import answer
 from cluster.ray_session.session import RaySession
 from learner.fleet_plan import fleet_plan
@@ -107,16 +107,7 @@ def test_a_transport_that_cannot_run_is_replaced_and_said(
     ]
 
 
-@pytest.fixture
-def over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gloo stands in for nccl: Ray treats both alike, and gloo needs no GPU."""
-    there = {**publishing.DEVICE_TRANSPORTS, "gloo": DeviceTransport("gloo", group=True)}
-    monkeypatch.setattr(publishing, "DEVICE_TRANSPORTS", there)
-
-
-def test_a_group_transport_brings_the_weights(
-    ray_session: RaySession, over_gloo: None, logged: list[str]
-) -> None:
+def test_a_group_transport_brings_the_weights(ray_session: RaySession, logged: list[str]) -> None:
     publisher = Publisher("gloo", timeout_s=WAIT_S)
     with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, first, second, late):
         for version in (1, 2):
@@ -132,9 +123,7 @@ def test_a_group_transport_brings_the_weights(
         assert not logged
 
 
-def test_a_failed_transport_falls_back_once(
-    ray_session: RaySession, over_gloo: None, logged: list[str]
-) -> None:
+def test_a_failed_transport_falls_back_once(ray_session: RaySession, logged: list[str]) -> None:
     publisher = Publisher("gloo", timeout_s=WAIT_S)
     with actors(publisher, SmallLearner, SmallSampler) as (learner, sampler):
         publisher.publish([learner], [sampler])
@@ -147,7 +136,6 @@ def test_a_failed_transport_falls_back_once(
 @pytest.mark.parametrize("kind", [SmallSampler, Picky])
 def test_a_fleet_over_a_group_transport(
     ray_session: RaySession,
-    over_gloo: None,
     monkeypatch: pytest.MonkeyPatch,
     kind: type,
     logged: list[str],

@@ -11,11 +11,9 @@ from cluster.ray_backend.transports import Surroundings, WeightsConfig, why_not
 from learner.config import load_preset, merge, to_dict, validate
 from learner.fleet_plan import fleet_plan
 
-BIG = Surroundings(learner_gpus=1, sampler_gpus=1, num_samplers=7, gpus=16, nodes=2, nixl=True)
-ONE_GPU = Surroundings(
-    learner_gpus=0.5, sampler_gpus=0.25, num_samplers=2, gpus=1, nodes=1, nixl=True
-)
-LAPTOP = Surroundings(learner_gpus=0, sampler_gpus=0, num_samplers=2, gpus=0, nodes=1, nixl=False)
+BIG = Surroundings(learner_gpus=1, sampler_gpus=1)
+ONE_GPU = Surroundings(learner_gpus=0.5, sampler_gpus=0.25)
+LAPTOP = Surroundings(learner_gpus=0, sampler_gpus=0)
 
 
 def test_the_object_store_runs_everywhere() -> None:
@@ -23,13 +21,12 @@ def test_the_object_store_runs_everywhere() -> None:
         assert why_not("object-store", here) == ""
 
 
-@pytest.mark.parametrize("transport", ["nccl", "nixl", "cuda-ipc"])
-def test_without_gpus_nothing_else_does(transport: str) -> None:
-    assert why_not(transport, LAPTOP) == (
+def test_without_gpus_nothing_else_does() -> None:
+    assert why_not("nccl", LAPTOP) == (
         "the learner must have a GPU (num_gpus is 0); samplers must have a GPU (num_gpus is 0)"
     )
     half = dataclasses.replace(BIG, sampler_gpus=0)
-    assert why_not(transport, half) == "samplers must have a GPU (num_gpus is 0)"
+    assert why_not("nccl", half) == "samplers must have a GPU (num_gpus is 0)"
 
 
 def test_nccl_wants_a_gpu_for_each() -> None:
@@ -37,16 +34,24 @@ def test_nccl_wants_a_gpu_for_each() -> None:
     assert "a GPU each, found shares of 0.5 and 0.25" in why_not("nccl", ONE_GPU)
 
 
-def test_nixl_wants_its_package() -> None:
-    assert why_not("nixl", BIG) == why_not("nixl", ONE_GPU) == ""
-    assert "pip install nixl" in why_not("nixl", dataclasses.replace(BIG, nixl=False))
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"transport": "nixl"}, "weights.transport nixl was removed"),
+        ({"transport": "cuda-ipc"}, "weights.transport cuda-ipc was removed"),
+        ({"take_up": "token"}, "weights.take_up token was removed"),
+    ],
+)
+def test_removed_options_are_errors(options: dict[str, str], error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        validate(merge(to_dict(load_preset("miniature")), {"weights": options}), "test")
 
 
-def test_cuda_ipc_wants_one_gpu_for_all() -> None:
-    assert why_not("cuda-ipc", ONE_GPU) == ""
-    assert "found 16 GPUs on 2 nodes, and shares that add up to 8" in why_not("cuda-ipc", BIG)
-    crowd = dataclasses.replace(ONE_GPU, num_samplers=3)  # Ray could not place them on one
-    assert "shares that add up to 1.25" in why_not("cuda-ipc", crowd)
+def test_older_configurations_are_read() -> None:
+    old = {"weights": {"take_up": "group"}}
+    assert (
+        validate(merge(to_dict(load_preset("miniature")), old), "test").weights.take_up == "group"
+    )
 
 
 def test_adapters_need_none_of_them() -> None:

@@ -27,7 +27,7 @@ from rewards.combine import Combiner, RewardTerm
 from tests.small_run import small_config
 from tests.unit.helpers import scored_group
 
-CASES = ("plain", "errors", "all errors", "captions", "mixed versions", "two groups")
+CASES = ("plain", "errors", "all errors", "captions", "two groups")
 
 
 def groups_of(case: str, *rewards: str) -> list[ScoredGroup]:
@@ -41,9 +41,6 @@ def groups_of(case: str, *rewards: str) -> list[ScoredGroup]:
     if case == "captions":
         request = replace(rollouts.request, condition=Condition(text="a cat"))
         rollouts = replace(rollouts, request=request)
-    if case == "mixed versions":
-        versions = np.arange(rollouts.tokens.shape[1], dtype=np.int32)
-        rollouts = replace(rollouts, token_versions=versions)
     group = replace(group, rollouts=rollouts)
     return [group, group] if case == "two groups" else [group]
 
@@ -65,7 +62,6 @@ def test_every_column_has_its_type_whatever_is_in_it() -> None:
     assert whole["class_index"].null_count == 2
     assert whole["text"].to_pylist()[6:8] == ["a cat", "a cat"]
     assert tables["plain"]["token_versions"].null_count == 2
-    assert tables["mixed versions"]["token_versions"].to_pylist()[0][:2] == [0, 1]
 
 
 def test_files_are_read_as_one(tmp_path: Path) -> None:

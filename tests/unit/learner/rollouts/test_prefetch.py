@@ -250,3 +250,12 @@ def test_the_moments_server_tells_its_version_and_its_work_between_commits() -> 
     second = server()
     second.restore(first.state())
     assert second.commit(2, features(4), valid).version == 2
+
+
+def test_groups_of_other_weights_are_refused() -> None:
+    fleet = PaperFleet()
+    fleet.version = 1
+    made = pipeline(0, fleet)
+    made.begin(0)
+    with pytest.raises(FleetError, match="weights of 1 updates, but iteration 0 is to be drawn"):
+        made.take(0)

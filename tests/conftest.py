@@ -43,8 +43,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One worker per usable CPU; at least 2, since tests with Ray mostly wait."""
-    return max(2, min(4, len(os.sched_getaffinity(0))))
+    """One more than there are usable CPUs, since tests with Ray mostly wait."""
+    return min(4, 1 + len(os.sched_getaffinity(0)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -52,10 +52,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
-        """All tests with Ray go to one worker, and the others file by file."""
+        """Each folder of tests with Ray goes to one worker, and the others file by file."""
 
         def _split_scope(self, nodeid: str) -> str:
-            return "ray" if nodeid.startswith(WITH_RAY) else nodeid.partition("::")[0]
+            folder = [each for each in WITH_RAY if nodeid.startswith(each)]
+            return folder[0] if folder else nodeid.partition("::")[0]
 
     return Scheduling(config, log)
 

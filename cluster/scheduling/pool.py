@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster.roles import Role
 from cluster.scheduling.autoscaling import LoadMeter
-from cluster.scheduling.dispatch import Candidate, Pace, batch_size, choose_of_runs
+from cluster.scheduling.dispatch import Candidate, Pace, batch_size, choose
 from cluster.scheduling.weight_versions import NO_WEIGHTS
 from cluster.scheduling.work_queue import Waiting, WorkQueue
 from cluster.spans import Span
@@ -50,8 +50,6 @@ class Worker:
     begun: float = 0.0
     """When it began with the call that it is at, as far as one can tell from here."""
     pace: Pace = field(default_factory=Pace)
-    passed_over: int = 0
-    """Pieces that others were given since it has had nothing in hand."""
     decoding: int = 0
     """Of a sampler: groups whose images it decodes, or is yet to, beside what it has in hand."""
     worked_until: float = 0.0
@@ -90,7 +88,6 @@ class Worker:
         """One more call in hand."""
         if not self.busy:
             self.begun = time.monotonic() if now is None else now
-        self.passed_over = 0
         self.busy += 1
         self.tasks += tasks
 
@@ -109,7 +106,6 @@ class Worker:
             now - self.begun,
             self.weight_version,
             self.has_room,
-            self.passed_over,
         )
 
     def count_work(self, span: Span) -> float:
@@ -167,7 +163,7 @@ class WorkerPool:
             return None  # mostly: all have their hands full
         now = time.monotonic() if now is None else now
         candidates = [worker.candidate(now) for worker in serving]
-        chosen = choose_of_runs(self.waiting.runs(), candidates)
+        chosen = choose(self.waiting.runs(), candidates)
         if chosen is None:
             return None
         place, index = chosen
@@ -177,11 +173,7 @@ class WorkerPool:
             able = [each for each in candidates if each.weight_version <= weight_version]
             which, alike = able.index(candidates[index]), self.waiting.alike(place)
             count = batch_size(self.role.max_groups, alike, able, which)
-        picked = self.waiting.take(place, count)
-        for worker in serving:
-            if worker is not serving[index] and not worker.busy:
-                worker.passed_over += count
-        return picked, serving[index]
+        return self.waiting.take(place, count), serving[index]
 
     def scale(self, count: int) -> None:
         """Come to `count` workers: those that were to leave stay first, then new ones start; those

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from random import Random
+from itertools import groupby
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.roles import Resources, Role
-from cluster.scheduling.dispatch import Candidate, Pace, batch_size, choose, free_in, paces
+from cluster.scheduling import dispatch
+from cluster.scheduling.dispatch import Candidate, Pace, batch_size, free_in, paces
 from cluster.scheduling.pool import State, Worker, WorkerPool
 from cluster.scheduling.work_queue import Waiting, WorkQueue
-from tests.unit import old_schedule
 
 
 def candidate(
@@ -25,6 +25,12 @@ def candidate(
     room: bool = True,
 ) -> Candidate:
     return Candidate(pace, tasks, float(bool(tasks)), elapsed, weight_version, room)
+
+
+def choose(versions: list[int], workers: list[Candidate]) -> tuple[int, int] | None:
+    """`dispatch.choose`, of the weight versions of single tasks."""
+    runs = [(version, len([*same])) for version, same in groupby(versions)]
+    return dispatch.choose(runs, workers)
 
 
 def test_pace_is_work_over_pieces_and_forgets() -> None:
@@ -81,37 +87,6 @@ def test_those_that_are_about_as_fast_take_turns() -> None:
     two.pace = 1.6
     two.elapsed = 9.0
     assert choose([0], [one, two]) == (0, 0)
-
-
-def test_one_that_was_passed_over_for_long_is_tried_again() -> None:
-    """Slow as it looks, two others do eight tasks while it does one."""
-    fast = [candidate(1.0), candidate(1.0)]
-    slow = candidate(4.0, elapsed=99.0)
-    for passed_over, chosen in ((0, 0), (16, 0), (17, 2)):
-        slow.passed_over = passed_over
-        assert choose([0], [*fast, slow]) == (0, chosen)
-    assert paces([*fast, slow]) == [1.0, 1.0, 1.0]
-    alone = candidate(4.0, elapsed=99.0)
-    alone.passed_over = 99
-    assert paces([alone]) == [4.0]
-
-
-def test_passing_over_is_counted_while_nothing_is_in_hand() -> None:
-    pool = made([1.0, 1.0])
-    one, two = pool.workers
-    for worker in pool.workers:
-        worker.pace.add(0.0, 1)
-    one.pace.add(1.0, 1)
-    two.pace.add(3.0, 1)
-    for number in range(3):
-        pool.add(number)
-        (_, worker) = pool.next(0.0)
-        assert worker is one
-        one.take(1, 0.0)
-        one.give(1, 0.0)
-    assert (one.passed_over, two.passed_over) == (0, 3)
-    two.take(1, 0.0)
-    assert two.passed_over == 0
 
 
 def test_work_of_older_weights_goes_to_who_still_can() -> None:
@@ -263,59 +238,6 @@ def test_only_alike_pieces_go_together() -> None:
     while picked := pool.next(0.0):
         taken.append([waiting.task for waiting in picked[0]])
     assert taken == [["a", "b"], ["c", "d"], ["e"]]
-
-
-quarters = st.integers(1, 24).map(lambda number: number / 4)  # ends that fall together, exactly
-seconds = quarters | st.floats(0.01, 100.0, allow_subnormal=False)
-
-
-@st.composite
-def candidates(draw: st.DrawFn) -> Candidate:
-    tasks = draw(st.sampled_from([0, 0, 1, 1, 2, 4, 16]))
-    return Candidate(
-        pace=draw(st.none() | seconds),
-        tasks=tasks,
-        current=draw(st.sampled_from([1.0, float(tasks), tasks / 2])) if tasks else 0.0,
-        elapsed=draw(st.just(0.0) | seconds),
-        weight_version=draw(st.integers(0, 3)),
-        has_room=draw(st.booleans() | st.just(False)),
-        passed_over=draw(st.sampled_from([0, 0, 3, 1000])),
-    )
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    workers=st.lists(candidates(), min_size=1, max_size=24),
-    weight_versions=st.lists(st.integers(0, 4), max_size=300),
-    most=st.integers(1, 9),
-    in_order=st.booleans(),
-    data=st.data(),
-)
-def test_choices_are_those_of_the_definition(
-    workers: list[Candidate],
-    weight_versions: list[int],
-    most: int,
-    in_order: bool,
-    data: st.DataObject,
-) -> None:
-    weight_versions = sorted(weight_versions) if in_order else weight_versions
-    assert choose(weight_versions, workers) == old_schedule.choose(weight_versions, workers)
-    chosen = data.draw(st.integers(0, len(workers) - 1))
-    for waiting in (len(weight_versions), 10 * len(weight_versions)):
-        expected = old_schedule.batch_size(most, waiting, workers, chosen)
-        assert batch_size(most, waiting, workers, chosen) == expected
-
-
-def test_a_slow_worker_beside_many_without_room_is_looked_at_as_by_definition() -> None:
-    """Long plans: thousands of tasks go to the others, or fewer than it would take."""
-    random = Random(0)
-    for slow in (1.0, 3.0, 9.0, 40.0, 1000.0):
-        pace = [random.choice([1.0, 1.1, 0.3, random.random() + 0.1]) for _ in range(40)]
-        workers = [candidate(p, 2, random.random(), room=False) for p in pace]
-        workers[7] = candidate(slow, 1)
-        for waiting in (1, 300, 3000):
-            weight_versions = [0] * waiting
-            assert choose(weight_versions, workers) == old_schedule.choose(weight_versions, workers)
 
 
 operations = st.lists(

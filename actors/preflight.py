@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from actors.checkpoints.families import NamedModel
 from actors.checkpoints.loading import (
     PolicyConfig,
     TokenizerConfig,
@@ -12,14 +13,9 @@ from actors.checkpoints.loading import (
     count_parameters,
     file_shapes,
 )
-from actors.checkpoints.sources import (
-    Architecture,
-    PolicyArchitecture,
-    Source,
-    planned_policy,
-    planned_tokenizer,
-)
-from actors.checkpoints.zoo import MODELS, NamedModel
+from actors.checkpoints.sources import Source, planned_policy, planned_tokenizer
+from actors.checkpoints.zoo import MODELS
+from actors.models.base import Architecture, PolicyArchitecture
 from actors.models.vq import VQConfig
 from cluster.errors import TesseraError
 from cluster.model_files.tensors import anywhere

@@ -180,8 +180,8 @@ def read_conditions(
         ConfigError: the policy takes none, or others.
         DataError: a file of captions cannot be read.
     """
-    architecture = policy.config.to_dict()
-    if architecture.get("condition", "class") != "class":  # taming's faces: nothing to ask for
+    architecture = policy.config
+    if architecture.conditioning == "none":
         if config.classes or config.captions:
             raise ConfigError(
                 "this policy is unconditional: say --num-images, without --classes or --captions"
@@ -189,7 +189,7 @@ def read_conditions(
         return [Condition(text="")]
     if config.captions is None:
         return class_conditions(config.classes or ALL, policy)
-    of_classes = not architecture.get("caption_dim")
+    of_classes = architecture.conditioning == "class"
     if config.captions.suffix.lower() == ".parquet" or not of_classes:
         found = caption_conditions(config.captions, config.column)
         if all(condition.features is not None for condition in found):
@@ -198,7 +198,7 @@ def read_conditions(
         raise ConfigError("--captions needs a caption-conditional policy: this one takes --classes")
     texts = read_captions(config.captions, config.column)
     encoder = CaptionEncoder(
-        config.encoder, device=device, dtype=dtype, max_tokens=architecture["caption_tokens"]
+        config.encoder, device=device, dtype=dtype, max_tokens=architecture.caption_tokens
     )
     check_captions(str(config.captions), texts, encoder, config.long_captions)
     return [Condition(text=text, features=rows) for text, rows in zip(texts, encoder(texts))]
@@ -211,11 +211,9 @@ def class_conditions(classes: str, policy: Policy) -> list[Condition]:
         ConfigError: not numbers; or all of a policy that has no classes.
     """
     if classes == ALL:
-        architecture = policy.config.to_dict()
-        count = 0 if architecture.get("caption_dim") else architecture.get("num_classes", 0)
-        if not count:
+        if policy.config.conditioning != "class":
             raise ConfigError("this policy has no classes: name its conditions with --captions")
-        indices = list(range(count))
+        indices = list(range(policy.config.num_classes))
     else:
         try:
             indices = [int(part) for part in classes.split(",")]

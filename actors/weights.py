@@ -31,10 +31,10 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
+from actors.checkpoints.families import Family, Kind, NamedModel
 from actors.checkpoints.hub import UnreachableError, fetch
 from actors.checkpoints.loading import check_fit, count_parameters
 from actors.checkpoints.sources import (
-    Architecture,
     Source,
     architecture_from,
     kind_of,
@@ -42,16 +42,21 @@ from actors.checkpoints.sources import (
     policy_architecture,
     tokenizer_architecture,
 )
-from actors.checkpoints.taming_files import official_policy_tensors, read_project
-from actors.checkpoints.zoo import MODELS, Kind, NamedModel, find_model, weights_directory
-from actors.models.taming import TamingConfig
+from actors.checkpoints.taming import read_project
+from actors.checkpoints.zoo import MODELS, family_of, find_model
+from actors.models.base import Architecture
 from actors.models.vq import VQConfig
 from actors.sample_source import complete_checkpoints
 from cluster.errors import CheckpointError, ConfigError
 from cluster.io.files import replacing
 from cluster.io.locks import locked_file
 from cluster.io.paths import output_path
-from cluster.model_files.tensors import read_config, read_tensors, write_tensors
+from cluster.model_files.tensors import (
+    read_config,
+    read_tensors,
+    weights_directory,
+    write_tensors,
+)
 from cluster.model_files.weight_checks import check_finite, losses
 from cluster.program import logs
 from cluster.program.console import exit_status, make_console
@@ -175,8 +180,9 @@ def run_convert(command: ConvertCommand) -> None:
     if command.target.suffix.lower() != ".safetensors":
         raise ConfigError(f"{command.target}: expected a name that ends in .safetensors")
     kind: Kind = kind_of(source) if command.part == "auto" else command.part
-    of_kind = {"policy": policy_architecture, "tokenizer": tokenizer_architecture}
-    architecture: Architecture = of_kind[kind](source)
+    architecture: Architecture = (
+        policy_architecture(source) if kind == "policy" else tokenizer_architecture(source)
+    )
     with _fresh(command.target) as partial:
         tensors = official_tensors(source, architecture)
         check_fit(tensors, architecture, source)
@@ -210,54 +216,45 @@ def run_export(command: ExportCommand) -> None:
     if command.target.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{command.target}: expected a name that ends in {' '.join(SUFFIXES)}")
     header = read_config(source)
-    kind: Kind = "tokenizer" if header.get("family") == "llamagen-vq" else "policy"
+    kind: Kind = "tokenizer" if header.get("family") == VQConfig.family else "policy"
     architecture = architecture_from(header, str(source), kind)
-    taming = isinstance(architecture, TamingConfig)
-    if not taming and command.base:
+    family = family_of(architecture)
+    if command.base and family.merge_base is None:
         raise ConfigError(f"base is for taming's policies, but {source} is none: leave it empty")
-    if taming and command.layout != "official":
-        raise ConfigError("taming's scripts read no other layout than the official one")
+    if command.layout not in family.layouts:
+        raise ConfigError(
+            f"the scripts of {family.name} read no layout but {', '.join(family.layouts)}"
+        )
     with _fresh(command.target) as partial:
         tensors = read_tensors(source)
         check_fit(tensors, architecture, Source(file=str(source)))
         check_finite(tensors, str(source))
-        tensors = official_names(tensors, architecture, command.base)
-        torch.save(_laid_out(tensors, command.layout, taming), partial)
+        tensors = official_state(tensors, architecture, family, command.base)
+        torch.save(family.layouts[command.layout](tensors), partial)
     _report(command.target, tensors)
 
 
-def official_names(
-    tensors: dict[str, Tensor], architecture: Architecture, base: str = ""
+def official_state(
+    tensors: dict[str, Tensor], architecture: Architecture, family: Family, base: str = ""
 ) -> dict[str, Tensor]:
-    """Tensors under our names -> the whole state dict of the official module.
+    """The whole state dict of the official module, from tensors under our names.
 
     Args:
-        base: official taming file, whose other parts (VQGAN, permuter) are taken along.
+        base: official file whose other parts (taming: VQGAN, permuter) are added.
 
     Raises:
         CheckpointError: the base is of another architecture.
         ConfigError: there is no official layout that holds them.
     """
-    if isinstance(architecture, TamingConfig):
-        named_officially = official_policy_tensors(tensors, architecture)
-        if not base:
-            return named_officially
-        whole = Source.of(base).open().tensors
-        for name, tensor in named_officially.items():
-            if name not in whole or whole[name].shape != tensor.shape:
-                found = tuple(whole[name].shape) if name in whole else "nothing"
-                raise CheckpointError(
-                    f"{base}: expected {name!r} of shape {tuple(tensor.shape)}, found {found}: the "
-                    "base is of another policy"
-                )
-        ours = {name: named_officially[name] for name in named_officially if _is_weight(name)}
-        return whole | ours
-    if isinstance(architecture, VQConfig):
-        if architecture.pixel_rule == "taming":
-            raise ConfigError("a VQGAN is not tuned here: use the official file it came from")
-        # A buffer of usage counts that the official tokenizer has and loads strictly.
-        return {CODEBOOK_USED: torch.zeros(CODEBOOK_USED_SIZE), **tensors}
-    return tensors
+    if not isinstance(architecture, VQConfig):
+        state = family.to_official(tensors, architecture)
+        if base and family.merge_base:
+            return family.merge_base(state, Source.of(base).open().tensors, base)
+        return state
+    if architecture.pixel_rule == "taming":
+        raise ConfigError("a VQGAN is not tuned here: use the official file it came from")
+    # A buffer of usage counts that the official tokenizer has and loads strictly.
+    return {CODEBOOK_USED: torch.zeros(CODEBOOK_USED_SIZE), **tensors}
 
 
 def newest_policy(path: Path) -> Path:
@@ -277,16 +274,6 @@ def newest_policy(path: Path) -> Path:
             f"run directory with checkpoints/step_*/{POLICY_FILE}"
         )
     return steps[max(steps)]
-
-
-def _is_weight(name: str) -> bool:
-    return name.startswith("transformer.") and not name.endswith(".attn.mask")
-
-
-def _laid_out(tensors: dict[str, Tensor], layout: str, taming: bool) -> dict[str, Any]:
-    if taming:
-        return {"state_dict": tensors, "global_step": 0}  # its scripts print the step
-    return tensors if layout == "fsdp" else {"model": tensors}
 
 
 @contextmanager

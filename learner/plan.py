@@ -23,7 +23,8 @@ from pydantic import Field
 from rich.table import Table
 
 from actors.checkpoints.loading import count_parameters
-from actors.checkpoints.sources import PolicyArchitecture, Source, planned_policy, planned_tokenizer
+from actors.checkpoints.sources import Source, planned_policy, planned_tokenizer
+from actors.models.base import PolicyArchitecture
 from cluster.errors import ConfigError, TesseraError
 from cluster.program.console import REFUSED, make_console
 from cluster.program.help import answer_help, asks_help

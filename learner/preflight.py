@@ -11,9 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from actors.checkpoints.sources import PolicyArchitecture
-from actors.models.llamagen import LlamaGenConfig
-from actors.models.taming import TamingConfig
+from actors.models.base import PolicyArchitecture
 from actors.preflight import check_models, image_side
 from cluster.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from cluster.io.paths import expand_user
@@ -82,7 +80,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
 
 def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: Findings) -> None:
     conditions = config.conditions
-    captions = isinstance(policy, LlamaGenConfig) and bool(policy.caption_dim)
+    captions = policy is not None and policy.conditioning == "caption"
     if conditions.captions:
         with findings.of("conditions.captions"):
             found = peek_captions(conditions.captions, conditions.column)
@@ -101,7 +99,7 @@ def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: 
             f"name one ({command_of('actors.captions')} makes it), or another policy",
         )
     known = getattr(policy, "num_classes", 0)
-    of_classes = policy is not None and not captions and _has_classes(policy)
+    of_classes = policy is not None and policy.conditioning == "class"
     asked = conditions.classes or range(len(conditions.class_names))
     if of_classes and max(asked) >= known:
         findings.problem(
@@ -121,10 +119,6 @@ def _check_texts(config: RunConfig, conditions: Sequence[Condition], findings: F
     check_texts(config.rewards, judge, skipped_pools, conditions, findings, shipped=shipped)
 
 
-def _has_classes(policy: PolicyArchitecture) -> bool:
-    return not isinstance(policy, TamingConfig) or policy.condition == "class"
-
-
 def _captions(
     config: RunConfig,
     policy: PolicyArchitecture | None,
@@ -138,16 +132,15 @@ def _captions(
         found: the file.
     """
     field, width = "conditions.captions", found.width
-    if policy is not None and not captions and _has_classes(policy):
+    if policy is not None and policy.conditioning == "class":
         findings.problem(
             field,
             "nothing, since the policy draws for classes",
             config.conditions.captions,
             "leave it empty, or choose a policy of captions",
         )
-    if not captions:
+    if policy is None or not captions:
         return
-    assert isinstance(policy, LlamaGenConfig)
     if not width and not config.conditions.encoder:
         findings.problem(
             field,

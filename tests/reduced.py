@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from actors.checkpoints.loading import init_policy
-from actors.checkpoints.sources import PolicyArchitecture
 from actors.checkpoints.zoo import MODELS
+from actors.models.base import PolicyArchitecture
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.taming import TamingConfig
 from actors.models.vq import VQConfig, VQTokenizer

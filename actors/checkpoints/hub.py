@@ -22,7 +22,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from huggingface_hub.utils.logging import set_verbosity_error
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from actors.checkpoints.zoo import HUB, NamedModel
+from actors.checkpoints.families import HUB, NamedModel
 from cluster.errors import CheckpointError, ConfigError
 from cluster.io.sha256 import sha256_of, verify_sum, write_sum
 from cluster.program.console import make_console

@@ -16,22 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from actors.checkpoints.families import Kind
 from actors.checkpoints.sources import (
-    Architecture,
-    PolicyArchitecture,
     Source,
     official_tensors,
     policy_architecture,
     tokenizer_architecture,
 )
-from actors.checkpoints.zoo import Kind, candidates
-from actors.models.llamagen import LlamaGen
-from actors.models.taming import TamingConfig, TamingGPT
+from actors.checkpoints.zoo import candidates, family_of
+from actors.models.base import Architecture, PolicyArchitecture, PolicyModule
 from actors.models.vq import VQConfig, VQDecoder, VQTokenizer
 from cluster.errors import CheckpointError
 from cluster.model_files.tensors import load_strict, read_shapes, read_tensors
 
-PolicyModule = LlamaGen | TamingGPT
 M = TypeVar("M", bound=nn.Module)
 V = TypeVar("V", bound=VQDecoder)
 
@@ -96,15 +93,6 @@ def load_policy(
     return policy.eval().requires_grad_(False)
 
 
-def check_policy(config: PolicyConfig) -> None:
-    """Refuse a policy whose architecture cannot be found or built; takes no memory for weights.
-
-    Raises:
-        CheckpointError, ConfigError: as `load_policy` with weights=False.
-    """
-    _weightless(policy_architecture(Source.of(config.checkpoint, config.architecture, config.ema)))
-
-
 def load_decoder(config: TokenizerConfig, *, device: str | torch.device = "cpu") -> VQDecoder:
     """Build the decoding half of a tokenizer and load its weights, fp32, in eval mode."""
     return _load_tokenizer(VQDecoder, config, device)
@@ -139,9 +127,7 @@ def build_policy(
 
 def init_policy(architecture: PolicyArchitecture) -> PolicyModule:
     """The module of an architecture, freshly initialised."""
-    if isinstance(architecture, TamingConfig):
-        return TamingGPT(architecture)
-    return LlamaGen(architecture)
+    return family_of(architecture).module(architecture)
 
 
 def check_fit(tensors: Mapping[str, Tensor], architecture: Architecture, source: Source) -> None:

@@ -17,18 +17,13 @@ from typing import Any
 
 from torch import Tensor
 
-from actors.checkpoints.taming_files import TOKENIZER
-from actors.checkpoints.zoo import Kind
+from actors.checkpoints.families import Kind
+from actors.checkpoints.zoo import FAMILIES
 from cluster.errors import CheckpointError
 from cluster.io.strict_json import MALFORMED
 from cluster.model_files.checkpoints import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
-
-CACHES = ("freqs_cis", "causal_mask", "*.kv_cache.*")
-"""Names that are left out: tables of the official module that follow from the architecture, not
-weights. Its `generate` registers the KV cache as a submodule, so a model saved after sampling
-carries it; rotary table and mask are plain attributes there, and buffers in derived code."""
 
 PARTS: dict[Kind, str] = {"policy": "gpt_model.", "tokenizer": "vq_model."}
 """Prefixes of AR-GRPO's files, which hold both."""
@@ -40,8 +35,8 @@ class OfficialFile:
 
     tensors: dict[str, Tensor]
     """Weights, on the CPU, in the file's dtypes. They are views of the file: copy them."""
-    caches: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Shapes of what was left out (`CACHES`): they betray the grid and the number of heads."""
+    buffers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of what is left out (`Family.buffers`): they show grid and number of heads."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The trainer's options, where the file holds them."""
 
@@ -69,7 +64,7 @@ def open_official(
     """
     opened = open_checkpoint(path, ema=ema)
     names = _part(opened, kind)
-    kept = {name: full for name, full in names.items() if not _is_cache(name)}
+    kept = {name: full for name, full in names.items() if not _is_buffer(name)}
     read = opened.read(kept.values(), check=check)
     return OfficialFile(
         {name: read[full].detach() for name, full in kept.items()},
@@ -115,12 +110,13 @@ def _part(opened: Checkpoint, kind: Kind | None) -> dict[str, str]:
 
 
 def _other_part(name: str, opened: Checkpoint, kind: Kind | None) -> bool:
-    """Whether a tensor is of the half of a taming policy's file that is not wanted."""
-    tokenizer = name.startswith(TOKENIZER)
-    if kind == "policy" or tokenizer:
-        return kind == "policy" and tokenizer
-    return kind == "tokenizer" and any(other.startswith(TOKENIZER) for other in opened.tensors)
+    """Whether a tensor is of the half of a policy's file that is not wanted."""
+    prefixes = tuple(family.tokenizer_prefix for family in FAMILIES if family.tokenizer_prefix)
+    if kind == "policy" or name.startswith(prefixes):
+        return kind == "policy" and name.startswith(prefixes)
+    return kind == "tokenizer" and any(other.startswith(prefixes) for other in opened.tensors)
 
 
-def _is_cache(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in CACHES)
+def _is_buffer(name: str) -> bool:
+    patterns = (pattern for family in FAMILIES for pattern in family.buffers)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

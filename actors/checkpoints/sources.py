@@ -17,16 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
+from actors.checkpoints.families import Kind
 from actors.checkpoints.official import OfficialFile, open_official
-from actors.checkpoints.taming_files import (
-    TamingProject,
-    policy_tensors,
-    read_project,
-    tokenizer_tensors,
-)
-from actors.checkpoints.zoo import MODELS, Kind, candidates, find_model
-from actors.models.llamagen import LlamaGenConfig
-from actors.models.taming import TamingConfig
+from actors.checkpoints.taming import TamingProject, read_project, tokenizer_tensors
+from actors.checkpoints.zoo import FAMILIES, MODELS, candidates, family_of, find_model
+from actors.models.base import Architecture, PolicyArchitecture
 from actors.models.vq import VQConfig
 from cluster.errors import CheckpointError, ConfigError
 from cluster.model_files.architectures import from_fields
@@ -34,14 +29,6 @@ from cluster.model_files.checkpoints import is_own
 from cluster.model_files.tensors import anywhere, locate, read_config
 from cluster.program.invocation import command_of
 
-PolicyArchitecture = LlamaGenConfig | TamingConfig
-Architecture = PolicyArchitecture | VQConfig
-
-FAMILIES: dict[str, type[Architecture]] = {
-    "llamagen": LlamaGenConfig,
-    "taming-gpt": TamingConfig,
-    "llamagen-vq": VQConfig,
-}
 YAML = (".yaml", ".yml")
 JSON = ".json"
 SAFETENSORS = ".safetensors"
@@ -155,7 +142,7 @@ def planned_tokenizer(source: Source) -> VQConfig:
     return published[1] if published else tokenizer_architecture(source)
 
 
-def _published(source: Source) -> tuple[TamingConfig, VQConfig] | None:
+def _published(source: Source) -> tuple[PolicyArchitecture, VQConfig] | None:
     model = MODELS.get(source.architecture)
     if model is None or model.published is None or model.project_path().is_file():
         return None
@@ -172,7 +159,7 @@ def kind_of(source: Source) -> Kind:
         return "tokenizer" if project.policy is None else "policy"
     if source.architecture in MODELS:
         return MODELS[source.architecture].kind
-    return "tokenizer" if _header(source, "policy").get("family") == "llamagen-vq" else "policy"
+    return "tokenizer" if _header(source, "policy").get("family") == VQConfig.family else "policy"
 
 
 def official_tensors(
@@ -189,8 +176,8 @@ def official_tensors(
     kind: Kind = "tokenizer" if isinstance(architecture, VQConfig) else "policy"
     file = source.open(kind, check=check)
     _refuse_contradiction(source, file, architecture)
-    if isinstance(architecture, TamingConfig):
-        return policy_tensors(file.tensors, architecture, source.file)
+    if not isinstance(architecture, VQConfig):
+        return family_of(architecture).from_official(file.tensors, architecture, source.file)
     if source.project() is not None:
         return tokenizer_tensors(file.tensors, source.file)
     return file.tensors
@@ -204,14 +191,13 @@ def architecture_from(header: Mapping[str, Any], path: str, kind: Kind) -> Archi
     """
     fields = dict(header)
     family = str(fields.pop("family", None))
-    wanted = [
-        name for name, type_ in FAMILIES.items() if (type_ is VQConfig) == (kind == "tokenizer")
-    ]
+    policies = {family.name: family.architecture for family in FAMILIES}
+    wanted: dict[str, type[Any]] = policies if kind == "policy" else {VQConfig.family: VQConfig}
     if family not in wanted:
         raise CheckpointError(
             f"{path} holds a {family!r}, expected a {' or a '.join(map(repr, wanted))}"
         )
-    return from_fields(FAMILIES[family], fields, path)
+    return from_fields(wanted[family], fields, path)
 
 
 def _architecture(source: Source, kind: Kind) -> Architecture:
@@ -266,30 +252,10 @@ def _refuse_contradiction(source: Source, file: OfficialFile, architecture: Arch
                 f"{source.file} bears the name of the official file of {model.name}, but "
                 f"architecture is {source.architecture}; rename the file if it is not that one"
             )
-    if not isinstance(architecture, LlamaGenConfig):
+    if isinstance(architecture, VQConfig):
         return
-    positions = architecture.num_tokens + (
-        architecture.caption_tokens if architecture.caption_dim else 1
-    )
-    for name, shape in file.caches.items():
-        heads, size = architecture.num_heads, architecture.head_dim
-        expected: tuple[int, ...] = shape
-        if name == "freqs_cis":
-            expected = (positions, size // 2, 2)
-        elif name.endswith(("k_cache", "v_cache")) and len(shape) == 4:
-            expected = (shape[0], heads, shape[2], size)
-        pairs = name == "freqs_cis"  # (..., 2), or complex numbers in derived code
-        if shape != expected and not (pairs and shape == expected[:-1]):
-            raise CheckpointError(
-                f"{source.file}: {name!r} has shape {shape}, but {source.architecture} leads to "
-                f"{expected}: it is of another number of heads, or another grid"
-            )
-    pixels, stride = (file.options.get(key) for key in ("image_size", "downsample_size"))
-    if isinstance(pixels, int) and isinstance(stride, int) and pixels != architecture.grid * stride:
-        raise CheckpointError(
-            f"{source.file} was trained on {pixels} pixels with {stride} a token, a grid of "
-            f"{pixels // stride}, but {source.architecture} has a grid of {architecture.grid}"
-        )
+    if contradiction := family_of(architecture).check(architecture, file.buffers, file.options):
+        raise CheckpointError(f"{source.file}, architecture {source.architecture}: {contradiction}")
 
 
 def _looks_like_name(checkpoint: str) -> bool:

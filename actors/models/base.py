@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from actors.models.vq import VQConfig
 from cluster.errors import DataError
 from cluster.messages import Condition
+
+Conditioning = Literal["class", "caption", "none"]
 
 
 @dataclass(frozen=True)
@@ -88,17 +91,61 @@ class DecodeState:
         return Window(self.position, size, bias)
 
 
-class PolicyConfig(Protocol):
-    """An architecture."""
+class PolicyArchitecture(Protocol):
+    """The architecture of a policy: a frozen dataclass."""
 
-    def to_dict(self) -> dict[str, Any]: ...
+    family: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def grid(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def conditioning(self) -> Conditioning: ...
+
+    @property
+    def num_classes(self) -> int:
+        """Without meaning unless conditional on classes."""
+        ...
+
+    @property
+    def caption_dim(self) -> int:
+        """Width of caption features; 0 unless conditional on captions."""
+        ...
+
+    @property
+    def caption_tokens(self) -> int: ...
+
+    def __hash__(self) -> int: ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and `family`: the header of our files."""
+        ...
+
+
+Architecture = PolicyArchitecture | VQConfig
 
 
 class Policy(Protocol):
     """An autoregressive policy over image tokens. Every one is a `torch.nn.Module`, too."""
 
     @property
-    def config(self) -> PolicyConfig: ...
+    def config(self) -> PolicyArchitecture: ...
 
     @property
     def num_tokens(self) -> int: ...
@@ -148,6 +195,18 @@ class Policy(Protocol):
         ...
 
     def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
+if TYPE_CHECKING:
+
+    class PolicyModule(nn.Module, Policy):
+        """A policy as the `torch.nn.Module` that it is."""
+
+        checkpointing: bool
+        """Recompute activations in the backward pass."""
+
+else:
+    PolicyModule = nn.Module
 
 
 def class_of(condition: Condition, num_classes: int) -> int:

@@ -20,13 +20,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.models.base import Conditions, DecodeState, Window, class_of
+from actors.models.base import Conditioning, Conditions, DecodeState, Window, class_of
 from actors.models.layers import Linear, allocate_cache, cached_attention, run_block
 from actors.text.features import features_of
 from cluster.errors import ConfigError, DataError
@@ -40,6 +40,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class LlamaGenConfig:
     """Architecture of a LlamaGen policy, conditional on classes or on captions."""
 
+    family: ClassVar[str] = "llamagen"
     dim: int
     num_layers: int
     num_heads: int
@@ -63,6 +64,10 @@ class LlamaGenConfig:
             )
 
     @property
+    def conditioning(self) -> Conditioning:
+        return "caption" if self.caption_dim else "class"
+
+    @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
@@ -76,7 +81,7 @@ class LlamaGenConfig:
         return -(-int(8 * self.dim / 3) // 256) * 256
 
     def to_dict(self) -> dict:
-        return {"family": "llamagen", **dataclasses.asdict(self)}
+        return {"family": self.family, **dataclasses.asdict(self)}
 
 
 class RMSNorm(nn.Module):

@@ -17,13 +17,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.models.base import Conditions, DecodeState, Window, class_of
+from actors.models.base import Conditioning, Conditions, DecodeState, Window, class_of
 from actors.models.layers import (
     Linear,
     allocate_cache,
@@ -45,6 +45,10 @@ MLP_RATIO = 4
 @dataclass(frozen=True, kw_only=True)
 class TamingConfig:
     """Architecture of a taming policy. The number of heads cannot be told from the tensors."""
+
+    family: ClassVar[str] = "taming-gpt"
+    caption_dim: ClassVar[int] = 0
+    caption_tokens: ClassVar[int] = 0
 
     dim: int
     num_layers: int
@@ -107,6 +111,10 @@ class TamingConfig:
                 )
 
     @property
+    def conditioning(self) -> Conditioning:
+        return "class" if self.condition == "class" else "none"
+
+    @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
@@ -127,7 +135,7 @@ class TamingConfig:
         return self.num_conditions + self.num_tokens - 1
 
     def to_dict(self) -> dict[str, Any]:
-        return {"family": "taming-gpt", **dataclasses.asdict(self)}
+        return {"family": self.family, **dataclasses.asdict(self)}
 
 
 class Attention(nn.Module):

@@ -1,8 +1,8 @@
 """The VQ tokenizers of LlamaGen and taming: images to a grid of codes, and codes to images.
 
-Parameter names are those of LlamaGen's `VQ_16`/`VQ_8` checkpoints; `taming_files` renames those of
-taming's VQGAN (Esser et al. 2020, 2012.09841). The two differ in `VQConfig` alone: LlamaGen's
-codebook is normalised where it is used, at lookup and at encoding, and never in place.
+Parameter names are those of LlamaGen's `VQ_16`/`VQ_8` checkpoints; `actors.checkpoints.taming`
+renames those of taming's VQGAN (Esser et al. 2020, 2012.09841). The two differ in `VQConfig` alone:
+LlamaGen's codebook is normalised at lookup and at encoding, never in place.
 
 Shapes: B batch, h w code grid, H W pixels, z latent channels. Images are (B, 3, H, W) in [-1, 1].
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ NORM_EPS = 1e-6
 @dataclass(frozen=True, kw_only=True)
 class VQConfig:
     """Architecture of a VQ tokenizer; the defaults are VQ-16's."""
+
+    family: ClassVar[str] = "llamagen-vq"
 
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -68,7 +70,7 @@ class VQConfig:
         return 2 ** (len(self.multipliers) - 1)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"family": "llamagen-vq", **dataclasses.asdict(self)}
+        return {"family": self.family, **dataclasses.asdict(self)}
 
 
 def _norm(channels: int) -> nn.GroupNorm:

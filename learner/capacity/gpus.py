@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from actors.checkpoints.loading import count_parameters
-from actors.checkpoints.sources import PolicyArchitecture
+from actors.models.base import PolicyArchitecture
 from actors.models.vq import VQConfig
 from actors.preflight import image_side
 from learner.capacity.memory import LearnerMemory, learner_memory, sampler_memory

@@ -1,7 +1,7 @@
 """How much memory one learner takes: arithmetic alone.
 
-Weights, gradients and optimizer are exact. Activations are what autograd keeps, counted in
-`actors.models` (a test compares them with what it really keeps). What a step holds for a
+Weights, gradients and optimizer are exact. Activations are what autograd keeps, declared by
+the policy's `Family` (a test compares them with what it really keeps). What a step holds for a
 moment while it computes logits' gradients is an estimate.
 
 Units: bytes; d width, f hidden width, V vocabulary, T tokens, B rollouts of a microbatch.
@@ -14,18 +14,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actors.checkpoints.loading import count_parameters
-from actors.checkpoints.sources import PolicyArchitecture
-from actors.models.llamagen import LlamaGenConfig
-from actors.models.taming import TamingConfig
+from actors.checkpoints.zoo import family_of
+from actors.models.base import PolicyArchitecture
 
 FP32, BF16 = 4, 2
-BODY: dict[type, dict[str, tuple[int, int]]] = {
-    LlamaGenConfig: {"bf16": (34, 8), "fp32": (48, 16)},
-    TamingConfig: {"bf16": (40, 0), "fp32": (64, 0)},  # f = 4 d is in the first
-}
-"""Kept activations of a layer, bytes a token: times d, and times f."""
-LAST_NORM: dict[type, int] = {LlamaGenConfig: 14, TamingConfig: 8}
-"""Kept by the last norm, bytes a token and unit of width."""
 LAYER_INPUT = 4  # bytes a token and unit of width: the residual stream is fp32 in both precisions
 LOGITS_KEPT = 8  # log-probabilities, and probabilities for the entropy's gradient; fp32
 LOGITS_MOMENT = 14  # two fp32 gradients, and the logits' own in bf16 and fp32
@@ -75,9 +67,8 @@ def learner_memory(
     parameters = count_parameters(architecture)
     rows = microbatch * (2 if guided else 1)
     positions = rows * architecture.num_tokens
-    times_d, times_f = BODY[type(architecture)][precision]
-    hidden = 0 if isinstance(architecture, TamingConfig) else architecture.hidden_dim
-    layer = positions * (times_d * architecture.dim + times_f * hidden)
+    family = family_of(architecture)
+    layer = positions * family.layer_activations(architecture, precision)
     layers = architecture.num_layers
     kept = float(layers * layer)
     casts = float(BF16 * parameters) if precision == "bf16" else 0.0
@@ -93,7 +84,7 @@ def learner_memory(
         gathered=_gathered(architecture, parameters) if learners > 1 else 0,
         reference=FP32 * parameters if reference else 0,
         casts=casts,
-        activations=kept + LAST_NORM[type(architecture)] * positions * architecture.dim,
+        activations=kept + family.norm_activations * positions * architecture.dim,
         logits=(LOGITS_KEPT + moment) * values,
     )
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from actors.checkpoints.loading import PolicyConfig, PolicyModule, load_policy
+from actors.checkpoints.loading import PolicyConfig, load_policy
 from actors.decoding.decode import Likelihoods, token_likelihoods, token_logprobs
-from actors.models.base import Conditions
+from actors.models.base import Conditions, PolicyModule
 from cluster.io.run_layout import POLICY_FILE
 from cluster.messages import Condition, SamplingSpec
 from cluster.model_files.tensors import load_strict, read_tensors

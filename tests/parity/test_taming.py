@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.checkpoints.taming_files import (
+from actors.checkpoints.taming import (
     NET2NET,
     PERMUTER,
     VQGAN,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from actors.checkpoints.loading import PolicyConfig, load_policy
 from actors.checkpoints.official import read_official
-from actors.checkpoints.taming_files import official_policy_tensors
+from actors.checkpoints.taming import official_policy_tensors
 from actors.checkpoints.zoo import find_model
 from actors.models.taming import TamingConfig, TamingGPT
 from actors.models.vq import VQConfig, VQTokenizer

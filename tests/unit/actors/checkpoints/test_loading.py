@@ -18,7 +18,7 @@ from actors.checkpoints.loading import (
     load_tokenizer,
 )
 from actors.checkpoints.official import read_official
-from actors.checkpoints.taming_files import official_policy_tensors
+from actors.checkpoints.taming import official_policy_tensors
 from actors.checkpoints.zoo import MODELS, find_model
 from actors.models.llamagen import LlamaGen, LlamaGenConfig, rope_tables
 from actors.models.taming import TamingConfig, TamingGPT

@@ -195,4 +195,4 @@ def test_caches_of_the_official_sampler_are_left_out(tensors: Tensors, tmp_path:
     torch.save({"model": tensors | caches}, tmp_path / "weights.pt")
     file = open_official(tmp_path / "weights.pt")
     assert same(file.tensors, tensors)
-    assert file.caches == {name: tuple(cache.shape) for name, cache in caches.items()}
+    assert file.buffers == {name: tuple(cache.shape) for name, cache in caches.items()}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from actors.checkpoints.taming_files import (
+from actors.checkpoints.taming import (
     official_policy_tensors,
     parse_project,
     policy_tensors,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.checkpoints.taming_files import read_project
+from actors.checkpoints.taming import read_project
 from cluster.errors import CheckpointError, ConfigError
 from cluster.io.strict_yaml import MalformedYamlError, load
 from learner.config import dump, load_file, load_preset, parse_yaml

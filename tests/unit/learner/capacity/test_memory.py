@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from actors.checkpoints.loading import build_policy, count_parameters, init_policy
-from actors.checkpoints.sources import PolicyArchitecture
-from actors.checkpoints.zoo import find_model
+from actors.checkpoints.zoo import family_of, find_model
 from actors.decoding.decode import token_logprobs
+from actors.models.base import PolicyArchitecture
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.taming import TamingConfig
 from cluster.messages import Condition, SamplingSpec
-from learner.capacity.memory import LAST_NORM, LOGITS_KEPT, learner_memory, sampler_memory
+from learner.capacity.memory import LOGITS_KEPT, learner_memory, sampler_memory
 
 SMALL = LlamaGenConfig(
     dim=128, num_layers=4, num_heads=2, grid=12, vocab_size=1024, num_classes=10
@@ -63,7 +63,7 @@ def test_activations_are_what_autograd_keeps(
     expected = found.activations + logits + found.casts
     if checkpointing:  # the layer that is computed again is not there yet
         whole = learner_memory(policy, microbatch=rows, precision=precision, checkpointing=False)
-        last = LAST_NORM[type(policy)] * rows * policy.num_tokens * policy.dim
+        last = family_of(policy).norm_activations * rows * policy.num_tokens * policy.dim
         expected -= (whole.activations - last) / policy.num_layers + found.casts
     measured = kept_bytes(policy, rows, precision, checkpointing)
     assert measured == pytest.approx(expected, rel=0.06)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from actors.checkpoints.loading import PolicyConfig, init_policy
-from actors.checkpoints.sources import PolicyArchitecture
 from actors.decoding.decode import token_logprobs
+from actors.models.base import PolicyArchitecture
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.taming import TamingConfig, TamingGPT
 from cluster.messages import Condition, SamplingSpec

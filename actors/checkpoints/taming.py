@@ -1,9 +1,8 @@
-"""Official taming-transformers files: project YAML to architectures, tensor names to ours and back.
+"""taming-transformers as a family: project files, tensor names to ours and back, named models.
 
 A Lightning checkpoint holds `transformer.*` (the policy), `first_stage_model.*` (the VQGAN), and
-`permuter.*` tables; a VQGAN's own file has no prefix. What tensors do not tell, the number of heads
-above all, is in the run's `*-project.yaml`. Its `target` strings say which classes it is about, and
-what is not one of those known here is refused.
+`permuter.*` tables; a VQGAN's own file has no prefix. The number of heads and the like are in the
+run's `*-project.yaml`; classes named there (`target`) that are not known here are refused.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from actors.checkpoints.families import Family, Kind, NamedModel
 from actors.models.permuters import inverse, permutation
-from actors.models.taming import TamingConfig
+from actors.models.taming import TamingConfig, TamingGPT
 from actors.models.vq import VQConfig
 from cluster.errors import CheckpointError, ConfigError
 from cluster.io import strict_yaml
@@ -42,6 +42,7 @@ PERMUTER = "permuter."
 LOSS = "loss."
 MASK = ".attn.mask"
 
+PAGE = "https://github.com/CompVis/taming-transformers"
 MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
 
@@ -323,3 +324,73 @@ def _permuter_tensors(config: TamingConfig) -> dict[str, Tensor]:
 
 def _equal(found: Tensor, expected: Tensor | None) -> bool:
     return expected is not None and torch.equal(found.cpu().long(), expected)
+
+
+def _merge_base(tensors: dict[str, Tensor], base: Mapping[str, Tensor], source: str) -> dict:
+    """A whole official file: weights of `tensors`, all other parts (VQGAN, masks) of `base`.
+
+    Raises:
+        CheckpointError: the base is of another architecture.
+    """
+    for name, tensor in tensors.items():
+        if name not in base or base[name].shape != tensor.shape:
+            found = tuple(base[name].shape) if name in base else "nothing"
+            raise CheckpointError(
+                f"{source}: expected {name!r} of shape {tuple(tensor.shape)}, found {found}: the "
+                "base is of another policy"
+            )
+    weights = (name for name in tensors if name.startswith(POLICY) and not name.endswith(MASK))
+    return dict(base) | {name: tensors[name] for name in weights}
+
+
+def _layer_activations(config: TamingConfig, precision: str) -> int:
+    return (40 if precision == "bf16" else 64) * config.dim
+
+
+def _model(
+    name: str, kind: Kind, origin: str, published: tuple[TamingConfig, VQConfig] | None = None
+) -> NamedModel:
+    return NamedModel(
+        name=name,
+        kind=kind,
+        file=f"{name}.ckpt",
+        project=f"{name}-project.yaml",
+        page=PAGE,
+        origin=origin,
+        tokenizer=name if kind == "policy" else "",  # Net2Net files hold their VQGAN
+        published=published,
+    )
+
+
+_IMAGENET = (
+    TamingConfig(
+        dim=1536,
+        num_layers=48,
+        num_heads=24,
+        vocab_size=16384,
+        block_size=256,
+        grid=16,
+        num_classes=1000,
+    ),
+    VQConfig(codebook_dim=256, normalise=False, pixel_rule="taming"),
+)
+
+TAMING = Family(
+    architecture=TamingConfig,
+    module=TamingGPT,
+    from_official=policy_tensors,
+    to_official=official_policy_tensors,
+    layouts={"official": lambda tensors: {"state_dict": tensors, "global_step": 0}},
+    merge_base=_merge_base,
+    tokenizer_prefix=TOKENIZER,
+    layer_activations=_layer_activations,
+    norm_activations=8,
+    models=(
+        _model("cin_transformer", "policy", "ImageNet (cIN)", _IMAGENET),
+        _model("ffhq_transformer", "policy", "FFHQ"),
+        _model("celebahq_transformer", "policy", "CelebA-HQ"),
+        _model("faceshq_transformer", "policy", "FacesHQ"),
+        _model("vqgan-imagenet-f16-1024", "tokenizer", "VQGAN ImageNet (f=16), 1024"),
+        _model("vqgan-imagenet-f16-16384", "tokenizer", "VQGAN ImageNet (f=16), 16384"),
+    ),
+)

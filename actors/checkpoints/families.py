@@ -73,9 +73,8 @@ class NamedModel:
 class Family:
     """One family of policies. `config` below stands for an instance of its architecture."""
 
-    architecture: type[Any]
-    """Dataclass that satisfies `actors.models.base.PolicyArchitecture`; its attribute `family` is
-    the family's name in the header of our files."""
+    architecture: type[PolicyArchitecture]
+    """Its attribute `family` is the family's name in the header of our files."""
     module: type[Any]
     """The network, a `Policy`; built from a config."""
     from_official: Callable[[Mapping[str, Tensor], Any, str], Tensors]

@@ -1,8 +1,7 @@
-"""Official files from the Hugging Face hub: resumable, verified, and under their name only whole.
+"""Downloads official files from the Hugging Face hub: resumed, verified, complete or absent.
 
-The hub's own library downloads and shows its bar. A file gets its name in the weights
-directory after its SHA-256 was compared with the one that the hub states, and that sum is kept
-beside it: `actors.checkpoints.official` compares it again whenever the file is loaded.
+`huggingface_hub` transfers the file. It is renamed into the weights directory once its SHA-256
+equals the hub's; the digest is kept beside it and verified at each load.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from cluster.program.console import make_console
 
 logger = logging.getLogger(__name__)
 
-# The library's HTTP client differs between its versions, so its errors are named through the base
-# that the library's own error has.
+# The library's HTTP client differs between its versions: take its errors from the base class of the
+# library's own error.
 _UNREACHABLE: tuple[type[BaseException], ...] = (
     *(base for base in HfHubHTTPError.__bases__ if base is not OSError),
-    ConnectionError,  # among them that of the library's offline mode
+    ConnectionError,  # includes that of the library's offline mode
     TimeoutError,
     FileMetadataError,
 )
-_REFUSED = (401, 403, 404, 410)  # HTTP: asking again would not help
+_REFUSED = (401, 403, 404, 410)  # HTTP statuses that a retry does not change
 
 
 class UnreachableError(CheckpointError):
@@ -45,7 +44,7 @@ class UnreachableError(CheckpointError):
 
 
 def fetch(model: NamedModel, directory: Path) -> Path:
-    """Put a model's official file in a directory, or check the one that is there.
+    """Download a model's official file to a directory, or verify the one that is there.
 
     Returns:
         The file.
@@ -63,10 +62,10 @@ def fetch(model: NamedModel, directory: Path) -> Path:
             f"own (--policy.checkpoint FILE --policy.architecture {model.name})"
         )
     target = model.path(directory)
-    set_verbosity_error()  # it tells of every retry, with hosts and signed addresses
+    set_verbosity_error()  # the library logs every retry with hosts and signed URLs
     with _explained(model, target):
         directory.mkdir(parents=True, exist_ok=True)
-        # Two processes that append to one file would spoil it.
+        # one process at a time: two would append to the same partial file
         with WeakFileLock(_hidden(target, "lock")):
             if target.is_file():
                 return _checked(model, target)
@@ -86,11 +85,10 @@ def fetch(model: NamedModel, directory: Path) -> Path:
 
 
 def _received(model: NamedModel, target: Path, stated: _Stated) -> Path:
-    """The file under a hidden name, resumed if an earlier process left a part of it.
+    """The downloaded file under a hidden name; continues a partial file of an earlier process.
 
-    `hf_hub_download` resumes within one process only: since version 2 the library drops the part
-    when the process ends. Its transfer function takes an offset, so the part is kept here. The sum
-    in the name keeps parts of different files apart.
+    `hf_hub_download` does not resume across processes since version 2: it deletes its partial file.
+    Its transfer function takes an offset, so the partial file is kept here, named by the digest.
     """
     partial = _hidden(target, f"{stated.sha256[:12]}.part")
     if partial.is_file() and partial.stat().st_size > stated.size:
@@ -112,7 +110,7 @@ def _hidden(target: Path, suffix: str) -> Path:
 
 
 def _checked(model: NamedModel, target: Path) -> Path:
-    """A file that is already there."""
+    """Verify a file that is already there."""
     with _progress(target) as advance:
         known = verify_sum(target, advance)
     if known:
@@ -147,7 +145,7 @@ def _placed_by_hand(model: NamedModel, directory: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Stated:
-    """What the hub says of a file."""
+    """The hub's metadata of a file."""
 
     revision: str | None
     sha256: str
@@ -168,8 +166,8 @@ def _stated(model: NamedModel) -> _Stated:
 
 @contextmanager
 def _explained(model: NamedModel, target: Path) -> Iterator[None]:
-    """Errors of the hub and its library as ours. Their own texts name hosts and caches that help
-    nobody, so only the kind of error is passed on."""
+    """Translate errors of the hub and its library into ours; only the type of error is passed on,
+    since the texts name internal hosts and caches."""
     try:
         yield
     except HfHubHTTPError as error:

@@ -1,8 +1,7 @@
 """Policies and tokenizers: configuration, construction, strict loading.
 
-What a `checkpoint` may be, and where its architecture comes from:
-`actors.checkpoints.sources`.
-Weights get memory once, where and in the dtype in which they are wanted.
+Kinds of checkpoints and their architectures: `actors.checkpoints.sources`. Weights are allocated
+once, on the target device in the target dtype.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def load_policy(
     source = Source.of(config.checkpoint, config.architecture, config.ema)
     architecture = policy_architecture(source)
     if weights:
-        policy = _bare(init_policy, architecture, source)
+        policy = _checked_module(init_policy, architecture, source)
         _fill(_materialise(policy, device, dtype, torch.empty), source, architecture)
     else:
         policy = build_policy(architecture, device=device, dtype=dtype)
@@ -106,7 +105,7 @@ def load_tokenizer(config: TokenizerConfig, *, device: str | torch.device = "cpu
 def _load_tokenizer(kind: type[V], config: TokenizerConfig, device: str | torch.device) -> V:
     source = Source.of(config.checkpoint, config.architecture, config.ema)
     architecture = tokenizer_architecture(source)
-    module = _bare(kind, architecture, source)
+    module = _checked_module(kind, architecture, source)
     _materialise(module, device, torch.float32, torch.empty)
     _fill(module, source, architecture, ignore=kind.UNUSED)
     return module.eval().requires_grad_(False)
@@ -118,9 +117,9 @@ def build_policy(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> PolicyModule:
-    """A policy whose weights are still to be loaded. Until then they are zeros: it draws uniform
-    noise, not NaN. Buffers that no file holds (RoPE's tables, token orders) have their values."""
-    with _WithoutWeights():
+    """A policy with zero weights, to be loaded later: until then it draws uniform noise, not NaN.
+    Buffers that no file holds (RoPE's tables, token orders) have their values."""
+    with _MetaWeights():
         policy = init_policy(architecture)
     return _materialise(policy, device, dtype, torch.zeros)
 
@@ -131,30 +130,30 @@ def init_policy(architecture: PolicyArchitecture) -> PolicyModule:
 
 
 def check_fit(tensors: Mapping[str, Tensor], architecture: Architecture, source: Source) -> None:
-    """Compare names and shapes with an architecture; takes no memory.
+    """Compare names and shapes with an architecture, on the meta device.
 
     Raises:
         CheckpointError: names the first tensor that is missing, unexpected or of another shape.
     """
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    module = _weightless(architecture).to("meta")
+    module = _on_meta(architecture).to("meta")
     _load(module, shapes, source, getattr(module, "UNUSED", ()))
 
 
 @functools.lru_cache(maxsize=64)
 def count_parameters(architecture: Architecture) -> int:
     """Parameters of a policy or of a whole tokenizer."""
-    return sum(parameter.numel() for parameter in _weightless(architecture).parameters())
+    return sum(parameter.numel() for parameter in _on_meta(architecture).parameters())
 
 
-def _bare(make: Callable[[Any], M], architecture: Architecture, source: Source) -> M:
-    """A module without weights, which the file fits: compared before any memory is taken.
+def _checked_module(make: Callable[[Any], M], architecture: Architecture, source: Source) -> M:
+    """A module on the meta device, after its names and shapes were compared with the file's.
 
     Raises:
-        CheckpointError: it does not fit, or there is no such network.
+        CheckpointError: they differ, or the architecture is impossible.
     """
     try:
-        with _WithoutWeights():
+        with _MetaWeights():
             module = make(architecture)
             empty = make(architecture).to("meta")
     except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
@@ -167,8 +166,7 @@ def _bare(make: Callable[[Any], M], architecture: Architecture, source: Source) 
 
 
 def file_shapes(source: Source, architecture: Architecture) -> dict[str, Tensor]:
-    """Names and shapes of a source's tensors, on the meta device; no weights are read, and no
-    checksums compared.
+    """A source's tensors on the meta device; reads no weights and verifies no checksums.
 
     Raises:
         CheckpointError: see `official_tensors`, `read_shapes`.
@@ -179,8 +177,8 @@ def file_shapes(source: Source, architecture: Architecture) -> dict[str, Tensor]
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
 
 
-def _weightless(architecture: Architecture) -> nn.Module:
-    with _WithoutWeights():
+def _on_meta(architecture: Architecture) -> nn.Module:
+    with _MetaWeights():
         if isinstance(architecture, VQConfig):
             return VQTokenizer(architecture)
         return init_policy(architecture)
@@ -211,10 +209,9 @@ def _load(
         ) from None
 
 
-class _WithoutWeights(TorchFunctionMode):
-    """Modules built inside have their weights on the meta device: neither memory nor
-    initialisation. Only `torch.empty` is diverted, which is what layers make their weights with;
-    all that is computed, such as RoPE's tables, is really computed."""
+class _MetaWeights(TorchFunctionMode):
+    """Modules built inside have their weights on the meta device. Only `torch.empty`, which layers
+    allocate weights with, is redirected; computed buffers (RoPE's tables) are real."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -228,8 +225,8 @@ class _WithoutWeights(TorchFunctionMode):
 def _materialise(
     module: M, device: str | torch.device, dtype: torch.dtype, make: Callable[..., Tensor]
 ) -> M:
-    """Give meta weights memory, made by `make`. What a state dict holds becomes `dtype`; other
-    buffers keep theirs."""
+    """Allocate meta weights with `make`. Tensors of the state dict get `dtype`; other buffers keep
+    theirs."""
     persistent = module.state_dict().keys()
 
     def real(name: str, tensor: Tensor) -> Tensor:

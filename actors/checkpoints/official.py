@@ -1,8 +1,7 @@
-"""Weights of LlamaGen, taming-transformers and their trainers, out of an opened checkpoint.
+"""Selects the weights of a policy or a tokenizer from an official checkpoint.
 
-`cluster.model_files.checkpoints` finds them in the file; here is what belongs to these models
-(facts of FoundationVision/LlamaGen at ce98ec4, of AR-GRPO, and of the public code of 2603.23086):
-names that are no weights, and files that hold a policy and its tokenizer.
+`cluster.model_files.checkpoints` finds tensors in the file; here, buffers that are no weights are
+left out, and files that hold both a policy and its tokenizer are divided.
 """
 
 from __future__ import annotations
@@ -31,36 +30,28 @@ PARTS: dict[Kind, str] = {"policy": "gpt_model.", "tokenizer": "vq_model."}
 
 @dataclass(frozen=True)
 class OfficialFile:
-    """What was read."""
+    """What is read of an official file."""
 
     tensors: dict[str, Tensor]
-    """Weights, on the CPU, in the file's dtypes. They are views of the file: copy them."""
+    """Weights, on the CPU, in the file's dtypes; views of the file, to be copied."""
     buffers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of what is left out (`Family.buffers`): they show grid and number of heads."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The trainer's options, where the file holds them."""
 
 
-def read_official(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """The weights in an official checkpoint, under the names they have there.
-
-    Args:
-        ema: take the trainer's moving average instead of the weights themselves.
-
-    Raises:
-        CheckpointError: see `cluster.model_files.checkpoints.open_checkpoint`.
-    """
-    return open_official(path, ema=ema).tensors
-
-
 def open_official(
     path: str | Path, kind: Kind | None = None, *, ema: bool = False, check: bool = True
 ) -> OfficialFile:
-    """As `read_official`, with what the file says beside its weights.
+    """Read an official checkpoint, under the names it has there.
 
     Args:
-        kind: the part that is wanted of a file with both.
-        check: compare checksums, which takes reading all of it; without, no weights are read.
+        ema: take the trainer's moving average instead of the weights.
+        kind: which part of a file that holds both.
+        check: verify checksums, which reads the whole file.
+
+    Raises:
+        CheckpointError: see `cluster.model_files.checkpoints.open_checkpoint`.
     """
     opened = open_checkpoint(path, ema=ema)
     names = _part(opened, kind)
@@ -74,8 +65,7 @@ def open_official(
 
 
 def holds_tokenizer(path: str) -> bool:
-    """Whether a policy's file holds a tokenizer, too, as AR-GRPO's do; no weights are read. False
-    for what cannot be read."""
+    """Whether a file holds a policy and a tokenizer, as AR-GRPO's do; False if unreadable."""
     try:
         names = open_checkpoint(path).tensors
     except CheckpointError:
@@ -84,7 +74,7 @@ def holds_tokenizer(path: str) -> bool:
 
 
 def _model_options(opened: Checkpoint) -> dict[str, Any]:
-    """What AR-GRPO writes beside a model: the size of its images, among others."""
+    """The options that AR-GRPO writes beside a model, such as its image size."""
     try:
         text = (opened.files[0].parent / "config.json").read_text(encoding="utf-8")
         options = json.loads(text)

@@ -1,10 +1,8 @@
-"""Where a model's tensors and its architecture are: our file, an official one, or a name.
+"""Where a model's tensors and its architecture are: our file, an official one, or a named model.
 
-Our safetensors files carry their architecture. Files of other programs
-(`actors.checkpoints.official`) do not, safetensors or not: a row of the table of models
-(`actors.checkpoints.zoo`), taming's project file or a JSON file has to say it. Nothing is guessed:
-head count and grid are not in an official file, and wrong ones would load without complaint and
-draw noise.
+Our safetensors files carry their architecture. Files of other programs do not: a named model
+(`actors.checkpoints.zoo`), taming's project file or a JSON file states it. Nothing is guessed:
+head count and grid are not in official files, and wrong ones would load and draw noise.
 """
 
 from __future__ import annotations
@@ -36,14 +34,14 @@ SAFETENSORS = ".safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a model's tensors and its architecture are; nothing is opened yet."""
+    """Where a model's tensors and its architecture are; opens nothing."""
 
     file: str
     architecture: str = ""
-    """A name of the table, or the path of a file; empty: the header of `file` says."""
+    """A named model, or the path of a file; empty: in the header of `file`."""
     ema: bool = False
     name: str = ""
-    """The name that the checkpoint was asked for by, if it was."""
+    """The name of the checkpoint, if it is a named model."""
 
     @classmethod
     def of(cls, checkpoint: str, architecture: str = "", ema: bool = False) -> Source:
@@ -67,7 +65,7 @@ class Source:
             return cls(file=str(model.path()), architecture=checkpoint, ema=ema, name=checkpoint)
         source = cls(file=checkpoint, architecture=architecture, ema=ema)
         if architecture and _suffix(architecture) not in (*YAML, JSON):
-            find_model(architecture)  # refuses what is no name
+            find_model(architecture)  # raises for an unknown name
         if (architecture or ema) and not source.official:
             raise ConfigError(
                 f"{checkpoint} is no official file: it was written by this program and carries its "
@@ -77,13 +75,13 @@ class Source:
 
     @property
     def official(self) -> bool:
-        """Whether the file is another program's. Of one that is not there, the options say."""
+        """Whether the file is another program's; if it does not exist, by its name and options."""
         if Path(self.file).suffix.lower() != SAFETENSORS or self.architecture or self.ema:
             return not is_own(self.file)
         return _is_there(self.file) and not is_own(self.file)
 
     def project(self) -> TamingProject | None:
-        """What a taming project file says, if it is one that describes this source."""
+        """The taming project file that describes this source, if one does."""
         if _suffix(self.architecture) in YAML:
             return read_project(self.architecture)
         model = MODELS.get(self.architecture)
@@ -130,8 +128,8 @@ def tokenizer_architecture(source: Source) -> VQConfig:
 
 
 def planned_policy(source: Source) -> PolicyArchitecture:
-    """As `policy_architecture`, for a plan: a taming model whose project file is not there has the
-    sizes that were published."""
+    """As `policy_architecture`, for a plan: a taming model without its project file has the
+    published sizes."""
     published = _published(source)
     return published[0] if published else policy_architecture(source)
 
@@ -150,7 +148,7 @@ def _published(source: Source) -> tuple[PolicyArchitecture, VQConfig] | None:
 
 
 def kind_of(source: Source) -> Kind:
-    """What a source holds; taming's policy files count as policies.
+    """Whether a source holds a policy or a tokenizer; taming's policy files are policies.
 
     Raises:
         CheckpointError, ConfigError: as `policy_architecture`.
@@ -168,7 +166,7 @@ def official_tensors(
     """The tensors of an official file under our names, in the file's dtypes.
 
     Args:
-        check: compare checksums; without, no weights are read before they are used.
+        check: verify checksums, which reads the whole file.
 
     Raises:
         CheckpointError: see `open_official`; or the file contradicts the architecture.
@@ -215,13 +213,13 @@ def _architecture(source: Source, kind: Kind) -> Architecture:
 
 
 def _header(source: Source, kind: Kind) -> Mapping[str, Any]:
-    """The fields of an architecture that stands in a safetensors header or a JSON file."""
+    """The fields of an architecture, of a safetensors header or a JSON file."""
     if not source.official:
         return read_config(source.file)
     if not source.architecture:
         raise ConfigError(_which_architecture(source, kind))
     if _suffix(source.architecture) != JSON:
-        find_model(source.architecture)  # raises: it is no name either
+        find_model(source.architecture)  # raises for an unknown name
     try:
         fields = json.loads(locate(source.architecture).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -245,11 +243,11 @@ def _which_architecture(source: Source, kind: Kind) -> str:
 
 
 def _refuse_contradiction(source: Source, file: OfficialFile, architecture: Architecture) -> None:
-    """Heads and grid leave no trace in the weights, but often beside them."""
+    """Refuse a file whose name, buffers or options belong to another architecture."""
     for model in MODELS.values():
         if model.file == Path(source.file).name and model.architecture not in (None, architecture):
             raise CheckpointError(
-                f"{source.file} bears the name of the official file of {model.name}, but "
+                f"{source.file} has the name of the official file of {model.name}, but "
                 f"architecture is {source.architecture}; rename the file if it is not that one"
             )
     if isinstance(architecture, VQConfig):
@@ -259,7 +257,7 @@ def _refuse_contradiction(source: Source, file: OfficialFile, architecture: Arch
 
 
 def _looks_like_name(checkpoint: str) -> bool:
-    """Neither a path nor a file name: then it is meant as a model's name."""
+    """Whether a checkpoint is neither a path nor a file name."""
     if {"/", "\\"} & set(checkpoint) or Path(checkpoint).suffix:
         return False
     return not Path(checkpoint).exists()

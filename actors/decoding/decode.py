@@ -1,8 +1,7 @@
 """KV-cached decoding and teacher-forced log-probabilities: one distribution, computed two ways.
 
-Both are pure (but for what a caller's hook does between steps). Decoding takes its randomness as an
-argument (one uniform per token, inverse CDF), so a rollout is a function of weights, condition,
-uniforms and `SamplingSpec`, wherever it is decoded.
+Both are pure functions. Randomness is an argument (one uniform per
+token, inverse CDF), so a rollout is a function of weights, condition, uniforms and `SamplingSpec`.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -31,19 +30,16 @@ class Decoded:
     tokens: Tensor
     """(B, T) int64"""
     logprobs: Tensor
-    """(B, T) fp32: of the drawn tokens, under the distribution they were drawn from."""
+    """(B, T) fp32: of the tokens, under the distribution they were drawn from."""
     entropies: Tensor
     """(B, T) fp32, nats."""
 
 
 def rollout_uniforms(seed: int, key: RequestKey, num_rollouts: int, num_tokens: int) -> np.ndarray:
-    """The uniforms that decode a group: a function of (seed, stream, iteration, group, k) alone.
+    """The uniforms (K, T) of a group, float64 in [0, 1).
 
-    Counter-based (Philox), so that a retry, another sampler or another number of samplers draws the
-    same tokens.
-
-    Returns:
-        (K, T) float64 in [0, 1).
+    A counter-based function (Philox) of (seed, stream, iteration, group, k) alone: a retry, another
+    sampler or another number of samplers draws the same tokens.
     """
     stream = zlib.crc32(key.stream.encode())
     rows = [
@@ -66,29 +62,29 @@ def decode_tokens(
     """Decode whole rollouts with a KV cache.
 
     Args:
-        conditions: B rows, from `policy.encode`.
+        conditions: B of them, from `policy.encode`.
         uniforms: (B, T) float64 in [0, 1), on the policy's device.
-        spec: transforms of the logits; guidance runs as one batch of 2B rows.
-        workspace: cache and captured steps to use again; None makes them for this call alone.
+        spec: transforms of the logits; guidance runs as one batch of 2B.
+        workspace: cache and captured steps to reuse; None allocates them for this call.
 
     Raises:
         ConfigError: guidance with a policy that has no unconditional branch.
         NotFiniteError: the policy's logits, with guidance and temperature, were not finite.
     """
     workspace = workspace or Workspace(policy)
-    rows = with_null_conditions(policy, conditions, spec)
-    drawn = workspace.prefill(rows, uniforms[:, 0], spec)
-    columns: list[Sampled] = [drawn]
+    inputs = with_null_conditions(policy, conditions, spec)
+    sampled = workspace.prefill(inputs, uniforms[:, 0], spec)
+    columns: list[Sampled] = [sampled]
     for position in range(1, policy.num_tokens):
-        drawn = workspace.step(drawn.tokens, uniforms[:, position], spec)
-        columns.append(drawn)
+        sampled = workspace.step(sampled.tokens, uniforms[:, position], spec)
+        columns.append(sampled)
     decoded = Decoded(*(torch.stack(column, dim=1) for column in zip(*columns)))
     _check_finite(decoded, policy, spec)
     return decoded
 
 
 def _check_finite(decoded: Decoded, policy: Policy, spec: SamplingSpec) -> None:
-    """Whether every token was drawn from a distribution; one wait for the device a batch.
+    """Refuse rollouts with NaN or infinite logprobs; one synchronisation with the device per batch.
 
     Raises:
         NotFiniteError: names the first token and the likely causes.
@@ -113,7 +109,7 @@ def _check_finite(decoded: Decoded, policy: Policy, spec: SamplingSpec) -> None:
 
 
 class Likelihoods(NamedTuple):
-    """Of given tokens under a spec, teacher-forced; (B, T) fp32, nats."""
+    """Teacher-forced, of given tokens under a spec; (B, T) fp32, nats."""
 
     logprobs: Tensor
     """-inf where the spec filters the token out."""
@@ -136,17 +132,17 @@ def token_likelihoods(
 ) -> Likelihoods:
     """Log-probabilities of given tokens under the spec, teacher-forced, with gradients.
 
-    Under `guided` both branches get gradients; under `distil` the conditional policy alone counts
+    Under `guided` both branches get gradients; under `distil` only the conditional policy is used
     (`SamplingSpec.learned`).
 
     Args:
         tokens: (B, T) integers.
-        conditions: B rows, from `policy.encode`.
+        conditions: B of them, from `policy.encode`.
     """
     learned = spec.learned()
-    rows = with_null_conditions(policy, conditions, learned)
+    inputs = with_null_conditions(policy, conditions, learned)
     guided = learned.guided_sampling
-    logits = mixed_logits(policy(tokens.repeat(2, 1) if guided else tokens, rows), learned)
+    logits = mixed_logits(policy(tokens.repeat(2, 1) if guided else tokens, inputs), learned)
     logp, entropies = log_distribution(logits, learned)
     logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     unfiltered = unfiltered_logprobs(logits, tokens, learned) if learned.filters else logprobs

@@ -17,10 +17,8 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, cfg_scale: float) 
 
 
 def mixed_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
-    """Logits (2B, ..., V) of both branches -> (B, ..., V) of the policy that the spec samples.
-
-    Without guidance there is one branch, and they are returned as they are.
-    """
+    """Logits (2B, ..., V) of both branches -> guided logits (B, ..., V); unchanged without
+    guidance."""
     if not spec.guided_sampling:
         return logits
     conditional, unconditional = logits.chunk(2)
@@ -28,15 +26,15 @@ def mixed_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
 
 
 def tempered_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
-    """Logits divided by the temperature; at temperature 1 they are returned as they are."""
+    """Logits divided by the temperature."""
     return logits if spec.temperature == 1 else logits / spec.temperature
 
 
 def filtered_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
     """Temperature, top-k, top-p; filtered tokens become -inf. logits (..., V) fp32.
 
-    Ties at rank k stay. Top-p works on the softmax of what top-k left and keeps the first token
-    that takes the sum over p.
+    Ties at rank k are kept. Top-p uses the softmax after top-k and keeps the first token that takes
+    the sum over p.
     """
     logits = tempered_logits(logits, spec)
     if 0 < spec.top_k < logits.shape[-1]:
@@ -76,9 +74,9 @@ def sample_tokens(logp: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: (B,) float64 in [0, 1).
 
     Returns:
-        (B,) int64, in [0, V); a token of probability zero is never drawn. Of a row with NaN it is
-        some token: `decode_tokens` refuses the rollout when it is whole, without a wait for the
-        device at every token.
+        (B,) int64, in [0, V); a token of probability zero is never drawn. A row with NaN gives an
+        arbitrary token: `decode_tokens` refuses the whole rollout later, which saves a device
+        synchronisation per token.
     """
     cumulative = logp.exp().cumsum(-1, dtype=torch.float64)
     targets = uniforms.unsqueeze(-1) * cumulative[..., -1:]

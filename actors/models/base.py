@@ -6,6 +6,7 @@ S = slots of the KV cache, one a position.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -22,18 +23,18 @@ Conditioning = Literal["class", "caption", "none"]
 
 @dataclass(frozen=True)
 class Conditions:
-    """A batch of conditions in a policy's own terms; `Policy.encode` makes it.
+    """A batch of conditions as the policy reads them; made by `Policy.encode`.
 
-    Captions are long and a group shares one: then `values` holds each caption once (U of them), and
-    `index` says which one a row has.
+    A group shares one long caption: `values` holds each of U captions once, `index` maps the batch
+    to them.
     """
 
     values: Tensor
     """(B,) int64 class indices, (B, C) int64 condition tokens, or (U, C, D) caption features."""
     mask: Tensor | None = None
-    """(U, C) bool: which tokens of a caption count."""
+    """(U, C) bool: False is padding."""
     index: Tensor | None = None
-    """(B,) int64: the row of `values` of each row of the batch; None is one to one."""
+    """(B,) int64 indices into `values`; None is one to one."""
 
     def __len__(self) -> int:
         return len(self.values if self.index is None else self.index)
@@ -46,7 +47,7 @@ class Conditions:
         return Conditions(self.values[used], None if self.mask is None else self.mask[used], index)
 
     def concat(self, other: Conditions) -> Conditions:
-        """The rows of both, these first. Both are of the same kind."""
+        """This batch followed by another of the same kind."""
         values = torch.cat([self.values, other.values])
         if self.mask is None or other.mask is None:
             return Conditions(values)
@@ -54,7 +55,7 @@ class Conditions:
         return Conditions(values, torch.cat([self.mask, other.mask]), index)
 
     def value_index(self) -> Tensor:
-        """(B,) int64: which row of `values` each row of the batch has."""
+        """(B,) int64 indices into `values`."""
         if self.index is not None:
             return self.index
         return torch.arange(len(self.values), device=self.values.device)
@@ -65,12 +66,12 @@ class Window:
     """Where a decoding step writes its keys and values, and which slots it reads."""
 
     slot: int | Tensor
-    """First slot written. A tensor (1,) int64 where the step must not depend on a Python number:
-    a CUDA graph replays it with other contents."""
+    """First slot written. A tensor (1,) int64 in a CUDA graph, which is replayed with other
+    contents."""
     size: int
     """Slots read, from slot 0."""
     bias: Tensor | None = None
-    """(B or 1, 1, 1, size), added to the scores; None where every slot read counts alike."""
+    """(B or 1, 1, 1, size), added to the attention scores; None is zero."""
 
 
 @dataclass
@@ -85,64 +86,59 @@ class DecodeState:
     """(B, 1, 1, S): score added to each slot (captions); None is zero."""
 
     def next_window(self) -> Window:
-        """The next slot, and all live ones."""
+        """The next slot to write, and all filled slots to read."""
         size = self.position + 1
         bias = None if self.bias is None else self.bias[..., :size]
         return Window(self.position, size, bias)
 
 
-class PolicyArchitecture(Protocol):
-    """The architecture of a policy: a frozen dataclass."""
+@dataclass(frozen=True, kw_only=True)
+class PolicyArchitecture:
+    """What every policy's architecture has; each family extends it."""
 
     family: ClassVar[str]
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    grid: int
+    """Side of the token grid: T = grid * grid."""
+    vocab_size: int
+    num_classes: int = 0
+    """Classes of a class-conditional policy."""
 
     @property
-    def dim(self) -> int: ...
-
-    @property
-    def num_layers(self) -> int: ...
-
-    @property
-    def num_heads(self) -> int: ...
-
-    @property
-    def grid(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def conditioning(self) -> Conditioning: ...
-
-    @property
-    def num_classes(self) -> int:
-        """Without meaning unless conditional on classes."""
-        ...
+    def conditioning(self) -> Conditioning:
+        raise NotImplementedError
 
     @property
     def caption_dim(self) -> int:
         """Width of caption features; 0 unless conditional on captions."""
-        ...
+        return 0
 
     @property
-    def caption_tokens(self) -> int: ...
+    def caption_tokens(self) -> int:
+        """Most tokens of a caption."""
+        return 0
 
-    def __hash__(self) -> int: ...
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid * self.grid
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, and `family`: the header of our files."""
-        ...
+        return {"family": self.family, **dataclasses.asdict(self)}
 
 
 Architecture = PolicyArchitecture | VQConfig
 
 
 class Policy(Protocol):
-    """An autoregressive policy over image tokens. Every one is a `torch.nn.Module`, too."""
+    """An autoregressive policy over image tokens; also a `torch.nn.Module`."""
 
     @property
     def config(self) -> PolicyArchitecture: ...
@@ -170,11 +166,11 @@ class Policy(Protocol):
         ...
 
     def allocate(self, rows: int, dtype: torch.dtype | None = None) -> DecodeState:
-        """An empty KV cache for a batch of `rows`, to be used by one decoding after another."""
+        """An empty KV cache for a batch of `rows`, reusable by successive decodings."""
         ...
 
     def prefill(self, state: DecodeState, conditions: Conditions) -> Tensor:
-        """Start decoding: logits (B, V) fp32 of the first token. What the state held is lost."""
+        """Start decoding: logits (B, V) fp32 of the first token. Overwrites the state."""
         ...
 
     def decode_step(
@@ -182,7 +178,7 @@ class Policy(Protocol):
     ) -> Tensor:
         """Append tokens (B,) to the state; logits (B, V) fp32 of the next ones.
 
-        Without a window, the step takes the state's next slot and reads the live ones.
+        Without a window, the step writes the state's next slot and reads the filled ones.
         """
         ...
 

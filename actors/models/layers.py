@@ -16,9 +16,9 @@ MIN_PACKED_WEIGHTS = 1 << 16  # below, a layer fits the cache and the call costs
 
 
 class _Packed:
-    """A weight in oneDNN's blocked layout, and which state of the weight it was made from.
+    """A weight in oneDNN's blocked layout, and the version of the weight it was packed from.
 
-    It belongs to one module on one machine: a copied or pickled module starts without.
+    Not copied or pickled with its module.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class _Packed:
         return _Packed, ()
 
     def refresh(self, weight: Tensor) -> Tensor:
-        """The packed weight, made anew if the weight was written to or replaced since."""
+        """The packed weight; packed again if the weight was written or replaced since."""
         state = weight._version, weight.data_ptr(), weight.dtype
         if self.weight is None or self.made_from != state:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
@@ -43,9 +43,9 @@ class _Packed:
 class Linear(nn.Linear):
     """A linear map that keeps a packed copy of its weight for decoding on a CPU.
 
-    With few rows a product is bound by reading the weight, and oneDNN reads its own blocked layout
-    several times faster than the plain one. In-place writes to the weight (loading, an optimizer's
-    step) are noticed by its version counter; writing through `.data` would not be.
+    With few rows a product is bound by reading the weight, and oneDNN reads its blocked layout
+    several times faster. In-place writes to the weight are detected by its version counter; writes
+    through `.data` are not.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -70,8 +70,8 @@ class Linear(nn.Linear):
 
 
 def run_block(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
-    """A block's output. With checkpointing, its activations are not kept but computed again in the
-    backward pass; there is no randomness in it to repeat."""
+    """A block's output. With checkpointing, its activations are recomputed in the backward pass; a
+    block has no randomness to replay."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
@@ -80,10 +80,10 @@ def run_block(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
 def allocate_cache(
     shape: tuple[int, int, int, int, int], like: Tensor, dtype: torch.dtype | None
 ) -> DecodeState:
-    """A zeroed cache of `shape` (L, B, H, S, E) beside `like`.
+    """A zeroed cache of `shape` (L, B, H, S, E) on the device of `like`.
 
-    Zeroed, because a step may read slots it has not written under a bias of -inf, and 0 * NaN is
-    NaN. On a CPU it is fp32 whatever the policy's dtype: attention in bf16 is slower there.
+    Zeroed, because a step reads unwritten slots under a bias of -inf, and 0 * NaN is NaN. fp32 on
+    any CPU: attention in bf16 is slower there.
     """
     layers, *rest = shape
     if dtype is None:

@@ -1,9 +1,9 @@
 """The LlamaGen policy: a Llama-style transformer over image tokens (Sun et al. 2024, 2406.06525).
 
 Parameter names are those of the official checkpoints, so that loading is strict and exporting is a
-copy. Unlike the official module, layout, dropout, mode and cache are separate: `forward` is always
-the teacher-forced pass, `prefill`/`decode_step` always the cached one, and neither depends on
-`self.training`. Condition dropout is the caller's: pass `null_conditions`.
+copy. Unlike in the official module, `forward` is always the teacher-forced pass,
+`prefill`/`decode_step` always the cached one, and neither depends on `self.training`. For condition
+dropout, pass `null_conditions`.
 
 Condition tokens have zero rows in RoPE's cosine *and* sine, so that their q = k = 0: every query
 scores them exactly 0 and uses their values unchanged. The n tokens of a caption are therefore one
@@ -17,7 +17,6 @@ E head dimension, L layers.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,7 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.models.base import Conditioning, Conditions, DecodeState, Window, class_of
+from actors.models.base import (
+    Conditioning,
+    Conditions,
+    DecodeState,
+    PolicyArchitecture,
+    Window,
+    class_of,
+)
 from actors.models.layers import Linear, allocate_cache, cached_attention, run_block
 from actors.text.features import features_of
 from cluster.errors import ConfigError, DataError
@@ -37,15 +43,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaGenConfig:
+class LlamaGenConfig(PolicyArchitecture):
     """Architecture of a LlamaGen policy, conditional on classes or on captions."""
 
     family: ClassVar[str] = "llamagen"
-    dim: int
-    num_layers: int
-    num_heads: int
-    grid: int
-    """Side of the token grid: T = grid * grid."""
     vocab_size: int = 16384
     num_classes: int = 1000
     """Classes of a class-conditional policy; without meaning for captions."""
@@ -68,20 +69,9 @@ class LlamaGenConfig:
         return "caption" if self.caption_dim else "class"
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @property
-    def num_tokens(self) -> int:
-        return self.grid * self.grid
-
-    @property
     def hidden_dim(self) -> int:
         """SwiGLU width: 8/3 of the width, rounded up to a multiple of 256."""
         return -(-int(8 * self.dim / 3) // 256) * 256
-
-    def to_dict(self) -> dict:
-        return {"family": self.family, **dataclasses.asdict(self)}
 
 
 class RMSNorm(nn.Module):
@@ -119,10 +109,10 @@ class Attention(nn.Module):
         return self.wo(mixed.transpose(1, 2).reshape(batch, steps, dim))
 
     def values(self, x: Tensor) -> Tensor:
-        """Values (..., dim) alone: all that a condition token gives to others."""
+        """Values (..., dim): the only contribution of a condition token."""
         if isinstance(self.wqkv, Linear):
             return F.linear(x, self.wqkv.weight[-x.shape[-1] :])
-        return self.wqkv(x)[..., -x.shape[-1] :]  # an adapter is around it
+        return self.wqkv(x)[..., -x.shape[-1] :]  # wrapped by an adapter
 
 
 class FeedForward(nn.Module):
@@ -187,8 +177,8 @@ class CaptionProjection(nn.Module):
 
 
 class CaptionEmbedding(nn.Module):
-    """Text features into the policy's width. What stands for no caption is a buffer, as in the
-    official code: it was never trained."""
+    """Text features into the policy's width. The empty caption is a buffer, as in the official
+    code: it was never trained."""
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
@@ -203,7 +193,7 @@ class CaptionEmbedding(nn.Module):
 
 
 class CaptionRows:
-    """The tokens of U captions on their way through the layers, beside the image tokens."""
+    """Hidden states of U captions, advanced layer by layer beside the image tokens."""
 
     def __init__(self, rows: Tensor, mask: Tensor, index: Tensor) -> None:
         """rows (U, C, dim); mask (U, C), padded on the left; index (B,) into the captions."""
@@ -212,7 +202,7 @@ class CaptionRows:
         self._counts = self._mask.cumsum(1).clamp(min=1)
 
     def advance(self, block: Any) -> Tensor:
-        """Take the captions through a `Block`; returns the mean of their values there, (B, dim)."""
+        """Apply a `Block` to the captions; returns the mean of their values in it, (B, dim)."""
         self._rows, means = block.captions(self._rows, self._mask, self._counts)
         return means[:, -1][self._index]
 
@@ -223,7 +213,7 @@ class LlamaGen(nn.Module):
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False  # of `forward`: the learner's choice, see `run_block`
+        self.checkpointing = False  # of `forward`, see `run_block`
         embedding = CaptionEmbedding if config.caption_dim else ClassEmbedding
         self.cls_embedding: ClassEmbedding | CaptionEmbedding = embedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
@@ -265,8 +255,8 @@ class LlamaGen(nn.Module):
         )
 
     def null_conditions(self, conditions: Conditions) -> Conditions:
-        """The null class; or the empty caption under the *prompt's* mask, as the official code has
-        it, so that unconditional logits depend on the caption's length."""
+        """The null class; or the empty caption under the prompt's mask, as in the official code:
+        unconditional logits depend on the caption's length."""
         if isinstance(self.cls_embedding, CaptionEmbedding):
             empty = self.cls_embedding.uncond_embedding.expand_as(conditions.values)
             return Conditions(empty.to(conditions.values.dtype), conditions.mask, conditions.index)
@@ -316,7 +306,7 @@ class LlamaGen(nn.Module):
         return self._step(state, self.tok_embeddings(tokens).unsqueeze(1), window, None)
 
     def _begin(self, conditions: Conditions) -> tuple[Tensor, CaptionRows | None]:
-        """The last condition token of each row (B, 1, dim), and the whole captions beside it."""
+        """The last condition token of each row (B, 1, dim), and the captions."""
         embedded = self.cls_embedding(conditions.values)
         if conditions.mask is None:
             return embedded, None

@@ -1,8 +1,8 @@
-"""The orders in which taming's transformers may visit the code grid.
+"""Orders of the code grid's tokens in taming's transformers.
 
-A permutation is a table `forward` of raster indices, one for each place of the sequence:
-`sequence = raster[forward]`. Its inverse leads back: `raster = sequence[backward]`. The names are
-those of taming's permuter classes, and the tables are the same, so that checkpoints fit.
+A permutation is a table `forward` of raster indices in sequence order: `sequence =
+raster[forward]`, `raster = sequence[backward]` of its inverse. Names and tables are those of
+taming's permuter classes, so that checkpoints fit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _rows(grid: int) -> Cells:
     return np.arange(grid * grid)
 
 
-def _rows_to_and_fro(grid: int) -> Cells:
+def _boustrophedon(grid: int) -> Cells:
     """Row by row, every second one backwards."""
     raster = np.arange(grid * grid).reshape(grid, grid)
     raster[1::2] = raster[1::2, ::-1].copy()
@@ -80,7 +80,7 @@ def _spiral_in(grid: int) -> Cells:
 
 
 def _shuffled(grid: int) -> Cells:
-    # The legacy generator, whose stream NumPy keeps fixed: checkpoints depend on this very draw.
+    # NumPy's legacy generator, whose stream is fixed: checkpoints depend on this draw.
     return np.random.RandomState(1).permutation(grid * grid)
 
 
@@ -110,5 +110,5 @@ ORDERS: dict[str, Callable[[int], Cells]] = {
     "SpiralOut": _spiral_out,
     "SpiralIn": _spiral_in,
     "Random": _shuffled,
-    "AlternateParsing": _rows_to_and_fro,
+    "AlternateParsing": _boustrophedon,
 }

@@ -5,25 +5,30 @@ ordinary tokens ahead of the image's, embedded by the same table: a class is one
 unconditional policy begins with a fixed one, and a policy trained on crops gets the coordinates of
 the crop's cells. Positions are learned and count the condition.
 
-Layout, mode and cache are separate, as in `LlamaGen`: `forward` is always the teacher-forced pass,
-`prefill`/`decode_step` always the cached one, and neither depends on `self.training`. There is no
-dropout and no null class.
+As in `LlamaGen`, `forward` is always the teacher-forced pass, `prefill`/`decode_step` always the
+cached one, and neither depends on `self.training`. There is no dropout and no null class.
 
 Shapes: B batch, T tokens, V vocabulary, C condition tokens, H heads, S sequence, E head dimension.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.models.base import Conditioning, Conditions, DecodeState, Window, class_of
+from actors.models.base import (
+    Conditioning,
+    Conditions,
+    DecodeState,
+    PolicyArchitecture,
+    Window,
+    class_of,
+)
 from actors.models.layers import (
     Linear,
     allocate_cache,
@@ -43,25 +48,14 @@ MLP_RATIO = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class TamingConfig:
+class TamingConfig(PolicyArchitecture):
     """Architecture of a taming policy. The number of heads cannot be told from the tensors."""
 
     family: ClassVar[str] = "taming-gpt"
-    caption_dim: ClassVar[int] = 0
-    caption_tokens: ClassVar[int] = 0
 
-    dim: int
-    num_layers: int
-    num_heads: int
-    vocab_size: int
-    """Codes of the tokenizer; condition tokens share the table."""
     block_size: int
     """Rows of the position table."""
-    grid: int
-    """Side of the token grid: T = grid * grid."""
     condition: Literal["class", "none", "coordinates"] = "class"
-    num_classes: int = 0
-    """Classes of a class-conditional policy."""
     sos_token: int = 0
     """What an unconditional policy begins with."""
     image_size: int = 0
@@ -115,14 +109,6 @@ class TamingConfig:
         return "class" if self.condition == "class" else "none"
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @property
-    def num_tokens(self) -> int:
-        return self.grid * self.grid
-
-    @property
     def num_conditions(self) -> int:
         """Condition tokens, C."""
         if self.condition != "coordinates":
@@ -133,9 +119,6 @@ class TamingConfig:
     def num_slots(self) -> int:
         """Positions of a whole sequence; nothing follows the last token, so it takes none."""
         return self.num_conditions + self.num_tokens - 1
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"family": self.family, **dataclasses.asdict(self)}
 
 
 class Attention(nn.Module):
@@ -177,7 +160,7 @@ class TamingGPT(nn.Module):
     def __init__(self, config: TamingConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False  # of `forward`: the learner's choice, see `run_block`
+        self.checkpointing = False  # of `forward`, see `run_block`
         self.tok_emb = nn.Embedding(config.vocab_size, config.dim)
         self.pos_emb = nn.Parameter(torch.zeros(1, config.block_size, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -301,7 +284,7 @@ class TamingGPT(nn.Module):
 
 
 def constant_condition(config: TamingConfig) -> Tensor | None:
-    """The condition tokens (C,) of a policy that has the same ones for every image."""
+    """Condition tokens (C,) that are the same for every image; None of a class policy."""
     if config.condition == "class":
         return None
     if config.condition == "none":

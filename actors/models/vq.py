@@ -40,11 +40,11 @@ class VQConfig:
     codebook_size: int = 16384
     codebook_dim: int = 8
     normalise: bool = True
-    """Codes are directions, compared by cosine (LlamaGen); else points, by distance (taming)."""
+    """Compare codes by cosine (LlamaGen); else by distance (taming)."""
     attention_levels: tuple[int, ...] | None = None
     """Resolutions with attention, as indices of `multipliers`; None is the coarsest alone."""
     pixel_rule: PixelRule = "llamagen"
-    """How images become uint8: the two projects differ by half a level."""
+    """Rounding to uint8: the two projects differ by half a level."""
 
     def __post_init__(self) -> None:
         if self.pixel_rule not in PIXEL_RULES:

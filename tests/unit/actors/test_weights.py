@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.checkpoints.loading import PolicyConfig, load_policy
-from actors.checkpoints.official import read_official
+from actors.checkpoints.official import open_official
 from actors.checkpoints.taming import official_policy_tensors
 from actors.checkpoints.zoo import find_model
 from actors.models.taming import TamingConfig, TamingGPT
@@ -285,7 +285,7 @@ def test_the_round_trip_is_bitwise(layout: str, dtype: torch.dtype, tmp_path: Pa
     assert main(["export", str(own), str(back), *options]) == 0
     exported = plain(back)
     assert same(exported["model"] if layout == "model" else exported, tensors)
-    assert same(read_official(back), tensors)
+    assert same(open_official(back).tensors, tensors)
     assert load_policy(PolicyConfig(checkpoint=str(own))).config == TINY
 
 

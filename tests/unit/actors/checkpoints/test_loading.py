@@ -17,7 +17,7 @@ from actors.checkpoints.loading import (
     load_policy,
     load_tokenizer,
 )
-from actors.checkpoints.official import read_official
+from actors.checkpoints.official import open_official
 from actors.checkpoints.taming import official_policy_tensors
 from actors.checkpoints.zoo import MODELS, find_model
 from actors.models.llamagen import LlamaGen, LlamaGenConfig, rope_tables
@@ -74,7 +74,7 @@ def test_official_and_own_files_give_the_same_policy(tensors: Tensors, tmp_path:
     assert official.config == own.config == TINY
     assert same(dict(official.state_dict()), dict(own.state_dict()))
     own.tok_embeddings.weight.zero_()  # the policy owns its memory: the file is not written to
-    assert same(read_official(tmp_path / "policy.pt"), tensors)
+    assert same(open_official(tmp_path / "policy.pt").tensors, tensors)
 
 
 def test_without_weights_the_official_file_is_not_opened(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.checkpoints.official import open_official, read_official
+from actors.checkpoints.official import open_official
 from cluster.errors import CheckpointError
 from cluster.io.sha256 import sha256_of, verify_sum, write_sum
 from tests.unit.helpers import tiny_policy
@@ -54,18 +54,18 @@ def test_every_layout_is_read(layout: str, tensors: Tensors, tmp_path: Path) -> 
         file,
         _use_new_zipfile_serialization=not legacy,
     )
-    assert same(read_official(file), tensors)
+    assert same(open_official(file).tensors, tensors)
 
 
 def test_the_average_is_read_on_request_only(tensors: Tensors, tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
     average = {name: tensor / 2 for name, tensor in tensors.items()}
     torch.save({"model": tensors, "ema": average}, file)
-    assert same(read_official(file), tensors)
-    assert same(read_official(file, ema=True), average)
+    assert same(open_official(file).tensors, tensors)
+    assert same(open_official(file, ema=True).tensors, average)
     torch.save({"model": tensors, "steps": 1}, file)
     with pytest.raises(CheckpointError, match=r"no 'ema' entry; found 'model', 'steps'"):
-        read_official(file, ema=True)
+        open_official(file, ema=True)
 
 
 def test_lightnings_callback_key_is_read_without_lightning(
@@ -82,7 +82,7 @@ def test_lightnings_callback_key_is_read_without_lightning(
         patch.setitem(sys.modules, place, module)
         content = {"state_dict": tensors, "callbacks": {callback: {"best": 1.0}}}
         torch.save(content, tmp_path / "last.ckpt")
-    assert same(read_official(tmp_path / "last.ckpt"), tensors)
+    assert same(open_official(tmp_path / "last.ckpt").tensors, tensors)
 
 
 class Malice:
@@ -102,11 +102,11 @@ def test_a_pickle_that_runs_code_is_refused(
     content = {"model": tensors, "args": Malice(marker)}
     torch.save(content, file, _use_new_zipfile_serialization=new_format)
     with pytest.raises(CheckpointError, match=r"evil\.pt: .*found a pickled (posix|nt)\.mkdir"):
-        read_official(file)
+        open_official(file)
     assert not marker.exists()
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malice(marker)))
     with pytest.raises(CheckpointError, match=r"plain\.pt"):
-        read_official(tmp_path / "plain.pt")
+        open_official(tmp_path / "plain.pt")
     assert not marker.exists()
 
 
@@ -119,7 +119,7 @@ def test_what_lies_beside_the_weights_is_not_built(tensors: Tensors, tmp_path: P
     torch.save({"model": tensors | {"norm.weight": Path("x")}}, tmp_path / "odd.pt")
     refused = r"found a pickled pathlib\S* under 'norm.weight' in model, which is refused"
     with pytest.raises(CheckpointError, match=refused):
-        read_official(tmp_path / "odd.pt")
+        open_official(tmp_path / "odd.pt")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_what_is_no_checkpoint_is_named(head: bytes, message: str, tmp_path: Pat
     file = tmp_path / "weights.pt"
     file.write_bytes(head)
     with pytest.raises(CheckpointError, match=rf"weights\.pt: expected .*found .*{message}"):
-        read_official(file)
+        open_official(file)
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -149,7 +149,7 @@ def test_truncated_files_are_named(
     whole = file.read_bytes()
     file.write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(CheckpointError, match=r"weights\.pt: .*[Ff]etch it again"):
-        read_official(file)
+        open_official(file)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_truncated_files_are_named(
 def test_unknown_layouts_are_refused(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=rf"weights\.pt: .*{message}"):
-        read_official(tmp_path / "weights.pt")
+        open_official(tmp_path / "weights.pt")
 
 
 def test_a_noted_sum_is_verified(tensors: Tensors, tmp_path: Path) -> None:
@@ -179,12 +179,12 @@ def test_a_noted_sum_is_verified(tensors: Tensors, tmp_path: Path) -> None:
     assert not verify_sum(file)
     write_sum(file, sha256_of(file))
     assert verify_sum(file)
-    assert same(read_official(file), tensors)
+    assert same(open_official(file).tensors, tensors)
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
     with pytest.raises(CheckpointError, match=r"SHA-256 is \w+, but weights\.pt\.sha256 says"):
-        read_official(file)
+        open_official(file)
 
 
 def test_caches_of_the_official_sampler_are_left_out(tensors: Tensors, tmp_path: Path) -> None:

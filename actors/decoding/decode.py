@@ -1,6 +1,6 @@
 """KV-cached decoding and teacher-forced log-probabilities: one distribution, computed two ways.
 
-Both are pure functions. Randomness is an argument (one uniform per token, inverse CDF), so a rollout
+Both are pure functions. Randomness is an argument (one uniform per token, inverse CDF): a rollout
 is a function of weights, condition, uniforms and `SamplingSpec`.
 
 Shapes: B batch, T tokens, V vocabulary.

@@ -24,6 +24,7 @@ class FakeFleet:
         self.content, self.slow_s = content, slow_s
         self.ready_at = 0.0
         self.error: Exception | None = None
+        self.left = False  # whether somebody knows that the files are written
 
     def save(self, directory: Path, background: bool = False) -> None:
         (directory / "policy.safetensors").write_bytes(self.content)
@@ -36,7 +37,8 @@ class FakeFleet:
         if self.error is not None:
             raise self.error
         time.sleep(min(wait_s, max(self.ready_at - time.monotonic(), 0.0)))
-        return time.monotonic() >= self.ready_at
+        self.left = time.monotonic() >= self.ready_at
+        return self.left
 
     def state(self) -> bytes:
         return b"moments"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.checkpoints.loading import PolicyConfig
+from actors.checkpoints.loading import PolicyConfig, TokenizerConfig, load_decoder
 from actors.sampler import Sampler, SamplerConfig, SamplerResources
 from cluster.errors import CheckpointError, FleetError
 from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec
@@ -80,12 +80,13 @@ def test_images_are_of_the_tokens_whoever_decodes_them(tmp_path: Path) -> None:
     role.load_weights(pack_weights(tiny_policy(1).state_dict(), 4))
     groups = [role.sample([request(group)])[0] for group in range(4)]
     alone = [other.images(group)[0] for group in groups]  # it never had weights
-    codes = role._policy.codes(torch.from_numpy(groups[1].tokens).long())
-    assert np.array_equal(alone[1], role._decoder.pixels(codes).numpy())
+    codes = tiny_policy().codes(torch.from_numpy(groups[1].tokens).long())
+    decoder = load_decoder(TokenizerConfig())
+    assert np.array_equal(alone[1], decoder.pixels(codes).numpy())
     assert (alone[0].shape[0], alone[0].dtype) == (3, np.uint8)
     smaller = dataclasses.replace(groups[1].request, image_size=5)
     resized = role.images(dataclasses.replace(groups[1], request=smaller))[0]
-    assert np.array_equal(resized, role._decoder.pixels(codes, 5).numpy())
+    assert np.array_equal(resized, decoder.pixels(codes, 5).numpy())
     assert resized.shape[1:3] == (5, 5)
 
     with ThreadPoolExecutor(1) as beside:  # as on Ray

@@ -14,6 +14,7 @@ from cluster.messages import MAIN_SPACE, GroupScores, RequestKey, SamplingSpec
 from cluster.scheduling.validation import ScoreChecks, check_rollouts, check_scores
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
+from rewards.servers.reward_server import RewardServer
 from tests.small_run import run_training, small_config
 from tests.unit.helpers import request, scored_group
 
@@ -140,20 +141,17 @@ def test_roles_on_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> No
             InlineFleet(fleet_plan(config))
 
 
-def test_a_run_stops_at_a_wrongly_shaped_answer() -> None:
+def test_a_run_stops_at_a_wrongly_shaped_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = RewardServer.score
+
+    def flat(server, request, images):
+        found = score(server, request, images)
+        return dataclasses.replace(found, scores={k: v[:, None] for k, v in found.scores.items()})
+
+    monkeypatch.setattr(RewardServer, "score", flat)
     config = small_config()
-    with InlineFleet(fleet_plan(config)) as fleet:
-        (server,) = fleet._servers.values()
-        score = server.score
-
-        def flat(asked, images):
-            found = score(asked, images)
-            return dataclasses.replace(
-                found, scores={k: v[:, None] for k, v in found.scores.items()}
-            )
-
-        server.score = flat
-        with pytest.raises(
-            FleetError, match=r"reward-server, scorer 'clip': expected \(4,\) float32"
-        ):
-            run_training(config, fleet)
+    with (
+        InlineFleet(fleet_plan(config)) as fleet,
+        pytest.raises(FleetError, match=r"reward-server, scorer 'clip': expected \(4,\) float32"),
+    ):
+        run_training(config, fleet)

@@ -57,8 +57,9 @@ def test_one_of_another_machine_is_watched(url: str, caplog: pytest.LogCaptureFi
         assert time.monotonic() - start >= 0.5
     assert "from process 1 on node7 (run B)" in caplog.text
     # one that renews its mark
-    owner = RemoteOwner(place, far())
-    place.write_owner(owner._holder.to_bytes())
+    holder = far()
+    owner = RemoteOwner(place, holder)
+    place.write_owner(holder.to_bytes())
     try:
         with pytest.raises(LockHeldError, match=r"kill 1` on node7"):
             RemoteOwner.acquire(place, "A")

@@ -231,7 +231,7 @@ def test_one_whose_learner_died_is_forgotten(tmp_path: Path) -> None:
     # and one that has left the learner is finished without it
     fleet = FakeFleet()
     made.store.save(3, fleet, combiner())
-    while made.store._task is None:
+    while not fleet.left:
         made.store.poll()
     fleet.error = FleetError("learner was lost")
     made.store.abandon()

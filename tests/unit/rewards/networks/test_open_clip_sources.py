@@ -481,10 +481,11 @@ def test_hpsv2_files_keep_the_transform_of_vit_h_14(
     file, state = weights(ARCHITECTURE)
     torch.save({"epoch": 3, "name": "hps", "state_dict": state}, file.with_suffix(".pt"))
     scorer = HpsReward(HpsConfig(model=ARCHITECTURE, pretrained=str(file.with_suffix(".pt"))))
-    assert scorer._constants == (
-        tuple(open_clip().OPENAI_DATASET_MEAN),
-        tuple(open_clip().OPENAI_DATASET_STD),
+    black = scorer.preprocess(np.zeros((1, 224, 224, 3), np.uint8))[0, :, 0, 0]
+    mean, std = (
+        torch.tensor(of) for of in (open_clip().OPENAI_DATASET_MEAN, open_clip().OPENAI_DATASET_STD)
     )
+    torch.testing.assert_close(black, -mean / std)
     assert type(scorer._model.model.transformer.resblocks[0].mlp.gelu).__name__ == "GELU"  # type: ignore[attr-defined]
     assert np.isfinite(scorer(images(), CONDITIONS)).all()
 

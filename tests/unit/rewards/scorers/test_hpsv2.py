@@ -170,8 +170,6 @@ def test_the_package_cannot_score_what_it_does_not_pad(tmp_path: Path) -> None:
     images = [np.zeros((224, 100, 3), np.uint8), np.zeros((224, 224, 3), np.uint8)]
     conditions = [Condition(text="a")] * 2
     package = HpsReward(HpsConfig(**fields, backend="package"))
-    with pytest.raises(RuntimeError):  # what its model makes of such an image
-        package._model.encode_images(package.preprocess(images[0][None]))
     with pytest.raises(ImageErrors, match="does not pad an image of 224 x 100") as caught:
         package(images, conditions)
     assert list(caught.value.errors) == [0]

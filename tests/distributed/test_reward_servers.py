@@ -26,7 +26,7 @@ from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration
 from tests.bench.reward_server import requests
 from tests.distributed.kills import pid_of
-from tests.distributed.stubs import echo_plan, servers_alone
+from tests.distributed.stubs import START_S, echo_plan, servers_alone
 from tests.small_run import run_training, small_config
 
 SLOW = "tests.stand_ins:Brightness=0.3,seconds=0.15"
@@ -250,12 +250,12 @@ def test_waiting_groups_bring_more_servers_and_idle_ones_leave(
     config = small_config(rewards={**PLAIN, "extra": extra}, reward=auto)
     with RayFleet(servers_alone(fleet_plan(config)), ray_session) as fleet:
         servers = fleet.pools[1]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + START_S
         while len(servers.of(State.SERVING)) < 2:
             assert score(fleet, 8) == 8
             assert time.monotonic() < deadline, logged
         while servers.of(State.STARTING):  # no decision is taken while one still starts
-            score(fleet, 1)
+            fleet.attend_while(lambda: time.sleep(0.1))
             assert time.monotonic() < deadline, logged
         grown = len(servers.of(State.SERVING))
         servers.meter.restart(time.monotonic() - 10)  # ten seconds without work
@@ -287,7 +287,7 @@ def test_an_addition_that_cannot_start_does_not_end_the_run(
         apart = fleet.pools[2]
         apart.scale(2)
         assert len(apart.workers) == 2
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + START_S
         while len(apart.workers) > 1:
             assert score(fleet, 1) == 1
             assert time.monotonic() < deadline, logged

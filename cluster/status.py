@@ -1,12 +1,12 @@
-"""How a running job is: roles and workers, iteration, rate, newest metrics.
+"""Status of a running job: roles and workers, iteration, rate, newest metrics.
 
 python -m cluster.status                     the newest run under runs/
 python -m cluster.status --run NAME          another one: a name, or its directory
-python -m cluster.status --watch 5           again and again
+python -m cluster.status --watch 5           every 5 seconds
 python -m cluster.status --json              for programs
 
-A run that is not active any more is shown, too: how it ended, what it left, how to go on. The exit
-status is 0 where a run is shown, however it is, and 1 where there is none or it cannot be reached.
+A run that has ended is shown, too: how it ended, what it left, the command that resumes it. The
+exit status is 0 if a run is shown, and 1 if there is none or it cannot be reached.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,7 +31,7 @@ from typing import Any
 
 import tyro
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
@@ -39,12 +39,10 @@ from cluster.control.control_actor import (
     FleetStatus,
     PoolStatus,
     Progress,
-    RunConnection,
     RunEndedError,
     RunSelection,
     WorkerStatus,
     connect_to_run,
-    control_answer,
 )
 from cluster.control.discovery import (
     LastRunError,
@@ -63,18 +61,20 @@ from cluster.ray_session.private import living_actors
 
 WIDTH = 120  # columns, where there is no terminal
 PID_WIDTH = 8
-SHOWN = 16  # workers of a role in the table; --json has all
-QUIET_S = 10.0  # a run that has said nothing for so long is named
-LEFT = ("checkpoint", "report", "resume")  # of a run that has ended
-FIGURES = ("fid/", "reward/", "policy/entropy", "policy/reference_kl", "staleness/", "guards/")
+MAX_WORKERS = 16  # of a role in the table; --json has all
+STALE_S = 10.0  # an older status is pointed out
+METRICS = ("fid/", "reward/", "policy/entropy", "policy/reference_kl", "staleness/", "guards/")
+
+Status = dict[str, Any]
+"""What `as_dict` and `ended_status` return: the object of --json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(RunSelection):
-    """Show how a running job is."""
+    """Show the status of a running job."""
 
     watch: float = 0.0
-    """Seconds between looks, until the run ends or Ctrl-C; 0 looks once."""
+    """Seconds between updates, until the run ends or Ctrl-C; 0 shows it once."""
     json: bool = False
     """Print one JSON object (with --watch one a line) instead of tables."""
 
@@ -83,17 +83,15 @@ class Arguments(RunSelection):
             raise ValueError(f"watch must be seconds, >= 0, found {self.watch}")
 
 
-def as_dict(
-    run: str, status: FleetStatus, actors: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Everything that is known of a run, ready for JSON.
+def as_dict(run: str, status: FleetStatus, actors: Mapping[str, Mapping[str, Any]]) -> Status:
+    """The status of a run, ready for JSON.
 
     Args:
-        actors: of `ray_private.living_actors`.
+        actors: of `ray_session.private.living_actors`.
     """
     progress = status.progress
     metrics = dict(progress.metrics)
-    newest = _newest_weights(status)
+    newest = status.weight_version if status.weight_version >= 0 else None  # none broadcast yet
     return {
         "run": run,
         "directory": progress.directory,
@@ -109,22 +107,39 @@ def as_dict(
         "weight_version": newest,
         "edition": newest,  # name in 0.1, kept for one release
         "roles": [
-            *(_role_of_singles(name, workers, actors) for name, workers in _singles(status)),
-            *(_role(pool, status, actors) for pool in status.pools),
+            _role(pool, actors, newest if pool.role == "sampler" else None)
+            for pool in (*_single_roles(status), *status.pools)
         ],
         "metrics": metrics,
     }
 
 
-def _newest_weights(status: FleetStatus) -> int | None:
-    """Policy version of the newest weights; None before the first broadcast."""
-    return status.weight_version if status.weight_version >= 0 else None
+def _single_roles(status: FleetStatus) -> list[PoolStatus]:
+    """Learners and moments server, by role; they have no queue."""
+    roles: dict[str, list[WorkerStatus]] = {}
+    for worker in status.singles:
+        role, _, number = worker.name.rpartition("-")
+        roles.setdefault(role if number.isdigit() else worker.name, []).append(worker)
+    return [
+        PoolStatus(
+            role=name,
+            serving=sum(worker.state == "serving" for worker in workers),
+            starting=sum(worker.state == "starting" for worker in workers),
+            draining=0,
+            queued=None,
+            wanted=len(workers),
+            workers=tuple(workers),
+        )
+        for name, workers in roles.items()
+    ]
 
 
-def _role(
-    pool: PoolStatus, status: FleetStatus, actors: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    newest = _newest_weights(status) if pool.role == "sampler" else None
+def _role(pool: PoolStatus, actors: Mapping[str, Mapping[str, Any]], newest: int | None) -> Status:
+    def weights(worker: WorkerStatus) -> Status:
+        version = None if newest is None else worker.weight_version
+        behind = None if newest is None else max(newest - worker.weight_version, 0)
+        return {"weight_version": version, "edition": version, "behind": behind}
+
     return {
         "role": pool.role,
         "serving": pool.serving,
@@ -133,48 +148,18 @@ def _role(
         "wanted": pool.wanted,
         "queued": pool.queued,
         "queue_wait_s": pool.wait_s,
-        "workers": [_worker(worker, actors, newest) for worker in pool.workers],
+        "workers": [
+            {
+                "name": worker.name,
+                "state": worker.state,
+                "node": actors.get(worker.actor, {}).get("node"),
+                "pid": actors.get(worker.actor, {}).get("pid"),
+                **weights(worker),
+                "in_hand": worker.busy,
+            }
+            for worker in pool.workers
+        ],
     }
-
-
-def _role_of_singles(
-    name: str, workers: list[WorkerStatus], actors: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    return {
-        "role": name,
-        "serving": sum(worker.state == "serving" for worker in workers),
-        "starting": sum(worker.state == "starting" for worker in workers),
-        "leaving": 0,
-        "wanted": len(workers),
-        "queued": None,  # there is no queue
-        "queue_wait_s": None,
-        "workers": [_worker(worker, actors, None) for worker in workers],
-    }
-
-
-def _worker(
-    worker: WorkerStatus, actors: Mapping[str, Mapping[str, Any]], newest: int | None
-) -> dict[str, Any]:
-    actor = actors.get(worker.actor, {})
-    return {
-        "name": worker.name,
-        "state": worker.state,
-        "node": actor.get("node"),
-        "pid": actor.get("pid"),
-        "weight_version": None if newest is None else worker.weight_version,
-        "edition": None if newest is None else worker.weight_version,
-        "behind": None if newest is None else max(newest - worker.weight_version, 0),
-        "in_hand": worker.busy,
-    }
-
-
-def _singles(status: FleetStatus) -> Iterable[tuple[str, list[WorkerStatus]]]:
-    """Learners and moments server, by role."""
-    roles: dict[str, list[WorkerStatus]] = {}
-    for worker in status.singles:
-        role, _, number = worker.name.rpartition("-")
-        roles.setdefault(role if number.isdigit() else worker.name, []).append(worker)
-    return roles.items()
 
 
 def table(found: Mapping[str, Any]) -> Group:
@@ -188,7 +173,7 @@ def table(found: Mapping[str, Any]) -> Group:
         )
     for role in found["roles"]:
         roles.add_row(role["role"], _state(role))
-        for worker in role["workers"][:SHOWN]:
+        for worker in role["workers"][:MAX_WORKERS]:
             version, behind = worker["weight_version"], worker["behind"]
             weights = "" if version is None else f"{version}" + (f" (-{behind})" if behind else "")
             roles.add_row(
@@ -199,8 +184,8 @@ def table(found: Mapping[str, Any]) -> Group:
                 weights,
                 str(worker["in_hand"]),
             )
-        if len(role["workers"]) > SHOWN:
-            roles.add_row(f"  and {len(role['workers']) - SHOWN} more")
+        if len(role["workers"]) > MAX_WORKERS:
+            roles.add_row(f"  and {len(role['workers']) - MAX_WORKERS} more")
     return Group("\n".join(headlines(found)), roles, "\n".join(figures(found["metrics"])))
 
 
@@ -214,7 +199,7 @@ def _state(role: Mapping[str, Any]) -> str:
 
 
 def headlines(found: Mapping[str, Any]) -> list[str]:
-    """What is known of the run as a whole."""
+    """The run as a whole."""
     lines = [f"run {found['run']}: {found['stage']}  {found['directory']}"]
     if not found["roles"]:
         return [*lines, "its workers are not there yet"]
@@ -231,51 +216,38 @@ def headlines(found: Mapping[str, Any]) -> list[str]:
     age = found["said_s_ago"]
     if age is None:
         lines.append("the run has not said anything yet")
-    elif age > QUIET_S:
+    elif age > STALE_S:
         lines.append(f"this is what it said {age:.0f} s ago; it is busy, or stuck")
     return lines
 
 
 def figures(metrics: Mapping[str, Any]) -> list[str]:
-    """The newest metrics that say how it goes, a line each group."""
+    """The most important of the newest metrics, one line for each group."""
     groups: dict[str, list[str]] = {}
     for name, value in metrics.items():
-        if name.startswith(FIGURES) and isinstance(value, (int, float)):
+        if name.startswith(METRICS) and isinstance(value, (int, float)):
             kind, _, rest = name.partition("/")
             groups.setdefault(kind, []).append(f"{rest} {value:.4g}")
     return [f"{kind}: {'  '.join(parts)}" for kind, parts in groups.items()]
 
 
-def console() -> Console:
-    """Wide enough for the table where nobody says how wide it is."""
-    here = make_console()
-    told = here.is_terminal or os.environ.get("COLUMNS") == str(here.width)
-    return here if told else make_console(width=max(here.width, WIDTH))
+def starting_status(location: RunLocation) -> Status:
+    """The status of a run whose fleet is starting; what is not known yet is empty."""
+    directory = str(location.directory or "")
+    return as_dict(location.run, FleetStatus(progress=Progress(directory=directory)), {})
 
 
-def look(run: RunConnection) -> dict[str, Any]:
-    """How the run is now."""
-    return as_dict(run.name, control_answer(run.control.status.remote()), living_actors())
-
-
-def before_its_fleet(place: RunLocation) -> dict[str, Any]:
-    """The same of a run that is starting: everything that is not known yet is empty."""
-    directory = str(place.directory or "")
-    return as_dict(place.run, FleetStatus(progress=Progress(directory=directory)), {})
-
-
-def after_its_end(directory: Path) -> dict[str, Any]:
-    """The same of a run that is not active any more, and what it left: `checkpoint`, `report` and
-    `resume`. What only a fleet would know is empty."""
+def ended_status(directory: Path) -> Status:
+    """The status of an ended run, and what it left: `checkpoint`, `report` and `resume`."""
     left = left_behind(directory)
-    progress = Progress(stage=left["stage"], directory=str(directory))
+    progress = Progress(stage=left.pop("stage"), directory=str(directory))
     unknown = dict.fromkeys(("iteration", "restarts", "weight_version", "edition"))
     found = as_dict(directory.absolute().name, FleetStatus(progress=progress), {})
-    return found | unknown | {name: left[name] or None for name in LEFT}
+    return found | unknown | {name: value or None for name, value in left.items()}
 
 
-def last_lines(found: Mapping[str, Any]) -> list[str]:
-    """What `after_its_end` found, for people."""
+def ended_lines(found: Status) -> list[str]:
+    """Of `ended_status`, for people."""
     lines = [f"last run: {found['run']}, {found['stage']}  {found['directory']}"]
     if found["report"]:
         return [*lines, f"report: {found['report']}"]
@@ -283,85 +255,57 @@ def last_lines(found: Mapping[str, Any]) -> list[str]:
     return [*lines, f"newest checkpoint: {newest}", f"resume with\n  {found['resume']}"]
 
 
-def watch(run: RunConnection, show: Callable[[dict[str, Any]], None], seconds: float) -> None:
-    """Show it again and again, until the run ends."""
-    while not _ended(run.place):
-        show(look(run))
-        time.sleep(seconds)
-
-
-def await_fleet(
-    place: RunLocation, show: Callable[[dict[str, Any]], None], seconds: float
-) -> RunLocation:
-    """Show again and again that a run is starting, until it has its fleet.
-
-    Raises:
-        LastRunError: it has ended before that.
-    """
-    while not place.address:
-        check_alive(place)
-        show(before_its_fleet(place))
-        time.sleep(seconds)
-        place = read_discovery_file(place.directory) if place.directory else place
-    return place
-
-
-def _ended(place: RunLocation) -> bool:
-    return place.directory is not None and not (place.directory / DISCOVERY_FILE).is_file()
-
-
 @contextmanager
-def shown(*, as_json: bool, live: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+def display(*, as_json: bool, live: bool) -> Iterator[Callable[[Status], None]]:
     """Shows a status: as JSON, as a table that a terminal refreshes, or table after table."""
+    console = make_console()
+    if not console.is_terminal and os.environ.get("COLUMNS") != str(console.width):
+        console = make_console(width=max(console.width, WIDTH))
     if as_json:
         yield lambda found: print(dumps(found), flush=True)
-        return
-    here = console()
-    if not here.is_terminal:  # without a break in a line of text
-        yield lambda found: here.print(table(found), soft_wrap=True)
-        return
-    if not live:
-        yield lambda found: here.print(table(found))
-        return
-    with Live(console=here, auto_refresh=False) as screen:
-        yield lambda found: screen.update(table(found), refresh=True)
+    elif live and console.is_terminal:
+        with Live(console=console, auto_refresh=False) as screen:
+            yield lambda found: screen.update(table(found), refresh=True)
+    else:  # in a file, no line is broken
+        yield lambda found: console.print(table(found), soft_wrap=not console.is_terminal)
+
+
+def show_active(asked: Arguments) -> None:
+    """Show a run that is starting or active: once, or until it ends.
+
+    Raises:
+        LastRunError: it has ended.
+        FleetError: there is no run, or it cannot be reached.
+    """
+    location = find_run(asked.run, asked.address)
+    with display(as_json=asked.json, live=bool(asked.watch)) as show:
+        while not location.address:
+            check_alive(location)
+            show(starting_status(location))
+            if not asked.watch:
+                return
+            time.sleep(asked.watch)
+            if location.directory:
+                location = read_discovery_file(location.directory)
+        ending = contextlib.suppress(RunEndedError) if asked.watch else contextlib.nullcontext()
+        with connect_to_run(location) as run, ending:
+            while True:
+                show(as_dict(run.name, run.status(), living_actors()))
+                if not asked.watch:
+                    return
+                time.sleep(asked.watch)
+                if location.directory and not (location.directory / DISCOVERY_FILE).is_file():
+                    break
+    print("the run has ended", file=sys.stderr)
 
 
 def report(asked: Arguments) -> None:
-    """Look once, or until the run ends; one that has ended is shown as it left its directory.
-
-    Raises:
-        FleetError: there is no run, or it cannot be reached.
-    """
+    """Show a run, also one that has ended; errors as `show_active`, but for LastRunError."""
     try:
-        look_or_watch(asked)
+        show_active(asked)
     except LastRunError as error:
-        found = after_its_end(error.directory)
-        print(dumps(found) if asked.json else "\n".join(last_lines(found)), flush=True)
-
-
-def look_or_watch(asked: Arguments) -> None:
-    """Look once, or until the run ends, at one that is active.
-
-    Raises:
-        LastRunError: it is not active any more.
-        FleetError: as `report`.
-    """
-    place = find_run(asked.run, asked.address)
-    with shown(as_json=asked.json, live=bool(asked.watch)) as show:
-        if not place.address and not asked.watch:
-            check_alive(place)
-            show(before_its_fleet(place))
-            return
-        place = await_fleet(place, show, asked.watch)
-        with connect_to_run(place) as run:
-            if asked.watch:
-                with contextlib.suppress(RunEndedError):  # told below, however it was noticed
-                    watch(run, show, asked.watch)
-            else:
-                show(look(run))
-    if asked.watch:
-        print("the run has ended", file=sys.stderr)
+        found = ended_status(error.directory)
+        print(dumps(found) if asked.json else "\n".join(ended_lines(found)), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

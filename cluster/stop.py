@@ -1,7 +1,7 @@
-"""End a running job at its next safe point, and say how to go on with it.
+"""End a running job at its next safe point, and print the command that resumes it.
 
-python -m cluster.stop --checkpoint       with a checkpoint of where it is, as Ctrl-C does
-python -m cluster.stop --run NAME         without: what came after its newest one is lost
+python -m cluster.stop --checkpoint       with a checkpoint first, as Ctrl-C does
+python -m cluster.stop --run NAME         without: iterations after its newest one are lost
 """
 
 from __future__ import annotations
@@ -13,29 +13,19 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     sys.exit(run_command("cluster.stop"))
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
-from cluster.control.control_actor import (
-    RunConnection,
-    RunEndedError,
-    RunSelection,
-    connect_to_run,
-    control_answer,
-)
-from cluster.control.discovery import RunLocation, find_run, left_behind, was_killed
+from cluster.control.control_actor import POLL_S, RunConnection, RunEndedError, RunSelection
+from cluster.control.discovery import RunLocation, left_behind, was_killed
 from cluster.errors import FleetError
 from cluster.io.run_layout import DISCOVERY_FILE
 from cluster.program.console import exit_status
 from cluster.program.invocation import command_of
-
-POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,70 +33,59 @@ class Arguments(RunSelection):
     """End a running job at its next safe point."""
 
     checkpoint: bool = False
-    """Have it write a checkpoint first."""
+    """Write a checkpoint first."""
     timeout_s: float = 600.0
     """Longest wait for the end, seconds: an iteration, and a checkpoint."""
 
 
 def stop(run: RunConnection, checkpoint: bool, timeout_s: float) -> Path | None:
-    """Ask a run to end, and wait until it has heard.
+    """Request that a run ends, and wait until it has taken the request.
 
     Returns:
-        Its directory, if that is known.
+        The run directory, if this machine sees it.
 
     Raises:
-        FleetError: it did not hear in time.
+        FleetError: it did not answer in time.
     """
+    too_late = (
+        f"the run {run.name} did not answer within {timeout_s:g} s: it reads requests while it "
+        "waits for workers; is it stuck? (kill its process, and go on with --resume)"
+    )
     try:
-        number = control_answer(run.control.stop.remote(checkpoint))
-        deadline = time.monotonic() + timeout_s
-        while True:
-            status = control_answer(run.control.status.remote())
-            directory = run.place.directory or _there(status.progress.directory)
-            if status.answered >= number:
-                return directory
-            if time.monotonic() > deadline:
-                raise FleetError(
-                    f"the run {run.name} did not answer within {timeout_s:g} s: it reads requests "
-                    "while it waits for workers; is it stuck? (kill its process, and go on with "
-                    "--resume)"
-                )
-            time.sleep(POLL_S)
+        number = run.call("stop", checkpoint)
+        status = run.await_status(lambda s: s.answered >= number, timeout_s, lambda s: too_late)
     except RunEndedError:
-        return run.place.directory
+        return run.location.directory
+    reported = status.progress.directory
+    there = Path(reported) if reported and Path(reported).is_dir() else None
+    return run.location.directory or there
 
 
-def _there(directory: str) -> Path | None:
-    """A directory that the run told of, if this machine sees it, too."""
-    return Path(directory) if directory and Path(directory).is_dir() else None
-
-
-def await_end(ended: Callable[[], bool], timeout_s: float) -> None:
+def await_end(ended: Callable[[], bool], deadline: float) -> None:
     """Wait until a run has ended.
 
     Raises:
-        FleetError: it did not in time.
+        FleetError: it did not before the deadline (of `time.monotonic`).
     """
-    deadline = time.monotonic() + timeout_s
     while not ended():
         if time.monotonic() > deadline:
             raise FleetError(
-                f"the run has heard, but did not end within {timeout_s:g} s: an iteration may take "
-                "longer (--timeout-s sets the bound)"
+                "the run was asked to stop, but did not end in time: an iteration may take longer "
+                "(--timeout-s sets the bound)"
             )
         time.sleep(POLL_S)
 
 
-def gone(place: RunLocation, directory: Path) -> bool:
-    """Whether the program that drove a run has ended: its file is gone, or its process."""
-    if place.here and place.pid:
-        return was_killed(place)
+def driver_ended(location: RunLocation, directory: Path) -> bool:
+    """Whether the driver has ended: its discovery file is gone, or its process."""
+    if location.on_this_host and location.pid:
+        return was_killed(location)
     return not (directory / DISCOVERY_FILE).is_file()
 
 
-def answers_no_more(control: Any) -> bool:
+def control_actor_ended(run: RunConnection) -> bool:
     try:
-        control_answer(control.status.remote())
+        run.status()
     except RunEndedError:
         return True
     return False
@@ -118,18 +97,18 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + asked.timeout_s
 
     def work() -> None:
-        with connect_to_run(find_run(asked.run, asked.address)) as run:
+        with asked.connect() as run:
             directory = stop(run, asked.checkpoint, asked.timeout_s)
             print(f"run {run.name}: stopping at the next safe point", flush=True)
-            if directory is None:  # on a cluster that stays, whose run directory is elsewhere
-                await_end(lambda: answers_no_more(run.control), deadline - time.monotonic())
-        # Else without a connection: a private Ray ends with its run, which Ray takes for a crash.
-        if directory is not None:
-            await_end(lambda: gone(run.place, directory), deadline - time.monotonic())
-            kept = left_behind(directory)
-            newest = kept["checkpoint"] or "none: it will begin anew"
-            print(f"stopped; newest checkpoint: {newest}\ngo on with\n  {kept['resume']}")
-        else:
+            if directory is None:  # a cluster that stays, with the run directory on another host
+                await_end(lambda: control_actor_ended(run), deadline)
+        # A private Ray ends with its run, which a connection would report as a crash.
+        if directory is None:
             print("stopped; what it kept is in its run directory, where --resume goes on")
+            return
+        await_end(lambda: driver_ended(run.location, directory), deadline)
+        left = left_behind(directory)
+        newest = left["checkpoint"] or "none: it will begin anew"
+        print(f"stopped; newest checkpoint: {newest}\ngo on with\n  {left['resume']}")
 
     return exit_status(work)

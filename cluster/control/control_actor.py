@@ -1,14 +1,13 @@
-"""How another process speaks with a running fleet: a small named actor between the two.
+"""The control actor: a small named Ray actor between a running fleet and the commands beside it.
 
-The run asks it, whenever it waits for something, what is wanted, and tells it how things are;
-`python -m cluster.scale`, `cluster.status` and `cluster.stop` leave requests with it and read the
-answers. It answers by itself, also while the run is busy.
+The driver sends it status and takes requests; `python -m cluster.scale`, `cluster.status` and
+`cluster.stop` leave requests and read the status. It answers while the driver is busy.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,46 +15,47 @@ from typing import Any
 from cluster.control.discovery import (
     RunLocation,
     check_alive,
+    find_run,
     killed_error,
     not_on_cluster_error,
-    still_starting,
 )
 from cluster.errors import FleetError
 from cluster.ray_session.session import RayConfig, RaySession, find_cluster
 
 NAMESPACE = "tessera"
 PREFIX = "fleet:"
-ANSWER_S = 30.0  # longest wait for the control actor itself
+ANSWER_S = 30.0  # longest wait for an answer of the control actor
+POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """One worker, for whoever asks."""
+    """One worker."""
 
     name: str
     state: str
     actor: str
-    """Ray's id of it, which leads to its node and process."""
+    """Ray's id of the actor."""
     weight_version: int = 0
     """Of a sampler: version of the weights it was sent last."""
     busy: int = 0
-    """Requests it has in hand."""
+    """Requests that it is processing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStatus:
-    """One role's workers, for whoever asks."""
+    """The workers of one role."""
 
     role: str
     serving: int
     starting: int
     draining: int
-    queued: int
-    """Pieces of work that wait for a worker."""
+    queued: int | None
+    """Tasks that wait for a worker; None: the role has no queue."""
     wanted: int
-    """Workers that there are to be."""
+    """Target number of workers."""
     wait_s: float | None = None
-    """How long work waited lately, on average; None: there was none yet."""
+    """Recent average queue wait, seconds; None: no task yet."""
     workers: tuple[WorkerStatus, ...] = ()
 
 
@@ -66,15 +66,15 @@ class Progress:
     stage: str = "starting"
     directory: str = ""
     done: int = 0
-    """Iterations behind it."""
+    """Finished iterations."""
     iterations: int = 0
-    """Iterations that there are to be; 0: not known yet."""
+    """Iterations of the run; 0: not known yet."""
     seconds: float = 0.0
-    """Of an iteration, on average over the last ones; 0: not known yet."""
+    """Of an iteration, a recent average; 0: not known yet."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """The newest line of the records."""
+    """Newest line of metrics."""
     free_bytes: int | None = None
-    """Room on the disk of the run directory; None: not known yet."""
+    """Free space on the disk of the run directory; None: not known yet."""
 
     @property
     def eta_s(self) -> float | None:
@@ -84,10 +84,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetStatus:
-    """What a fleet last said of itself."""
+    """The status that a fleet last sent."""
 
     pools: tuple[PoolStatus, ...] = ()
-    """What can be scaled."""
+    """Roles that can be scaled."""
     singles: tuple[WorkerStatus, ...] = ()
     """Learners and moments server."""
     restarts: int = 0
@@ -95,7 +95,7 @@ class FleetStatus:
     """Of the newest weights."""
     progress: Progress = field(default_factory=Progress)
     age_s: float | None = None
-    """How long ago it was said; None: nothing was yet."""
+    """Seconds since it was sent; None: none was sent yet."""
     answered: int = 0
     """Number of the newest request that was carried out or refused."""
     refusals: tuple[tuple[int, str], ...] = ()
@@ -107,7 +107,7 @@ class FleetStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleRequest:
-    """Workers that somebody wants a role to have."""
+    """Set the number of workers of a role."""
 
     number: int
     role: str
@@ -116,48 +116,48 @@ class ScaleRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRequest:
-    """Somebody wants the run to end at the next safe point."""
+    """End the run at the next safe point."""
 
     number: int
     checkpoint: bool
-    """Whether it is to write a checkpoint first."""
+    """Whether to write a checkpoint first."""
 
 
 class ControlActor:
-    """The actor: requests in one direction, status in the other."""
+    """Holds requests until the driver takes them, and the newest status of the fleet."""
 
     def __init__(self) -> None:
         self._requests: list[ScaleRequest | StopRequest] = []
         self._numbers = 0
         self._status = FleetStatus()
-        self._told: float | None = None
+        self._received: float | None = None
 
     def scale(self, role: str, count: int) -> int:
-        """Leave a request; returns its number."""
-        return self._leave(ScaleRequest(number=self._numbers + 1, role=role, count=count))
+        """Add a request; returns its number."""
+        return self._add(ScaleRequest(number=self._numbers + 1, role=role, count=count))
 
     def stop(self, checkpoint: bool) -> int:
-        """Leave the request that the run ends; returns its number."""
-        return self._leave(StopRequest(number=self._numbers + 1, checkpoint=checkpoint))
+        """Add a request; returns its number."""
+        return self._add(StopRequest(number=self._numbers + 1, checkpoint=checkpoint))
 
-    def _leave(self, request: ScaleRequest | StopRequest) -> int:
+    def _add(self, request: ScaleRequest | StopRequest) -> int:
         self._numbers = request.number
         self._requests.append(request)
         return request.number
 
     def exchange(self, status: FleetStatus) -> list[ScaleRequest | StopRequest]:
-        """The fleet's side: tell its status, and take what is wanted since the last call."""
-        self._status, self._told = status, time.monotonic()
+        """Of the driver: store its status; returns the requests since the last call."""
+        self._status, self._received = status, time.monotonic()
         requests, self._requests = self._requests, []
         return requests
 
     def status(self) -> FleetStatus:
-        age = None if self._told is None else time.monotonic() - self._told
+        age = None if self._received is None else time.monotonic() - self._received
         return replace(self._status, age_s=age)
 
 
 def start_control_actor(run: str) -> Any:
-    """Start the control actor of a run; it ends with the process that started it.
+    """Start the control actor of a run; it ends with this process.
 
     Raises:
         FleetError: a run of this name is active on the cluster.
@@ -175,10 +175,10 @@ def start_control_actor(run: str) -> Any:
 
 
 def find_control_actor(run: str) -> tuple[str, Any]:
-    """The control actor of a run on the cluster that this process has joined.
+    """Name and control actor of a run on the cluster that this process has joined.
 
     Args:
-        run: its name; empty takes the only run there is.
+        run: its name; empty: the only run.
 
     Raises:
         FleetError: no such run, or several to choose from.
@@ -204,14 +204,28 @@ def find_control_actor(run: str) -> tuple[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSelection:
-    """What every command beside a run is told."""
+    """Options by which a command selects a run."""
 
     run: str = ""
-    """Name of the run, or its directory; empty takes the newest that is active under runs/, else
-    the only active one."""
+    """Name of the run, or its directory; empty: the newest active run under runs/, else the only
+    active one."""
     address: str = ""
-    """Ray cluster of the run; empty: as its directory says, else $RAY_ADDRESS, else this machine's
+    """Ray cluster of the run; empty: from its directory, else $RAY_ADDRESS, else this machine's
     (`ray start`)."""
+
+    @contextmanager
+    def connect(self) -> Iterator[RunConnection]:
+        """Find the run and join its cluster while the block runs.
+
+        Raises:
+            FleetError: the run is starting, has ended, or cannot be reached; within seconds.
+        """
+        with connect_to_run(find_run(self.run, self.address)) as connection:
+            yield connection
+
+
+class RunEndedError(FleetError):
+    """The run ended while a command was connected to it."""
 
 
 @dataclass(frozen=True)
@@ -220,50 +234,63 @@ class RunConnection:
 
     name: str
     control: Any
-    place: RunLocation
+    location: RunLocation
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call the control actor.
+
+        Raises:
+            RunEndedError: it is gone.
+            FleetError: it did not answer in time.
+        """
+        from ray.exceptions import RayActorError
+
+        from cluster.ray_session.calls import answer
+
+        try:
+            reference = getattr(self.control, method).remote(*arguments)
+            return answer(reference, "the run's control actor", ANSWER_S)
+        except RayActorError:
+            raise RunEndedError("the run has ended") from None
+
+    def status(self) -> FleetStatus:
+        found: FleetStatus = self.call("status")
+        return found
+
+    def await_status(
+        self,
+        ready: Callable[[FleetStatus], bool],
+        timeout_s: float,
+        too_late: Callable[[FleetStatus], str],
+    ) -> FleetStatus:
+        """Poll the status until it is ready.
+
+        Raises:
+            FleetError: it was not in time; the message is `too_late(status)`.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not ready(status := self.status()):
+            if time.monotonic() > deadline:
+                raise FleetError(too_late(status))
+            time.sleep(POLL_S)
+        return status
 
 
 @contextmanager
-def connect_to_run(place: RunLocation) -> Iterator[RunConnection]:
-    """Join a run's cluster, for as long as the block runs.
-
-    Args:
-        place: of `locate_run`.
-
-    Raises:
-        FleetError: the run is starting, was killed, or cannot be reached; within seconds.
-    """
-    check_alive(place)
-    if not place.address:
-        raise FleetError(f"{still_starting(place)}. Try again in a moment")
-    cluster = find_cluster(RayConfig(address=place.address), place.source)
+def connect_to_run(location: RunLocation) -> Iterator[RunConnection]:
+    """Join the cluster of a run while the block runs; errors as `RunSelection.connect`."""
+    check_alive(location)
+    if not location.address:
+        raise FleetError(
+            f"the run {location.run} is starting (process {location.pid} on {location.host}): its "
+            "workers are not there yet. Try again in a moment"
+        )
+    cluster = find_cluster(RayConfig(address=location.address), location.source)
     with RaySession(RayConfig(), cluster):
         try:
-            name, control = find_control_actor(place.run)
+            name, control = find_control_actor(location.run)
         except FleetError as error:
-            known = place.directory is not None
-            raise (
-                killed_error(place) if known else not_on_cluster_error(place.run, error)
-            ) from None
-        yield RunConnection(name, control, place)
-
-
-class RunEndedError(FleetError):
-    """The run that was spoken with is not there any more."""
-
-
-def control_answer(ref: Any) -> Any:
-    """An answer of the control actor.
-
-    Raises:
-        RunEndedError: it is gone.
-        FleetError: it did not answer in time.
-    """
-    from ray.exceptions import RayActorError
-
-    from cluster.ray_session.calls import answer
-
-    try:
-        return answer(ref, "the run's control actor", ANSWER_S)
-    except RayActorError:
-        raise RunEndedError("the run has ended") from None
+            if location.directory is not None:
+                raise killed_error(location.directory) from None
+            raise not_on_cluster_error(location.run, error) from None
+        yield RunConnection(name, control, location)

@@ -1,4 +1,4 @@
-"""Where a run is: the file in its directory that says so, and whether it still tells the truth."""
+"""Finding a run: the discovery file in its directory, and whether its driver is still alive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ConfigError, FleetError, TesseraError, UnreachableError, did_you_mean
@@ -33,14 +33,11 @@ from cluster.ray_session.address import (
 from cluster.ray_session.token import AUTH_MODE, TOKEN_MODE, find_token, shows_token
 
 LONGEST_NAME = 200
-START_HINT = (
-    "one that has just been started is found when its Ray is there; name another's directory by "
-    "--run, or its cluster by --address"
-)
+RESUME_LINE = "Go on with\n  "
 
 
 class LastRunError(FleetError):
-    """The run that is meant is not active any more; says what it left."""
+    """The requested run has ended; the message says what it left in its directory."""
 
     def __init__(self, message: str, directory: Path) -> None:
         super().__init__(message)
@@ -49,59 +46,58 @@ class LastRunError(FleetError):
 
 @dataclass(frozen=True)
 class RunLocation:
-    """Where to look for a run."""
+    """How to reach a run."""
 
     run: str
-    """Its name; empty: the only one on the cluster."""
+    """Its name; empty: the only run on the cluster."""
     address: str
     """Of its cluster, host:port or "auto"; empty: the run is starting."""
     directory: Path | None = None
-    """Its directory, where that is known."""
+    """Its directory, where known."""
     host: str = ""
     pid: int = 0
-    """Of the program that drives it, where its directory says so."""
+    """Host and process of the driver, from the discovery file."""
     source: str = "--address"
-    """Who says the address: an option, a variable or a file; for messages."""
+    """Option, variable or file that the address comes from; for messages."""
 
     @property
-    def here(self) -> bool:
-        """Whether that program is, or was, on this machine."""
+    def on_this_host(self) -> bool:
+        """Whether the driver is, or was, on this host."""
         return self.host == socket.gethostname()
 
 
 @contextmanager
 def discovery_file(directory: Path) -> Iterator[Callable[[str], None]]:
-    """While the block runs, a file in the run's directory says that it starts; and on which cluster
-    it is, once the function that this yields was given the address."""
+    """Keep a discovery file in a run directory while the block runs. It says that the run is
+    starting, until the function that this yields is called with the cluster's address."""
     file = directory / DISCOVERY_FILE
 
-    def at(address: str) -> None:
-        found = {
+    def write(address: str) -> None:
+        content = {
             "run": directory.name,
             "address": address,
-            "token_authentication": shows_token(os.environ),  # Ray says so once it has turned it on
+            "token_authentication": shows_token(os.environ),  # known once Ray has started
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
         with writing(file), replacing(file) as partial:
-            partial.write_text(dumps(found) + "\n")
+            partial.write_text(dumps(content) + "\n")
 
-    at("")
+    write("")
     record_run(directory)
     try:
-        yield at
+        yield write
     finally:
         file.unlink(missing_ok=True)
 
 
 def read_discovery_file(directory: Path) -> RunLocation:
-    """Where the run in a directory says it is. Where its cluster asks for a token, this process
-    will show the user's (Ray would not by itself, for a cluster named by address); Ray must not
-    have been imported yet.
+    """The location of the run in a directory. Where its cluster asks for a token, this process
+    will show the user's, provided that Ray has not been imported yet.
 
     Raises:
-        LastRunError: the run there has ended.
-        FleetError: nothing runs there, or the file is damaged.
+        LastRunError: the run has ended.
+        FleetError: no run is active there, or the file is damaged.
     """
     file = directory / DISCOVERY_FILE
     try:
@@ -110,13 +106,12 @@ def read_discovery_file(directory: Path) -> RunLocation:
             os.environ.setdefault(AUTH_MODE, TOKEN_MODE)
             find_token()
         host, pid = str(found.get("host", "")), int(found.get("pid", 0))
-        check_run_name(str(found["run"]))
         run, address = str(found["run"]), str(found["address"])
+        check_run_name(run)
         return RunLocation(run, address, directory, host, pid, str(file))
-    except FileNotFoundError:
-        raise not_active_error(directory) from None
     except (OSError, *MALFORMED) as error:
-        if not owner_of(directory):  # of a run that a power cut ended, say
+        # Without an owner, a missing or damaged file (a power cut) is that of an ended run.
+        if isinstance(error, FileNotFoundError) or not owner_of(directory):
             raise not_active_error(directory) from None
         raise FleetError(
             f"{file} cannot be read ({error}): name the cluster by --address"
@@ -124,22 +119,21 @@ def read_discovery_file(directory: Path) -> RunLocation:
 
 
 def find_run(run: str, address: str) -> RunLocation:
-    """Where a run is.
+    """Find a run by its name, its directory or its cluster.
 
     Args:
-        run: its directory, or its name: of one under runs/, of one that this user started from
-            anywhere, or of one on the cluster. Empty: the newest that is active under runs/, else
-            the only active one.
-        address: of its cluster; empty: as its directory says, else $RAY_ADDRESS, else the cluster
-            that `ray start` started on this machine.
+        run: its directory, or the name of a run under runs/, of one that this user started
+            anywhere, or of one on the cluster. Empty: the newest active one under runs/, else the
+            only active one.
+        address: of its cluster; empty: from the run's directory, else $RAY_ADDRESS, else the
+            cluster that `ray start` started on this machine.
 
     Raises:
-        ConfigError: the address stands for none.
-        FleetError: the directory that was named holds no active run, there is none, or several
-            have the name.
+        ConfigError: the address cannot be used.
+        FleetError: no active run is found, or several match.
     """
     address = address.strip()
-    if address in PRIVATE and address:
+    if address and address in PRIVATE:
         raise ConfigError(
             f"--address is {address!r}, which no other command can reach: leave it out, and name a "
             "run of its own Ray by --run"
@@ -154,89 +148,66 @@ def find_run(run: str, address: str) -> RunLocation:
         if not os.path.isdir(run):
             raise FleetError(f"there is no directory {run}: name a run, or its directory")
         return read_discovery_file(Path(run))
-    return _named(run) if run else _newest()
+    return _search(run)
 
 
-def _directories(run: str) -> list[Path]:
-    """Directories of runs of a name (empty: any) that are known, newest first; each once."""
-    there = [path for path in (*_under_roots(), *recorded_runs()) if run in ("", path.name)]
-    return list({path.resolve(): path for path in reversed(there)}.values())[::-1]
-
-
-def not_on_cluster_error(run: str, error: FleetError) -> FleetError:
-    """That a cluster has no such run, and what is known of one of the name that has ended."""
-    for path in _directories(run):
-        if not _living(path):
-            last = _ended_place(path)
-            message = f"{error}; {last}"
-            return LastRunError(message, path) if isinstance(last, LastRunError) else last
-    return error
-
-
-def _named(run: str) -> RunLocation:
-    """The run of a name."""
-    there = _directories(run)
-    living = [place for path in there if (place := _living(path))]
-    if len(living) > 1:
-        raise FleetError(_several(f"several runs named {run!r} are active", living))
-    if living:
-        return living[0]
-    if cluster := _cluster_here():
-        return replace(cluster, run=run)
-    if there:
-        raise _ended_place(there[0])
-    hint = did_you_mean(run, [path.name for path in _directories("")])
-    raise FleetError(f"there is no run {run!r} under {_searched()}: {hint}{START_HINT}")
-
-
-def _newest() -> RunLocation:
-    """The run that is meant where none is named."""
-    cluster = _cluster_here()
-    if cluster and cluster.source == f"${VARIABLE}":
+def _search(run: str) -> RunLocation:
+    """An active run by its name; empty: the default one."""
+    cluster = _reachable_cluster(run)
+    if cluster and not run and cluster.source == f"${VARIABLE}":
         return cluster
-    ours = _under_roots()
-    for path in ours:
-        if place := _living(path):
-            return place
-    others = [path for path in recorded_runs() if path not in ours]
-    living = [place for path in others if (place := _living(path))]
-    if len(living) > 1:
-        raise FleetError(_several("several runs are active", living))
-    if living:
-        return living[0]
-    if cluster:
-        return cluster
-    if ours or others:
-        raise _ended_place((ours or others)[0])
-    raise FleetError(f"no run is active under {_searched()}: {START_HINT}")
+    known = _known_runs(run)
+    active = [location for path in known if (location := _active_run(path))]
+    if active and not run and active[0].directory in _runs_in_roots():
+        return active[0]
+    if len(active) > 1:
+        what = f"several runs named {run!r}" if run else "several runs"
+        lines = [f"  --run {shlex.quote(str(location.directory))}" for location in active]
+        raise FleetError("\n".join([f"{what} are active: choose one by its directory", *lines]))
+    if active or cluster:
+        return active[0] if active else cluster  # type: ignore[return-value]
+    if known:
+        raise _ended_error(known[0])
+    searched = " or ".join(map(str, _roots()))
+    hint = did_you_mean(run, [path.name for path in _known_runs("")]) if run else ""
+    start = f"there is no run {run!r}" if run else "no run is active"
+    raise FleetError(
+        f"{start} under {searched}: {hint}one that has just been started is found once its Ray is "
+        "up; name a run's directory by --run, or its cluster by --address"
+    )
+
+
+def _known_runs(run: str) -> list[Path]:
+    """Known run directories of a name (empty: any), each once: those under the default roots, then
+    the user's others, newest first."""
+    unique: dict[Path, Path] = {}
+    for path in (*_runs_in_roots(), *recorded_runs()):
+        if run in ("", path.name):
+            unique.setdefault(path.resolve(), path)
+    return list(unique.values())
 
 
 def _roots() -> list[Path]:
-    """Where runs lie that were given no directory of their own."""
+    """Default parents of run directories."""
     roots = [Path("runs")]
     with suppress(RuntimeError):  # a user without a home directory
         roots.append(Path.home() / "tessera-runs")
     return roots
 
 
-def _searched() -> str:
-    return " or ".join(map(str, _roots()))
+def _runs_in_roots() -> list[Path]:
+    """Run directories under `_roots`, the most recently started first."""
 
+    def started(directory: Path) -> float:
+        times = [os.stat(file).st_mtime for file in _marks(directory) if os.path.isfile(file)]
+        return max(times, default=0.0)
 
-def _under_roots() -> list[Path]:
-    """Directories of runs under `_roots`, those that were started last first."""
     found = [path for root in _roots() for path in root.glob("*/") if holds_run(path)]
-    return sorted(found, key=_started, reverse=True)
-
-
-def _started(directory: Path) -> float:
-    """About when a run began, or was gone on with; for comparisons."""
-    times = [os.stat(file).st_mtime for file in _marks(directory) if os.path.isfile(file)]
-    return max(times, default=0.0)
+    return sorted(found, key=started, reverse=True)
 
 
 def _marks(directory: Path) -> list[Path]:
-    """The files of which a directory of a run has one."""
+    """Files that make a directory a run directory."""
     return [directory / name for name in (DISCOVERY_FILE, OWNER, CONFIG)]
 
 
@@ -244,50 +215,60 @@ def holds_run(directory: Path) -> bool:
     return any(os.path.isfile(file) for file in _marks(directory))
 
 
-def _living(directory: Path) -> RunLocation | None:
-    """Where an active run is; None if its fleet cannot be spoken with."""
+def _active_run(directory: Path) -> RunLocation | None:
+    """The location of the run in a directory; None if it has no fleet that can be reached."""
     if not os.path.isfile(directory / DISCOVERY_FILE):
         return None
     try:
-        place = read_discovery_file(directory)
+        location = read_discovery_file(directory)
     except LastRunError:
         return None
-    return None if was_killed(place) else place
+    return None if was_killed(location) else location
 
 
-def _cluster_here() -> RunLocation | None:
-    """Where a run may be whose directory is not known: on the cluster that the environment names,
-    or else on that of this machine."""
+def _reachable_cluster(run: str) -> RunLocation | None:
+    """The cluster that the environment names, else that of this machine, if it answers."""
     text, source = written_address("")
     if text and text != AUTO:
-        return RunLocation("", text, source=source)
+        return RunLocation(run, text, source=source)
     with suppress(TesseraError):
         if found := current_cluster():
             probe(found)
-            return RunLocation("", AUTO, source="--address")
+            return RunLocation(run, AUTO)
     return None
 
 
-def _several(what: str, places: list[RunLocation]) -> str:
-    lines = [f"  --run {shlex.quote(str(place.directory))}" for place in places]
-    return "\n".join([f"{what}: choose one by its directory", *lines])
+def not_on_cluster_error(run: str, error: FleetError) -> FleetError:
+    """`error`, that a cluster has no such run; with what is known of an ended run of that name."""
+    for path in _known_runs(run):
+        if not _active_run(path):
+            last = _ended_error(path)
+            message = f"{error}; {last}"
+            return LastRunError(message, path) if isinstance(last, LastRunError) else last
+    return error
 
 
-def _ended_place(directory: Path) -> FleetError:
-    """That the last run there was is not active any more."""
-    if os.path.isfile(directory / DISCOVERY_FILE):
-        return killed_error(read_discovery_file(directory))
-    return not_active_error(directory)
+def _ended_error(directory: Path) -> FleetError:
+    killed = os.path.isfile(directory / DISCOVERY_FILE)
+    return killed_error(directory) if killed else not_active_error(directory)
+
+
+def killed_error(directory: Path) -> FleetError:
+    return LastRunError(
+        f"the run in {directory} is not running any more: it was killed. {RESUME_LINE}"
+        f"{resume_command(directory)}",
+        directory,
+    )
 
 
 def not_active_error(directory: Path) -> FleetError:
-    """That a directory has no run that can be spoken with: it never held one, it runs without Ray,
-    or it has ended, with what it kept."""
+    """Says why no run in a directory can be reached: there never was one, it runs without Ray, or
+    it has ended, with what it left."""
     if not holds_run(directory):
         return FleetError(f"{directory} holds no run: name a run, or its directory")
     if owner := owner_of(directory):
         return FleetError(
-            f"the run in {directory} has no fleet to speak with: it runs in one process "
+            f"the run in {directory} has no fleet that can be reached: it runs in one process "
             f"(--inline), or is about to start ({owner}). Ctrl-C there stops it, or SIGTERM to "
             "that process"
         )
@@ -295,55 +276,45 @@ def not_active_error(directory: Path) -> FleetError:
     if left["report"]:
         return LastRunError(f"{start}, and left {left['report']}", directory)
     newest = Path(left["checkpoint"]).name if left["checkpoint"] else "none yet"
-    said = f"{start}; newest checkpoint: {newest}. Go on with\n  {left['resume']}"
-    return LastRunError(said, directory)
+    message = f"{start}; newest checkpoint: {newest}. {RESUME_LINE}{left['resume']}"
+    return LastRunError(message, directory)
 
 
-def was_killed(place: RunLocation) -> bool:
-    """Whether the program that drove a run is gone, as far as this machine can tell."""
-    sight = read_lock(place.directory / OWNER) if place.directory else None
-    if sight is not None and sight.holder is not None and sight.holder.here:
-        return not sight.holder.lives
-    return place.here and bool(place.pid) and not process_lives(place.pid)
+def was_killed(location: RunLocation) -> bool:
+    """Whether the driver of a run is gone, as far as this machine can tell."""
+    lock = read_lock(location.directory / OWNER) if location.directory else None
+    if lock is not None and lock.holder is not None and lock.holder.here:
+        return not lock.holder.lives
+    return location.on_this_host and bool(location.pid) and not process_lives(location.pid)
 
 
-def check_alive(place: RunLocation) -> None:
-    """Find out quickly whether anybody can be there, before Ray waits for it, which takes minutes.
+def check_alive(location: RunLocation) -> None:
+    """Find out within seconds whether a run can be reached; Ray itself would wait for minutes.
 
     Raises:
-        FleetError: the run was killed and left its file, or its cluster takes no connection.
+        FleetError: the run was killed, or its cluster takes no connection.
     """
-    if was_killed(place):
-        raise killed_error(place)
+    if location.directory is not None and was_killed(location):
+        raise killed_error(location.directory)
     try:
-        address = parse_address(place.address, place.source)
+        address = parse_address(location.address, location.source)
     except ConfigError:
         return  # "auto" and the like
-    if address.loopback and place.host and not place.here:
+    if address.loopback and location.host and not location.on_this_host:
         raise FleetError(
-            f"the run {place.run} is on {place.host}, with a Ray that listens there alone: run "
-            "this command on that machine"
+            f"the run {location.run} is on {location.host}, with a Ray that listens there alone: "
+            "run this command on that machine"
         )
     try:
         probe(address)
     except UnreachableError as error:
-        if place.directory is not None:
-            raise killed_error(place) from error
+        if location.directory is not None:
+            raise killed_error(location.directory) from error
         raise
 
 
-def killed_error(place: RunLocation) -> FleetError:
-    """That a run ended without taking its leave."""
-    assert place.directory is not None
-    return LastRunError(
-        f"the run in {place.directory} is not running any more: it was killed. Go on with\n"
-        f"  {resume_command(place.directory)}",
-        place.directory,
-    )
-
-
 def check_run_name(name: str) -> None:
-    """Refuse a name under which no run can be found, or that leads elsewhere as a path.
+    """Refuse a name by which no run can be found, or that is a path.
 
     Raises:
         ConfigError: says what is wrong with it.
@@ -357,27 +328,19 @@ def check_run_name(name: str) -> None:
 
 
 def resume_command(directory: Path) -> str:
-    """What to type to go on with a run, in a shell and from any working directory."""
+    """The shell command that resumes a run, from any working directory."""
     return (
         f"{command_of('learner.run')} --resume --run-dir {shlex.quote(str(directory.absolute()))}"
     )
 
 
-def still_starting(place: RunLocation) -> str:
-    """That the program of a run is there, and its workers are not yet."""
-    return (
-        f"the run {place.run} is starting (process {place.pid} on {place.host}): its workers are "
-        "not there yet"
-    )
-
-
 def left_behind(directory: Path) -> dict[str, str]:
-    """How a run ended, its newest checkpoint, the report of one that came to its end, and how to go
-    on; empty where there is none."""
+    """What an ended run left: `stage` (finished, ended, killed), its newest `checkpoint`, the
+    `report` of one that finished, and the command to `resume` it; empty where there is none."""
     checkpoints, report = directory / CHECKPOINTS, directory / REPORT
     steps = [checkpoints / run_layout.step_name(step) for step in steps_in(checkpoints)]
     finished = report.is_file()
-    if finished and steps:  # one that was gone on with after its end has an older report
+    if finished and steps:  # a run resumed after its end has an older report
         finished = report.stat().st_mtime >= steps[-1].stat().st_mtime
     killed = any(os.path.isfile(directory / name) for name in (DISCOVERY_FILE, OWNER))
     return {

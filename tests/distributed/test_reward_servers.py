@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.control.control_actor import ControlActor, FleetStatus, find_control_actor
+from cluster.control.control_actor import (
+    ControlActor,
+    FleetStatus,
+    RunConnection,
+    find_control_actor,
+)
+from cluster.control.discovery import RunLocation
 from cluster.errors import FleetError, TesseraError
 from cluster.fleet import InlineFleet
 from cluster.ray_backend.fleet import RayFleet
@@ -205,15 +211,16 @@ def test_scaling_by_hand_while_it_runs(ray_session: RaySession, logged: list[str
     with RayFleet(fleet_plan(config), ray_session, run="by-hand") as fleet:
         running = Background(config, fleet)
         name, control = find_control_actor("")
+        run = RunConnection(name, control, RunLocation(name, "auto"))
         assert name == "by-hand"
-        status = scale(control, {"reward-server": 3, "sampler": 3}, timeout_s=60)
+        status = scale(run, {"reward-server": 3, "sampler": 3}, timeout_s=60)
         assert [pool.serving for pool in status.pools] == [3, 3]
-        status = scale(control, {"reward-server": 1, "sampler": 1}, timeout_s=60)
+        status = scale(run, {"reward-server": 1, "sampler": 1}, timeout_s=60)
         assert [pool.serving for pool in status.pools] == [1, 1]
         with pytest.raises(FleetError, match="no role 'judge': there are sampler, reward-server"):
-            scale(control, {"judge": 1}, timeout_s=60)
+            scale(run, {"judge": 1}, timeout_s=60)
         with pytest.raises(FleetError, match=r"must be in 1\.\.4096, found 0"):
-            scale(control, {"sampler": 0}, timeout_s=60)
+            scale(run, {"sampler": 0}, timeout_s=60)
         done = running.finish()
         assert fleet.restarts == 0
     quick = small_config(iterations=400, rewards={"extra": ["tests.stand_ins:Brightness=0.3"]})
@@ -311,7 +318,7 @@ def test_bad_images_are_answered_with_errors_and_the_server_lives(ray_session: R
     np.testing.assert_allclose(right, again.scores["clip"][0], atol=1e-6)
 
 
-def test_the_control_actor_passes_wishes_once() -> None:
+def test_the_control_actor_passes_requests_once() -> None:
     control = ControlActor()
     assert [control.scale("sampler", 2), control.scale("reward-server", 4)] == [1, 2]
     requests = control.exchange(FleetStatus(restarts=3))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 NEED_IT = {"open_clip", "timm", "torchvision", "transformers", "hpsv2", "peft"}
 SHIM = "ensure_torchvision"
 FILES = [

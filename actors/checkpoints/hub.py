@@ -23,7 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from actors.checkpoints.families import HUB, NamedModel
 from cluster.errors import CheckpointError, ConfigError
-from cluster.io.sha256 import sha256_of, verify_sum, write_sum
+from cluster.io.checksum import sha256_of, verify_sum, write_sum
 from cluster.program.console import make_console
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cluster.errors import CheckpointError
-from cluster.io.sha256 import verify_sum
+from cluster.io.checksum import verify_sum
 from cluster.io.strict_json import MALFORMED
 from cluster.model_files.advice import (
     INDEX,

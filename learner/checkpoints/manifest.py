@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 
 from cluster.errors import CheckpointError
-from cluster.io.checksum import UNREADABLE, count
+from cluster.io.checksum import UNREADABLE, add_checksum, count, verify_checksum
 
 FORMAT = 3
 UNSIGNED_FORMAT = 2  # of version 0.1: no checksum of its own, no run, no configuration
@@ -65,8 +65,7 @@ class Manifest:
                 "records": dict(self.records),
             }
         )
-        digest = hashlib.sha256(body).digest()
-        return msgpack.packb({"format": FORMAT, "sha256": digest, "body": body})
+        return add_checksum(body, format=FORMAT)
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> Manifest:
@@ -86,7 +85,7 @@ class Manifest:
                     f"checkpoint {name} has format {found!r}, expected {FORMAT} (or "
                     f"{UNSIGNED_FORMAT}): go on with the version that wrote it"
                 )
-            fields = outer if found == UNSIGNED_FORMAT else _signed(outer)
+            fields = msgpack.unpackb(verify_checksum(data))
             return cls(
                 step=count(fields["step"]),
                 files={_plain(key, name): _sum(value) for key, value in fields["files"].items()},
@@ -99,13 +98,6 @@ class Manifest:
             raise CheckpointError(
                 f"checkpoint {name}: no readable manifest ({error or type(error).__name__})"
             ) from error
-
-
-def _signed(outer: Mapping[str, Any]) -> Mapping[str, Any]:
-    body = outer["body"]
-    if hashlib.sha256(body).digest() != outer["sha256"]:
-        raise ValueError("its checksum does not match: it is damaged")
-    return msgpack.unpackb(body)
 
 
 def _plain(key: Any, name: str) -> str:

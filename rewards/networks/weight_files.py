@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import CheckpointError
-from cluster.io.sha256 import sha256_of
+from cluster.io.checksum import sha256_of
 from cluster.model_files.tensors import load_strict
 
 PUBLISHED = "published"

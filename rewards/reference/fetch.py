@@ -23,8 +23,8 @@ from huggingface_hub.utils import WeakFileLock
 from huggingface_hub.utils.logging import set_verbosity_error
 
 from cluster.errors import CheckpointError, ConfigError, DataError, TesseraError, did_you_mean
+from cluster.io.checksum import sha256_of, verify_sum, write_sum
 from cluster.io.paths import output_path
-from cluster.io.sha256 import sha256_of, verify_sum, write_sum
 from cluster.model_files.tensors import weights_directory
 from cluster.program import logs
 from cluster.program.console import exit_status, make_console

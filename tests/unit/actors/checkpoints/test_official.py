@@ -14,7 +14,7 @@ from torch import Tensor
 
 from actors.checkpoints.official import open_official
 from cluster.errors import CheckpointError
-from cluster.io.sha256 import sha256_of, verify_sum, write_sum
+from cluster.io.checksum import sha256_of, verify_sum, write_sum
 from tests.unit.helpers import tiny_policy
 
 Tensors = dict[str, Tensor]

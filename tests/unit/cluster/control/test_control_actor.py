@@ -79,7 +79,8 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_role_is_scaled_when_the_driver_has_done_it() -> None:
     driver = Driver()
-    assert scale(driver.connection(), {"sampler": 3}, 5).pool("sampler") == driver.current().pools[0]
+    status = scale(driver.connection(), {"sampler": 3}, 5)
+    assert status.pools == driver.current().pools
     assert driver.taken == [ScaleRequest(number=1, role="sampler", count=3)]
 
 

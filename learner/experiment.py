@@ -1,10 +1,10 @@
-"""One run from start to end: evaluation, training with its records, evaluation, report."""
+"""One run from start to end: evaluation, training with records, evaluation, report."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from cluster.errors import (
 )
 from cluster.fleet import Fleet, InlineFleet
 from cluster.io.run_layout import BEFORE_AFTER, CAPTIONS, step_name
-from cluster.messages import ScoredGroup
 from learner import evaluate
 from learner.capacity.storage import DiskWatch, checkpoint_bytes, free_bytes
 from learner.checkpoints.checkpoint import Checkpoint, restore
@@ -53,18 +52,8 @@ BASE_GALLERY = "base.png"
 TUNED_GALLERY = "tuned.png"
 
 
-def first_failure(groups: Sequence[ScoredGroup]) -> str:
-    """How many images of an iteration were not scored, and why the first was not; or nothing."""
-    failed, images = failures(group.scores for group in groups)
-    return f"{len(failed)} of {images}; the first: {failed[0]}" if failed else ""
-
-
 class Experiment:
-    """A run on a fleet: what happens around the main loop.
-
-    Args:
-        from_step: go on with this checkpoint; None is the newest.
-    """
+    """A run on a fleet: everything around the main loop."""
 
     def __init__(
         self,
@@ -76,22 +65,26 @@ class Experiment:
         from_step: int | None = None,
         last_checkpoint: Callable[[], bool] = lambda: True,
     ) -> None:
-        """last_checkpoint: whether a run that was asked to stop writes one where it ends."""
-        self._last_checkpoint = last_checkpoint
+        """
+        Args:
+            from_step: resume this checkpoint; None is the newest.
+            last_checkpoint: whether a stop is to write a checkpoint.
+        """
         self._requested = self._config = config
         self._run, self._fleet = run, fleet
         self._console, self._should_stop = console, should_stop
+        self._from_step, self._last_checkpoint = from_step, last_checkpoint
         self._table = run.read_evaluation()
         self._real: dict[str, np.ndarray] | None = None
         self._space = RewardSpace()
         self._shares: list[RoleUse] = []
         self._checkpoints = CheckpointStore(run, config)
         self._recorder: Recorder | None = None
-        self._from_step, self._kept = from_step, 0
+        self._saved_step = 0
         self._progress = Progress()
 
     def run(self) -> bool:
-        """Everything; False if the run was asked to stop before its end."""
+        """The whole run; returns False if it was stopped before its end."""
         logger.info(f"run directory: {self._run.path}")
         try:
             ended = self._run_to_end()
@@ -110,7 +103,7 @@ class Experiment:
                 return True
             stopped = f"after {done} of {self._config.iterations} iterations"
             lost = self._save_last_checkpoint(done if self._last_checkpoint() else None)
-        except StopRequestedError as error:  # training itself ends without it
+        except StopRequestedError as error:  # outside the main loop, which returns instead
             stopped = self._progress.stage
             lost = self._save_last_checkpoint(None)
             if isinstance(error, LostWhileStoppingError):
@@ -118,9 +111,164 @@ class Experiment:
         self._log_stopped(stopped, lost)
         return False
 
+    def _train_with_recovery(self) -> int:
+        """Train, evaluate and report; restart from the newest checkpoint when the learner is lost.
+        Returns the number of iterations done."""
+        while True:
+            try:
+                done = self._train(self._prepare_fleet())
+                self._checkpoints.wait()  # the last one needs its learner
+                if done == self._config.iterations:
+                    self._finish()
+                return done
+            except LearnerLostError as error:
+                if self._should_stop():
+                    raise LostWhileStoppingError(f"{error} while the run stopped") from error
+                self._fleet.recover_learner(error)
+
+    def _prepare_fleet(self) -> int:
+        """Set conditions, reference and state of the fleet; returns the first iteration."""
+        if self._run.read_config() != self._requested:
+            self._run.write_config(self._requested)
+        conditions = self._fleet.serve_while(self._read_conditions)
+        self._config = replace(self._requested, conditions=conditions)
+        self._space = set_reference(self._config, self._fleet)
+        return self.restore()
+
+    def _read_conditions(self) -> ConditionsConfig:
+        """The conditions, with captions encoded if need be; they are cached."""
+        found = self._requested.conditions.encoded(self._run.path / CAPTIONS)
+        found.conditions()
+        return found
+
+    def restore(self) -> int:
+        """Restore the newest complete checkpoint, or start a new run if there is none; returns the
+        next iteration. Also called within a run, after the learner was replaced.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is complete.
+        """
+        self._checkpoints.abandon()
+        self._combiner = Combiner(self._config.rewards.terms())
+        self._pipeline = Pipeline(self._config, self._fleet)
+        step, self._from_step = self._from_step, None
+        checkpoints = self._checkpoints
+        found = self._fleet.serve_while(  # hashes every file
+            lambda: checkpoints.newest() if step is None else checkpoints.at(step)
+        )
+        checkpoints.clear()
+        self._saved_step = found.step if found else 0
+        if found is None:
+            return self._start_new()
+        records.check(self._run, found.step, found.manifest.records)
+        checkpoints.roll_back(found.step)
+        restore(found, self._fleet, self._combiner, self._pipeline)
+        self._fleet.refresh_moments()  # the decomposition of the moments is not in a checkpoint
+        self._fleet.broadcast(found.step)
+        logger.info(f"resumed from {found.path.name}")
+        if found.step >= self._config.iterations:
+            logger.info(
+                f"note: all {self._config.iterations} iterations are done: only what follows them "
+                "is done again; a larger --iterations trains on"
+            )
+        self._evaluate_if_missed(found)
+        return found.step
+
+    def _start_new(self) -> int:
+        """Start a new run: statistics and evaluation of the base policy."""
+        self._fleet.broadcast(0)
+        base = prepare(self._config, self._fleet, self._space)
+        source = self._config.rewards.loo_fid.seed_from
+        if source:
+            logger.info(f"the history starts from {source}, moments of {base['images']:.0f} images")
+        logger.info(
+            f"base policy: FID {base['fid']:.3f} in the reward's features, "
+            f"entropy {base['entropy']:.3f} nats a token"
+        )
+        if some := shown_note(self._config):
+            logger.info(f"note: galleries show {some}; --output.gallery-rows names others")
+        self._gallery(BASE_GALLERY)
+        for row in evaluate.base_rows(self._config):
+            self._fill_table_row(row)
+        return 0
+
+    def _train(self, first: int) -> int:
+        """The main loop, with records, guards and checkpoints; returns the iterations done."""
+        config, run = self._config, self._run
+        recorder = self._recorder = Recorder(run, first, rollouts=config.output.rollouts)
+        self._console.start(first)
+        self._progress = replace(self._progress, done=first)
+        self._report_progress("training")
+        one_policy = config.sampling.learned() == config.sampling
+        guards = Guards(config.guards, config.groups_per_iteration, one_policy)
+        guards.replay(read_metrics(run.metrics))
+        slow_servers = SlowServers(config.guards.patience)
+        disk = DiskWatch(run.checkpoints, checkpoint_bytes(config))
+        disk()
+        failure_logged = False
+
+        def after(done: Iteration) -> None:
+            nonlocal failure_logged
+            failed, images = failures(group.scores for group in done.groups)
+            if failed and not failure_logged:
+                failure_logged = True
+                text = f"{len(failed)} of {images}; the first: {failed[0]}"
+                logger.warning(f"note: images without a score leave the iteration ({text})")
+            found = guards(done.metrics)
+            metrics = done.metrics | found.metrics
+            self._fleet.serve_while(
+                lambda: recorder.record(metrics, done.groups, done.advantages, done.spans)
+            )
+            for line in (*done.warnings, *found.notes, *slow_servers(done.spans)):
+                logger.warning(f"note: {line}")
+            self._console.update(metrics)
+            self._report_progress("training", metrics)
+            found.enforce()
+            disk()
+            self._save_what_is_due(done.metrics["iteration"])
+
+        try:
+            return train(
+                config,
+                self._fleet,
+                self._space,
+                first,
+                after,
+                self._should_stop,
+                run.path.name,
+                self._combiner,
+                self._pipeline,
+            )
+        finally:
+            recorder.close()
+            self._shares = recorder.usage.shares()
+
+    def _save_what_is_due(self, done: int) -> None:
+        """Evaluation, checkpoint and gallery after `done` iterations, each if due."""
+        output, figures = self._config.output, dict[str, float]()
+        self._checkpoints.poll()
+        with contextlib.suppress(StopRequestedError):  # the main loop ends right after this
+            if self._evaluation_due(done) and self._recorder is not None:
+                figures = self._evaluate()
+                self._recorder.record_evaluation(done, figures)
+        if figures or done % output.checkpoint_every == 0 or done == self._config.iterations:
+            self._checkpoint(done, figures)
+        if output.gallery_every and done % output.gallery_every == 0:
+            with contextlib.suppress(StopRequestedError):
+                self._gallery(f"{step_name(done)}.png")
+
+    def _checkpoint(self, done: int, figures: dict[str, float] | None = None) -> None:
+        if self._saved_step == done:
+            return
+        groups = self._pipeline.state()
+        self._checkpoints.save(done, self._fleet, self._combiner, groups, figures)
+        self._saved_step = done
+        if done == self._config.iterations:  # before the last evaluation, which may be long
+            self._checkpoints.wait()
+
     def _save_last_checkpoint(self, done: int | None) -> str:
-        """Write the checkpoint that a stop ends with, if one is wanted, and finish what is in the
-        making; returns why that cannot be, where a worker that is needed for it is gone."""
+        """Complete the pending checkpoint of a stopped run, after saving one more if `done` is
+        given; returns the error if a worker that is needed for it is lost."""
         try:
             if done is not None:
                 self._checkpoint(done)
@@ -140,212 +288,57 @@ class Experiment:
             text += f"; go on with\n  {resume_command(self._run.path)}"
         (logger.warning if lost else logger.info)(text)
 
-    def _train_with_recovery(self) -> int:
-        """Training and what comes after it, from the beginning or the newest checkpoint; and again
-        from there whenever the learner is lost. Returns how many iterations are done."""
-        while True:
-            try:
-                done = self._train(self._prepare_fleet())
-                self._checkpoints.wait()  # the last one, too, needs its learner
-                if done == self._config.iterations:
-                    self._finish()
-                return done
-            except LearnerLostError as error:
-                if self._should_stop():
-                    raise LostWhileStoppingError(f"{error} while the run stopped") from error
-                self._fleet.recover_learner(error)
-
-    def _train(self, first: int) -> int:
-        """The main loop, with its records; returns how many iterations are done."""
-        config, console, run = self._config, self._console, self._run
-        rollouts = config.output.rollouts
-        recorder = self._recorder = Recorder(run, first, rollouts=rollouts)
-        console.start(first)
-        self._progress = replace(self._progress, done=first)
-        self._report_progress("training")
-
-        warned = False
-        one_policy = config.sampling.learned() == config.sampling
-        guards = Guards(config.guards, config.groups_per_iteration, one_policy)
-        guards.replay(read_metrics(run.metrics))
-        slow = SlowServers(config.guards.patience)
-        room = DiskWatch(run.checkpoints, checkpoint_bytes(config))
-        room()
-
-        def after(done: Iteration) -> None:
-            nonlocal warned
-            if not warned and (fault := first_failure(done.groups)):
-                warned = True
-                logger.warning(f"note: images without a score leave the iteration ({fault})")
-            found = guards(done.metrics)
-            row = done.metrics | found.metrics
-            self._fleet.serve_while(
-                lambda: recorder.record(row, done.groups, done.advantages, done.spans)
-            )
-            for line in (*done.advice, *found.notes, *slow(done.spans)):
-                logger.warning(f"note: {line}")
-            console.update(row)
-            self._report_progress("training", row)
-            found.enforce()
-            room()
-            self._save_what_is_due(done.metrics["iteration"])
-
-        try:
-            return train(
-                config,
-                self._fleet,
-                self._space,
-                first,
-                after,
-                self._should_stop,
-                run.path.name,
-                self._combiner,
-                self._pipeline,
-            )
-        finally:
-            recorder.close()
-            self._shares = recorder.usage.shares()
-
-    def _prepare_fleet(self) -> int:
-        """Bring the fleet to where training starts; returns the first iteration."""
-        if self._run.read_config() != self._requested:
-            self._run.write_config(self._requested)
-        conditions = self._fleet.serve_while(self._read_conditions)
-        self._config = replace(self._requested, conditions=conditions)
-        self._space = set_reference(self._config, self._fleet)
-        return self.restore()
-
-    def _read_conditions(self) -> ConditionsConfig:
-        """The conditions, with captions encoded where they are to be; what is slow is done once."""
-        found = self._requested.conditions.encoded(self._run.path / CAPTIONS)
-        found.conditions()
-        return found
-
-    def restore(self) -> int:
-        """Bring everything to the newest complete checkpoint, or to the very beginning if there is
-        none; returns the iteration to go on with. May be called again within a run, with a learner
-        that was started anew.
-
-        Raises:
-            CheckpointError: there are checkpoints, and none is complete.
-        """
-        self._checkpoints.abandon()
-        self._combiner = Combiner(self._config.rewards.terms())
-        self._pipeline = Pipeline(self._config, self._fleet)
-        step, self._from_step = self._from_step, None
-        checkpoints = self._checkpoints
-        found = self._fleet.serve_while(  # every file's digest is computed anew
-            lambda: checkpoints.newest() if step is None else checkpoints.at(step)
-        )
-        checkpoints.clear()
-        self._kept = found.step if found else 0
-        if found is None:
-            return self._start_new()
-        records.check(self._run, found.step, found.manifest.records)
-        checkpoints.roll_back(found.step)
-        restore(found, self._fleet, self._combiner, self._pipeline)
-        self._fleet.refresh_moments()  # a decomposition is not in the checkpoint, what it is of is
-        self._fleet.broadcast(found.step)
-        logger.info(f"resumed from {found.path.name}")
-        if found.step >= self._config.iterations:
-            logger.info(
-                f"note: all {self._config.iterations} iterations are done: only what follows them "
-                "is done again; a larger --iterations trains on"
-            )
-        self._evaluate_if_missed(found)
-        return found.step
-
-    def _start_new(self) -> int:
-        """The beginning of a run: the base policy, its statistics and evaluations."""
-        self._fleet.broadcast(0)
-        base = prepare(self._config, self._fleet, self._space)
-        source = self._config.rewards.loo_fid.seed_from
-        if source:
-            logger.info(f"the history starts from {source}, moments of {base['images']:.0f} images")
-        logger.info(
-            f"base policy: FID {base['fid']:.3f} in the reward's features, "
-            f"entropy {base['entropy']:.3f} nats a token"
-        )
-        if some := shown_note(self._config):
-            logger.info(f"note: galleries show {some}; --output.gallery-rows names others")
-        self._gallery(BASE_GALLERY)
-        for row in evaluate.base_rows(self._config):
-            self._fill_table_row(row)
-        return 0
-
-    def _evaluate_if_missed(self, found: Checkpoint) -> None:
-        """Take the evaluation that a stop has cut off at this checkpoint's step."""
-        if self._table.pop(TUNED, None):  # of an earlier, longer or shorter run
-            self._run.write_evaluation(self._table)
-        if self._evaluation_due(found.step) and not found.manifest.figures:
-            records.truncate(self._run, found.step, rollouts=False)
-            figures = self._evaluate(found.step)
-            append_evaluation(self._run, found.step, figures)
-            self._checkpoints.add_figures(found, figures)
-
     def _evaluation_due(self, done: int) -> bool:
         every = self._config.evaluation.every
         return bool(every) and done % every == 0
 
-    def _evaluate(self, done: int) -> dict[str, float]:
-        """Grade the policy of now, as the tuned one is graded at the end.
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate the current policy as the tuned one is evaluated at the end.
 
         Raises:
-            StopRequestedError: a stop was asked for meanwhile.
+            StopRequestedError: a stop was requested meanwhile.
         """
         spec = evaluate.tuned_row(self._config).spec
         return evaluate.evaluate_policy(self._config, self._fleet, spec, self._real_features())
 
-    def _save_what_is_due(self, done: int) -> None:
-        """Exam, checkpoint and gallery when they are due."""
-        output, figures = self._config.output, dict[str, float]()
-        self._checkpoints.poll()
-        with contextlib.suppress(StopRequestedError):  # the main loop ends right after this
-            if self._evaluation_due(done) and self._recorder is not None:
-                figures = self._evaluate(done)
-                self._recorder.record_evaluation(done, figures)
-        if figures or done % output.checkpoint_every == 0 or done == self._config.iterations:
-            self._checkpoint(done, figures)
-        if output.gallery_every and done % output.gallery_every == 0:
-            with contextlib.suppress(StopRequestedError):
-                self._gallery(f"step_{done:06d}.png")
+    def _evaluate_if_missed(self, found: Checkpoint) -> None:
+        """Repeat the evaluation of a checkpoint's step that a stop interrupted."""
+        if self._table.pop(TUNED, None):  # of an earlier, longer or shorter run
+            self._run.write_evaluation(self._table)
+        if self._evaluation_due(found.step) and not found.manifest.figures:
+            records.truncate(self._run, found.step, rollouts=False)
+            figures = self._evaluate()
+            append_evaluation(self._run, found.step, figures)
+            self._checkpoints.add_figures(found, figures)
 
-    def _checkpoint(self, done: int, figures: dict[str, float] | None = None) -> None:
-        if self._kept == done:
+    def _fill_table_row(self, row: evaluate.TableRow) -> None:
+        """Evaluate one row of the table, unless it is there."""
+        if not self._config.evaluation.num_images or row.name in self._table:
             return
-        groups = self._pipeline.state()
-        self._checkpoints.save(done, self._fleet, self._combiner, groups, figures)
-        self._kept = done
-        if done == self._config.iterations:  # before the evaluation, which may be long
-            self._checkpoints.wait()
-
-    def _gallery(self, name: str) -> None:
-        """Draw and write a sheet of the policy that the fleet now holds."""
-        rows = sample_gallery(self._config, self._fleet)
-        file = self._run.gallery / name
-        self._run.check_owned()
-        config = self._config
-        self._fleet.serve_while(lambda: save_sheet(gallery_sheet(config, rows), file))
+        logger.info(f"evaluating: {row.name}")
+        self._table[row.name] = evaluate.evaluate_policy(
+            self._config, self._fleet, row.spec, self._real_features()
+        )
+        self._run.write_evaluation(self._table)
 
     def _real_features(self) -> dict[str, np.ndarray]:
         if self._real is None:
             self._real = evaluate.real_features(self._config, self._fleet)
         return self._real
 
-    def _fill_table_row(self, row: evaluate.TableRow) -> None:
-        """Fill one row of the table, once."""
-        if not self._config.evaluation.num_images or row.name in self._table:
-            return
-        logger.info(f"evaluating: {row.name}")
-        real = self._real_features()
-        self._table[row.name] = evaluate.evaluate_policy(self._config, self._fleet, row.spec, real)
-        self._run.write_evaluation(self._table)
+    def _gallery(self, name: str) -> None:
+        """Sample and write a contact sheet of the current policy."""
+        rows = sample_gallery(self._config, self._fleet)
+        file = self._run.gallery / name
+        self._run.check_owned()
+        config = self._config
+        self._fleet.serve_while(lambda: save_sheet(gallery_sheet(config, rows), file))
 
-    def _report_progress(self, stage: str, row: Mapping[str, Any] | None = None) -> None:
-        """How far the run is, to whoever asks the fleet."""
-        if row:
-            done, pace = row["iteration"], self._console.seconds_per_iteration
-            self._progress = replace(self._progress, done=done, seconds=pace, metrics=row)
+    def _report_progress(self, stage: str, metrics: Mapping[str, Any] | None = None) -> None:
+        """Update the progress that `cluster.status` shows."""
+        if metrics:
+            done, pace = metrics["iteration"], self._console.seconds_per_iteration
+            self._progress = replace(self._progress, done=done, seconds=pace, metrics=metrics)
         self._progress = replace(
             self._progress,
             stage=stage,
@@ -356,14 +349,14 @@ class Experiment:
         self._fleet.report_progress(self._progress)
 
     def _finish(self) -> None:
-        """After the last iteration: the tuned policy's evaluation, galleries, report."""
+        """After the last iteration: evaluation of the tuned policy, galleries, report."""
         self._report_progress("after training, in the last evaluation")
         self._table.pop(TUNED, None)  # of an earlier, shorter run
         self._fill_table_row(evaluate.tuned_row(self._config))
         gallery = self._run.gallery
         self._gallery(TUNED_GALLERY)
         sheets = {"base policy": gallery / BASE_GALLERY, "tuned policy": gallery / TUNED_GALLERY}
-        # a directory that was made again from a checkpoint has no images of the base policy
+        # a run directory that was restored from a URL has no images of the base policy
         there = {name: file for name, file in sheets.items() if file.is_file()}
         save_side_by_side(there, gallery / BEFORE_AFTER)
         self._fleet.serve_while(lambda: write_report(self._run, self._config, self._table))

@@ -1,4 +1,12 @@
-"""The main loop: sample and score, commit the moments, learn, broadcast. The same on any fleet."""
+"""The main loop, the same on `InlineFleet` and `RayFleet`. One iteration:
+
+1. `Pipeline` requests groups ahead: P conditions, K rollouts each (`ConditionStream`).
+2. Samplers draw them, with the weights of `max_staleness` iterations ago at most.
+3. Reward servers score the images. The loop waits for the iteration's groups (`pipeline.take`).
+4. The moments server commits their features once and answers with the leave-one-out rewards.
+5. Rewards become advantages, the learner steps, and the samplers get the new weights, which frees
+   the pipeline's slots for another iteration (`pipeline.release`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +23,7 @@ from cluster.messages import MAIN_SPACE, Condition, GroupScores, SampleRequest, 
 from cluster.spans import Span, Stopwatch
 from learner.config import RunConfig
 from learner.grpo.advantage import Advantages, group_advantages
-from learner.monitoring.rows import all_spans, iteration_metrics, times
+from learner.monitoring.metrics import iteration_metrics, worker_spans
 from learner.rollouts.feature_space import RewardSpace, seed_moments
 from learner.rollouts.prefetch import Pipeline, requests_for
 from learner.training.batch import make_batch
@@ -27,15 +35,15 @@ from rewards.distribution.moments import Moments
 
 @dataclass(frozen=True)
 class Iteration:
-    """Everything that happened in one iteration, for whoever keeps records."""
+    """Result of one iteration, for the records."""
 
     metrics: dict[str, Any]
     """One line of metrics.jsonl."""
     groups: Sequence[ScoredGroup]
     advantages: Advantages
     spans: tuple[Span, ...]
-    advice: tuple[str, ...] = ()
-    """What is wrong with the settings, and what to change; said once."""
+    warnings: tuple[str, ...] = ()
+    """Settings of the distribution reward that do not suit the data; each once a run."""
 
 
 def train(
@@ -49,20 +57,20 @@ def train(
     combiner: Combiner | None = None,
     pipeline: Pipeline | None = None,
 ) -> int:
-    """Iterate from `first` to the end, or until a stop is asked for.
+    """Run iterations from `first` to the end, or until a stop is requested.
 
     Args:
-        space: of the distribution reward, as `set_reference` gave it.
-        run: name of the run, the other half of a commit's key.
-        combiner: of the rewards, with the anchors of a resumed run; None makes a new one.
-        pipeline: with the groups that a resumed run had on their way; None makes a new one.
+        space: of the distribution reward, as `set_reference` returned it.
         after: called with every finished iteration (records, checkpoints, progress).
+        run: name of the run; with the iteration, the key of a commit of moments.
+        combiner: of the rewards, with the anchors of a resumed run; None makes a new one.
+        pipeline: with the restored groups of a resumed run; None makes a new one.
 
     Returns:
-        How many iterations are done.
+        Number of iterations done.
     """
     combiner = combiner or Combiner(config.rewards.terms())
-    pipeline, clock, ended = pipeline or Pipeline(config, fleet), Stopwatch(), time.time()
+    pipeline, clock, previous_end = pipeline or Pipeline(config, fleet), Stopwatch(), time.time()
     pipeline.begin(first)
     for iteration in range(first, config.iterations):
         try:
@@ -72,11 +80,13 @@ def train(
             return iteration
         scores = [group.scores for group in groups]
         check_failures(scores, config.max_failed_share)
+
         features, valid, classes = _features([g.rollouts.request for g in groups], scores, space)
         with clock("wait_moments"):
             answer = fleet.moments.commit(iteration, features, valid, run=run, classes=classes)
-        check_history(answer, iteration, config.max_staleness)
+        check_moments_staleness(answer, iteration, config.max_staleness)
         fleet.refresh_moments()
+
         distribution = {LOO_FID: answer.rewards.reshape(len(groups), -1)}
         advantages = group_advantages(groups, distribution, combiner)
         with clock("wait_learner"):
@@ -84,12 +94,20 @@ def train(
         with clock("broadcast"):
             fleet.broadcast(iteration + 1)
             pipeline.release(iteration)
-        spans = (*all_spans(groups, answer, report), *clock.take())
+
+        spans, now = (*worker_spans(groups, answer, report), *clock.take()), time.time()
         metrics = iteration_metrics(
-            iteration, config.max_staleness, groups, answer, advantages, report, fleet.restarts
+            iteration,
+            groups,
+            answer,
+            advantages,
+            report,
+            max_staleness=config.max_staleness,
+            restarts=fleet.restarts,
+            spans=spans,
+            seconds=now - previous_end,
         )
-        metrics |= times(spans, ended, groups)
-        ended = time.time()
+        previous_end = now
         with clock("record"):
             after(Iteration(metrics, groups, advantages, spans, answer.warnings))
         if should_stop():
@@ -98,10 +116,10 @@ def train(
 
 
 def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, float]:
-    """Before the first iteration: from images of the base policy, the start of the moments'
-    history and the entropy that controllers are anchored to.
+    """Measure the base policy before the first iteration: the moments that the history starts from,
+    and the entropy that entropy controllers refer to. Returns fid, entropy and number of images.
 
-    Where the history starts from a file (`seed_from`), the images of one iteration are enough.
+    With `seed_from` the moments come from a file, and one iteration's images are enough.
     """
     conditions, term = config.conditions.conditions(), config.rewards.loo_fid
     start: Moments | None = None
@@ -110,13 +128,13 @@ def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, fl
         dim, fingerprint = fleet.feature_dim("rewards"), fleet.fingerprint("rewards")
         start = fleet.serve_while(lambda: seed_moments(config, dim, fingerprint))
         groups = min(groups, config.groups_per_iteration)
-    asked = requests_for(config, spread(conditions, groups), "moments", 0)
+    requests = requests_for(config, spread(conditions, groups), "moments", 0)
     scores, entropies = list[GroupScores](), list[np.ndarray]()
-    for group in fleet.stream(asked):  # of ten thousand images, no more is kept than this
+    for group in fleet.stream(requests):  # only this is kept of maybe ten thousand images
         scores.append(group.scores)
         entropies.append(group.rollouts.entropies.mean())
     check_failures(scores, config.max_failed_share)
-    features, valid, _ = _features(asked, scores, space)
+    features, valid, _ = _features(requests, scores, space)
     entropy = float(np.mean(entropies))
     fleet.learner.start(entropy)
     fid = fleet.moments.seed(features[valid] if start is None else start)
@@ -125,29 +143,28 @@ def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, fl
 
 
 def spread(conditions: Sequence[Condition], count: int) -> list[Condition]:
-    """So many conditions: one after the other, again and again; or, if there are more conditions
-    than that, evenly from the first to the last."""
+    """`count` conditions: repeated in order, or, if there are more, evenly spaced ones."""
     step = max(len(conditions) / count, 1.0)
     return [conditions[int(index * step) % len(conditions)] for index in range(count)]
 
 
-def check_history(answer: DistributionReward, iteration: int, max_staleness: int) -> None:
-    """Bound the age of the moments that judged, like that of the policy that drew.
+def check_moments_staleness(answer: DistributionReward, iteration: int, max_staleness: int) -> None:
+    """Bound the age of the moments behind a reward, as that of the policy is bounded.
 
     Raises:
-        FleetError: the history lacks too many of the iterations before.
+        FleetError: the history lacks more than `max_staleness` iterations.
     """
     staleness = iteration - answer.version
     if not 0 <= staleness <= max_staleness:
         raise FleetError(
-            f"iteration {iteration + 1} was judged with moments of {answer.version} iterations: "
+            f"iteration {iteration + 1} was scored with moments of {answer.version} iterations: "
             f"staleness {staleness} is outside 0 to max_staleness {max_staleness}; was the moments "
             "server restored from another checkpoint than the learner?"
         )
 
 
 def check_failures(scores: Iterable[GroupScores], allowed: float) -> None:
-    """Stop when too many images could not be scored: that is no accident any more.
+    """Stop when too many images could not be scored.
 
     Raises:
         DataError: with the first error.
@@ -161,7 +178,7 @@ def check_failures(scores: Iterable[GroupScores], allowed: float) -> None:
 
 
 def failures(scores: Iterable[GroupScores]) -> tuple[list[str], int]:
-    """Why images were not scored, each that was not; and how many images there are."""
+    """The error of every image that was not scored, and the number of all images."""
     errors = [error for group in scores for error in group.errors]
     return [error for error in errors if error], len(errors)
 
@@ -169,19 +186,19 @@ def failures(scores: Iterable[GroupScores]) -> tuple[list[str], int]:
 def _features(
     requests: Sequence[SampleRequest], scores: Sequence[GroupScores], space: RewardSpace
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features (N, D) in the reward's space, validity (N,) and classes (N,; -1 of captions) of a
-    batch, in the order of its groups."""
+    """Features (N, D) in the reward's space, validity (N,) and classes (N,; -1 for captions) of a
+    batch, group by group."""
     features = concatenate_features([group.features[MAIN_SPACE] for group in scores])
     valid = np.concatenate([group.valid for group in scores])
-    asked = [request.condition.class_index for request in requests]
-    each = [-1 if index is None else index for index in asked]
-    classes = np.repeat(each, [request.num_rollouts for request in requests])
+    indices = [request.condition.class_index for request in requests]
+    of_groups = [-1 if index is None else index for index in indices]
+    classes = np.repeat(of_groups, [request.num_rollouts for request in requests])
     return space(features, classes), valid, classes
 
 
 def concatenate_features(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Features (K, D) of groups -> (N, D). A group of which no image could be scored has (K, 0),
-    and becomes NaN."""
+    """Features (K, D) of groups -> (N, D). Groups without a scored image have (K, 0), and become
+    NaN."""
     dim = max(part.shape[1] for part in parts)
-    whole = [p if p.shape[1] == dim else np.full((len(p), dim), np.nan, p.dtype) for p in parts]
-    return np.concatenate(whole)
+    full = [p if p.shape[1] == dim else np.full((len(p), dim), np.nan, p.dtype) for p in parts]
+    return np.concatenate(full)

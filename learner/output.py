@@ -50,8 +50,8 @@ class OutputConfig:
     for its age."""
     keep_best: str = ""
     """Also keep the checkpoint with the best evaluation while training (evaluation.every), by this
-    figure: fid (or second/fid; the least), accuracy, coverage, density, precision, recall,
-    clip (the most); best.json names it. Empty: none."""
+    figure: fid (or second/fid; the least), accuracy, coverage, density, precision, recall, clip
+    (the most); best.json names it. Empty: none."""
     background: bool = True
     """Write checkpoints while the learner goes on: it copies policy and optimizer within its
     machine's memory (12 bytes a parameter) and writes from the copy. False waits, and copies

@@ -16,8 +16,7 @@ from cluster.io.strict_json import number
 from cluster.program.streams import printable
 from learner.config import RunConfig, dump
 from learner.monitoring.console import COLUMNS
-from learner.monitoring.metrics import read_metrics
-from learner.monitoring.rows import QUANTILES
+from learner.monitoring.metrics import QUANTILES, read_metrics
 from learner.runs.run_dir import RunDirectory
 from rewards.config import LOO_FID
 

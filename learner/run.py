@@ -6,8 +6,6 @@ and writes everything into a run directory.
 
 from __future__ import annotations
 
-from learner.fleet_plan import fleet_plan
-
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
@@ -50,6 +48,7 @@ from learner.config import (
     validate,
 )
 from learner.experiment import Experiment
+from learner.fleet_plan import fleet_plan
 from learner.monitoring.console import RunConsole
 from learner.output import OutputConfig
 from learner.preflight import listed, placement_lines, preflight
@@ -81,30 +80,30 @@ COMMON = {
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """How to run, beside what to run."""
+    """Options of the command that are no settings of the run."""
 
     preset: str = DEFAULT_PRESET
     """Shipped preset by name, or a YAML file by path."""
     run_dir: str = ""
-    """Directory of the run's files; empty makes a new one under runs/."""
+    """Run directory; empty makes a new one under runs/."""
     resume: bool = False
-    """Go on with the run in --run-dir (the newest under runs/, if none is named), from its newest
-    complete checkpoint. A directory that is lost is made again from --output.checkpoint-url."""
+    """Resume the run in --run-dir (default: the newest under runs/) from its newest complete
+    checkpoint. A lost directory is restored from --output.checkpoint-url."""
     auto_resume: bool = False
-    """As --resume, or a new run where --run-dir holds none yet: one command line for the first
+    """Resume the run in --run-dir, or start it if there is none: one command line for the first
     start and every requeue of a job."""
     from_step: int | None = None
-    """Go on from the checkpoint of this step, with --resume. Later ones are set aside, later rows
-    dropped."""
+    """With --resume: continue from the checkpoint of this step. Later checkpoints are archived,
+    later records removed."""
     inline: bool = False
-    """Every role in this process, without Ray."""
+    """Run every role in this process, without Ray."""
     dry_run: bool = False
-    """Print what the run lacks, its configuration and the placement, and stop."""
+    """Print problems, the configuration and the placement, and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteArguments:
-    """What must be known of a run whose directory is lost."""
+    """The options that restoring a lost run directory needs."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
 
@@ -121,11 +120,11 @@ class Arguments:
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunTarget]:
-    """Command line to a validated configuration, and the run directory that is meant.
+    """Parse the command line; returns also the validated configuration and the run directory.
 
     Raises:
         ConfigError: unknown preset, impossible value, nothing to resume.
-        SystemExit: --help, or an option that does not exist (the nearest one is named).
+        SystemExit: --help, or an unknown option (the message names the nearest one).
     """
     command, _ = tyro.cli(
         Command,
@@ -140,7 +139,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunTa
         options = Command(), load_preset(command.preset)
         arguments = answer_help(arguments, command_of("learner.run"), ABOUT, COMMON, *options)
     if command.from_step is not None and not command.resume:
-        raise ConfigError("--from-step says where --resume goes on: add --resume")
+        raise ConfigError("--from-step is an option of --resume: add --resume")
     remote, _ = tyro.cli(RemoteArguments, args=arguments, return_unknown_args=True, add_help=False)
     target = choose_run(
         command.run_dir,
@@ -152,7 +151,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunTa
     config = replace(config, rewards=config.rewards.with_files())
     if target.saved:
         check_resume(target.saved, config)
-        if preset:  # the run's own settings hold; the preset that is named must be the run's
+        if preset:  # a named preset must be the run's
             named = with_flags(arguments, command, load_preset(preset))
             kept = replace(named.rewards, files=target.saved.rewards.files)
             check_resume(target.saved, replace(named, rewards=kept))
@@ -160,11 +159,11 @@ def parse(arguments: list[str] | None = None) -> tuple[Command, RunConfig, RunTa
 
 
 def with_flags(arguments: list[str] | None, command: Command, base: RunConfig) -> RunConfig:
-    """A configuration, with what the command line sets in it.
+    """`base` with the options of the command line.
 
     Raises:
         ConfigError: an impossible value.
-        SystemExit: an option that does not exist.
+        SystemExit: an unknown option.
     """
     try:
         parsed = tyro.cli(
@@ -173,7 +172,7 @@ def with_flags(arguments: list[str] | None, command: Command, base: RunConfig) -
             default=Arguments(command=command, run=base),
             prog=command_of("learner.run"),
         )
-    except ValueError as error:  # what a dataclass says of its own fields
+    except ValueError as error:  # of a dataclass's own check
         raise ConfigError(f"command line: {error}") from None
     return validate(to_dict(parsed.run), "command line")
 
@@ -200,10 +199,10 @@ def _main(arguments: list[str] | None, console: Console) -> int:
             owned.enter_context(signal_handler(stop.handle))
             start = owned.enter_context(ExitStack())
             start.callback(stop.begin)
-            if not command.inline:  # from before any thread is there that Ray's handlers could hit
+            if not command.inline:  # before any thread that Ray's handlers could interrupt
                 start.enter_context(deferred_signals())
             run = owned.enter_context(target.acquire(config))
-            if command.from_step is not None:  # before a fleet is started for nothing
+            if command.from_step is not None:  # before the fleet starts
                 CheckpointStore(run, config).at(command.from_step)
         except (TesseraError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -218,13 +217,13 @@ def carry_out(
     console: Console,
     stop: StopFlag,
     started: Callable[[], None],
-    told: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> int:
-    """The run, on the fleet that it asks for; returns the exit status.
+    """Start the fleet and run the experiment; returns the exit status.
 
     Args:
-        started: called when the fleet is there.
-        told: what is to be told first.
+        started: called when the fleet has started.
+        notes: lines to log first.
     """
     with (
         safe_streams(output_is_all=False),
@@ -232,7 +231,7 @@ def carry_out(
         RunConsole(config.iterations, console) as shown,
     ):
         try:
-            for line in told:
+            for line in notes:
                 logger.info(line)
             logger.info(starting(command, config))
             for line in changed_since(config.rewards.files):
@@ -247,7 +246,7 @@ def carry_out(
             if not run.has_results():
                 logger.info(run.exit_message())
             return INTERRUPTED
-        except LockLostError as error:  # what is in the directory is another process's
+        except LockLostError as error:  # the directory is another process's now
             logger.error(f"error: {error}")
             return FAILED
         except TesseraError as error:
@@ -260,7 +259,7 @@ def carry_out(
 
 
 def starting(command: Command, config: RunConfig) -> str:
-    """What is about to be started, for the seconds that this takes."""
+    """The first log message: which roles are starting."""
     if command.inline:
         return "starting: every role in this process"
     plan = fleet_plan(config)
@@ -277,8 +276,8 @@ def starting(command: Command, config: RunConfig) -> str:
 def open_fleet(
     command: Command, config: RunConfig, run: RunDirectory, should_stop: StopFlag
 ) -> Iterator[Fleet]:
-    """The fleet that the command asks for, closed again at the end. While it is there, the run
-    directory tells other commands where (`cluster.scale`)."""
+    """The fleet of the run, closed at the end. On Ray, a file in the run directory tells other
+    commands (`cluster.status`, `cluster.scale`) how to reach it."""
     if command.inline:
         (run.path / DISCOVERY_FILE).unlink(missing_ok=True)  # of a run on Ray that was killed
         record_run(run.path)
@@ -297,8 +296,8 @@ def open_fleet(
     ):
         if session.joined and not session.guarded:
             logger.warning(
-                "note: the cluster asks for no token: whoever reaches it can run code on it (start "
-                "its nodes with RAY_AUTH_MODE=token)"
+                "note: the cluster asks for no token: anyone who reaches it can run code "
+                "on it (start its nodes with RAY_AUTH_MODE=token)"
             )
         if note := check_store(need, session.object_store):
             logger.warning(f"note: {note}")
@@ -309,8 +308,8 @@ def open_fleet(
 
 
 def dry_run(config: RunConfig, found: Findings) -> int:
-    """Print what the run lacks, its configuration and where it would run; returns the exit status:
-    whether it could start, but for the resources of this machine."""
+    """Print problems, configuration and placement; returns the exit status, which does not depend
+    on the resources of this machine."""
     cpus, gpus = local_resources()
     for line in listed(found):
         print(f"# {line}")
@@ -320,7 +319,7 @@ def dry_run(config: RunConfig, found: Findings) -> int:
         print(f"#   {line}")
     try:
         found.enforce()
-    except ConfigError as error:  # once more: what comes first has scrolled away
+    except ConfigError as error:  # again: the first lines have scrolled away
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     return 0

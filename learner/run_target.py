@@ -1,5 +1,4 @@
-"""Which run directory a command line means, and how it is taken: a new one, one to go on with, or
-a lost one that is made again from its checkpoints elsewhere."""
+"""The run directory of a command line: new, to resume, or lost and restored from a URL."""
 
 from __future__ import annotations
 
@@ -31,29 +30,29 @@ CHECKPOINT_CONFIG = "the checkpoint's configuration"
 
 @dataclass(frozen=True)
 class RunTarget:
-    """A run directory that a command line means; nothing was written yet."""
+    """The chosen run directory; nothing is written until `acquire`."""
 
     path: Path | None
-    """None: a new one with a name of its own."""
+    """None: a new one under runs/."""
     saved: RunConfig | None = None
-    """Configuration of the run that is resumed; None: a new run."""
+    """Configuration of the run to resume; None: a new run."""
     saved_config_file: bytes | None = None
-    """`config.yaml` of a lost directory, as its newest checkpoint elsewhere keeps it."""
+    """`config.yaml` of a lost directory, from its newest remote checkpoint."""
 
     @property
     def begun(self) -> bool:
-        """Whether it goes on with a checkpoint, here or elsewhere: what only a beginning needs may
-        then be gone."""
-        here = self.saved is not None and self.path is not None
-        kept = here and self.path is not None and bool(steps_in(self.path / CHECKPOINTS))
-        return kept or self.saved_config_file is not None
+        """Whether the run resumes a checkpoint, local or remote. Files that only the start of a run
+        needs may then be missing."""
+        local = self.saved is not None and self.path is not None
+        has_checkpoint = local and bool(steps_in((self.path or Path()) / CHECKPOINTS))
+        return has_checkpoint or self.saved_config_file is not None
 
     @contextmanager
     def acquire(self, config: RunConfig) -> Iterator[RunDirectory]:
-        """Own the directory while the block runs; make what is not there yet.
+        """Lock the directory within the block, and create it if need be.
 
         Raises:
-            ConfigError: another process owns it, or it holds something else.
+            ConfigError: another process owns it, or it is not a run's.
             StorageError: it cannot be written.
         """
         path = self.path or new_name()
@@ -62,9 +61,9 @@ class RunTarget:
         stop = f"{command_of('cluster.stop')} --run {shlex.quote(str(path))}"
         what = f"the run directory {path}"
         if self.path is not None and (self.saved is None or self.saved_config_file is not None):
-            if owner_of(path):  # who it is matters more than what it holds
+            if owner_of(path):  # says who owns it, rather than what it holds
                 with acquire(path / OWNER, what, stop, path.name):
-                    pass  # it has ended meanwhile
+                    pass  # released meanwhile
             RunDirectory.check_unused(path)
         with writing(path, then=OTHER_DIRECTORY):
             path.mkdir(parents=True, exist_ok=True)
@@ -83,7 +82,7 @@ class RunTarget:
                             RemoteCheckpoints(url, run.identity), path.name
                         )
                     except TesseraError:
-                        if self.saved is None:  # nothing was there before
+                        if self.saved is None:  # it is new
                             run.exit_message()
                         raise
                     stack.enter_context(run.remote)
@@ -91,14 +90,14 @@ class RunTarget:
 
 
 def choose_run(run_dir: str, *, resume: bool, auto_resume: bool, url: str) -> RunTarget:
-    """What the options mean. Reads only.
+    """The run directory that the options name. Reads only.
 
     Args:
         auto_resume: resume the run in `run_dir`, or start it if there is none.
-        url: of checkpoints elsewhere, from which a lost directory is made again.
+        url: of remote checkpoints, to restore a lost directory.
 
     Raises:
-        ConfigError: nothing to resume; or a name that no run can have.
+        ConfigError: nothing to resume, or an invalid name.
     """
     path = output_path(run_dir, "--run-dir") if run_dir else None
     if path is not None:
@@ -128,11 +127,10 @@ def choose_run(run_dir: str, *, resume: bool, auto_resume: bool, url: str) -> Ru
 
 
 def newest_run(root: Path) -> Path:
-    """The newest run that can be gone on with: past those that are active, and those that ended
-    before anything was kept.
+    """The newest run that is not active and has results.
 
     Raises:
-        ConfigError: there is none; says what was passed over.
+        ConfigError: there is none; lists the runs that were skipped.
     """
     files = sorted(root.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime, reverse=True)
     passed: list[str] = []

@@ -1,13 +1,23 @@
-"""Checkpoints: complete or not there, checked before they are used, nothing unpickled.
+"""A checkpoint: the directory `step_000050` (after 50 iterations), complete or not there at all.
 
-A checkpoint is a directory `step_000050` (after 50 iterations). It is written under another name,
-the manifest with every file's size and SHA-256 last, and then renamed into place.
-`learner.checkpoints.store` decides when one is made and which are kept; here is what one is.
+    file                   content                                               written by
+    policy.safetensors     policy weights, fp32, LoRA adapters merged in         LearnerPolicy
+    adapters.safetensors   the adapters alone (with LoRA)                        LearnerPolicy
+    optimizer.safetensors  AdamW's state, by parameter name                      PolicyAdamW
+    learner.msgpack        policy version, entropy controller, skipped updates   LearnerState
+    moments.msgpack        feature moments, with the key of their last commit    MomentsServer
+    rewards.msgpack        anchors of the rewards' normalisation                 Combiner
+    groups.msgpack         groups sampled with older weights, if max_staleness   Pipeline
+    config.yaml            the run's configuration                               RunDirectory
+    manifest.msgpack       step, run, size and SHA-256 of every file above,      Manifest
+                           evaluation results, digests of the run's records
+
+It is written under another name, the manifest last, and then renamed. Nothing is unpickled.
+`learner.checkpoints.store` decides when one is written and which are kept.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import stat
@@ -24,13 +34,11 @@ from learner.checkpoints.resume import check_resume
 from learner.config import RunConfig, parse_yaml
 from learner.rollouts.prefetch import Pipeline
 from learner.runs.config_file import verify_checksum
-from learner.training.state_files import OPTIMIZER_FILE, STATE_FILE
 from rewards.combine import Combiner
 
 MOMENTS = "moments.msgpack"
 REWARDS = "rewards.msgpack"
 GROUPS = "groups.msgpack"
-REQUIRED = (OPTIMIZER_FILE, STATE_FILE, MOMENTS, REWARDS)
 
 
 @dataclass(frozen=True)
@@ -42,21 +50,20 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Iterations done; training goes on with this one."""
+        """Iterations done; training continues with this one."""
         return self.manifest.step
 
     def read(self, name: str) -> bytes | None:
-        """The content of one of its files; None if that one is not part of it."""
+        """The content of one of its files; None if the manifest does not name it."""
         return (self.path / name).read_bytes() if name in self.manifest.files else None
 
 
 def capture(fleet: Fleet, combiner: Combiner, groups: bytes, config: str) -> dict[str, bytes]:
-    """What the driver puts into a checkpoint beside the learner's files, by file name.
+    """Content of the driver's files, by name. The learner writes its own.
 
     Args:
-        groups: that were drawn with older weights (`Pipeline.state`); a resumed run could not draw
-            them again.
-        config: the run's configuration file.
+        groups: of `Pipeline.state`; sampled with older weights, they cannot be sampled again.
+        config: text of config.yaml.
     """
     found = {
         MOMENTS: fleet.moments.state(),
@@ -64,6 +71,22 @@ def capture(fleet: Fleet, combiner: Combiner, groups: bytes, config: str) -> dic
         CONFIG: config.encode(),
     }
     return {**found, GROUPS: groups} if groups else found
+
+
+def restore(
+    checkpoint: Checkpoint, fleet: Fleet, combiner: Combiner, pipeline: Pipeline | None = None
+) -> None:
+    """Load a checkpoint into learner, moments server, combiner and pipeline.
+
+    Raises:
+        CheckpointError: a part is missing, or does not fit.
+    """
+    fleet.learner.restore(checkpoint.path)
+    fleet.moments.restore(_required(checkpoint, MOMENTS))
+    combiner.restore(_required(checkpoint, REWARDS))
+    groups = checkpoint.read(GROUPS)
+    if pipeline is not None and groups is not None:
+        pipeline.restore(groups)
 
 
 def complete(
@@ -75,15 +98,17 @@ def complete(
     records: Mapping[str, str],
     check_owned: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
-    """Add the driver's files to what the learner wrote into `partial`, and make it `final`.
+    """Add the driver's files and the manifest to the learner's files, and rename to `final`.
 
     Args:
+        partial: directory with the learner's files.
+        content: driver's files, of `capture`.
         run, figures, records: for the manifest.
-        check_owned: asked right before; what it raises leaves `final` as it is.
+        check_owned: called right before the rename; if it raises, `final` stays as it is.
 
     Raises:
         CheckpointError: the learner's files did not arrive here.
-        StorageError: there is no room.
+        StorageError: no space left.
     """
     if not any(partial.iterdir()):
         raise CheckpointError(
@@ -98,7 +123,6 @@ def complete(
             step=step_of(final.name) or 0,
             files={file.name: FileDigest.of(file) for file in sorted(partial.iterdir())},
             run=run,
-            config=hashlib.sha256(content[CONFIG]).hexdigest(),
             figures=figures,
             records=records,
         )
@@ -111,7 +135,7 @@ def complete(
 
 
 def replace_directory(partial: Path, final: Path) -> None:
-    """Rename a whole directory; what was there under its name goes."""
+    """Rename a directory, replacing what has its new name."""
     if final.exists():
         old = final.with_name(f".{partial.name}.replaced")
         os.replace(final, old)
@@ -123,7 +147,7 @@ def replace_directory(partial: Path, final: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint; whoever reads a run beside it finds it whole or not at all."""
+    """Remove a checkpoint; other readers see it complete or not at all."""
     gone = path.with_name(f".{path.name}.removed")
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(path, gone)
@@ -133,7 +157,7 @@ def remove(path: Path) -> None:
 def add_figures(
     checkpoint: Checkpoint, figures: Mapping[str, float], records: Mapping[str, str]
 ) -> Checkpoint:
-    """Add the evaluation.s figures to a checkpoint's manifest, and its row to the records."""
+    """Write the results of a later evaluation, and new digests, into the manifest."""
     manifest = replace(checkpoint.manifest, figures=figures, records=records)
     file = checkpoint.path / MANIFEST
     with writing(file), replacing(file, durable=True) as partial:
@@ -142,49 +166,45 @@ def add_figures(
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint's directory; its files are not looked at.
+    """The manifest in a checkpoint's directory; other files are not read.
 
     Raises:
         CheckpointError: missing, damaged, or of another directory than this one.
     """
     try:
-        _regular(path / MANIFEST)
+        _check_regular(path / MANIFEST)
         data = (path / MANIFEST).read_bytes()
     except OSError as error:
         raise CheckpointError(f"checkpoint {path.name}: no readable manifest ({error})") from error
     manifest = Manifest.from_bytes(data, path.name)
     if step_name(manifest.step) != path.name.removeprefix(".").partition(".")[0]:
         raise CheckpointError(
-            f"checkpoint {path.name}: its content is that of step {manifest.step}: somebody "
-            "renamed the directory"
+            f"checkpoint {path.name}: its content is that of step {manifest.step}: the directory "
+            "was renamed"
         )
     return manifest
 
 
-def verify(path: Path, root: Path | None = None) -> Checkpoint:
+def verify(path: Path) -> Checkpoint:
     """Check every file of a checkpoint against its manifest.
-
-    Args:
-        root: a directory that it must lie in; None is its own.
 
     Raises:
         CheckpointError: names the first file that is missing or differs.
     """
-    within = (root or path.parent).resolve()
-    if not path.resolve().is_relative_to(within):
-        raise CheckpointError(f"checkpoint {path.name}: a link that leads out of {within}")
+    if not path.resolve().is_relative_to(path.parent.resolve()):
+        raise CheckpointError(
+            f"checkpoint {path.name}: a link that leads out of {path.parent.resolve()}"
+        )
     manifest = read_manifest(path)
     for name, expected in manifest.files.items():
-        file = path / name
+        file, why = path / name, ""
         try:
-            _regular(file)
-            whole = file.stat().st_size == expected.size and FileDigest.of(file) == expected
+            _check_regular(file)
+            intact = file.stat().st_size == expected.size and FileDigest.of(file) == expected
         except OSError as error:
-            raise CheckpointError(
-                f"checkpoint {path.name}: {name} is missing or damaged ({error})"
-            ) from error
-        if not whole:
-            raise CheckpointError(f"checkpoint {path.name}: {name} is missing or damaged")
+            intact, why = False, f" ({error})"
+        if not intact:
+            raise CheckpointError(f"checkpoint {path.name}: {name} is missing or damaged{why}")
     return Checkpoint(path, manifest)
 
 
@@ -194,52 +214,28 @@ def check_identity(checkpoint: Checkpoint, run: str, config: RunConfig) -> None:
     Raises:
         CheckpointError: says which.
     """
-    name, manifest = checkpoint.path.name, checkpoint.manifest
-    if manifest.run and run and manifest.run != run:
-        raise CheckpointError(
-            f"checkpoint {name}: it belongs to run {manifest.run}, this one is {run}"
-        )
-    data = checkpoint.read(CONFIG)
-    if data is None:  # of format 2
-        return
-    if hashlib.sha256(data).hexdigest() != manifest.config:
-        raise CheckpointError(f"checkpoint {name}: its {CONFIG} is not that of its manifest")
+    name, theirs = checkpoint.path.name, checkpoint.manifest.run
+    if theirs != run:
+        raise CheckpointError(f"checkpoint {name}: it belongs to run {theirs}, this one is {run}")
     try:
-        saved = parse_yaml(verify_checksum(data, f"checkpoint {name}, {CONFIG}")[0], name)
-        check_resume(saved, config)
+        text, _ = verify_checksum(_required(checkpoint, CONFIG), f"checkpoint {name}, {CONFIG}")
+        check_resume(parse_yaml(text, name), config)
     except ValueError as error:  # ConfigError is one
         raise CheckpointError(f"checkpoint {name}: of another configuration: {error}") from error
 
 
-def restore(
-    checkpoint: Checkpoint, fleet: Fleet, combiner: Combiner, pipeline: Pipeline | None = None
-) -> None:
-    """Bring learner, moments server, the rewards' anchors and the groups on their way to the
-    checkpoint's state.
-
-    Raises:
-        CheckpointError: a part is missing, or does not fit.
-    """
-    fleet.learner.restore(checkpoint.path)
-    fleet.moments.restore(_part(checkpoint, MOMENTS))
-    combiner.restore(_part(checkpoint, REWARDS))
-    groups = checkpoint.read(GROUPS)
-    if pipeline is not None and groups is not None:
-        pipeline.restore(groups)
-
-
-def _part(checkpoint: Checkpoint, name: str) -> bytes:
+def _required(checkpoint: Checkpoint, name: str) -> bytes:
     data = checkpoint.read(name)
     if data is None:
         raise CheckpointError(f"checkpoint {checkpoint.path.name}: it has no {name}")
     return data
 
 
-def _regular(file: Path) -> None:
-    """Refuse what is no file of its own: a link may lead anywhere.
+def _check_regular(file: Path) -> None:
+    """Refuse links, which may lead anywhere.
 
     Raises:
-        OSError: it is none, or not there.
+        OSError: a link, a directory, or not there.
     """
     if not stat.S_ISREG(file.lstat().st_mode):
         raise OSError(f"{file.name} is a link or no file")

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it is, and a checksum of every file and of itself."""
+"""The manifest of a checkpoint: its run and step, and a digest of every file and of itself."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from cluster.errors import CheckpointError
 from cluster.io.checksum import UNREADABLE, add_checksum, count, verify_checksum
 
 FORMAT = 3
-UNSIGNED_FORMAT = 2  # of version 0.1: no checksum of its own, no run, no configuration
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What a file must be."""
+    """Size and SHA-256 of a file."""
 
     size: int
     sha256: str
@@ -36,61 +35,53 @@ class FileDigest:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint says of itself."""
+    """What a checkpoint records about itself."""
 
     step: int
     """Iterations done."""
     files: Mapping[str, FileDigest]
-    """By name; nothing else in the directory belongs to it."""
+    """By name; other files in the directory are ignored."""
     run: str = ""
-    """Identity of the run (`RunDirectory.identity`); empty in format 2."""
-    config: str = ""
-    """SHA-256 of the run's configuration; empty in format 2."""
+    """Identity of the run (`RunDirectory.identity`)."""
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Of the evaluation that was taken at this step, if one was."""
+    """Results of the evaluation at this step, if there was one."""
     records: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of the run's rows up to this step, by file (`records.digests`)."""
+    """File name -> SHA-256 of the run's records up to this step (`records.digests`)."""
 
     def to_bytes(self) -> bytes:
         """msgpack, read back by `from_bytes`."""
-        body = msgpack.packb(
-            {
-                "run": self.run,
-                "step": self.step,
-                "config": self.config,
-                "files": {k: {"size": v.size, "sha256": v.sha256} for k, v in self.files.items()},
-                "figures": {
-                    k: v if math.isfinite(v) else math.nan for k, v in self.figures.items()
-                },
-                "records": dict(self.records),
-            }
-        )
-        return add_checksum(body, format=FORMAT)
+        figures = {k: v if math.isfinite(v) else math.nan for k, v in self.figures.items()}
+        fields = {
+            "run": self.run,
+            "step": self.step,
+            "files": {k: {"size": v.size, "sha256": v.sha256} for k, v in self.files.items()},
+            "figures": figures,
+            "records": dict(self.records),
+        }
+        return add_checksum(msgpack.packb(fields), format=FORMAT)
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> Manifest:
-        """Inverse of `to_bytes`; also reads format 2.
+        """Inverse of `to_bytes`.
 
         Args:
             name: of the checkpoint, for errors.
 
         Raises:
-            CheckpointError: damaged, of another format, or it names files that are no plain names.
+            CheckpointError: damaged, of another format, or it names files by a path.
         """
         try:
             outer = msgpack.unpackb(data)
-            found = outer["format"]
-            if found not in (FORMAT, UNSIGNED_FORMAT):
+            if outer["format"] != FORMAT:
                 raise CheckpointError(
-                    f"checkpoint {name} has format {found!r}, expected {FORMAT} (or "
-                    f"{UNSIGNED_FORMAT}): go on with the version that wrote it"
+                    f"checkpoint {name} has format {outer['format']!r}, expected {FORMAT}: resume "
+                    "with the version that wrote it"
                 )
             fields = msgpack.unpackb(verify_checksum(data))
             return cls(
                 step=count(fields["step"]),
-                files={_plain(key, name): _sum(value) for key, value in fields["files"].items()},
-                run=str(fields.get("run", "")),
-                config=str(fields.get("config", "")),
+                files={_plain(key, name): _digest(value) for key, value in fields["files"].items()},
+                run=str(fields["run"]),
                 figures={str(k): _figure(v) for k, v in fields.get("figures", {}).items()},
                 records={_plain(k, name): str(v) for k, v in fields.get("records", {}).items()},
             )
@@ -101,7 +92,7 @@ class Manifest:
 
 
 def _plain(key: Any, name: str) -> str:
-    """A file's name that stays in its directory."""
+    """The name of a file in the checkpoint's own directory."""
     if not isinstance(key, str) or not PLAIN_NAME.fullmatch(key):
         raise CheckpointError(
             f"checkpoint {name}: its manifest names {key!r}, expected plain names of files in its "
@@ -110,7 +101,7 @@ def _plain(key: Any, name: str) -> str:
     return key
 
 
-def _sum(value: Mapping[str, Any]) -> FileDigest:
+def _digest(value: Mapping[str, Any]) -> FileDigest:
     return FileDigest(count(value["size"]), str(value["sha256"]))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints at a URL: uploaded with the manifest last, so that what has one is whole."""
+"""Copies of checkpoints at a URL. The manifest is uploaded last: with one, a copy is complete."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
-from tenacity import (
-    Retrying,
-    retry_if_not_exception_type,
-    stop_after_attempt,
-    wait_exponential,
-)
+from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
 from cluster.errors import CheckpointError, ConfigError, TesseraError
 from cluster.io.files import sync, writing
@@ -33,10 +28,10 @@ OWNER = "owner.json"
 
 
 def open_url(url: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem behind a URL, pyarrow's own or any of fsspec's, and the path in it.
+    """The filesystem of a URL, pyarrow's own or one of fsspec, and the path in it.
 
     Raises:
-        ConfigError: nobody knows the scheme, or it cannot be opened.
+        ConfigError: an unknown scheme, or it cannot be opened.
     """
     scheme, _, rest = url.partition("://")
     if scheme in LOCAL and in_ray_package(Path(rest)):
@@ -60,11 +55,12 @@ def open_url(url: str) -> tuple[fs.FileSystem, str]:
 
 
 class RemoteCheckpoints:
-    """The checkpoints of one run at a URL.
+    """The checkpoints of one run at a URL. Every method retries, and raises CheckpointError when
+    all attempts failed.
 
     Args:
-        run: the run's identity; empty takes any run's.
-        check_owned: asked before anything is changed there; what it raises leaves all as it is.
+        run: the run's identity; empty accepts any run's.
+        check_owned: called before every change; raises if another process owns the URL.
 
     Raises:
         ConfigError: see `open_url`; another run's checkpoints are there.
@@ -76,131 +72,91 @@ class RemoteCheckpoints:
         self.url, self._run, self._check_owned = url, run, check_owned
         self._fs, self._base = open_url(url)
         self._base = self._base.rstrip("/")
-        if foreign := self._other_run():
-            raise ConfigError(foreign)
+        if problem := self._other_run():
+            raise ConfigError(problem)
 
     def steps(self) -> list[int]:
-        """Of complete checkpoints (those with a manifest), oldest first.
-
-        Raises:
-            CheckpointError: the place does not answer.
-        """
-        found = [(step_of(place.base_name), place) for place in self._listed(self._base)]
-        steps = sorted((step, place.path) for step, place in found if step is not None)
-        asked = [f"{path}/{MANIFEST}" for _, path in steps]
-        infos = self._try(f"listing {self.url}", lambda: self._fs.get_file_info(asked))
+        """Steps of complete checkpoints (those with a manifest), oldest first."""
+        found = [(step_of(place.base_name), place.path) for place in self._listed(self._base)]
+        steps = sorted((step, path) for step, path in found if step is not None)
+        manifests = [f"{path}/{MANIFEST}" for _, path in steps]
+        infos = self._try(f"listing {self.url}", self._fs.get_file_info, manifests)
         return [step for (step, _), info in zip(steps, infos) if info.type == fs.FileType.File]
 
     def manifest(self, step: int) -> Manifest:
-        """What a checkpoint there says of itself.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
+        """The manifest of a checkpoint there."""
         return Manifest.from_bytes(self._manifest_bytes(step) or b"", step_name(step))
 
     def read(self, step: int, name: str) -> bytes:
-        """One file of a checkpoint there.
-
-        Raises:
-            CheckpointError: it cannot be read, or is not what the manifest says.
-        """
+        """One file of a checkpoint there, checked against the manifest."""
         expected = self.manifest(step).files.get(name)
         if expected is None:
             raise CheckpointError(f"checkpoint {step_name(step)} at {self.url} has no {name}")
 
-        def whole() -> bytes:
+        def content() -> bytes:
             with self._fs.open_input_stream(f"{self._path(step)}/{name}") as stream:
                 return stream.read()
 
-        data = self._try(f"reading {name} of {step_name(step)} at {self.url}", whole)
+        data = self._try(f"reading {name} of {step_name(step)} at {self.url}", content)
         if hashlib.sha256(data).hexdigest() != expected.sha256:
             raise CheckpointError(f"checkpoint {step_name(step)} at {self.url}: {name} is damaged")
         return data
 
-    def upload(self, here: Path) -> None:
-        """Bring a complete checkpoint there; nothing happens if it is there.
-
-        Raises:
-            CheckpointError: not within the attempts there are.
-        """
-        self._before_writing()
-        manifest, data = read_manifest(here), (here / MANIFEST).read_bytes()
+    def upload(self, local: Path) -> None:
+        """Copy a complete checkpoint to the URL, unless it is there already."""
+        self._check_writable()
+        manifest, data = read_manifest(local), (local / MANIFEST).read_bytes()
         if self._manifest_bytes(manifest.step) == data:
             return
         place = self._path(manifest.step)
         self._delete_manifest(place)
-        self._try(f"making {place}", lambda: self._fs.create_dir(place, recursive=True))
+        self._make_dir(place)
         for name in (*manifest.files, MANIFEST):
-            self._try(
-                f"uploading {here.name}/{name} to {self.url}",
-                lambda name=name: self._send(here / name, f"{place}/{name}"),  # type: ignore[misc]
-            )
+            what = f"uploading {local.name}/{name} to {self.url}"
+            self._try(what, self._send, local / name, f"{place}/{name}")
 
     def download(self, step: int, partial: Path) -> None:
-        """Bring a checkpoint here; the caller verifies it.
+        """Copy a checkpoint into a new local directory; the caller verifies it.
 
         Raises:
-            CheckpointError: not within the attempts there are.
-            StorageError: there is no room here.
+            StorageError: no local space left.
         """
         manifest = self.manifest(step)  # its names are plain
         with writing(partial):
             partial.mkdir(parents=True)
         for name in (*manifest.files, MANIFEST):
             source = f"{self._path(step)}/{name}"
-            self._try(
-                f"fetching {source}",
-                lambda name=name, source=source: self._fetch(source, partial / name),  # type: ignore[misc]
-            )
+            self._try(f"fetching {source}", self._fetch, source, partial / name)
         sync(partial)
 
     def keep(self, steps: Iterable[int]) -> None:
-        """Remove all others, the manifest first.
-
-        Raises:
-            CheckpointError: not within the attempts there are.
-        """
-        staying = set(steps)
-        self._before_writing()
+        """Remove all other checkpoints, the manifest first."""
+        kept = set(steps)
+        self._check_writable()
         for step in self.steps():
-            if step not in staying:
+            if step not in kept:
                 place = self._path(step)
                 self._delete_manifest(place)
-                self._try(f"removing {place}", lambda place=place: self._fs.delete_dir(place))  # type: ignore[misc]
+                self._try(f"removing {place}", self._fs.delete_dir, place)
 
     def archive(self, step: int, folder: str) -> None:
-        """Move a checkpoint into a folder there, its manifest first.
-
-        Raises:
-            CheckpointError: not within the attempts there are.
-        """
-        self._before_writing()
+        """Move a checkpoint into a folder there, its manifest first."""
+        self._check_writable()
         place, target = self._path(step), f"{self._base}/{folder}/{step_name(step)}"
         files = self._listed(place)
         if not files:
             return
-        self._try(f"making {target}", lambda: self._fs.create_dir(target, recursive=True))
+        self._make_dir(target)
         for file in sorted(files, key=lambda file: file.base_name != MANIFEST):
-            source = file.path
-            name = file.base_name
-            self._try(
-                f"moving {source}",
-                lambda source=source, name=name: self._fs.move(source, f"{target}/{name}"),  # type: ignore[misc]
-            )
-        self._try(f"removing {place}", lambda: self._fs.delete_dir(place))
+            moved = f"{target}/{file.base_name}"
+            self._try(f"moving {file.path}", self._fs.move, file.path, moved)
+        self._try(f"removing {place}", self._fs.delete_dir, place)
 
     def owner(self) -> bytes | None:
-        """The record of the process that writes there (`learner.checkpoints.remote_owner`).
-
-        Raises:
-            CheckpointError: the place does not answer.
-        """
+        """The record of the process that writes there (`learner.checkpoints.remote_owner`)."""
         return self._content(f"{self._base}/{OWNER}")
 
     def write_owner(self, data: bytes) -> None:
-        """Leave a mark of this process."""
-
         def write() -> None:
             self._fs.create_dir(self._base, recursive=True)
             with self._fs.open_output_stream(f"{self._base}/{OWNER}") as stream:
@@ -209,23 +165,19 @@ class RemoteCheckpoints:
         self._try(f"writing {OWNER} to {self.url}", write)
 
     def remove_owner(self) -> None:
-        """Remove the mark."""
         file = f"{self._base}/{OWNER}"
-        self._try(f"removing {file}", lambda: self._fs.delete_file(file))
+        self._try(f"removing {file}", self._fs.delete_file, file)
 
-    def _before_writing(self) -> None:
-        """Raises:
-        CheckpointError: another run writes there.
-        """
+    def _check_writable(self) -> None:
         self._check_owned()
-        if foreign := self._other_run():
-            raise CheckpointError(foreign)
+        if problem := self._other_run():
+            raise CheckpointError(problem)
 
     def _other_run(self) -> str:
-        """What is wrong if the newest checkpoint there is another run's; empty if nothing is."""
+        """A message if the newest checkpoint there is another run's, else empty."""
         for step in self.steps()[-1:]:
             theirs = self.manifest(step).run
-            if self._run and theirs and theirs != self._run:
+            if self._run and theirs != self._run:
                 return (
                     f"output.checkpoint_url {self.url} holds checkpoints of run {theirs}, this is "
                     f"run {self._run}: name a directory of its own for each run"
@@ -237,14 +189,17 @@ class RemoteCheckpoints:
 
     def _listed(self, place: str) -> list[fs.FileInfo]:
         selector = fs.FileSelector(place, allow_not_found=True)
-        return self._try(f"listing {place}", lambda: self._fs.get_file_info(selector))
+        return self._try(f"listing {place}", self._fs.get_file_info, selector)
+
+    def _make_dir(self, place: str) -> None:
+        self._try(f"making {place}", lambda: self._fs.create_dir(place, recursive=True))
 
     def _delete_manifest(self, place: str) -> None:
-        """Remove a manifest: what it describes is about to change."""
+        """From here on the checkpoint counts as incomplete."""
         file = f"{place}/{MANIFEST}"
-        info = self._try(f"looking at {file}", lambda: self._fs.get_file_info(file))
+        info = self._try(f"looking at {file}", self._fs.get_file_info, file)
         if info.type == fs.FileType.File:
-            self._try(f"removing {file}", lambda: self._fs.delete_file(file))
+            self._try(f"removing {file}", self._fs.delete_file, file)
 
     def _manifest_bytes(self, step: int) -> bytes | None:
         return self._content(f"{self._path(step)}/{MANIFEST}")
@@ -265,23 +220,24 @@ class RemoteCheckpoints:
             shutil.copyfileobj(ours, theirs, CHUNK)
 
     def _fetch(self, source: str, target: Path) -> None:
+        # not fs.copy_files: a full local disk must be a StorageError, not a failure of the URL
         with self._fs.open_input_stream(source) as theirs, target.open("wb") as ours:
             while data := theirs.read(CHUNK):
                 with writing(target):
                     ours.write(data)
         sync(target)
 
-    def _try(self, what: str, act: Callable[[], Any]) -> Any:
-        """Do it, again after a while if it fails, so many times."""
+    def _try(self, what: str, act: Callable[..., Any], *args: Any) -> Any:
+        """Call `act`, with retries and growing pauses."""
         attempts = Retrying(
             stop=stop_after_attempt(ATTEMPTS),
             wait=WAIT,
-            # tenacity would try again after Ctrl-C, too
+            # tenacity would retry after Ctrl-C, too
             retry=retry_if_not_exception_type((TesseraError, KeyboardInterrupt)),
             reraise=True,
         )
         try:
-            return attempts(act)
+            return attempts(act, *args)
         except (TesseraError, KeyboardInterrupt):
             raise
         except BaseException as error:  # of any filesystem's library: asyncio's cancellation, too

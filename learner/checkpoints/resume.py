@@ -41,8 +41,8 @@ MAY_CHANGE = (
 what it computes. (More iterations stretch the learning rate's schedule.)"""
 
 LATER_ASKED = (".tag",)
-"""Endings of fields that a resumed run may set where they are empty: earlier versions took files
-of weights without asking what they were trained with."""
+"""Endings of fields that a resumed run may set where they are empty: earlier versions took files of
+weights without asking what they were trained with."""
 SHOWN = 5  # fields
 
 

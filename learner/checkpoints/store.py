@@ -1,19 +1,19 @@
-"""When a checkpoint is made, how it is written beside the learner's work, and which are kept.
+"""The checkpoint store of a run: when a checkpoint is written, which are kept, which is resumed.
 
 At most one is pending: the learner writes its files from a copy, then a thread here adds the
-rest, hashes, renames and uploads. The main loop asks between iterations (`poll`); failures are
-raised there.
+driver's files and the manifest, renames, and uploads. The main loop calls `poll` between
+iterations; failures are raised there.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial as bound
 from pathlib import Path
 
 from cluster.errors import CheckpointError, ConfigError, StorageError, TesseraError
@@ -37,20 +37,20 @@ from learner.checkpoints.checkpoint import (
 )
 from learner.checkpoints.manifest import Manifest
 from learner.checkpoints.remote import RemoteCheckpoints
-from learner.checkpoints.retention import best_step, retained_steps
 from learner.config import RunConfig
+from learner.output import OutputConfig
 from learner.runs import records
 from learner.runs.run_dir import RunDirectory
 from rewards.combine import Combiner
 
 logger = logging.getLogger(__name__)
 
-WAIT_S = 0.5  # at a time, for the learner
+WAIT_S = 0.5  # of one wait for the learner
 
 
 @dataclass(frozen=True)
 class PendingCheckpoint:
-    """A checkpoint that the learner writes."""
+    """A checkpoint that the learner is writing."""
 
     step: int
     partial: Path
@@ -58,11 +58,11 @@ class PendingCheckpoint:
     content: Mapping[str, bytes]
     figures: Mapping[str, float]
     iterations: range
-    """What was recorded since the one before."""
+    """Iterations recorded since the checkpoint before."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run, here and at `output.checkpoint_url`.
+    """The checkpoints of one run, in its directory and at `output.checkpoint_url`.
 
     Raises:
         ConfigError: the URL cannot be opened, or holds another run's.
@@ -75,12 +75,11 @@ class CheckpointStore:
         self._remote = RemoteCheckpoints(url, self._identity, run.check_remote) if url else None
         self._pending: PendingCheckpoint | None = None
         self._task: Background | None = None
-        self._unsent: TesseraError | None = None
-        self._saved = 0  # the step of the newest
+        self._upload_error: TesseraError | None = None
+        self._newest_step = 0
 
     def clear(self) -> None:
-        """Remove what earlier processes left half written. For the owner of the directory, once it
-        is sure to go on with the run."""
+        """Remove incomplete checkpoints of earlier processes; only for the directory's owner."""
         self._run.check_owned()
         for leftover in (*self._root.glob(".step_*"), *self._root.glob("..step_*")):
             shutil.rmtree(leftover)
@@ -93,7 +92,7 @@ class CheckpointStore:
         groups: bytes = b"",
         figures: Mapping[str, float] | None = None,
     ) -> None:
-        """Make one. With `output.background` it is complete later: see `poll` and `wait`.
+        """Write a checkpoint. With `output.background` it is complete later: see `poll`, `wait`.
 
         Args:
             groups: see `checkpoint.capture`.
@@ -101,17 +100,16 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: the learner's files did not arrive here.
-            StorageError: there is no room.
+            StorageError: no space left.
         """
         self.wait()
         self._run.check_owned()
-        partial = self._root / f".{step_name(step)}.{secrets.token_hex(4)}"
+        partial = self._partial(step)
         with writing(partial):
             partial.mkdir(parents=True)
         content = capture(fleet, combiner, groups, self._run.config_with_checksum())
-        iterations = range(self._saved, step)
         self._pending = PendingCheckpoint(
-            step, partial, fleet.learner, content, figures or {}, iterations
+            step, partial, fleet.learner, content, figures or {}, range(self._newest_step, step)
         )
         try:
             fleet.learner.save(partial, self._config.output.background)
@@ -121,18 +119,18 @@ class CheckpointStore:
             self.wait()
 
     def poll(self) -> None:
-        """Let the checkpoint in the making go on, without waiting for it.
+        """Advance the pending checkpoint, without waiting.
 
         Raises:
-            CheckpointError, StorageError: it could not be made.
+            CheckpointError, StorageError: it could not be written.
         """
         self._advance(0.0)
 
     def wait(self) -> None:
-        """Until nothing is pending, `timeout_s` at most.
+        """Wait until no checkpoint is pending, `timeout_s` at most.
 
         Raises:
-            CheckpointError, StorageError: it could not be made, or not in time.
+            CheckpointError, StorageError: it could not be written, or not in time.
         """
         listening, began = Listening(2 * WAIT_S), time.monotonic()
         while not self._advance(WAIT_S):
@@ -145,8 +143,8 @@ class CheckpointStore:
                 )
 
     def abandon(self) -> None:
-        """Forget one that the learner still writes (it died); one that needs it no more becomes
-        complete. For whoever starts over within a run, or ends it by an error."""
+        """Drop the pending checkpoint if it still needs the learner, which may be lost; else
+        complete it. Called before a restart within a run, and when a run fails."""
         try:
             if self._task is not None:
                 self.wait()
@@ -155,32 +153,30 @@ class CheckpointStore:
         self._discard_pending()
 
     def close(self) -> None:
-        """Wait for everything, uploads too.
+        """Wait for the pending checkpoint and its upload.
 
         Raises:
-            CheckpointError, StorageError: the last one could not be made, or not uploaded.
+            CheckpointError, StorageError: the last one could not be written, or not uploaded.
         """
         self.wait()
-        if self._unsent is not None:
-            raise self._unsent
+        if self._upload_error is not None:
+            raise self._upload_error
 
     def steps(self) -> list[int]:
-        """Of the checkpoints there are, in both places, oldest first; not verified."""
-        there = self._remote.steps() if self._remote else []
-        return sorted({*steps_in(self._root), *there})
+        """Steps of all checkpoints, local and remote, oldest first; not verified."""
+        remote = self._remote.steps() if self._remote else []
+        return sorted({*steps_in(self._root), *remote})
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete one of this run, brought here if it is elsewhere; None if there are
-        none at all.
+        """The newest complete checkpoint of this run, downloaded if need be; None if there are no
+        checkpoints.
 
         Raises:
             CheckpointError: there are some, and none is complete.
         """
         steps = self.steps()
         for step in reversed(steps):
-            found = self._find(step)
-            if found is not None:
-                self._saved = step
+            if (found := self._find(step)) is not None:
                 return found
         if not steps:
             return None
@@ -190,75 +186,79 @@ class CheckpointStore:
         )
 
     def at(self, step: int) -> Checkpoint:
-        """The one of a step.
+        """The checkpoint of a step.
 
         Raises:
-            ConfigError: there is none, or it is not complete; lists those there are.
+            ConfigError: there is none, or it is not complete; lists the others.
         """
         steps = self.steps()
         if step in steps and (found := self._find(step)) is not None:
-            self._saved = step
             return found
-        there = ", ".join(str(each) for each in steps if each != step) or "none"
-        raise ConfigError(f"--from-step {step}: no complete checkpoint of it; there are: {there}")
+        others = ", ".join(str(each) for each in steps if each != step) or "none"
+        raise ConfigError(f"--from-step {step}: no complete checkpoint of it; there are: {others}")
 
     def roll_back(self, step: int) -> None:
-        """Set later checkpoints aside, newest first: whatever happens meanwhile, what is left is a
-        run that can be resumed."""
+        """Archive later checkpoints, newest first, so that an interruption leaves a run that can be
+        resumed."""
         self._run.check_owned()
         later = [each for each in self.steps() if each > step]
         if not later:
             return
-        folder = f"{ARCHIVED}{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        aside = self._root / folder
+        name = f"{ARCHIVED}{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        archive = self._root / name
         for each in reversed(later):
             if self._remote:
-                self._remote.archive(each, folder)
-            if (here := self._root / step_name(each)).exists():
-                aside.mkdir(exist_ok=True)
-                here.rename(aside / here.name)
+                self._remote.archive(each, name)
+            if (local := self._root / step_name(each)).exists():
+                archive.mkdir(exist_ok=True)
+                local.rename(archive / local.name)
         for record in (self._run.metrics, self._run.evaluations):
-            if record.is_file() and aside.is_dir():
-                shutil.copy(record, aside)
+            if record.is_file() and archive.is_dir():
+                shutil.copy(record, archive)
         self._point_to_best()
-        numbers = ", ".join(map(str, later))
-        logger.info("later checkpoints are set aside in %s: %s", folder, numbers)
+        logger.info("later checkpoints are archived in %s: %s", name, ", ".join(map(str, later)))
 
     def add_figures(self, checkpoint: Checkpoint, figures: Mapping[str, float]) -> None:
-        """Add the figures of an evaluation that was taken later; waits for what is pending."""
+        """Add the figures of a later evaluation to a checkpoint."""
         self.wait()
         self._run.check_owned()
         digests = records.digests(self._run, checkpoint.step)
         self._publish(add_figures(checkpoint, figures, digests))
 
+    def _partial(self, step: int) -> Path:
+        return self._root / f".{step_name(step)}.{secrets.token_hex(4)}"
+
     def _find(self, step: int) -> Checkpoint | None:
-        here = self._root / step_name(step)
-        if here.exists():
+        """The checkpoint of a step, verified; None, with a warning, if no copy is intact."""
+        local = self._root / step_name(step)
+        if local.exists():
             try:
-                return self._check_identity(verify(here))
+                return self._verified(local)
             except CheckpointError as error:
                 logger.warning("skipping %s", error)
         if self._remote is None or step not in self._remote.steps():
             return None
-        partial = self._root / f".{step_name(step)}.{secrets.token_hex(4)}"
+        partial = self._partial(step)
         try:
             self._remote.download(step, partial)
-            self._check_identity(verify(partial))
-            replace_directory(partial, here)
+            found = self._verified(partial)
+            replace_directory(partial, local)
             logger.info("fetched %s from %s", step_name(step), self._remote.url)
-            return verify(here)
+            return Checkpoint(local, found.manifest)
         except CheckpointError as error:
             logger.warning("skipping %s (at %s)", error, self._remote.url)
             return None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _check_identity(self, found: Checkpoint) -> Checkpoint:
+    def _verified(self, path: Path) -> Checkpoint:
+        found = verify(path)
         check_identity(found, self._identity, self._config)
+        self._newest_step = found.step
         return found
 
     def _advance(self, wait_s: float) -> bool:
-        """One step of what is in the making; whether nothing is."""
+        """Advance the pending checkpoint; returns whether none is pending any more."""
         pending = self._pending
         try:
             if self._task is not None:
@@ -270,7 +270,7 @@ class CheckpointStore:
                 return True
             if pending.learner.saved(wait_s):
                 what = f"completing checkpoint {step_name(pending.step)}"
-                self._task = Background(what, bound(self._complete, pending))
+                self._task = Background(what, lambda: self._complete(pending))
             return False
         except StorageError as error:
             raise self._storage_error(error) from error
@@ -290,65 +290,59 @@ class CheckpointStore:
             records.digests(self._run, pending.step),
             self._run.check_owned,
         )
-        self._saved = pending.step
+        self._newest_step = pending.step
         self._publish(found)
 
     def _publish(self, checkpoint: Checkpoint) -> None:
-        """After one is whole: let old ones go, and bring it to the other place."""
+        """After one is complete: update best.json, remove old ones, upload."""
         self._run.check_owned()
         best = self._point_to_best()
         output = self._config.output
-        staying = retained_steps(steps_in(self._root), output, best)
+        kept = retained_steps(steps_in(self._root), output, best)
         for step in steps_in(self._root):
-            if step not in staying:
+            if step not in kept:
                 remove(self._root / step_name(step))
         sync(self._root)
         if self._remote is None:
             return
         try:
             self._remote.upload(checkpoint.path)
-            for step in staying - {checkpoint.step}:  # that could not be uploaded when made
+            for step in kept - {checkpoint.step}:  # whose own upload failed
                 if self._manifest_of(step):
                     self._remote.upload(self._root / step_name(step))
             self._remote.keep(retained_steps(self._remote.steps(), output, best))
-            self._unsent = None
+            self._upload_error = None
         except (CheckpointError, StorageError) as error:
-            self._unsent = error
+            self._upload_error = error
             logger.warning("note: %s; it is whole here, and goes there with the next one", error)
 
     def _point_to_best(self) -> int | None:
-        """Write best.json, where a best one is wanted; returns its step."""
-        figure = self._config.output.keep_best
+        """Write best.json, if `output.keep_best` is set; returns its step."""
+        figure, file = self._config.output.keep_best, self._run.best
         if not figure:
             return None
-        figures_of = {step: self._figures(step) for step in steps_in(self._root)}
-        best = best_step(figure, figures_of)
-        file = self._run.best
+        figures = {
+            step: manifest.figures
+            for step in steps_in(self._root)
+            if (manifest := self._manifest_of(step))
+        }
+        best = best_step(figure, figures)
         if best is None:
             file.unlink(missing_ok=True)
             return None
         place = f"{self._root.name}/{step_name(best)}"
-        said = {
-            "figure": figure,
-            "value": figures_of[best][figure],
-            "step": best,
-            "checkpoint": place,
-        }
+        content = {"figure": figure, "value": figures[best][figure]}
+        content |= {"step": best, "checkpoint": place}
         with writing(file), replacing(file, durable=True) as partial:
-            partial.write_text(dumps(said, indent=2) + "\n")
+            partial.write_text(dumps(content, indent=2) + "\n")
         return best
 
     def _manifest_of(self, step: int) -> Manifest | None:
-        """The manifest of a checkpoint here; None of a damaged one, which nothing is done with:
-        whoever wants to resume from it is told."""
+        """The manifest of a local checkpoint; None if it is damaged, which resuming reports."""
         try:
             return read_manifest(self._root / step_name(step))
         except CheckpointError:
             return None
-
-    def _figures(self, step: int) -> Mapping[str, float]:
-        manifest = self._manifest_of(step)
-        return manifest.figures if manifest else {}
 
     def _storage_error(self, error: StorageError) -> StorageError:
         step = self._pending.step if self._pending else 0
@@ -361,3 +355,27 @@ class CheckpointStore:
         if self._pending is not None:
             shutil.rmtree(self._pending.partial, ignore_errors=True)
         self._pending = self._task = None
+
+
+def retained_steps(steps: Iterable[int], output: OutputConfig, best: int | None) -> set[int]:
+    """Which of the steps are kept: the newest, every `keep_every`-th, the best."""
+    ordered = sorted(steps)
+    kept = {*ordered[-output.keep_checkpoints :]}
+    kept |= {step for step in ordered if output.keep_every and step % output.keep_every == 0}
+    return kept | ({best} & {*ordered} if best is not None else set())
+
+
+def best_step(figure: str, figures: Mapping[int, Mapping[str, float]]) -> int | None:
+    """The step with the best value of a figure: the lowest fid, the highest of the others, the
+    earlier of equals; None if no step has one.
+
+    Args:
+        figures: step -> figures of its evaluation.
+    """
+    sign = 1 if figure.rpartition("/")[2] == "fid" else -1
+    found = [
+        (sign * values[figure], step)
+        for step, values in figures.items()
+        if math.isfinite(values.get(figure, math.nan))
+    ]
+    return min(found)[1] if found else None

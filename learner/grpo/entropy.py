@@ -17,8 +17,8 @@ STEERED = ("target", "paper")
 
 @dataclass(frozen=True, kw_only=True)
 class PaperEntropy:
-    """Constants of the `paper` controller; the defaults are those of the public code of
-    2603.23086, whose environment variables they are called by."""
+    """Constants of the `paper` controller; the defaults are those of the public code of 2603.23086,
+    whose environment variables they are called by."""
 
     coef: float = 2.2e-3
     """The coefficient between warm-up and decay, at the target (ENT_COEF_BASE)."""

@@ -9,8 +9,6 @@ with the same --out goes on.
 
 from __future__ import annotations
 
-from learner.fleet_plan import fleet_plan
-
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
@@ -48,6 +46,7 @@ from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.program.streams import safe_streams
 from learner import evaluate
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, merge, validate
+from learner.fleet_plan import fleet_plan
 from learner.loop import prepare, train
 from learner.miniature.build import BuildConfig, Builder, with_networks
 from learner.monitoring.console import COLUMNS

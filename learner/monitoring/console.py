@@ -1,4 +1,4 @@
-"""What a run shows on the console: a live bar with the main figures, messages, the final table."""
+"""Console output of a run: progress bar with the main metrics, timeline, table of evaluations."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ from rewards.config import LOO_FID
 logger = logging.getLogger(__name__)
 
 FIGURES = {"FID": "fid/ema", "entropy": "policy/entropy"}
-"""Shown name -> metric. The images' rewards come before, img/s after, a mean over the last
-iterations."""
+"""Label in the progress bar -> metric; between the rewards and img/s."""
 REWARD = "reward/"
 COLUMNS = {
     "FID↓": "fid",
@@ -44,9 +43,9 @@ COLUMNS = {
     "entr.": "entropy",
 }
 """Heading of the table -> metric of the evaluation."""
-LEGEND = """  FID, density, coverage, precision, recall: against held-out images, in a judge's
-  features; class: share the judge reads as the class asked for; CLIP: a second one,
-  never rewarded; entr.: mean entropy of the policy's tokens, nats"""
+LEGEND = """  FID, density, coverage, precision, recall: against held-out images, in the judge's
+  features; class: share that the judge's classifier puts in the requested class;
+  CLIP: a second CLIP, never rewarded; entr.: mean token entropy, nats"""
 LINES_WITHOUT_TERMINAL = 20
 RATE_WINDOW = 20  # iterations
 NARROW = 110  # columns; below, the bar gives way to figures
@@ -54,10 +53,10 @@ REST = 36  # columns of everything but bar and figures
 
 
 class RunConsole:
-    """Bar and tables of a run. Without a terminal, as in a job's log, the bar becomes a few lines.
+    """Progress bar and tables. Without a terminal the bar becomes a few log lines.
 
     Args:
-        console: where they are shown; the standard output's by default.
+        console: standard output by default.
     """
 
     def __init__(self, iterations: int, console: Console | None = None) -> None:
@@ -90,7 +89,7 @@ class RunConsole:
         self._progress.stop()
 
     def start(self, done: int) -> None:
-        """Show the bar, with `done` iterations behind it; or set it back, if the run had to."""
+        """Show the bar at `done` iterations, or set it back to them."""
         if self._task is not None:
             self._progress.update(self._task, completed=done)
             return
@@ -100,19 +99,19 @@ class RunConsole:
 
     @property
     def seconds_per_iteration(self) -> float:
-        """Mean of the last ones; 0 before the first."""
+        """Mean over the last iterations; 0 before the first."""
         return sum(s for s, _ in self._recent) / max(len(self._recent), 1)
 
-    def update(self, row: Mapping[str, Any]) -> None:
-        """One iteration's metrics."""
-        done = row["iteration"]
-        seconds = row["time/iteration"]
-        self._recent.append((seconds, row["time/images_per_s"] * seconds))
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Show the metrics of a finished iteration."""
+        done = metrics["iteration"]
+        seconds = metrics["time/iteration"]
+        self._recent.append((seconds, metrics["time/images_per_s"] * seconds))
         rate = sum(images for _, images in self._recent) / sum(s for s, _ in self._recent)
-        rewards = {k.removeprefix(REWARD): k for k in row if k.startswith(REWARD)}
+        rewards = {k.removeprefix(REWARD): k for k in metrics if k.startswith(REWARD)}
         rewards.pop(LOO_FID, None)
         shown = {**rewards, **FIGURES}
-        parts = [f"{name} {row[key]:.3g}" for name, key in shown.items() if key in row]
+        parts = [f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics]
         parts.append(f"img/s {rate:.3g}")
         figures = "  ".join(parts)
         if self._task is not None:
@@ -123,7 +122,7 @@ class RunConsole:
             logger.info(f"iteration {done}/{self._iterations}  {figures}", extra=PLAIN_ONLY)
 
     def timeline(self, shares: Sequence[RoleUse], bottleneck: str) -> None:
-        """How much each role worked, and what bounds the run."""
+        """Show the working time of each role, and the bottleneck."""
         table = Table(title="Timeline (trace.json)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("role", no_wrap=True)
         for heading in ("workers", "busy", "idle"):
@@ -134,7 +133,7 @@ class RunConsole:
         logger.info(bottleneck)
 
     def table(self, rows: Mapping[str, Mapping[str, float]]) -> None:
-        """The results of the evaluation, one row a policy."""
+        """Show the table of evaluations, one row a policy."""
         images = max((metrics.get("images", 0) for metrics in rows.values()), default=0)
         title = f"Held-out judge, {images:g} images of each policy" if images else "Held-out judge"
         table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -148,7 +147,7 @@ class RunConsole:
         logger.info(LEGEND)
 
     def _show(self, table: Table) -> None:
-        """On the console in its width, in the log in one that fits."""
+        """Print to the console in its width, and to the log in a fixed one."""
         text = io.StringIO()
         Console(file=text, width=NARROW, force_terminal=False, markup=False, emoji=False).print(
             table
@@ -158,7 +157,7 @@ class RunConsole:
 
 
 def fit(parts: Sequence[str], columns: int) -> str:
-    """As many parts as fit, first ones first."""
+    """Join as many parts as fit into the columns."""
     text = ""
     for part in parts:
         longer = f"{text}  {part}" if text else part

@@ -1,6 +1,6 @@
-"""Contact sheets: one row a class or caption, always from the same random numbers.
+"""Galleries: contact sheets with one row a class or caption, always from the same random numbers.
 
-Where there are more conditions than rows, it says how many it shows, and what each row is of.
+With more conditions than rows, a sheet says how many it shows, and labels its rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cluster.messages import Condition, SampleRequest
 from learner.config import RunConfig
 
 Row = tuple[int, Condition]
-"""Class index, or number of the caption in its file; and the condition."""
+"""Class index, or number of the caption in its file, and the condition."""
 SMALLEST_CELL = 32  # pixels: small images are enlarged to be seen
 LARGEST_SHEET = 1600  # pixels: large ones are reduced
 MAX_ROWS = 16
@@ -29,11 +29,10 @@ LETTERS = 26  # of it
 
 
 def gallery_rows(config: RunConfig) -> list[Row]:
-    """What galleries show: what `output.gallery_rows` names; or every condition, or some that are
-    spread evenly over them.
+    """Rows of the galleries: those of `output.gallery_rows`, or up to 16 evenly spaced conditions.
 
     Raises:
-        ConfigError: there is no such class or caption.
+        ConfigError: no such class or caption.
     """
     conditions = config.conditions.conditions()
     numbers = [at if c.class_index is None else c.class_index for at, c in enumerate(conditions)]
@@ -42,7 +41,7 @@ def gallery_rows(config: RunConfig) -> list[Row]:
         if absent := [number for number in chosen if number not in there]:
             what = "captions" if config.conditions.captions else "classes"
             raise ConfigError(
-                f"output.gallery_rows: expected {what} that are asked for, from {min(there)} to "
+                f"output.gallery_rows: expected {what} of the run, from {min(there)} to "
                 f"{max(there)}, found {', '.join(map(str, absent))}"
             )
         return [(number, there[number]) for number in chosen]
@@ -52,14 +51,14 @@ def gallery_rows(config: RunConfig) -> list[Row]:
 
 
 def shown_note(config: RunConfig) -> str:
-    """How many of the conditions galleries show, where it is not all."""
+    """'16 of 1000 classes', or empty if galleries show all conditions."""
     shown, there = len(gallery_rows(config)), len(config.conditions.conditions())
     what = "captions" if config.conditions.captions else "classes"
     return f"{shown} of {there} {what}" if shown < there else ""
 
 
 def sample_gallery(config: RunConfig, fleet: Fleet) -> list[np.ndarray]:
-    """Rows of images (K, H, W, 3) uint8 of the policy that the fleet now holds."""
+    """Rows of images (K, H, W, 3) uint8 of the current policy."""
     rows = gallery_rows(config)
     requests = [
         SampleRequest(
@@ -77,20 +76,19 @@ def sample_gallery(config: RunConfig, fleet: Fleet) -> list[np.ndarray]:
 
 
 def gallery_sheet(config: RunConfig, images: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of `sample_gallery` as one image (R, C, 3) uint8; where they are not all there are, it
-    says so, and what each is of."""
+    """Rows of `sample_gallery` as one image (R, C, 3) uint8, labelled if some are not shown."""
     sheet, note = contact_sheet(images), shown_note(config)
     return labelled(sheet, note, [label(*row) for row in gallery_rows(config)]) if note else sheet
 
 
 def label(number: int, condition: Condition) -> str:
-    """Of a row: the number that `output.gallery_rows` takes, and the text."""
+    """Label of a row: its number for `output.gallery_rows`, and its text."""
     text = f"{number} {condition.text}"
     return text if len(text) <= LETTERS else f"{text[: LETTERS - 3]}..."
 
 
 def labelled(sheet: np.ndarray, title: str, labels: Sequence[str]) -> np.ndarray:
-    """A contact sheet under a title, with a label at the left of each row."""
+    """A contact sheet with a title, and a label at the left of each row."""
     height, width, _ = sheet.shape
     canvas = Image.new("RGB", (width + LABEL, height + TITLE), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
@@ -113,14 +111,14 @@ def contact_sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def save_sheet(sheet: np.ndarray, path: Path) -> None:
-    """Write a contact sheet, reduced if it is very large."""
+    """Write a contact sheet, downscaled if it is very large."""
     image = Image.fromarray(sheet)
     image.thumbnail((LARGEST_SHEET, LARGEST_SHEET))
     image.save(path)
 
 
 def save_side_by_side(sheets: Mapping[str, Path], path: Path) -> None:
-    """Contact sheets next to each other, each under its title."""
+    """Write contact sheets side by side, each under its title."""
     images = {title: Image.open(sheet) for title, sheet in sheets.items()}
     width = sum(image.width for image in images.values()) + MARGIN * (len(images) - 1)
     height = max(image.height for image in images.values()) + TITLE

@@ -1,7 +1,7 @@
-"""Guards against runs that have gone wrong: what is looked at, and when to speak or to stop.
+"""Guards: warn about, or stop, a run whose metrics have gone wrong.
 
-Everything here is a function of figures that the records keep. A guard's memory is how many
-iterations in a row its figure was bad, so a resumed run reads it from the rows that were kept.
+A guard's state is its number of consecutive bad iterations, so a resumed run replays the metrics
+it has recorded.
 """
 
 from __future__ import annotations
@@ -18,62 +18,57 @@ from cluster.spans import Span, role_of
 from learner.training.skips import GuardsConfig
 
 SLOW = 5.0
-"""A reward server that takes so many times what the others of its pool take is named."""
+"""A reward server is slow if it takes this many times the median of its pool, ..."""
 SLOW_FLOOR_S = 0.5
-"""What is faster than this is not slow: the noise of a busy machine."""
+"""... and longer than this, which is more than the noise of a busy machine."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the guards say of one iteration."""
+    """The guards' findings in one iteration."""
 
     metrics: dict[str, int]
-    """How many iterations in a row each figure has been bad, for the records."""
+    """Consecutive bad iterations of each guard, for the records."""
     notes: tuple[str, ...] = ()
-    """What to say, once."""
+    """Warnings; each once a run."""
     stop: str = ""
-    """Why the run must stop; empty if it need not."""
+    """Why the run must stop, or empty."""
 
     def enforce(self) -> None:
-        """Stop, if that is what was found.
-
-        Raises:
-            LearningError: with what is wrong and what to change.
-        """
+        """Raises LearningError if the run must stop, with what to change."""
         if self.stop:
             raise LearningError(self.stop)
 
 
 @dataclass
 class Guards:
-    """Watches the rows of a run, one after the other.
+    """Checks the metrics of every iteration.
 
     Args:
-        groups: that an iteration has.
-        one_policy: samplers draw from the policy that is learned (not so under guidance 'distil').
+        groups: of an iteration.
+        one_policy: samplers draw from the learned policy (False under guidance 'distil').
     """
 
     config: GuardsConfig
     groups: int
     one_policy: bool = True
     _bad: dict[str, int] = field(default_factory=dict)
-    _told: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
 
-    def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Remember the rows that a resumed run goes on from; what was said then is not said again,
-        and nothing stops."""
-        for row in rows:
-            self(row)
+    def replay(self, history: Iterable[Mapping[str, Any]]) -> None:
+        """Restore the state of a resumed run; warnings are not repeated, and nothing stops."""
+        for metrics in history:
+            self(metrics)
 
-    def __call__(self, row: Mapping[str, Any]) -> Findings:
-        """Look at one iteration's metrics; a number that was not finite may be None, as the records
-        keep it."""
-        row = {name: number(value) for name, value in row.items()}
+    def __call__(self, metrics: Mapping[str, Any]) -> Findings:
+        """Check one iteration's metrics; None, as records have it, is a number that is not
+        finite."""
+        metrics = {name: number(value) for name, value in metrics.items()}
         config = self.config
         problems = {
-            "reward_flat": (config.reward, self._reward(row)),
-            "entropy_low": (config.entropy, self._entropy(row)),
-            "kl_high": (config.kl, self._kl(row)),
+            "reward_flat": (config.reward, self._reward(metrics)),
+            "entropy_low": (config.entropy, self._entropy(metrics)),
+            "kl_high": (config.kl, self._kl(metrics)),
         }
         notes, stop = [], ""
         for name, (action, problem) in problems.items():
@@ -82,16 +77,16 @@ class Guards:
                 continue
             text = f"for {self._bad[name]} iterations, {problem}"
             if action == "stop":
-                stop = stop or f"iteration {row['iteration']}: {text}"
-            elif name not in self._told:
-                self._told.add(name)
-                notes.append(f"iteration {row['iteration']}: {text}")
-        metrics = {f"guards/{name}": count for name, count in self._bad.items()}
-        return Findings(metrics, tuple(notes), stop)
+                stop = stop or f"iteration {metrics['iteration']}: {text}"
+            elif name not in self._warned:
+                self._warned.add(name)
+                notes.append(f"iteration {metrics['iteration']}: {text}")
+        streaks = {f"guards/{name}": count for name, count in self._bad.items()}
+        return Findings(streaks, tuple(notes), stop)
 
-    def _reward(self, row: Mapping[str, Any]) -> str:
-        """What is wrong with the rewards, if anything is."""
-        if row.get("groups/flat", 0) >= self.groups:
+    def _reward(self, metrics: Mapping[str, Any]) -> str:
+        """The problem with the rewards, or empty; so for the others."""
+        if metrics.get("groups/flat", 0) >= self.groups:
             return (
                 "all rewards were equal within every group, so that nothing is learned: look at "
                 "the scorers and at gallery/; a higher sampling.temperature, more "
@@ -101,7 +96,7 @@ class Guards:
         least = self.config.min_reward_std
         flat = [
             key.removeprefix("reward_std/")
-            for key, value in row.items()
+            for key, value in metrics.items()
             if key.startswith("reward_std/") and value <= least
         ]
         if not flat:
@@ -112,8 +107,11 @@ class Guards:
             "reward at its maximum? Its weight can be set to 0"
         )
 
-    def _entropy(self, row: Mapping[str, Any]) -> str:
-        base, found = row.get("policy/base_entropy", 0.0), row.get("policy/entropy", math.nan)
+    def _entropy(self, metrics: Mapping[str, Any]) -> str:
+        base, found = (
+            metrics.get("policy/base_entropy", 0.0),
+            metrics.get("policy/entropy", math.nan),
+        )
         if not base > 0 or not found < self.config.min_entropy_share * base:
             return ""
         return (
@@ -124,12 +122,12 @@ class Guards:
             "rewards.loo_fid"
         )
 
-    def _kl(self, row: Mapping[str, Any]) -> str:
+    def _kl(self, metrics: Mapping[str, Any]) -> str:
         limits = {"reference_kl": self.config.max_reference_kl}
         if self.one_policy:
             limits["mismatch_kl"] = self.config.max_mismatch_kl
-        # inf is no divergence that is learned: a filter that rounds differently gives it
-        found = {name: row.get(f"policy/{name}", 0.0) for name in limits}
+        # inf is not a divergence of policies: top-k that rounds differently gives it
+        found = {name: metrics.get(f"policy/{name}", 0.0) for name in limits}
         high = [
             f"policy/{name} {value:.3g} is above guards.max_{name} {limits[name]:g}"
             for name, value in found.items()
@@ -145,22 +143,22 @@ class Guards:
 
 @dataclass
 class SlowServers:
-    """Names a reward server that answers far slower than the others of its pool."""
+    """Warns about a reward server that is far slower than the others of its pool."""
 
     patience: int
     _slow: dict[str, int] = field(default_factory=dict)
-    _told: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
 
     def __call__(self, spans: Iterable[Span]) -> list[str]:
-        """Look at one iteration's spans; returns what to say, once a server."""
+        """Check one iteration's spans; returns warnings, one a server and run."""
         times = scoring_times(spans)
         slow = slow_servers(times)
         self._slow = {name: self._slow.get(name, 0) + 1 for name in slow}
         notes = []
         for name, count in self._slow.items():
-            if count < self.patience or name in self._told:
+            if count < self.patience or name in self._warned:
                 continue
-            self._told.add(name)
+            self._warned.add(name)
             notes.append(
                 f"{name} takes {times[name]:.3g} s for a batch, where the others of its pool take "
                 f"{slow[name]:.3g} s: is its machine or GPU shared with something else? Others "
@@ -170,7 +168,7 @@ class SlowServers:
 
 
 def scoring_times(spans: Iterable[Span]) -> dict[str, float]:
-    """Server -> mean seconds of a batch of scoring."""
+    """Server -> mean seconds of a scoring batch."""
     found: dict[str, list[float]] = {}
     for span in spans:
         if span.phase == "score":
@@ -179,8 +177,7 @@ def scoring_times(spans: Iterable[Span]) -> dict[str, float]:
 
 
 def slow_servers(times: Mapping[str, float]) -> dict[str, float]:
-    """Servers that take more than `SLOW` times the median of the others of their pool, and more
-    than `SLOW_FLOOR_S` -> that median."""
+    """Slow servers -> median time of the others of their pool."""
     found = {}
     for name, seconds in times.items():
         others = [t for n, t in times.items() if n != name and role_of(n) == role_of(name)]

@@ -1,9 +1,11 @@
-"""What an iteration leaves behind: a line of metrics, TensorBoard events, rollouts, spans."""
+"""Metrics of an iteration under the names of metrics.jsonl, and the recorder that writes them.
+
+To add a metric: one line in `iteration_metrics` (of the learner: in `Learner._metrics`). It then
+appears in metrics.jsonl and TensorBoard; `learner.report.PANELS` draws it in the report.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,38 +13,130 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.io.files import replacing, writing
+import numpy as np
+
+from cluster.io.files import writing
 from cluster.io.strict_json import dumps
 from cluster.messages import ScoredGroup
-from cluster.spans import QUEUE, Span
+from cluster.spans import Span
 from learner.grpo.advantage import Advantages
-from learner.monitoring.rows import staleness_of
-from learner.monitoring.timeline import Usage
+from learner.monitoring.guards import scoring_times
+from learner.monitoring.timeline import Trace, Usage
 from learner.rollouts.parquet import rollout_table, write_rollouts
-from learner.runs.records import ITERATION, STEP, counted_from, read_rows, rollout_file, truncate
+from learner.runs.records import ITERATION, STEP, counted_from, read_records, rollout_file, truncate
 from learner.runs.run_dir import RunDirectory
+from learner.training.batch import StepReport
+from rewards.distribution.distribution_reward import DistributionReward
 
+QUANTILES = {"p05": 0.05, "p95": 0.95}
 UNREPEATABLE = ("time/", "fleet/")
 """Prefixes of metrics that differ between equal runs."""
 EVALUATION_TAGS = ("evaluation", "exam")
-"""TensorBoard prefixes of evaluations; "evaluation", the old name, is written until version 0.3."""
-OVERLAPPING = (QUEUE, "decode")
-"""Phases with a row of their own in the trace: what waits in a worker overlaps with what it does,
-and images are decoded while the next group's tokens are."""
+"""TensorBoard prefixes of evaluations; "exam", the old name, is written until version 0.3."""
+
+
+def iteration_metrics(
+    iteration: int,
+    groups: Sequence[ScoredGroup],
+    answer: DistributionReward,
+    advantages: Advantages,
+    report: StepReport,
+    *,
+    max_staleness: int,
+    restarts: int,
+    spans: Sequence[Span],
+    seconds: float,
+) -> dict[str, Any]:
+    """The metrics of an iteration, but for those of the guards. What was not measured is absent.
+
+    Args:
+        iteration: from 0; the records count from 1.
+        restarts: of workers, in the whole run.
+        spans: of all workers and the driver.
+        seconds: since the end of the iteration before.
+    """
+    rewards = {n: v for n, v in advantages.rewards.items() if not np.isnan(v).all()}
+    ages = staleness_of(groups, report.version - 1).tolist()
+    return {
+        "iteration": iteration + 1,
+        "version": report.version,
+        **{f"staleness/groups_{age}": ages.count(age) for age in range(max_staleness + 1)},
+        "moments/version": answer.version,
+        "moments/staleness": iteration - answer.version,
+        **{f"reward/{name}": float(np.nanmean(values)) for name, values in rewards.items()},
+        **{f"reward_std/{name}": float(np.nanstd(values)) for name, values in rewards.items()},
+        **{
+            f"reward_{label}/{name}": float(np.nanquantile(values, share))
+            for label, share in QUANTILES.items()
+            for name, values in rewards.items()
+        },
+        **{f"reward_clipped/{name}": share for name, share in advantages.clipped.items()},
+        "fid/ema": answer.fid,
+        "fid/batch": answer.batch_fid,
+        "fid/effective_size": answer.effective_size,
+        "fid/gap": answer.gap,
+        "fid/bias": answer.bias,
+        "fid/lag": answer.lag,
+        "fid/positive_share": answer.positive_share,
+        **_class_metrics(answer),
+        "images/failed": int((~advantages.valid).sum()),
+        "groups/flat": advantages.flat_groups,
+        **report.metrics,
+        "fleet/restarts": restarts,
+        **_times(spans, seconds, groups),
+    }
+
+
+def _class_metrics(answer: DistributionReward) -> dict[str, float]:
+    if answer.class_rewards is None:  # captions
+        return {}
+    return {
+        "fid/between_classes": answer.between_classes,
+        "fid/within_classes": answer.within_classes,
+    }
+
+
+def _times(
+    spans: Sequence[Span], seconds: float, groups: Sequence[ScoredGroup]
+) -> dict[str, float]:
+    """Seconds of each phase, summed over workers, and the rate of the iteration."""
+    times: dict[str, float] = {}
+    for span in spans:
+        key = f"time/{span.phase}"
+        times[key] = times.get(key, 0.0) + span.seconds
+    if scoring := scoring_times(spans):
+        times["time/slowest_server"] = max(scoring.values())
+    images = sum(group.rollouts.request.num_rollouts for group in groups)
+    return {**times, "time/iteration": seconds, "time/images_per_s": images / seconds}
+
+
+def worker_spans(
+    groups: Sequence[ScoredGroup], answer: DistributionReward, report: StepReport
+) -> tuple[Span, ...]:
+    """Working times that came with the workers' answers."""
+    of_groups = (span for group in groups for span in (*group.rollouts.spans, *group.scores.spans))
+    return (*of_groups, *answer.spans, *report.spans)
+
+
+def staleness_of(groups: Sequence[ScoredGroup], version: int) -> np.ndarray:
+    """(P,) int64: updates between each group's weights and those that learn from it."""
+    return version - np.array([group.rollouts.version for group in groups], dtype=np.int64)
 
 
 class Recorder:
-    """Appends to a run's files. `done` is how many iterations there are before: what an
-    interrupted run wrote after them is dropped, so that no row is doubled.
+    """Writes metrics, TensorBoard events, rollouts and the trace of a run. Raises StorageError when
+    no space is left.
 
-    Every method raises StorageError where there is no room.
+    Args:
+        done: iterations of the run so far; records after them, of an interrupted run, are removed.
+        rollouts: write rollouts, too.
     """
 
     def __init__(self, run: RunDirectory, done: int, *, rollouts: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run, self._rollouts = run, rollouts
-        self._base = counted_from(run)  # before rows are cut: the run keeps to it
+        self._base = counted_from(run)  # before records are truncated
         truncate(run, done, rollouts=rollouts)
         with writing(run.metrics):
             self._metrics = run.metrics.open("a", buffering=1)
@@ -51,36 +145,35 @@ class Recorder:
             self._events = SummaryWriter(str(run.tensorboard), purge_step=purge)
         self._trace = Trace(run.trace, resume=done > 0)
         self.usage = Usage(time.time())
-        """How much each role worked since now."""
+        """Working time of each role from now on."""
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
-        """While the block writes one of the run's files, which must still be this process's."""
+        """Check that this process owns the run, and turn OSError into StorageError."""
         self._run.check_owned()
         with writing(path):
             yield
 
     def record(
         self,
-        row: dict[str, Any],
+        metrics: dict[str, Any],
         groups: Sequence[ScoredGroup],
         advantages: Advantages,
         spans: Iterable[Span],
     ) -> None:
-        """Everything of one iteration."""
-        iteration = row[ITERATION] - 1 + self._base
-        if self._rollouts:  # before its row: a row has its rollouts
-            moments = row.get("moments/version", 0)
-            table = rollout_table(iteration, groups, advantages, moments)
+        """Write everything of one iteration."""
+        iteration = metrics[ITERATION] - 1 + self._base
+        if self._rollouts:  # first: every line of metrics has its rollouts
+            table = rollout_table(iteration, groups, advantages, metrics.get("moments/version", 0))
             self._run.check_owned()
             write_rollouts(rollout_file(self._run, iteration), table)
         with self._writing(self._run.metrics):
-            self._metrics.write(dumps({**row, ITERATION: iteration}) + "\n")
+            self._metrics.write(dumps({**metrics, ITERATION: iteration}) + "\n")
         with self._writing(self._run.tensorboard):
-            self._scalars({**row, ITERATION: iteration}, iteration)
+            self._scalars({**metrics, ITERATION: iteration}, iteration)
             self._histograms(advantages, iteration)
-            if "version" in row:
-                ages = staleness_of(groups, row["version"] - 1)
+            if "version" in metrics:
+                ages = staleness_of(groups, metrics["version"] - 1)
                 self._events.add_histogram("staleness/groups", ages, iteration)
         spans = tuple(spans)
         self.usage.add(spans)
@@ -90,20 +183,20 @@ class Recorder:
             self._trace.flush()
 
     def record_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """An evaluation while training, after `step` iterations."""
+        """Write an evaluation while training, after `step` iterations."""
         append_evaluation(self._run, step, figures)
         with self._writing(self._run.tensorboard):
             for prefix in EVALUATION_TAGS:
                 self._scalars({f"{prefix}/{k}": value for k, value in figures.items()}, step)
 
     def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
-        """Points of curves; where there is no number, none."""
+        """TensorBoard scalars; values that are not finite are left out."""
         for key, value in values.items():
             if value is not None and math.isfinite(value):
                 self._events.add_scalar(key, value, step)
 
     def _histograms(self, advantages: Advantages, iteration: int) -> None:
-        """Raw and normalised rewards, and advantages, of the images that were scored."""
+        """Raw and normalised rewards, and advantages, of scored images."""
         valid = advantages.valid
         if not valid.any():
             return
@@ -119,7 +212,7 @@ class Recorder:
         with writing(self._run.tensorboard):
             self._events.close()
         with writing(self._run.trace):
-            self._trace.close(whole=self._run.owned)
+            self._trace.close(complete=self._run.owned)
 
 
 def append_evaluation(run: RunDirectory, step: int, figures: Mapping[str, float]) -> None:
@@ -129,86 +222,15 @@ def append_evaluation(run: RunDirectory, step: int, figures: Mapping[str, float]
         file.write(dumps({STEP: step, **figures}) + "\n")
 
 
-class Trace:
-    """The timeline, in Chrome's trace format: open it in Perfetto or chrome://tracing.
-
-    One event a line, so that the file of a killed run can still be read and gone on with.
-    """
-
-    def __init__(self, path: Path, *, resume: bool) -> None:
-        self._rows: dict[str, int] = {}
-        self._separator = "[\n"
-        events = _trace_events(path) if resume else []
-        with writing(path), replacing(path) as partial:
-            self._file = partial.open("w")
-            for event in events:
-                if event["ph"] == "M":
-                    self._rows[event["args"]["name"]] = event["tid"]
-                self._write(event)
-            self._file.flush()
-
-    def add(self, spans: Iterable[Span]) -> None:
-        for span in spans:
-            apart = span.phase in OVERLAPPING
-            name = f"{span.worker} {span.phase}" if apart else span.worker
-            row = self._rows.get(name)
-            if row is None:
-                row = self._rows[name] = len(self._rows) + 1
-                label = {"name": "thread_name", "ph": "M", "args": {"name": name}}
-                self._write({**label, "pid": 1, "tid": row})
-            times = {"ts": round(span.start * 1e6), "dur": round(span.seconds * 1e6)}
-            self._write({"name": span.phase, "ph": "X", **times, "pid": 1, "tid": row})
-
-    def idle(self, shares: Mapping[str, float]) -> None:
-        """The idle share of every role so far: a curve each, beside the rows."""
-        values = {role: round(share, 4) for role, share in shares.items()}
-        event = {"name": "idle share", "ph": "C", "ts": round(time.time() * 1e6), "pid": 1}
-        self._write({**event, "args": values})
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self, *, whole: bool = True) -> None:
-        """whole: with what makes it JSON; not if the file became another process's."""
-        if whole:
-            self._file.write("\n]\n" if self._separator == ",\n" else "[]\n")
-        self._file.close()
-
-    def _write(self, event: dict[str, Any]) -> None:
-        self._file.write(self._separator + dumps(event))
-        self._separator = ",\n"
-
-
-def _trace_events(path: Path) -> list[dict[str, Any]]:
-    """Events of an earlier process. What it did not write whole is left out."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    events = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # cut short, or a bracket
-            event = json.loads(line.rstrip(b","))
-            if _is_event(event):
-                events.append(event)
-    return events
-
-
-def _is_event(event: Any) -> bool:
-    if not isinstance(event, dict) or "ph" not in event:
-        return False
-    if event["ph"] != "M":
-        return True
-    args = event.get("args")
-    return isinstance(args, dict) and "name" in args and type(event.get("tid")) is int
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file. A last line that a crash cut short is left out.
+    """Lines of metrics.jsonl. A last line that a crash cut short is left out.
 
     Raises:
-        DataError: another line is not a row.
+        DataError: another line is not JSON, or has no iteration.
     """
-    return read_rows(path, ITERATION)
+    return read_records(path, ITERATION)
 
 
-def repeatable(row: dict[str, Any]) -> dict[str, Any]:
-    """The part of a row that equal runs have in common: no times, no restarts."""
-    return {key: value for key, value in row.items() if not key.startswith(UNREPEATABLE)}
+def repeatable(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics that equal runs have in common: without times and restarts."""
+    return {key: value for key, value in metrics.items() if not key.startswith(UNREPEATABLE)}

@@ -1,30 +1,37 @@
-"""Who worked when: the driver's stopwatch, the idle share of every role, and what bounds a run.
-
-Everything is made of spans; the arithmetic is pure.
-"""
+"""Working time of workers, from their spans: trace.json, idle share of every role, bottleneck."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from cluster.spans import DRIVER, Span, role_of, works
+from cluster.io.files import replacing, writing
+from cluster.io.strict_json import dumps
+from cluster.spans import DRIVER, QUEUE, Span, role_of, works
 
 FULL = 0.8
-"""Busy share from which on a role is said to bound the run."""
+"""A role with at least this busy share is the bottleneck."""
+OVERLAPPING = (QUEUE, "decode")
+"""Phases with a thread of their own in the trace: a worker's queue overlaps with its work, and a
+sampler decodes images while it samples the next group's tokens."""
 FLAGS = {
     "sampler": "--num-samplers",
     "reward-server": "--num-reward-servers",
     "learner": "--num-learners",
-    "moments-server": "--rewards.loo-fid.rebuild-every 10, with a long history",
+    "moments-server": "--rewards.loo-fid.num-threads",
     DRIVER: "--output.no-rollouts, or a larger --output.checkpoint-every",
 }
-"""Role -> the option that gives it more, or less to do."""
+"""Role -> the option that relieves it."""
 
 
 @dataclass(frozen=True)
 class RoleUse:
-    """How much a role worked."""
+    """Working time of a role."""
 
     role: str
     workers: int
@@ -43,15 +50,15 @@ class _Worker:
     busy_s: float = 0.0
 
     def add(self, span: Span) -> None:
-        """Spans come about in order; where two overlap, the time counts once."""
+        """Spans come in order of their start; overlapping time counts once."""
         self.busy_s += max(span.end - max(span.start, self.end), 0.0)
         self.end = max(self.end, span.end)
 
 
 class Usage:
-    """Adds up working time, iteration by iteration, in constant memory.
+    """Working time of every role, iteration by iteration, in constant memory.
 
-    A worker's time begins with the first iteration, or with its first span if it came later.
+    A worker's time begins with the first iteration, or with its first span if it joined later.
     """
 
     def __init__(self, start: float) -> None:
@@ -86,13 +93,13 @@ class Usage:
 
 
 def flag_of(role: str) -> str:
-    """The option that gives a role more workers, or less to do."""
+    """The option that relieves a role."""
     pool = role.removeprefix("reward-")
     return FLAGS.get(role, f"num_servers of reward_pools.{pool}, in the YAML")
 
 
 def bottleneck(shares: Sequence[RoleUse], max_staleness: int, *, inline: bool = False) -> str:
-    """What bounds the run, and which option would move it. Empty if nothing was seen.
+    """The bottleneck of a run and the option that relieves it; empty without spans.
 
     Args:
         inline: every role is in one process.
@@ -109,3 +116,73 @@ def bottleneck(shares: Sequence[RoleUse], max_staleness: int, *, inline: bool = 
         f"bottleneck: the roles wait for each other (the busiest, {top.role}, was busy "
         f"{top.busy:.0%}): --max-staleness {max_staleness + 1}"
     )
+
+
+class Trace:
+    """Writes trace.json in Chrome's trace format, for Perfetto or chrome://tracing.
+
+    One event a line, so that the file of a killed run can be read and continued.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self._threads: dict[str, int] = {}
+        self._separator = "[\n"
+        events = _trace_events(path) if resume else []
+        with writing(path), replacing(path) as partial:
+            self._file = partial.open("w")
+            for event in events:
+                if event["ph"] == "M":
+                    self._threads[event["args"]["name"]] = event["tid"]
+                self._write(event)
+            self._file.flush()
+
+    def add(self, spans: Iterable[Span]) -> None:
+        for span in spans:
+            name = f"{span.worker} {span.phase}" if span.phase in OVERLAPPING else span.worker
+            thread = self._threads.get(name)
+            if thread is None:
+                thread = self._threads[name] = len(self._threads) + 1
+                label = {"name": "thread_name", "ph": "M", "args": {"name": name}}
+                self._write({**label, "pid": 1, "tid": thread})
+            times = {"ts": round(span.start * 1e6), "dur": round(span.seconds * 1e6)}
+            self._write({"name": span.phase, "ph": "X", **times, "pid": 1, "tid": thread})
+
+    def idle(self, shares: Mapping[str, float]) -> None:
+        """Add a point to the curves of the roles' idle shares."""
+        values = {role: round(share, 4) for role, share in shares.items()}
+        event = {"name": "idle share", "ph": "C", "ts": round(time.time() * 1e6), "pid": 1}
+        self._write({**event, "args": values})
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self, *, complete: bool = True) -> None:
+        """complete: write the end of the JSON; False if another process owns the file now."""
+        if complete:
+            self._file.write("\n]\n" if self._separator == ",\n" else "[]\n")
+        self._file.close()
+
+    def _write(self, event: dict[str, Any]) -> None:
+        self._file.write(self._separator + dumps(event))
+        self._separator = ",\n"
+
+
+def _trace_events(path: Path) -> list[dict[str, Any]]:
+    """Complete events of an earlier process."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    events = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # cut short, or a bracket
+            event = json.loads(line.rstrip(b","))
+            if _is_event(event):
+                events.append(event)
+    return events
+
+
+def _is_event(event: Any) -> bool:
+    if not isinstance(event, dict) or "ph" not in event:
+        return False
+    if event["ph"] != "M":
+        return True
+    args = event.get("args")
+    return isinstance(args, dict) and "name" in args and type(event.get("tid")) is int

@@ -1,12 +1,10 @@
-"""A run's rows (metrics.jsonl, evaluations.jsonl) and table: read, vouched for, cut back.
+"""Records of a run (metrics.jsonl, evaluations.jsonl, evaluation.json): digests and truncation.
 
-Rows are lines of JSON that begin with the step they belong to, in order. Whatever a crash left
-(half a line, rows after the checkpoint, a Parquet file without its row) is put right when a run
-goes on.
+A record is a line of JSON with the step it belongs to, in order. On resume, what a crash left (half
+a line, records after the checkpoint, a Parquet file without its record) is removed.
 
-Iterations are counted by how many are done, from 1, as steps are: row, file and checkpoint of the
-same number belong together. Runs that were begun when rows counted from 0 keep to that, since
-their checkpoints vouch for the rows as they are; arguments here are numbers of done iterations.
+Records count iterations from 1, as steps do. Runs of an early version count from 0 and continue to,
+because digests in their checkpoints cover the records; arguments here are iterations done.
 """
 
 from __future__ import annotations
@@ -29,14 +27,14 @@ from learner.runs.run_dir import RunDirectory
 logger = logging.getLogger(__name__)
 
 TUNED = "tuned"
-"""The row of the tuned policy in the table of the evaluations."""
+"""Name of the tuned policy in the table of evaluations."""
 ITERATION, STEP = "iteration", "step"
-"""The first field of a row of metrics, and of evaluations."""
+"""Field with the step, in metrics and in evaluations."""
 
 
 def counted_from(run: RunDirectory) -> int:
-    """The number of a run's first iteration in its records: 1, or 0 where it was begun so."""
-    rows = _rows(run.metrics, ITERATION)
+    """Number of the first iteration in a run's records: 1, or 0 in an early version."""
+    rows = _parse_lines(run.metrics, ITERATION)
     if rows:
         first = rows[0][1]
         number: int = first[ITERATION]
@@ -46,22 +44,21 @@ def counted_from(run: RunDirectory) -> int:
 
 
 def rollout_file(run: RunDirectory, iteration: int) -> Path:
-    """The file of an iteration, by its number in the run's records."""
+    """The file of an iteration, by its number in the records."""
     return run.rollouts / rollout_name(iteration)
 
 
-def read_rows(path: Path, first_field: str) -> list[dict[str, Any]]:
-    """Rows of a file. A last line that a crash cut short is left out.
+def read_records(path: Path, first_field: str) -> list[dict[str, Any]]:
+    """Records of a file, without a last line that a crash cut short.
 
     Raises:
-        DataError: another line is not such a row.
+        DataError: another line is not JSON, or lacks the field.
     """
-    return [row for _, row in _rows(path, first_field)]
+    return [row for _, row in _parse_lines(path, first_field)]
 
 
 def digests(run: RunDirectory, step: int) -> dict[str, str]:
-    """File name -> SHA-256 of what it holds up to a step: a checkpoint keeps them, and a run that
-    goes on from it notices when they differ.
+    """File name -> SHA-256 of its records up to a step, for the manifest of a checkpoint.
 
     Raises:
         DataError: a file cannot be read.
@@ -74,31 +71,34 @@ def digests(run: RunDirectory, step: int) -> dict[str, str]:
     return {file.name: hashlib.sha256(data).hexdigest() for file, data in parts.items() if data}
 
 
-def check(run: RunDirectory, step: int, vouched: Mapping[str, str]) -> None:
-    """Compare a run's files with what a checkpoint says of them.
+def check(run: RunDirectory, step: int, expected: Mapping[str, str]) -> None:
+    """Compare a run's records with the digests in a checkpoint.
 
     Raises:
-        DataError: one is not what it was.
+        DataError: a file differs.
     """
     now = digests(run, step)
-    for name, digest in vouched.items():
+    for name, digest in expected.items():
         file = run.path / name
         if not file.is_file():
-            logger.warning("note: %s is gone: its rows up to iteration %d are missing", name, step)
+            logger.warning("note: %s is gone: its lines up to iteration %d are missing", name, step)
         elif now.get(name) != digest:
             raise DataError(
                 f"{file} is not what it was when iteration {step} was done: it is damaged, or was "
-                "edited. Put a copy of it back; or move it away, and the run goes on without its "
-                "rows"
+                "edited. Put a copy of it back; or move it away, and the run continues without its "
+                "lines"
             )
 
 
 def truncate(run: RunDirectory, done: int, *, rollouts: bool) -> None:
-    """Leave what belongs to the first `done` iterations, each once.
+    """Remove records and rollouts after `done` iterations, and duplicates.
+
+    Args:
+        rollouts: warn about iterations whose rollouts are missing.
 
     Raises:
-        DataError: a row cannot be read.
-        StorageError: there is no room.
+        DataError: a record cannot be read.
+        StorageError: no space left.
     """
     base = counted_from(run)
     for path, field, end in (
@@ -120,18 +120,15 @@ def truncate(run: RunDirectory, done: int, *, rollouts: bool) -> None:
     if lacking:
         logger.warning(
             f"note: the rollouts of {len(lacking)} iterations are missing or damaged, the first of "
-            f"{lacking[0]}: they were learned from, and are not drawn again"
+            f"{lacking[0]}: they were learned from, and are not sampled again"
         )
 
 
 def keep(run: RunDirectory, iterations: range, *, rollouts: bool) -> None:
-    """Have the records of some iterations on the disk.
-
-    Args:
-        iterations: by how many were done before each.
+    """Sync the records of some iterations (numbered from 0) to the disk.
 
     Raises:
-        StorageError: they cannot be brought there.
+        StorageError: it failed.
     """
     files = [run.metrics, run.evaluations]
     base = counted_from(run)
@@ -145,37 +142,37 @@ def keep(run: RunDirectory, iterations: range, *, rollouts: bool) -> None:
         sync(run.path)
 
 
-def _rows(path: Path, first_field: str) -> list[tuple[bytes, dict[str, Any]]]:
+def _parse_lines(path: Path, first_field: str) -> list[tuple[bytes, dict[str, Any]]]:
     try:
         data = path.read_bytes() if path.is_file() else b""
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     whole, _, _ = data.rpartition(b"\n")
-    rows: list[tuple[bytes, dict[str, Any]]] = []
+    lines: list[tuple[bytes, dict[str, Any]]] = []
     for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or type(row.get(first_field)) is not int:
-                raise ValueError(f"a row with {first_field!r} was expected")
+                raise ValueError(f"expected a line with {first_field!r}")
         except ValueError as error:
             raise DataError(
                 f"{path}, line {number}: not JSON ({error}); repair or remove the line"
             ) from error
-        rows.append((line, row))
-    return rows
+        lines.append((line, row))
+    return lines
 
 
 def _lines(path: Path, field: str, end: int) -> bytes:
-    """The rows before `end`, as they are written; the first of each step."""
+    """The lines before `end`, byte for byte; the first of each step."""
     kept: dict[int, bytes] = {}
-    for line, row in _rows(path, field):
+    for line, row in _parse_lines(path, field):
         if row[field] < end:
             kept.setdefault(row[field], line + b"\n")
     return b"".join(kept.values())
 
 
 def _table(run: RunDirectory) -> bytes:
-    """The evaluations before training, in one form."""
+    """The evaluations before training, in canonical JSON."""
     rows = {name: row for name, row in run.read_evaluation().items() if name != TUNED}
     return json.dumps(rows, sort_keys=True).encode() if rows else b""
 

@@ -1,7 +1,6 @@
-"""The run directory: where everything that a run leaves behind is kept.
+"""The run directory: its paths, configuration, owner and table of evaluations.
 
-config.yaml  run.log  metrics.jsonl  evaluations.jsonl  evaluation.json  best.json  trace.json
-report.html  checkpoints/step_*/  rollouts/*.parquet  gallery/*.png  tensorboard/
+`cluster.io.run_layout` lists the files.
 """
 
 from __future__ import annotations
@@ -40,16 +39,16 @@ from learner.config import RunConfig, dump, parse_yaml
 from learner.runs.config_file import add_checksum, verify_checksum
 
 INITIAL_FILES = (CONFIG, OWNER, LOG)
-"""Files of a run that has not done anything yet."""
+"""Files of a run that has just started."""
 OTHER_DIRECTORY = f"{AGAIN}, or name another directory by --run-dir"
-"""What to do where a directory cannot be made."""
+"""Advice when a directory cannot be created."""
 
 
 class Owner(Protocol):
-    """The hold that a process has on a place where it writes."""
+    """A lock on a place where this process writes."""
 
     def check(self) -> None:
-        """Raises LockLostError: another process took the place over."""
+        """Raises LockLostError if another process took the place over."""
         ...
 
 
@@ -71,22 +70,19 @@ class RunDirectory:
         self.report = self.path / REPORT
         self.log = self.path / LOG
         self.lock: Lock | None = None
-        """Held by the process that writes here (`learner.run_target`)."""
+        """Held by the process that writes here (`RunTarget.acquire`)."""
         self.remote: Owner | None = None
-        """The same for its checkpoints at a URL."""
+        """The same for remote checkpoints."""
 
     def check_owned(self) -> None:
-        """To be asked before anything is written.
-
-        Raises:
-            LockLostError: another process took the directory over.
-        """
+        """Raises LockLostError if another process took the directory over. Called before every
+        write."""
         if self.lock is not None:
             self.lock.check()
 
     @property
     def owned(self) -> bool:
-        """Whether no other process took the directory over."""
+        """Whether this process still owns the directory."""
         try:
             self.check_owned()
         except LockLostError:
@@ -94,23 +90,19 @@ class RunDirectory:
         return True
 
     def check_remote(self) -> None:
-        """The same, before anything is written to `output.checkpoint_url`.
-
-        Raises:
-            LockLostError: another process took the place over.
-        """
+        """As `check_owned`, for `output.checkpoint_url`."""
         if self.remote is not None:
             self.remote.check()
 
     @classmethod
     def create(cls, run_dir: str, config: RunConfig) -> RunDirectory:
-        """Make a new run directory, and write the configuration into it.
+        """Create a run directory with its configuration.
 
         Args:
-            run_dir: where; empty makes a new one under `default_root`.
+            run_dir: path; empty makes a new one under `default_root`.
 
         Raises:
-            ConfigError: the directory already holds something.
+            ConfigError: the directory is not empty.
         """
         path = expand_user(run_dir) if run_dir else new_name()
         cls.check_unused(path)
@@ -121,8 +113,8 @@ class RunDirectory:
 
     @classmethod
     def check_unused(cls, path: Path) -> None:
-        """Refuse a directory that holds something. What a start leaves that was killed before it
-        had written its configuration is nothing.
+        """Refuse a directory that is not empty. Files of a start that was killed before it wrote
+        its configuration do not count.
 
         Raises:
             ConfigError: says what is there.
@@ -147,7 +139,7 @@ class RunDirectory:
 
     @classmethod
     def adopt(cls, path: Path, config: bytes) -> RunDirectory:
-        """Make the directory of a run again, from its configuration as a checkpoint keeps it.
+        """Restore the directory of a run from the configuration file in a checkpoint.
 
         Raises:
             ConfigError: the configuration is damaged.
@@ -165,19 +157,19 @@ class RunDirectory:
                 folder.mkdir(parents=True, exist_ok=True)
 
     def has_results(self) -> bool:
-        """Whether there is something to go on with, or to look at."""
+        """Whether there are checkpoints, metrics or evaluations."""
         if steps_in(self.checkpoints) or self.evaluation.is_file():
             return True
         if self.metrics.is_file() and self.metrics.stat().st_size:
             return True
         try:
-            return bool(self.read_config().output.checkpoint_url)  # which may hold some
+            return bool(self.read_config().output.checkpoint_url)  # which may hold checkpoints
         except ConfigError:
             return False
 
     def exit_message(self) -> str:
-        """What a run that ends early leaves, in a sentence. A run that has not kept anything worth
-        having leaves nothing, so that no later --resume finds it."""
+        """The last message of a run that ends early. Removes the directory of a run that kept
+        nothing, so that no later --resume finds it."""
         try:
             self.check_owned()
         except LockLostError as error:
@@ -198,20 +190,20 @@ class RunDirectory:
 
     @property
     def identity(self) -> str:
-        """Which run this is, also after its directory was renamed."""
+        """Random id of the run; it stays when the directory is renamed."""
         return self._read_config()[1]
 
     def read_config(self) -> RunConfig:
         """The run's configuration.
 
         Raises:
-            ConfigError: the file is missing, or is not what the run wrote.
+            ConfigError: the file is missing, damaged or edited.
         """
         text, _ = self._read_config()
         return parse_yaml(text, str(self.config))
 
     def write_config(self, config: RunConfig) -> None:
-        """Write it, under the run's identity (a new one, if there was none)."""
+        """Write it, with the run's identity (a new one if there is none)."""
         identity = self.identity if self.config.is_file() else secrets.token_hex(8)
         self._write_config(add_checksum(dump(config), identity))
 
@@ -229,11 +221,11 @@ class RunDirectory:
         return verify_checksum(data, str(self.config))
 
     def config_with_checksum(self) -> str:
-        """The file as a checkpoint keeps it."""
+        """The text of config.yaml, for a checkpoint."""
         return add_checksum(*self._read_config())
 
     def read_evaluation(self) -> dict[str, dict[str, float]]:
-        """Rows of the table so far: name -> metrics.
+        """The table of evaluations: name of a policy -> figures.
 
         Raises:
             DataError: damaged.
@@ -263,16 +255,16 @@ def _figure(value: object) -> float:
 
 
 def _is_initial(run: Path, file: Path) -> bool:
-    """Whether something in a run's directory is what a start makes: folders, files of a run that
-    has not done anything yet, and files on their way. (Below it, they are another run's.)"""
+    """Whether this is a directory, or a file of a run that has just started, temporary ones
+    included. (Files further below are another run's.)"""
     if file.is_dir():
         return True
-    on_its_way = file.name.startswith((f".{OWNER}.", f".{CONFIG}."))
-    return file.parent == run and (file.name in INITIAL_FILES or on_its_way)
+    temporary = file.name.startswith((f".{OWNER}.", f".{CONFIG}."))
+    return file.parent == run and (file.name in INITIAL_FILES or temporary)
 
 
 def new_name() -> Path:
-    """A directory that was not there, made here: no two runs get the same."""
+    """Create a directory with a new name, unique also among runs that start at once."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path, number = default_root() / stamp, 1
     with writing(path, then=OTHER_DIRECTORY):

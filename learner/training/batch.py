@@ -1,4 +1,4 @@
-"""What one learning step is given: plain arrays, on the wire from the main loop to the learner."""
+"""Messages between main loop and learner: the batch of a step, and its report."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ class TrainingBatch:
     behaviour: np.ndarray
     """(N, T) float32 behaviour logprobs."""
     conditions: tuple[Condition, ...]
-    """N of them: what each rollout was asked to show."""
+    """N, one a rollout."""
     advantages: np.ndarray
     """(N,) float32"""
     versions: np.ndarray
-    """(N,) int64: policy version that drew each rollout."""
+    """(N,) int64: policy version of each rollout."""
     specs: tuple[SamplingSpec, ...]
-    """The distinct sampling specs found; the learner accepts its own alone."""
+    """The distinct sampling specs; the learner accepts only its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step did."""
+    """Result of a step."""
 
     version: int
     """Policy version after the step."""
     metrics: dict[str, float]
     spans: tuple[Span, ...]
-    """Of the step, and of the snapshots that were packed since the one before."""
+    """Of the step, and of snapshots packed since the last one."""
 
 
 def make_batch(
     iteration: int, groups: Sequence[ScoredGroup], advantages: Advantages
 ) -> TrainingBatch:
-    """Rollouts whose images were scored; failed images leave the gradient altogether."""
+    """The batch of an iteration, without rollouts whose image was not scored."""
     rollouts = [group.rollouts for group in groups]
     keep = advantages.valid.reshape(-1)
     size = advantages.valid.shape[1]

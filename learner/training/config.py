@@ -16,11 +16,11 @@ from learner.training.skips import GuardsConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
-    """What a learner is built from."""
+    """Configuration of a learner, put together by `learner.fleet_plan`."""
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """Encodes real images, where these are learned from."""
+    """Encodes real images for `real`."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
@@ -32,6 +32,6 @@ class LearnerConfig:
     iterations: int = 1
     max_staleness: int = 0
     timeout_s: float = 600.0
-    """Longest wait for the other learners of a group."""
+    """Longest wait for the other learners of the group."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of floating-point weights in snapshots."""

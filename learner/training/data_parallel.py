@@ -1,9 +1,9 @@
-"""Learners that share the work of one: who they are, and what they tell each other.
+"""The data-parallel group of several learners.
 
-Each keeps a part of the policy's weights, gradients and optimizer state (PyTorch's FSDP2) and
-computes gradients of its part of the rollouts. What is exchanged are sums, so that weights by
-rollouts stay exact whatever the sizes of the parts: with a batch of N, every part is divided by N,
-not by its own size. A pass is common to all: its weights are gathered by every learner or none.
+Each learner holds a shard of weights, gradients and optimizer state (PyTorch's FSDP2) and computes
+gradients of its shard of the rollouts. Sums are exchanged, never means: with N rollouts every
+learner divides by N, so shards may differ in size. All learners make the same number of passes,
+because each pass gathers weights from all of them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from cluster.errors import FleetError
 
 @dataclass(frozen=True)
 class DataParallelGroup:
-    """One learner's place among its dp_group; alone, every exchange is what it was given."""
+    """One learner's place in the group. With size 1 every exchange returns its input."""
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
     store: Any = field(default=None, repr=False)
-    """Keeps the meeting point alive."""
+    """Keeps the rendezvous store alive."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the learner that writes files and publishes weights."""
+        """Whether this learner (rank 0) writes files and publishes weights."""
         return self.rank == 0
 
     def shard(self, total: int) -> slice:
@@ -64,8 +64,7 @@ class DataParallelGroup:
         return tensor.tolist()
 
     def shard_module(self, policy: nn.Module) -> None:
-        """Divide the weights of a policy among the learners (FSDP2), each block's and the rest's
-        apart: a pass gathers them, its backward adds gradients up at whoever has the part."""
+        """Shard the weights of a policy over the learners (FSDP2): each block, and the rest."""
         if self.size == 1:
             return
         from torch.distributed.device_mesh import init_device_mesh
@@ -79,14 +78,13 @@ class DataParallelGroup:
                 register_fsdp_forward_method(block, "captions")
         fully_shard(policy, mesh=mesh, reshard_after_forward=True)
         for module in policy.modules():
-            if isinstance(module, FSDPModule):  # sums, as the rows' weights want it, not means
+            if isinstance(module, FSDPModule):  # sums, not means
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # all that gloo has
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors in full, on the CPU, from what each learner keeps of them; every learner of a
-        group must call it, and the first one gets the answer (the others an empty one). Alone, what
-        it was given."""
+        """Full tensors on the CPU, from the shards. A collective: all learners call it, and the
+        first one gets the result (the others an empty one). With size 1, the input."""
         if self.size == 1:
             return dict(tensors)
         found: dict[str, Tensor] = {}
@@ -97,7 +95,7 @@ class DataParallelGroup:
         return found
 
     def local_shard(self, tensor: Tensor, like: Tensor | None) -> Tensor:
-        """What this learner keeps of a full tensor: the part that it has of `like`."""
+        """This learner's shard of a full tensor, sharded as `like` is."""
         if self.size == 1 or like is None or not tensor.ndim:
             return tensor
         from torch.distributed.tensor import DTensor, distribute_tensor
@@ -108,7 +106,7 @@ class DataParallelGroup:
 
 
 def open_rendezvous(host: str, size: int) -> tuple[dist.TCPStore, str]:
-    """A meeting point on this machine, at a free port; returns it and its address."""
+    """Open a rendezvous store on this machine, at a free port; returns it and its address."""
     store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
     return store, f"{host}:{store.port}"
 
@@ -116,14 +114,14 @@ def open_rendezvous(host: str, size: int) -> tuple[dist.TCPStore, str]:
 def join(
     rank: int, size: int, address: str, device: str, timeout_s: float, store: Any = None
 ) -> DataParallelGroup:
-    """Meet the other learners; returns when all are there.
+    """Join the group; returns when all learners have.
 
     Args:
-        address: of `open_rendezvous`, at the first learner.
-        store: what `open_rendezvous` returned, at the first learner.
+        address: of `open_rendezvous`.
+        store: of `open_rendezvous`, at the first learner.
 
     Raises:
-        FleetError: not all came in time.
+        FleetError: not all joined in time.
     """
     host, _, port = address.rpartition(":")
     timeout = timedelta(seconds=timeout_s)

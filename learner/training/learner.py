@@ -1,4 +1,4 @@
-"""The learner role: owns the trained weights, takes GRPO steps, gives out snapshots."""
+"""The learner role: owns the policy under training, takes GRPO steps, packs snapshots."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from learner.training.skips import not_finite_because, too_many_skipped
 from learner.training.state_files import OPTIMIZER_FILE, LearnerFiles, LearnerState, TensorFile
 
 BEHAVIOUR_STATS = ("entropy", "mismatch_kl", "logprob_gap", "reference_kl")
-"""Statistics of the policy that drew the rollouts: of the first pass, before its first update."""
+"""Statistics of the behaviour policy: taken in the first pass, before its first update."""
 
 MUST_BE_FINITE = ("surrogate", "entropy", "reference_kl", "real_ce", "grad_norm")
-"""What must be finite. The others compare with the sampler: where filters round differently, a
-token that was drawn may have probability 0 here, which has no gradient and is seen in them."""
+"""Statistics that must be finite for a step. The others compare with the sampler, and may be
+infinite: with other rounding, a top-k filter gives a sampled token probability 0 here."""
 
 
 class Learner:
     """Holds fp32 weights and optimizer; every answer is plain data.
 
-    Several make a group: each is told its place (`meet`, `join`), and then all are asked the same
-    questions with the same arguments, at the same time. The first one's answers count.
+    Several learners form a data-parallel group (`open_rendezvous`, `join`). From then on every call
+    is made on all of them, with the same arguments; the first one's answer counts.
     """
 
     def __init__(self, config: LearnerConfig, name: str = "learner") -> None:
@@ -66,25 +66,24 @@ class Learner:
             self._real = RealTokens(config.real, self._policy.module, config.tokenizer, config.seed)
         self._base_entropy: float | None = None
         self._entropy = initial_state(config.entropy)
-        self._skipped: list[bool] = []  # whether each of the newest updates was
+        self._skipped: list[bool] = []  # of the last updates
         self._store: Any = None
         self._writing: Background | None = None
         self._pack = Packer(getattr(torch, config.wire_dtype))
         self._clock = Stopwatch(name)
-        self._base: SnapshotName | None = None  # of the frozen weights, where adapters are trained
+        self._base: SnapshotName | None = None  # of the frozen weights, with LoRA
         self._join_group(DataParallelGroup(device=config.optimizer.device))
 
     def open_rendezvous(self, host: str, size: int) -> str:
-        """Open the meeting point of a group of `size` learners on this machine; returns its
-        address."""
+        """Open the rendezvous of a group of `size` learners; returns its address."""
         self._store, address = open_rendezvous(host, size)
         return address
 
     def join(self, rank: int, size: int, address: str) -> None:
-        """Take a place in a group; returns when every learner is there.
+        """Join a group; returns when every learner has.
 
         Raises:
-            FleetError: not all came in time.
+            FleetError: not all joined in time.
         """
         device, timeout_s = self._config.optimizer.device, self._config.timeout_s
         self._join_group(join(rank, size, address, device, timeout_s, self._store))
@@ -98,10 +97,10 @@ class Learner:
         )
 
     def start(self, base_entropy: float) -> None:
-        """Tell the base policy's mean token entropy (nats), which controllers are anchored to.
+        """Begin a run with the base policy's mean token entropy (nats), for entropy controllers.
 
         Raises:
-            FleetError: the learner is not at the beginning of a run.
+            FleetError: the learner has made updates.
         """
         if self.version:
             raise FleetError(
@@ -110,15 +109,14 @@ class Learner:
             )
         if self._config.spec.learned() == self._config.spec:
             self._base_entropy = base_entropy
-        # Else what was sampled is not what is learned: the first step measures it.
+        # Else (guidance 'distil') the first step measures it: samples are of another policy.
 
     def snapshot(self, on_device: bool = False) -> WeightSnapshot:
-        """The current weights, packed for samplers; adapters merged in. Every learner of a group
-        must be asked, and the first one has them (the others' snapshots are empty); this holds for
-        all kinds of snapshots.
+        """The current weights, packed for samplers, adapters merged in. All snapshots are
+        collective: the first learner's has the weights, the others' are empty.
 
         Args:
-            on_device: leave the buffer where the weights are, as a tensor.
+            on_device: return the buffer as a tensor on the learner's device.
         """
         torch.set_num_threads(self._config.optimizer.num_threads)
         weights, config = self._policy.weights(), self._policy.module.config.to_dict()
@@ -127,27 +125,27 @@ class Learner:
             return self._pack(weights, self.version, config=config, device=device)
 
     def base_snapshot(self) -> WeightSnapshot:
-        """The frozen weights that adapters belong to, in full precision; of version 0, since the
-        base policy is what they are."""
+        """The frozen weights under the adapters, in full precision; version 0."""
         torch.set_num_threads(self._config.optimizer.num_threads)
         config = self._policy.module.config.to_dict()
         with self._clock("pack"):
             return Packer()(self._policy.frozen_weights(), 0, config=config)
 
     def adapter_snapshot(self) -> WeightSnapshot:
-        """The current adapters, which build upon `base_snapshot`."""
+        """The current adapters, to apply to `base_snapshot`."""
         if self._base is None:
             self._base = open_snapshot(self.base_snapshot()).name
         with self._clock("pack"):
             return pack_adapters(self._policy.adapters(), self.version, self._base)
 
     def step(self, batch: TrainingBatch) -> StepReport:
-        """Learn from one iteration's rollouts: one optimizer step, or as many as are configured.
+        """Learn from one iteration's rollouts: `updates_per_iteration` x `minibatches` optimizer
+        steps.
 
         Raises:
-            FleetError: rollouts drawn under another sampling spec, or too stale.
-            LearningError: the loss or its gradient was not finite in too many of the last updates
-                (`GuardsConfig`); none of these was taken.
+            FleetError: rollouts sampled under another sampling spec, or too stale.
+            LearningError: too many of the last updates were not finite (`GuardsConfig`). They were
+                skipped.
         """
         start = time.time()
         options = self._config.optimizer
@@ -156,32 +154,31 @@ class Learner:
         prepared, before = self._passes.prepare(batch, proximal=options.minibatches > 1)
         lr = options.lr_at(batch.iteration, self._config.iterations)
         steps = [
-            self._update(batch, prepared, rows, update, lr)
-            for update, rows in self._minibatches(batch)
+            self._update(batch, prepared, indices, update, lr)
+            for update, indices in self._minibatches(batch)
         ]
         self.version += 1
-        # The first steps of the first pass see the policy that acted, or nearly so.
-        measured = [name for name in BEHAVIOUR_STATS if name in steps[0]]
-        acted = _mean(_applied(steps[: options.minibatches]), measured) | before
-        others = [name for name in steps[0] if name not in acted]
-        metrics = self._metrics(acted | _mean(_applied(steps), others))
+        # The first pass sees the behaviour policy, or nearly so.
+        names = [name for name in BEHAVIOUR_STATS if name in steps[0]]
+        behaviour = _mean(_applied(steps[: options.minibatches]), names) | before
+        others = [name for name in steps[0] if name not in behaviour]
+        metrics = self._metrics(behaviour | _mean(_applied(steps), others))
         metrics |= {"policy/staleness": float(staleness), "loss/lr": lr}
         metrics["guards/skipped_updates"] = sum(not _finite(step) for step in steps)
-        if math.isfinite(acted["entropy"]):
-            self._update_entropy_coefficient(batch.iteration, acted["entropy"])
+        if math.isfinite(behaviour["entropy"]):
+            self._update_entropy_coefficient(batch.iteration, behaviour["entropy"])
         if self._base_entropy is not None:
             metrics["policy/base_entropy"] = self._base_entropy
         span = Span(self.name, "learn", start, time.time())
         return StepReport(version=self.version, metrics=metrics, spans=(*self._clock.take(), span))
 
     def save(self, directory: Path, background: bool = False) -> None:
-        """Write policy, optimizer and counters into an existing directory. Complete, and the same
-        whatever the number of learners.
+        """Write the learner's files of a checkpoint; they do not depend on the number of learners.
 
         Args:
-            background: copy them (once more in the host's memory: policy and optimizer, 12 bytes a
-                parameter, less where only adapters are trained) and return; a thread writes, and
-                `saved` tells when it has.
+            directory: exists.
+            background: copy policy and optimizer (12 bytes a parameter of host memory), return, and
+                write in a thread; see `saved`.
 
         Raises:
             StorageError: they could not be written.
@@ -198,7 +195,7 @@ class Learner:
         self._writing = Background("writing a checkpoint", lambda: content.write(directory))
 
     def saved(self, wait_s: float = 0.0) -> bool:
-        """Whether everything that `save` was asked for is written, after so long at most.
+        """Whether `save` has written everything; waits up to `wait_s`.
 
         Raises:
             StorageError: it could not be written.
@@ -240,13 +237,13 @@ class Learner:
         return staleness
 
     def _minibatches(self, batch: TrainingBatch) -> list[tuple[int, np.ndarray]]:
-        """The rows of each optimizer step, numbered."""
-        options = self._config.optimizer
+        """Number and sample indices of each optimizer step."""
+        options, seed, total = self._config.optimizer, self._config.seed, len(batch.tokens)
         every = [
-            rows
+            indices
             for epoch in range(options.updates_per_iteration)
-            for rows in minibatch_indices(
-                len(batch.tokens), options.minibatches, self._config.seed, batch.iteration, epoch
+            for indices in minibatch_indices(
+                total, options.minibatches, seed, batch.iteration, epoch
             )
         ]
         return list(enumerate(every))
@@ -255,19 +252,19 @@ class Learner:
         self,
         batch: TrainingBatch,
         prepared: PreparedBatch,
-        rows: np.ndarray,
+        indices: np.ndarray,
         update: int,
         lr: float,
     ) -> dict[str, float]:
-        """One optimizer step on `rows` of the whole batch; returns its statistics. Where these are
-        not finite the step is left out: weights and optimizer stay as they were. They are of the
-        whole batch, so the learners of a group decide alike."""
+        """One optimizer step on these samples of the batch; returns its statistics. If they are not
+        finite, the step is skipped. They are of all learners, which therefore decide alike."""
         self._optimizer.zero_grad()
-        mine = self._dp_group.shard(len(batch.tokens))
-        here = rows[(rows >= mine.start) & (rows < mine.stop)] - mine.start
-        part = prepared if len(here) == len(prepared) else prepared[here]
-        most = self._dp_group.max_local(rows, len(batch.tokens))
-        stats = self._accumulate(part, len(rows), most)
+        total = len(batch.tokens)
+        mine = self._dp_group.shard(total)
+        local = indices[(indices >= mine.start) & (indices < mine.stop)] - mine.start
+        part = prepared if len(local) == len(prepared) else prepared[local]
+        max_local = self._dp_group.max_local(indices, total)
+        stats = self._accumulate(part, len(indices), max_local)
         if self._real is not None:
             stats["real_ce"] = self._learn_from_real(batch.iteration, update)
         stats["grad_norm"] = self._optimizer.limit()
@@ -280,7 +277,7 @@ class Learner:
         return stats
 
     def _record_skip(self, skipped: bool, stats: dict[str, float], where: str) -> None:
-        """Remember whether an update was skipped; too many end the run."""
+        """Remember whether an update was skipped; too many stop the run."""
         guards = self._config.guards
         self._skipped = [*self._skipped, skipped][-guards.window :]
         if skipped and too_many_skipped(guards, self._skipped):
@@ -292,51 +289,55 @@ class Learner:
                 f"{not_finite_because(stats)}"
             )
 
-    def _accumulate(self, part: PreparedBatch, total: int, most: int) -> dict[str, float]:
-        """Gradients of this learner's part of `total` rollouts, microbatch by microbatch; returns
-        the mean statistics of them all. most: rollouts that one learner has of them."""
+    def _accumulate(self, part: PreparedBatch, total: int, max_local: int) -> dict[str, float]:
+        """Accumulate gradients over microbatches; returns mean statistics over all learners.
+
+        Args:
+            part: this learner's share of `total` rollouts.
+            max_local: most rollouts that any learner has of them.
+        """
         config = self._config
         in_loss = config.loss.kl_coef > 0 and config.loss.kl_in == "loss"
-        sums = StatsAccumulator(reference_kl=in_loss)
-        for rows in self._passes.microbatches(part, most):
-            share = len(rows) / total
-            found = self._policy.logprobs(rows.tokens, self._passes.conditions(rows), config.spec)
+        totals = StatsAccumulator(reference_kl=in_loss)
+        for batch in self._passes.microbatches(part, max_local):
+            share = len(batch) / total
+            found = self._policy.logprobs(batch.tokens, self._passes.conditions(batch), config.spec)
             loss, stats = grpo_loss(
                 found.logprobs,
                 found.entropies,
-                rows.behaviour,
-                rows.advantages,
-                rows.reference if in_loss else None,
+                batch.behaviour,
+                batch.advantages,
+                batch.reference if in_loss else None,
                 self._entropy.coefficient,
                 config.loss,
-                old=rows.proximal if config.loss.ratio_to == "proximal" else None,
-                weights=rows.weights,
+                old=batch.proximal if config.loss.ratio_to == "proximal" else None,
+                weights=batch.weights,
                 unfiltered=found.unfiltered,
             )
             (loss * share).backward()
-            sums.add(stats, share)
-        return sums.total(self._dp_group)
+            totals.add(stats, share)
+        return totals.total(self._dp_group)
 
     def _learn_from_real(self, iteration: int, update: int) -> float:
         """Add the gradient of the cross-entropy on real tokens; returns its mean, nats."""
         assert self._real is not None
         tokens, conditions = self._real.draw(iteration, update)
         mine = self._dp_group.shard(len(tokens))
-        size, sum_of_parts = self._config.optimizer.microbatch, 0.0
+        size, total = self._config.optimizer.microbatch, 0.0
         for at in range(mine.start, mine.stop, size):
-            rows = slice(at, min(at + size, mine.stop))
-            given = self._policy.module.encode(conditions[rows])
-            here = torch.from_numpy(tokens[rows]).to(self._policy.device)
-            logprobs = self._policy.logprobs(here, given, SamplingSpec()).logprobs
-            loss = cross_entropy(logprobs) * (len(here) / len(tokens))
+            part = slice(at, min(at + size, mine.stop))
+            given = self._policy.module.encode(conditions[part])
+            local = torch.from_numpy(tokens[part]).to(self._policy.device)
+            logprobs = self._policy.logprobs(local, given, SamplingSpec()).logprobs
+            loss = cross_entropy(logprobs) * (len(local) / len(tokens))
             (loss * self._config.real.weight).backward()
-            sum_of_parts += float(loss.detach())
-        most = self._dp_group.max_local(np.arange(len(tokens)), len(tokens))
-        self._passes.pad_passes(mine.stop - mine.start, most, conditions[:1])
-        return self._dp_group.all_sum([sum_of_parts])[0]
+            total += float(loss.detach())
+        max_local = self._dp_group.max_local(np.arange(len(tokens)), len(tokens))
+        self._passes.pad_passes(mine.stop - mine.start, max_local, conditions[:1])
+        return self._dp_group.all_sum([total])[0]
 
     def _metrics(self, found: dict[str, float]) -> dict[str, float]:
-        """Names under which the records keep what a step found."""
+        """Statistics of a step under their names in metrics.jsonl."""
         names = {name: f"policy/{name}" for name in found}
         names |= {name: f"loss/{name}" for name in ("surrogate", "grad_norm", "real_ce")}
         metrics = {names[name]: value for name, value in found.items()}
@@ -346,7 +347,7 @@ class Learner:
         config = self._config
         differs = config.spec.learned() != config.spec
         if self._base_entropy is None and differs and self.version == 1:
-            self._base_entropy = entropy  # the first rollouts are the base policy's
+            self._base_entropy = entropy  # of the base policy
         if config.entropy.needs_base and self._base_entropy is None:
             raise FleetError(
                 f"the {config.entropy.controller} entropy controller needs the base policy's "
@@ -362,15 +363,15 @@ class Learner:
 
 
 def _finite(stats: dict[str, float]) -> bool:
-    """Whether an update with these statistics may be taken."""
+    """Whether an update with these statistics is applied."""
     return all(math.isfinite(stats[name]) for name in MUST_BE_FINITE if name in stats)
 
 
 def _applied(steps: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
-    """Statistics of the updates that were taken; of all, if none was, to show what was found."""
+    """Statistics of the updates that were not skipped; of all, if all were."""
     return [step for step in steps if _finite(step)] or steps
 
 
 def _mean(steps: Sequence[dict[str, float]], names: Sequence[str]) -> dict[str, float]:
-    """Mean of each of some statistics over optimizer steps."""
+    """Mean of the named statistics over optimizer steps."""
     return {name: sum(step[name] for step in steps) / len(steps) for name in names}

@@ -1,8 +1,7 @@
-"""LoRA through `peft` (Hu et al. 2021, 2106.09685): small trained matrices beside frozen weights.
+"""LoRA through `peft` (Hu et al. 2021, 2106.09685): low-rank adapters beside frozen weights.
 
-Samplers are given the frozen weights once and then the adapters of each version, and compute
-W + (alpha / rank) B A themselves. Checkpoints keep the merged weights, and the adapters apart, from
-which training goes on.
+Samplers get the frozen weights once, then each version's adapters, and compute
+W + (alpha / rank) B A. Checkpoints hold the merged weights and, to resume from, the adapters.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ BASE = ".base_layer"
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters in place of training every weight; needs `pip install tessera-rl[lora]`."""
+    """Train low-rank adapters only; needs `pip install tessera-rl[lora]`."""
 
     rank: int = 0
     """Rank of the adapters; 0 trains every weight."""
     alpha: int = 0
-    """Scale: adapters count alpha / rank; 0 is twice the rank."""
+    """Adapters are scaled by alpha / rank; 0 is twice the rank."""
     targets: tuple[str, ...] = ()
-    """Names of the linear layers that get one, e.g. wqkv; empty is every one of a block."""
+    """Names of the linear layers with adapters, e.g. wqkv; empty: all of every block."""
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.alpha < 0:
@@ -48,7 +47,7 @@ class LoraConfig:
 
 
 class Adapters:
-    """The adapters of one policy, all of its other weights frozen.
+    """The adapters of a policy, whose other weights are frozen.
 
     Raises:
         ConfigError: no layer has one of the target names.
@@ -63,7 +62,7 @@ class Adapters:
         alpha = config.alpha or 2 * config.rank
         wanted = PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0)
         policy.requires_grad_(False)
-        with torch.random.fork_rng():  # the same start in every learner of a group
+        with torch.random.fork_rng():  # equal in every learner
             torch.manual_seed(seed)
             try:
                 inject_adapter_in_model(wanted, policy)
@@ -86,8 +85,7 @@ class Adapters:
 
     @torch.no_grad()
     def plain(self, *, merged: bool = True) -> dict[str, Tensor]:
-        """State dict of a plain policy: adapters added into the weights they belong to, or left
-        out."""
+        """State dict of the plain policy, adapters merged in or left out."""
         layers = dict(self._policy.named_modules())
         plain: dict[str, Tensor] = {}
         for name, tensor in self._policy.state_dict().items():
@@ -102,8 +100,7 @@ class Adapters:
 
     @torch.no_grad()
     def pairs(self) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """Name of a plain policy's weight W -> A, B and scale: with its adapter it is
-        W + scale B A."""
+        """Name of a weight W -> A, B, scale; with its adapter it is W + scale B A."""
         return {
             f"{name}.weight": (
                 layer.lora_A[ADAPTER].weight,
@@ -115,7 +112,7 @@ class Adapters:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The adapters alone."""
+        """The adapters' tensors."""
         return {n: t for n, t in self._policy.state_dict().items() if MARK in n}
 
     @torch.no_grad()
@@ -135,7 +132,7 @@ class Adapters:
 
 
 def _linear_layers(policy: nn.Module) -> list[str]:
-    """Last names of the linear layers inside blocks (their names have a number in them)."""
+    """Last parts of the names of linear layers inside numbered blocks."""
     names = {
         name.rpartition(".")[2] if not name.rpartition(".")[2].isdigit() else name
         for name, module in policy.named_modules()

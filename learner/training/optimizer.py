@@ -1,4 +1,4 @@
-"""AdamW under a schedule."""
+"""AdamW with a learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -32,25 +32,24 @@ class OptimizerConfig(Resources):
     warmup: int = 0
     """Iterations in which the learning rate rises linearly to its peak."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate falls from decay_from on; constant does not let it fall."""
+    """How the learning rate falls from decay_from on; constant: not at all."""
     decay_from: float = 0.5
     """Share of the iterations after which the learning rate falls, in [0, 1]."""
     final_lr: float = 0.05
-    """Share of the peak learning rate that is left at the end, in [0, 1]."""
+    """Learning rate at the end, as a share of the peak, in [0, 1]."""
     updates_per_iteration: int = 1
     """ForwardPasses over an iteration's rollouts, each with its own optimizer steps."""
     minibatches: int = 1
-    """Parts into which each pass is cut, one optimizer step each."""
+    """Minibatches of each pass, one optimizer step each."""
     microbatch: int = 32
     """Most rollouts in one forward pass; gradients accumulate over the batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the passes. Weights, gradients and optimizer are fp32 either way; with bf16 the passes run
-    under autocast."""
+    """Of the passes; bf16 is autocast. Weights, gradients and optimizer are fp32 either way."""
     checkpointing: bool = False
-    """Compute a layer's activations again in the backward pass rather than keep them."""
+    """Activation checkpointing: recompute activations in the backward pass."""
     reference_device: Literal["learner", "cpu"] = "learner"
-    """Where the frozen reference waits between its passes: beside the policy, or in the CPU's
-    memory. With LoRA there is no copy: the reference is the policy without its adapters."""
+    """Where the frozen reference is kept between its passes. With LoRA there is no copy: the
+    reference is the policy without its adapters."""
     adamw: Literal["auto", "fused", "foreach", "plain"] = "auto"
     """PyTorch's implementation. auto: fused on a GPU, plain on a CPU."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -74,7 +73,7 @@ class OptimizerConfig(Resources):
                 raise ValueError(f"{name} must be >= 1, found {getattr(self, name)}")
 
     def lr_at(self, iteration: int, iterations: int) -> float:
-        """Learning rate of one iteration: warm-up, flat, then falling to final_lr."""
+        """Learning rate of an iteration: warm-up, constant, then falling to final_lr."""
         return self._falling(iteration / max(iterations - 1, 1)) * self._rising(iteration)
 
     def _rising(self, iteration: int) -> float:
@@ -91,12 +90,15 @@ class OptimizerConfig(Resources):
 
 STEP = "step"
 STATE = (STEP, "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of a parameter."""
+"""AdamW's state of a parameter."""
 
 
 class PolicyAdamW:
-    """AdamW over the trainable parameters of a policy, whole or divided among learners
-    (`DataParallelGroup.divide`): the state lies where its parameter does."""
+    """AdamW over the trainable parameters of a policy. Its state is sharded as they are.
+
+    Not torch's `get_optimizer_state_dict`: it renames the state, adds parameter groups, and does
+    not say which tensor of a damaged file does not fit.
+    """
 
     def __init__(
         self, policy: nn.Module, config: OptimizerConfig, dp_group: DataParallelGroup
@@ -115,7 +117,7 @@ class PolicyAdamW:
         self._adamw.zero_grad()
 
     def limit(self) -> float:
-        """Scale gradients down to the configured norm; returns the norm before, of the whole."""
+        """Clip the gradient's norm; returns the norm before."""
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self._limit)
         return float(norm if self._dp_group.size == 1 else cast(Any, norm).full_tensor())
 
@@ -125,8 +127,8 @@ class PolicyAdamW:
         self._adamw.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole state under the names of the parameters; every learner of a group must call
-        it, and the first one gets the answer (the others an empty one)."""
+        """The full state, as state/parameter -> tensor. Collective: the first learner gets the
+        result, the others an empty one."""
         kept = {
             f"{key}/{name}": tensor
             for name, parameter in self._named.items()
@@ -135,7 +137,7 @@ class PolicyAdamW:
         return {name: tensor.cpu() for name, tensor in self._dp_group.gather(kept).items()}
 
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
-        """Inverse of `tensors`, whatever number of learners wrote it.
+        """Inverse of `tensors`, for any number of learners.
 
         Raises:
             CheckpointError: a tensor belongs to no parameter, or a parameter has a part only.
@@ -160,7 +162,7 @@ class PolicyAdamW:
                 raise CheckpointError(
                     f"{source}: a parameter has {', '.join(parts)}, expected {', '.join(STATE)}"
                 )
-        self._adamw.state.clear()  # of what was learned since, where a run goes back
+        self._adamw.state.clear()  # of later updates, after a rollback
         self._adamw.state.update(state)
 
 

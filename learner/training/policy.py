@@ -1,4 +1,4 @@
-"""The policy under training: fp32 weights, passes in the wanted precision, its frozen reference."""
+"""The policy under training: fp32 weights, passes under autocast, and its frozen reference."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ADAPTERS_FILE = "adapters.safetensors"
 
 
 class LearnerPolicy:
-    """Weights with gradients, and what they started from.
+    """The policy with gradients, and its frozen reference.
 
-    The module stays in eval mode: these policies have no dropout layers, and their condition
-    dropout belongs to pre-training alone, so every pass gives the same logprobs as the sampler.
+    The module stays in eval mode, so that every pass gives the sampler's logprobs: condition
+    dropout is for pre-training only, and there are no dropout layers.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class LearnerPolicy:
     ) -> None:
         """
         Args:
-            reference: whether `reference_logprobs` will be asked for.
-            seed: the run's; adapters start from it.
+            reference: keep the reference that `reference_logprobs` needs.
+            seed: of the adapters' initial weights.
         """
         self._options, self.device, self._dp_group = options, options.device, DataParallelGroup()
         self.module = load_policy(config, device=self.device).requires_grad_(True)
@@ -56,15 +56,15 @@ class LearnerPolicy:
             return token_likelihoods(self.module, tokens, conditions, spec)
 
     def join(self, dp_group: DataParallelGroup) -> None:
-        """Keep a part of the weights alone. The reference, where it is a copy, stays whole."""
+        """Shard the weights over the group; a reference that is a copy stays unsharded."""
         dp_group.shard_module(self.module)
         self._dp_group = dp_group
 
     def dummy_pass(self, conditions: Sequence[Condition]) -> None:
-        """Take part in a pass of the other learners, and add zero to the gradient.
+        """Take part in a collective pass of the other learners; adds zero to the gradient.
 
         Args:
-            conditions: one that the policy can encode.
+            conditions: any one that the policy can encode.
         """
         tokens = torch.zeros(1, self.module.num_tokens, dtype=torch.long, device=self.device)
         logprobs = self.logprobs(tokens, self.module.encode(conditions), SamplingSpec()).logprobs
@@ -73,7 +73,7 @@ class LearnerPolicy:
 
     @contextmanager
     def reference(self) -> Iterator[PolicyModule]:
-        """The frozen reference, on the learner's device while the block runs."""
+        """The frozen reference, on the learner's device within the block."""
         if self._adapters is not None:
             with self._adapters.off():
                 yield self.module
@@ -95,13 +95,13 @@ class LearnerPolicy:
             return token_logprobs(reference, tokens, conditions, spec.unfiltered())[0]
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict of a plain policy, adapters merged in; every learner of a group must call
-        it, and the first one gets the answer (the others an empty one), here and below."""
+        """State dict with adapters merged in. Collective, as the methods below: the first learner
+        gets the result, the others an empty one."""
         plain = self._adapters.plain() if self._adapters else self.module.state_dict()
         return self._dp_group.gather(plain)
 
     def frozen_weights(self) -> dict[str, Tensor]:
-        """The state dict of the plain policy that adapters belong to."""
+        """State dict of the policy without its adapters."""
         assert self._adapters is not None
         return self._dp_group.gather(self._adapters.plain(merged=False))
 
@@ -114,15 +114,14 @@ class LearnerPolicy:
         return {name: (inner[name], outer[name], pairs[name][2]) for name in inner}
 
     def files(self) -> dict[str, TensorFile]:
-        """What a checkpoint keeps, by file: the policy, and its adapters where it has some. Every
-        learner of a group must call it, and the first one has the tensors."""
+        """Files of a checkpoint: the policy, and its adapters if it has some."""
         kept = {POLICY_FILE: TensorFile(self.weights(), self.module.config.to_dict())}
         if self._adapters:
             kept[ADAPTERS_FILE] = TensorFile(self._dp_group.gather(self._adapters.tensors()))
         return kept
 
     def restore(self, directory: Path) -> None:
-        """Load what `files` gave.
+        """Load the files of a checkpoint.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another model.
@@ -135,7 +134,7 @@ class LearnerPolicy:
             load_strict(self.module, self._parts(file, self.module.state_dict()), str(file))
 
     def _parts(self, file: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What this learner keeps of a file's tensors."""
+        """This learner's shards of a file's tensors."""
         found = read_tensors(file)
         return {name: self._dp_group.local_shard(found[name], own.get(name)) for name in found}
 

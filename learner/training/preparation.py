@@ -1,4 +1,4 @@
-"""Rollouts on their way through the policy: what a step needs of them, a microbatch at a time."""
+"""A learner's rollouts as tensors, and the forward passes that prepare a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from learner.training.policy import LearnerPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedBatch:
-    """B rollouts of this learner, and what stays the same over an iteration's updates."""
+    """B rollouts of this learner, with what is constant over an iteration's updates."""
 
     tokens: Tensor
     """(B, T) int64"""
@@ -40,7 +40,7 @@ class PreparedBatch:
     proximal: Tensor | None = None
     """(B, T) logprobs before the first update."""
     unfiltered: Tensor | None = None
-    """(B, T) the same before top-k and top-p, as the KL to the reference takes them."""
+    """(B, T) the same before top-k and top-p, for the KL to the reference."""
     reference: Tensor | None = None
     """(B, T) logprobs of the frozen base policy, before top-k and top-p."""
     weights: Tensor | None = None
@@ -49,18 +49,18 @@ class PreparedBatch:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, rows: np.ndarray | slice) -> PreparedBatch:
+    def __getitem__(self, indices: np.ndarray | slice) -> PreparedBatch:
         fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        index = np.arange(len(self))[rows]
+        index = np.arange(len(self))[indices]
         chosen = torch.from_numpy(index).to(self.tokens.device)
         for name, value in fields.items():
             if isinstance(value, Tensor):
-                fields[name] = value[rows] if isinstance(rows, slice) else value[chosen]
+                fields[name] = value[indices] if isinstance(indices, slice) else value[chosen]
         fields["conditions"] = tuple(self.conditions[at] for at in index)
         return PreparedBatch(**fields)
 
     def microbatches(self, size: int) -> Iterator[PreparedBatch]:
-        """Parts of at most `size` rollouts, in order."""
+        """Microbatches of at most `size` rollouts, in order."""
         for at in range(0, len(self), size):
             yield self[slice(at, at + size)]
 
@@ -79,28 +79,29 @@ class ForwardPasses:
         """size: most rollouts of one pass."""
         self._policy, self._loss, self._spec = policy, loss, spec
         self._size, self._dp_group = size, dp_group
-        self._known: tuple[Condition, ...] = ()  # to encode, for a learner without rollouts
+        self._known: tuple[Condition, ...] = ()  # for dummy passes
 
     def prepare(
         self, batch: TrainingBatch, *, proximal: bool
     ) -> tuple[PreparedBatch, dict[str, float]]:
-        """This learner's part of a batch.
+        """This learner's share of a batch, with the logprobs, weights and advantages that the loss
+        configuration asks for.
 
         Args:
-            proximal: whether logprobs before the update are wanted, needed or not.
+            proximal: compute logprobs before the update even if the loss needs none.
 
         Returns:
-            The part, and what its preparation says of the whole batch, for the metrics.
+            The share, and metrics of the whole batch.
         """
-        rows, total = self._dp_group.shard(len(batch.tokens)), len(batch.tokens)
+        shard, total = self._dp_group.shard(len(batch.tokens)), len(batch.tokens)
         self._known = batch.conditions[:1]
         tokens, behaviour, advantages = (
-            torch.tensor(array[rows], device=self._policy.device)  # arrays may be read-only
+            torch.tensor(array[shard], device=self._policy.device)  # arrays may be read-only
             for array in (batch.tokens, batch.behaviour, batch.advantages)
         )
         prepared = PreparedBatch(
             tokens=tokens.long(),
-            conditions=batch.conditions[rows],
+            conditions=batch.conditions[shard],
             behaviour=behaviour,
             advantages=advantages,
         )
@@ -120,14 +121,15 @@ class ForwardPasses:
     def conditions(self, part: PreparedBatch) -> Conditions:
         return self._policy.module.encode(part.conditions)
 
-    def microbatches(self, part: PreparedBatch, most: int) -> Iterator[PreparedBatch]:
-        """Microbatches of this learner's part; most: rollouts that a learner has of it."""
+    def microbatches(self, part: PreparedBatch, max_local: int) -> Iterator[PreparedBatch]:
+        """Microbatches of this learner's share, then dummy passes up to the number of passes of the
+        learner with `max_local` rollouts."""
         yield from part.microbatches(self._size)
-        self.pad_passes(len(part), most, self._known)
+        self.pad_passes(len(part), max_local, self._known)
 
-    def pad_passes(self, mine: int, most: int, known: Sequence[Condition]) -> None:
-        """Idle passes of a learner with `mine` rows, while another one has `most`."""
-        for _ in range(-(-most // self._size) - -(-mine // self._size)):
+    def pad_passes(self, local: int, max_local: int, known: Sequence[Condition]) -> None:
+        """Dummy passes of a learner with `local` samples, to match one with `max_local`."""
+        for _ in range(-(-max_local // self._size) - -(-local // self._size)):
             self._policy.dummy_pass(known)
 
     def _microbatches(self, prepared: PreparedBatch, total: int) -> Iterator[PreparedBatch]:
@@ -137,11 +139,11 @@ class ForwardPasses:
     def _reference(self, prepared: PreparedBatch, total: int) -> Tensor:
         parts = [torch.empty_like(prepared.behaviour[:0])]
         with self._policy.reference() as module:
-            shared = module is self._policy.module  # else it is whole, and each is on its own
-            rounds = (
+            shared = module is self._policy.module  # else it is unsharded
+            microbatches = (
                 self._microbatches(prepared, total) if shared else prepared.microbatches(self._size)
             )
-            for part in rounds:
+            for part in microbatches:
                 given = self.conditions(part)
                 parts.append(
                     self._policy.reference_logprobs(module, part.tokens, given, self._spec)
@@ -152,7 +154,7 @@ class ForwardPasses:
     def _with_proximal(
         self, prepared: PreparedBatch, total: int
     ) -> tuple[PreparedBatch, dict[str, float]]:
-        """Logprobs before the update, and what they say of the policy that acted."""
+        """Add logprobs before the update; returns metrics of the behaviour policy."""
         none = torch.empty_like(prepared.behaviour[:0])
         parts, entropy = [(none, none)], 0.0
         for part in self._microbatches(prepared, total):
@@ -172,7 +174,7 @@ class ForwardPasses:
     def _with_kl(
         self, prepared: PreparedBatch, total: int
     ) -> tuple[PreparedBatch, dict[str, float]]:
-        """Advantages less the divergence from the reference, which then leaves the loss."""
+        """Subtract the KL to the reference from the advantages; the loss then has no KL."""
         assert prepared.unfiltered is not None
         assert prepared.reference is not None
         loss = self._loss
@@ -189,7 +191,7 @@ class ForwardPasses:
     def _with_weights(
         self, prepared: PreparedBatch, total: int
     ) -> tuple[PreparedBatch, dict[str, float]]:
-        """Truncated importance weights, and zeros for masked tokens."""
+        """Add truncated importance weights, zero for masked tokens."""
         assert prepared.proximal is not None
         loss, metrics = self._loss, {}
         weights = torch.ones_like(prepared.behaviour)
@@ -212,7 +214,7 @@ class ForwardPasses:
             )
             share = self._token_means(total, kept.sum())[0]
             metrics["kept_share"] = share
-            if loss.length_divisor:  # a constant divisor hands no one's share to the others
+            if loss.length_divisor:  # a constant divisor: kept tokens do not gain weight
                 weights = weights * kept
             elif loss.aggregation == "seq-mean":
                 weights = weights * kept_weights_of_sequences(kept)
@@ -224,13 +226,13 @@ class ForwardPasses:
         return self._policy.module.num_tokens
 
     def _token_means(self, total: int, *sums: Tensor | float) -> list[float]:
-        """Means over the tokens of the whole batch, from sums over those of this learner."""
+        """Means over the tokens of all learners, from sums over this learner's."""
         count = total * self._tokens()
         return [value / count for value in self._dp_group.all_sum([float(value) for value in sums])]
 
 
 class StatsAccumulator:
-    """Statistics of a whole batch from those of its parts; one wait for the device.
+    """Sums loss statistics over microbatches; synchronises with the device once.
 
     Args:
         reference_kl: whether it is measured.
@@ -242,12 +244,12 @@ class StatsAccumulator:
         self._parts: list[tuple[float, Tensor]] = []
 
     def add(self, stats: LossStats, share: float) -> None:
-        """share: of the part in the batch, by rollouts."""
+        """share: rollouts of this microbatch, of those of all learners."""
         values = [getattr(stats, name).float() for name in self._names]
         self._parts.append((share, torch.stack(values)))
 
     def total(self, dp_group: DataParallelGroup) -> dict[str, float]:
-        """Means weighted by share, the one maximum as it is, over all learners."""
+        """Means over all learners' rollouts; of logprob_gap the maximum."""
         names, sums, largest = self._names, dict.fromkeys(self._names, 0.0), 0.0
         for share, values in self._parts:
             for name, value in zip(names, values.tolist()):
@@ -261,8 +263,8 @@ class StatsAccumulator:
 def minibatch_indices(
     total: int, parts: int, seed: int, iteration: int, epoch: int
 ) -> Sequence[np.ndarray]:
-    """Rows of the minibatches of one pass over `total` rollouts: one is all of them in order, more
-    are drawn anew for each pass, a function of (seed, iteration, pass) alone."""
+    """Sample indices of the minibatches of one pass over `total` rollouts. One minibatch has all in
+    order; several are drawn anew for each pass, a function of (seed, iteration, pass)."""
     if parts == 1:
         return [np.arange(total)]
     key = [seed, zlib.crc32(b"minibatches")]

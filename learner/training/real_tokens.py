@@ -1,7 +1,4 @@
-"""Cross-entropy on the tokens of real images: a regulariser that needs no rollouts.
-
-VA-pi (tuning LlamaGen by RL) found it better than KL to the base policy; weight 0.1 there.
-"""
+"""Cross-entropy on the tokens of real images, a regulariser (VA-pi uses it with weight 0.1)."""
 
 from __future__ import annotations
 
@@ -34,14 +31,14 @@ PARQUET_CLASSES = "class_index"
 
 @dataclass(frozen=True, kw_only=True)
 class RealTokensConfig:
-    """Cross-entropy on real images' tokens beside the reward's gradient."""
+    """Cross-entropy on real images' tokens, added to the loss."""
 
     weight: float = 0.0
-    """Factor of the mean cross-entropy (nats a token) in the loss; 0 is none."""
+    """Weight of the mean cross-entropy (nats a token); 0: none."""
     source: str = "digits:train"
     """Real images with classes: "digits:train", an .npz with uint8 images arr_0 and classes arr_1
-    (encoded with the tokenizer when the learner starts), or ready tokens: an .npz with tokens
-    (N, T), in the policy's order, and classes (N,), or a .parquet with tokens and class_index."""
+    (encoded with the tokenizer when the learner starts), or ready tokens: an .npz with tokens (N,
+    T), in the policy's order, and classes (N,), or a .parquet with tokens and class_index."""
     batch: int = 32
     """Images of each optimizer step."""
 
@@ -80,8 +77,8 @@ class RealTokens:
         self._size, self._seed = config.batch, seed
 
     def draw(self, iteration: int, update: int) -> tuple[np.ndarray, tuple[Condition, ...]]:
-        """Tokens (B, T) int64 and conditions of one optimizer step, drawn with replacement: a
-        function of (seed, iteration, update) alone, so a resumed run goes on with the same ones."""
+        """Tokens (B, T) int64 and conditions of one optimizer step, drawn with replacement as a
+        function of (seed, iteration, update)."""
         key = [self._seed, zlib.crc32(b"real tokens")]
         generator = np.random.Generator(
             np.random.Philox(key=key, counter=[0, 0, update, iteration])
@@ -92,10 +89,10 @@ class RealTokens:
 
 
 def check_source(source: str) -> None:
-    """Whether a source is there and holds what is read of it; no more than its beginning is read.
+    """Check that a source exists and has the arrays that are read; reads headers only.
 
     Raises:
-        DataError, CheckpointError: it is not, or does not.
+        DataError, CheckpointError: it does not.
     """
     if source.startswith(DIGITS):
         load_images(source)
@@ -134,7 +131,7 @@ def _load(source: str, policy: Policy, tokenizer: TokenizerConfig) -> tuple[np.n
         with np.load(locate(source), allow_pickle=False) as file:
             if TOKENS in file and CLASSES in file:
                 tokens, classes = file[TOKENS], file[CLASSES]
-                return _whole(source, TOKENS, tokens), _whole(source, CLASSES, classes)
+                return _integers(source, TOKENS, tokens), _integers(source, CLASSES, classes)
     except DAMAGED_ARRAYS as error:
         raise _unreadable(source, error) from error
     return _encoded(load_images(source), policy, tokenizer), load_labels(source)
@@ -149,12 +146,11 @@ def _from_parquet(source: str) -> tuple[np.ndarray, np.ndarray]:
             f"real tokens {source}: expected columns {TOKENS} (lists of one length) and "
             f"{PARQUET_CLASSES}: {error}"
         ) from error
-    return _whole(source, TOKENS, tokens), _whole(source, PARQUET_CLASSES, classes)
+    return _integers(source, TOKENS, tokens), _integers(source, PARQUET_CLASSES, classes)
 
 
-def _whole(source: str, name: str, values: np.ndarray) -> np.ndarray:
-    """int64. Floats are no tokens or classes, even where they are whole: pandas makes them of
-    columns in which some are missing."""
+def _integers(source: str, name: str, values: np.ndarray) -> np.ndarray:
+    """As int64. Floats are refused: pandas makes them of columns with missing values."""
     if values.dtype.kind not in "iu":
         raise DataError(
             f"real tokens {source}: {name} must be integers, all rows, found {values.dtype}"

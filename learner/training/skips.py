@@ -1,7 +1,7 @@
-"""Updates that are left out because they are not finite: when a run stops over them, and why.
+"""Updates skipped because they are not finite: when they stop a run, and the likely cause.
 
-The options of the guards are here because the learner takes them, too; `learner.monitoring.guards`
-has the guards that look at a run's metrics.
+`GuardsConfig` is here because the learner needs it; the other guards are in
+`learner.monitoring.guards`.
 """
 
 from __future__ import annotations
@@ -16,33 +16,32 @@ Action = Literal["off", "warn", "stop"]
 
 @dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
-    """When a run that goes wrong says so, or stops. A stop keeps the checkpoints that there are."""
+    """When a run that goes wrong warns, or stops. Checkpoints are kept."""
 
     max_skipped_share: float = 0.2
-    """Updates whose loss or gradient is not finite are left out. The run stops when more than this
+    """Updates whose loss or gradient is not finite are skipped. The run stops when more than this
     share of the last `window` updates was, in [0, 1]."""
     min_skipped: int = 3
-    """But not before so many of them were left out; 1 with a share of 0 stops at the first."""
+    """It stops only after this many skipped updates; 1 with a share of 0 stops at the first."""
     window: int = 20
-    """Optimizer steps that are looked back at for skipped updates."""
+    """Number of last updates that are considered."""
     patience: int = 5
-    """Iterations in a row in which a figure must be bad before the guards below act."""
+    """Consecutive bad iterations before one of the guards below acts."""
     reward: Action = "warn"
-    """Of a reward that tells images apart no more: no group in which any reward differs, or a
-    reward whose deviation over the batch is at most min_reward_std. off | warn | stop."""
+    """Guard against flat rewards: equal within every group, or a deviation over the batch of at
+    most min_reward_std. off | warn | stop."""
     min_reward_std: float = 1e-8
     """Deviation of a reward, in its own units, >= 0."""
     entropy: Action = "warn"
-    """Of entropy below min_entropy_share of the base policy's. off | warn | stop."""
+    """Guard against entropy below min_entropy_share of the base policy's. off | warn | stop."""
     min_entropy_share: float = 0.3
     """Share of the base policy's mean token entropy, in [0, 1)."""
     kl: Action = "stop"
-    """Of a KL divergence above one of the limits below. off | warn | stop."""
+    """Guard against a KL divergence above one of the limits below. off | warn | stop."""
     max_reference_kl: float = 3.0
-    """Nats a token, to the base policy; looked at where it is measured (loss.kl_coef > 0)."""
+    """To the base policy, nats a token; measured with loss.kl_coef > 0."""
     max_mismatch_kl: float = 1.0
-    """Nats a token, between learner and the samplers that drew; not under guidance 'distil', where
-    the two differ on purpose."""
+    """Between samplers and learner, nats a token; ignored under guidance 'distil'."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_skipped_share <= 1:
@@ -72,8 +71,7 @@ def too_many_skipped(config: GuardsConfig, updates: Sequence[bool]) -> bool:
     """Whether so many updates were skipped that the run must stop.
 
     Args:
-        updates: whether each was skipped, oldest first; the last `window` of them count, and a run
-            that is younger than that is judged by what there is.
+        updates: whether each was skipped, oldest first; the last `window` count.
     """
     recent = updates[-config.window :]
     skipped = sum(recent)
@@ -81,16 +79,16 @@ def too_many_skipped(config: GuardsConfig, updates: Sequence[bool]) -> bool:
 
 
 def not_finite_because(stats: Mapping[str, float]) -> str:
-    """What most likely made an update's statistics not finite, and what to do: a sentence.
+    """The likely cause of statistics that are not finite, and what to do.
 
     Args:
-        stats: of the update, by the names of `LossStats`, with grad_norm and real_ce.
+        stats: of the update: `LossStats`, grad_norm, real_ce.
     """
 
     def wrong(name: str) -> bool:
         return not math.isfinite(stats.get(name, 0.0))
 
-    if wrong("entropy"):  # of all statistics the one that the policy's logits alone decide
+    if wrong("entropy"):  # depends on the policy's logits only
         return (
             "The policy's own logits are not finite: its weights or activations have overflowed. "
             "Go on from an earlier checkpoint with a lower learner.lr, or learner.precision "

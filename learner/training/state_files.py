@@ -1,4 +1,4 @@
-"""What a learner puts into a checkpoint: files of tensors, and a few counters."""
+"""The learner's files of a checkpoint: tensors, and a small state."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ STATE_FILE = "learner.msgpack"
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One file of tensors."""
+    """A safetensors file."""
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] = field(default_factory=dict)
     """For its header."""
 
     def copied(self) -> TensorFile:
-        """The same in memory of its own, which a next step does not change."""
+        """A copy in host memory, which later steps do not change."""
         return TensorFile({k: _host_copy(t) for k, t in self.tensors.items()}, self.config)
 
 
 @dataclass(frozen=True)
 class LearnerState:
-    """What a learner carries on beside tensors."""
+    """State of a learner beside its tensors: learner.msgpack."""
 
     version: int
     entropy: EntropyState
     base_entropy: float | None
     skipped: tuple[bool, ...] = ()
-    """Whether each of the newest updates was left out."""
+    """Whether each of the last updates was skipped."""
 
     def to_bytes(self) -> bytes:
         return add_checksum(msgpack.packb(dataclasses.asdict(self)))
@@ -58,13 +58,12 @@ class LearnerState:
         file = directory / STATE_FILE
         try:
             fields = msgpack.unpackb(verify_checksum(file.read_bytes()))
-            # the first format kept the coefficient alone
-            entropy = fields.get("entropy") or {"coefficient": fields["entropy_coef"]}
+            entropy = fields["entropy"]
             state = cls(
                 count(fields["version"]),
                 EntropyState(_number(entropy["coefficient"]), _maybe(entropy.get("average"))),
                 _maybe(fields["base_entropy"]),
-                tuple(_flag(each) for each in fields.get("skipped", ())),  # older ones: none
+                tuple(_flag(each) for each in fields.get("skipped", ())),
             )
         except (OSError, *UNREADABLE) as error:
             raise CheckpointError(f"{file}: no readable state of a learner ({error!r})") from error
@@ -73,7 +72,7 @@ class LearnerState:
 
 @dataclass(frozen=True)
 class LearnerFiles:
-    """Everything of a learner, ready to be written."""
+    """All files of a learner, ready to write."""
 
     tensors: Mapping[str, TensorFile]
     """By file name."""
@@ -84,10 +83,10 @@ class LearnerFiles:
         return LearnerFiles({k: file.copied() for k, file in self.tensors.items()}, self.state)
 
     def write(self, directory: Path) -> None:
-        """Write all of it; on the disk when it returns.
+        """Write and sync all files.
 
         Raises:
-            StorageError: there is no room for it.
+            StorageError: no space left.
         """
         for name, file in self.tensors.items():
             write_tensors(directory / name, file.tensors, file.config, then=RESUME)

@@ -204,7 +204,7 @@ def test_everything_can_be_brought_back_several_times_within_a_run(
 
     with Losing(STEPS) as console, InlineFleet(fleet_plan(config)) as fleet:
         experiment = Experiment(config, run, fleet, console, lambda: False)
-        first, starts = experiment._begin(), []
+        first, starts = experiment._prepare_fleet(), []
         while True:
             starts.append(first)
             try:

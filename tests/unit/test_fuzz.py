@@ -18,7 +18,8 @@ from cluster.messages import SampleRequest
 from cluster.model_files.tensors import read_config, read_tensors
 from learner.checkpoints.checkpoint import GROUPS, restore
 from learner.data.datasets import load_images
-from learner.monitoring.metrics import Trace, read_metrics
+from learner.monitoring.metrics import read_metrics
+from learner.monitoring.timeline import Trace
 from learner.rollouts.codec import pack_group, unpack_group
 from learner.rollouts.prefetch import Pipeline
 from learner.runs import records

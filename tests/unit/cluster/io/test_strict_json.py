@@ -19,11 +19,12 @@ from cluster.control.control_actor import FleetStatus, PoolStatus, Progress, Wor
 from cluster.io.strict_json import dumps, number
 from cluster.spans import Span
 from learner.checkpoints.manifest import Manifest
-from learner.checkpoints.retention import best_step
+from learner.checkpoints.store import best_step
 from learner.grpo.advantage import group_advantages
 from learner.miniature import arms
 from learner.monitoring.guards import Guards
-from learner.monitoring.metrics import Recorder, Trace, read_metrics
+from learner.monitoring.metrics import Recorder, read_metrics
+from learner.monitoring.timeline import Trace
 from learner.report import column, curves, image_rewards
 from learner.runs import records
 from learner.runs.run_dir import RunDirectory

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.spans import Span, Stopwatch, role_of
-from learner.monitoring.metrics import Trace
-from learner.monitoring.timeline import RoleUse, Usage, bottleneck
+from learner.monitoring.timeline import RoleUse, Trace, Usage, bottleneck
 
 
 def test_shares_by_hand() -> None:
@@ -79,7 +78,7 @@ def test_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     flags = ["--num-samplers", "--num-reward-servers", "--num-learners", "--max-staleness"]
     output = ["no-rollouts", "--output.checkpoint-every"]
-    for flag in (*flags, *output, "--rewards.loo-fid.rebuild-every"):
+    for flag in (*flags, *output, "--rewards.loo-fid.num-threads"):
         assert flag in text, flag
 
 

@@ -14,7 +14,7 @@ from learner.checkpoints.checkpoint import restore
 from learner.checkpoints.store import CheckpointStore
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
-from learner.loop import Iteration, check_history, prepare, train
+from learner.loop import Iteration, check_moments_staleness, prepare, train
 from learner.rollouts.codec import pack_group, unpack_group
 from learner.rollouts.feature_space import set_reference
 from learner.rollouts.prefetch import Pipeline
@@ -160,11 +160,11 @@ def test_moments_are_bounded_like_the_policy() -> None:
     answer = DistributionReward(
         iteration=5, rewards=np.zeros(2), fid=1.0, batch_fid=1.0, effective_size=2.0, version=4
     )
-    check_history(answer, 5, max_staleness=1)
+    check_moments_staleness(answer, 5, max_staleness=1)
     with pytest.raises(FleetError, match="staleness 1 is outside 0 to max_staleness 0"):
-        check_history(answer, 5, max_staleness=0)
+        check_moments_staleness(answer, 5, max_staleness=0)
     with pytest.raises(FleetError, match="staleness -1 is outside"):
-        check_history(answer, 3, max_staleness=3)
+        check_moments_staleness(answer, 3, max_staleness=3)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from cluster.spans import Span
 from learner.config import RunConfig
 from learner.grpo.advantage import group_advantages
 from learner.monitoring.gallery import contact_sheet
-from learner.monitoring.metrics import Recorder, Trace, read_metrics, repeatable
+from learner.monitoring.metrics import Recorder, read_metrics, repeatable
+from learner.monitoring.timeline import Trace
 from learner.runs import records
 from learner.runs.run_dir import RunDirectory
 from rewards.combine import Combiner, RewardTerm

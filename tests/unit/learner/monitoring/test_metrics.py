@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from cluster.spans import Span
 from learner.grpo.advantage import group_advantages
 from learner.grpo.loss import LossStats
-from learner.monitoring.rows import iteration_metrics, times
+from learner.monitoring.metrics import iteration_metrics
 from learner.training.batch import StepReport
 from learner.training.preparation import StatsAccumulator
 from rewards.combine import Combiner, RewardTerm
@@ -29,7 +28,7 @@ class Alone:
     all_max = all_sum
 
 
-def row(errors: list[str | None], *, classes: bool = True) -> dict:
+def row(errors: list[str | None], *, classes: bool = True, spans: tuple[Span, ...] = ()) -> dict:
     scores = {"clip": [np.nan if error else 0.1 * k for k, error in enumerate(errors)]}
     groups = [scored_group(scores, errors=errors)]
     combiner = Combiner({"clip": RewardTerm(limit=2.0), "loo_fid": RewardTerm()})
@@ -47,7 +46,17 @@ def row(errors: list[str | None], *, classes: bool = True) -> dict:
     report = StepReport(version=1, metrics={"policy/entropy": 2.0}, spans=())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return iteration_metrics(0, 0, groups, answer, advantages, report, 0)
+        return iteration_metrics(
+            0,
+            groups,
+            answer,
+            advantages,
+            report,
+            max_staleness=0,
+            restarts=0,
+            spans=spans,
+            seconds=2.0,
+        )
 
 
 def test_a_reward_that_no_image_got_is_absent() -> None:
@@ -67,11 +76,12 @@ def test_statistics_of_classes_are_absent_where_there_are_none() -> None:
 
 
 def test_the_slowest_server_is_absent_where_none_told_its_time() -> None:
-    groups = [scored_group({"clip": [0.1, 0.2]})]
-    spans = [Span("sampler-0", "sample", 0.0, 1.0)]
-    assert "time/slowest_server" not in times(spans, time.time() - 1, groups)
-    spans.append(Span("reward-server-0", "score", 0.0, 0.25))
-    assert times(spans, time.time() - 1, groups)["time/slowest_server"] == 0.25
+    sample = Span("sampler-0", "sample", 0.0, 1.0)
+    found = row([None, None], spans=(sample, sample))
+    assert "time/slowest_server" not in found
+    assert (found["time/sample"], found["time/images_per_s"]) == (2.0, 1.0)
+    found = row([None, None], spans=(sample, Span("reward-server-0", "score", 0.0, 0.25)))
+    assert found["time/slowest_server"] == 0.25
 
 
 def stats(gap: float) -> LossStats:

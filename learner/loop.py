@@ -57,17 +57,13 @@ def train(
     combiner: Combiner | None = None,
     pipeline: Pipeline | None = None,
 ) -> int:
-    """Run iterations from `first` to the end, or until a stop is requested.
+    """Run iterations from `first` to the end or a stop request; returns how many are done.
 
     Args:
         space: of the distribution reward, as `set_reference` returned it.
-        after: called with every finished iteration (records, checkpoints, progress).
-        run: name of the run; with the iteration, the key of a commit of moments.
-        combiner: of the rewards, with the anchors of a resumed run; None makes a new one.
-        pipeline: with the restored groups of a resumed run; None makes a new one.
-
-    Returns:
-        Number of iterations done.
+        after: called with every finished iteration.
+        run: name of the run; (run, iteration) is the key of a commit of moments.
+        combiner, pipeline: restored ones of a resumed run; None makes new ones.
     """
     combiner = combiner or Combiner(config.rewards.terms())
     pipeline, clock, previous_end = pipeline or Pipeline(config, fleet), Stopwatch(), time.time()
@@ -94,7 +90,6 @@ def train(
         with clock("broadcast"):
             fleet.broadcast(iteration + 1)
             pipeline.release(iteration)
-
         spans, now = (*worker_spans(groups, answer, report), *clock.take()), time.time()
         metrics = iteration_metrics(
             iteration,

@@ -1,7 +1,7 @@
-"""From a batch of scored groups to one advantage for every rollout.
+"""Advantages of a batch of scored groups: A = sum_r w_r z_r.
 
 Instance rewards (CLIP, preference) and the distribution reward (leave-one-out FID) are normalised
-apart, then weighted and added: A = sum_r w_r z_r.
+separately, then weighted and added.
 
 Shapes: P groups, K rollouts a group.
 """
@@ -19,7 +19,7 @@ from rewards.combine import Combiner
 
 @dataclass(frozen=True)
 class Advantages:
-    """Advantages of a batch and the rewards they came from."""
+    """Advantages of a batch, and its rewards."""
 
     values: np.ndarray
     """(P, K) float32; 0 where not valid."""
@@ -31,9 +31,9 @@ class Advantages:
     """Reward name -> (P, K) after normalisation and clipping, before the weight; 0 where not
     valid."""
     clipped: dict[str, float]
-    """Reward name -> share of images whose normalised reward was clipped; of those with a limit."""
+    """Name of a reward with a limit -> share of images whose normalised reward was clipped."""
     flat_groups: int
-    """Groups in which every rollout got the same rewards: they teach nothing."""
+    """Number of groups without a learning signal: all rollouts have equal rewards."""
 
 
 def group_advantages(
@@ -45,8 +45,8 @@ def group_advantages(
 
     Args:
         groups: P scored groups of K rollouts.
-        distribution: reward name -> (P, K), what no single image has (the leave-one-out FID).
-        combiner: has the weight and normalisation of every reward.
+        distribution: reward name -> (P, K), rewards of the batch (leave-one-out FID).
+        combiner: weights and normalisation of the rewards.
     """
     valid = np.stack([group.scores.valid for group in groups])
     names = groups[0].scores.scores.keys()

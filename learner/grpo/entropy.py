@@ -1,7 +1,7 @@
-"""How strongly entropy is rewarded: fixed, or steered towards the base policy's own entropy.
+"""The coefficient of the entropy bonus: fixed, or controlled towards a target entropy.
 
-A controller is a pure function from its state and what was measured to its next state. Entropies
-are exact means over tokens, in nats, of the distribution whose logprobs are learned.
+A controller is a pure function of its state and a measurement. Entropies are means over tokens, in
+nats, of the distribution that is learned.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ class EntropyConfig:
     """The entropy bonus."""
 
     controller: Literal["none", "fixed", "target", "paper"] = "none"
-    """How strongly entropy is rewarded. none: no bonus. fixed: `coef` throughout. target: raise the
-    coefficient while the policy's entropy is below the base policy's measured entropy, lower it
-    while above. paper: the formula of the public code of 2603.23086, its constants included."""
+    """none: no bonus. fixed: `coef` throughout. target: raise the coefficient while the entropy is
+    below the base policy's, lower it while above. paper: the formula of the public code of
+    2603.23086."""
     coef: float = 0.0
-    """The coefficient, or where the target controller starts; >= 0."""
+    """The coefficient, or the initial one of the target controller; >= 0."""
     gain: float = 0.1
     """Target controller: change of the coefficient per relative entropy gap and iteration."""
     max_coef: float = 0.05
     """Target controller: the coefficient's ceiling."""
     damping: float = 0.0
-    """Target controller: weight of the past in the moving average of the entropy that it looks at,
-    in [0, 1); 0 looks at the last iteration alone."""
+    """Target controller: decay of its moving average of the entropy, in [0, 1); 0: the last
+    iteration only."""
     target: float = 0.0
-    """Entropy aimed at, as a share of ln(vocabulary), in [0, 1); 0 is the base policy's own, as
-    measured. The public code has 0.78 for LlamaGen-L."""
+    """Target entropy as a share of ln(vocabulary), in [0, 1); 0: the base policy's, as measured.
+    The public code has 0.78 for LlamaGen-L."""
     paper: PaperEntropy = field(default_factory=PaperEntropy)
 
     def __post_init__(self) -> None:
@@ -83,13 +83,13 @@ class EntropyConfig:
 
     @property
     def needs_base(self) -> bool:
-        """Whether the base policy's entropy must be known."""
+        """Whether the controller needs the base policy's entropy."""
         return self.controller in STEERED and self.target == 0
 
 
 @dataclass(frozen=True)
 class EntropyState:
-    """What a controller carries from one iteration to the next."""
+    """State of a controller between iterations."""
 
     coefficient: float
     average: float | None = None
@@ -98,15 +98,15 @@ class EntropyState:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a controller is told after an iteration."""
+    """Measurement after an iteration."""
 
     entropy: float
-    """Mean token entropy of the policy that acted, nats."""
+    """Mean token entropy of the behaviour policy, nats."""
     base_entropy: float | None
     """That of the base policy, measured before training, nats."""
     vocab_size: int
     progress: float
-    """Share of training that is done when the next iteration begins, [0, 1]."""
+    """Share of training done when the next iteration begins, [0, 1]."""
 
 
 def initial_state(config: EntropyConfig) -> EntropyState:
@@ -139,7 +139,7 @@ def next_state(config: EntropyConfig, state: EntropyState, found: Measured) -> E
     average = found.entropy
     if state.average is not None and config.damping:
         average = config.damping * state.average + (1 - config.damping) * found.entropy
-    # a base policy without entropy (top_k 1) has none to hold: what is above it is not rewarded
+    # top_k 1: the base policy has no entropy
     gap = (target - average) / target if target > 0 else -float(average > 0)
     coefficient = min(max(state.coefficient + config.gain * gap, 0.0), config.max_coef)
     return EntropyState(coefficient, average)

@@ -1,24 +1,19 @@
-"""KL divergence from the frozen reference policy: estimators, and where they enter. Pure functions.
+"""Estimators of the KL divergence from the reference policy. Pure functions.
 
-The estimators are Schulman's ("Approximating KL divergence", 2020). With x drawn from p and
-d = log p(x) - log q(x), each has the expectation KL(p || q), but for k2, which is biased in second
-order:
+Schulman, "Approximating KL divergence" (2020): with x drawn from p and d = log p(x) - log q(x),
 
     k1 = d                    unbiased, of any sign, high variance
     k2 = d^2 / 2              biased, >= 0
     k3 = exp(-d) - 1 + d      unbiased, >= 0, low variance
 
-As terms of a *loss* they differ in what their gradient means. The gradient of k1 is that of log p,
-whose expectation is zero: it is noise, and k1 belongs to the reward. The gradient of k2 has the
-expectation of the KL's own gradient; that of k3 agrees with it in first order of d.
+As terms of a *loss* their gradients differ. That of k1 is the gradient of log p, whose expectation
+is zero: use k1 in the reward. That of k2 has the expectation of the KL's gradient; that of k3
+agrees with it in first order of d.
 
-Both logprobs are of the *unfiltered* distributions: temperature and guidance are applied, top-k and
-top-p are not. A filter is a rule of sampling; what the KL holds near the base policy are the
-weights. And with filters the divergence is infinite as soon as the policy may draw one token that
-is outside the reference's own top-k, whatever the estimator. NeMo RL does the same: filtered
-logprobs in the ratio, unfiltered ones of both policies in the KL
-(https://github.com/NVIDIA-NeMo/RL/pull/2053). Samples are still drawn under the filter, so that the
-estimates are expectations over the tokens that it keeps: they say nothing of the tail.
+Both logprobs are *unfiltered*: with temperature and guidance, without top-k and top-p. With filters
+the KL is infinite as soon as one sampled token is outside the reference's top-k. NeMo RL does the
+same (https://github.com/NVIDIA-NeMo/RL/pull/2053). Samples are drawn under the filter, so the
+estimates say nothing of the tail that it drops.
 
 Shapes: B rollouts, T tokens.
 """
@@ -79,11 +74,10 @@ def divergence(
 def penalised_advantages(
     advantages: Tensor, estimates: Tensor, coef: float, baseline: float
 ) -> Tensor:
-    """KL as a part of the reward: A - coef (k - baseline), for a policy that is not yet updated.
+    """KL in the reward: A - coef (k - baseline), with the policy before the update.
 
-    With estimates per token (B, T), each token pays for its own divergence: at ratio 1 the gradient
-    of k1 here is that of k2 in the loss. With one estimate a rollout (B, 1), every token answers
-    for the divergence of the whole, later tokens included, as a terminal reward has it.
+    With estimates per token, at ratio 1, k1 here has the gradient of k2 in the loss. With one
+    estimate a rollout, it acts as a terminal reward.
 
     Args:
         advantages: (B, 1)

@@ -21,38 +21,37 @@ Aggregation = Literal["token-mean", "seq-mean", "sequence-ratio"]
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Clipping, regularisation, and what is done about stale rollouts."""
+    """Clipping, KL, and the treatment of stale rollouts."""
 
     clip_low: float = 0.2
     """The ratio is clipped from below at 1 - clip_low, in [0, 1)."""
     clip_high: float = 0.2
     """The ratio is clipped from above at 1 + clip_high, >= 0."""
     aggregation: Aggregation = "token-mean"
-    """token-mean: over all tokens that count. seq-mean: over rollouts, of the mean over each one's
-    tokens; the same while no token is masked, since rollouts all have T tokens. sequence-ratio: one
-    ratio a rollout, of length-normalised logprobs (GSPO), which needs far narrower clips."""
+    """token-mean: mean over all tokens. seq-mean: mean over rollouts of each one's mean; differs
+    only if tokens are masked. sequence-ratio: one ratio a rollout, of length-normalised logprobs
+    (GSPO), which needs far narrower clips."""
     length_divisor: int = 0
-    """Dr.GRPO: divide the sum over a rollout's tokens by this constant rather than by their number;
-    0 divides by the number. The other half of Dr.GRPO, no deviation in the advantages, belongs to
-    the rewards' normalisation."""
+    """Dr.GRPO: divide the sum over a rollout's tokens by this constant; 0: by their number. (The
+    other half, no deviation in the advantages, is `normalise` of the rewards.)"""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the frozen base policy, >= 0; 0 needs no reference."""
     kl_estimator: Estimator = "k3"
-    """k1, k2 or k3. In the loss, k1 has no gradient but noise: use it in the reward."""
+    """k1, k2 or k3. The gradient of k1 in the loss is noise: use it in the reward."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """loss: a term beside the surrogate. reward: subtracted from the advantages, with the policy
-    before the update."""
+    """loss: a term of the loss. reward: subtracted from the advantages, with the policy before the
+    update."""
     kl_level: Level = "token"
-    """token: each token's own divergence. sequence: that of length-normalised logprobs."""
+    """token: one divergence a token. sequence: one a rollout, of length-normalised logprobs."""
     ratio_to: Literal["behaviour", "proximal"] = "behaviour"
-    """What the ratio is against: the policy that drew the tokens, or the learner before the update
-    (computed in a pass of its own)."""
+    """Denominator of the ratio: the behaviour policy, or the learner before the update (one more
+    forward pass)."""
     importance_cap: float = 0.0
-    """With ratio_to=proximal: tokens weigh min(proximal / behaviour, cap); 0 is no weight."""
+    """With ratio_to=proximal: weight tokens by min(proximal / behaviour, cap); 0: no weights."""
     mask_low: float = 0.0
-    """Tokens whose proximal / behaviour ratio is below leave the surrogate; 0 keeps them."""
+    """Mask tokens with a proximal / behaviour ratio below this; 0: none."""
     mask_high: float = 0.0
-    """Tokens whose proximal / behaviour ratio is above leave the surrogate; 0 keeps them."""
+    """Mask tokens with a proximal / behaviour ratio above this; 0: none."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low < 1:
@@ -88,31 +87,31 @@ class LossConfig:
 
     @property
     def masks(self) -> bool:
-        """Whether tokens may be left out."""
+        """Whether tokens may be masked."""
         return self.mask_low > 0 or self.mask_high > 0
 
     @property
     def needs_proximal(self) -> bool:
-        """Whether logprobs of the learner before the update are needed."""
+        """Whether the loss needs logprobs of the learner before the update."""
         in_reward = self.kl_coef > 0 and self.kl_in == "reward"
         return self.ratio_to == "proximal" or self.masks or in_reward
 
 
 @dataclass(frozen=True)
 class LossStats:
-    """Means over tokens, but for the one maximum; detached."""
+    """Means over tokens, and one maximum; detached. Each becomes the metric policy/NAME."""
 
     surrogate: Tensor
     entropy: Tensor
     reference_kl: Tensor | None
-    """None where it was not measured."""
+    """None if not measured."""
     mismatch_kl: Tensor
-    """KL(behaviour || learner), k3: 0 before the first update if both sides agree."""
+    """KL(behaviour || learner), k3; 0 before the first update if sampler and learner agree."""
     logprob_gap: Tensor
-    """Largest |learner - behaviour logprob|: rounding alone before the first update."""
+    """Largest |learner - behaviour logprob|; rounding only, before the first update."""
     ratio: Tensor
     clip_fraction: Tensor
-    """Share of tokens whose gradient the clip cuts off."""
+    """Share of tokens whose gradient is clipped."""
 
 
 def clipped_surrogate(
@@ -132,22 +131,14 @@ def clipped_surrogate(
 
 def sequence_ratio(logprobs: Tensor, old: Tensor) -> Tensor:
     """GSPO's ratio of a rollout (Zheng et al. 2025, 2507.18071): exp((1/T) sum_t (log p - log q)),
-    the geometric mean of its tokens' ratios. Tokens that a filter drops leave it
-    (`mean_log_ratio`).
-
-    Args, returns: (B, T) logprobs; (B, 1).
-    """
+    without filtered tokens (see `mean_log_ratio`). (B, T) logprobs -> (B, 1)."""
     return mean_log_ratio(logprobs - old).exp()
 
 
 def constant_length(tokens: int, divisor: int) -> float:
-    """Dr.GRPO's normalisation (Liu et al. 2025, 2503.20783): the mean over rollouts of
-    (1 / divisor) sum_t.
-
-    Where rollouts all have T tokens this is the mean over tokens times T / divisor, one constant on
-    the whole loss; it removes no length bias, for there is none. AdamW hardly sees it, but gradient
-    clipping does. Returns that constant; 1 for divisor 0.
-    """
+    """Dr.GRPO's normalisation (Liu et al. 2025, 2503.20783), as a factor of the loss: T / divisor;
+    1 for divisor 0. All rollouts have T tokens, so there is no length bias to remove; the factor
+    matters for gradient clipping."""
     return tokens / divisor if divisor else 1.0
 
 
@@ -164,34 +155,26 @@ def grpo_loss(
     weights: Tensor | None = None,
     unfiltered: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
-    """The GRPO loss (Shao et al. 2024, 2402.03300), entropy bonus included.
+    """The GRPO loss (Shao et al. 2024, 2402.03300) with entropy bonus, and its statistics.
 
         c mean_bt [ w_bt surrogate_bt + kl_coef k(learner || reference)_bt - entropy_coef H_bt ]
 
-    A mean over all tokens, whatever the aggregation: masks and importance weights are in w (see
-    `learner.grpo.off_policy`), so parts of a batch add up exactly, weighted by their rollouts. c is
-    `constant_length`'s.
-
-    A drawn token that the learner's own top-k or top-p drops (logprob -inf: the policy has moved
-    since the draw, or rounds differently) has ratio 0 and no gradient in the surrogate.
+    Always a mean over tokens: masks and importance weights are in w (`learner.grpo.off_policy`), so
+    microbatches add up exactly. c is `constant_length`. A token that the learner's own top-k or
+    top-p drops (logprob -inf) has ratio 0 and no gradient.
 
     Args:
-        logprobs: (B, T) learner logprobs, with gradients.
+        logprobs: (B, T) of the learner, with gradients.
         entropies: (B, T) of the learner's distribution, with gradients.
-        behaviour: (B, T) behaviour logprobs.
+        behaviour: (B, T) logprobs of the behaviour policy.
         advantages: (B,) or (B, T)
-        reference: (B, T) unfiltered logprobs of the frozen base policy, or None for no KL in the
-            loss.
-        old: (B, T) what the ratio is against, the proximal policy's; None is `behaviour`. Where it
-            is -inf, the ratio is 0 as well.
+        reference: (B, T) unfiltered logprobs of the reference; None: no KL in the loss.
+        old: (B, T) denominator of the ratio; None is `behaviour`.
         weights: (B, T) or (B, 1) of the surrogate; None is 1.
-        unfiltered: (B, T) learner logprobs before top-k and top-p, with gradients, for the KL (see
-            `learner.grpo.kl`); None is `logprobs`, where nothing is filtered.
-
-    Returns:
-        The loss and its statistics.
+        unfiltered: (B, T) learner logprobs before top-k and top-p, with gradients, for the KL; None
+            is `logprobs`.
     """
-    # A ratio against probability 0 is none: +inf makes it 0, as the learner's own -inf does.
+    # a token with probability 0 in the denominator has ratio 0, too
     old = behaviour if old is None else old.masked_fill(old == -torch.inf, torch.inf)
     ratio = (logprobs - old).exp()
     if config.aggregation == "sequence-ratio":
@@ -209,15 +192,30 @@ def grpo_loss(
         loss = loss + config.kl_coef * reference_kl
     if config.length_divisor:
         loss = loss * constant_length(logprobs.shape[1], config.length_divisor)
-    with torch.no_grad():
-        cut = torch.where(columns > 0, ratio > 1 + config.clip_high, ratio < 1 - config.clip_low)
-        stats = LossStats(
-            surrogate=surrogate.mean(),
-            entropy=entropies.mean(),
-            reference_kl=None if reference_kl is None else reference_kl.detach(),
-            mismatch_kl=k3(behaviour, logprobs).mean(),
-            logprob_gap=(logprobs - behaviour).abs().max(),
-            ratio=ratio.mean(),
-            clip_fraction=(cut & (columns != 0)).float().mean(),
-        )
-    return loss, stats
+    return loss, _stats(
+        logprobs, entropies, behaviour, columns, ratio, surrogate, reference_kl, config
+    )
+
+
+@torch.no_grad()
+def _stats(
+    logprobs: Tensor,
+    entropies: Tensor,
+    behaviour: Tensor,
+    advantages: Tensor,
+    ratio: Tensor,
+    surrogate: Tensor,
+    reference_kl: Tensor | None,
+    config: LossConfig,
+) -> LossStats:
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    clipped = torch.where(advantages > 0, ratio > high, ratio < low)
+    return LossStats(
+        surrogate=surrogate.mean(),
+        entropy=entropies.mean(),
+        reference_kl=None if reference_kl is None else reference_kl.detach(),
+        mismatch_kl=k3(behaviour, logprobs).mean(),
+        logprob_gap=(logprobs - behaviour).abs().max(),
+        ratio=ratio.mean(),
+        clip_fraction=(clipped & (advantages != 0)).float().mean(),
+    )

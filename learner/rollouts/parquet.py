@@ -61,8 +61,8 @@ def rollout_schema(rewards: Iterable[str]) -> pa.Schema:
 def rollout_table(
     iteration: int, groups: Sequence[ScoredGroup], advantages: Advantages, moments: int
 ) -> pa.Table:
-    """One row a rollout: identity, tokens, logprobs, spec, seed,
-    versions of policy and moments, every score."""
+    """One row a rollout: identity, tokens, logprobs, spec, seed, versions of policy and moments,
+    every score."""
     schema = rollout_schema(advantages.rewards)
     rows: dict[str, list[Any]] = {name: [] for name in schema.names}
     for index, group in enumerate(groups):

@@ -1,8 +1,8 @@
 """The configuration of a run: one dataclass tree, YAML presets, dotted overrides.
 
-Values come, weakest first, from the defaults, the preset (or the resumed run's config.yaml) and the
-command line. Everything is validated in one place: unknown keys are refused with the nearest valid
-name, impossible values with the range that is allowed.
+Precedence: command line, then the preset (or the resumed run's config.yaml), then the defaults.
+Each option is a field of a dataclass next to the code that uses it; its docstring is its help.
+`validate` refuses unknown keys (with the nearest name) and impossible values (with the range).
 """
 
 from __future__ import annotations
@@ -52,29 +52,29 @@ class RunConfig:
     """Tune an autoregressive image policy with GRPO."""
 
     num_samplers: Annotated[int, Field(ge=1, le=4096)] = 2
-    """Sampler actors."""
+    """Number of samplers."""
     num_reward_servers: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Reward-server actors."""
+    """Number of reward servers."""
     num_learners: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Learner actors: a data-parallel group; each takes its part of an iteration's rollouts."""
+    """Number of learners, a data-parallel group."""
     iterations: Annotated[int, Field(ge=1)] = 200
     """Learning iterations."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of everything random in the run."""
+    """Seed of all random numbers of the run."""
     groups_per_iteration: Annotated[int, Field(ge=1)] = 10
     """Conditions an iteration draws (P)."""
     rollouts_per_group: Annotated[int, Field(ge=2)] = 16
     """Rollouts of each condition (K)."""
     max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
-    """Iterations that sampling is ahead of learning (S): rollouts are S updates old. 0: on-policy;
-    with 1, samplers and reward servers work while the learner learns."""
+    """Iterations that sampling runs ahead of learning (S): rollouts are S updates old. 0:
+    on-policy; 1: samplers and reward servers work while the learner steps."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Longest wait for any one answer of a worker, seconds."""
+    """Longest wait for one answer of a worker, seconds."""
     heartbeat_s: Annotated[float, Field(ge=0)] = 60.0
-    """Longest silence of a worker's process, seconds, before it is taken for lost: it was stopped,
-    or hangs. 0: workers that hang are found by --timeout-s alone."""
+    """A worker that sends no heartbeat for this long, seconds, counts as lost. 0: only --timeout-s
+    finds workers that hang."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """How often any one worker is replaced within an hour before the run stops."""
+    """Replacements of one worker within an hour before the run stops."""
     max_failed_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of an iteration's images that may fail to be scored; above it the run stops."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -90,7 +90,7 @@ class RunConfig:
     sampler: SamplerResources = field(default_factory=SamplerResources)
     reward: RewardServerResources = field(default_factory=RewardServerResources)
     reward_pools: Annotated[dict[str, RewardPool], tyro.conf.Suppress] = field(default_factory=dict)
-    """Further reward servers by name, for scorers that name them as their pool; set in a YAML."""
+    """Further pools of reward servers by name, for scorers that name them; set in a YAML file."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -127,11 +127,11 @@ class RunConfig:
 
     @property
     def slots(self) -> int:
-        """Groups on their way at a time: (S + 1) P."""
+        """Groups in flight: (S + 1) P."""
         return (self.max_staleness + 1) * self.groups_per_iteration
 
 
-# Dataclasses that pydantic finds on its way down refuse unknown keys only if each one says so.
+# pydantic refuses unknown keys of nested dataclasses only if each one says so
 def _forbid_unknown(kind: type, done: set[type]) -> None:
     if kind in done or not dataclasses.is_dataclass(kind):
         return
@@ -149,13 +149,13 @@ _ADAPTER = TypeAdapter(RunConfig)
 
 
 def validate(values: Mapping[str, Any], source: str) -> RunConfig:
-    """A configuration from nested plain values.
+    """Validate nested plain values.
 
     Args:
-        source: where the values are from, for the error.
+        source: of the values, for errors.
 
     Raises:
-        ConfigError: names every wrong field, what was expected and what was found.
+        ConfigError: names every wrong field, with what was expected and found.
     """
     try:
         config = _ADAPTER.validate_python(dict(values))
@@ -168,7 +168,7 @@ def validate(values: Mapping[str, Any], source: str) -> RunConfig:
 
 
 def _flags_as_numbers(given: Any, taken: Any, name: str = "") -> Iterator[str]:
-    """Fields where `true`, or YAML's `yes` and `on`, was taken for the number 1."""
+    """Errors for fields where `true`, or YAML's `yes` and `on`, was read as the number 1."""
     if isinstance(given, bool):
         if not isinstance(taken, bool):
             yield f"{name} must be a number, found {str(given).lower()}"
@@ -218,11 +218,11 @@ def load_preset(name: str) -> RunConfig:
 
 
 def _no_preset(name: str, path: Path, shipped: list[str]) -> str:
-    """What is wrong with a preset that is neither shipped nor a file."""
+    """The error for a preset that is neither shipped nor a file."""
     there = f"shipped presets are {', '.join(shipped)}"
     if name and path.is_dir():
         return f"--preset {name} is a directory: name a YAML file in it ({there})"
-    if path.suffix.lower() not in YAML and len(path.parts) < 2:  # meant as a name
+    if path.suffix.lower() not in YAML and len(path.parts) < 2:  # a name, not a path
         hint = did_you_mean(name, shipped)
         return f"no preset {name!r}: {hint}there are {', '.join(shipped)}, or a path"
     try:
@@ -254,10 +254,7 @@ def dump(config: RunConfig) -> str:
 
 
 def parse_yaml(text: str, source: str) -> RunConfig:
-    """A configuration from YAML.
-
-    Args:
-        source: where it is from, for errors.
+    """A configuration from YAML text; `source` names it in errors.
 
     Raises:
         ConfigError: no YAML, or it does not validate.
@@ -272,7 +269,7 @@ def parse_yaml(text: str, source: str) -> RunConfig:
 
 
 def _explain(item: Any, values: Mapping[str, Any]) -> str:
-    """One of pydantic's findings in a line: field, expectation, what was found, what to do."""
+    """One error of pydantic in a line: field, expectation, what was found, what to do."""
     path = [str(part) for part in item["loc"]]
     name = ".".join(path)
     if item["type"] == "unexpected_keyword_argument":
@@ -288,7 +285,7 @@ def _explain(item: Any, values: Mapping[str, Any]) -> str:
 def _nearest(path: list[str]) -> str:
     kind: Any = RunConfig()
     for part in path[:-1]:
-        # the one mapping of named parts there is
+        # reward_pools, the only mapping
         kind = RewardPool() if isinstance(kind, Mapping) else getattr(kind, part)
     names = [item.name for item in dataclasses.fields(kind)]
     close = nearest(path[-1], names, cutoff=0.5)

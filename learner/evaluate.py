@@ -20,20 +20,20 @@ from rewards.distribution.fid import frechet_distance
 from rewards.distribution.fidelity import fidelity
 from rewards.distribution.moments import Moments
 
-GROUP = 50  # images of one request: a batch large enough to be quick
+GROUP = 50  # images of one request
 PANEL = "judge"
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of the table: a policy under a sampling spec."""
+    """A policy under a sampling spec."""
 
     name: str
     spec: SamplingSpec
 
 
 def base_rows(config: RunConfig) -> list[TableRow]:
-    """The base policy, without guidance and with each scale of the configuration."""
+    """The base policy, without guidance and with each configured scale."""
     spec = config.sampling
     rows = [TableRow("base", spec)]
     if spec.guidance == "none":
@@ -45,12 +45,12 @@ def base_rows(config: RunConfig) -> list[TableRow]:
 
 
 def tuned_row(config: RunConfig) -> TableRow:
-    """The tuned policy, sampled as it was trained."""
+    """The tuned policy, under the spec it was trained with."""
     return TableRow(TUNED, config.sampling.learned())
 
 
 def real_features(config: RunConfig, fleet: Fleet) -> dict[str, np.ndarray]:
-    """Features of the held-out images in each of the judge's spaces, (N, D)."""
+    """Feature space of the judge -> features (N, D) of the held-out images."""
     return fleet.features(iterate_images(config.evaluation.images, FEATURE_BATCH), PANEL)
 
 
@@ -69,23 +69,23 @@ def evaluate_policy(
     """
     requests, scored = list(_requests(config, spec)), list[GroupScores]()
     entropies = list[np.ndarray]()
-    for group in fleet.stream(requests):  # of every image, no more is kept than this
+    for group in fleet.stream(requests):  # images are not kept
         scored.append(group.scores)
         entropies.append(group.rollouts.entropies.mean(1, dtype=np.float64))
     failed, images = failures(scored)
     if failed:
         raise DataError(f"the judge failed on {len(failed)} images; the first: {failed[0]}")
 
-    def grade() -> dict[str, float]:
+    def compare_all() -> dict[str, float]:
         metrics: dict[str, float] = {}
         for space, theirs in real.items():
             prefix = "" if space == MAIN_SPACE else f"{space}/"
             ours = np.concatenate([scores.features[space] for scores in scored])
-            graded = compare(ours, theirs, config.evaluation.neighbours)
-            metrics |= {prefix + name: value for name, value in graded.items()}
+            found = compare(ours, theirs, config.evaluation.neighbours)
+            metrics |= {prefix + name: value for name, value in found.items()}
         return metrics
 
-    metrics = fleet.serve_while(grade)
+    metrics = fleet.serve_while(compare_all)
     for name in scored[0].scores:
         metrics[name] = float(np.concatenate([scores.scores[name] for scores in scored]).mean())
     entropy = float(np.concatenate(entropies).mean())
@@ -93,11 +93,11 @@ def evaluate_policy(
 
 
 def compare(generated: np.ndarray, real: np.ndarray, neighbours: int) -> dict[str, float]:
-    """Distances of two sets of features, (M, D) and (N, D)."""
+    """Metrics of generated features (M, D) against real ones (N, D)."""
     if generated.shape[1] != real.shape[1]:
         raise DataError(
             f"evaluation.images: its features have {real.shape[1]} dimensions, those of the "
-            f"policy's images {generated.shape[1]}: pixels are compared of images of one size"
+            f"policy's images {generated.shape[1]}: pixels are compared between images of one size"
         )
     ours, theirs = Moments.from_features(generated), Moments.from_features(real)
     near = fidelity(real, generated, neighbours)
@@ -106,7 +106,7 @@ def compare(generated: np.ndarray, real: np.ndarray, neighbours: int) -> dict[st
 
 
 def _requests(config: RunConfig, spec: SamplingSpec) -> Iterator[SampleRequest]:
-    """The same random numbers for every row and every policy: differences are the policy's."""
+    """Requests with the same random numbers for every policy and spec."""
     conditions = config.conditions.conditions()
     per_class = -(-config.evaluation.num_images // len(conditions))
     group = 0

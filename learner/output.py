@@ -1,4 +1,4 @@
-"""What a run keeps, how often, and when it is evaluated."""
+"""Options of output, checkpoints and evaluation."""
 
 from __future__ import annotations
 
@@ -13,66 +13,65 @@ FIGURES = ("fid", "density", "coverage", "precision", "recall", "accuracy", "cli
 """What `output.keep_best` may name."""
 
 LOCAL = ("file", "local")
-"""Schemes of URLs that name a place on this machine."""
+"""URL schemes of local directories."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """The evaluation by the judge, before and after training."""
+    """Evaluation by the judge, before, during and after training."""
 
     num_images: Annotated[int, Field(ge=0)] = 1000
-    """Images of each row of the table, the same number of each class (rounded up); 0 skips the
+    """Images of each evaluated policy, equally many of each class (rounded up); 0: no
     evaluation."""
     cfg_scales: tuple[Annotated[float, Field(gt=1, le=MOST_CFG_SCALE)], ...] = (1.5, 2.0)
-    """Guidance scales at which the base policy is evaluated too."""
+    """Guidance scales at which the base policy is evaluated, too."""
     every: Annotated[int, Field(ge=0)] = 0
     """Iterations between evaluations while training (evaluations.jsonl, TensorBoard); each has a
     checkpoint. 0: only before and after training."""
     images: str = "digits:held-out"
     """Real images to compare with: "digits:held-out", or an .npz file with uint8 images arr_0."""
     image_size: Annotated[int, Field(ge=0, le=4096)] = 0
-    """Pixels a side that samples are resized to before they are rounded to 8 bits, as LlamaGen's
-    --image-size-eval does (256 for policies of 384 pixels); 0: as they are decoded."""
+    """Side in pixels to which samples are resized before rounding to 8 bits, as LlamaGen's
+    --image-size-eval (256 for policies of 384 pixels); 0: not resized."""
     neighbours: Annotated[int, Field(ge=1)] = 5
     """k of precision, recall, density and coverage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """What a run keeps, and how often."""
+    """Checkpoints, galleries and rollouts of a run."""
 
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     """Iterations between checkpoints; the last iteration always has one."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 3
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: Annotated[int, Field(ge=0)] = 0
-    """Also keep the checkpoint of every so many iterations, a multiple of checkpoint_every; 0: none
-    for its age."""
+    """Also keep every checkpoint whose iteration is a multiple of this, itself a multiple of
+    checkpoint_every; 0: none."""
     keep_best: str = ""
     """Also keep the checkpoint with the best evaluation while training (evaluation.every), by this
     figure: fid (or second/fid; the least), accuracy, coverage, density, precision, recall, clip
     (the most); best.json names it. Empty: none."""
     background: bool = True
-    """Write checkpoints while the learner goes on: it copies policy and optimizer within its
-    machine's memory (12 bytes a parameter) and writes from the copy. False waits, and copies
-    nothing."""
+    """Write checkpoints in the background, from a copy of policy and optimizer in the learner's
+    host memory (12 bytes a parameter). False: the learner waits, without a copy."""
     checkpoint_url: str = ""
-    """Also keep checkpoints there: s3://, gs://, file://, or any URL that pyarrow or fsspec opens;
-    credentials come from the environment. --resume takes the newest of both places. A directory of
-    the run's own."""
+    """Copy checkpoints to this URL (s3://, gs://, file://, or any that pyarrow or fsspec opens), a
+    directory for this run only; credentials come from the environment. --resume takes the newest of
+    both places."""
     gallery_every: Annotated[int, Field(ge=0)] = 50
-    """Iterations between galleries; 0 keeps only the one before and the one after."""
+    """Iterations between galleries; 0: only before and after training."""
     gallery_columns: Annotated[int, Field(ge=1, le=64)] = 12
-    """Images of each class in a gallery, always from the same random numbers."""
+    """Images of each row of a gallery, always from the same random numbers."""
     gallery_rows: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Classes that galleries show, by index (captions by their number in the file, from 0). Empty:
-    all, or 16 spread evenly over them."""
+    """Classes in galleries, by index (captions by their number in the file, from 0). Empty: all, or
+    16 evenly spaced ones."""
     rollouts: bool = True
     """Write every rollout with its scores to Parquet."""
 
 
 def check_output(output: OutputConfig, evaluation: EvaluationConfig) -> None:
-    """Refuse settings of evaluations and checkpoints that contradict each other.
+    """Refuse contradictory settings of evaluations and checkpoints.
 
     Raises:
         ValueError: says what to set.
@@ -102,7 +101,7 @@ def check_output(output: OutputConfig, evaluation: EvaluationConfig) -> None:
 
 
 def check_url(url: str) -> None:
-    """Refuse what is no URL, or holds credentials: the configuration is written into files.
+    """Refuse what is no URL, or contains credentials, which would be written into files.
 
     Raises:
         ValueError: says what was found.

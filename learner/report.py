@@ -32,7 +32,11 @@ PANELS: dict[str, dict[str, str]] = {
 def write_report(
     run: RunDirectory, config: RunConfig, rows: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """Write `report.html` from the run's files and the table of evaluations."""
+    """Write `report.html`.
+
+    Args:
+        rows: table of evaluations.
+    """
     run.check_owned()
     template = importlib.resources.files("learner").joinpath("templates", "report.html")
     environment = jinja2.Environment(autoescape=True)
@@ -52,24 +56,24 @@ def write_report(
 
 
 def image_rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the rewards that single images got: all but the distribution's."""
+    """Names of the instance rewards."""
     keys = dict.fromkeys(key for row in metrics for key in row)
     names = [key.removeprefix("reward/") for key in keys if key.startswith("reward/")]
     return [name for name in names if name != LOO_FID]
 
 
 def column(metrics: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """Values of a metric; NaN where it was not measured, or not finite."""
+    """Values of a metric; NaN if not measured, or not finite."""
     return [number(row.get(key)) for row in metrics]
 
 
 def _encoded(path: Path) -> str:
-    """A file as base64: the page then can be moved alone."""
+    """A file as base64, so that the page needs no other file."""
     return base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
 
 
 def curves(metrics: list[dict[str, Any]]) -> bytes:
-    """The main figures over the iterations, as a PNG."""
+    """The curves of `PANELS`, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")

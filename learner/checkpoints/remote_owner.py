@@ -1,8 +1,7 @@
-"""One owner of the checkpoints at a URL, as `cluster.io.locks` is of a directory.
+"""The lock on remote checkpoints, as `cluster.io.locks` is on a directory.
 
-Object stores do not create a file exclusively everywhere, so two processes that start in the same
-moment may both believe that they own the place; the one that wrote first finds out before its next
-upload.
+Not every object store can create a file exclusively. Of two processes that start at the same
+moment, the first notices before its next upload that it lost the lock.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from learner.checkpoints.remote import RemoteCheckpoints
 
 logger = logging.getLogger(__name__)
 
-BEAT_S = 20.0  # between two renewals: each is a small upload
+BEAT_S = 20.0  # between two renewals, each a small upload
 STALE_S = 120.0
 POLL_S = 2.0
 
 
 class RemoteOwner:
-    """A claim on a URL, renewed by a thread until `release`."""
+    """A lock on a URL, renewed by a thread until `release`."""
 
     def __init__(self, remote: RemoteCheckpoints, holder: Holder) -> None:
         self._remote, self._holder = remote, holder
@@ -36,15 +35,14 @@ class RemoteOwner:
 
     @classmethod
     def acquire(cls, remote: RemoteCheckpoints, run: str) -> Self:
-        """Claim the place, after waiting for as long as it takes to know whether another process
-        holds it.
+        """Lock the URL; waits until an old lock is known to be stale.
 
         Args:
             run: name of the run, for messages.
 
         Raises:
-            LockHeldError: another process does.
-            CheckpointError: the place does not answer.
+            LockHeldError: another process holds it.
+            CheckpointError: the URL does not answer.
         """
         mine = Holder.this_process(run)
         before = _wait_for_stale_owner(remote)
@@ -62,23 +60,23 @@ class RemoteOwner:
         self.release()
 
     def check(self) -> None:
-        """To be asked before anything is written there.
+        """Called before every write.
 
         Raises:
-            LockLostError: another process has claimed the place.
-            CheckpointError: the place does not answer.
+            LockLostError: another process has the lock.
+            CheckpointError: the URL does not answer.
         """
         found = self._remote.owner()
         if _token(found) == self._holder.token:
             return
-        who = _describe(found) if found else "somebody who removed its mark"
+        who = _describe(found) if found else "a process that removed the lock"
         raise LockLostError(
             f"{self._remote.url} does not belong to this process (pid {self._holder.pid}) any more,"
             f" but to {who}: it stops, and writes nothing more there"
         )
 
     def release(self) -> None:
-        """Give the place up, unless another process has claimed it."""
+        """Remove the lock, unless another process has it."""
         self._ended.set()
         self._thread.join(BEAT_S)
         try:
@@ -91,18 +89,18 @@ class RemoteOwner:
         while not self._ended.wait(BEAT_S):
             try:
                 if _token(self._remote.owner()) != self._holder.token:
-                    return  # lost: whoever asks `check` is told
+                    return  # lost; `check` reports it
                 self._holder = replace(self._holder, renewed=self._holder.renewed + 1)
                 self._remote.write_owner(self._holder.to_bytes())
-            except TesseraError as error:  # of a moment: the next renewal may succeed
-                logger.debug(f"the mark at {self._remote.url} could not be renewed ({error})")
+            except TesseraError as error:  # the next renewal may succeed
+                logger.debug(f"the lock at {self._remote.url} could not be renewed ({error})")
 
 
 def _wait_for_stale_owner(remote: RemoteCheckpoints) -> str:
-    """Who held the place, once it is known that it is gone; empty if nobody did.
+    """Wait until the owner is known to have ended; returns who it was, or empty.
 
     Raises:
-        LockHeldError: it lives.
+        LockHeldError: it is running.
     """
     first, start = remote.owner(), time.monotonic()
     if first is None:

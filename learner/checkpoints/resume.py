@@ -1,4 +1,4 @@
-"""What a resumed run may do otherwise than the run it goes on with."""
+"""Which settings a resumed run may change."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ MAY_CHANGE = (
     "weights.take_up",  # of earlier versions; does nothing
     "ray.",
 )
-"""Beginnings of the fields that a resumed run may set anew: they change how it is carried out, not
-what it computes. (More iterations stretch the learning rate's schedule.)"""
+"""Prefixes of fields that a resumed run may change: they do not change what it computes (but for
+more iterations, which stretch the learning rate's schedule)."""
 
 LATER_ASKED = (".tag",)
-"""Endings of fields that a resumed run may set where they are empty: earlier versions took files of
-weights without asking what they were trained with."""
+"""Suffixes of fields that a resumed run may set if they are empty, as earlier versions left
+them."""
 SHOWN = 5  # fields
 
 
 def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
-    """Refuse to go on with a run under a configuration that makes it another run.
+    """Refuse to resume a run with a configuration that makes it another run.
 
     Raises:
         ConfigError: names the fields, with both values.

@@ -57,12 +57,12 @@ def real_features(config: RunConfig, fleet: Fleet) -> dict[str, np.ndarray]:
 def evaluate_policy(
     config: RunConfig, fleet: Fleet, spec: SamplingSpec, real: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Sample the policy that the fleet now holds, and grade it.
+    """Sample the current policy, and evaluate its images.
 
     Returns:
-        fid, density, coverage, precision, recall against `real` (of the judge's second space as
-        "second/fid" and so on), one mean for each of the judge's scorers, and the mean token
-        entropy in nats; and of how many images.
+        fid, density, coverage, precision and recall against `real` (in the judge's second space
+        "second/fid" and so on), the mean of each scorer of the judge, mean token entropy in nats,
+        number of images.
 
     Raises:
         DataError: an image could not be scored.

@@ -1,4 +1,4 @@
-"""The roles of a run's fleet, made of its configuration."""
+"""The fleet plan of a run: its roles and their configurations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTROL_THREADS = 2  # of a reward server: statistics and features beside the sc
 
 
 def fleet_plan(config: RunConfig) -> FleetPlan:
-    """The roles of this run, with their configurations."""
+    """Put together the roles of a run."""
     sampler = SamplerConfig(
         policy=config.policy,
         tokenizer=config.tokenizer,
@@ -83,7 +83,7 @@ def _reward_role(
     count: int,
     runtime_env: Mapping[str, Any] | None = None,
 ) -> Role:
-    """One pool of reward servers; the main one has no name, and judges the evaluations."""
+    """A pool of reward servers; the main one has no name, and serves the evaluations."""
     depth = servers.depth(config.rollouts_per_group)
     server = RewardServerConfig(
         rewards=config.rewards,

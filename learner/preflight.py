@@ -1,7 +1,7 @@
-"""What a run needs, looked at before anything is started: for the run itself and for a dry run.
+"""Checks before anything starts, for a run and for --dry-run.
 
-No weights are loaded and nothing is fetched: files are looked for, headers read, names compared.
-What workers on other machines have is theirs to say when they start.
+Nothing is loaded or downloaded: files are found, headers read, names compared. Workers on other
+machines check their own files when they start.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from rewards.reference.fetch import PUBLISHED, by_file, fetch_command, reference
 
 
 def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
-    """Everything that can be said of a configuration without a fleet.
+    """Check a configuration without a fleet.
 
     Args:
-        begun: the run goes on with a checkpoint, which holds what only a beginning needs.
+        begun: the run resumes a checkpoint, and needs no files of its start.
     """
     findings = Findings()
     policy, tokenizer = check_models(config.policy, config.tokenizer, findings)
@@ -72,7 +72,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
             "learner.lora", "peft to be installed", "none", "pip install 'tessera-rl[lora]'"
         )
     with findings.of("output.gallery_rows"):
-        if config.output.gallery_rows and not config.conditions.captions:  # files may be long
+        if config.output.gallery_rows and not config.conditions.captions:  # which may be many
             gallery_rows(config)
     findings.notes += notes(config, side)
     return findings
@@ -94,7 +94,7 @@ def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: 
     if captions:
         findings.problem(
             "conditions.captions",
-            "a file of captions, since the policy draws for captions",
+            "a file of captions, since the policy takes captions",
             "none",
             f"name one ({command_of('actors.captions')} makes it), or another policy",
         )
@@ -126,16 +126,12 @@ def _captions(
     found: Peeked,
     findings: Findings,
 ) -> None:
-    """
-    Args:
-        captions: whether the policy draws for captions.
-        found: the file.
-    """
+    """Check a file of captions; `captions`: the policy takes captions."""
     field, width = "conditions.captions", found.width
     if policy is not None and policy.conditioning == "class":
         findings.problem(
             field,
-            "nothing, since the policy draws for classes",
+            "nothing, since the policy takes classes",
             config.conditions.captions,
             "leave it empty, or choose a policy of captions",
         )
@@ -204,7 +200,7 @@ def _reference(config: RunConfig, side: int, findings: Findings) -> None:
 
 
 def _seed(config: RunConfig, side: int, findings: Findings) -> None:
-    """Moments that the history starts from."""
+    """Check `seed_from`, the moments that the history starts from."""
     field, term = "rewards.loo_fid.seed_from", config.rewards.loo_fid
     if not term.seed_from:
         return
@@ -238,10 +234,7 @@ def _no_reference(path: str) -> str:
 
 
 def _fits_features(config: RunConfig, side: int, space: RewardSpace, reference: Reference) -> None:
-    """
-    Raises:
-        DataError: moments of other features than the run's.
-    """
+    """Raises DataError for moments of other features than the run's."""
     features, fingerprint = config.rewards.features, reference.fingerprint
     if ours := feature_dim(features, side):
         reference.check_dim(ours + space.added, repr(features.network))
@@ -254,13 +247,10 @@ def _fits_features(config: RunConfig, side: int, space: RewardSpace, reference: 
 
 
 def _images(field: str, source: str, config: RunConfig) -> tuple[int, int, int]:
-    """Real images by name: there, and of the same things as the policy's.
-
-    Returns:
-        N, H, W of the images.
+    """Check that real images exist, and show the run's classes; returns their N, H, W.
 
     Raises:
-        DataError: they are not.
+        DataError: they do not.
     """
     if not source.startswith(DIGITS):
         moments = field.startswith("rewards")
@@ -300,11 +290,10 @@ def _suit(
     covariance: str,
     findings: Findings,
 ) -> None:
-    """Real images beside the policy's, in a feature space: of the same size where that decides the
-    dimension, and more than dimensions.
+    """Check that real images and the policy's fit one feature space, and warn if there are few.
 
     Raises:
-        DataError: pixels are compared, and the images are of another size.
+        DataError: pixels are compared, and the images have another size.
     """
     count, height, width = shape
     if features.network == "pixels" and side and (height, width) != (side, side):
@@ -332,7 +321,7 @@ def _evaluation(config: RunConfig, side: int, findings: Findings) -> None:
 
 
 def notes(config: RunConfig, side: int = 0) -> list[str]:
-    """Settings that are allowed, and most likely not meant."""
+    """Notes on settings that are valid but most likely not intended."""
     found = []
     if note := config.sampling.guidance_note:
         found.append(f"sampling.cfg_scale: {note}")
@@ -364,7 +353,7 @@ def notes(config: RunConfig, side: int = 0) -> list[str]:
 
 
 def listed(findings: Findings) -> list[str]:
-    """Problems, downloads and notes, in lines; nothing where there is nothing to say."""
+    """Lines of all problems, downloads and notes."""
     lines = findings.refusal()
     if findings.downloads:
         total = sum(download.size for download in findings.downloads)
@@ -374,10 +363,10 @@ def listed(findings: Findings) -> list[str]:
 
 
 def placement_lines(config: RunConfig, cpus: float, gpus: float) -> list[str]:
-    """Where everything would run on a machine: one line a role."""
+    """Placement on a machine, one line a role."""
     try:
         return [_placed(placement) for placement in place(fleet_plan(config), cpus, gpus)]
-    except ConfigError as error:  # a dry run is made on a laptop, too, for a cluster
+    except ConfigError as error:  # a dry run on a laptop, for a cluster
         return [f"does not fit this machine: {error}"]
 
 

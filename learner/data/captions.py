@@ -1,4 +1,4 @@
-"""Captions of a run: looked at before anything starts, and encoded where they have no features."""
+"""Captions of a run: checked before it starts, and encoded if they have no features."""
 
 from __future__ import annotations
 
@@ -18,25 +18,22 @@ from cluster.errors import DataError
 from cluster.io.paths import expand_user
 from cluster.text_limits import LongCaptions, faults
 
-AT_MOST = 20_000  # captions that are looked at before a run: seconds
+AT_MOST = 20_000  # captions checked before a run, which takes seconds
 
 
 def encode_captions(
     path: str, column: str, encoder: str, target: Path, long_captions: LongCaptions
 ) -> bool:
-    """Encode the captions of a file that has no features (or not of all) into one that has.
+    """Encode captions without features; returns False if the file has features of all.
 
     Args:
         column: of a table (see `load_captions`).
         encoder: T5 model (folder or name).
-        target: Parquet file to write; one that holds the same captions already stays.
-        long_captions: what is done about captions that the encoder would cut.
-
-    Returns:
-        Whether there was anything to encode: else the file itself has what is needed.
+        target: Parquet file to write, unless it holds the same captions already.
+        long_captions: treatment of captions that the encoder would cut.
 
     Raises:
-        DataError: one of the files cannot be read, or the encoder cannot read a caption.
+        DataError: a file cannot be read, or the encoder cannot read a caption.
         ConfigError: the encoder cannot be loaded.
     """
     found = caption_conditions(Path(path), column)
@@ -53,8 +50,8 @@ def encode_captions(
 
 
 def check_encoder(encoder: str, texts: Sequence[str], long_captions: LongCaptions) -> None:
-    """Whether a text encoder reads captions as they are written, by its tokenizer alone; nothing is
-    said of one that would have to be fetched, or of what transformers is missing for.
+    """Check by its tokenizer that a text encoder reads captions as written. Skips encoders that are
+    not downloaded yet, and all if transformers is missing.
 
     Raises:
         DataError: it does not.
@@ -80,20 +77,20 @@ def check_encoder(encoder: str, texts: Sequence[str], long_captions: LongCaption
 
 @dataclass(frozen=True)
 class Peeked:
-    """A file of captions, without its features."""
+    """A file of captions, read without its features."""
 
     captions: Captions
     width: int = 0
-    """Of the features; 0 where there are none."""
+    """Dimension of the features; 0: no features."""
     longest: int = 0
-    """Tokens of the longest caption's features; 0 where that is not known without reading them."""
+    """Most tokens of a caption's features; 0: not known without reading them."""
 
 
 def peek_captions(path: str, column: str = "") -> Peeked:
-    """Look at a file of captions without reading its features.
+    """Read a file of captions without its features.
 
     Raises:
-        DataError: it cannot be read, or holds no caption; or features of different widths.
+        DataError: it cannot be read, is empty, or has features of different widths.
     """
     file = Path(path)
     if not is_parquet(file):
@@ -116,7 +113,7 @@ def peek_captions(path: str, column: str = "") -> Peeked:
 
 
 def _extent(path: str, shapes: Sequence[Any]) -> tuple[int, int]:
-    """Width, and most tokens, of features by their shapes [n, D]."""
+    """Width D and largest n of shapes [n, D]."""
     width = longest = 0
     for row, shape in enumerate(shapes):
         parts = shape if isinstance(shape, list) else []

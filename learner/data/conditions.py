@@ -1,4 +1,4 @@
-"""What is asked for: conditions, and the order in which iterations draw them."""
+"""Conditions of a run, and the order in which iterations draw them."""
 
 from __future__ import annotations
 
@@ -23,27 +23,25 @@ IMAGENET = "imagenet"
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionsConfig:
-    """The classes of the policy, in the order of its class table, and the words for them; or a file
-    of captions."""
+    """The policy's classes and their names, or a file of captions."""
 
     names: tuple[str, ...] | Literal["imagenet"] = DIGITS
-    """One name a class; imagenet is open_clip's thousand."""
+    """One name a class, in the order of the policy's class table; imagenet: open_clip's
+    thousand."""
     template: str = "a photo of the digit {}"
-    """Text of a class; {} takes its name."""
+    """Text of a class; {} is its name."""
     classes: tuple[int, ...] = ()
-    """Classes that are asked for, by index; empty is all of them."""
+    """Indices of the classes to draw from; empty: all."""
     captions: str = ""
-    """Captions in place of classes: a text file, one a line, a table (.tsv, .csv, .json, .jsonl),
-    or a Parquet file, for caption-conditional policies with features (as `python -m
-    actors.captions` writes it, or with a column features of lists)."""
+    """Captions instead of classes: a text file with one a line, a table (.tsv, .csv, .json,
+    .jsonl), or a Parquet file, with features for caption-conditional policies (from `python -m
+    actors.captions`, or a column features of lists)."""
     column: str = ""
-    """Column of a table that holds the captions; empty: the only one called caption, prompt, text
-    or the like."""
+    """Column with the captions; empty: the one called caption, prompt, text or the like."""
     long_captions: LongCaptions = "error"
-    """Of captions that `encoder` would cut: error refuses them, truncate has them cut."""
+    """Captions that `encoder` would cut: error refuses them, truncate cuts them."""
     encoder: str = ""
-    """T5 model (folder or name) that encodes captions whose file has no features, when the run
-    starts, into its directory."""
+    """T5 model (folder or name) to encode captions without features, once, when the run starts."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -62,17 +60,16 @@ class ConditionsConfig:
 
     @property
     def all_of_imagenet(self) -> bool:
-        """Whether the names are a known list rather than written out."""
+        """Whether the names are imagenet's."""
         return self.names in (IMAGENET, (IMAGENET,))
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name a class of the policy, asked for or not."""
+        """One name for each class of the policy."""
         return imagenet_names() if self.all_of_imagenet else tuple(self.names)
 
     def encoded(self, target: Path) -> ConditionsConfig:
-        """These conditions, or, where there is an `encoder` and captions that need it, those of a
-        file that it has written. See `encode_captions`."""
+        """These conditions, with captions encoded into `target` if need be (`encode_captions`)."""
         if not (self.captions and self.encoder):
             return self
         found = encode_captions(
@@ -83,17 +80,17 @@ class ConditionsConfig:
         return replace(self, captions=str(target), column="", encoder="")
 
     def conditions(self) -> list[Condition]:
-        """Every condition there is to draw from; captions with features where their file has them.
+        """All conditions to draw from, captions with their features.
 
         Raises:
-            DataError: the file of captions cannot be read, or a class is not there.
+            DataError: the file of captions cannot be read, or no such class.
         """
         return list(_conditions(self))
 
 
 @functools.lru_cache(maxsize=4)
 def _conditions(config: ConditionsConfig) -> Sequence[Condition]:
-    """Read once: a file may be long, and its features are compared by nobody."""
+    """Cached: a file may be long."""
     if config.captions:
         return caption_conditions(Path(config.captions), config.column)
     names = config.class_names
@@ -106,7 +103,7 @@ def _conditions(config: ConditionsConfig) -> Sequence[Condition]:
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """ImageNet's thousand classes in words, one each, as open_clip has them."""
+    """The names of ImageNet's thousand classes in open_clip."""
     from cluster.model_files.torchvision_ops import ensure_torchvision
 
     ensure_torchvision()
@@ -116,10 +113,10 @@ def imagenet_names() -> tuple[str, ...]:
 
 
 class ConditionStream:
-    """Draws conditions in epochs: each once, in a new order, before any comes again.
+    """Draws conditions in epochs: each once, in a random order, before any is repeated.
 
-    Which conditions an iteration gets is a function of (seed, iteration) alone: there is no cursor
-    that a resumed run could lose.
+    The conditions of an iteration are a function of (seed, iteration), so a checkpoint needs no
+    cursor.
     """
 
     def __init__(self, conditions: list[Condition], per_iteration: int, seed: int) -> None:
@@ -136,7 +133,7 @@ class ConditionStream:
         return self._conditions[int(self._order(epoch)[place])]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Of one epoch; the last one asked for is kept, for files may be long."""
+        """The permutation of an epoch; the last one is cached."""
         if self._latest[0] != epoch:
             key = [self._seed, zlib.crc32(b"conditions")]
             generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, epoch]))

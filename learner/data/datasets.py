@@ -34,11 +34,10 @@ def load_images(source: str) -> np.ndarray:
 
 
 def iterate_images(source: str, batch: int) -> Iterator[np.ndarray]:
-    """The images of `load_images`, (B, H, W, 3) at a time: a file is read as far as it is asked
-    for.
+    """The images of `load_images` in batches (B, H, W, 3), read lazily.
 
     Raises:
-        DataError: as `load_images`, when it comes to it.
+        DataError: as `load_images`.
     """
     if source.startswith(DIGITS):
         images = load_images(source)
@@ -64,10 +63,7 @@ def load_labels(source: str) -> np.ndarray:
 
 
 def _samples(source: str) -> SampleImages:
-    """
-    Raises:
-        DataError: a folder, or a file of something else.
-    """
+    """Raises DataError for a folder, or another kind of file."""
     expected = "expected an .npz file of samples, arr_0 (N, H, W, 3) uint8 and, for classes, arr_1"
     if expand_user(source).is_dir():
         raise DataError(f"{printable(source)}: {expected}, found a folder: write its images as one")

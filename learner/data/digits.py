@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real 8x8 images of 10 classes, split once for all."""
+"""scikit-learn's handwritten digits: 1,797 real 8x8 images of 10 classes, in a fixed split."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_TRAIN = 1000
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 8, 8, 3) uint8 and labels (N,) int64 of the "train" (1,000) or "held-out" (797)
-    part. The split is stratified and fixed: no seed of a run moves an image across it."""
+    part. The split is stratified, and does not depend on a run's seed."""
     data = load_digits()
     gray = np.round(data.images * (255 / 16)).astype(np.uint8)
     parts = train_test_split(
@@ -30,7 +30,7 @@ def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def captions() -> list[str]:
-    """What a text-image model reads for each class."""
+    """The text of each class."""
     return [TEMPLATE.format(name) for name in CLASS_NAMES]
 
 

@@ -247,14 +247,14 @@ def test_captions_files(tmp_path: Path) -> None:
         assert message in problem
     assert problems(conditions={"captions": "fits.parquet"}, **asked) == []
     (problem,) = problems(**asked)
-    assert "expected a file of captions, since the policy draws for captions" in problem
+    assert "expected a file of captions, since the policy takes captions" in problem
 
 
 def test_captions_for_a_policy_of_classes() -> None:
     Path("texts.txt").write_text("a cat\n")
     told = problems(conditions={"captions": "texts.txt"}, evaluation={"num_images": 0})
     assert told == [
-        "conditions.captions: expected nothing, since the policy draws for classes, found "
+        "conditions.captions: expected nothing, since the policy takes classes, found "
         "texts.txt: leave it empty, or choose a policy of captions"
     ]
 

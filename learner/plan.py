@@ -1,7 +1,4 @@
-"""What a run takes of its GPUs, before it is started: `python -m learner.plan --preset NAME`.
-
-Arithmetic alone (`learner.capacity.memory`, `learner.capacity.gpus`): no GPU, no weights.
-"""
+"""GPU memory of a run, computed before it starts: `python -m learner.plan --preset NAME`."""
 
 from __future__ import annotations
 
@@ -35,8 +32,8 @@ from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, vali
 
 MODULE = "learner.plan"
 ABOUT = (
-    "Memory that a run takes of its GPUs: of the learner in parts, and of every process on each "
-    "GPU. Takes the options of learner.run."
+    "GPU memory of a run: of the learner in parts, and of every process on each GPU. Takes the "
+    "options of learner.run."
 )
 COMMON = {
     "what to plan": ("--preset", "--gpu-memory-gb"),
@@ -53,17 +50,17 @@ SPARE = 0.1  # share of a GPU that is left to the allocator and to kernels' work
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What to plan, beside the run's options."""
+    """Options beside those of the run."""
 
     preset: Annotated[str, tyro.conf.arg(aliases=("-p",))] = DEFAULT_PRESET
     """Shipped preset by name, or a YAML file by path."""
     gpu_memory_gb: Annotated[float, Field(ge=0)] = 0.0
-    """Memory of one GPU, GB; 0 is that of this machine's first one, or 80 where there is none."""
+    """Memory of one GPU, GB; 0: of this machine's first one, or 80 without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Memory that a run takes of its GPUs."""
+    """GPU memory of a run."""
 
     command: Annotated[Command, tyro.conf.arg(name="")] = field(default_factory=Command)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
@@ -90,11 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> tuple[Command, RunConfig]:
-    """
-    Raises:
-        ConfigError: unknown preset, impossible value.
-        SystemExit: --help, or an option that does not exist.
-    """
+    """Raises ConfigError for impossible values, SystemExit for --help and unknown options."""
     command, _ = tyro.cli(Command, args=arguments, return_unknown_args=True, add_help=False)
     base = load_preset(command.preset)
     if asks_help(arguments):
@@ -102,7 +95,7 @@ def parse(arguments: list[str] | None) -> tuple[Command, RunConfig]:
     default = Arguments(command=command, run=base)
     try:
         parsed = tyro.cli(Arguments, args=arguments, default=default, prog=command_of(MODULE))
-    except ValueError as error:  # what a dataclass says of its own fields
+    except ValueError as error:  # of a dataclass's own check
         raise ConfigError(f"command line: {error}") from None
     if parsed.command.gpu_memory_gb < 0:
         raise ConfigError(f"--gpu-memory-gb must be >= 0, found {parsed.command.gpu_memory_gb:g}")
@@ -110,14 +103,14 @@ def parse(arguments: list[str] | None) -> tuple[Command, RunConfig]:
 
 
 def beside_learner(gpus: list[Gpu], learner: LearnerMemory) -> float:
-    """Bytes that a learner's GPU holds beside what it computes with: contexts, other processes."""
+    """Bytes on a learner's GPU beside its own memory: contexts, other processes."""
     name = "learner"
     shared = [gpu for gpu in gpus if any(p.name.startswith(name) for p in gpu.processes)]
     return max((gpu.memory - learner.total for gpu in shared), default=0.0)
 
 
 def detected_gb() -> float:
-    """Memory of this machine's first GPU, or of the one that presets are written for."""
+    """Memory of this machine's first GPU, or the default."""
     import torch
 
     if not torch.cuda.is_available():
@@ -126,7 +119,7 @@ def detected_gb() -> float:
 
 
 def largest_microbatch(config: RunConfig, architecture: PolicyArchitecture, limit: float) -> int:
-    """Most rollouts of one pass that fit `limit` bytes; 0 if not even one does."""
+    """Most rollouts of one pass within `limit` bytes; 0 if not even one fits."""
     sizes = range(1, rollouts_of(config) + 1)
     return bisect.bisect_right(
         sizes, limit, key=lambda size: memory_of(config, architecture, size).total
@@ -143,7 +136,7 @@ def show(
     """Print the learner's parts, and the largest microbatch.
 
     Args:
-        beside: bytes that others take of its GPU, and its own context.
+        beside: of `beside_learner`.
     """
     found, usable = memory_of(config, architecture), gpu * (1 - SPARE) - beside
     size = count_parameters(architecture) / 1e6
@@ -165,7 +158,7 @@ def show(
 
 
 def show_gpus(gpus: list[Gpu], size: float) -> None:
-    """Print every process on each GPU, and whether they fit."""
+    """Print the processes on each GPU, and whether they fit."""
     if not gpus:
         print("No process asks for a GPU (--learner.num-gpus, --sampler.num-gpus, ...).")
         return

@@ -1,1 +1,1 @@
-"""What a run takes of memory and disks: arithmetic on its configuration."""
+"""Memory, disk and object store that a run needs, computed from its configuration."""

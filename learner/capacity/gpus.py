@@ -1,8 +1,4 @@
-"""Which processes share a GPU, and how much memory they take of it: arithmetic, for plans.
-
-The learner's parts are those of `learner.capacity.memory`, reward servers' those of
-`rewards.memory`. Every process on a GPU has a context of its own there.
-"""
+"""Processes on each GPU and their memory, computed. Every process has a CUDA context of its own."""
 
 from __future__ import annotations
 
@@ -26,33 +22,33 @@ UNITS = 10_000  # of a GPU, as Ray counts its parts
 
 @dataclass(frozen=True)
 class Process:
-    """One worker that asks for a part of a GPU, or for several."""
+    """A worker with a share of a GPU, or with several."""
 
     name: str
     share: float
     """GPUs."""
     memory: float
-    """Bytes, its context included."""
+    """Bytes, with its context."""
     unknown: tuple[str, ...] = ()
-    """What is not counted."""
+    """Networks of unknown size, not counted."""
 
 
 @dataclass
 class Gpu:
-    """One GPU, and who is on it."""
+    """A GPU and its processes."""
 
     processes: list[Process]
     free: int = UNITS
-    """What is not asked for yet."""
+    """Units not assigned."""
 
     @property
     def memory(self) -> float:
-        """Bytes of all its processes."""
+        """Bytes of all processes."""
         return sum(process.memory for process in self.processes)
 
 
 def processes(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfig) -> list[Process]:
-    """Every worker with a GPU, in the order in which the fleet is made."""
+    """Every worker with a GPU, in the order in which the fleet starts them."""
     plan, found = fleet_plan(config), list[Process]()
     amounts: dict[str, tuple[float, tuple[str, ...]]] = {
         plan.learner.name: (memory_of(config, policy).total, ()),
@@ -73,7 +69,7 @@ def processes(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfig
 
 
 def memory_of(config: RunConfig, policy: PolicyArchitecture, microbatch: int = 0) -> LearnerMemory:
-    """Of a run's learner; microbatch 0 is the configuration's."""
+    """Memory of a run's learner; microbatch 0 is the configured one."""
     options = config.learner
     return learner_memory(
         policy,
@@ -87,12 +83,13 @@ def memory_of(config: RunConfig, policy: PolicyArchitecture, microbatch: int = 0
 
 
 def rollouts_of(config: RunConfig) -> int:
-    """Most rollouts of an iteration that one learner has."""
+    """Most rollouts of an iteration on one learner."""
     return -(-config.groups_per_iteration * config.rollouts_per_group // config.num_learners)
 
 
 def of_sampler(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfig) -> float:
-    """Bytes of one sampler: policy, caches, tokenizer, and the images of a group in decoding."""
+    """Bytes of a sampler: policy, caches, tokenizer, and a group's images while they are
+    decoded."""
     decoding = sampler_memory(
         policy,
         rollouts=config.rollouts_per_group,
@@ -106,8 +103,7 @@ def of_sampler(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfi
 
 
 def pack(found: list[Process]) -> list[Gpu]:
-    """Processes to as few GPUs as Ray would take: each to the fullest one that has room, several
-    whole ones to themselves."""
+    """Assign processes as Ray does: each to the fullest GPU with room, whole GPUs exclusively."""
     gpus: list[Gpu] = []
     for process in found:
         whole, part = divmod(round(process.share * UNITS), UNITS)

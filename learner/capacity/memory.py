@@ -1,8 +1,7 @@
-"""How much memory one learner takes: arithmetic alone.
+"""Memory of a learner and of a sampler, computed.
 
-Weights, gradients and optimizer are exact. Activations are what autograd keeps, declared by
-the policy's `Family` (a test compares them with what it really keeps). What a step holds for a
-moment while it computes logits' gradients is an estimate.
+Weights, gradients and optimizer are exact. Activations are what autograd keeps, declared by the
+policy's `Family` (a test compares). The temporary memory of logits' gradients is an estimate.
 
 Units: bytes; d width, f hidden width, V vocabulary, T tokens, B rollouts of a microbatch.
 """
@@ -32,11 +31,11 @@ class LearnerMemory:
     optimizer: float
     """AdamW's two averages."""
     gathered: float
-    """Where there are several learners, which keep shares of the three above: whole weights and
-    gradients of the block in work and the one fetched ahead, and of what is outside of blocks."""
+    """With several learners, which hold shards of the three above: full weights and gradients of
+    the current block, the prefetched one, and what is outside of blocks."""
     reference: float
     casts: float
-    """bf16 copies of weights that autocast keeps during a pass."""
+    """bf16 copies of weights that autocast caches during a pass."""
     activations: float
     logits: float
 
@@ -55,14 +54,13 @@ def learner_memory(
     learners: int = 1,
     guided: bool = False,
 ) -> LearnerMemory:
-    """Memory of one learner at its peak. How many rollouts an iteration has does not matter: they
-    wait as tokens and logprobs, a few bytes each.
+    """Peak memory of a learner. It hardly depends on the number of rollouts of an iteration.
 
     Args:
         microbatch: rollouts of one pass (B).
-        reference: whether a frozen copy lies beside the policy.
-        learners: over how many weights, gradients and optimizer are divided.
-        guided: logprobs of the guided mixture, which takes two rows a rollout.
+        reference: a frozen copy is kept beside the policy.
+        learners: number of shards of weights, gradients and optimizer.
+        guided: logprobs of the guided mixture, with two batch rows a rollout.
     """
     parameters = count_parameters(architecture)
     rows = microbatch * (2 if guided else 1)
@@ -105,9 +103,10 @@ def sampler_memory(
     guided: bool = False,
     max_groups: int = 1,
 ) -> float:
-    """Bytes of a sampler that decodes groups of so many rollouts: weights and KV caches.
+    """Bytes of a sampler: weights and KV caches.
 
     Args:
+        rollouts: of a group.
         max_groups: decoded together at most; 1, 2, 4, ... up to it have a cache each.
     """
     width = FP32 if dtype == "float32" else BF16

@@ -1,4 +1,4 @@
-"""What a run takes of disks and of Ray's object store: arithmetic on its configuration alone."""
+"""Disk and object store that a run needs, computed from its configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GB = 1e9
 
 
 def store_need(config: RunConfig) -> StoreNeed:
-    """What a run may have in the object store at a time.
+    """Largest content of the object store at a time.
 
     Raises:
         CheckpointError, ConfigError: policy or tokenizer cannot be read.
@@ -45,14 +45,13 @@ def store_need(config: RunConfig) -> StoreNeed:
 
 
 def largest_group(config: RunConfig) -> int:
-    """Images of the largest group that a run asks for."""
+    """Images of the largest group of a run."""
     sizes = [config.rollouts_per_group, config.output.gallery_columns]
     return max(*sizes, min(EVALUATION_GROUP, config.evaluation.num_images))
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """About what a checkpoint takes: fp32 weights and AdamW's averages of what is trained. What
-    moments server and rewards keep is small beside it."""
+    """Approximate size of a checkpoint: fp32 weights, and AdamW's averages of what is trained."""
     policy = config.policy
     source = Source.of(policy.checkpoint, policy.architecture, policy.ema)
     averages = 0 if config.learner.lora.rank else AVERAGES
@@ -60,23 +59,23 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 class DiskWatch:
-    """Says so when the disk has no room for two more checkpoints.
+    """Warns when the disk has no room for two more checkpoints.
 
     Args:
         checkpoints: directory of the checkpoints.
-        estimate: bytes of one, as long as there is none.
+        estimate: bytes of a checkpoint, until there is one.
     """
 
     def __init__(self, checkpoints: Path, estimate: int) -> None:
         self._checkpoints, self._estimate = checkpoints, estimate
-        self._told = False
+        self._warned = False
 
     def __call__(self) -> None:
-        """Look; says so once, and again only after there was room."""
+        """Check; warns once, and again only after there was room."""
         note = room_note(free_bytes(self._checkpoints), self._size(), self._checkpoints)
-        if note and not self._told:
+        if note and not self._warned:
             logger.warning("note: %s", note)
-        self._told = bool(note)
+        self._warned = bool(note)
 
     def _size(self) -> int:
         steps = steps_in(self._checkpoints)
@@ -86,12 +85,12 @@ class DiskWatch:
 
 
 def free_bytes(folder: Path) -> int:
-    """What this user may still write there."""
+    """Free space for this user."""
     return shutil.disk_usage(folder).free
 
 
 def room_note(free: int, checkpoint: int, folder: Path) -> str:
-    """What to say of a disk with so many bytes free; nothing, if two checkpoints fit."""
+    """The warning, or empty if two checkpoints fit."""
     if free >= 2 * checkpoint:
         return ""
     return (

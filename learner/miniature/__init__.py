@@ -1,1 +1,1 @@
-"""The miniature: real digits, five small networks and a judge, for the same program."""
+"""The miniature, the default run: real digits, five small networks, and a judge."""

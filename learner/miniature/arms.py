@@ -1,10 +1,9 @@
-"""Does it work, and which part of it does? `python -m learner.miniature.arms`
+"""Ablation study on the miniature: `python -m learner.miniature.arms`.
 
-Trains the miniature with and without each part, over several seeds, and grades every result with
-the same held-out judge. Each seed rebuilds all networks (tokenizer, policy, scorers) and reseeds
-the learning; the judge and the split of the data stay fixed. Writes results.csv, arms.png and the
-table, as means over seeds with 95 % intervals (Student's t). Finished arms are kept: a second call
-with the same --out goes on.
+Trains the miniature with and without each part of the method ("arms") over several seeds, and
+evaluates every result with the same judge. Each seed rebuilds all networks (tokenizer, policy,
+scorers); judge and data split are fixed. Writes results.csv, arms.png and the table, as means over
+seeds with 95 % intervals (Student's t). A second call with the same --out continues.
 """
 
 from __future__ import annotations
@@ -65,20 +64,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "instance + joint": {"rewards": JOINTLY},
     "instance + joint + entropy": {"rewards": JOINTLY, "entropy": {"controller": "target"}},
 }
-"""Arm -> what differs from the preset."""
+"""Arm -> changes to the preset."""
 AHEAD = "both, one iteration ahead"
 FURTHER: dict[str, dict[str, Any]] = {
     AHEAD: {"max_staleness": 1},
     "both, two iterations ahead": {"max_staleness": 2},
 }
-"""Arms that run only if they are named."""
+"""Arms that run only if named."""
 SPACES = {
     **COLUMNS,
     "pixel FID↓": "second/fid",
     "pixel cov.↑": "second/coverage",
     "pixel rec.↑": "second/recall",
 }
-"""Heading -> metric: the judge's features, and raw pixels, in which nothing was learned."""
+"""Heading -> metric, in the judge's features and in raw pixels."""
 DIVERSITY = ("coverage", "recall", "second/fid", "second/coverage", "second/recall")
 COMPARISONS = (
     (BOTH, GUIDED, ("fid", "accuracy", "density", *DIVERSITY)),
@@ -89,7 +88,7 @@ COMPARISONS = (
     ("instance + joint", BOTH, ("accuracy", "fid", "density", *DIVERSITY)),
     (AHEAD, BOTH, ("accuracy", "fid", "density", *DIVERSITY)),
 )
-"""Which policy is compared with which, and in what, if both were trained."""
+"""Policy, compared with, metrics; if both were trained."""
 LOWER_IS_BETTER = ("fid", "second/fid")
 WIDTH = 180  # columns of the table where there is no terminal
 PLOT_COLUMNS = 6
@@ -97,18 +96,18 @@ PLOT_COLUMNS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class ArmsConfig:
-    """Compare the parts of the method on the miniature."""
+    """Ablation study of the method on the miniature."""
 
     out: Path = Path("runs/arms")
-    """Where results and rebuilt networks go."""
+    """Directory of results and rebuilt networks."""
     seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
-    """One repetition each."""
+    """One repetition a seed."""
     arms: tuple[str, ...] = tuple(ARMS)
-    """Which, by name; also "both, one iteration ahead" and "both, two iterations ahead"."""
+    """Arms by name; also "both, one iteration ahead" and "both, two iterations ahead"."""
     iterations: int = load_preset(DEFAULT_PRESET).iterations
     """Learning iterations of each arm."""
     workers: int = 0
-    """Processes at a time; 0 is one for each core."""
+    """Parallel processes; 0: one a core."""
 
     def __post_init__(self) -> None:
         unknown = [arm for arm in self.arms if arm not in ARMS | FURTHER]
@@ -138,7 +137,7 @@ def _run(config: ArmsConfig) -> int:
         ):
             run_all(config, progress)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with the arms that are not done", file=sys.stderr)
+        print("stopped; the same command continues with the other arms", file=sys.stderr)
         return INTERRUPTED
     results = collect(config)
     write_csv(results, config.out / "results.csv")
@@ -149,7 +148,7 @@ def _run(config: ArmsConfig) -> int:
 
 
 def run_all(config: ArmsConfig, progress: Progress) -> None:
-    """Build the networks of each seed, then train every arm, as many at a time as asked for."""
+    """Build the networks of each seed, then train every arm, in parallel processes."""
     workers = config.workers or len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")  # a forked process inherits torch's threads
     with ProcessPoolExecutor(workers, mp_context=context) as pool, _ending_processes():
@@ -174,7 +173,7 @@ def run_all(config: ArmsConfig, progress: Progress) -> None:
 
 @contextmanager
 def _ending_processes() -> Iterator[None]:
-    """An interrupt ends the processes of this one, too: an arm takes minutes."""
+    """Terminate child processes on an interrupt."""
     try:
         yield
     except KeyboardInterrupt:
@@ -184,7 +183,7 @@ def _ending_processes() -> Iterator[None]:
 
 
 def build_networks(config: ArmsConfig, seed: int) -> None:
-    """Networks of one seed, unless they are there already."""
+    """Build the networks of a seed, unless they exist."""
     folder = networks_of(config, seed)
     if (folder / "preference" / "open_clip_model.safetensors").is_file():  # written last
         return
@@ -193,7 +192,7 @@ def build_networks(config: ArmsConfig, seed: int) -> None:
 
 
 def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
-    """Train and evaluate one arm of one seed; the result goes to a JSON file."""
+    """Train and evaluate one arm of one seed; writes a JSON file."""
     result = result_of(config, seed, arm)
     if result.is_file():
         return
@@ -217,7 +216,7 @@ def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
 
 
 def arm_config(config: ArmsConfig, seed: int, changes: Mapping[str, Any]) -> RunConfig:
-    """The miniature preset with a seed's networks and an arm's changes."""
+    """The preset with a seed's networks and an arm's changes."""
     folder = networks_of(config, seed)
     mine = {"seed": seed, "iterations": config.iterations, "learner": {"num_threads": 1}}
     values = merge(merge(with_networks(folder), mine), changes)
@@ -238,7 +237,7 @@ Results = dict[str, dict[str, np.ndarray]]
 
 
 def collect(config: ArmsConfig) -> Results:
-    """Everything measured, by policy and metric."""
+    """All results, by policy and metric."""
     results: Results = {}
     for arm in (BASE, *config.arms):
         seeds = [json.loads(result_of(config, seed, arm).read_text()) for seed in config.seeds]
@@ -251,7 +250,7 @@ def collect(config: ArmsConfig) -> Results:
 
 
 def interval(values: np.ndarray) -> float:
-    """Half width of the 95 % confidence interval of the mean; NaN for a single value."""
+    """Half width of the 95 % confidence interval of the mean; NaN for one value."""
     if len(values) < 2:
         return float("nan")
     return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
@@ -269,7 +268,7 @@ def write_csv(results: Results, path: Path) -> None:
 
 
 def report(results: Results, console: Console) -> None:
-    """The table, and what became better or worse in how many seeds."""
+    """Print the table and the comparisons."""
     table = Table(title="Held-out judge, mean ± 95 % interval over seeds", box=SIMPLE_HEAD)
     table.add_column("policy", no_wrap=True)
     for heading in SPACES:
@@ -287,7 +286,7 @@ def report(results: Results, console: Console) -> None:
 
 
 def compare(results: Results, policy: str, other: str, metric: str) -> str:
-    """Change of a metric from one policy to another, seed by seed."""
+    """Mean change of a metric, and in how many seeds it is better."""
     change = results[policy][metric] - results[other][metric]
     better = change < 0 if metric in LOWER_IS_BETTER else change > 0
     return (

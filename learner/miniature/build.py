@@ -1,8 +1,8 @@
 """Build the miniature's networks from scratch: `python -m learner.miniature.build`.
 
-Trains on the 1,000 training digits, in about two minutes on two cores: tokenizer, policy, CLIP,
-preference model, feature network; and for the judge, from other seeds and other architectures, a
-classifier and a second CLIP. Deterministic from seed and number of threads, on one kind of machine.
+Trains tokenizer, policy, CLIP, preference model and feature network on the 1,000 training digits,
+and for the judge, with other seeds and architectures, a classifier and a second CLIP: about two
+minutes on two cores. Deterministic in seed and number of threads, on one kind of machine.
 """
 
 from __future__ import annotations
@@ -74,19 +74,19 @@ class BuildConfig:
     """Build the miniature's networks."""
 
     out: Path = Path("networks")
-    """Directory to write them to, with a preset that uses them (miniature.yaml)."""
+    """Directory for the networks and a preset that uses them (miniature.yaml)."""
     seed: int = 0
-    """Every network's seed is derived from this one."""
+    """Base of every network's seed."""
     judge_seed: int = 20250
-    """The judge's own seed: fixed, so that runs with rebuilt networks share one judge."""
+    """Seed of the judge, fixed so that rebuilt networks share one judge."""
     scale: float = 1.0
-    """Multiplies every number of steps (below 1 for quick tests)."""
+    """Factor of the numbers of steps (below 1 for quick tests)."""
     num_threads: int = 2
-    """Threads of torch. Part of what makes the result repeatable."""
+    """Threads of torch; results depend on them."""
 
 
 class Builder:
-    """Trains the networks one after another, each from its own stream of random numbers."""
+    """Trains the networks in turn, each with its own random generator."""
 
     def __init__(self, config: BuildConfig, progress: Progress) -> None:
         self.config, self.progress = config, progress
@@ -149,7 +149,7 @@ class Builder:
 
 
 def vocabulary_merges() -> list[str]:
-    """Byte-pair merges that spell each word of the captions as one token."""
+    """Byte-pair merges that make each word of the captions one token."""
     merges: dict[str, None] = {}
     for word in dict.fromkeys(" ".join(captions()).split()):
         head, *rest = [*word[:-1], f"{word[-1]}</w>"]
@@ -160,11 +160,9 @@ def vocabulary_merges() -> list[str]:
 
 
 def write_vocabulary(path: Path) -> None:
-    """A byte-pair vocabulary in open_clip's format that knows the captions' words.
-
-    The usual one has 49,152 entries: an embedding table larger than all the miniature's networks.
-    Any other text still encodes, as bytes.
-    """
+    """Write a byte-pair vocabulary in open_clip's format with the captions' words. (CLIP's has
+    49,152 entries, an embedding larger than all the miniature's networks.) Other text encodes as
+    bytes."""
     text = "\n".join(["#version: tessera", *vocabulary_merges()])
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
@@ -198,8 +196,8 @@ def open_clip_config(width: int, depth: int, heads: int) -> dict[str, Any]:
 
 
 def with_networks(folder: Path) -> dict[str, Any]:
-    """The miniature's configuration, plain values, with the networks of a folder. The judge stays
-    the shipped one."""
+    """The miniature's configuration as plain values, with the networks of a folder and the shipped
+    judge."""
     values = to_dict(load_preset(DEFAULT_PRESET))
     values["policy"]["checkpoint"] = str(folder / "policy.safetensors")
     values["tokenizer"]["checkpoint"] = str(folder / "tokenizer.safetensors")

@@ -1,6 +1,6 @@
-"""How each of the miniature's networks is trained. All are small, all from scratch, all seeded.
+"""Training of the miniature's networks, from scratch and seeded.
 
-Every function takes a `tick` that it calls once a step (for the progress bar).
+Every function calls its `tick` once a step, for the progress bar.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def _optimise(
 def train_tokenizer(batches: Batches, config: VQConfig, steps: int, tick: Tick) -> VQTokenizer:
     """VQ autoencoder: reconstruction, commitment and codebook losses, straight-through gradients.
 
-    The first twentieth trains a plain autoencoder; its latents then start the codebook. Codes that
-    nothing was mapped to are moved onto latents of the batch from time to time.
+    The first twentieth trains a plain autoencoder, whose latents then initialise the codebook.
+    Unused codes are moved onto latents of the batch from time to time.
     """
     tokenizer = VQTokenizer(config)
     start, restart_until = steps // 20, int(steps * 0.7)
@@ -103,7 +103,7 @@ def _restart_codes(
 def train_policy(
     batches: Batches, tokenizer: VQTokenizer, config: LlamaGenConfig, steps: int, tick: Tick
 ) -> LlamaGen:
-    """Next-token cross-entropy with condition dropout. Deliberately short: RL needs headroom."""
+    """Next-token cross-entropy with condition dropout; short, so that RL has headroom."""
     policy = LlamaGen(config)
     for name, parameter in policy.named_parameters():
         if parameter.ndim > 1:
@@ -130,7 +130,7 @@ def train_policy(
 def train_clip(
     batches: Batches, model: nn.Module, text_tokens: Tensor, steps: int, tick: Tick
 ) -> None:
-    """Image against the captions of all classes: CLIP's loss where captions repeat in a batch."""
+    """Images against the captions of all classes: CLIP's loss for repeated captions."""
 
     def loss(_: int) -> Tensor:
         images, labels = batches.draw(64)
@@ -148,10 +148,10 @@ def train_preference(
     steps: int,
     tick: Tick,
 ) -> None:
-    """HPSv2's loss: of two images for one caption, the preferred one has the higher cosine.
+    """HPSv2's loss: of two images for one caption, the preferred one gets the higher cosine.
 
-    Preferred is a real digit of the class. The other is, by thirds, the same digit with some of its
-    tokens replaced at random, with noise, or a digit of another class.
+    Preferred is a real digit of the class. The other is, by thirds, the same digit with random
+    tokens, with noise, or a digit of another class.
     """
 
     def loss(_: int) -> Tensor:
@@ -190,7 +190,7 @@ def _corrupt_tokens(images: Tensor, tokenizer: VQTokenizer, generator: torch.Gen
 
 
 def train_classifier(batches: Batches, config: ConvNetConfig, steps: int, tick: Tick) -> ConvNet:
-    """Cross-entropy; then the features are scaled to unit deviation on the training images."""
+    """Cross-entropy; then features are scaled to unit deviation on the training images."""
     network = ConvNet(config)
 
     def loss(_: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scored groups as bytes, for checkpoints that interrupt iterations on their way."""
+"""Scored groups as bytes, for checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ScoredGro
 
 
 def pack_group(group: ScoredGroup) -> bytes:
-    """Everything but the request, which follows from the configuration, and the times."""
+    """Everything but the request, which the configuration determines, and the spans."""
     rollouts, scores = group.rollouts, group.scores
     return msgpack.packb(
         {
@@ -34,7 +34,7 @@ def unpack_group(request: SampleRequest, data: bytes) -> ScoredGroup:
     """Inverse of `pack_group`.
 
     Raises:
-        CheckpointError: damaged, or the answer to another request.
+        CheckpointError: damaged, or of another request.
     """
     try:
         fields = msgpack.unpackb(data)

@@ -1,4 +1,4 @@
-"""The space in which the distribution reward compares images, and the reference in it."""
+"""The feature space of the distribution reward, and the reference moments in it."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ from rewards.statistics.advice import build_command
 logger = logging.getLogger(__name__)
 
 STATISTICS = (".npz", ".pt", ".pth", ".pkl")
-"""Suffixes, in lower case, of files of moments that are not there."""
+"""Suffixes of files of moments, to classify a path that does not exist."""
 
 
 @dataclass(frozen=True)
 class RewardSpace:
-    """Features alone, or joined with the class that was asked for (conditional LOO-FID)."""
+    """Features, or features joined with the embedding of the class (conditional LOO-FID)."""
 
     table: np.ndarray | None = None
-    """(C, E) embedding of each class; None: features alone."""
+    """(C, E) embedding of each class; None: features only."""
     weight: float = 0.0
     """Factor of the embeddings."""
 
     @property
     def added(self) -> int:
-        """E; 0 of features alone."""
+        """E; 0 without embeddings."""
         return 0 if self.table is None else self.table.shape[1]
 
     def __call__(self, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        """Features (N, D) and classes (N,; -1 of captions) -> (N, D) or (N, D + E).
+        """Features (N, D) and classes (N,; -1 for captions) -> (N, D) or (N, D + E).
 
         Raises:
-            DataError: joint features of an image that was asked for by a caption.
+            DataError: joint features for a caption.
         """
         if self.table is None:
             return features
@@ -65,11 +65,11 @@ class RewardSpace:
 
 
 def set_reference(config: RunConfig, fleet: Fleet) -> RewardSpace:
-    """Give the moments server the real images' moments; returns the space they are in.
+    """Give the moments server the moments of real images; returns their space.
 
     Raises:
-        DataError: unreadable or unsuitable reference, of another feature network or dimension.
-        ConfigError: a file without joint moments, where these are asked for.
+        DataError: unreadable reference, or of another feature network or dimension.
+        ConfigError: joint moments are configured, but not in the file.
     """
     term, fingerprint = config.rewards.loo_fid, fleet.fingerprint("rewards")
     if stored_reference(term.reference):
@@ -89,7 +89,7 @@ def set_reference(config: RunConfig, fleet: Fleet) -> RewardSpace:
 def _built(
     config: RunConfig, features: np.ndarray, fingerprint: str
 ) -> tuple[RewardSpace, Reference]:
-    """The space and reference of real images by their features (N, D)."""
+    """Space and reference of real images, from their features (N, D)."""
     term, space, classes = config.rewards.loo_fid, RewardSpace(), np.zeros(len(features), int)
     if term.joint:
         classes = reference_labels(config, len(features))
@@ -98,10 +98,10 @@ def _built(
 
 
 def reference_labels(config: RunConfig, images: int) -> np.ndarray:
-    """Classes (N,) int64 of the real images that a joint reference is made from.
+    """Classes (N,) int64 of the real images of a joint reference.
 
     Raises:
-        DataError: not one of each image, or none of the run's classes.
+        DataError: not one an image, or not the run's classes.
     """
     source = config.rewards.loo_fid.reference
     if not source.startswith(DIGITS):
@@ -121,8 +121,8 @@ def reference_labels(config: RunConfig, images: int) -> np.ndarray:
 
 
 def stored_reference(reference: str) -> bool:
-    """Whether a configured reference is a file of moments; else images by name, or an .npy file of
-    them. A file that is neither is taken for moments, and refused where these are read."""
+    """Whether the configured reference is a file of moments; else images by name, or an .npy file
+    of images. Other files count as moments; reading them fails."""
     path = reference_file(reference)
     if path.startswith(DIGITS):
         return False
@@ -133,14 +133,13 @@ def stored_reference(reference: str) -> bool:
 
 
 def seed_moments(config: RunConfig, dim: int, fingerprint: str) -> Moments:
-    """The moments that `rewards.loo_fid.seed_from` names.
+    """The moments in `rewards.loo_fid.seed_from`.
 
     Args:
-        dim: of the run's features; 0 where it is not known.
-        fingerprint: of the run's features; empty where it is not known.
+        dim, fingerprint: of the run's features; 0 and empty if not known.
 
     Raises:
-        CheckpointError, DataError: no such file, or not moments of so many images in this space.
+        CheckpointError, DataError: no such file, or not moments of this space.
     """
     term = config.rewards.loo_fid
     stored = read_stored(term.seed_from, fingerprint, covariance=term.covariance)
@@ -150,7 +149,7 @@ def seed_moments(config: RunConfig, dim: int, fingerprint: str) -> Moments:
 
 
 def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
-    """The stored moments that a configuration names, and the space they are in.
+    """The moments in `rewards.loo_fid.reference`, and their space.
 
     Raises:
         CheckpointError, DataError: no such file, or not one of moments.

@@ -1,8 +1,7 @@
-"""Rollouts as Parquet: one schema, whatever an iteration holds, so that files can be read as one.
+"""Rollouts as Parquet files of one schema.
 
-A column has the same type in every file, also where all of its values are missing. Files of runs
-with other rewards differ in their `reward_*` columns alone:
-`pa.concat_tables(tables, promote_options="default")` puts these together, too.
+A column has the same type in every file, even if all its values are missing. Files of runs with
+other rewards differ in `reward_*` columns: `pa.concat_tables(tables, promote_options="default")`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from cluster.messages import ScoredGroup
 from learner.grpo.advantage import Advantages
 
 VERSION = 2
-"""Of the schema. 1 had types that depended on the values, and did not say so."""
+"""Of the schema."""
 VERSION_KEY = b"tessera.rollouts.version"
 IDENTITY = {
     "iteration": pa.int64(),
@@ -35,27 +34,23 @@ IDENTITY = {
     "cfg_scale": pa.float64(),
     "guidance": pa.string(),
 }
-"""The same for all rollouts of a group."""
-DRAWN = {
+"""Equal for all rollouts of a group."""
+SAMPLED = {
     "rollout": pa.int64(),
     "token_versions": pa.list_(pa.int32()),  # empty; the column stays for one release
     "tokens": pa.list_(pa.int32()),
     "logprobs": pa.list_(pa.float32()),
     "entropies": pa.list_(pa.float32()),
 }
-JUDGED = {"advantage": pa.float32(), "error": pa.string()}
+SCORED = {"advantage": pa.float32(), "error": pa.string()}
 REWARD = "reward_"
 
 
 def rollout_schema(rewards: Iterable[str]) -> pa.Schema:
-    """Columns of a file.
-
-    Args:
-        rewards: names of the rewards.
-    """
+    """Columns of a file, given the names of the rewards."""
     scores = {f"{REWARD}{name}": pa.float64() for name in rewards}
     version = {VERSION_KEY: str(VERSION).encode()}
-    return pa.schema(list((IDENTITY | DRAWN | scores | JUDGED).items()), metadata=version)
+    return pa.schema(list((IDENTITY | SAMPLED | scores | SCORED).items()), metadata=version)
 
 
 def rollout_table(
@@ -101,10 +96,10 @@ def rollout_table(
 
 
 def write_rollouts(file: Path, table: pa.Table) -> None:
-    """Write a file; it appears whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        StorageError: there is no room.
+        StorageError: no space left.
     """
     with writing(file), replacing(file) as partial:
         pq.write_table(table, partial, compression="zstd", write_page_checksum=True)

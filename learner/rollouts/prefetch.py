@@ -1,8 +1,8 @@
-"""Iterations on their way: what is asked for ahead of learning, and until when it is kept.
+"""The pipeline of iterations that are sampled and scored ahead of learning.
 
-Iteration i is drawn with the weights of max(i - S, 0) updates: always, whoever was fast. With
-S = 0 that is on-policy; with S = 1 samplers and reward servers work on the next iteration while the
-learner learns. Since the rule knows no clock, results stay a function of the seed, on any fleet.
+Iteration i is sampled with the weights of max(i - S, 0) updates, never others. S = 0 is on-policy;
+with S = 1 samplers and reward servers work on the next iteration while the learner steps. The rule
+does not depend on time, so results are a function of the seed on any fleet.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from learner.rollouts.codec import pack_group, unpack_group
 def requests_for(
     config: RunConfig, conditions: Sequence[Condition], stream: str, iteration: int
 ) -> list[SampleRequest]:
-    """One request for each condition."""
+    """One request a condition."""
     return [
         SampleRequest(
             stream=stream,
@@ -41,7 +41,7 @@ def requests_for(
 
 
 class Pipeline:
-    """Asks a fleet for iterations as slots become free, and gives them out in order."""
+    """Requests iterations from a fleet as slots become free, and returns them in order."""
 
     def __init__(self, config: RunConfig, fleet: Fleet) -> None:
         self._config, self._fleet = config, fleet
@@ -56,7 +56,7 @@ class Pipeline:
         return GroupBuffer(self._config.groups_per_iteration, self._config.max_staleness, first)
 
     def begin(self, first: int) -> None:
-        """Ask for the first iterations, after those that a checkpoint kept.
+        """Take over the groups of a restored checkpoint, and request further iterations.
 
         Raises:
             CheckpointError: the checkpoint's groups are not those of `first`.
@@ -74,23 +74,23 @@ class Pipeline:
         self._ask()
 
     def take(self, iteration: int) -> list[ScoredGroup]:
-        """The groups of an iteration, once all are there.
+        """The groups of an iteration; waits for all of them.
 
         Raises:
-            StopRequestedError: a stop was asked for meanwhile.
-            FleetError: a group was drawn with other weights than the rule says.
+            StopRequestedError: a stop was requested meanwhile.
+            FleetError: a group was sampled with other weights than the rule says.
         """
         self._collect(iteration, finish=False)
         return self._buffer.take(iteration)
 
     def release(self, iteration: int) -> None:
-        """The weights that were learned from an iteration were broadcast: ask for another."""
+        """The weights after an iteration are broadcast: request another one."""
         self._buffer.release(iteration)
         self._ask()
 
     def state(self) -> bytes:
-        """The groups that were asked for before the newest weights: waits for them. Nothing where
-        there are none, as on-policy; what is drawn with the newest weights can be drawn again."""
+        """The groups requested with older weights, for a checkpoint; waits for them. Empty if there
+        are none: groups of the newest weights can be sampled again."""
         older = [i for i in self._ahead() if self._buffer.version(i) < self._buffer.live]
         for iteration in older:
             self._collect(iteration, finish=True)
@@ -110,10 +110,10 @@ class Pipeline:
             kept = msgpack.unpackb(verify_checksum(state))
             self._restored = [(int(i), int(v), list(g)) for i, v, g in kept]
         except UNREADABLE as error:
-            raise CheckpointError(f"the groups on their way cannot be read: {error}") from error
+            raise CheckpointError(f"the pending groups cannot be read: {error}") from error
 
     def _ahead(self) -> range:
-        """Iterations that are asked for and not consumed."""
+        """Iterations that are requested and not consumed."""
         return range(self._buffer.live, self._buffer.next)
 
     def _packed(self, iteration: int) -> list[bytes]:

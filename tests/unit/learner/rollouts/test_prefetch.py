@@ -126,7 +126,7 @@ def test_a_checkpoint_of_another_moment_is_refused() -> None:
     resumed.restore(state)
     with pytest.raises((CheckpointError, FleetError), match="iteration"):
         resumed.begin(3)
-    with pytest.raises(CheckpointError, match="groups on their way cannot be read"):
+    with pytest.raises(CheckpointError, match="pending groups cannot be read"):
         resumed.restore(state[:-9])
 
 

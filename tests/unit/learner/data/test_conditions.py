@@ -204,7 +204,7 @@ def test_captions_that_cannot_be_read_alone_are_refused(
 ) -> None:
     path = tmp_path / "captions.parquet"
     features = [np.ones((8, 64), np.float32) * row for row in range(40)]
-    monkeypatch.setattr(features, "LARGEST_ROW_GROUP", 30_000)
+    monkeypatch.setattr("actors.text.features.LARGEST_ROW_GROUP", 30_000)
     caption_file(path, "theirs", [rows + np.random.rand(8, 64) for rows in features], 40)
     with pytest.raises(DataError, match=r"row group 0 holds 40 captions .* row_group_size=8"):
         ConditionsConfig(captions=str(path)).conditions()

@@ -1,10 +1,10 @@
-"""Caption features: what a caption-conditional policy reads instead of words.
+"""Encodes captions as features for caption-conditional policies.
 
     python -m actors.captions captions.txt features.parquet --encoder google/flan-t5-xl
 
-LlamaGen's text-to-image policies condition on the last hidden states of a frozen T5 encoder:
-flan-t5-xl, at most 120 tokens, end token included. The encoder (6 GB in bf16) does not have to be
-where policies are sampled and tuned: its features are written to a Parquet file once.
+LlamaGen's text-to-image policies condition on the last hidden states of a frozen T5 encoder
+(flan-t5-xl, at most 120 tokens, end token included). Features are written to a Parquet file once,
+so samplers and learners do not need the encoder (6 GB in bf16).
 
 Needs the extra `t2i`: pip install 'tessera-rl[t2i]'.
 
@@ -34,9 +34,8 @@ from actors.text.encoder import (
     MAX_TOKENS,
     CaptionEncoder,
     check_captions,
-    normalise_caption,
 )
-from actors.text.features import read_caption_features, write_caption_features
+from actors.text.features import write_caption_features
 from cluster.errors import ConfigError, TesseraError
 from cluster.io.locks import locked_file
 from cluster.io.paths import output_path
@@ -44,13 +43,6 @@ from cluster.program.console import exit_status, progress_bar
 from cluster.program.invocation import command_of
 from cluster.program.precision import exact_fp32
 from cluster.text_limits import LongCaptions
-
-__all__ = [
-    "CaptionEncoder",
-    "normalise_caption",
-    "read_caption_features",
-    "write_caption_features",
-]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -61,7 +53,7 @@ class CaptionsConfig:
     """Encode captions once, for sampling and tuning caption-conditional policies."""
 
     captions: Annotated[Path, tyro.conf.Positional]
-    """Text file (UTF-8), one caption a line, empty lines skipped; or a table (.tsv, .csv, .json,
+    """Text file (UTF-8), one caption per line, empty lines skipped; or a table (.tsv, .csv, .json,
     .jsonl, .parquet)."""
     features: Annotated[Path, tyro.conf.Positional]
     """Parquet file to write: columns caption, features, shape."""
@@ -73,15 +65,14 @@ class CaptionsConfig:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     dtype: DType = "auto"
-    """Of the encoder; auto is bfloat16 on a GPU and float32 on a CPU. Stored are float32."""
+    """Of the encoder; auto is bfloat16 on a GPU and float32 on a CPU. Features are float32."""
     batch: int = 32
     """Captions encoded at once."""
     max_tokens: int = MAX_TOKENS
     """Longest caption, in tokens; LlamaGen's is 120."""
     long_captions: LongCaptions = "error"
-    """Of captions with more tokens. error: nothing is encoded. truncate: they are cut, as LlamaGen
-    does. Captions that the encoder does not know, or of which cleaning leaves nothing, are refused
-    in any case."""
+    """For captions of more tokens. error: encode nothing. truncate: cut them, as LlamaGen does.
+    Captions unknown to the encoder or empty after cleaning are always refused."""
     normalise: bool = True
     """Clean captions as LlamaGen's were (lower case, plain punctuation) before encoding."""
 
@@ -90,7 +81,7 @@ def resolve_device(name: str) -> str:
     """A device by name; "auto" is a GPU if there is one.
 
     Raises:
-        ConfigError: no such device.
+        ConfigError: the device is not available.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,7 +89,7 @@ def resolve_device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         first = str(error).partition("\n")[0]
-        raise ConfigError(f"device {name!r} is not to be had here: {first}") from error
+        raise ConfigError(f"device {name!r} is not available here: {first}") from error
     return name
 
 
@@ -106,8 +97,8 @@ def encode_file(config: CaptionsConfig) -> None:
     """Encode a file of captions into a Parquet file with their features.
 
     Raises:
-        ConfigError: a value is impossible, the output exists, or the encoder cannot be loaded.
-        DataError: the captions cannot be read, from the file or by the encoder.
+        ConfigError: an invalid value, an existing output, or an encoder that cannot be loaded.
+        DataError: the file or its captions cannot be read.
     """
     if config.batch < 1 or config.max_tokens < 1:
         raise ConfigError("batch and max_tokens must be >= 1")

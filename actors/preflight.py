@@ -1,4 +1,4 @@
-"""Policy and tokenizer before a run starts: whether files are there and fit, by their headers."""
+"""Checks policy and tokenizer before a run starts: files exist and fit, by their headers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from actors.checkpoints.families import NamedModel
 from actors.checkpoints.loading import (
+    CheckpointConfig,
     PolicyConfig,
     TokenizerConfig,
     check_fit,
@@ -28,10 +29,10 @@ FP32 = 4
 def check_models(
     policy: PolicyConfig, tokenizer: TokenizerConfig, findings: Findings
 ) -> tuple[PolicyArchitecture | None, VQConfig | None]:
-    """Look at both, and at whether they fit each other; no weights are read.
+    """Check both, and whether they fit each other; reads no weights.
 
     Returns:
-        Their architectures, as far as they are known.
+        Their architectures; None if unknown.
     """
     ours = _check("policy", policy, findings)
     theirs = _check("tokenizer", tokenizer, findings)
@@ -50,25 +51,23 @@ def check_models(
 
 
 def image_side(policy: PolicyArchitecture | None, tokenizer: VQConfig | None) -> int:
-    """Pixels a side of the policy's images; 0 where it is not known."""
+    """Pixels a side of the policy's images; 0 if unknown."""
     if policy is None or tokenizer is None:
         return 0
     return math.isqrt(policy.num_tokens) * tokenizer.downsampling
 
 
-def _check(
-    field: str, config: PolicyConfig | TokenizerConfig, findings: Findings
-) -> Architecture | None:
-    source = Source.of(config.checkpoint, config.architecture, config.ema)
+def _check(field: str, config: CheckpointConfig, findings: Findings) -> Architecture | None:
+    source = config.source()
     if source.name and (absent := _absent(MODELS[source.name])):
         _not_fetched(field, MODELS[source.name], absent, findings)
-        return _planned(field, source)
-    name = f"{field}.checkpoint"
-    with findings.of(name):
-        anywhere(source.file)  # before the architecture, which may stand in it
-        architecture: Architecture = (planned_policy if field == "policy" else planned_tokenizer)(
-            source
-        )
+        try:
+            return _planned(field, source)
+        except TesseraError:
+            return None  # not known without its files
+    with findings.of(f"{field}.checkpoint"):
+        anywhere(source.file)  # before the architecture, which may be in its header
+        architecture = _planned(field, source)
         check_fit(file_shapes(source, architecture), architecture, source)
         return architecture
     return None
@@ -90,7 +89,7 @@ def _not_fetched(field: str, model: NamedModel, absent: list[Path], findings: Fi
         "nothing there",
         f"{command} ({model.url})",
     )
-    architecture = model.architecture or _published(model)
+    architecture = model.architecture or (model.published[0] if model.published else None)
     size = FP32 * count_parameters(architecture) if architecture else 0
     if all(download.url != model.url for download in findings.downloads):
         findings.downloads.append(
@@ -98,13 +97,5 @@ def _not_fetched(field: str, model: NamedModel, absent: list[Path], findings: Fi
         )
 
 
-def _published(model: NamedModel) -> Architecture | None:
-    return model.published[0] if model.published else None
-
-
-def _planned(field: str, source: Source) -> Architecture | None:
-    """The architecture of a model that is not fetched, where it is known without its files."""
-    try:
-        return planned_policy(source) if field == "policy" else planned_tokenizer(source)
-    except TesseraError:
-        return None
+def _planned(field: str, source: Source) -> Architecture:
+    return planned_policy(source) if field == "policy" else planned_tokenizer(source)

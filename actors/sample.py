@@ -1,10 +1,9 @@
 """Sample images of a policy: `python -m actors.sample --classes 0,1,2`.
 
-Image i shows condition i mod C of C conditions and is drawn from uniforms of its own, a function of
-(seed, i): more images of the same conditions leave the first ones as they are, and neither --batch
-nor the machine changes what is asked for (numerically, logits of another batch size may differ in
-their last bits). Conditions alternate so that any stretch of the .npz has its share of each, which
-evaluators that score stretches (Inception Score) take for granted.
+Image i shows condition i mod C of C conditions; its uniforms are a function of (seed, i). So more
+images leave the first ones unchanged, and --batch changes at most the last bits of logits.
+Conditions alternate, so that any range of the .npz has all of them in equal shares, as evaluators
+that score ranges (Inception Score) assume.
 
 Shapes: N images, B batch, T tokens, H and W pixels.
 """
@@ -80,8 +79,7 @@ def decode_batch(
     workspace: Workspace,
     size: int = 0,
 ) -> np.ndarray:
-    """One condition and one row of uniforms (B, T) an image -> (B, H, W, 3) uint8, resized to
-    `size` where that is not 0."""
+    """B conditions and uniforms (B, T) -> images (B, H, W, 3) uint8, resized to `size` unless 0."""
     encoded = policy.encode(conditions)
     draws = torch.from_numpy(uniforms).to(encoded.values.device)
     decoded = decode_tokens(policy, encoded, draws, spec, workspace)
@@ -99,16 +97,16 @@ def sample_images(
     batch: int,
     size: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Images of the conditions, round and round, in batches.
+    """Images of the conditions, in batches.
 
     Args:
         conditions: image i shows number i mod len(conditions).
         seed: with the image's number it determines its uniforms.
-        batch: images decoded at once; no part of the result.
-        size: pixels a side that images are resized to; 0: as they are decoded.
+        batch: images decoded at once; does not change the result.
+        size: pixels a side that images are resized to; 0: not resized.
 
     Yields:
-        (B, H, W, 3) uint8, B = batch but for the last.
+        (B, H, W, 3) uint8; B = batch, except for the last.
 
     Raises:
         DataError: a condition does not fit the policy.
@@ -128,7 +126,7 @@ def sample_images(
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that sampling needs, loaded and checked before a file is written."""
+    """What sampling needs, loaded and checked before a file is written."""
 
     config: SampleConfig
     source: SampleSource
@@ -140,10 +138,10 @@ class Plan:
 
 
 def prepare(config: SampleConfig) -> Plan:
-    """Check the options against each other and against the models.
+    """Check the options, and load the models.
 
     Raises:
-        TesseraError: what is wrong, and what to do.
+        TesseraError: the problem, and what to do.
     """
     npz = output_path(config.npz, "--npz") if config.npz else None
     config = dataclasses.replace(config, out=output_path(config.out, "--out"), npz=npz)
@@ -174,10 +172,10 @@ def prepare(config: SampleConfig) -> Plan:
 def read_conditions(
     config: SampleConfig, policy: Policy, device: str, dtype: torch.dtype
 ) -> list[Condition]:
-    """The conditions asked for, captions with their features.
+    """The conditions of the options, captions with their features.
 
     Raises:
-        ConfigError: the policy takes none, or others.
+        ConfigError: the policy takes no conditions, or of another kind.
         DataError: a file of captions cannot be read.
     """
     architecture = policy.config
@@ -194,7 +192,7 @@ def read_conditions(
         found = caption_conditions(config.captions, config.column)
         if all(condition.features is not None for condition in found):
             return found
-    if of_classes:  # known before gigabytes of encoder are loaded
+    if of_classes:  # refused before gigabytes of encoder are loaded
         raise ConfigError("--captions needs a caption-conditional policy: this one takes --classes")
     texts = read_captions(config.captions, config.column)
     encoder = CaptionEncoder(
@@ -208,7 +206,7 @@ def class_conditions(classes: str, policy: Policy) -> list[Condition]:
     """Conditions of "207,360" or "all".
 
     Raises:
-        ConfigError: not numbers; or all of a policy that has no classes.
+        ConfigError: not numbers; or "all" of a policy without classes.
     """
     if classes == ALL:
         if policy.config.conditioning != "class":
@@ -225,10 +223,10 @@ def class_conditions(classes: str, policy: Policy) -> list[Condition]:
 
 
 def write(plan: Plan) -> None:
-    """Sample, and write everything. samples.json comes last: with it, the directory is whole."""
+    """Sample and write everything. samples.json comes last: it marks the directory as complete."""
     with ExitStack() as owned:
         owned.enter_context(locked(plan.config.out, f"--out {plan.config.out}"))
-        check_unused(plan.config.out)  # anew, as its owner
+        check_unused(plan.config.out)  # again, now that it is locked
         if plan.config.npz:
             owned.enter_context(locked_file(plan.config.npz, f"--npz {plan.config.npz}"))
         _write(plan)
@@ -267,7 +265,7 @@ def _write(plan: Plan) -> None:
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """What was sampled, for samples.json: enough to sample it again."""
+    """What was sampled, for samples.json; enough to repeat it."""
     config, source = plan.config, plan.source
     return {
         "policy": dataclasses.asdict(source.policy),
@@ -317,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED if isinstance(error, LockHeldError) else status
     except KeyboardInterrupt:
-        print("stopped; without a samples.json, a directory is not whole", file=sys.stderr)
+        print("stopped; a directory without samples.json is incomplete", file=sys.stderr)
         return INTERRUPTED
     print(f"{plan.num_images} images of {len(plan.conditions)} conditions: {plan.config.out}")
     return 0

@@ -1,6 +1,6 @@
-"""Where sampled images go: single PNG files, one contact sheet, one .npz for evaluators.
+"""Writers of sampled images: PNG files, a contact sheet, an .npz for evaluators.
 
-Each takes the images as they come, in order: 50,000 of 256x256 are 10 GB and never in memory.
+Each takes images in batches, in order: 50,000 of 256x256 are 10 GB and never in memory at once.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ WRITERS = 8  # threads: compressing a 256x256 PNG takes longer than a GPU takes 
 
 
 class NpzWriter:
-    """Write uint8 images to an .npz while they come, as the ADM evaluator reads it.
+    """Writes uint8 images to an .npz as the ADM evaluator reads it, batch by batch.
 
-    `arr_0` is (N, H, W, 3) uint8, uncompressed; `arr_1` (N,) int64 the classes, where there are
-    any. The file appears under its name when it is whole, and not at all if the block raises.
+    `arr_0` is (N, H, W, 3) uint8, uncompressed; `arr_1` (N,) int64 the classes, if there are any.
+    The file appears when it is complete, and not at all if the block raises.
     """
 
     def __init__(self, path: Path, num_images: int, labels: Sequence[int] | None = None) -> None:
@@ -48,7 +48,7 @@ class NpzWriter:
     def write(self, images: np.ndarray) -> None:
         """Append images (B, H, W, 3) uint8, all of one size."""
         if self._array is None:
-            # More than 4 GB, perhaps: the zip format has to know before the first byte.
+            # the zip format must know before the first byte that it may exceed 4 GB
             self._array = self._zip.open("arr_0.npy", "w", force_zip64=True)
             shape = (self._num_images, *images.shape[1:])
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -76,7 +76,7 @@ class NpzWriter:
     def _finish(self) -> None:
         if self._written != self._num_images:
             raise DataError(
-                f"{self._path}: {self._written} images came, but {self._num_images} were announced"
+                f"{self._path}: {self._written} images written, expected {self._num_images}"
             )
         if self._labels is not None:
             with self._zip.open("arr_1.npy", "w", force_zip64=True) as file:
@@ -84,12 +84,11 @@ class NpzWriter:
 
 
 class PngWriter:
-    """Write each image to a file of its own: `000017_class0207.png` is image 17, of class 207,
-    `000017_caption0003.png` of caption 3 (from 0), `000017.png` where there is but one caption or
-    nothing was asked for."""
+    """Writes one PNG per image: `000017_class0207.png` is image 17, of class 207,
+    `000017_caption0003.png` of caption 3 (from 0), `000017.png` of the only or no caption."""
 
     def __init__(self, folder: Path, conditions: Sequence[Condition]) -> None:
-        """conditions: image i shows the i-th of these, counted round and round."""
+        """conditions: image i shows number i mod len(conditions)."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._conditions = folder, conditions
         self._pool = ThreadPoolExecutor(min(WRITERS, os.cpu_count() or 1))
@@ -102,7 +101,7 @@ class PngWriter:
         self._pool.shutdown()
 
     def write(self, images: np.ndarray) -> None:
-        """Append images (B, H, W, 3) uint8; returns when they are on the disk."""
+        """Append images (B, H, W, 3) uint8; returns when they are written."""
         names = [self._name(self._written + offset) for offset in range(len(images))]
         list(self._pool.map(_save, images, [self._folder / name for name in names]))
         self._written += len(images)
@@ -121,7 +120,7 @@ def _save(image: np.ndarray, path: Path) -> None:
 
 
 class Grid:
-    """Images of one size in rows and columns, small ones enlarged to be seen."""
+    """Images of one size in rows and columns; small ones are enlarged."""
 
     def __init__(self, rows: int, columns: int, height: int, width: int, smallest: int) -> None:
         """height, width: of an image, pixels; smallest: least side of a cell, pixels."""
@@ -139,7 +138,7 @@ class Grid:
 
 
 class ContactSheet:
-    """The first images of the first conditions, one row a condition."""
+    """The first images of the first conditions, one row per condition."""
 
     def __init__(self, num_conditions: int, num_images: int) -> None:
         self._num_conditions = num_conditions
@@ -160,6 +159,6 @@ class ContactSheet:
                 self._grid.put(row, column, image)
 
     def save(self, path: Path) -> None:
-        """Write what came so far; nothing if nothing came."""
+        """Write the sheet, if there are images."""
         if self._grid is not None:
             Image.fromarray(self._grid.pixels).save(path)

@@ -1,7 +1,7 @@
-"""The options of `actors.sample`, and what they say to sample from: a checkpoint, or a run.
+"""The options of `actors.sample`, and the checkpoint or run that they name.
 
-A run directory is read as files: `config.yaml` says which policy, tokenizer and sampling spec, and
-`checkpoints/step_NNNNNN/policy.safetensors` holds the tuned weights. The learner is not needed.
+Of a run directory, `config.yaml` states policy, tokenizer and sampling spec, and
+`checkpoints/step_NNNNNN/policy.safetensors` holds the tuned weights.
 """
 
 from __future__ import annotations
@@ -52,29 +52,29 @@ class SampleConfig:
     classes: str = ""
     """Class indices, as in 207,360, or all."""
     captions: Path | None = None
-    """Text file with a caption a line, a table (.tsv, .csv, .json, .jsonl), or a Parquet file with
-    features, as actors.captions writes it."""
+    """Text file with one caption per line, a table (.tsv, .csv, .json, .jsonl), or a Parquet file
+    with features, as actors.captions writes it."""
     column: str = ""
     """Column of a table that holds the captions. Default: the only one called caption, prompt, text
     or the like."""
     long_captions: LongCaptions = "error"
-    """Of captions that the policy's text encoder would cut. error: nothing is sampled. truncate:
-    they are cut, as LlamaGen does."""
+    """For captions that the policy's text encoder would cut. error: sample nothing. truncate: cut
+    them, as LlamaGen does."""
     num_images: int | None = None
     """Images in all, spread evenly over the conditions (classes: all, if none are named)."""
     per_condition: int | None = None
-    """Images of each condition, where --num-images is not given; 4 if neither is."""
+    """Images of each condition, without --num-images; 4 if neither is given."""
     checkpoint: str = ""
     """Policy: a file, or the name of an official one."""
     architecture: str = ""
-    """Architecture of a checkpoint whose file does not say."""
+    """Architecture of a checkpoint whose file does not state it."""
     ema: bool = False
     """The averaged weights of a trainer's checkpoint instead of the current ones."""
     tokenizer: str = ""
     """Tokenizer of the policy's codes: a file, or the name of an official one. Default: the run's,
     else the one that belongs to a policy with a name, else the miniature's."""
     tokenizer_architecture: str = ""
-    """Architecture of a tokenizer whose file does not say."""
+    """Architecture of a tokenizer whose file does not state it."""
     run: Path | None = None
     """Run directory: its newest tuned policy, its tokenizer and its sampling spec."""
     step: int | None = None
@@ -92,7 +92,7 @@ class SampleConfig:
     top_p: float | None = None
     """Keep the most likely tokens up to probability p. Default: the run's, else 1."""
     seed: int = 0
-    """Of all random numbers; image i depends on it and on i alone."""
+    """Of all random numbers; image i depends only on it and on i."""
     batch: int = 32
     """Images decoded at once."""
     size: int = 0
@@ -113,17 +113,17 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSource:
-    """A policy, the tokenizer for its codes, and how it is meant to be sampled."""
+    """A policy, the tokenizer of its codes, and its sampling spec."""
 
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     spec: SamplingSpec = dataclasses.field(default_factory=SamplingSpec)
     step: int | None = None
-    """Iterations of a run that the policy has behind it; None outside of a run."""
+    """Iterations of the run that tuned the policy; None outside of a run."""
 
 
 def check(config: SampleConfig) -> None:
-    """What can be said of the options alone.
+    """Check the options alone.
 
     Raises:
         ConfigError: they contradict each other, or would overwrite something.
@@ -164,10 +164,10 @@ def check(config: SampleConfig) -> None:
 
 
 def check_unused(out: Path) -> None:
-    """Refuse an output directory that holds something, beside a lock.
+    """Refuse an output directory that holds anything but locks.
 
     Raises:
-        ConfigError: says so.
+        ConfigError: it does.
     """
     if out.exists() and not (out.is_dir() and all(is_lock(file) for file in out.iterdir())):
         raise ConfigError(f"--out {out} is not empty: name another directory")
@@ -182,10 +182,10 @@ def _check_npz(npz: Path, out: Path) -> None:
 
 
 def find_source(config: SampleConfig) -> SampleSource:
-    """Policy, tokenizer and spec that the options ask for.
+    """Policy, tokenizer and spec of the options.
 
     Raises:
-        ConfigError: see `run_source`; or an impossible sampling value.
+        ConfigError: see `run_source`; or an invalid sampling value.
     """
     if config.run:
         source = run_source(config.run, config.step, config.base)
@@ -221,8 +221,8 @@ def find_source(config: SampleConfig) -> SampleSource:
 
 
 def default_tokenizer(policy: PolicyConfig) -> TokenizerConfig | None:
-    """The tokenizer that belongs to a policy with a name, lies in its file (taming, AR-GRPO), or is
-    the miniature's; None if nothing says."""
+    """The tokenizer of a policy: of a named model, in the policy's file (taming, AR-GRPO), or the
+    miniature's; None if unknown."""
     if policy.checkpoint == PolicyConfig().checkpoint:
         return TokenizerConfig()
     if policy.architecture.lower().endswith((".yaml", ".yml")):
@@ -238,15 +238,15 @@ def default_tokenizer(policy: PolicyConfig) -> TokenizerConfig | None:
 
 
 def run_source(run: Path, step: int | None = None, base: bool = False) -> SampleSource:
-    """What a run tuned.
+    """The policy of a run.
 
     Args:
-        step: the checkpoint to take; None takes the newest.
+        step: of the checkpoint; None is the newest.
         base: the policy that the run started from.
 
     Raises:
         ConfigError: not a run directory, no such checkpoint, or a section of its configuration that
-            this version does not understand.
+            this version does not know.
     """
     file = expand_user(run) / CONFIG
     values = _read_yaml(file)
@@ -256,7 +256,7 @@ def run_source(run: Path, step: int | None = None, base: bool = False) -> Sample
     if base:
         return SampleSource(policy=policy, tokenizer=tokenizer, spec=spec, step=0)
     found = _checkpoint(expand_user(run), step)
-    # Its header carries the architecture, so nothing else of the base policy's section counts.
+    # Its header carries the architecture: the base policy's section does not apply.
     tuned = PolicyConfig(checkpoint=str(found / POLICY_FILE))
     return SampleSource(
         policy=tuned, tokenizer=tokenizer, spec=spec.learned(), step=step_of(found.name)
@@ -264,11 +264,11 @@ def run_source(run: Path, step: int | None = None, base: bool = False) -> Sample
 
 
 def with_guidance(spec: SamplingSpec, **changes: float | int | None) -> SamplingSpec:
-    """A spec with some of its numbers changed (None leaves one as it is), and the guidance that its
-    scale asks for: none at 1, else guided.
+    """A spec with some numbers changed (None: unchanged), and guidance by scale: none at 1, else
+    guided.
 
     Raises:
-        ConfigError: an impossible value.
+        ConfigError: an invalid value.
     """
     values = dataclasses.asdict(spec) | {k: v for k, v in changes.items() if v is not None}
     values["guidance"] = "none" if values["cfg_scale"] == 1 else "guided"
@@ -276,10 +276,10 @@ def with_guidance(spec: SamplingSpec, **changes: float | int | None) -> Sampling
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A configuration of plain values.
+    """A configuration from plain values.
 
     Raises:
-        ConfigError: an unknown field, or a value that the configuration refuses.
+        ConfigError: an unknown field, or an invalid value.
     """
     fields = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(values.keys() - fields.keys())
@@ -295,8 +295,8 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _wrong_type(default: object, value: object) -> str:
-    """What a value should be, by the field's default; empty if it is, or the default says nothing.
-    (YAML takes 1e-5 for text, and yes for true.)"""
+    """The type expected of a value, by the field's default; empty if it has it, or any is allowed.
+    (YAML reads 1e-5 as text, and yes as true.)"""
     if isinstance(default, bool):
         return "" if isinstance(value, bool) else "true or false"
     if isinstance(default, int | float):
@@ -324,8 +324,8 @@ def _checkpoint(run: Path, step: int | None) -> Path:
 
 
 def complete_checkpoints(run: Path) -> dict[int, Path]:
-    """Step -> directory of each checkpoint with a policy that is there as a whole: a run beside may
-    be writing, or removing, others."""
+    """Step -> directory of each complete checkpoint with a policy; a running job may be writing or
+    removing others."""
     root = run / CHECKPOINTS
     found = {step: root / step_name(step) for step in steps_in(root)}
     needed = (POLICY_FILE, MANIFEST)

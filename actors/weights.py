@@ -1,9 +1,8 @@
 """Official checkpoint files: `python -m actors.weights list | fetch | convert | export`.
 
-`fetch` brings a named model from the hub, `convert` turns an official file into a safetensors file
-that carries its architecture, `export` writes a policy, tuned or not, in the official layout, which
-the official sampling scripts load. Official -> convert -> export gives every tensor back bit by
-bit.
+`fetch` downloads a named model from the hub, `convert` turns an official file into a safetensors
+file that carries its architecture, `export` writes a policy in the official layout, for the
+official sampling scripts. Official -> convert -> export reproduces every tensor bit for bit.
 """
 
 from __future__ import annotations
@@ -71,12 +70,12 @@ CODEBOOK_USED_SIZE = 65536
 
 @dataclass(frozen=True, kw_only=True)
 class FetchCommand:
-    """Bring a named model from the Hugging Face hub, resumed and verified."""
+    """Download a named model from the Hugging Face hub, resumed and verified."""
 
     name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
     """Name of the model; `list` shows them."""
     directory: str = ""
-    """Where to; empty is $TESSERA_WEIGHTS or ~/.cache/tessera, where names are looked up."""
+    """Target; empty is $TESSERA_WEIGHTS or ~/.cache/tessera, where names are looked up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +100,10 @@ class ConvertCommand:
     ema: bool = False
     """Take the trainer's moving average of the weights."""
     part: Literal["auto", "policy", "tokenizer"] = "auto"
-    """Files of taming's policies and of AR-GRPO hold a tokenizer, too; auto takes what the
-    architecture is of, of taming's the policy."""
+    """Which part of a file that holds policy and tokenizer (taming, AR-GRPO); auto is that of the
+    architecture, of taming's files the policy."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
-    """Of the tensors in the target. A number that would become infinite is refused."""
+    """Of the tensors in the target. Overflow to infinity is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,13 +193,13 @@ def run_convert(command: ConvertCommand) -> None:
 
 
 def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> dict[str, Tensor]:
-    """Tensors in another type; numbers too small for it are told of.
+    """Tensors in another type; warns of underflow.
 
     Args:
         source: the file's name, for messages.
 
     Raises:
-        CheckpointError: one would become infinite.
+        CheckpointError: a number would become infinite.
     """
     lost = losses(tensors, dtype)
     lost.refuse_overflow(source, dtype)
@@ -258,7 +257,7 @@ def official_state(
 
 
 def newest_policy(path: Path) -> Path:
-    """The policy's file behind a file, a checkpoint directory or a run directory.
+    """The policy's file of a file, checkpoint directory or run directory.
 
     Raises:
         ConfigError: there is none.
@@ -278,7 +277,7 @@ def newest_policy(path: Path) -> Path:
 
 @contextmanager
 def _fresh(target: Path) -> Iterator[Path]:
-    """A file to write, which becomes `target` when it is whole; never over an existing one."""
+    """A temporary file that is renamed to `target` when complete; never overwrites."""
     try:
         with locked_file(target, str(target)):
             if target.exists():

@@ -20,7 +20,7 @@ from pydantic import Field
 from rich.table import Table
 
 from actors.checkpoints.loading import count_parameters
-from actors.checkpoints.sources import Source, planned_policy, planned_tokenizer
+from actors.checkpoints.sources import planned_policy, planned_tokenizer
 from actors.models.base import PolicyArchitecture
 from cluster.errors import ConfigError, TesseraError
 from cluster.program.console import REFUSED, make_console
@@ -71,10 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command, config = parse(arguments)
         policy, tokenizer = config.policy, config.tokenizer
-        architecture = planned_policy(Source.of(policy.checkpoint, policy.architecture, policy.ema))
-        codes = planned_tokenizer(
-            Source.of(tokenizer.checkpoint, tokenizer.architecture, tokenizer.ema)
-        )
+        architecture = planned_policy(policy.source())
+        codes = planned_tokenizer(tokenizer.source())
         gpus = pack(processes(config, architecture, codes))
         sampler = of_sampler(config, architecture, codes)
     except TesseraError as error:

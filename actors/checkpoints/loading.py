@@ -33,10 +33,10 @@ V = TypeVar("V", bound=VQDecoder)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
-    """The policy to tune."""
+class CheckpointConfig:
+    """A checkpoint of a policy or a tokenizer."""
 
-    checkpoint: str = "package://learner.miniature/networks/policy.safetensors"
+    checkpoint: str
     """Safetensors file of this program, official checkpoint (torch.save's, safetensors, or the
     directory of its shards), or the name of a fetched model (`python -m actors.weights list`)."""
     architecture: str = ""
@@ -45,23 +45,24 @@ class PolicyConfig:
     """Of an official trainer file: take the moving average of the weights."""
 
     def __post_init__(self) -> None:
-        Source.of(self.checkpoint, self.architecture, self.ema)  # a wrong name is refused at once
+        self.source()  # refuses an unknown name
+
+    def source(self) -> Source:
+        return Source.of(self.checkpoint, self.architecture, self.ema)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class PolicyConfig(CheckpointConfig):
+    """The policy to tune."""
+
+    checkpoint: str = "package://learner.miniature/networks/policy.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(CheckpointConfig):
     """The VQ tokenizer that turns tokens into pixels."""
 
     checkpoint: str = "package://learner.miniature/networks/tokenizer.safetensors"
-    """Safetensors file of this program, official checkpoint (torch.save's, safetensors, or the
-    directory of its shards), or the name of a fetched model (`python -m actors.weights list`)."""
-    architecture: str = ""
-    """Of an official file: name of a model, taming's *-project.yaml, or a .json of the fields."""
-    ema: bool = False
-    """Of an official trainer file: take the moving average of the weights."""
-
-    def __post_init__(self) -> None:
-        Source.of(self.checkpoint, self.architecture, self.ema)  # a wrong name is refused at once
 
 
 def load_policy(
@@ -82,7 +83,7 @@ def load_policy(
         CheckpointError: file missing, damaged, of another family, or not an exact fit.
         ConfigError: the checkpoint or its architecture is not known.
     """
-    source = Source.of(config.checkpoint, config.architecture, config.ema)
+    source = config.source()
     architecture = policy_architecture(source)
     if weights:
         policy = _checked_module(init_policy, architecture, source)
@@ -103,7 +104,7 @@ def load_tokenizer(config: TokenizerConfig, *, device: str | torch.device = "cpu
 
 
 def _load_tokenizer(kind: type[V], config: TokenizerConfig, device: str | torch.device) -> V:
-    source = Source.of(config.checkpoint, config.architecture, config.ema)
+    source = config.source()
     architecture = tokenizer_architecture(source)
     module = _checked_module(kind, architecture, source)
     _materialise(module, device, torch.float32, torch.empty)

@@ -1,7 +1,7 @@
-"""Captions from files of words: one reader for text, tables and JSON, wherever captions are named.
+"""Reads captions from text files, tables and JSON; every command uses it.
 
-What is read is what is in the file: lines end at line ends alone, a table is never taken for lines,
-and what is not text in UTF-8 is refused by its line.
+Only line ends end a line, a table is never read as lines, and text that is not UTF-8 is refused
+with its line.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from cluster.model_files.file_kinds import FileKind, described, file_kind
 
 PLAIN = ("", ".txt", ".text")
 OTHERS = (".parquet", ".yaml", ".yml", ".xml", ".toml", ".html", ".arrow", ".feather", ".pkl")
-"""Suffixes of what is no text with one caption a line, even where its content is text."""
+"""Suffixes of files that are not one caption a line, even if their content is text."""
 _WIDE = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 logger = logging.getLogger(__name__)
@@ -50,11 +50,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Captions:
-    """What was read of a file."""
+    """The captions of a file."""
 
     texts: list[str]
     notes: tuple[str, ...] = ()
-    """What is allowed, and worth saying: a column that was chosen, texts that are there twice."""
+    """Warnings: the column that was chosen, blank lines, repeated captions."""
 
 
 def read_captions(path: Path, column: str = "") -> list[str]:
@@ -66,18 +66,18 @@ def read_captions(path: Path, column: str = "") -> list[str]:
 
 
 def load_captions(path: Path, column: str = "") -> Captions:
-    """Captions of a file, in its order, without white space at their ends.
+    """Captions of a file, in its order, stripped.
 
-    Text files (UTF-8, with or without a mark at their beginning) have one a line; blank lines are
-    skipped. Tables (.tsv, .csv, .json, .jsonl, .ndjson, Parquet) have one a row, in one column,
-    and none may be empty.
+    Text files (UTF-8, with or without byte order mark) have one per line; blank lines are skipped.
+    Tables (.tsv, .csv, .json, .jsonl, .ndjson, Parquet) have one per row, in one column; none may
+    be empty.
 
     Args:
-        column: of a table; empty takes the only one with a known name (`caption_tables.KNOWN`).
+        column: of a table; empty takes the only one with a known name (`tables.KNOWN`).
 
     Raises:
-        DataError: names the file, and the line or row of what is wrong: it is not there, is of
-            another kind, is a table in a text file's clothes, has no such column, or no caption.
+        DataError: names file and line or row: the file is missing, of another kind, a table named
+            as text, without such a column, or without captions.
     """
     place = expand_user(path)
     cells, notes = _cells(path, place, column), list[str]()
@@ -100,8 +100,8 @@ def load_captions(path: Path, column: str = "") -> Captions:
 
 
 def caption_conditions(path: Path, column: str = "") -> list[Condition]:
-    """The captions of a file as conditions, in its order. Features, where a Parquet file has them,
-    stay there: a condition says in which row (see `actors.text.features.features_of`).
+    """The captions of a file as conditions, in its order. Features of a Parquet file stay there: a
+    condition has the row's number (see `actors.text.features.features_of`).
 
     Raises:
         DataError: as `load_captions` and `read_caption_features` do.
@@ -229,14 +229,14 @@ def _caption(path: Path, cells: Cells, at: int) -> str:
 
 
 def _blank_lines(cells: Cells) -> list[int]:
-    """Numbers of the lines between captions that hold none."""
+    """Numbers of blank lines between captions."""
     if cells.noun != "line" or cells.column:
         return []
     return sorted(set(range(1, cells.numbers[-1])) - set(cells.numbers))
 
 
 def _refuse_tables(path: Path, text: str, lines: list[str]) -> None:
-    """Refuse a text file that is evidently a table, whose header would be a caption.
+    """Refuse a text file that is evidently a table: its header would become a caption.
 
     Raises:
         DataError: says which kind, and what to call it.
@@ -268,9 +268,9 @@ def _is_json(text: str) -> bool:
 
 
 def _is_header(line: str, text: str) -> bool:
-    """Whether a line names columns, a known one among them, and is no caption. Captions with commas
-    have a space after them and names of several words; names of columns have one or the other at
-    most, and then the rows below have as many fields."""
+    """Whether a line is a header with a known column. Captions with commas have both a space after
+    them and several words between them; headers have at most one of the two, and then the rows
+    below have as many fields."""
     names = [name.strip().strip('"').lower() for name in line.split(",")]
     if not any(name in KNOWN for name in names):
         return False

@@ -24,7 +24,7 @@ from cluster.text_limits import LongCaptions, Reading, faults, notes, reading_of
 
 DEFAULT_ENCODER = "google/flan-t5-xl"
 MAX_TOKENS = 120
-REMEMBERED = 1024  # captions: about 160 MB of flan-t5-xl's features
+CACHED = 1024  # captions: about 160 MB of flan-t5-xl's features
 READ_AT_ONCE = 1024
 
 logger = logging.getLogger(__name__)
@@ -34,18 +34,17 @@ _SYMBOLS = re.compile(r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+")  # each r
 
 
 def normalise_caption(text: str) -> str:
-    """A caption as LlamaGen's encoder was fed it, as far as ordinary prompts go.
+    """A caption cleaned as LlamaGen cleans ordinary prompts.
 
-    HTML entities are unescaped, letters lower-cased, typographic dashes and quotes made plain,
-    symbols (brackets, slashes, `#&@*~` and the like) and runs of white space made one space, a
-    comma or full stop set apart from a letter that follows it, and quotes around the whole or
-    punctuation at its ends removed.
+    Unescapes HTML entities, lower-cases, replaces typographic dashes and quotes by plain ones,
+    symbols (brackets, slashes, `#&@*~` and the like) and white space by one space, inserts a space
+    between a comma or full stop and a following letter, and strips quotes around the whole and
+    punctuation at its ends.
 
-    What the official cleaning of web captions does besides is not done: it removes URLs, HTML tags,
-    @names, Chinese characters, file names and numbers of six digits or more, strings that look like
-    article codes or sizes ("jc6640", "2x2"), and words of commerce ("free shipping", "download");
-    and it repairs wrongly decoded text. Of PartiPrompts' 1,632 captions and 30,000 of COCO it
-    changes 9 otherwise than this function, all of which lose a word by it.
+    Not done, of the official cleaning of web captions: removing URLs, HTML tags, @names, Chinese
+    characters, file names, numbers of six digits or more, article codes or sizes ("jc6640", "2x2")
+    and words of commerce ("free shipping", "download"); repairing wrongly decoded text. Of 1,632
+    PartiPrompts and 30,000 COCO captions, 9 differ, each of which loses a word officially.
     """
     text = html.unescape(html.unescape(text)).strip().lower().translate(_QUOTES)
     text = "".join("-" if unicodedata.category(letter) == "Pd" else letter for letter in text)
@@ -62,7 +61,7 @@ def normalise_caption(text: str) -> str:
 
 
 class CaptionEncoder:
-    """The encoder half of a T5, from captions to features. Captions it has seen are remembered."""
+    """The encoder half of a T5: captions to features. Caches features of recent captions."""
 
     def __init__(
         self,
@@ -80,12 +79,12 @@ class CaptionEncoder:
             model: a T5 of the Hugging Face hub, or a directory that holds one.
             dtype: of weights and arithmetic; None is bf16 on a GPU and fp32 on a CPU.
             batch: captions encoded at once.
-            max_tokens: longest caption; what is beyond is cut, the end token stays.
-            normalise: clean captions with `normalise_caption` before they are encoded.
+            max_tokens: longer captions are cut; the end token stays.
+            normalise: clean captions with `normalise_caption` first.
 
         Raises:
-            ConfigError: transformers is not installed; there is no such model; its tokenizer cannot
-                be read; or the checkpoint lacks a tensor of the encoder.
+            ConfigError: transformers is not installed; no such model; unreadable tokenizer; or the
+                checkpoint lacks a tensor of the encoder.
         """
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -93,7 +92,7 @@ class CaptionEncoder:
         self._module = module.to(device).eval().requires_grad_(False)
         self._device, self._batch, self._max_tokens = device, batch, max_tokens
         self._normalise = normalise
-        self.name, self._seen = model, dict[str, np.ndarray]()
+        self.name, self._cached = model, dict[str, np.ndarray]()
 
     @property
     def width(self) -> int:
@@ -106,31 +105,31 @@ class CaptionEncoder:
         """Features of captions, in their order.
 
         Args:
-            advance: told the number of captions of each batch when it is done.
+            advance: called with the size of each finished batch.
 
         Returns:
-            One read-only (n, D) float32 array a caption, 1 <= n <= max_tokens, without padding.
+            One read-only (n, D) float32 array per caption, 1 <= n <= max_tokens, without padding.
         """
         return list(self.stream(texts, advance))
 
     def stream(
         self, texts: Sequence[str], advance: Callable[[int], None] | None = None
     ) -> Iterator[np.ndarray]:
-        """As calling, one after another: no more than a batch is held beside what is remembered."""
+        """As `__call__`, lazily: holds one batch beside the cache."""
         for at in range(0, len(texts), self._batch):
             batch = texts[at : at + self._batch]
             cleaned = [normalise_caption(text) if self._normalise else text for text in batch]
-            known = {text: self._seen[text] for text in cleaned if text in self._seen}
+            known = {text: self._cached[text] for text in cleaned if text in self._cached}
             fresh = [text for text in dict.fromkeys(cleaned) if text not in known]
             if fresh:
                 known.update(zip(fresh, self._encode(fresh)))
-            self._remember(known)
+            self._cache(known)
             yield from (known[text] for text in cleaned)
             if advance:
                 advance(len(batch))
 
     def readings(self, texts: Sequence[str]) -> list[Reading]:
-        """What its tokenizer makes of captions, before any is cut."""
+        """How the tokenizer reads captions, before any is cut."""
         cleaned = [normalise_caption(text) if self._normalise else text for text in texts]
         return tokenizer_readings(self._tokenizer, cleaned, self._max_tokens)
 
@@ -151,17 +150,17 @@ class CaptionEncoder:
         lengths = tokens["attention_mask"].sum(-1).tolist()
         found = [rows[:length].copy() for rows, length in zip(features, lengths)]
         for rows in found:
-            rows.flags.writeable = False  # shared with what is remembered
+            rows.flags.writeable = False  # shared with the cache
         return found
 
-    def _remember(self, known: dict[str, np.ndarray]) -> None:
-        self._seen.update(known)
-        for oldest in list(self._seen)[: max(0, len(self._seen) - REMEMBERED)]:
-            del self._seen[oldest]
+    def _cache(self, known: dict[str, np.ndarray]) -> None:
+        self._cached.update(known)
+        for oldest in list(self._cached)[: max(0, len(self._cached) - CACHED)]:
+            del self._cached[oldest]
 
 
 def tokenizer_readings(tokenizer: Any, texts: Sequence[str], limit: int) -> list[Reading]:
-    """What a tokenizer of transformers makes of texts that are cleaned already."""
+    """How a tokenizer of transformers reads cleaned texts."""
     return [
         reading_of_ids(tokenizer, ids, limit)
         for at in range(0, len(texts), READ_AT_ONCE)
@@ -178,15 +177,15 @@ def check_captions(
     long_captions: LongCaptions,
     option: str = "--long-captions",
 ) -> None:
-    """Whether an encoder reads captions as they are written; logs what is allowed and worth saying.
+    """Refuse captions that an encoder cannot read in full; log what it reads differently.
 
     Args:
         source: where they are from, for messages.
-        option: that `long_captions` is set by.
+        option: the option that sets `long_captions`, for messages.
 
     Raises:
-        DataError: captions of which nothing is left or known, or too long ones where these are not
-            to be cut: how many, and the first.
+        DataError: captions that are empty after cleaning, unknown, or too long (unless these are to
+            be cut): how many, and the first.
     """
     readings = encoder.readings(texts)
     if wrong := faults(texts, readings, long_captions, option):
@@ -199,7 +198,7 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer of an encoder.
 
     Raises:
-        ConfigError: transformers is not installed, or there is no such tokenizer.
+        ConfigError: transformers is not installed, or no such tokenizer.
     """
     ensure_torchvision()  # transformers imports it where it is installed
     try:
@@ -227,7 +226,7 @@ def _no_encoder(model: str, error: Exception) -> ConfigError:
 
 
 def _load(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Tokenizer and encoder; a checkpoint that lacks a tensor is refused, not filled at random."""
+    """Tokenizer and encoder; refuses a checkpoint that lacks a tensor."""
     tokenizer = load_tokenizer(model)
     ensure_torchvision()
     try:

@@ -1,12 +1,12 @@
 """Parquet files of captions with their features.
 
-The file has one row a caption: `caption` (string), `features` (list of float32, the (n, D) matrix
-row by row) and `shape` (list of int32, [n, D]). Features of a bf16 encoder have two empty bytes a
-number, which the file's compression takes away: nothing would be gained by storing halves.
-Somebody else's file has a column of texts and `features` (lists of n lists of D floats).
+Our file has one row per caption: `caption` (string), `features` (list of float32, the (n, D) matrix
+row by row) and `shape` (list of int32, [n, D]). Compression removes the two zero bytes of a bf16
+encoder's numbers. Files of other programs have a column of texts and `features` (lists of n lists
+of D floats).
 
-A program holds the captions and where their features lie (`FeatureRow`); whoever uses a caption's
-features reads its row, or the few rows that are stored together with it.
+Conditions hold a reference to the row (`FeatureRow`); features are read, with their row group, when
+used.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from cluster.io.paths import expand_user
 from cluster.messages import Condition, FeatureRow
 from cluster.program.invocation import command_of
 
-ROW_GROUP = 8  # captions, the least that can be read: at most 8 MB of flan-t5-xl's features
-LARGEST_ROW_GROUP = 256 << 20  # bytes: what may have to be read for one caption of others' files
+ROW_GROUP = 8  # captions, the unit of reading: at most 8 MB of flan-t5-xl's features
+LARGEST_ROW_GROUP = 256 << 20  # bytes: most that is read for one caption of other programs' files
 READ_AT_ONCE = 64
 KEPT_ROWS = 64  # captions whose features a process keeps
 FEATURES = "features"
@@ -47,12 +47,11 @@ SCHEMA = pa.schema(
 def write_caption_features(
     path: Path, texts: Iterable[str], features: Iterable[np.ndarray]
 ) -> None:
-    """Write captions and their features, a few at a time: both may be generators.
-
-    The file appears under its name only when it is whole.
+    """Write captions and their features, a few at a time: both may be generators. The file appears
+    when it is complete.
 
     Args:
-        features: one (n, D) float array a caption.
+        features: one (n, D) float array per caption.
 
     Raises:
         DataError: an array is not (n, D) of finite floats, or there are more of one than the other.
@@ -98,16 +97,15 @@ def iterate_caption_features(path: Path) -> Iterator[Condition]:
 
 
 def read_caption_features(path: Path) -> list[Condition]:
-    """Captions with their features, as conditions for a caption-conditional policy. Every row is
-    looked at, and none is kept.
+    """Captions with features, as conditions for a caption-conditional policy. Validates every row,
+    keeps none.
 
     Returns:
-        One condition a row: `text`, and a `FeatureRow` for `features` (see `features_of`).
+        One condition per row: `text`, and a `FeatureRow` for `features` (see `features_of`).
 
     Raises:
-        DataError: names file, column and row (from 0) of the first thing that is wrong: nothing
-            readable, a missing column, an empty cell, numbers that do not fill the shape or are not
-            finite, rows of different widths; or there are no rows.
+        DataError: names file, column and row (from 0): unreadable, a missing column, an empty cell,
+            numbers that do not fill the shape or are not finite, rows of different widths, no rows.
     """
     conditions, first = list[Condition](), 0
     for row, condition in enumerate(iterate_caption_features(path)):
@@ -122,12 +120,11 @@ def read_caption_features(path: Path) -> list[Condition]:
 
 
 def iterate_text_features(path: Path, column: str) -> Iterator[Condition]:
-    """The captions of somebody else's file, with a column of texts and perhaps one `features`, one
-    after another.
+    """The captions of another program's file: a column of texts, optionally one of `features`.
 
     Raises:
-        DataError: names file, column and row of what is wrong.
-        OSError, ArrowException: it cannot be read.
+        DataError: names file, column and row.
+        OSError, ArrowException: unreadable.
     """
     with pq.ParquetFile(expand_user(path)) as file:
         columns = [column]
@@ -145,7 +142,7 @@ def iterate_text_features(path: Path, column: str) -> Iterator[Condition]:
 
 
 def by_row(path: Path, row: int, condition: Condition) -> Condition:
-    """A condition that was read from a file, with its features by where they lie."""
+    """A condition with a `FeatureRow` in place of its features."""
     features = condition.features
     if not isinstance(features, np.ndarray):
         return condition
@@ -154,11 +151,11 @@ def by_row(path: Path, row: int, condition: Condition) -> Condition:
 
 
 def features_of(condition: Condition) -> np.ndarray | None:
-    """Features (n, D) of a condition, read from its file where it says where they lie; None where
-    it has none. Not to be written to.
+    """Features (n, D) of a condition, read from its file if it has a `FeatureRow`; None if it has
+    none. Read-only.
 
     Raises:
-        DataError: the file is not there, or was changed since the program began with it.
+        DataError: the file is missing, or changed since the condition was made.
     """
     found = condition.features
     return _read_row(found) if isinstance(found, FeatureRow) else found
@@ -182,12 +179,12 @@ def _read_row(row: FeatureRow) -> np.ndarray:
             f"captions {path}: row {row.row} is not what it was when the run began: the file was "
             "changed or is another one on this node; put it back and go on with --resume"
         )
-    features.flags.writeable = False  # shared by all that ask for it
+    features.flags.writeable = False  # shared by all callers
     return features
 
 
 def _features_at(path: Path, file: pq.ParquetFile, row: int) -> np.ndarray | None:
-    """Features of one row; None where there is no such row, or it has none."""
+    """Features of one row; None if there is no such row, or it has none."""
     names, first = file.schema_arrow.names, 0
     own = set(SCHEMA.names) <= set(names)
     columns = ["features", "shape"] if own else [FEATURES]
@@ -206,10 +203,10 @@ def _features_at(path: Path, file: pq.ParquetFile, row: int) -> np.ndarray | Non
 
 
 def _check_row_groups(path: Path, file: pq.ParquetFile) -> None:
-    """A caption's features are read together with those in its row group: refuse large ones.
+    """Refuse large row groups, each of which is read as a whole for one caption.
 
     Raises:
-        DataError: says how the file is to be written.
+        DataError: says how to write the file.
     """
     for group in range(file.metadata.num_row_groups):
         found = file.metadata.row_group(group)
@@ -251,7 +248,7 @@ def _condition(path: Path, at: int, batch: pa.RecordBatch, offset: int) -> Condi
 
 
 def _matrix(path: Path, at: int, batch: pa.RecordBatch, offset: int) -> np.ndarray:
-    """Features (n, D) of a row of our own files."""
+    """Features (n, D) of a row of our files."""
     shape = batch.column("shape")[offset].as_py()
     if not isinstance(shape, list) or len(shape) != 2 or not all(_counts(part) for part in shape):
         raise _wrong(path, "shape", at, f"{shape}, expected [n, D]")
@@ -262,7 +259,7 @@ def _matrix(path: Path, at: int, batch: pa.RecordBatch, offset: int) -> np.ndarr
 
 
 def _listed(path: Path, at: int, batch: pa.RecordBatch, offset: int) -> np.ndarray | None:
-    """Features (n, D) of a row of somebody else's files; None where it has none."""
+    """Features (n, D) of a row of other programs' files; None if it has none."""
     there = FEATURES in batch.schema.names
     features = batch.column(FEATURES)[offset].as_py() if there else None
     if features is None:

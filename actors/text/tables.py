@@ -1,7 +1,7 @@
-"""Columns of tables: .tsv, .csv, .json, .jsonl and Parquet, as captions are published in.
+"""Reads a column of captions from tables: .tsv, .csv, .json, .jsonl and Parquet.
 
-A column is taken by its name. Without one, the only column with a name of `KNOWN` is, and nothing
-is guessed beyond that: tables without a header line are refused.
+The column is the one named, else the only one with a name of `KNOWN`; tables without a header line
+are refused.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from cluster.errors import DataError, did_you_mean
 from cluster.io.files import split_lines
 
 KNOWN = ("caption", "captions", "prompt", "prompts", "text", "texts", "sentence")
-"""Names of columns that are taken without being asked for, in any case."""
+"""Column names that are recognised, in upper or lower case."""
 DELIMITED, OBJECTS = (".tsv", ".csv"), (".json", ".jsonl", ".ndjson")
 UNREADABLE_PARQUET = (OSError, UnicodeError, pa.ArrowException)
-"""What reading a Parquet file raises; UnicodeError: of a name that is not UTF-8."""
+"""Errors of reading a Parquet file; UnicodeError: a name is not UTF-8."""
 READ_AT_ONCE = 4096
 SHOWN = 12  # names in a message
 
 
 @dataclass(frozen=True)
 class Cells:
-    """What is read of a table: one column, or the texts of a list."""
+    """One column of a table, or the texts of a list."""
 
     values: Sequence[object]
     numbers: Sequence[int]
-    """Where each was found: number of its line, item or row."""
+    """Number of each one's line, item or row."""
     noun: str
     """What is numbered: line, item or row."""
     column: str = ""
@@ -45,18 +45,18 @@ class Cells:
 
 
 class _RaggedError(Exception):
-    """Rows of other lengths than the header, or quotes that do not close."""
+    """Rows with another number of fields than the header, or unclosed quotes."""
 
 
 def choose_column(path: Path, names: Sequence[str], column: str) -> str:
     """The column to read.
 
     Args:
-        names: of the table's columns, as they are written.
-        column: the one asked for; empty takes the only known one.
+        names: of the table's columns, unstripped.
+        column: empty takes the only known one.
 
     Raises:
-        DataError: it is not there, or twice; or there is no single known one.
+        DataError: missing or twice there; or there is no single known one.
     """
     found = [name.strip() for name in names]
     columns = shown(found)
@@ -85,13 +85,13 @@ def choose_column(path: Path, names: Sequence[str], column: str) -> str:
 def delimited(path: Path, text: str, column: str, separators: str) -> Cells:
     """A column of a table with a header line.
 
-    Fields are separated by commas (quoted as RFC 4180 says, line ends inside quotes included) or by
-    tabs. Published .tsv files are often not quoted at all, so that there a field counts as quoted
-    only if it is so from end to end. A .csv whose lines are not rows of its header by commas is
-    read as separated by tabs where that fits: LlamaGen's own coco_captions.csv is such a file.
+    Fields are separated by commas (quoted as in RFC 4180, with line ends inside quotes) or tabs.
+    Published .tsv files are often not quoted, so a field there is quoted only if it is from end to
+    end. A .csv whose lines do not fit its header by commas is read by tabs if that fits, as
+    LlamaGen's coco_captions.csv.
 
     Args:
-        separators: to be tried, in this order.
+        separators: to try, in this order.
 
     Raises:
         DataError: rows that do not fit the header, or no such column.
@@ -109,7 +109,7 @@ def delimited(path: Path, text: str, column: str, separators: str) -> Cells:
         try:
             name = choose_column(path, header, column)
         except DataError as error:
-            if problems:  # what the first separator came upon says more
+            if problems:  # the first separator's problem says more
                 break
             if separator == separators[-1] or "\t" not in "".join(header):
                 raise DataError(f"{error}{_separated_otherwise(header, separator)}") from None
@@ -129,11 +129,11 @@ def delimited(path: Path, text: str, column: str, separators: str) -> Cells:
 
 
 def objects(path: Path, text: str, column: str) -> Cells:
-    """A column of JSON: a list of texts or of objects, an object that holds such lists (as COCO's
-    annotations), or JSON Lines. Which one it is the content says, not the suffix.
+    """A column of JSON: a list of texts or of objects, an object that holds such lists (COCO's
+    annotations), or JSON Lines, by content, not suffix.
 
     Raises:
-        DataError: it is no JSON, or nothing in it is a list of captions.
+        DataError: not JSON, or without a list of captions.
     """
     try:
         found = _parsed(text)
@@ -161,7 +161,7 @@ def parquet(path: Path, place: Path, column: str) -> Cells:
     """A column of texts of a Parquet file.
 
     Raises:
-        DataError: it cannot be read, has no such column, or that is not one of texts.
+        DataError: unreadable, no such column, or a column of another type.
     """
     try:
         with pq.ParquetFile(place) as file:
@@ -179,7 +179,7 @@ def parquet(path: Path, place: Path, column: str) -> Cells:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether an Arrow type is one of texts."""
+    """Whether an Arrow type is a string, plain or dictionary-encoded."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -194,7 +194,7 @@ def shown(names: Iterable[str]) -> str:
 
 
 def _by_commas(text: str) -> list[tuple[int, list[str]]]:
-    """Rows that are not blank, each with the number of its first line."""
+    """Non-blank rows, each with the number of its first line."""
     return _quoted(text, ",")
 
 
@@ -266,7 +266,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _column_of(
     path: Path, items: Sequence[object], numbers: Sequence[int], noun: str, column: str
 ) -> Cells:
-    """A column of objects, or texts themselves."""
+    """A column of objects, or the texts of a list."""
     if not items:
         raise DataError(f"captions {path}: the file holds no caption")
     if all(isinstance(item, str) for item in items):
@@ -288,8 +288,7 @@ def _column_of(
 
 
 def _nested(path: Path, found: dict[str, Any], column: str) -> Cells:
-    """The list of captions inside an object: of texts under the column's name (a table by columns),
-    or of objects that have it."""
+    """The list of captions inside an object: texts under the column's name, or objects with it."""
     lists = {key: value for key, value in found.items() if isinstance(value, list) and value}
 
     def taken(name: str) -> bool:

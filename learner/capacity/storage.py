@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from actors.checkpoints.loading import count_parameters
-from actors.checkpoints.sources import Source, planned_policy, planned_tokenizer
+from actors.checkpoints.sources import planned_policy, planned_tokenizer
 from cluster.io.run_layout import step_name, steps_in
 from cluster.ray_session.object_store import StoreNeed
 from cluster.roles import FEATURE_BATCH
@@ -29,10 +29,8 @@ def store_need(config: RunConfig) -> StoreNeed:
         CheckpointError, ConfigError: policy or tokenizer cannot be read.
     """
     policy, tokenizer = config.policy, config.tokenizer
-    architecture = planned_policy(Source.of(policy.checkpoint, policy.architecture, policy.ema))
-    codes = planned_tokenizer(
-        Source.of(tokenizer.checkpoint, tokenizer.architecture, tokenizer.ema)
-    )
+    architecture = planned_policy(policy.source())
+    codes = planned_tokenizer(tokenizer.source())
     side = math.isqrt(architecture.num_tokens) * codes.downsampling
     width = FP32 if config.weights.wire(config.sampler.dtype) == "float32" else FP32 // 2
     image = side * side * 3
@@ -53,7 +51,7 @@ def largest_group(config: RunConfig) -> int:
 def checkpoint_bytes(config: RunConfig) -> int:
     """Approximate size of a checkpoint: fp32 weights, and AdamW's averages of what is trained."""
     policy = config.policy
-    source = Source.of(policy.checkpoint, policy.architecture, policy.ema)
+    source = policy.source()
     averages = 0 if config.learner.lora.rank else AVERAGES
     return FP32 * (1 + averages) * count_parameters(planned_policy(source))
 

@@ -14,19 +14,18 @@ import torch
 from safetensors.torch import save_file
 
 from actors import sample
-from actors.captions import (
-    CaptionEncoder,
-    main,
-    normalise_caption,
-    read_caption_features,
-    write_caption_features,
-)
+from actors.captions import main
 from actors.checkpoints.loading import TokenizerConfig
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
 from actors.text import encoder as encoders
 from actors.text.captions import read_captions
-from actors.text.encoder import check_captions
-from actors.text.features import features_of, iterate_caption_features
+from actors.text.encoder import CaptionEncoder, check_captions, normalise_caption
+from actors.text.features import (
+    features_of,
+    iterate_caption_features,
+    read_caption_features,
+    write_caption_features,
+)
 from cluster.errors import CheckpointError, ConfigError, DataError
 from cluster.model_files.tensors import read_config, read_tensors, write_tensors
 from cluster.model_files.torchvision_ops import ensure_torchvision
@@ -127,7 +126,7 @@ def test_features_do_not_depend_on_their_batch(encoder: CaptionEncoder, encoder_
 
 
 def test_captions_are_encoded_once(encoder_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "REMEMBERED", 2)
+    monkeypatch.setattr(encoders, "CACHED", 2)
     encoder = CaptionEncoder(encoder_path, batch=4)
     first, again, _ = encoder(["a cat", "A  Cat", "a dog"])
     assert first is again
@@ -428,7 +427,7 @@ def test_captions_are_sampled_from_text_as_from_features(tmp_path: Path, encoder
     [
         (["--encoder", "/nowhere/t5"], "encoder /nowhere/t5: neither a directory"),
         (["--batch", "0"], "must be >= 1"),
-        (["--device", "toaster"], "device 'toaster' is not to be had here"),
+        (["--device", "toaster"], "device 'toaster' is not available here"),
     ],
 )
 def test_command_refuses_in_one_line(

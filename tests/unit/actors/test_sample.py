@@ -146,7 +146,7 @@ def test_npz_appears_whole_or_not_at_all(tmp_path: Path) -> None:
             if stop:
                 raise stop
 
-    with pytest.raises(DataError, match="2 images came, but 3 were announced"):
+    with pytest.raises(DataError, match="2 images written, expected 3"):
         write("short.npz", None)
     with pytest.raises(OSError, match="disk full"):
         write("cut.npz", OSError("disk full"))

@@ -336,7 +336,7 @@ def test_what_flan_t5s_kind_of_vocabulary_knows() -> None:
         tokenizer_object=made, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
     texts = ["a cat", "一只猫", "一只, a", ",", " ", ""]
-    found = encoder.tokenizer_readings(tokenizer, texts, 120)
+    found = encoders.tokenizer_readings(tokenizer, texts, 120)
     assert [(r.known, r.unknown, r.empty) for r in found] == [
         (2, 0, False),
         (0, 1, False),

@@ -30,7 +30,7 @@ ON_RAY = {
     "reward_server": "--servers 1 --groups 2 --seconds-per-image 0.001",
 }
 ALONE = {"main_job": "--num-samplers 1 --iterations 1 --evaluation.num-images 0"}
-"""Starts a run of its own, as a newcomer would."""
+"""Starts a whole run."""
 
 
 def run_bench(

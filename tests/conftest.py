@@ -90,5 +90,5 @@ def logged() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _runs_are_not_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Runs of tests are not remembered among those of whoever tests; subprocesses inherit it."""
+    """Keeps runs of tests out of the user's discovery files; subprocesses inherit it."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))

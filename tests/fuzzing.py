@@ -1,4 +1,4 @@
-"""Damaged files for readers, and what a reader may answer: a clear error, or what was good before.
+"""Damaged files for readers, which must give a clear error or the last good state.
 
 Every case is a function of its number, so that a failure can be repeated by its number alone.
 """
@@ -31,7 +31,7 @@ OTHER_KINDS = (
 
 
 class HungError(AssertionError):
-    """A reader that did not come back in time."""
+    """A reader that did not return in time."""
 
 
 def damage(data: bytes, case: int) -> bytes:
@@ -90,7 +90,7 @@ def check_reader(
     good: Callable[[object], bool] = lambda _: True,
     errors: tuple[type[BaseException], ...] = (TesseraError,),
 ) -> None:
-    """Damage the file in `cases` ways, and read each; the file is whole again afterwards.
+    """Damage the file in `cases` ways, and read each; the file is restored afterwards.
 
     Args:
         read: what is tested; it must raise one of `errors`, or return something `good`.

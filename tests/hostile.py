@@ -1,4 +1,4 @@
-"""Rewards that do to their process and their arguments whatever Python lets them.
+"""Rewards that misuse their process and their arguments in every way that Python allows.
 
 `spoil` runs when this module is imported, when a reward is built and whenever it is called.
 """
@@ -112,7 +112,7 @@ def spoil() -> None:
 
 
 class InPlace:
-    """Negates the images it is given, and the conditions' features."""
+    """Negates its images, and the conditions' features, in place."""
 
     def __init__(self, device: str) -> None:
         pass
@@ -131,7 +131,7 @@ class InPlace:
 
 
 class Spoils(InPlace):
-    """Sets everything that can be set, wherever it runs."""
+    """Sets every setting of the process that can be set."""
 
     def __init__(self, device: str) -> None:
         spoil()
@@ -158,7 +158,7 @@ class Reuses:
 
 
 class Ends:
-    """Raises what it is told to, for images that are all black."""
+    """Raises a given error for images that are all black."""
 
     def __init__(self, device: str, how: str) -> None:
         self._how = how
@@ -170,7 +170,7 @@ class Ends:
 
 
 class TimeLimit(BaseException):
-    """What no `except Exception` holds up."""
+    """An error that `except Exception` does not catch."""
 
 
 class Unreadable(Exception):  # noqa: N818
@@ -193,7 +193,7 @@ FAULTS: dict[str, BaseException] = {
 
 
 class FailsToStart:
-    """Is imported, and cannot be built; or cannot be warmed."""
+    """Imports, but fails when built or warmed up."""
 
     def __init__(self, device: str, how: str, late: bool = False) -> None:
         self._how = how

@@ -1,5 +1,5 @@
-"""Roles and rewards that are made for tests: they cost nothing or a known time, or say where they
-run. Imports no torch, since each worker process imports this module."""
+"""Roles and rewards for tests: they take no time or a known time, or report where they run.
+Imports no torch, since each worker process imports this module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New weights from one learner to four samplers of a node, on real Ray, against the plain way.
+"""New weights from one learner to four samplers of a node, on real Ray, against `ray.put` alone.
 
 python -m tests.bench.broadcast [--megabytes 500] [--samplers 4] [--rounds 5] [--dtype float32]
 
@@ -69,7 +69,7 @@ class BenchLearner:
 
 
 class BenchSampler:
-    """Holds the weights it was last given."""
+    """Holds the last weights it received."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -150,7 +150,7 @@ class Bench:
         return ray.get([sampler.load_dict.remote(ref) for sampler in self.samplers])
 
     def seconds(self, broadcast: Callable[[], list[float]]) -> float:
-        """Of one broadcast of new weights; checks that they came."""
+        """Seconds of one broadcast of new weights; checks that they arrived."""
         ray.get(self.learner.learn.remote())
         self._version += 1
         start = time.perf_counter()

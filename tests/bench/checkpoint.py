@@ -1,4 +1,4 @@
-"""How long the main loop stands still for a checkpoint, with and without a background.
+"""How long a checkpoint blocks the main loop, with and without a background thread.
 
     python -m tests.bench.checkpoint [--parameters 40000000] [--mib-per-s 100]
 
@@ -43,7 +43,7 @@ def slow(content: LearnerFiles, folder: Path, mib_per_s: float) -> None:
 
 
 def loop(save: Callable[[], None], done: Callable[[], bool]) -> tuple[float, float]:
-    """Seconds that `save` held the loop, and the longest step while it was being written."""
+    """Seconds that `save` blocks the loop, and the longest step during the write."""
     start = time.monotonic()
     save()
     held, longest = time.monotonic() - start, 0.0

@@ -1,4 +1,4 @@
-"""What the driver takes to decide which worker gets the next task, and how good the decisions are.
+"""Cost and quality of the driver's decisions which worker gets the next task.
 
 python -m tests.bench.dispatch [--waiting 4096] [--workers 256]
 

@@ -1,4 +1,4 @@
-"""Killing workers of a fleet on purpose, by the process's own id."""
+"""Kills workers of a fleet by process id, at a given iteration."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from cluster.scheduling.pool import Worker
 
 
 def pid_of(worker: Worker) -> int:
-    """Also of one that is busy: a thread beside its work answers."""
+    """The process id of a worker, busy or not: its heartbeat thread answers."""
     return ray.get(call_inside(worker.handle, lambda _: os.getpid(), heartbeat.GROUP), timeout=60)
 
 
 def once(act: Callable[[], None]) -> Callable[[], None]:
-    """A run that goes back to a checkpoint asks for an iteration again."""
+    """`act`, on the first call only: a run that rolls back requests an iteration twice."""
     left = [act]
     return lambda: left.pop()() if left else None
 
 
 def when_asked_for(
-    fleet: RayFleet, iteration: int, strike: Callable[[], None], *, after: bool = True
+    fleet: RayFleet, iteration: int, inject: Callable[[], None], *, after: bool = True
 ) -> None:
-    """Have something happen right after (or before) a training iteration is asked for."""
+    """Inject a failure right after (or before) a training iteration is requested."""
     submit = fleet.submit
 
-    def submit_and_strike(requests: Sequence[SampleRequest]) -> Ticket:
+    def submit_and_inject(requests: Sequence[SampleRequest]) -> Ticket:
         now = (requests[0].stream, requests[0].iteration) == (TRAIN, iteration)
         if now and not after:
-            strike()
+            inject()
         ticket = submit(requests)
         if now and after:
-            strike()
+            inject()
         return ticket
 
-    fleet.submit = submit_and_strike
+    fleet.submit = submit_and_inject
 
 
 def kill_when_asked_for(fleet: RayFleet, victims: Sequence[Worker], iteration: int) -> list[int]:
-    """Have the first of some workers killed right after a training iteration was asked for.
+    """Kill the first of some workers right after a training iteration is requested.
 
     Returns:
-        A list that its process id is put into.
+        A list that receives its process id.
     """
     killed: list[int] = []
 
-    def strike() -> None:
+    def inject() -> None:
         pid = pid_of(victims[0])
         os.kill(pid, signal.SIGKILL)
         killed.append(pid)
 
-    when_asked_for(fleet, iteration, strike)
+    when_asked_for(fleet, iteration, inject)
     return killed

@@ -96,12 +96,12 @@ def test_every_role_is_lost_in_turn_and_the_run_ends_as_if_none_had_been(
         killed: list[Worker] = []
 
         def killing(victims: Callable[[], Sequence[Worker]]) -> Callable[[], None]:
-            def strike() -> None:
+            def inject() -> None:
                 found = list(victims())
                 kill_all(found)
                 killed.extend(found)
 
-            return once(strike)
+            return once(inject)
 
         when_asked_for(fleet, IDLE, killing(lambda: samplers.workers[:1]), after=False)
         when_asked_for(fleet, ALL_SAMPLERS, killing(lambda: samplers.workers))

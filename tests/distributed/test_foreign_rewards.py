@@ -117,7 +117,7 @@ def test_scores_are_those_of_one_process_whatever_rewards_do(
             np.testing.assert_array_equal(scores.features[space], values)
 
 
-def test_a_reward_that_ends_its_process_is_told_after_a_bounded_number_of_tries(
+def test_a_reward_that_ends_its_process_is_reported_after_a_bounded_number_of_tries(
     ray_session: RaySession, own: Path
 ) -> None:
     told = (

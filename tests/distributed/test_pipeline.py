@@ -1,4 +1,4 @@
-"""Sampling ahead of learning on Ray: the inline run's numbers, whoever dies or is slow."""
+"""Sampling ahead of learning on Ray: the inline run's numbers, with killed and slow workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ahead(**changes: object):
     return small_config(max_staleness=1, iterations=5, **changes)
 
 
-def test_one_ahead_equals_inline_bit_for_bit_whoever_dies(ray_session: RaySession) -> None:
+def test_one_ahead_equals_inline_bit_for_bit_when_workers_die(ray_session: RaySession) -> None:
     """The killed sampler's groups of the older version are drawn by one that starts with the older
     weights."""
     config = ahead(num_samplers=2, num_reward_servers=2)

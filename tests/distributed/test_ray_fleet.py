@@ -1,4 +1,4 @@
-"""The Ray fleet gives what the inline fleet gives, however many workers it has and whoever dies."""
+"""The Ray fleet gives what the inline fleet gives, for any number of workers and any lost one."""
 
 from __future__ import annotations
 

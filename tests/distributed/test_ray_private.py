@@ -103,7 +103,7 @@ def test_nodes_and_clusters_of_this_machine_are_found(ray_session: RaySession) -
     assert ray_session.address in private.clusters_here()
 
 
-def test_a_private_ray_is_told_its_directory() -> None:
+def test_a_private_ray_gets_its_directory() -> None:
     """Rays of other tests show that it is used; here, that `ray.init` still takes the option."""
     from ray._private.worker import init
 

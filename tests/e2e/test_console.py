@@ -43,7 +43,7 @@ CONSOLES: dict[str, tuple[Callable[[], TextIO | None], str]] = {
 
 
 @pytest.mark.parametrize("console", CONSOLES)
-def test_a_run_goes_on_to_its_end(
+def test_a_run_continues_to_its_end(
     console: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, why = CONSOLES[console]

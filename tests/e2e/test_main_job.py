@@ -302,7 +302,7 @@ class Gone:
 
 
 @pytest.mark.parametrize("role", ["learner", "moments"])
-def test_a_worker_lost_while_stopping_is_told_and_not_replaced(
+def test_a_worker_lost_while_stopping_is_reported_and_not_replaced(
     role: str, tmp_path: Path, logged: list[str]
 ) -> None:
     output = {"background": False, "gallery_every": 0}

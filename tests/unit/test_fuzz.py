@@ -176,7 +176,7 @@ def test_anchors() -> None:
     fuzz(made.state(), read, lambda found: found == {"clip": 0.25})
 
 
-def test_groups_on_their_way() -> None:
+def test_in_flight_groups() -> None:
     """Each group is read when a run begins; here it is packed into the pipeline's state."""
     import msgpack
 
@@ -209,7 +209,7 @@ def test_states_of_a_learner(kept: tuple[Kept, Parts], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [POLICY_FILE, OPTIMIZER_FILE])
-def test_tensors_that_nobody_verified(kept: tuple[Kept, Parts], tmp_path: Path, name: str) -> None:
+def test_unverified_tensors(kept: tuple[Kept, Parts], tmp_path: Path, name: str) -> None:
     """A file of tensors has no checksum of its own (a checkpoint's manifest has it): what is read
     may be other numbers, but nothing else is raised."""
     made, fleet = kept
@@ -293,7 +293,7 @@ def test_configuration_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl", "evaluation.json"])
-def test_rows_that_a_checkpoint_vouches_for(tmp_path: Path, name: str) -> None:
+def test_metrics_that_a_checkpoint_has_digests_of(tmp_path: Path, name: str) -> None:
     run = RunDirectory.create(str(tmp_path / "run"), small_config())
     rows = [{"iteration": i, "version": i + 1, "reward/clip": 0.1 * i} for i in range(6)]
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -310,7 +310,7 @@ def test_rows_that_a_checkpoint_vouches_for(tmp_path: Path, name: str) -> None:
     fuzz(good, read, lambda found: found == vouched)
 
 
-def test_files_for_the_eye(tmp_path: Path) -> None:
+def test_images_and_reports(tmp_path: Path) -> None:
     """A damaged timeline is gone on with, as far as it can be read; metrics are read or refused."""
     rows = [{"iteration": i, "version": i + 1} for i in range(6)]
     metrics = "".join(json.dumps(row) + "\n" for row in rows).encode()

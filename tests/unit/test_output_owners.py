@@ -80,7 +80,7 @@ def weights_file() -> Path:
     return locate(POLICY)
 
 
-def test_names_with_marks_of_patterns_are_owned_too(tmp_path: Path) -> None:
+def test_names_with_glob_characters_are_locked_too(tmp_path: Path) -> None:
     other = tmp_path / ".ab.npz.lock.0123"
     other.touch()
     with locked_file(tmp_path / "[ab]*.npz", "it"):

@@ -44,7 +44,7 @@ def record(out: Path) -> dict:
     return json.loads((out / "samples.json").read_text())
 
 
-def test_the_newcomers_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_command_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["--classes", "0,1,2"]) == 0
     images = pngs(Path("samples"))

@@ -1,4 +1,4 @@
-"""What a sampler takes up, what it refuses, and what the learner sends it."""
+"""Weights that a sampler loads or refuses, and what the learner sends it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def request(group: int = 0, count: int = 3) -> SampleRequest:
     )
 
 
-def test_images_are_of_the_tokens_whoever_decodes_them(tmp_path: Path) -> None:
+def test_images_do_not_depend_on_the_sampler_that_decodes_them(tmp_path: Path) -> None:
     role, other = (sampler(tiny_policy_file(tmp_path)) for _ in range(2))
     with pytest.raises(FleetError, match="sampler-1 was asked to sample before it was given"):
         role.sample([request()])[0]
@@ -102,7 +102,7 @@ def test_images_are_of_the_tokens_whoever_decodes_them(tmp_path: Path) -> None:
     assert {(span.worker, span.phase) for span in spans} == {("sampler-1", "decode")}
 
 
-def test_groups_to_learn_from_tell_of_loads_and_steps_of_packing(tmp_path: Path) -> None:
+def test_training_groups_report_weight_loads_and_packing(tmp_path: Path) -> None:
     learner, role = make(tiny_policy_file(tmp_path)), sampler(tiny_policy_file(tmp_path))
     role.load_weights(learner.snapshot())
     role.load_weights(learner.snapshot())

@@ -57,7 +57,7 @@ def plain(path: Path) -> Any:
 
 
 class Hub:
-    """What the hub states, and what it sends."""
+    """A fake hub: stated metadata, sent bytes."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -81,7 +81,7 @@ class Hub:
         return SimpleNamespace(etag=self.stated, commit_hash="c0ffee", size=len(self.sent))
 
     def download(self, url: str, stream: Any, *, resume_size: int, **options: Any) -> None:
-        """Breaks off after 100 bytes, if there is to be an error."""
+        """Fails after 100 bytes, if an error is set."""
         assert url.endswith(f"/FoundationVision/LlamaGen/resolve/c0ffee/{FILE}")
         assert options["expected_size"] == len(self.sent)
         self.offsets.append(resume_size)
@@ -99,7 +99,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     return hub
 
 
-def test_fetch_verifies_and_notes_the_sum(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetch_verifies_and_stores_the_checksum(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["fetch", NAME]) == 0
     assert (hub.directory / FILE).read_bytes() == BYTES
     assert (hub.directory / f"{FILE}.sha256").read_text() == f"{SHA256}  {FILE}\n"
@@ -141,7 +143,7 @@ def test_fetch_into_another_directory(hub: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / FILE).is_file()
 
 
-def test_a_wrong_sum_keeps_nothing(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_checksum_keeps_nothing(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     hub.sent = BYTES[:-1] + b"?"
     assert main(["fetch", NAME]) == FAILED
     error = capsys.readouterr().err
@@ -152,14 +154,14 @@ def test_a_wrong_sum_keeps_nothing(hub: Hub, capsys: pytest.CaptureFixture[str])
     assert not list(hub.directory.glob(".*.part"))
 
 
-def test_a_hub_without_a_sum_is_refused(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hub_without_a_checksum_is_refused(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     hub.stated = "b5e9"
     assert main(["fetch", NAME]) == FAILED
     assert "states no SHA-256" in capsys.readouterr().err
     assert hub.offsets == []
 
 
-def test_a_file_placed_by_hand_is_compared(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_placed_by_hand_is_verified(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     hub.directory.mkdir()
     (hub.directory / FILE).write_bytes(BYTES)
     hub.error = ConnectionError("mirror.invalid")
@@ -199,9 +201,7 @@ def test_no_network_says_what_to_place_where(
     assert "mirror" not in message
 
 
-def test_a_broken_transfer_goes_on_where_it_was(
-    hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_transfer_resumes(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     for error, status in ((ConnectionResetError(), REFUSED), (KeyboardInterrupt(), INTERRUPTED)):
         hub.breaks = error
         assert main(["fetch", NAME]) == status
@@ -215,7 +215,7 @@ def test_a_broken_transfer_goes_on_where_it_was(
     assert (hub.directory / FILE).read_bytes() == BYTES
 
 
-def test_a_part_of_another_file_is_not_gone_on_with(hub: Hub) -> None:
+def test_a_part_of_another_file_is_not_resumed(hub: Hub) -> None:
     hub.breaks = ConnectionResetError()
     main(["fetch", NAME])
     hub.breaks, hub.sent = None, b"a newer file"

@@ -185,6 +185,6 @@ def test_messages_name_the_command_that_was_used(
     assert command_of("learner.miniature.arms") == "python -m learner.miniature.arms"
 
 
-def test_a_reward_in_a_file_of_our_name_is_told_apart() -> None:
+def test_a_reward_in_a_file_of_our_name_is_distinguished() -> None:
     with pytest.raises(ConfigError, match=r"rename yours, or name it by its file, ./rewards\.py:X"):
         import_user_reward(parse_user_reward("rewards:X=1"))

@@ -536,7 +536,7 @@ def test_a_file_that_is_needed_twice_is_missing_once() -> None:
 
 
 @pytest.mark.parametrize("pretrained", ["", "v2.2", "v2"])
-def test_hps_without_a_checkpoint_is_told_its_own(pretrained: str) -> None:
+def test_hps_without_a_checkpoint_names_its_own(pretrained: str) -> None:
     (problem,) = problems(rewards={"hps": {"model": "ViT-H-14", "pretrained": pretrained}})
     assert problem == (
         "rewards.hps.pretrained: expected a published checkpoint of HPS, or a file, found "
@@ -662,7 +662,7 @@ def test_scorers_of_the_digits_are_noted_for_other_conditions() -> None:
 
 
 @pytest.mark.parametrize("kind", [[], ["--inline"], ["--dry-run"]])
-def test_all_problems_are_told_at_once_and_nothing_is_started(
+def test_all_problems_are_reported_at_once_and_nothing_is_started(
     kind: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = ["--policy.checkpoint", "./nowhere.safetensors", "--rewards.clip.model", "nets/clip"]

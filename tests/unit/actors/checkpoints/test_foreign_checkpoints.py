@@ -97,7 +97,7 @@ def test_ar_grpos_file_serves_policy_and_tokenizer(
 
 
 def test_what_ar_grpo_writes_beside_it(architectures: tuple[str, str], tmp_path: Path) -> None:
-    """The grid leaves no trace in the weights, but the size of the images stands beside them."""
+    """The grid is not in the weights, but the size of the images is in the options."""
     folder = tmp_path / "model"
     saved_by_ar_grpo(folder)
     beside = json.loads((folder / "config.json").read_text()) | {"gpt_model": "GPT-B"}
@@ -177,8 +177,8 @@ def test_safetensors_of_other_tools_take_an_architecture(
     assert not any(problem.startswith("policy.") for problem in findings.problems)
 
 
-def test_the_advice_ends_somewhere(tmp_path: Path) -> None:
-    """What the message names is accepted: no two messages that send a user back and forth."""
+def test_following_the_advice_succeeds(tmp_path: Path) -> None:
+    """The architecture that an error message suggests is accepted."""
     file = str(tmp_path / "mine.safetensors")
     like = {name: tensor.contiguous() for name, tensor in named_like("llamagen-l-256").items()}
     save_file(like, file)
@@ -198,7 +198,9 @@ def test_our_own_file_still_takes_none(tmp_path: Path, architectures: tuple[str,
 
 
 @pytest.mark.parametrize("name", ["C2I.PT", "weights.Ckpt", "weights.data", "policy.safetensors"])
-def test_names_do_not_decide(name: str, architectures: tuple[str, str], tmp_path: Path) -> None:
+def test_file_file_names_do_not_decide_the_format_the_format(
+    name: str, architectures: tuple[str, str], tmp_path: Path
+) -> None:
     tensors = dict(tiny_policy().state_dict())
     torch.save({"model": tensors}, tmp_path / name)
     config = PolicyConfig(checkpoint=str(tmp_path / name), architecture=architectures[0].upper())

@@ -121,7 +121,7 @@ def test_captions_keep_their_untrained_buffer(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_a_tensor_that_does_not_fit_is_named(
     change: dict[str, Tensor | None], message: str, tensors: Tensors, tmp_path: Path
 ) -> None:
     changed = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
@@ -186,7 +186,7 @@ def test_an_official_file_name_contradicts_another_grid(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_checkpoints_that_cannot_be_meant(
+def test_contradictory_checkpoint_options_are_refused(
     fields: dict[str, Any],
     error: type[Exception],
     message: str,

@@ -110,7 +110,7 @@ def test_a_pickle_that_runs_code_is_refused(
     assert not marker.exists()
 
 
-def test_what_lies_beside_the_weights_is_not_built(tensors: Tensors, tmp_path: Path) -> None:
+def test_what_is_beside_the_weights_is_not_built(tensors: Tensors, tmp_path: Path) -> None:
     torch.save(trainer_file(tensors, path=Path("x"), image_size=48), tmp_path / "trainer.pt")
     file = open_official(tmp_path / "trainer.pt")
     assert same(file.tensors, tensors)
@@ -132,7 +132,7 @@ def test_what_lies_beside_the_weights_is_not_built(tensors: Tensors, tmp_path: P
         (b"\x01\x02\x03\x04\0\0", r"begins with b'\\x01"),
     ],
 )
-def test_what_is_no_checkpoint_is_named(head: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_named(head: bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
     file.write_bytes(head)
     with pytest.raises(CheckpointError, match=rf"weights\.pt: expected .*found .*{message}"):
@@ -173,7 +173,7 @@ def test_unknown_layouts_are_refused(content: Any, message: str, tmp_path: Path)
         open_official(tmp_path / "weights.pt")
 
 
-def test_a_noted_sum_is_verified(tensors: Tensors, tmp_path: Path) -> None:
+def test_a_stored_checksum_is_verified(tensors: Tensors, tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
     torch.save(tensors, file)
     assert not verify_sum(file)

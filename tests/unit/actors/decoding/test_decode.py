@@ -62,7 +62,7 @@ def test_draws_do_not_depend_on_batch_placement(batch: int) -> None:
     assert torch.equal(torch.cat([part.tokens for part in parts]), whole)
 
 
-def test_decoding_leaves_no_trace_in_the_policy() -> None:
+def test_decoding_does_not_change_the_policy() -> None:
     policy = tiny_policy()
     names = set(policy.state_dict())
     decode_tokens(policy, classes(1), uniforms(1), SamplingSpec())

@@ -76,7 +76,7 @@ def test_cached_decoding_equals_teacher_forcing(config: LlamaGenConfig, name: st
 
 @pytest.mark.parametrize("name", ["plain", "guided, filtered"])
 @pytest.mark.parametrize("config", [LONG, CAPTIONS], ids=["classes", "captions"])
-def test_steps_of_fixed_shape_equal_steps_over_the_live_slots(
+def test_static_steps_equal_steps_over_the_filled_slots(
     config: LlamaGenConfig, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a CUDA graph captures, run eagerly; windows of 8 slots, so that several are crossed."""

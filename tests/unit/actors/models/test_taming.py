@@ -93,8 +93,8 @@ def test_decoding_and_teacher_forcing_give_the_same_logprobs(
 
 
 @torch.inference_mode()
-def test_a_step_may_take_its_place_from_a_tensor(policy: TamingGPT, conditions: Conditions) -> None:
-    """As a captured step does: fixed window, dead slots under -inf."""
+def test_a_step_may_take_its_slot_from_a_tensor(policy: TamingGPT, conditions: Conditions) -> None:
+    """As a captured step does: fixed window, empty slots under -inf."""
     states = [policy.allocate(BATCH) for _ in range(2)]
     for state in states:
         policy.prefill(state, conditions)
@@ -117,7 +117,7 @@ def test_an_image_token_sees_none_after_it(policy: TamingGPT, conditions: Condit
     assert apart[8:].min() > 0
 
 
-def test_open_condition_tokens_see_each_other() -> None:
+def test_unmasked_condition_tokens_see_each_other() -> None:
     fields = CONFIGS["coordinates"]
     torch.manual_seed(0)
     causal = TamingGPT(make_config(**fields))
@@ -128,7 +128,7 @@ def test_open_condition_tokens_see_each_other() -> None:
     assert (causal(tokens, conditions) - opened(tokens, conditions)).abs().max() > 1e-4
 
 
-def test_the_mode_changes_nothing(policy: TamingGPT, conditions: Conditions) -> None:
+def test_train_and_eval_mode_agree(policy: TamingGPT, conditions: Conditions) -> None:
     tokens = torch.zeros(BATCH, policy.num_tokens, dtype=torch.int64)
     assert torch.equal(policy.train()(tokens, conditions), policy.eval()(tokens, conditions))
 
@@ -371,7 +371,7 @@ def test_a_file_that_is_no_project_is_refused(tmp_path: Path, text: str) -> None
         read_project(path)
 
 
-def test_names_there_and_back() -> None:
+def test_official_names_round_trip() -> None:
     policy = TamingGPT(make_config(**CONFIGS["coordinates, open"]))
     official = official_policy_tensors(policy.state_dict(), policy.config)
     mask = official["transformer.blocks.1.attn.mask"]
@@ -403,7 +403,7 @@ def test_strange_parts_of_a_file_are_refused() -> None:
         tokenizer_tensors(official, "x.ckpt")
 
 
-def test_a_tokenizers_levels_are_turned_round() -> None:
+def test_a_tokenizers_decoder_levels_are_reversed() -> None:
     names = {
         "encoder.down.1.block.0.norm1.weight": "encoder.conv_blocks.1.res.0.norm1.weight",
         "encoder.down.0.downsample.conv.bias": "encoder.conv_blocks.0.downsample.conv.bias",
@@ -434,7 +434,7 @@ def test_codes_are_points_where_the_codebook_is_not_normalised() -> None:
         assert tokenizer.nearest_codes(latents).item() == expected
 
 
-def test_attention_lies_where_the_levels_say() -> None:
+def test_attention_is_at_the_given_levels() -> None:
     decoder = VQDecoder(VQConfig(**SMALL, multipliers=(1, 2, 2), attention_levels=(0, 1)))
     attended = {name.split(".")[2] for name in decoder.state_dict() if ".attn.2." in name}
     assert attended == {"1", "2"}  # the decoder begins at the coarsest level

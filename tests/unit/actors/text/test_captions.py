@@ -81,7 +81,9 @@ def test_blank_lines_and_ends_are_no_captions(tmp_path: Path) -> None:
         ("caption\na cat\na dog\n", "a table of one column .* name it .csv"),
     ],
 )
-def test_what_is_no_text_is_refused(tmp_path: Path, content: str | bytes, message: str) -> None:
+def test_files_that_are_not_text_are_refused(
+    tmp_path: Path, content: str | bytes, message: str
+) -> None:
     path = written(tmp_path, "c.txt", content)
     with pytest.raises(DataError, match=message) as caught:
         read_captions(path)

@@ -219,7 +219,7 @@ def found(run: str) -> Path:
     return place.directory
 
 
-def test_a_run_is_found_by_name_wherever_its_directory_lies(
+def test_a_run_is_found_by_name_wherever_its_directory_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`--run-dir /shared/runs/first`, then `cluster.scale --run first` from another shell."""
@@ -276,7 +276,7 @@ def test_after_an_end_the_last_run_is_named_with_how_to_go_on(
         find_run("my last", "")
 
 
-def test_a_cluster_without_the_run_is_told_with_what_ended(tmp_path: Path) -> None:
+def test_a_cluster_without_the_run_is_reported_with_what_ended(tmp_path: Path) -> None:
     """The cluster outlives its runs; a run that lives, on another one, is no end."""
     error = FleetError("no run named 'first' on this cluster: no run is active there")
     assert not_on_cluster_error("first", error) is error

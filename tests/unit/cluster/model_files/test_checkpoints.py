@@ -202,7 +202,7 @@ def test_strict_after_that(net: Net, tmp_path: Path) -> None:
 # What is no checkpoint.
 
 
-def test_files_that_are_none_are_told_apart(net: Net, tmp_path: Path) -> None:
+def test_files_that_are_none_are_distinguished(net: Net, tmp_path: Path) -> None:
     torch.save(net.state_dict(), tmp_path / "good.pt")
     good = (tmp_path / "good.pt").read_bytes()
     kinds: dict[str, tuple[Any, str]] = {
@@ -263,7 +263,7 @@ def _old(folder: Path) -> list[Path]:
     return files
 
 
-def test_directories_are_told_apart(net: Net, group: None, tmp_path: Path) -> None:
+def test_directories_are_distinguished(net: Net, group: None, tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     made: dict[str, str] = {
@@ -464,7 +464,9 @@ def test_a_file_with_an_average_alone_says_that_ema_takes_it(tmp_path: Path) -> 
     assert "save the ones you mean" in misread({"ema": 0.99, "net": WEIGHTS}, file)
 
 
-def test_weights_of_a_part_of_another_module_are_told_by_its_name(net: Net, tmp_path: Path) -> None:
+def test_weights_of_a_part_of_another_module_are_reported_by_its_name(
+    net: Net, tmp_path: Path
+) -> None:
     """Lightning's modules hold the model as an attribute, whose name stands before all others."""
     for prefix in ("model.", "net.inner."):
         state = {prefix + name: tensor for name, tensor in state_of(net).items()}

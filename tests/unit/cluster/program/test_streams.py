@@ -42,7 +42,9 @@ def broken() -> Failing:
         None,
     ],
 )
-def test_what_goes_on_is_not_ended(stream: TextIO | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_continues_is_not_ended(
+    stream: TextIO | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stdout", stream)
     with safe_streams(output_is_all=False):
         print("one", flush=True)

@@ -58,7 +58,7 @@ def test_adapters_need_none_of_them() -> None:
     assert "adapters travel alone" in why_not("nccl", BIG, adapters_alone=True)
 
 
-def test_the_wire_has_the_samplers_dtype_unless_told() -> None:
+def test_the_wire_has_the_samplers_dtype_unless_set() -> None:
     assert WeightsConfig().wire("bfloat16") == "bfloat16"
     assert WeightsConfig(dtype="bfloat16").wire("float32") == "bfloat16"
 

@@ -205,7 +205,7 @@ def test_an_unknown_name() -> None:
         probe(Address("a" * 70 + ".b", 6379))  # longer than a name may be
 
 
-def test_whoever_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unresponsive_node_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*_: object, **__: object) -> None:
         time.sleep(60)
 

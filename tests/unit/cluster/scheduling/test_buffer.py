@@ -58,7 +58,7 @@ def test_nothing_is_consumed_twice_or_released_early() -> None:
         buffer.complete(0, 0, "late")
 
 
-def test_an_interrupted_run_goes_on_with_what_was_drawn_before() -> None:
+def test_an_interrupted_run_continues_with_what_was_drawn_before() -> None:
     buffer: GroupBuffer = GroupBuffer(groups=1, max_staleness=2, first=10)
     with pytest.raises(FleetError, match="max_staleness 2 allows 8 to 10"):
         buffer.admit(version=7)

@@ -66,7 +66,7 @@ def test_when_a_worker_is_free() -> None:
     assert free_in(Candidate(1.0, 8, 4.0, 2.0, 0, True), 1.0) == 6.0
 
 
-def test_work_waits_for_whoever_would_finish_it_first() -> None:
+def test_work_waits_for_the_worker_that_would_finish_first() -> None:
     fast, slow = candidate(1.0, tasks=2, room=False), candidate(4.6)
     # further tasks of the fast one end at 3, 4 and 5, the slow one's at 4.6
     assert choose([0], [fast, slow]) is None
@@ -173,7 +173,7 @@ def least_busy(pool: WorkerPool, now: float) -> tuple[list[Waiting], Worker] | N
 
 
 def best_makespan(seconds: list[float], count: int) -> float:
-    """Of identical tasks: each in turn to whoever ends it first is optimal."""
+    """Of identical tasks: each in turn to the worker that ends it first is optimal."""
     ends = [0.0] * len(seconds)
     for _ in range(count):
         index = min(range(len(seconds)), key=lambda i: ends[i] + seconds[i])

@@ -188,7 +188,7 @@ def test_names(count: int, most: int, names: list[str]) -> None:
     assert made.started == names
 
 
-def test_whoever_is_alone_in_its_role_is_not_to_wait_for_room() -> None:
+def test_the_only_worker_of_a_role_does_not_wait_for_room() -> None:
     made = Pool(count=3)
     for index, alone in enumerate([False, False, True]):
         made.pool.replace(made.pool.workers[index])

@@ -126,7 +126,7 @@ def test_a_storage_that_fails_now_and_then_is_tried_again(
     assert made.open().newest().read("policy.safetensors") == b"weights 1"
 
 
-def test_a_storage_that_fails_in_the_middle_is_told_and_made_up_for(
+def test_a_storage_that_fails_in_the_middle_is_reported_and_made_up_for(
     tmp_path: Path, flaky: str, logged: list[str]
 ) -> None:
     made = Kept(tmp_path / "run", checkpoint_url=flaky)

@@ -288,7 +288,7 @@ def test_storage_that_is_not_shared_is_noticed(tmp_path: Path) -> None:
 
 
 def test_who_is_no_owner_any_more_publishes_nothing(tmp_path: Path) -> None:
-    """As after a suspension: whoever took over wrote its own lock."""
+    """As after a suspension: the new owner wrote its own lock."""
     made = Kept(tmp_path / "run", keep_checkpoints=1)
     made.save(1)
     made.run.lock = acquire(made.run.path / OWNER, "run")

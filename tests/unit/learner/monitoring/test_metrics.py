@@ -75,7 +75,7 @@ def test_statistics_of_classes_are_absent_where_there_are_none() -> None:
     assert row([None, None]).keys() - row([None, None], classes=False).keys() == of_classes
 
 
-def test_the_slowest_server_is_absent_where_none_told_its_time() -> None:
+def test_the_slowest_server_is_absent_where_none_reported_its_time() -> None:
     sample = Span("sampler-0", "sample", 0.0, 1.0)
     found = row([None, None], spans=(sample, sample))
     assert "time/slowest_server" not in found

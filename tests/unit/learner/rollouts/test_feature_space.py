@@ -135,7 +135,7 @@ def test_joint_moments_of_another_dimension_are_not_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("images", "told"), [(3, True), (4, False), (None, False)])
-def test_few_images_are_told(
+def test_few_images_are_reported(
     tmp_path: Path, images: int | None, told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     known = {} if images is None else {"images": np.array(images)}

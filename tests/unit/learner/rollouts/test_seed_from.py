@@ -235,7 +235,7 @@ def test_a_dry_run_names_a_missing_file_and_other_dimensions(tmp_path: Path) -> 
     assert "expected moments of 64 dimensions" in problem
 
 
-def test_a_run_that_goes_on_needs_the_file_no_more(tmp_path: Path) -> None:
+def test_a_run_that_resumes_does_not_need_the_file(tmp_path: Path) -> None:
     """Its checkpoints hold the history; before the first one, the file is read again."""
     config = run(seed_from=str(tmp_path / "gone.npz"))
     directory = tmp_path / "runs" / "A"

@@ -55,7 +55,7 @@ def test_a_run_that_kept_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert run.evaluation.is_file()
 
 
-def test_what_lies_below_is_another_runs(tmp_path: Path) -> None:
+def test_what_is_below_belongs_to_another_run(tmp_path: Path) -> None:
     """A run started in the folder of runs, of which one has just begun."""
     other = new_run(tmp_path / "runs" / "other")
     with pytest.raises(ConfigError, match="is not empty, and holds no run: name another"):
@@ -141,7 +141,7 @@ def test_a_run_that_counts_from_0_keeps_to_it(
     assert kept == ([0, 1, 2, 3] if rollouts else [0, 1, 2])
 
 
-def test_a_run_that_lost_its_first_rows_is_told_by_its_versions(tmp_path: Path) -> None:
+def test_a_run_that_lost_its_first_rows_is_reported_by_its_versions(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     run.metrics.write_text('{"iteration": 4, "version": 5}\n')
     assert records.counted_from(run) == 0

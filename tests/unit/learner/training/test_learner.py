@@ -110,7 +110,7 @@ def test_target_controller_needs_the_base_entropy(policy_file: str) -> None:
         learner.step(batch_of(learner))
 
 
-def test_restored_it_goes_on_bitwise(policy_file: str, tmp_path: Path) -> None:
+def test_restored_it_continues_bitwise(policy_file: str, tmp_path: Path) -> None:
     entropy = EntropyConfig(controller="target", coef=0.01)
     straight = make(policy_file, entropy=entropy)
     straight.start(base_entropy=2.9)

@@ -113,7 +113,7 @@ def test_tokens_are_put_into_the_order_of_the_policy() -> None:
         ({"tokens": TOKENS, "classes": CLASSES - 1}, "class"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path: Path, arrays: dict, message: str) -> None:
+def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, arrays: dict, message: str) -> None:
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(DataError, match=message):
         load(str(tmp_path / "bad.npz"))

@@ -84,7 +84,7 @@ def test_equal_traces() -> None:
         equal_trace_weight(np.diag([6.0, 2.0]), np.zeros((3, 3)))
 
 
-def test_an_image_of_the_wrong_class_is_told_apart() -> None:
+def test_an_image_of_the_wrong_class_is_distinguished() -> None:
     """Every set of features is as the reference's; only two images have changed their classes. The
     marginal reward cannot see it, the joint one puts these two last."""
     generator = np.random.default_rng(0)

@@ -107,7 +107,7 @@ def test_names_that_would_be_a_guess(found: list[str], message: str) -> None:
         class_numbers(found, "here", ["other"])
 
 
-def test_the_mapping_is_told_in_short() -> None:
+def test_the_mapping_is_reported_in_short() -> None:
     few = described(np.array([0, 0, 2]), 3, ("cat", "dog", "ox"))
     assert few == (
         "3 classes (1 without images): 0 'cat' (2 images), 1 'dog' (0 images), 2 'ox' (1 images)"

@@ -102,7 +102,7 @@ def test_a_link_to_a_file_that_is_there_adds_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_left_out_is_told_by_reason(tmp_path: Path) -> None:
+def test_what_is_left_out_is_reported_by_reason(tmp_path: Path) -> None:
     for number in range(8):
         write(tmp_path / f"{number:09d}.png", number)
         (tmp_path / f"{number:09d}.txt").write_text("a caption")  # as img2dataset writes them

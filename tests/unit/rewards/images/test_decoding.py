@@ -147,7 +147,7 @@ def test_16_bit_colour_is_said(tmp_path: Path) -> None:
     assert found.notes == (DEEP,)
 
 
-def test_what_was_converted_is_told_at_the_end(tmp_path: Path, capsys) -> None:
+def test_what_was_converted_is_reported_at_the_end(tmp_path: Path, capsys) -> None:
     root = tmp_path / "photos"
     root.mkdir()
     for number in range(9):

@@ -436,7 +436,7 @@ def test_transformers_configurations_beside_a_file(tmp_path: Path) -> None:
         find_source("ViT-B-16", file)
 
 
-def test_transformers_names_are_told_and_refused_before_a_run(tmp_path: Path) -> None:
+def test_transformers_names_are_reported_and_refused_before_a_run(tmp_path: Path) -> None:
     """A file of CLIPModel or SiglipModel: other names for the same weights."""
     ensure_torchvision()
     transformers = pytest.importorskip("transformers")

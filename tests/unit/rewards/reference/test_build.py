@@ -106,7 +106,7 @@ def test_images_of_many_sizes_and_modes(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 6, 1024])
-def test_it_goes_on_where_it_stopped(
+def test_it_resumes_where_it_stopped(
     block: int, tmp_path: Path, samples: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(sums, "BLOCK", block)
@@ -322,7 +322,7 @@ def test_a_lost_process_is_reported(tmp_path: Path, samples: Path, monkeypatch, 
 SUBMIT = builder.ProcessPoolExecutor.submit
 
 
-def test_a_terminated_command_goes_on(tmp_path: Path, capsys) -> None:
+def test_a_terminated_command_continues(tmp_path: Path, capsys) -> None:
     """The real command, with a worker, ended by SIGTERM half-way."""
     images = np.random.default_rng(0).integers(0, 256, (6_000, 8, 8, 3), dtype=np.uint8)
     np.save(tmp_path / "s.npy", images)

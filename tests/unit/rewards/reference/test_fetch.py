@@ -135,7 +135,7 @@ def test_into_another_directory(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("stated", [True, False])
-def test_a_broken_transfer_goes_on_where_it_was(
+def test_a_broken_transfer_resumes(
     ranges: bool,
     stated: bool,
     server: Server,
@@ -204,7 +204,7 @@ def test_where_no_sum_is_known_the_first_one_is_noted(
     assert f".sha256 says {digest}" in capsys.readouterr().err
 
 
-def test_a_file_placed_by_hand_is_compared(
+def test_a_file_placed_by_hand_is_verified(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place().parent.mkdir()

@@ -98,7 +98,7 @@ def test_a_home_directory_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) 
     )
 
 
-def test_a_run_keeps_the_text_and_goes_on_with_it(here: Path) -> None:
+def test_a_run_keeps_the_text_and_continues_with_it(here: Path) -> None:
     extra = ["./my_rewards.py:Scaled=0.5", "./my_rewards.py:Scaled=1,name=more,by=3"]
     off, pixels = {"enabled": False}, {"network": "pixels"}
     rewards = {"extra": extra, "clip": off, "hps": off, "features": pixels}
@@ -133,7 +133,7 @@ def test_the_command_line_reads_it_when_the_run_begins(here: Path) -> None:
     assert fleet_plan(config).reward_server.config.rewards.user_rewards()[0].kept == kept
 
 
-def test_a_resumed_run_goes_on_with_what_it_began_with(here: Path) -> None:
+def test_a_resumed_run_continues_with_what_it_began_with(here: Path) -> None:
     """Also where the command line names the file again, and where it is gone."""
     begun = config_with_files(small_config(rewards={"extra": ["./my_rewards.py:Scaled=0.5"]}))
     RunDirectory.create(str(here / "run"), begun)
@@ -169,7 +169,9 @@ def test_a_text_that_was_changed_is_refused(here: Path) -> None:
         (b"\xff\xfe\x00", r"\./bad\.py (is no Python|cannot be read)"),
     ],
 )
-def test_a_file_that_is_none_is_told_first(here: Path, text: str | bytes | None, told: str) -> None:
+def test_a_file_that_is_none_is_reported_first(
+    here: Path, text: str | bytes | None, told: str
+) -> None:
     if text is not None:
         (here / "bad.py").write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(ConfigError, match=told):

@@ -77,7 +77,7 @@ def test_what_has_come_together_is_worked_on_together_up_to_the_size() -> None:
     assert firsts == [True, False, True, False]
 
 
-def test_a_lone_request_waits_for_others_as_long_as_it_was_told() -> None:
+def test_a_lone_request_waits_for_others_as_long_as_configured() -> None:
     work = Recorder()
     batcher = make(work, max_wait_s=0.2)
     with ThreadPoolExecutor(2) as pool:
@@ -254,7 +254,7 @@ def test_a_thread_that_ends_in_c_is_missed() -> None:
     batcher.close()
 
 
-def test_a_batch_that_takes_too_long_is_told_to_whoever_waits() -> None:
+def test_a_batch_that_takes_too_long_is_reported_to_its_callers() -> None:
     work = Recorder()
     batcher = make(work, max_batch=0, batch_timeout_s=0.1, activity=lambda: "group 3")
     with ThreadPoolExecutor(4) as pool:

@@ -88,7 +88,7 @@ def test_failed_images_enter_neither_rewards_nor_moments(server: MomentsServer) 
 
 
 @pytest.mark.parametrize("kind", ["ema", "sliding"])
-def test_restored_it_goes_on_as_if_nothing_had_happened(kind) -> None:
+def test_restored_it_continues_as_if_nothing_had_happened(kind) -> None:
     server, restored = (make_server(kind=kind) for _ in range(2))
     first = server.commit(0, features(12, 2), ALL, run="a", classes=CLASSES)
     restored.restore(server.state())
@@ -243,7 +243,7 @@ def test_the_bias_constant_by_hand() -> None:
     assert bias_constant(Reference(np.zeros(2), sigma)) == pytest.approx(expected)
 
 
-def test_a_short_window_is_told_once() -> None:
+def test_a_short_window_is_reported_once() -> None:
     """4 dimensions need 8 effective images; 5 images with decay .1 hold 6."""
     settings = {"decay": 0.1}
     server = make_server(**settings)
@@ -463,7 +463,7 @@ def test_refreshing_twice_changes_nothing() -> None:
     assert server.state() == state
 
 
-def test_a_lag_that_stays_is_told_once() -> None:
+def test_a_lag_that_stays_is_reported_once() -> None:
     """The policy jumps to the reference; the history remembers what it was."""
     server = make_server(decay=0.99, seeded=False)
     server.seed(features(400, 1) * 9)
@@ -501,7 +501,7 @@ def test_a_reference_of_another_dimension_is_refused(kind: Any, covariance: Any)
     good.commit(1, features(12, 3), ALL)  # and nothing has changed by it
 
 
-def test_an_iteration_without_valid_images_is_told_as_such(server: MomentsServer) -> None:
+def test_an_iteration_without_valid_images_is_reported_as_such(server: MomentsServer) -> None:
     with pytest.raises(DataError) as caught:
         server.commit(0, np.zeros((12, 0), np.float32), ~ALL)
     assert "dimensions, as the features" not in str(caught.value)

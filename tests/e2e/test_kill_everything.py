@@ -61,7 +61,8 @@ def test_kill_nine_of_everything_and_resume(
     log = (tmp_path / "log").open("wb")
     driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + LIMIT_S
-    while len(read_metrics(hit / "metrics.jsonl")) < ENOUGH_ROWS:
+    first = hit / "checkpoints" / f"step_{EVERY:06d}"
+    while not first.is_dir() or len(read_metrics(hit / "metrics.jsonl")) < ENOUGH_ROWS:
         assert driver.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.05)

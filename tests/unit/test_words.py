@@ -20,9 +20,7 @@ WORDS = {
     "wish|wishes": "control request",
 }
 """Words (alternatives of a regular expression, lower case) -> what to write instead."""
-ALLOWED = {
-    ("CHANGELOG.md", "sealed"): "an entry of an earlier issue",
-}
+ALLOWED: dict[tuple[str, str], str] = {}
 """(file, word) -> why it stays: a file or an option of an earlier version that is still read."""
 
 

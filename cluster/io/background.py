@@ -1,4 +1,4 @@
-"""One piece of work in a thread: started, asked after, waited for within a bound."""
+"""One task in a background thread."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from cluster.errors import FleetError
 
 
 class Background:
-    """Runs `work` in a daemon thread, which does not keep a process from ending.
+    """Runs `work` in a daemon thread.
 
     Args:
-        what: it is, for the error of a wait that is over.
+        what: name of the task, for errors.
     """
 
     def __init__(self, what: str, work: Callable[[], None]) -> None:
@@ -22,11 +22,11 @@ class Background:
         self._thread.start()
 
     def done(self, wait_s: float = 0.0) -> bool:
-        """Whether it has ended, after so long at most.
+        """Whether it has ended; waits for `wait_s` seconds at most.
 
         Raises:
-            FleetError: the work ended by what would end the caller, too (SystemExit and its like).
-            Exception: whatever else the work raised.
+            FleetError: the work raised SystemExit or another BaseException.
+            Exception: the work raised it.
         """
         self._thread.join(wait_s)
         if self._thread.is_alive():
@@ -39,11 +39,11 @@ class Background:
         return True
 
     def end(self) -> None:
-        """Wait until it has ended, however it does."""
+        """Wait until it has ended, with or without an error."""
         self._thread.join()
 
     def _run(self) -> None:
         try:
             self._work()
-        except BaseException as error:  # is raised at whoever asks
+        except BaseException as error:  # raised again by `done`
             self._error = error

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, errors of storage to act on, lines of text."""
+"""Atomic writing of files, messages for storage errors, lines of text."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """A file to write beside `path`; it takes its place if the block ends well, else it is gone.
+    """A temporary file beside `path`, which replaces it if the block succeeds.
 
     Args:
-        durable: on the disk before it takes its place, and its name after: it then survives a
-            power cut, and not only the end of this process.
+        durable: synced to disk, to survive a power cut.
     """
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +40,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a directory's names, on the disk before going on."""
+    """fsync of a file or directory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -51,11 +50,11 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path, *, kept: str = "", then: str = RESUME) -> Iterator[None]:
-    """While the block writes `path`: what the operating system refuses becomes a `StorageError`.
+    """Turn an OSError in the block, which writes `path`, into a `StorageError`.
 
     Args:
-        kept: what is whole all the same, a sentence for the message.
-        then: what to do once the cause is mended.
+        kept: what is intact, a sentence for the message.
+        then: what to do after fixing the cause.
     """
     try:
         yield
@@ -67,10 +66,10 @@ def writing(path: Path, *, kept: str = "", then: str = RESUME) -> Iterator[None]
 def storage_error(
     path: Path, reason: str, number: int | None, *, kept: str = "", then: str = RESUME
 ) -> StorageError:
-    """What could not be written, why, how much is free there, and what to do.
+    """Says what could not be written, why, how much space is free, and what to do.
 
     Args:
-        number: the operating system's for the reason; None: not known.
+        number: errno of the reason; None: not known.
     """
     free = f"; {_free(path)}" if number is None or number in NO_ROOM else ""
     whole = f" {kept}." if kept else ""
@@ -80,7 +79,7 @@ def storage_error(
 
 
 def _free(path: Path) -> str:
-    """How much room there is where a path lies, for a message."""
+    """Free space on the disk of a path, for a message."""
     place = path
     while not os.path.exists(place) and place != place.parent:
         place = place.parent
@@ -91,13 +90,12 @@ def _free(path: Path) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    r"""Lines end at \n, \r\n and \r alone, as in files that are opened as text: U+2028, U+0085,
-    form feeds and separators of information are characters like others."""
+    r"""Split at \n, \r\n and \r alone, as files opened as text do; not at U+2028 or form feeds."""
     return _LINE_END.split(text)
 
 
 def advice(number: int | None) -> str:
-    """What to do about an error of the operating system, by its number; without a full stop."""
+    """What to do about an OSError, by its errno; without a full stop."""
     if number in NO_ROOM:
         return "Make room (or lift the limit)"
     if number in (errno.EACCES, errno.EPERM):

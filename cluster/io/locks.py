@@ -1,10 +1,10 @@
 """A lock file: one owner at a time of a run directory, or of what a command writes.
 
-It works where `flock` does not reach (NFS, parallel filesystems): the file is created exclusively,
-and its owner renews its modification time, which the storage sets by its own clock. A lock whose
-owner is gone is taken over: at once if its process ran here, else when the modification time has
-stood still for `STALE_S`. Whoever takes over holds a second lock, named after the first one's
-token, so that exactly one succeeds.
+It works on NFS and parallel filesystems, unlike `flock`: the file is created exclusively, and its
+owner renews its modification time, by the storage's clock. A lock of a dead owner is taken over: at
+once if its process ran on this machine, else when the modification time has not changed for
+`STALE_S`. Taking over needs a second lock, named after the first one's token, so that exactly one
+process succeeds.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 5.0  # between two renewals
 STALE_S = 60.0
-"""A lock of another machine that was not renewed for so long is abandoned: well above what a
-process may be kept from renewing it by a library that holds the interpreter, or by slow storage."""
+"""Age after which a lock of another machine is abandoned: well above the delays by slow storage or
+a library that holds the interpreter."""
 WATCH_S = 3 * BEAT_S
-"""But it is watched for at least so long: clocks of machines differ by minutes, and some
-filesystems write the client's."""
+"""Minimum observation before a takeover, since clocks may differ by minutes."""
 POLL_S = 1.0
 ATTEMPTS = 100  # at a lock that others create, take over and release meanwhile
 WRITTEN_S = 1.0  # longest wait for the content of one that has just been created
@@ -50,17 +49,17 @@ class LockState:
     renewed_ns: int
     """Its modification time."""
     holder: Holder | None
-    """None where the content says nothing: it is being created, or damaged."""
+    """None: the content is partial or damaged."""
 
 
-def lock_verdict(sight: LockState, age_s: float, watched_s: float) -> Verdict:
+def lock_verdict(state: LockState, age_s: float, watched_s: float) -> Verdict:
     """Whether a lock is held.
 
     Args:
-        age_s: since it was renewed, by the storage's clock.
-        watched_s: how long this process has seen it stand still.
+        age_s: seconds since its renewal, by the storage's clock.
+        watched_s: seconds in which this process saw no renewal.
     """
-    holder = sight.holder
+    holder = state.holder
     if holder is not None and holder.here:
         return "held" if holder.lives else "stale"
     stood_s = max(age_s, watched_s)
@@ -68,7 +67,7 @@ def lock_verdict(sight: LockState, age_s: float, watched_s: float) -> Verdict:
 
 
 class Lock:
-    """A lock that this process holds, renewed by a thread until `release`."""
+    """A lock that this process holds; a thread renews it until `release`."""
 
     def __init__(self, path: Path, holder: Holder) -> None:
         self.path, self.holder = path, holder
@@ -83,16 +82,15 @@ class Lock:
         self.release()
 
     def check(self) -> None:
-        """Whether this process still is the owner. To be asked before anything is written.
+        """Check that this process still holds the lock; call it before writing.
 
         Raises:
-            LockLostError: another process took over, or somebody removed the file: this one stood
-                still for longer than `STALE_S`.
+            LockLostError: another process took over, or the file was removed.
         """
-        sight = read_lock(self.path)
-        if sight is not None and sight.token == self.holder.token:
+        state = read_lock(self.path)
+        if state is not None and state.token == self.holder.token:
             return
-        who = f"{describe_owner(sight)} has taken over" if sight else "its lock is gone"
+        who = f"{describe_owner(state)} has taken over" if state else "its lock is gone"
         raise LockLostError(
             f"{self.path.parent} does not belong to this process (pid {self.holder.pid}) any more: "
             f"{who}, because this one stood still for over {STALE_S:g} s (was it suspended?) or "
@@ -107,8 +105,8 @@ class Lock:
         try:
             if self.path.parent.is_dir() and _create(guard, self.holder):
                 try:
-                    sight = read_lock(self.path)
-                    if sight is not None and sight.token == self.holder.token:
+                    state = read_lock(self.path)
+                    if state is not None and state.token == self.holder.token:
                         self.path.unlink()
                 finally:
                     guard.unlink(missing_ok=True)
@@ -118,11 +116,11 @@ class Lock:
     def _renew(self) -> None:
         while not self._ended.wait(BEAT_S):
             try:
-                sight = read_lock(self.path)
-                if sight is None or sight.token != self.holder.token:
-                    return  # lost: whoever asks `check` is told
+                state = read_lock(self.path)
+                if state is None or state.token != self.holder.token:
+                    return  # lost: `check` raises
                 os.utime(self.path)  # no times given: the storage's own clock
-            except OSError as error:  # of a moment: the next renewal may succeed
+            except OSError as error:  # the next renewal may succeed
                 logger.debug(f"{self.path} could not be renewed ({error})")
 
 
@@ -130,8 +128,8 @@ def acquire(path: Path, what: str, stop: str = "", run: str = "") -> Lock:
     """Take a lock; nothing else is written.
 
     Args:
-        what: is locked, for messages.
-        stop: how its owner can be asked to end, beside ending its process.
+        what: the locked thing, for messages.
+        stop: command that stops the owner, for messages.
         run: name of the run that takes it.
 
     Raises:
@@ -155,7 +153,7 @@ def acquire(path: Path, what: str, stop: str = "", run: str = "") -> Lock:
 
 @contextmanager
 def locked(directory: Path, what: str) -> Iterator[Lock]:
-    """Own a directory that a command writes to, while the block runs; it is made if need be.
+    """Lock a directory while the block runs; creates it if necessary.
 
     Raises:
         LockHeldError, StorageError: see `acquire`.
@@ -169,12 +167,12 @@ def locked(directory: Path, what: str) -> Iterator[Lock]:
 @dataclass(frozen=True)
 class _Acquired:
     before: str = ""
-    """The owner from whom it was taken over; empty if it was free."""
+    """The previous owner; empty: it was free."""
 
 
 @contextmanager
 def locked_file(file: Path, what: str) -> Iterator[Lock]:
-    """Own a file that a command writes, and what it keeps beside it, while the block runs.
+    """Lock an output file while the block runs.
 
     Raises:
         LockHeldError, StorageError: see `acquire`.
@@ -197,36 +195,36 @@ def _attempt(path: Path, mine: Holder, what: str, stop: str) -> _Acquired | None
     first = read_lock(path)
     if first is None:
         return None
-    verdict, sight = _watched(path, first, what)
-    if sight is None:
+    verdict, state = _watched(path, first, what)
+    if state is None:
         return None
     if verdict == "held":
-        raise _held_error(path, sight, what, stop)
-    return _Acquired(describe_owner(sight)) if _take_over(path, sight, mine, what) else None
+        raise _held_error(path, state, what, stop)
+    return _Acquired(describe_owner(state)) if _take_over(path, state, mine, what) else None
 
 
-def _watched(path: Path, sight: LockState, what: str) -> tuple[Verdict, LockState | None]:
+def _watched(path: Path, state: LockState, what: str) -> tuple[Verdict, LockState | None]:
     """Judge a lock, after watching it for as long as that takes; None once it is gone."""
-    start, age_s, told = time.monotonic(), _age_s(path, sight), False
+    start, age_s, reported = time.monotonic(), _age_s(path, state), False
     while True:
-        verdict = lock_verdict(sight, age_s, time.monotonic() - start)
+        verdict = lock_verdict(state, age_s, time.monotonic() - start)
         if verdict != "watch":
-            return verdict, sight
-        if not told:
-            told = True
+            return verdict, state
+        if not reported:
+            reported = True
             logger.info(
-                f"{what} is locked by {describe_owner(sight)}, last renewed {age_s:.0f} s ago: "
+                f"{what} is locked by {describe_owner(state)}, last renewed {age_s:.0f} s ago: "
                 f"watching for up to {max(WATCH_S, STALE_S - age_s):.0f} s whether it lives"
             )
         time.sleep(POLL_S)
         now = read_lock(path)
-        if now is None or (now.token, now.renewed_ns) != (sight.token, sight.renewed_ns):
+        if now is None or (now.token, now.renewed_ns) != (state.token, state.renewed_ns):
             return "held", now
 
 
-def _take_over(path: Path, sight: LockState, mine: Holder, what: str) -> bool:
-    """Put our lock in the place of an abandoned one; False if somebody else did."""
-    guard, partial = _guard(path, sight.token), _guard(path, mine.token)
+def _take_over(path: Path, state: LockState, mine: Holder, what: str) -> bool:
+    """Replace an abandoned lock by ours; False if another process did."""
+    guard, partial = _guard(path, state.token), _guard(path, mine.token)
     try:
         if _attempt(guard, mine, what, "") is None:
             return False
@@ -234,7 +232,7 @@ def _take_over(path: Path, sight: LockState, mine: Holder, what: str) -> bool:
         return False
     try:
         now = read_lock(path)
-        if now is None or now.token != sight.token:
+        if now is None or now.token != state.token:
             return False
         partial.write_bytes(mine.to_bytes())
         os.replace(partial, path)
@@ -266,8 +264,7 @@ def _create(path: Path, holder: Holder) -> bool:
 
 
 def read_lock(path: Path) -> LockState | None:
-    """A lock file as it is now; None if there is none. Reading an opened file, not its name,
-    has NFS ask the server."""
+    """The lock file; None if there is none. (Stat of an open file makes NFS ask the server.)"""
     deadline = time.monotonic() + WRITTEN_S
     while True:
         try:
@@ -282,24 +279,23 @@ def read_lock(path: Path) -> LockState | None:
         time.sleep(0.02)
 
 
-def _age_s(path: Path, sight: LockState) -> float:
-    """Seconds since a lock was renewed, by the clock that renewed it: for a process of another
-    machine that of the storage."""
-    if sight.holder is not None and sight.holder.here:
-        return max(0.0, time.time() - sight.renewed_ns / 1e9)
+def _age_s(path: Path, state: LockState) -> float:
+    """Seconds since the renewal of a lock, by the clock of this machine or of the storage."""
+    if state.holder is not None and state.holder.here:
+        return max(0.0, time.time() - state.renewed_ns / 1e9)
     probe = _guard(path, secrets.token_hex(8))
     handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:
         os.write(handle, b" ")
-        return max(0.0, (os.fstat(handle).st_mtime_ns - sight.renewed_ns) / 1e9)
+        return max(0.0, (os.fstat(handle).st_mtime_ns - state.renewed_ns) / 1e9)
     finally:
         os.close(handle)
         probe.unlink(missing_ok=True)
 
 
-def describe_owner(sight: LockState) -> str:
-    """Who holds a lock, in words."""
-    holder = sight.holder
+def describe_owner(state: LockState) -> str:
+    """The holder of a lock, for messages."""
+    holder = state.holder
     if holder is None:
         return "a process that its lock does not name"
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
@@ -308,22 +304,22 @@ def describe_owner(sight: LockState) -> str:
 
 
 def owner_of(directory: Path) -> str:
-    """Who owns a directory, in words, as far as can be told at once; empty if nobody does, or a
-    process that is gone or has not renewed its lock for long (`acquire` looks closer)."""
+    """The owner of a directory, for messages; empty if there is none, or it is dead or stale.
+    (`acquire` observes a stale lock before it decides.)"""
     path = directory / OWNER
     try:
-        sight = read_lock(path)
-        if sight is None:
+        state = read_lock(path)
+        if state is None:
             return ""
-        if sight.holder is not None and sight.holder.here:
-            return describe_owner(sight) if sight.holder.lives else ""
-        return "" if _age_s(path, sight) > STALE_S else describe_owner(sight)
+        if state.holder is not None and state.holder.here:
+            return describe_owner(state) if state.holder.lives else ""
+        return "" if _age_s(path, state) > STALE_S else describe_owner(state)
     except OSError as error:
         return f"a process that cannot be known ({error})"
 
 
-def _held_error(path: Path, sight: LockState, what: str, stop: str) -> LockHeldError:
-    age_s, holder = _age_s(path, sight), sight.holder
+def _held_error(path: Path, state: LockState, what: str, stop: str) -> LockHeldError:
+    age_s, holder = _age_s(path, state), state.holder
     ways = [f"`{stop}`"] if stop else []
     if holder is not None:
         ways.append(f"`kill {holder.pid}`" + ("" if holder.here else f" on {holder.host}"))
@@ -331,6 +327,6 @@ def _held_error(path: Path, sight: LockState, what: str, stop: str) -> LockHeldE
     quiet = f" (it stands still: {copied})" if age_s > STALE_S else ""
     how = f"Stop it with {' or '.join(ways)}" if ways else "Wait until it has ended"
     return LockHeldError(
-        f"{what} is in use by {describe_owner(sight)}, last heartbeat {age_s:.0f} s ago{quiet}. "
+        f"{what} is in use by {describe_owner(state)}, last heartbeat {age_s:.0f} s ago{quiet}. "
         f"{how}, or name another directory"
     )

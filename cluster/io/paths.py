@@ -1,4 +1,4 @@
-"""Where outputs go: below the working directory, but not into a package that Ray deletes."""
+"""Paths of outputs: below the working directory, but not in a package that Ray deletes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ logger = logging.getLogger(__name__)
 
 RUNS = "runs"
 RAY_PACKAGES = "runtime_resources"
-"""Folder of Ray's session, into which it unpacks the package of a job."""
+"""Folder of Ray's session with the unpacked packages of jobs."""
 
 
 def expand_user(given: str | os.PathLike[str]) -> Path:
-    """A path as a user writes it, ~ for his home directory.
+    """A path with ~ expanded.
 
     Raises:
-        ConfigError: nobody knows that directory.
+        ConfigError: the home directory is not known.
     """
     try:
         return Path(given).expanduser()
@@ -31,25 +31,25 @@ def expand_user(given: str | os.PathLike[str]) -> Path:
 
 
 def in_ray_package(path: Path) -> bool:
-    """Whether a path lies in a package that Ray unpacked for a job, and deletes after it."""
+    """Whether a path is in a job's package, which Ray deletes after the job."""
     return RAY_PACKAGES in path.absolute().parts
 
 
 def default_root() -> Path:
-    """Of runs: `runs/` here, or `~/tessera-runs` inside the package of a job."""
+    """Parent of new run directories: `runs/`, or `~/tessera-runs` in a job's package."""
     here = Path.cwd()
     return expand_user("~/tessera-runs") if in_ray_package(here) else here / RUNS
 
 
 def output_path(given: str | Path, option: str) -> Path:
-    """Where to write what an option names. A relative path inside the package of a Ray job is
-    taken from `default_root`, with a note.
+    """The path to write to for an option. Relative paths in a Ray job's package are moved to
+    `default_root`, with a warning.
 
     Args:
         option: its name, for messages.
 
     Raises:
-        ConfigError: it lies in the package all the same.
+        ConfigError: the path is in the package and cannot be moved.
     """
     path = expand_user(given)
     if not in_ray_package(path):

@@ -1,5 +1,4 @@
-"""What tells one process from every other one (its machine, its number, and when it began), and how
-a lock names it."""
+"""Identity of processes (machine, pid, start time), and the content of lock files."""
 
 from __future__ import annotations
 
@@ -18,28 +17,28 @@ from typing import Any, Self
 
 from cluster.io.strict_json import MALFORMED, dumps
 
-TOKEN = re.compile(r"[0-9a-f]{16}")  # becomes part of file names
-LARGEST_PID = 1 << 30  # smaller ones than 1 are groups of processes
+TOKEN = re.compile(r"[0-9a-f]{16}")  # part of file names
+LARGEST_PID = 1 << 30  # below 1: groups of processes
 LATEST = 1e11  # seconds since 1970
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """The process that a lock names."""
+    """The process that holds a lock."""
 
     token: str
-    """Of this one acquisition."""
+    """Of this acquisition."""
     host: str
     machine: str
-    """Boot and process namespace: where process numbers mean the same."""
+    """Boot id and pid namespace, within which pids are comparable."""
     pid: int
     started: str
-    """When the process began, which tells it from a later one of the same number."""
+    """Start time of the process, since pids are reused."""
     since: float
-    """When it took the lock, seconds since 1970 by its own clock."""
+    """When it took the lock, seconds since 1970 by its clock."""
     run: str = ""
     renewed: int = 0
-    """How often, where the file has no modification time to tell
+    """Number of renewals, for storage without modification times
     (`learner.checkpoints.remote_owner`)."""
 
     @classmethod
@@ -57,12 +56,12 @@ class Holder:
 
     @property
     def here(self) -> bool:
-        """Whether this process can see that one, if it lives."""
+        """Whether it runs, or ran, on this machine."""
         return self.machine == this_machine()
 
     @property
     def lives(self) -> bool:
-        """Of one that is here."""
+        """Whether it is alive; only for one on this machine."""
         if not process_lives(self.pid):
             return False
         now = process_start(self.pid)
@@ -73,7 +72,7 @@ class Holder:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self | None:
-        """None if that is no lock's content."""
+        """None if the data is not the content of a lock."""
         try:
             found = json.loads(data)
             values = {f.name: found[f.name] for f in fields(cls)}
@@ -83,7 +82,7 @@ class Holder:
 
 
 def _sound(values: dict[str, Any]) -> bool:
-    """Whether a lock's fields are what they are read as, and shown as, by whoever finds it."""
+    """Whether the fields of a lock have valid types and values."""
     pid, since, renewed = (values.pop(name) for name in ("pid", "since", "renewed"))
     if not (type(pid) is int and 0 < pid <= LARGEST_PID and type(renewed) is int):
         return False
@@ -97,7 +96,7 @@ def _sound(values: dict[str, Any]) -> bool:
 
 @contextmanager
 def in_environment(name: str, value: str) -> Iterator[None]:
-    """While the block runs, the variable has this value, also for processes that it starts."""
+    """Set an environment variable while the block runs."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -110,8 +109,7 @@ def in_environment(name: str, value: str) -> Iterator[None]:
 
 
 def this_machine() -> str:
-    """Where process numbers mean the same as here: one boot of a kernel, one process namespace
-    (containers that share a host name, or a process number, differ in it)."""
+    """Boot id and pid namespace; containers with the same host name differ in it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -120,8 +118,7 @@ def this_machine() -> str:
 
 
 def process_start(pid: int) -> str:
-    """When a process of this machine began, in its machine's own terms; empty if that cannot be
-    known."""
+    """Start time of a process on this machine, as the system writes it; empty: not known."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
         return text.rpartition(")")[2].split()[19]
@@ -136,7 +133,7 @@ def process_start(pid: int) -> str:
 
 
 def process_lives(pid: int) -> bool:
-    """Whether a process of this machine is there; one that ended and was not waited for is not."""
+    """Whether a process of this machine is alive; zombies are not."""
     if not 0 < pid <= LARGEST_PID:  # of a damaged file
         return False
     try:

@@ -1,4 +1,4 @@
-"""JSON that every reader takes: NaN and infinities, which it does not have, are written as null."""
+"""Standard JSON: NaN and infinities are written as null."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-"""What reading JSON raises that is another than was written."""
+"""What reading damaged JSON may raise."""
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """JSON text of plain values, of numpy's scalars, and of mappings and sequences of them.
+    """JSON of plain values, numpy scalars, mappings and sequences.
 
     Args:
         options: of `json.dumps`.
@@ -23,7 +23,7 @@ def dumps(value: Any, **options: Any) -> str:
 
 
 def number(value: Any) -> float:
-    """A number that was read from JSON: null is NaN."""
+    """A number from JSON; null is NaN."""
     return math.nan if value is None else value
 
 

@@ -1,7 +1,5 @@
-"""YAML without surprises.
-
-PyYAML takes the last of two equal keys, reads `010` as 8 and `1:30` as 90, and answers some
-malformed scalars with an IndexError. All of these are refused here.
+"""Strict YAML: refuses duplicate keys, octal (`010`) and base-60 (`1:30`) numbers, which PyYAML
+accepts, and turns every error into `MalformedYamlError`.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import yaml
 DEEPEST = 64
 """Levels of nesting; no configuration has ten."""
 MOST = 200_000
-"""Values in all, aliases written out: a file of aliases of aliases would never end."""
+"""Values in all, with aliases expanded: nested aliases grow exponentially."""
 _INT = "tag:yaml.org,2002:int"
 _FLOAT = "tag:yaml.org,2002:float"
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
@@ -23,7 +21,7 @@ _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
 class MalformedYamlError(ValueError):
-    """Says where in the text, what was found, and what to write instead."""
+    """Says where in the text, what was found, and how to fix it."""
 
 
 def load(text: str) -> Any:

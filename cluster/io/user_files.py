@@ -1,6 +1,4 @@
-"""Small files that this program keeps for its user between runs, wherever he may write: his token,
-if Ray's own place cannot have it, and where his runs are.
-"""
+"""Per-user state: directories of runs, and a Ray token where ~/.ray is not writable."""
 
 from __future__ import annotations
 
@@ -15,15 +13,14 @@ from pathlib import Path
 
 from cluster.io.files import replacing
 
-MAX_RECORDS = 200  # directories of runs that are remembered
+MAX_RECORDS = 200  # directories of runs
 RUNS = "runs"
 
 logger = logging.getLogger(__name__)
 
 
 def user_directories() -> Iterator[Path]:
-    """Where this program may keep files of the user's, best place first; a user without a home
-    directory, or with one that cannot be written, has the last."""
+    """Candidate directories for the user's state, best first; the last needs no home directory."""
     if os.environ.get("XDG_STATE_HOME"):
         yield Path(os.environ["XDG_STATE_HOME"]) / "tessera"
     else:
@@ -33,8 +30,7 @@ def user_directories() -> Iterator[Path]:
 
 
 def is_private_directory(directory: Path) -> bool:
-    """Whether a directory is this user's, and nobody else writes it: anybody may have made one
-    under /tmp."""
+    """Whether only this user can write a directory; in /tmp anybody may have made it."""
     found = directory.lstat()
     return (
         stat.S_ISDIR(found.st_mode)
@@ -44,8 +40,8 @@ def is_private_directory(directory: Path) -> bool:
 
 
 def record_run(directory: Path) -> None:
-    """Note where a run is, so that other commands of this user find it by its name, from any
-    working directory. What cannot be noted ends nothing."""
+    """Record a run directory, so that commands find the run by name from any working directory.
+    Failure is a warning."""
     path = os.fsencode(directory.absolute())
     problem: OSError | None = None
     for place in user_directories():
@@ -63,7 +59,7 @@ def record_run(directory: Path) -> None:
 
 
 def recorded_runs() -> list[Path]:
-    """Directories of this user's runs that are still there, those that were started last first."""
+    """Existing directories of this user's runs, the most recently started first."""
     notes: list[tuple[float, bytes]] = []
     for place in user_directories():
         with suppress(OSError):
@@ -80,7 +76,7 @@ def _records(directory: Path) -> list[Path]:
 
 
 def _prune(directory: Path) -> None:
-    """Keep the newest. (Not those whose directory is there: another machine may see it.)"""
+    """Keep the newest records, also of directories that only other machines see."""
     notes = sorted(_records(directory), key=lambda note: note.stat().st_mtime)
     for note in notes[:-MAX_RECORDS]:
         note.unlink(missing_ok=True)

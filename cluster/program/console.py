@@ -1,4 +1,4 @@
-"""What commands have in common: exit statuses, and a bar that counts towards a total."""
+"""Consoles, exit statuses and progress bars of commands."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ NARROWEST, USUAL = 20, 80  # columns
 
 
 def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
-    """A console on a standard stream: a terminal if the stream is one that moves its cursor,
-    whatever FORCE_COLOR says of a file, since a bar in a file is control codes. What it is given is
-    text, without markup: names of runs and files may have brackets."""
+    """A console on a standard stream, without markup, since names of runs and files may have
+    brackets. FORCE_COLOR does not make a file a terminal: a bar there would be control codes."""
     stream = sys.stderr if stderr else sys.stdout
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
     terminal = stream is not None and stream.isatty() and not dumb
@@ -52,7 +51,7 @@ def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
 class _Console(Console):
     @property
     def encoding(self) -> str:
-        """The stream's, so that tables have no lines that it cannot show."""
+        """The stream's encoding, so that tables use characters that it can show."""
         return (getattr(self.file, "encoding", None) or "utf-8").lower()
 
 
@@ -61,11 +60,11 @@ def exit_status(
     refused: tuple[type[TesseraError], ...] = (),
     stopped: str = "",
 ) -> int:
-    """Do a command's work; what it raises becomes a message and an exit status.
+    """Run a command's work; an error becomes a message and an exit status.
 
     Args:
-        refused: errors that mean that nothing was begun.
-        stopped: what to say when the user interrupts it.
+        refused: errors raised before any work was done; their status is REFUSED.
+        stopped: message if the user interrupts it.
     """
     try:
         work()
@@ -81,8 +80,8 @@ def exit_status(
 
 @contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """End the program, with an error, if the block does not end in time: for calls of libraries
-    that know no bound of their own."""
+    """End the program with an error if the block does not end in time: for library calls that
+    have no timeout."""
 
     def give_up() -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -101,13 +100,13 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
 def progress_bar(
     task: str, total: int, unit: str, first: int = 0
 ) -> Iterator[Callable[[int], None]]:
-    """A bar with a rate on stderr; without a terminal, as in a job's log, a few lines.
+    """A progress bar with a rate on stderr; without a terminal, a few lines.
 
     Args:
-        first: units done by an earlier call of the program; they count, but not in the rate.
+        first: units done by an earlier run of the program; not part of the rate.
 
     Yields:
-        A function to call with each number of units done.
+        A function to call with the number of further units done.
     """
     console = make_console(stderr=True)
     columns = (
@@ -119,18 +118,18 @@ def progress_bar(
         TimeRemainingColumn(),
     )
     start, done = time.monotonic(), first
-    told = done * LINES_WITHOUT_TERMINAL // max(total, 1)
+    printed = done * LINES_WITHOUT_TERMINAL // max(total, 1)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(task, total=total, completed=first, rate="")
 
         def advance(count: int) -> None:
-            nonlocal done, told
+            nonlocal done, printed
             done += count
             rate = f"{(done - first) / max(time.monotonic() - start, 1e-9):.3g} {unit}/s"
             progress.update(bar, completed=done, rate=rate)
             lines = done * LINES_WITHOUT_TERMINAL // max(total, 1)
-            if not console.is_terminal and lines > told:
-                told = lines
+            if not console.is_terminal and lines > printed:
+                printed = lines
                 console.print(f"{task} {done}/{total}  {rate}", highlight=False, soft_wrap=True)
 
         yield advance

@@ -1,7 +1,7 @@
-"""Short help of commands with many options: those that people use, then how to see the others.
+"""Short help of commands with many options: the common options, and how to list the others.
 
-What is shown comes from the dataclasses that define the options: names from their fields, types
-from annotations, defaults from an instance, texts from the strings below the fields.
+It is made from the dataclasses of the options: names and types from fields, defaults from an
+instance, texts from the strings below the fields.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Groups = Mapping[str, Sequence[str]]
 
 
 def asks_help(arguments: Sequence[str] | None) -> bool:
-    """Whether a command line (None: the process's) asks for help of either kind."""
+    """Whether a command line (None: the process's) has an option for help."""
     given = sys.argv[1:] if arguments is None else arguments
     return any(word in given for word in (*SHORT, ALL))
 
@@ -101,7 +101,7 @@ def _lines(option: Option, width: int) -> list[str]:
 
 
 def options_of(value: Any, prefix: str = "") -> list[Option]:
-    """Every option that a dataclass's instance stands for, nested ones with dots."""
+    """All options of a dataclass's instance, nested ones with dots."""
     found: list[Option] = []
     kind: type = type(value)
     texts = _texts(kind)
@@ -129,7 +129,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A default; nothing, where it is that nothing is set."""
+    """A default; empty if the option is unset."""
     if value is None or value is False or value in ("", (), Path()):
         return ""
     if isinstance(value, float):
@@ -138,8 +138,7 @@ def _shown(value: Any) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    """Up to the first full stop, colon or semicolon after a few words; without what is in brackets
-    at its end."""
+    """Text up to the first full stop, colon or semicolon, without brackets at its end."""
     flat = " ".join(text.split())
     ends = (found.start() for found in END.finditer(flat) if found.start() >= FEW)
     sentence = flat[: next(ends, len(flat))].rstrip(".")

@@ -1,5 +1,5 @@
-"""How this program was started, and what follows from it for others: which commands messages name,
-and where workers look for the user's modules."""
+"""How this program was started (`tessera` or `python -m`): for the commands in messages, and for
+where workers search the user's modules."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Invocation:
     """How a program was started."""
 
     by_name: bool = False
-    """As `tessera`, not as `python -m`."""
+    """By the command `tessera`, not by `python -m`."""
     directory: str = ""
-    """Where modules are searched last: the working directory of one that was started by name. That
-    of `python -m` comes first, by Python's own rule, and Ray tells its workers."""
+    """Last entry of the module search path: the working directory, if started by name. (`python -m`
+    searches it first, and Ray's workers do the same.)"""
     hidden: bool = False
-    """Other files of the four packages' names lie before them on the path."""
+    """Other modules with our packages' names come first on the path."""
 
 
 _current = Invocation()
@@ -33,12 +33,12 @@ def current() -> Invocation:
 
 
 def begin_by_name(directory: str, *, hidden: bool) -> None:
-    """Of the command `tessera`: remember how it was started."""
+    """Record that the command `tessera` started this process."""
     adopt_invocation(Invocation(by_name=True, directory=directory, hidden=hidden))
 
 
 def adopt_invocation(invocation: Invocation) -> None:
-    """Do as the program that was started so; for its workers, too."""
+    """Search modules as the program that was started this way; also used in its workers."""
     global _current
     if invocation.by_name and not _current.by_name:
         home = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def adopt_invocation(invocation: Invocation) -> None:
 
 
 def command_of(module: str) -> str:
-    """How the user calls a command, given its module: the way he called this one."""
+    """Command line of a module, in the form in which this program was called."""
     if _current.by_name and module.count(".") == 1:
         return f"{COMMAND} {module.rpartition('.')[2]}"
     return f"python -m {module}"

@@ -1,8 +1,8 @@
-"""Sets up logging: messages on the console, and lines with times in a file.
+"""Logging of commands: messages on the console, and lines with times in a file.
 
-The packages log to `logging.getLogger(__name__)` and configure nothing; commands do, with the two
-context managers here, which undo it at the end. Our four packages are heard from INFO on, all
-others from WARNING on, and what goes through `warnings` is logged, too.
+Modules log to `logging.getLogger(__name__)`; commands configure it with the two context managers
+here, which restore it at the end. The level is INFO for our packages and WARNING for others;
+`warnings` are logged, too.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ PACKAGES = ("actors", "cluster", "learner", "rewards")
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 TIME = "%Y-%m-%d %H:%M:%S%z"
 FILE_ONLY = {"file_only": True}
-"""As `extra=`: the console shows it in another way (a bar, a table), or need not show it."""
+"""As `extra=`: not on the console, which shows it in another form or not at all."""
 PLAIN_ONLY = {"plain_only": True}
-"""As `extra=`: a terminal shows it in another way (its bar)."""
+"""As `extra=`: not on a terminal, which has a progress bar."""
 
 logger = logging.getLogger(__name__)
 
 
 class ConsoleHandler(logging.Handler):
-    """Messages as they are, without markup, each above a live bar where there is one."""
+    """Prints messages without markup, above a live progress bar."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -54,15 +54,15 @@ class ConsoleHandler(logging.Handler):
 
 
 class RunLog(logging.FileHandler):
-    """Appends to a run's log. A file that cannot be written ends nothing: it is noted, once."""
+    """Appends to a run's log. If that fails, the run continues, with one warning."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
-        self._failed = self._console_told = False
+        self._failed = self._console_reported = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self._console_told and (why := console_failure()):
-            self._console_told = True
+        if not self._console_reported and (why := console_failure()):
+            self._console_reported = True
             note = f"note: the console cannot be written, the run goes on: {why}"
             print(note, file=sys.stderr)
             super().emit(logger.makeRecord(__name__, logging.WARNING, "", 0, note, (), None))
@@ -90,8 +90,8 @@ def to_console(console: Console) -> Iterator[None]:
 
 @contextmanager
 def to_file(path: Path) -> Iterator[None]:
-    """Append to a file, too, while the block runs; an unexpected exception that ends the block, or
-    a thread, leaves its traceback there. Goes on without the file where it cannot be opened."""
+    """Also log to a file while the block runs, with tracebacks of unexpected exceptions in the
+    block or in threads. Continues without the file if it cannot be opened."""
     try:
         handler = RunLog(path)
     except OSError as error:
@@ -117,7 +117,7 @@ def _handled_by(handler: logging.Handler) -> Iterator[None]:
         each.setLevel(logging.INFO)
     root.addHandler(handler)
     logging.captureWarnings(True)
-    captured = warnings.showwarning is not shown  # else whoever did it before us undoes it
+    captured = warnings.showwarning is not shown  # else an outer block restores it
     threading.excepthook = _thread_failed
     try:
         yield
@@ -132,7 +132,7 @@ def _handled_by(handler: logging.Handler) -> Iterator[None]:
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """As `threading.excepthook`, in the log."""
+    """A `threading.excepthook` that logs."""
     if failed.exc_value is None or isinstance(failed.exc_value, SystemExit):
         return
     name = failed.thread.name if failed.thread else "a thread"

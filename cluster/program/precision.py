@@ -1,4 +1,4 @@
-"""The arithmetic of a process: float32 is float32, on GPUs, too."""
+"""Exact float32 arithmetic, also on GPUs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import torch
 
 
 def exact_fp32() -> None:
-    """Matrix products and convolutions of float32 in float32, not in TF32, which cuDNN takes by
-    default: features, scores and logprobs are compared across devices and programs.
+    """Turn off TF32 for matrix products and convolutions (cuDNN's default), since features, scores
+    and logprobs are compared across devices and programs.
 
-    The flags are the whole process's. Every process that computes calls this once, when it starts
-    or loads, and nobody sets them back: whoever toggled them would change what another thread
-    computes at that moment. Later calls change nothing.
+    The flags are global to the process and other threads may be computing, so they are set once,
+    at the start of every process that computes, and never reset.
     """
     # The old switches first: with the new ones alone, torch refuses to tell the old.
     torch.set_float32_matmul_precision("highest")

@@ -1,7 +1,7 @@
-"""Secrets stay out of files and logs: configurations name them, the environment has them.
+"""Keeps secrets out of files and logs: configurations only name environment variables.
 
-A value `${NAME}` in the environment of a pool of reward servers is filled in from the environment
-of the program that drives the run, when a server starts, and written nowhere.
+A value `${NAME}` in the environment of a pool of reward servers is replaced by the driver's
+environment variable when a server starts, and is never written.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cluster.program.invocation import Invocation, adopt_invocation
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
-"""Names whose values are taken for secrets."""
+"""Variables whose values count as secrets."""
 IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 """user:password@ in a URL."""
 ENV_VARS = "env_vars"
 
 
 def check_environment(runtime_env: Mapping[str, Any]) -> None:
-    """Refuse a runtime environment that has secrets written out; the error does not repeat them.
+    """Refuse a runtime environment with literal secrets; the error does not repeat them.
 
     Raises:
         ValueError: names the variable, and how to write it.
@@ -60,14 +60,14 @@ def _has_password(value: Any) -> bool:
 def secret_variables(
     runtime_env: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Part a runtime environment from its secrets.
+    """Separate a runtime environment from its secrets.
 
     Args:
         environment: where references are looked up; None: this process's.
 
     Returns:
-        The runtime environment without variables that refer to others, which Ray may log; and those
-        variables, filled in.
+        The runtime environment without variables that have references, which Ray may log; and
+        those variables with their values.
 
     Raises:
         ConfigError: a variable that is referred to is not set.
@@ -99,13 +99,12 @@ def with_environment(
     started: Invocation | None = None,
     directory: str = "",
 ) -> Callable[..., Any]:
-    """The same role, whose process first gets some environment variables, and takes itself for part
-    of a program that was started so. Both travel with its class, which Ray keeps in memory and does
-    not log.
+    """A role class whose process first sets environment variables and adopts an invocation. They
+    are part of the class, which Ray keeps in memory and does not log.
 
     Args:
-        directory: where the process then works, if it is there and the process is not in a package
-            of its own; empty: where Ray starts it.
+        directory: working directory of the process, if it exists and the process is not in an
+            unpacked Ray package; empty: Ray's choice.
     """
     if not variables and started in (None, Invocation()) and not directory:
         return factory

@@ -1,10 +1,9 @@
-"""Signals that end a program: SIGINT (Ctrl-C), SIGTERM (kill, scancel), SIGHUP (the terminal was
-closed), SIGUSR1 and SIGUSR2 (Slurm's `--signal`, some time before the limit), SIGXCPU (a limit of
-CPU time, some time before its end).
+"""Signals that stop a program: SIGINT (Ctrl-C), SIGTERM (kill, scancel), SIGHUP (terminal closed),
+SIGUSR1 and SIGUSR2 (Slurm's `--signal`, before the time limit), SIGXCPU (before the CPU limit).
 
-A run stops at a safe point; other commands are interrupted, as by Ctrl-C. Schedulers send such
-signals to every process of a job: those of a private Ray are started with them blocked, and workers
-leave them to the driver, so that the driver still has somebody to make the checkpoint with.
+A run stops at a safe point; other commands are interrupted, as by Ctrl-C. Schedulers send these
+signals to every process of a job, so workers ignore them and a private Ray starts with them
+blocked: the driver needs its workers for the last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from types import FrameType
 from typing import Any
 
 URGENT = (signal.SIGINT, signal.SIGTERM)
-"""Those of which a second one ends the program at once. The others warn: they are often followed by
-one of these, or come again by themselves."""
+"""A second one of these ends the program at once. The others are warnings, which schedulers may
+repeat."""
 STOPPING = (*URGENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 ONE_REQUEST_S = 0.2
-"""Signals that come closer together are one request: `timeout` and shells send theirs twice."""
+"""Signals closer together count as one: `timeout` and shells send theirs twice."""
 POLL_S = 0.1
 
 Handler = Callable[[int, FrameType | None], Any]
@@ -33,26 +32,25 @@ logger = logging.getLogger(__name__)
 
 
 class StopFlag:
-    """Set by the first signal: the run then ends where nothing is lost. A second SIGINT or SIGTERM
-    ends it at once, by a KeyboardInterrupt; while the run starts, where nothing can be lost, so
-    does the first signal."""
+    """Set by the first signal; the run then ends at the next safe point. A second SIGINT or SIGTERM
+    ends it at once, by a KeyboardInterrupt, and so does any signal while the run starts."""
 
     def __init__(self) -> None:
         self._asked = self._started = False
         self._insisted: float | None = None  # since when
         self._passed_on = False  # by a thread, which wakes the main one (`deferred_signals`)
         self.checkpoint = True
-        """Whether the run is to write a checkpoint where it ends."""
+        """Whether to write a checkpoint at the end."""
 
     def __call__(self) -> bool:
         return self._asked
 
     def begin(self) -> None:
-        """The fleet is there, and work begins that may be lost."""
+        """The fleet has started: from now on, stop at safe points only."""
         self._started = True
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """A signal's handler."""
+        """Signal handler."""
         now, first, insisted = time.monotonic(), not self._asked, self._insisted
         self._asked = True
         if insisted is None and (number in URGENT or not self._started):
@@ -74,7 +72,7 @@ class StopFlag:
             raise KeyboardInterrupt
 
     def ask(self, checkpoint: bool) -> None:
-        """What `python -m cluster.stop` does."""
+        """Stop, as `python -m cluster.stop` requests it."""
         if not self._asked:
             self._asked, self.checkpoint = True, checkpoint
             how = "with" if checkpoint else "without"
@@ -82,25 +80,25 @@ class StopFlag:
 
 
 def ignore_signals() -> None:
-    """From here on the program ends by itself, with its own status."""
+    """Ignore the signals from now on: the program is ending."""
     if threading.current_thread() is threading.main_thread():
         _install(dict.fromkeys(handled_signals(), signal.SIG_IGN))
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """A handler: as Ctrl-C."""
+    """Signal handler that acts as Ctrl-C."""
     raise KeyboardInterrupt
 
 
 def handled_signals() -> list[signal.Signals]:
-    """All of them, but for a SIGHUP that is ignored: `nohup` wants it so."""
+    """All of STOPPING, except a SIGHUP that `nohup` ignores."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [each for each in STOPPING if not (ignored and each is signal.SIGHUP)]
 
 
 @contextmanager
 def signal_handler(handler: Handler) -> Iterator[None]:
-    """Have the signals handled while the block runs, if this is the main thread."""
+    """Install a handler while the block runs; only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -137,7 +135,7 @@ def deferred_signals() -> Iterator[None]:
 
 def _install(handlers: Mapping[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
-        if handler is not None:  # one that is not Python's cannot be put back
+        if handler is not None:  # None: not Python's, cannot be restored
             signal.signal(number, handler)
 
 
@@ -145,14 +143,14 @@ def _forward_signals(handlers: Mapping[signal.Signals, Any], ended: threading.Ev
     interrupted: float | None = None  # when
     while not ended.is_set():
         found = signal.sigtimedwait(list(handlers), POLL_S)
-        if found is None or found.si_signo not in handlers:  # Python's, after an EINTR, is random
+        if found is None or found.si_signo not in handlers:  # random after an EINTR
             continue
         number = signal.Signals(found.si_signo)
         if handlers[number] is signal.SIG_DFL:
             os._exit(128 + number)
         if interrupted is not None:
             if number in URGENT and time.monotonic() - interrupted > ONE_REQUEST_S:
-                os._exit(128 + number)  # the main thread may be somewhere where it hears nothing
+                os._exit(128 + number)  # the main thread may be blocked
             continue
         try:
             if callable(handlers[number]):
@@ -163,8 +161,8 @@ def _forward_signals(handlers: Mapping[signal.Signals, Any], ended: threading.Ev
 
 
 def ignoring_signals(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """The same role, in whose process the signals do nothing: its driver has them, too, and ends
-    it. Processes that the role starts are ended by them as usual."""
+    """A role class whose process ignores the signals, since its driver handles them. Processes that
+    the role starts handle them as usual."""
 
     class Shielded(factory):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -192,7 +190,7 @@ _before_fork = threading.local()
 
 
 def _block() -> None:
-    """Between fork and `_restore_defaults`, a signal would be lost on the child."""
+    """Before a fork: between it and `_restore_defaults` the child would lose a signal."""
     _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 

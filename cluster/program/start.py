@@ -1,5 +1,5 @@
-"""How every command is started: from its first moment on, signals and closed streams end it in an
-orderly way, though its imports take seconds."""
+"""Start of every command: signals and closed streams are handled from the first moment on, although
+the imports take seconds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from cluster.program.streams import FAILURES, safe_streams
 FAILED = 1
 INTERRUPTED = 130  # as shells count it
 LINGER_S = 10.0
-"""Longest wait, at a command's end, for threads that it does not know."""
+"""Longest wait for other threads at a command's end."""
 
 
 def run_command(module: str, *arguments: list[str]) -> int:
-    """Import a command's module, under its own name (so that what it defines reaches workers under
-    that name), and run its `main`, with the program's own arguments or with those given. Returns
-    the exit status."""
+    """Import a command's module under its own name, under which workers find its classes, and run
+    its `main`. Returns the exit status.
+
+    Args:
+        arguments: one list; none: the process's.
+    """
     status = FAILED
     try:
         with safe_streams(output_is_all=True):
@@ -41,11 +44,11 @@ def run_command(module: str, *arguments: list[str]) -> int:
 
 
 def _exit_at_once(number: int, frame: FrameType | None) -> None:
-    os._exit(INTERRUPTED)  # an exception would come up inside of somebody's import
+    os._exit(INTERRUPTED)  # an exception would be raised inside some import
 
 
 def _leave_threads(status: int) -> None:
-    """Python waits for threads at its end; one that a reward has started may never end."""
+    """End the process although threads, of a user's reward for example, still run."""
     time.sleep(LINGER_S)
     threads = [each for each in threading.enumerate() if not each.daemon]
     if left := [each.name for each in threads if each is not threading.main_thread()]:

@@ -1,5 +1,5 @@
-"""Standard streams that may fail: the reader of a pipe has gone, a disk is full, a terminal was
-closed, a character is not in the encoding. None of that is worth a run, or a traceback."""
+"""Standard streams that may fail without ending a run: closed pipe or terminal, full disk,
+character outside the encoding."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from typing import Any, TextIO
 CLOSED_PIPE = 141  # 128 + SIGPIPE, as shells count it
 NOT_WRITTEN = 1
 FAILURES = (OSError, ValueError)
-"""Of writing; ValueError is a closed file's."""
+"""Errors of writing; ValueError: the file is closed."""
 
 
 def printable(text: object) -> str:
-    """Text that every file and console in UTF-8 takes: bytes of a file name that are not UTF-8, and
-    other lone surrogates, are written out (\\udcff)."""
+    """Text with lone surrogates (bytes of a file name that are not UTF-8) escaped (\\udcff)."""
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def escaped(name: object) -> str:
-    """A file's name as one line: control characters written out, too (\\n, \\x1b)."""
+    """A file's name on one line: control characters escaped, too (\\n, \\x1b)."""
     text = printable(name)
     if text.isprintable():
         return text
@@ -34,19 +33,19 @@ def escaped(name: object) -> str:
 
 
 class SafeStream:
-    """A standard stream whose failure is noted in `failure`; what comes after it is dropped.
+    """A standard stream that records its first failure and drops later output.
 
     Args:
-        ends: a failure ends the program, quietly where the reader of a pipe has gone.
+        ends: a failure ends the program, without a message if a pipe was closed.
     """
 
     def __init__(self, stream: TextIO | None, name: str, *, ends: bool) -> None:
-        # closed: libraries ask for its encoding and number all the same
+        # closed: libraries still ask for its encoding
         self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self._name, self._ends = name, ends
         self.failure = "" if stream is not None else "it is closed"
         self._error: Exception | None = None
-        """Of the failure, as long as the program has not ended by it."""
+        """Of the failure, until the program ends by it."""
 
     def write(self, text: str) -> int:
         self._attempt("write", text)
@@ -75,7 +74,7 @@ class SafeStream:
             encoding = self._stream.encoding or "ascii"
             self._attempt(method, *(t.encode(encoding, "replace").decode(encoding) for t in text))
         except RuntimeError:
-            pass  # from a signal's handler that writes while something is being written
+            pass  # reentrant write from a signal handler
         except FAILURES as error:
             self._failed(error)
 
@@ -98,8 +97,8 @@ class SafeStream:
 
 
 def _drain(stream: TextIO) -> None:
-    """Let a stream's buffer go nowhere, so that the interpreter, which flushes it at its end, does
-    not complain. (https://docs.python.org/3/library/signal.html#note-on-sigpipe)"""
+    """Discard a stream's buffer, which the interpreter would flush at its end with an error.
+    (https://docs.python.org/3/library/signal.html#note-on-sigpipe)"""
     with suppress(*FAILURES):
         number = stream.fileno()
         if number in (1, 2):
@@ -113,7 +112,7 @@ def safe_streams(*, output_is_all: bool) -> Iterator[None]:
     """Standard output and error are `SafeStream`s while the block runs.
 
     Args:
-        output_is_all: nobody needs the block's work if its output cannot be written: that ends it.
+        output_is_all: end the program if the output cannot be written.
     """
     before = sys.stdout, sys.stderr
     _open_missing()
@@ -132,8 +131,7 @@ def safe_streams(*, output_is_all: bool) -> Iterator[None]:
 
 @contextmanager
 def optional_output() -> Iterator[None]:
-    """What is printed in the block is beside the program's output: if it cannot be written, the
-    program ends by what is printed after it, or at its end."""
+    """A failure to write in the block does not end the program at once, but at the next output."""
     stream = sys.stdout
     if not isinstance(stream, SafeStream):
         yield
@@ -146,7 +144,7 @@ def optional_output() -> Iterator[None]:
 
 
 def console_failure() -> str:
-    """Why the standard output cannot be written; empty if it can, as far as is known."""
+    """Why the standard output cannot be written; empty: no failure is known."""
     return getattr(sys.stdout, "failure", "")
 
 
@@ -161,7 +159,7 @@ def _safe(stream: Any, name: str, *, ends: bool) -> Any:
 
 
 def _open_missing() -> None:
-    """Have the numbers 0 to 2 taken, so that no other file gets them, and what somebody prints."""
+    """Open missing file descriptors 0 to 2, so that no other file gets them."""
     for number in range(3):
         try:
             os.fstat(number)

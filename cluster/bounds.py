@@ -1,4 +1,4 @@
-"""Upper bounds of numeric options: beyond them, numbers that are computed overflow."""
+"""Upper bounds of numeric options, beyond which computed numbers would overflow."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def check_at_most(config: Any, **limits: float) -> None:
-    """Refuse fields above their limits, and those that are no numbers (NaN).
+    """Refuse fields above their limits, and NaN.
 
     Args:
         limits: field -> largest value.
 
     Raises:
-        ValueError: names the field, its limit, and what was found.
+        ValueError: names the field, its limit, and its value.
     """
     for name, limit in limits.items():
         value = getattr(config, name)

@@ -1,4 +1,4 @@
-"""Which files are imported as this program's four packages, whose names others use, too.
+"""Makes sure that the four packages, whose names are common, are imported from one place.
 
 Alone: the packages run this file by its path before they import anything (`check`), and so does the
 command `tessera` (`import_own_packages`), since the name `cluster`
@@ -18,14 +18,14 @@ REFUSED = 2  # exit status, as of other command lines that cannot be started
 
 
 def check(package: str) -> None:
-    """Make sure that all four packages come from the same place.
+    """Check that all four packages come from the same folder.
 
     Args:
         package: the `__init__.py` of one of them.
 
     Raises:
-        ImportError: names the file or folder that takes another's place.
-        SystemExit: under `python -m`, after the same as one line.
+        ImportError: names the file or folder that shadows a package.
+        SystemExit: under `python -m`, after printing the same.
     """
     home = Path(package).resolve().parents[1]
     for name in NAMES:
@@ -33,14 +33,14 @@ def check(package: str) -> None:
         if found is None or found == home / name:
             continue
         message = _two_copies(home, found) if _is_copy(found) else _hidden(name, found)
-        if sys.argv and sys.argv[0] == "-m":  # `python -m` looks for the module that it is to run
+        if sys.argv and sys.argv[0] == "-m":  # `python -m` is still importing its module
             print(f"error: {message}", file=sys.stderr)
             raise SystemExit(REFUSED)
         raise ImportError(message)
 
 
 class OwnPackageFinder:
-    """Finds the four packages in one folder; first in `sys.meta_path`, before anybody's files."""
+    """Finder of the four packages in one folder; first in `sys.meta_path`."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -50,10 +50,10 @@ class OwnPackageFinder:
 
 
 def import_own_packages(home: Path) -> bool:
-    """From now on, import the four packages from a folder, whatever else the path has.
+    """Import the four packages from a folder from now on, whatever the module path has.
 
     Returns:
-        Whether something of their names came before them, on the path or among what is loaded.
+        Whether other modules with these names came first, on the path or already imported.
     """
     others = [name for name in NAMES if (at := _location(name)) and at != home / name]
     sys.meta_path.insert(0, OwnPackageFinder(home))
@@ -64,7 +64,7 @@ def import_own_packages(home: Path) -> bool:
 
 
 def _location(name: str) -> Path | None:
-    """The package's folder, or the file, that `import name` gives; None: nothing."""
+    """The folder or file that `import name` finds; None: nothing."""
     module = sys.modules.get(name)
     spec = getattr(module, "__spec__", None) if module is not None else find_spec(name)
     if spec is None:
@@ -77,7 +77,7 @@ def _location(name: str) -> Path | None:
 
 
 def _is_copy(found: Path) -> bool:
-    """Whether it is a copy of this program's."""
+    """Whether it is another copy of this program."""
     return all((found.parent / name / "__init__.py").is_file() for name in NAMES)
 
 

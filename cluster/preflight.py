@@ -1,4 +1,4 @@
-"""What is found before a run starts: problems that would stop it, files that would be fetched."""
+"""Findings before a run starts: problems that prevent it, and downloads."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ GB, MB = 1e9, 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """A file that is not there yet."""
+    """A file that must be downloaded."""
 
     field: str
-    """Of the configuration, which asks for it."""
+    """Configuration field that needs it."""
     name: str
     url: str
     size: float = 0.0
-    """Bytes, as far as they are known; 0 is unknown."""
+    """Bytes; 0: unknown."""
     command: str = ""
-    """What fetches it; empty: the run does so by itself, where it is needed."""
+    """Command that downloads it; empty: the run does, where the file is needed."""
 
     def __str__(self) -> str:
         how = self.command or "fetched by the run itself"
@@ -31,25 +31,25 @@ class Download:
 
 @dataclass
 class Findings:
-    """Everything that was found; the order is that of the checks."""
+    """Problems, downloads and notes, in the order of the checks."""
 
     problems: list[str] = field(default_factory=list)
-    """Why the run could not start: field, what is expected, what was found, what to do."""
+    """Why the run cannot start: field, what was expected and found, what to do."""
     downloads: list[Download] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What is allowed, and most likely not meant."""
+    """Allowed settings that are probably mistakes."""
 
     def problem(self, field: str, expected: str, found: str, remedy: str) -> None:
         self.problems.append(f"{field}: expected {expected}, found {found}: {remedy}")
 
     @contextmanager
     def of(self, field: str) -> Iterator[None]:
-        """What the block raises is a problem of a field."""
+        """Record an error of the block as a problem of a field."""
         try:
             yield
         except TesseraError as error:
             text = str(error) if str(error).startswith(field) else f"{field}: {error}"
-            if text not in self.problems:  # a file that is needed twice is missing once
+            if text not in self.problems:  # a file that is needed twice is reported once
                 self.problems.append(text)
 
     def enforce(self) -> None:
@@ -61,7 +61,7 @@ class Findings:
             raise ConfigError("\n".join(self.refusal()))
 
     def refusal(self) -> list[str]:
-        """The problems, in lines; nothing where there are none."""
+        """The problems as lines; empty if there are none."""
         if not self.problems:
             return []
         count = len(self.problems)
@@ -69,7 +69,7 @@ class Findings:
         return [f"the run cannot start, {count} problem{'s' * (count > 1)}:", *listed]
 
     def fetched(self, download: Download, *, offline: bool) -> None:
-        """A file that the run would fetch by itself, where it may."""
+        """Record a file that the run downloads by itself."""
         self.downloads.append(download)
         if offline:
             self.problem(
@@ -81,7 +81,7 @@ class Findings:
 
 
 def size_of(size: float) -> str:
-    """Bytes as they are told."""
+    """A download size, for messages."""
     if not size:
         return "of unknown size"
     return f"about {size / GB:.2g} GB" if size >= GB / 10 else f"about {size / MB:.0f} MB"

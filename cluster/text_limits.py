@@ -1,8 +1,7 @@
-"""Whether a text encoder reads a text as it is written: one rule for T5, CLIP and SigLIP.
+"""Checks that a text encoder (T5, CLIP, SigLIP) encodes the whole text.
 
-A text that is cut, that its tokenizer does not know, or of which cleaning leaves nothing gives
-features like any other, of something else than was asked for. Pure functions on what a tokenizer
-made of it.
+Truncated, unknown or empty texts would silently give features of another text. Pure functions on
+the output of a tokenizer.
 """
 
 from __future__ import annotations
@@ -15,38 +14,38 @@ from typing import Any, Literal
 LongCaptions = Literal["error", "truncate"]
 SHOWN = 60  # characters of a text in a message
 INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
-"""Unicode's categories of controls, marks without a width and separators. Tokenizers of bytes have
-tokens for them like for any letter."""
+"""Unicode categories of control characters, zero-width marks and separators, for which byte
+tokenizers have tokens."""
 BLANK = " \u2581\u0120"
-"""What tokenizers write for a space: sentencepiece, and byte-level BPE."""
+"""Space in tokens: of sentencepiece, and of byte-level BPE."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a tokenizer makes of a text."""
+    """Token counts of a text."""
 
     tokens: int
-    """With those that mark its start and end, before anything is cut."""
+    """With start and end tokens, before truncation."""
     limit: int
-    """Tokens that the encoder reads, marks included."""
+    """Maximum of the encoder, with start and end tokens."""
     known: int
-    """Tokens with a letter or a digit that the vocabulary has."""
+    """Tokens of the vocabulary with a letter or a digit."""
     unknown: int = 0
-    """Tokens that stand for what the vocabulary does not have."""
+    """Unknown tokens."""
     empty: bool = False
-    """Nothing is left of it but marks and white space."""
+    """Only special tokens and white space are left."""
 
 
 def reading_of_ids(tokenizer: Any, ids: Sequence[int], limit: int, added: int = 0) -> Reading:
-    """A text by its tokens.
+    """Token counts of a text.
 
-    Tokens without a letter or digit (the mark of a word's beginning, punctuation) do not count as
-    known, so that of Chinese in flan-T5's vocabulary nothing is.
+    Tokens without a letter or digit (word-start marks, punctuation) do not count as known: flan-T5
+    has such tokens for Chinese, for example.
 
     Args:
-        tokenizer: of transformers, that made them.
-        ids: of the whole text, before it is cut.
-        added: marks that are not among them.
+        tokenizer: of transformers.
+        ids: of the whole text, before truncation.
+        added: number of special tokens that are not in `ids`.
     """
     unknown = tokenizer.unk_token_id
     marks = {*tokenizer.all_special_ids} - {unknown}
@@ -63,10 +62,10 @@ def reading_of_ids(tokenizer: Any, ids: Sequence[int], limit: int, added: int = 
 
 
 def fault(text: str, found: Reading, long_captions: LongCaptions, option: str) -> str:
-    """Why an encoder does not read a text as it is written, and what to do; empty if it does.
+    """Why an encoder would not encode the whole text, and what to do; empty if it would.
 
     Args:
-        option: that `long_captions` is set by.
+        option: name of the option `long_captions`.
     """
     name = f"the text {shortened(text)!r}"
     if found.empty:
@@ -92,7 +91,7 @@ def faults(
     long_captions: LongCaptions,
     option: str,
 ) -> str:
-    """What is wrong with some of many texts: how many, and the first; empty if nothing is."""
+    """Number of texts with a fault, and the first one; empty if there are none."""
     found = [
         (at, reason)
         for at, (text, reading) in enumerate(zip(texts, readings, strict=True))
@@ -106,17 +105,17 @@ def faults(
 
 
 def notes(texts: Sequence[str], readings: Sequence[Reading]) -> list[str]:
-    """What is allowed, and worth saying: texts that are cut, or of which parts are unknown."""
+    """Warnings: texts that are truncated or partly unknown."""
     cut = [at for at, found in enumerate(readings) if found.tokens > found.limit]
     partly = [at for at, found in enumerate(readings) if found.unknown and found.known]
-    said = []
+    found_notes = []
     for which, what in ((cut, "cut at what the encoder reads"), (partly, "unknown to it in parts")):
         if which:
             first = f"the first is number {which[0] + 1}: {shortened(texts[which[0]])!r}"
-            said.append(f"{len(which)} of {len(texts)} captions are {what}; {first}")
-    return said
+            found_notes.append(f"{len(which)} of {len(texts)} captions are {what}; {first}")
+    return found_notes
 
 
 def shortened(text: str, limit: int = SHOWN) -> str:
-    """A text for a message."""
+    """A text, shortened for a message."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,1 +1,1 @@
-"""Ray itself: starting or joining a cluster, its token and object store, bounded calls."""
+"""Starting or joining Ray: addresses, token, object store, calls with timeouts."""

@@ -1,6 +1,5 @@
-"""Addresses of Ray clusters: what may be written, and what answers there, found out in seconds.
-
-Ray itself waits for minutes for a cluster that is not there, and does not say what is there.
+"""Addresses of Ray clusters: parsing, and probing within seconds what answers there. (Ray itself
+waits for minutes for a missing cluster.)
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from cluster.ray_session.token import about_token
 VARIABLE = "RAY_ADDRESS"
 OPTION = "--ray.address"
 AUTO, PRIVATE = "auto", ("", "local")
-PORT = 6379  # of `ray start --head`, unless it is told another
+PORT = 6379  # default of `ray start --head`
 CURRENT_CLUSTER = "ray_current_cluster"  # `ray start` leaves its address there
-PROBE_S = 3.0  # longest wait for a cluster to take a connection, and to greet
+PROBE_S = 3.0  # longest wait for a connection, and for its first bytes
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-"""What a gRPC client says first: HTTP/2's preface, and a SETTINGS frame without settings."""
-SETTINGS = 4  # type of the frame with which a gRPC server must begin (RFC 9113)
+"""First bytes of a gRPC client: HTTP/2's preface and an empty SETTINGS frame."""
+SETTINGS = 4  # type of a gRPC server's first frame (RFC 9113)
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a Ray cluster is said to be."""
+    """Address of a Ray cluster."""
 
     host: str
-    """Name, or IPv4 or IPv6 address, without brackets."""
+    """Host name, or IPv4 or IPv6 address without brackets."""
     port: int
     source: str = OPTION
-    """Who says so: an option, a variable or a file; for messages."""
+    """Option, variable or file that it comes from; for messages."""
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -51,7 +50,7 @@ def is_loopback(host: str) -> bool:
 
 
 def parse_address(text: str, source: str) -> Address:
-    """Read the address of a cluster, host:port.
+    """Parse the address of a cluster, host:port.
 
     Args:
         source: the option or variable that has it, for the error.
@@ -86,7 +85,7 @@ def parse_address(text: str, source: str) -> Address:
 
 
 def _of_colons(text: str) -> str:
-    """What is to be written instead of several colons without brackets."""
+    """What to write instead of several colons without brackets."""
     host, _, last = text.rpartition(":")
     if _is_ipv6(host) and last.isdecimal() and 1024 <= int(last) < 1 << 16:  # meant as a port
         whole = f"[{host}]:{last}"
@@ -98,7 +97,7 @@ def _of_colons(text: str) -> str:
 
 
 def _of_scheme(text: str) -> str:
-    """What is to be written instead of a URL."""
+    """What to write instead of a URL."""
     scheme, _, rest = text.partition("://")
     host = rest.partition("/")[0]
     host = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
@@ -126,8 +125,8 @@ def _is_ipv6(host: str) -> bool:
 
 
 def written_address(option: str, source: str = OPTION) -> tuple[str, str]:
-    """What the user wrote, and where: an option, else $RAY_ADDRESS; empty: nothing, or that a Ray
-    of its own is wanted. As with Ray, $RAY_ADDRESS says where "auto" is."""
+    """(address, its source) as the user gave it: an option, else $RAY_ADDRESS, which also resolves
+    "auto"; an empty address: a private Ray."""
     text, variable = option.strip(), os.environ.get(VARIABLE, "").strip()
     if variable and text in ("", AUTO):
         text, source = variable, f"${VARIABLE}"
@@ -135,7 +134,7 @@ def written_address(option: str, source: str = OPTION) -> tuple[str, str]:
 
 
 def current_cluster(temp_dir: str = "") -> Address | None:
-    """The cluster that `ray start` started last on this machine, if it left word.
+    """The cluster that `ray start` last started on this machine, from the file that it writes.
 
     Raises:
         ConfigError: the file does not hold an address.
@@ -149,18 +148,18 @@ def current_cluster(temp_dir: str = "") -> Address | None:
 
 
 def temp_root(temp_dir: str = "") -> Path:
-    """Where Ray keeps its sessions, logs and sockets on this machine."""
+    """Directory of Ray's sessions, logs and sockets on this machine."""
     if temp_dir:
         return Path(temp_dir)
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
 
 
 def probe(address: Address, *, wait_s: float = PROBE_S) -> None:
-    """Connect, and see that a gRPC server answers.
+    """Check that a gRPC server answers at an address.
 
     Raises:
-        UnreachableError: nothing takes a connection.
-        FleetError: something else does; says what.
+        UnreachableError: no connection.
+        FleetError: something other than a gRPC server answers; says what.
     """
     start = f"no Ray cluster answers at {address} ({address.source})"
     try:
@@ -197,7 +196,7 @@ def probe(address: Address, *, wait_s: float = PROBE_S) -> None:
 
 
 def _instead(answer: bytes) -> str:
-    """What a server is that begins so, empty for one of gRPC."""
+    """What kind of server sends these first bytes; empty for gRPC."""
     if len(answer) > 3 and answer[3] == SETTINGS and not answer.startswith(b"HTTP"):
         return ""
     if answer.startswith(b"HTTP/"):
@@ -211,7 +210,7 @@ def _instead(answer: bytes) -> str:
 
 
 def _otherwise(address: Address) -> str:
-    """How to do without an address."""
+    """How to go on without this address."""
     if address.source == f"${VARIABLE}":
         return f"Without a cluster: unset {VARIABLE}"
     if address.source == OPTION:
@@ -222,7 +221,7 @@ def _otherwise(address: Address) -> str:
 
 
 def _connected(address: Address, wait_s: float) -> socket.socket:
-    """A connection to whatever listens; name lookup and attempts together take `wait_s` at most."""
+    """A connection; name lookup and attempts together take `wait_s` at most."""
     deadline = time.monotonic() + wait_s
     error: OSError = TimeoutError()
     for *_, place in _looked_up(address, wait_s):
@@ -237,7 +236,7 @@ def _connected(address: Address, wait_s: float) -> socket.socket:
 
 
 def _looked_up(address: Address, wait_s: float) -> list[tuple]:
-    """`socket.getaddrinfo`, which knows no bound of its own."""
+    """`socket.getaddrinfo` with a timeout."""
     answers: queue.Queue[list[tuple] | OSError] = queue.Queue()
 
     def look() -> None:
@@ -258,27 +257,27 @@ def _looked_up(address: Address, wait_s: float) -> list[tuple]:
 
 @dataclass(frozen=True)
 class GcsAnswer:
-    """What a cluster's control service (Ray's GCS) said when it was asked for its versions."""
+    """Answer of a cluster's control service (Ray's GCS) to a request for its versions."""
 
     code: str
     """Name of gRPC's status: "OK", "UNAUTHENTICATED", ..."""
     details: str = ""
     ray: str = ""
-    """Version of Ray; empty: it did not say."""
+    """Version of Ray; empty: unknown."""
     python: str = ""
     private: bool = False
-    """Whether a program started it for itself, by `ray.init`."""
+    """Whether `ray.init` started it, for one program."""
 
 
 def check_answer(answer: GcsAnswer, address: Address, ours: tuple[str, str], wait_s: float) -> None:
-    """Whether a cluster that gave this answer lets this program in.
+    """Check that a cluster which gave this answer accepts this program.
 
     Args:
         ours: this program's versions of Ray and Python.
-        wait_s: how long it was waited for.
+        wait_s: the timeout of the request, for messages.
 
     Raises:
-        FleetError: no; says why, and what to do.
+        FleetError: it does not; says why, and what to do.
     """
     start = f"the Ray cluster at {address} ({address.source})"
     if answer.code == "UNAUTHENTICATED":
@@ -308,7 +307,7 @@ def check_answer(answer: GcsAnswer, address: Address, ours: tuple[str, str], wai
 
 
 def _same_versions(theirs: tuple[str, str], ours: tuple[str, str]) -> bool:
-    """As Ray compares them itself, later and in more words."""
+    """By the rule of Ray's own check."""
     level = os.environ.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "patch")
     parts = 2 if level == "minor" else 3
     pythons = [version.split(".")[:parts] for version in (theirs[1], ours[1])]
@@ -316,7 +315,7 @@ def _same_versions(theirs: tuple[str, str], ours: tuple[str, str]) -> bool:
 
 
 def no_node_here(address: Address) -> str:
-    """That a driver needs a node of the cluster on its own machine."""
+    """Message: a driver needs a node of the cluster on its machine."""
     return (
         f"the Ray cluster at {address} ({address.source}) has no node on this machine, and a run "
         f"is driven from a node: start one here by `ray start --address={address}`, or run on the "
@@ -325,11 +324,7 @@ def no_node_here(address: Address) -> str:
 
 
 def why_not_joined(error: BaseException, address: Address) -> str:
-    """What Ray's own error comes to, for a cluster that answered a moment before.
-
-    Args:
-        error: raised by `ray.init`.
-    """
+    """Message for an error of `ray.init` with a cluster that answered before."""
     chain: list[str] = []
     each: BaseException | None = error
     while each is not None:

@@ -1,4 +1,4 @@
-"""Calls of Ray actors: every wait is bounded, and every error says who failed."""
+"""Calls of Ray actors with timeouts; errors name the worker that failed."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ logger = logging.getLogger(__name__)
 LONGEST_GET_S = 5.0
 GONE = (RayActorError, ObjectLostError, OwnerDiedError)
 LOST = (RayActorError, MemoryFullError, StuckError)
-"""A worker that was at something will not answer any more."""
+"""Errors after which a worker will not answer."""
 
 
 class RemoteRole:
-    """A single actor that is called like the object it holds.
+    """Calls the methods of an actor as if it were the object inside.
 
     Args:
-        wait: how an answer is waited for: (reference, what it is of, longest wait) -> value; None
-            is `answer`, during which the caller does nothing else.
+        wait: how to wait for an answer: (reference, name of the call, timeout) -> value; None:
+            `answer`, which blocks.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class RemoteRole:
 
 
 def why_lost(error: Exception) -> str:
-    """Of a worker that will not answer."""
+    """Why a worker will not answer, for messages."""
     if isinstance(error, StuckError):
         return f"does not get on: {error}"
     if isinstance(error, MemoryFullError):
@@ -76,7 +76,7 @@ def why_lost(error: Exception) -> str:
 
 
 def how_ended(error: RayActorError) -> str:
-    """What became of a worker's process, as far as Ray tells."""
+    """How a worker's process ended, as far as Ray reports it."""
     text = str(error)
     if found := re.search(r"exit code (-?\d+)", text):
         return f"its process ended with exit status {found[1]}"
@@ -91,8 +91,8 @@ def how_ended(error: RayActorError) -> str:
 
 
 def last_words(text: str) -> str:
-    """What a worker's traceback ends in, which came as text: the message of one of our errors; of
-    another error its kind and message, and where it was raised."""
+    """The error at the end of a worker's traceback: for a TesseraError its message, for others
+    type, message and place."""
     lines = text.splitlines()
     frames = [place for place, line in enumerate(lines) if FRAME.match(line)]
     start = frames[-1] + 1 if frames else 0
@@ -112,7 +112,7 @@ FRAME = re.compile(r'  File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
 
 
 def _failed(what: str, error: RayError) -> FleetError:
-    """A worker's traceback as one message; the whole goes to the run's log."""
+    """The last error of a traceback."""
     logger.error(f"{what}:\n{error}", extra=FILE_ONLY)
     return FleetError(f"{what}: {last_words(str(error))}")
 
@@ -125,11 +125,11 @@ def too_late(what: str, timeout_s: float) -> FleetError:
 
 
 def _within(ref: ray.ObjectRef, timeout_s: float) -> Any:
-    """`ray.get` with a bound on the time in which this process ran: one that was stopped meanwhile
-    (SIGSTOP, a debugger) gives the answer another moment to come in.
+    """`ray.get` with a timeout that does not count time in which this process was stopped (SIGSTOP,
+    a debugger).
 
     Raises:
-        GetTimeoutError: it did not come.
+        GetTimeoutError: no answer in time.
     """
     slice_s = min(LONGEST_GET_S, timeout_s / 4)
     listening, began = Listening(2 * slice_s), time.monotonic()
@@ -143,7 +143,7 @@ def _within(ref: ray.ObjectRef, timeout_s: float) -> Any:
 
 
 def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
-    """The value of a reference, within bounded time, with errors that name who failed.
+    """The value of a reference, with a timeout and errors that name the worker.
 
     Raises:
         RayActorError: the worker is gone (the caller may replace it).
@@ -184,7 +184,7 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
 
 
 def ready_of(refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
-    """Wait until one of some references is there; returns all that are, or none in time."""
+    """Wait for the first of some references; returns all that are ready, or none."""
     if not refs:
         time.sleep(timeout_s)
         return []

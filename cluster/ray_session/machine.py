@@ -1,5 +1,5 @@
-"""What this machine gives a private Ray: open files, and a directory for its sockets and logs.
-Looked at before Ray starts, whose own errors name few of their causes.
+"""Checks of this machine before a private Ray starts (open files, directory of sockets and logs),
+since Ray's own errors rarely name the cause.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cluster.errors import FleetError
 from cluster.io.files import MIB, advice
 from cluster.ray_session.address import temp_root
 
-LEAST_FILES = 256  # Ray's raylet starts with 55, and takes 3 to 4 for every worker
+LEAST_FILES = 256  # raylet: 55, and 3 to 4 for every worker
 LEAST_FREE = 16 * MIB  # Ray's sockets and logs
 LONGEST_SOCKET = 107  # bytes of the path of a Unix socket
 SOCKET = "session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store"
@@ -25,20 +25,20 @@ BUSY = ("timed out", "overloaded", "timeout")
 
 
 def check_machine(temp_dir: str) -> None:
-    """Whether a private Ray can start here.
+    """Check that a private Ray can start here.
 
     Args:
-        temp_dir: where it is to keep sockets and logs; empty: Ray's choice.
+        temp_dir: for its sockets and logs; empty: Ray's choice.
 
     Raises:
-        FleetError: no; names the cause, and what to do.
+        FleetError: it cannot; says why, and what to do.
     """
     check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     check_temp_root(temp_root(temp_dir), _chosen_by(temp_dir))
 
 
 def shared_memory() -> int:
-    """Bytes that are free in the system's shared memory, where Ray keeps its object store."""
+    """Free bytes of shared memory, where Ray keeps its object store."""
     try:
         there = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -47,7 +47,7 @@ def shared_memory() -> int:
 
 
 def check_open_files(limit: int) -> None:
-    """Refuse a limit on open files with which Ray's processes die after they have started.
+    """Refuse a limit on open files with which Ray's processes would crash.
 
     Raises:
         FleetError: it is too low.
@@ -62,13 +62,13 @@ def check_open_files(limit: int) -> None:
 
 
 def check_temp_root(root: Path, source: str) -> None:
-    """Whether Ray can have its sockets and logs in a directory.
+    """Check that Ray can keep sockets and logs in a directory.
 
     Args:
-        source: who chose it, for messages.
+        source: option or variable that names it, for messages.
 
     Raises:
-        FleetError: no.
+        FleetError: it cannot.
     """
     if not root.is_absolute():
         raise FleetError(
@@ -108,11 +108,10 @@ def _chosen_by(temp_dir: str) -> str:
 
 
 def why_not_started(error: BaseException, root: Path) -> str:
-    """What Ray's own error comes to, and what to do where that is known.
+    """Message for an error of `ray.init` for a private Ray, with what to do where that is known.
 
     Args:
-        error: raised by `ray.init` for a private Ray.
-        root: where it keeps its logs.
+        root: directory of its logs.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     start = f"cannot start a private Ray: {text.rstrip('.')}"

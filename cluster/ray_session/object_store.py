@@ -1,7 +1,7 @@
-"""Room in Ray's object store: what a run needs there, and what to say when it, or memory, is full.
+"""Size of Ray's object store that a run needs, and messages for a full store or full memory.
 
-The store holds images on their way from samplers to reward servers and the newest weights. What
-does not fit is written to disk by Ray, which is slow; when the disk is full, too, calls fail.
+The store holds the newest weights and images between samplers and reward servers. Ray spills to
+disk what does not fit, which is slow; when the disk is full, too, calls fail.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from pathlib import Path
 
 from cluster.errors import FleetError
 
-SNAPSHOTS = 3  # the newest weights, those that somebody still loads, those that are being written
+SNAPSHOTS = 3  # newest, still being loaded, being written
 GB = 1e9
 
 
 class StoreFullError(FleetError):
-    """The object store is full, and so is the disk that takes what does not fit."""
+    """The object store and the disk to which it spills are full."""
 
 
 class MemoryFullError(FleetError):
-    """A worker was ended because its machine ran out of memory."""
+    """Ray killed a worker because its machine ran out of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreNeed:
-    """What a run may have in the object store at a time, bytes."""
+    """Peak use of the object store by a run, bytes."""
 
     snapshot: int
     """Weights of one version."""
     group: int
-    """Images of one group: of the largest, be it of training, an evaluation or a gallery."""
+    """Images of the largest group (training, evaluation or gallery)."""
     groups: int
-    """Groups on their way: (S + 1) P, whatever they are for."""
+    """Groups in flight: (S + 1) P."""
     batch: int = 0
-    """Real images that a reward server is sent at a time."""
+    """Real images sent to a reward server at a time."""
 
     @property
     def total(self) -> int:
@@ -59,15 +59,15 @@ CHANGES = (
 
 
 def format_bytes(number: float) -> str:
-    """Bytes for people."""
+    """A number of bytes, for messages."""
     return f"{number / GB:.3g} GB" if number >= GB / 10 else f"{number / 1e6:.3g} MB"
 
 
 def check_store(need: StoreNeed, store: int) -> str:
-    """Compare what a run needs with the store of a machine, before anything starts.
+    """Compare the need of a run with the object store of a machine.
 
     Returns:
-        What to say; nothing if all fits.
+        A warning; empty if everything fits.
 
     Raises:
         FleetError: not even one version of the weights and the images of one group fit.
@@ -87,12 +87,12 @@ def check_store(need: StoreNeed, store: int) -> str:
 
 
 def store_on_disk(store: int, shared_memory: int, directory: Path) -> str:
-    """What to say of a private Ray that keeps its store in files, for want of shared memory;
-    nothing if it does not.
+    """A warning if a private Ray keeps its store in files, because shared memory is too small; else
+    empty.
 
     Args:
-        store, shared_memory: bytes; the latter as they were free before it started.
-        directory: where Ray keeps the files then.
+        store, shared_memory: bytes; the latter free before Ray started.
+        directory: of these files.
     """
     if store <= shared_memory:
         return ""
@@ -105,7 +105,7 @@ def store_on_disk(store: int, shared_memory: int, directory: Path) -> str:
 
 
 def store_full(what: str, error: BaseException) -> StoreFullError:
-    """Of Ray's ObjectStoreFullError or OutOfDiskError."""
+    """For Ray's ObjectStoreFullError or OutOfDiskError."""
     first = str(error).strip().splitlines()[-1 if "ray::" in str(error) else 0]
     return StoreFullError(
         f"{what}: no room for it in the object store, nor on the disk that takes what does "
@@ -115,7 +115,7 @@ def store_full(what: str, error: BaseException) -> StoreFullError:
 
 
 def memory_full(what: str, error: BaseException) -> MemoryFullError:
-    """Of Ray's OutOfMemoryError: its memory monitor ended the worker."""
+    """For Ray's OutOfMemoryError: its memory monitor killed the worker."""
     first = str(error).strip().partition("\n")[0]
     return MemoryFullError(
         f"{what} was ended by Ray because its machine ran out of memory ({first}). Start fewer "
@@ -127,7 +127,7 @@ def memory_full(what: str, error: BaseException) -> MemoryFullError:
 
 @contextmanager
 def explain_store_full(need: StoreNeed, store: int) -> Iterator[None]:
-    """While the block runs, an error of a full store also says what the run needs there."""
+    """Add the need of the run to a StoreFullError of the block."""
     try:
         yield
     except StoreFullError as error:

@@ -1,6 +1,6 @@
-"""What this program uses of Ray that Ray does not promise to keep: private, undocumented and alpha
-names. No other file may use such names (a test looks); `tests/distributed/test_ray_private.py` has
-a test for each function here, and the bound on Ray in pyproject.toml is what they passed with.
+"""Uses of Ray's private, undocumented and alpha names. No other file may use such names (tested);
+`tests/distributed/test_ray_private.py` tests each function here with the versions of Ray that
+pyproject.toml allows.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from cluster.ray_session.address import GcsAnswer
 from cluster.ray_session.token import AUTH_MODE, TOKEN_MODE
 
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Ray's switch, for all systems: with 0, all that it starts listens on loopback alone."""
+"""Ray's variable; 0: everything that it starts listens on loopback only."""
 
 
 @contextmanager
 def loopback() -> Iterator[None]:
-    """While the block runs, Ray starts what it starts on 127.0.0.1 alone: servers, workers, agents.
-    (It ignores an address of loopback that `ray.init` is given.) Its processes inherit this."""
+    """Have Ray's processes that start in the block listen on 127.0.0.1 only. (`ray.init` ignores a
+    loopback address.)"""
     from ray._private import ray_constants
 
     before = ray_constants.ENABLE_RAY_CLUSTER
@@ -37,7 +37,7 @@ def loopback() -> Iterator[None]:
 
 
 def shows_token() -> bool:
-    """Whether this process shows a token to the Ray that it talks to."""
+    """Whether this process sends a token to Ray."""
     from ray import _raylet
 
     mode = getattr(_raylet, "get_authentication_mode")()  # noqa: B009  (compiled: no stubs)
@@ -45,7 +45,7 @@ def shows_token() -> bool:
 
 
 def show_token() -> None:
-    """Show the user's token from now on; Ray does so by itself only for clusters that it starts or
+    """Send the user's token from now on; Ray does so by itself only for clusters that it starts or
     finds on this machine."""
     from ray import _raylet
 
@@ -57,7 +57,7 @@ def ask_gcs(address: str, token: str, wait_s: float) -> GcsAnswer:
     """Ask a cluster's control service for its versions, without joining it.
 
     Args:
-        token: shown to it; empty: none.
+        token: sent with the request; empty: none.
         wait_s: bound on each of two calls, seconds.
     """
     import grpc
@@ -97,7 +97,7 @@ def ask_gcs(address: str, token: str, wait_s: float) -> GcsAnswer:
 
 
 def nodes_here() -> frozenset[str]:
-    """Ids of the nodes, of whatever cluster, that run on this machine. A driver needs one."""
+    """Ids of the nodes of any cluster on this machine. A driver needs one."""
     from ray._private import services
 
     return frozenset(services.find_node_ids())
@@ -114,21 +114,20 @@ def clusters_here() -> frozenset[str]:
 
 @contextmanager
 def one_attempt() -> Iterator[None]:
-    """While the block runs, Ray tries once, for 41 s, to reach a cluster that was there a moment
-    ago, and not twenty times."""
+    """Have Ray try once, for 41 s, to reach a cluster in the block, instead of twenty times."""
     name = "RAY_gcs_server_port_wait_time_s"
     with in_environment(name, os.environ.get(name) or "1"):
         yield
 
 
 def in_directory(path: str) -> dict[str, Any]:
-    """Options of `ray.init` for a private Ray that keeps sessions, logs and sockets there."""
+    """Options of `ray.init` for the directory of sessions, logs and sockets."""
     return {"_temp_dir": path} if path else {}
 
 
 def living_actors() -> dict[str, dict[str, Any]]:
-    """Actor's id -> node (IP address) and pid, of all actors that live on the cluster. (What is
-    public for this asks the dashboard, which a private Ray does not have.)"""
+    """Actor id -> node (IP address) and pid of all live actors of the cluster. (The public API
+    needs the dashboard, which a private Ray lacks.)"""
     from ray._private.state import actors
 
     found = actors(actor_state_name="ALIVE")
@@ -144,8 +143,8 @@ def actor_id(handle: Any) -> str:
 
 
 def started(handle: Any) -> Any:
-    """A reference that is there when the actor's constructor has returned; getting it raises what
-    the constructor raised."""
+    """A reference that is ready when the actor's constructor has returned; getting it raises the
+    constructor's error."""
     return handle.__ray_ready__.remote()
 
 
@@ -153,10 +152,10 @@ def call_inside(handle: Any, function: Callable[[Any], Any], group: str = "") ->
     """Call a function with an actor's instance, in the actor's process.
 
     Args:
-        group: concurrency group whose thread runs it; empty: the one that answers in order.
+        group: concurrency group whose thread runs it; empty: the default one.
 
     Returns:
-        A reference to what it returns.
+        A reference to the result.
     """
     method = handle.__ray_call__
     return (method.options(concurrency_group=group) if group else method).remote(function)
@@ -173,9 +172,9 @@ def form_device_group(handles: Sequence[Any], backend: str) -> None:
 def worker_paths(started: Invocation) -> dict[str, Any]:
     """Options of `ray.init` by which workers import what the driver imports.
 
-    Ray has them search the driver's working directory, and that of its script, before everything
-    else; the command `tessera` does not. And the job's `working_dir` comes before what is
-    installed, by PYTHONPATH, with the user's files of our names."""
+    Ray's workers search the driver's working directory and script directory first; the command
+    `tessera` does not. A job's `working_dir` comes before installed packages, by PYTHONPATH, and
+    may have files with our packages' names."""
     if not started.by_name:
         return {}
     from ray.job_config import JobConfig

@@ -1,4 +1,4 @@
-"""Ray runtime environments of pools, before anything is started with them."""
+"""Checks of Ray runtime environments of pools."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from cluster.program.secrets import secret_variables
 
 
 def check_runtime_env(runtime_env: Mapping[str, Any]) -> None:
-    """Whether Ray takes it, as far as that is known without a cluster: its fields, their types,
-    and that folders of this machine are there.
+    """Check fields, types and local folders, as far as possible without a cluster.
 
     Raises:
         ConfigError: what is wrong; or it refers to a variable that is not set.
@@ -21,6 +20,6 @@ def check_runtime_env(runtime_env: Mapping[str, Any]) -> None:
     environment, _ = secret_variables(runtime_env)
     try:
         RuntimeEnv(**environment)
-    except Exception as error:  # of any kind: it is checked by a function for each field
+    except Exception as error:  # each field has its own check and errors
         words = " ".join(str(error).split())
         raise ConfigError(f"Ray refuses this runtime_env: {words}") from error

@@ -1,4 +1,4 @@
-"""Starting Ray, or joining the cluster that is already there."""
+"""Starting a private Ray, or joining a cluster."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from cluster.ray_session.token import (
 logger = logging.getLogger(__name__)
 
 LEAST_STORE_GB = 0.08  # Ray's own least, rounded up
-ANSWER_S = 10.0  # longest wait for a cluster's control service, which may be busy
-CONNECT_S = 90.0  # longest wait for a cluster that has answered to let a program in
+ANSWER_S = 10.0  # timeout of a cluster's control service, which may be busy
+CONNECT_S = 90.0  # timeout of joining a cluster that has answered
 
 
 @dataclass(frozen=True, kw_only=True)
 class RayConfig:
-    """How this program meets Ray."""
+    """Options of Ray."""
 
     address: str = ""
     """Cluster to join, e.g. "auto". Empty: $RAY_ADDRESS where it is set (inside a Ray job, say),
@@ -96,7 +96,7 @@ def local_resources() -> tuple[float, float]:
 
 
 def _private(config: RayConfig) -> dict[str, Any]:
-    """How a Ray of this program's own is started."""
+    """Options of `ray.init` for a private Ray."""
     options: dict[str, Any] = {
         "num_cpus": config.num_cpus or None,
         "include_dashboard": bool(config.dashboard_host),
@@ -110,14 +110,14 @@ def _private(config: RayConfig) -> dict[str, Any]:
 
 
 def find_cluster(config: RayConfig, source: str = OPTION) -> Address | None:
-    """The cluster that a user names, once it has answered; None: a private Ray is wanted.
+    """The cluster that the user names, after it has answered; None: use a private Ray.
 
     Args:
-        source: the option that the address was given by, for messages.
+        source: option of the address, for messages.
 
     Raises:
-        ConfigError: what is named is no address.
-        FleetError: no cluster is there, or it does not let this program in; within seconds.
+        ConfigError: it is not an address.
+        FleetError: no cluster answers, or it does not accept this program; within seconds.
     """
     text, source = written_address(config.address, source)
     if not text:
@@ -128,11 +128,10 @@ def find_cluster(config: RayConfig, source: str = OPTION) -> Address | None:
 
 
 def check_ray(config: RayConfig) -> None:
-    """Whether a run would have its Ray, before anything is started: the cluster answers, or this
-    machine has what a private Ray needs.
+    """Check, before a run starts, that its cluster answers or that a private Ray can start here.
 
     Raises:
-        ConfigError, FleetError: no; says why.
+        ConfigError, FleetError: it does not; says why.
     """
     if find_cluster(config) is None:
         check_machine(config.temp_dir)
@@ -140,8 +139,8 @@ def check_ray(config: RayConfig) -> None:
 
 
 def _found_here(temp_dir: str, source: str) -> Address:
-    """What "auto" stands for: what `ray start` started last here, else the only cluster that has a
-    node here, but for private ones.
+    """The cluster of "auto": the last one of `ray start` on this machine, else the only one with a
+    node here, private ones aside.
 
     Raises:
         FleetError: there is none, or more than one.
@@ -168,13 +167,13 @@ def _found_here(temp_dir: str, source: str) -> Address:
 
 
 def check_cluster(address: Address, *, ours: bool = False) -> Address:
-    """See that a cluster answers, lets this program in, and runs the same versions.
+    """Check that a cluster answers, accepts this program, and runs the same versions.
 
     Args:
-        ours: whether it was found on this machine: it is then shown the user's token if it asks.
+        ours: found on this machine: the user's token is sent if it asks.
 
     Raises:
-        FleetError: no; within seconds.
+        FleetError: it does not; within seconds.
     """
     probe(address)
     shown = token(os.environ) if shows_token(os.environ) else ""
@@ -190,8 +189,8 @@ def check_cluster(address: Address, *, ours: bool = False) -> Address:
 
 
 def _on_loopback_alone(address: Address) -> bool:
-    """Whether a cluster at a loopback address was started so as `loopback` does. Ray looks for all
-    others at this machine's outer address, whatever it is told."""
+    """Whether a cluster at a loopback address listens there only, as `loopback` starts it. (Ray
+    looks for all others at this machine's outer address.)"""
     from ray.util import get_node_ip_address
 
     if not address.loopback:
@@ -241,7 +240,7 @@ def _start(config: RayConfig, quiet: dict[str, Any]) -> None:
 
 
 def _smallest_store() -> int:
-    """Bytes of the object store, of the machine that has the smallest."""
+    """Bytes of the smallest object store of a machine."""
     import ray
 
     alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
@@ -252,20 +251,20 @@ class RaySession:
     """A connection to Ray; a private Ray is shut down with it.
 
     Args:
-        cluster: one that is known to answer (`check_cluster`); None: as `config` says.
+        cluster: one that has answered (`check_cluster`); None: from `config`.
 
     Raises:
-        ConfigError: the address is none.
-        FleetError: Ray cannot be started, or the cluster not be joined.
+        ConfigError: the address is malformed.
+        FleetError: Ray cannot be started, or the cluster cannot be joined.
     """
 
     def __init__(self, config: RayConfig, cluster: Address | None = None) -> None:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its warning is no news
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         cluster = cluster or find_cluster(config)
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
         quiet |= worker_paths(current())
-        with deferred_signals():  # Ray installs handlers, and one that crashes at SIGTERM
+        with deferred_signals():  # Ray installs handlers, one of which crashes at SIGTERM
             if cluster:
                 _join(cluster, quiet)
             else:
@@ -274,17 +273,17 @@ class RaySession:
 
     @property
     def guarded(self) -> bool:
-        """Whether this program shows a token: a cluster that asks for one lets in nobody else."""
+        """Whether this program sends a token, without which the cluster refuses access."""
         return private.shows_token()
 
     @property
     def object_store(self) -> int:
-        """Bytes of the object store, of the machine that has the smallest."""
+        """Bytes of the smallest object store of a machine."""
         return _smallest_store()
 
     @property
     def address(self) -> str:
-        """Where other processes reach this cluster, host:port."""
+        """Address of the cluster for other processes, host:port."""
         import ray
 
         return str(ray.get_runtime_context().gcs_address)
@@ -306,13 +305,13 @@ class RaySession:
 
     @property
     def free_cpus(self) -> float:
-        """What nobody has reserved at this moment."""
+        """CPUs that are not reserved."""
         import ray
 
         return float(ray.available_resources().get("CPU", 0.0))
 
     def _available(self, kind: str) -> float:
-        """On a cluster, what others have left; a private Ray is all ours."""
+        """Free resources of a cluster, all resources of a private Ray."""
         import ray
 
         resources = ray.available_resources() if self.joined else ray.cluster_resources()

@@ -1,8 +1,8 @@
-"""The token of Ray's clusters: where it is read from, how a private Ray gets one, and what to do
-where a cluster wants another.
+"""Ray's authentication token: where it is read, how a private Ray gets one, and messages for a
+cluster that refuses it.
 
-Ray shows a token where $RAY_AUTH_MODE says so: that of $RAY_AUTH_TOKEN, of the file that
-$RAY_AUTH_TOKEN_PATH names, or of ~/.ray/auth_token.
+With RAY_AUTH_MODE=token, Ray sends the token of $RAY_AUTH_TOKEN, of the file
+$RAY_AUTH_TOKEN_PATH, or of ~/.ray/auth_token.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ FILE = Path(".ray", "auth_token")  # below the home directory
 
 
 def shows_token(environment: Mapping[str, str]) -> bool:
-    """Whether Ray shows a token to a cluster that it is told to join."""
+    """Whether Ray sends a token to a cluster that it joins."""
     return environment.get(AUTH_MODE, "").lower() == TOKEN_MODE
 
 
 def wants_token(environment: Mapping[str, str]) -> bool:
-    """Whether a private Ray asks for a token: unless it is told another mode."""
+    """Whether a private Ray asks for a token, the default."""
     return environment.get(AUTH_MODE, TOKEN_MODE).lower() == TOKEN_MODE
 
 
 def token(environment: Mapping[str, str]) -> str:
-    """The token that Ray would show, empty without one."""
+    """The token that Ray would send; empty without one."""
     if environment.get(TOKEN):
         return environment[TOKEN].strip()
     file = token_file(environment)
@@ -45,8 +45,7 @@ def token(environment: Mapping[str, str]) -> str:
 
 
 def token_file(environment: Mapping[str, str]) -> Path | None:
-    """Where the token is read from, unless it is in the environment itself; None: a user without
-    a home directory has no place of his own for it."""
+    """The token's file; None without a home directory."""
     if environment.get(TOKEN_PATH):
         return Path(environment[TOKEN_PATH])
     try:
@@ -56,10 +55,10 @@ def token_file(environment: Mapping[str, str]) -> Path | None:
 
 
 def check_token(environment: Mapping[str, str]) -> None:
-    """Whether the token that the environment names for a private Ray is there.
+    """Check that the token that the environment names for a private Ray exists.
 
     Raises:
-        FleetError: no.
+        FleetError: it does not.
     """
     if not wants_token(environment) or token(environment):
         return
@@ -73,11 +72,11 @@ def check_token(environment: Mapping[str, str]) -> None:
 
 
 def ensure_token() -> None:
-    """Have a token that a private Ray asks for and other commands of this user can show: where Ray
-    has it, ~/.ray/auth_token, or where that cannot be written, in `user_directories`.
+    """Create a token for a private Ray if there is none: in ~/.ray/auth_token, else in one of
+    `user_directories`, where other commands of this user find it.
 
     Raises:
-        FleetError: `check_token` refuses, or there is no place for one that others cannot read.
+        FleetError: `check_token` refuses, or no private directory is writable.
     """
     check_token(os.environ)
     if not wants_token(os.environ) or find_token():
@@ -98,7 +97,7 @@ def ensure_token() -> None:
 
 
 def _make_token(file: Path) -> None:
-    """Write a new token, which others cannot read; one that appears meanwhile stays."""
+    """Write a new token that only the user can read; a file that appears meanwhile is kept."""
     partial = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
@@ -112,7 +111,7 @@ def _make_token(file: Path) -> None:
 
 
 def find_token() -> bool:
-    """Whether this user has a token; Ray is told where, if it would not look there itself."""
+    """Whether this user has a token; sets $RAY_AUTH_TOKEN_PATH if Ray would not find it."""
     if token(os.environ):
         return True
     if os.environ.get(TOKEN_PATH):
@@ -127,9 +126,8 @@ def find_token() -> bool:
 
 @contextmanager
 def token_in_environment() -> Iterator[None]:
-    """While the block runs, the token is in the environment itself. A private Ray that is started
-    so hands it to every worker to come: it outlives a change of the file, which other clusters of
-    this user share (`ray get-auth-token --generate`, a home directory that is cleaned)."""
+    """Put the token into the environment while the block runs. A private Ray that starts in it
+    keeps the token for later workers, even if the file changes."""
     known = token(os.environ)
     with in_environment(TOKEN, known) if wants_token(os.environ) and known else nullcontext():
         yield
@@ -145,7 +143,7 @@ def _token_place(environment: Mapping[str, str]) -> str:
 
 
 def _copied(environment: Mapping[str, str]) -> str:
-    """How the token of a cluster gets to where it is needed."""
+    """How to copy a cluster's token, for messages."""
     return (
         "the head's (`ray get-auth-token` there prints it) must be copied to "
         f"{token_file(environment) or '~/.ray/auth_token'}, or to a file that {TOKEN_PATH} names, "
@@ -154,7 +152,7 @@ def _copied(environment: Mapping[str, str]) -> str:
 
 
 def about_token(environment: Mapping[str, str]) -> str:
-    """Why a cluster that wants a token refuses this program, and how it gets the right one."""
+    """Message: why a cluster refuses this program, and how to get the right token."""
     place, known = _token_place(environment), token(environment)
     if shows_token(environment):
         what = f"refuses the one in {place}" if known else f"there is none in {place}"
@@ -164,7 +162,7 @@ def about_token(environment: Mapping[str, str]) -> str:
 
 
 def no_token(environment: Mapping[str, str]) -> str:
-    """That Ray would want to show a token, and finds none."""
+    """Message: Ray should send a token, and there is none."""
     return (
         f"{AUTH_MODE}={TOKEN_MODE} is set, and there is no token in {_token_place(environment)}: "
         f"{_copied(environment)}"

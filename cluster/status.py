@@ -31,7 +31,7 @@ from typing import Any
 
 import tyro
 from rich.box import SIMPLE_HEAD
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -255,19 +255,24 @@ def ended_lines(found: Status) -> list[str]:
     return [*lines, f"newest checkpoint: {newest}", f"resume with\n  {found['resume']}"]
 
 
+def console() -> Console:
+    """A console that is wide enough for the table, unless its width is given."""
+    here = make_console()
+    given = here.is_terminal or os.environ.get("COLUMNS") == str(here.width)
+    return here if given else make_console(width=max(here.width, WIDTH))
+
+
 @contextmanager
 def display(*, as_json: bool, live: bool) -> Iterator[Callable[[Status], None]]:
     """Shows a status: as JSON, as a table that a terminal refreshes, or table after table."""
-    console = make_console()
-    if not console.is_terminal and os.environ.get("COLUMNS") != str(console.width):
-        console = make_console(width=max(console.width, WIDTH))
+    screen = console()
     if as_json:
         yield lambda found: print(dumps(found), flush=True)
-    elif live and console.is_terminal:
-        with Live(console=console, auto_refresh=False) as screen:
-            yield lambda found: screen.update(table(found), refresh=True)
+    elif live and screen.is_terminal:
+        with Live(console=screen, auto_refresh=False) as refreshed:
+            yield lambda found: refreshed.update(table(found), refresh=True)
     else:  # in a file, no line is broken
-        yield lambda found: console.print(table(found), soft_wrap=not console.is_terminal)
+        yield lambda found: screen.print(table(found), soft_wrap=not screen.is_terminal)
 
 
 def show_active(asked: Arguments) -> None:

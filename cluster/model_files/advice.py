@@ -1,4 +1,4 @@
-"""What is no readable checkpoint, and what to do about it: a sentence for each kind of file."""
+"""Messages for files that are not readable checkpoints, by kind of file."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _FILES = (  # names that libraries give; earlier ones are preferred
     f"pytorch_model.bin{INDEX}",
     "pytorch_model.bin",
 )
-LONGEST = 200  # characters of a name that messages show
-_BEGINNING = 60  # bytes of a text that messages show
+LONGEST = 200  # characters of a name in messages
+_BEGINNING = 60  # bytes of a text in messages
 _SHARD = re.compile(r"-\d+-of-0*([1-9]\d*)\.[a-z]+$", re.IGNORECASE)
 _CHECKPOINT = re.compile(r"\.(pt|pth|ckpt|bin|safetensors)$", re.IGNORECASE)
 
-# What a file of weights has no reason to name, and what harmful ones do.
+# Modules and functions that harmful pickles name, and files of weights do not.
 _PROGRAMS = frozenset(
     {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "ctypes", "runpy", "imp"}
     | {"importlib", "code", "codeop", "pdb", "commands", "webbrowser", "pickle", "marshal"}
@@ -65,7 +65,7 @@ _ADVICE: dict[FileKind, str] = {
 
 
 def no_checkpoint(file: Path, source: str, kind: FileKind) -> str:
-    """The message for a file of a kind that is no checkpoint."""
+    """Message for a kind of file that is not a checkpoint."""
     advice = _ADVICE.get(kind) or described(file)
     if kind is FileKind.CUT_ZIP:
         advice = "a checkpoint that was cut off, or another damaged zip archive; fetch it again"
@@ -81,12 +81,12 @@ def no_checkpoint(file: Path, source: str, kind: FileKind) -> str:
 
 
 def broken(source: str, problem: str) -> str:
-    """The message for a file that is not whole."""
+    """Message for a truncated file."""
     return f"{source}: not a whole checkpoint ({problem}); was it cut short? Fetch it again"
 
 
 def executes(names: Collection[str]) -> str:
-    """Of the functions and classes that a pickle names, one that runs programs; else empty."""
+    """The first function or class that can run programs; empty if there is none."""
     for name in sorted(names):
         if name.split(".")[0] in _PROGRAMS or name in _RUNNERS:
             return name
@@ -94,10 +94,10 @@ def executes(names: Collection[str]) -> str:
 
 
 def refused_object(source: str, name: str, under: str) -> str:
-    """The message for an object where weights belong.
+    """Message for an object in the place of weights.
 
     Args:
-        under: where in the file, with a space before it; empty if it is all of the file.
+        under: place in the file, after a space; empty: the whole file.
     """
     if name.startswith("torch.distributed"):
         return (
@@ -113,17 +113,17 @@ def refused_object(source: str, name: str, under: str) -> str:
 
 
 def shard_of(name: str) -> int:
-    """How many shards there are with the file of this name, if it is one of several; else 0."""
+    """Number of shards of which a file is one, by its name; else 0."""
     found = _SHARD.search(name)
     number = int(found[1]) if found else 0
     return number if number > 1 else 0
 
 
 def index_in(directory: Path, source: str) -> Path:
-    """The checkpoint in a directory that `save_pretrained` wrote: an index of shards, or one file.
+    """The checkpoint in a directory of `save_pretrained`: an index of shards, or one file.
 
     Raises:
-        CheckpointError: there is none; says what the directory is instead.
+        CheckpointError: there is none; says what the directory is.
     """
     for name in _FILES:
         if (directory / name).is_file():
@@ -194,14 +194,14 @@ def _tar(file: Path) -> str:
 
 
 def listed(names: Iterable[Any], limit: int = 8) -> str:
-    """Names for a message: quoted, the first few."""
+    """The first names, quoted, for a message."""
     every = list(names)
     shown = [shown_name(name) for name in every[:limit]]
     return ", ".join(shown) + (", ..." if len(every) > limit else "") if shown else "nothing"
 
 
 def shown_name(name: Any) -> str:
-    """A name in a file, which may be anything, for a message."""
+    """Any object used as a name in a file, for a message."""
     if isinstance(name, str):
         return f"{name[:LONGEST]!r}" + ("..." if len(name) > LONGEST else "")
     small = isinstance(name, int) and abs(name) < 1 << 64  # Python prints no number of any length

@@ -1,7 +1,5 @@
-"""Architectures whose fields stand in a file: of their types, and of sizes that networks have.
-
-A header, a JSON or a project file may say anything. A width that is a text would fail deep in
-torch, and a million layers would be built for hours.
+"""Reads architectures from files, with checks of types and sizes: without them, a wrong type would
+fail deep in torch, and a million layers would take hours to build.
 """
 
 from __future__ import annotations
@@ -25,13 +23,13 @@ _MAY_BE_ZERO = ("num_classes", "attention_levels")
 
 
 def from_fields(kind: type[T], fields: Mapping[str, Any], source: str) -> T:
-    """A configuration, a dataclass, from the fields of a file.
+    """A configuration dataclass from the fields of a file.
 
     Args:
         source: the file's name, for the error.
 
     Raises:
-        CheckpointError: a field is missing, not known, of another type, or of an impossible size.
+        CheckpointError: a field is missing, unknown, or of an impossible type or size.
     """
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(fields.keys() - known.keys()):
@@ -59,7 +57,7 @@ def from_fields(kind: type[T], fields: Mapping[str, Any], source: str) -> T:
 
 
 def _fault(name: str, value: Any, least: int) -> str:
-    """What is wrong with a number, or with one of several; empty if nothing is."""
+    """What is wrong with a number or a tuple of numbers; empty if nothing is."""
     if isinstance(value, tuple):
         if not value and name not in _MAY_BE_ZERO:
             return "is empty, expected one number or more"

@@ -1,9 +1,8 @@
-"""The one reader of other programs' checkpoints: of policies, tokenizers, CLIP, HPSv2, Inception.
+"""Reader of other programs' checkpoints: policies, tokenizers, CLIP, HPSv2, Inception.
 
-A file is what its content says, whatever its name: torch.save's formats
-(`cluster.model_files.torch_files`), safetensors, or the index of a file in shards. Nothing in it is
-executed, and nothing but the tensors that are asked for is built. Names lose what wrappers put into
-them, and nothing else.
+The format is recognised by content, not by name: torch.save (`cluster.model_files.torch_files`),
+safetensors, or an index of shards. Nothing in a file is executed, and only requested tensors are
+built. Prefixes of wrappers (DistributedDataParallel, FSDP) are removed from names.
 """
 
 from __future__ import annotations
@@ -41,14 +40,13 @@ from cluster.model_files.tensors import CONFIG_KEY, DTYPES, anywhere, open_safet
 from cluster.model_files.torch_files import TensorRecord, TorchFile, legacy_tensor
 
 LAYOUTS = ("model", "module", "state_dict", "model_state_dict", "params")
-"""Keys under which trainers keep the weights: LlamaGen and timm, DeepSpeed, Lightning and
-open_clip, PyTorch's tutorials, BasicSR. FSDP's and most published files are the weights alone."""
+"""Keys of the weights in trainers' files: LlamaGen and timm, DeepSpeed, Lightning and open_clip,
+PyTorch's tutorials, BasicSR."""
 AVERAGES = ("ema", "ema_model", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema")
-"""Keys of their moving averages: LlamaGen, the public code of 2603.23086, DINO, timm, ..."""
+"""Keys of moving averages: LlamaGen, the public code of 2603.23086, DINO, timm, ..."""
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of names that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put
-before those of the module inside."""
-COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, which is no weight
+"""Parts that DistributedDataParallel, torch.compile, FSDP and checkpointing add to names."""
+COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, not a weight
 OPTIONS = "args"
 FAMILY = '"family"'  # in the description of every network of this program
 _NESTED = 3  # layouts in layouts
@@ -57,31 +55,31 @@ SAVE_ONES = 'save the ones you mean as {"model": state_dict}'
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: what is known without reading it, and how to read it."""
+    """A tensor in a file, not yet read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[bool], Tensor]
-    """On the CPU, a view of the file; told whether to compare checksums."""
+    """Reads it, on the CPU, as a view of the file; the argument: verify checksums."""
     fault: str = ""
-    """Why it cannot be read as plain numbers, and what to do."""
+    """Why it is not a plain tensor, and what to do; empty if it is."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was opened: names and shapes; no weights are read yet."""
+    """An opened checkpoint: names and shapes; weights are read on request."""
 
     source: str
     tensors: Mapping[str, StoredTensor]
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Those of the trainer, where the file holds them."""
+    """Options of the trainer, if the file has them."""
     files: tuple[Path, ...] = ()
 
     def shapes(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The tensors as such on the meta device.
+        """The tensors on the meta device.
 
         Raises:
-            CheckpointError: one of them is not of plain numbers.
+            CheckpointError: one of them is not a plain tensor.
         """
         try:
             return {
@@ -94,15 +92,14 @@ class Checkpoint:
     def read(
         self, names: Collection[str] | None = None, *, check: bool = True
     ) -> dict[str, Tensor]:
-        """The tensors (of these names), on the CPU, in the file's dtypes. They are views of the
-        file: copy them, do not write to them.
+        """The tensors (of these names) on the CPU, in the file's dtypes. They are views of the
+        file: do not write to them.
 
         Args:
-            check: compare checksums, the file's own and the one noted when it was fetched, which
-                takes reading all that is asked for.
+            check: verify the file's checksums and the one of the download.
 
         Raises:
-            CheckpointError: damaged, or not of plain numbers.
+            CheckpointError: damaged, or not plain tensors.
         """
         if check:
             for file in self.files:
@@ -136,8 +133,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Check
         ema: the trainer's moving average instead of the weights themselves.
 
     Raises:
-        CheckpointError: missing, damaged, no checkpoint, of an unknown or ambiguous layout, or its
-            weights are objects that would have to be unpickled. Says what it is, and what to do.
+        CheckpointError: missing, damaged, no checkpoint, of an unknown or ambiguous layout, or it
+            needs unpickling. Says what was found, and what to do.
     """
     source = os.fspath(path)
     try:
@@ -158,13 +155,12 @@ def open_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Check
 
 
 def is_own(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a safetensors file of this program, whose header says what it holds.
-    False if it is not there."""
+    """Whether a file is a safetensors file of this program; False if it does not exist."""
     try:
         file = anywhere(path)
         if not file.is_file() or not _is_safetensors(file):
             return False
-        with safe_open(file, framework="np") as opened:  # the header alone: no memory is mapped
+        with safe_open(file, framework="np") as opened:  # reads the header only
             return FAMILY in (opened.metadata() or {}).get(CONFIG_KEY, "")
     except (CheckpointError, SafetensorError, OSError):
         return False
@@ -214,7 +210,7 @@ def _open_safetensors(file: Path, source: str) -> Checkpoint:
     try:
         opened = open_safetensors(file)
         names = {name: name for name in opened.keys()}  # noqa: SIM118
-        noted = opened.metadata() or {}  # also names that save_model left out -> those it kept
+        noted = opened.metadata() or {}  # save_model: removed tied name -> kept name
         tied = {name for name in noted if name not in names and noted[name] in names}
         names |= {name: noted[name] for name in tied}
         parts = {name: opened.get_slice(kept) for name, kept in names.items()}
@@ -240,7 +236,7 @@ def _read_slice(opened: Any, name: str, check: bool) -> Tensor:
 
 
 def _open_shards(index: Path, source: str) -> Checkpoint:
-    """A checkpoint in several files, with the names of their tensors in one more."""
+    """A checkpoint in several files with an index."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         places = content["weight_map"]
@@ -276,7 +272,7 @@ def _open_shards(index: Path, source: str) -> Checkpoint:
 
 
 def _weights(source: str, content: Any, ema: bool) -> tuple[str, Mapping[Any, Any]]:
-    """The state dict of a layout, and how to call it."""
+    """(name, state dict) of the weights in a trainer's file."""
     if not isinstance(content, dict):
         raise CheckpointError(_odd(source, "", None, content))
     keys = AVERAGES if ema else LAYOUTS
@@ -326,7 +322,7 @@ def _weights(source: str, content: Any, ema: bool) -> tuple[str, Mapping[Any, An
 
 
 def _may_hold_tensors(value: Any) -> bool:
-    """Whether it is a dict that is empty, or has a tensor in it or in a dict in it."""
+    """Whether it is an empty dict, or one with a tensor at most one level down."""
     if not isinstance(value, dict):
         return False
     dicts = {id(part): part for part in value.values() if isinstance(part, dict)}
@@ -339,7 +335,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _odd(source: str, where: str, name: Any, value: Any) -> str:
-    """Something other than a tensor where one belongs."""
+    """Message for something other than a tensor."""
     if isinstance(value, Opaque):
         under = f" under {shown_name(name)} in {where}" if where else ""
         return refused_object(source, value.name, under)
@@ -366,7 +362,7 @@ def _options(content: Any) -> dict[str, Any]:
 
 
 def _unwrapped(source: str, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Names without the parts that wrappers put into them."""
+    """The tensors by names without the parts of wrappers."""
     names: dict[str, str] = {}
     for name in tensors:
         plain = ".".join(part for part in name.split(".") if part not in WRAPPERS) or name

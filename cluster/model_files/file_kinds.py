@@ -1,8 +1,5 @@
-"""What a file is, by its content; the suffix decides only where the content leaves it open.
-
-Names lie: downloads arrive as `model.pt` and hold a web page, a checkpoint is renamed from `.bin`
-to `.safetensors`, statistics are called `STATS.NPZ`. Readers ask `file_kind` which reader a file
-needs, and `described` for the sentence to refuse it with.
+"""Recognises kinds of files by content, since names are unreliable: a `model.pt` may be a web page.
+The suffix decides only where the content is ambiguous.
 """
 
 from __future__ import annotations
@@ -14,18 +11,18 @@ import struct
 import zipfile
 from pathlib import Path
 
-HEAD = 4096  # bytes that are looked at
+HEAD = 4096  # bytes that are read
 
 
 class FileKind(enum.Enum):
-    """Kinds that a user may hand in, each with the noun that messages use."""
+    """Kinds of files, each with its name in messages."""
 
     EMPTY = "an empty file"
     HTML = "a web page"
     LFS_POINTER = "a Git LFS pointer"
     SAFETENSORS = "a safetensors file"
     TORCH = "a PyTorch file"
-    """torch.save's zip archive, of whatever objects."""
+    """torch.save's zip archive."""
     TORCH_LEGACY = "a PyTorch file of the format before torch 1.6"
     TORCHSCRIPT = "a TorchScript archive"
     PICKLE = "a pickle"
@@ -60,7 +57,7 @@ REMEDIES: dict[FileKind, str] = {
     FileKind.ARROW: "write it as Parquet: datasets.load_from_disk(...).to_parquet(...)",
     FileKind.PICKLE: "pickled Python objects are not read: they can run any program",
 }
-"""What to do about a file of a kind that no reader takes."""
+"""What to do about a file of a kind that cannot be read."""
 
 _STARTS: tuple[tuple[bytes, FileKind], ...] = (
     (b"version https://git-lfs", FileKind.LFS_POINTER),
@@ -138,13 +135,12 @@ def file_kind(path: str | os.PathLike[str]) -> FileKind:
         return FileKind.HTML
     if head.startswith(_BOMS) or not any(byte < 9 or 13 < byte < 27 for byte in head):
         return FileKind.TEXT
-    # What has no mark of its own: pickles of protocol 0, files cut off at the front.
+    # No magic number: pickles of protocol 0, files without their beginning.
     return FileKind.BINARY
 
 
 def presumed_kind(path: str | os.PathLike[str]) -> FileKind:
-    """As `file_kind`; where the content leaves it open, what the suffix says. The reader of that
-    kind then says what is wrong with the file."""
+    """As `file_kind`; by the suffix where the content is ambiguous."""
     kind = file_kind(path)
     if kind not in (FileKind.BINARY, FileKind.TEXT):
         return kind
@@ -152,7 +148,7 @@ def presumed_kind(path: str | os.PathLike[str]) -> FileKind:
 
 
 def image_head(head: bytes) -> bool:
-    """Whether some bytes begin as an image does."""
+    """Whether some bytes are the beginning of an image."""
     if any(head.startswith(start) for start, kind in _STARTS if kind is FileKind.IMAGE):
         return True
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -165,10 +161,8 @@ def image_head(head: bytes) -> bool:
 
 
 def described(path: str | os.PathLike[str]) -> str:
-    """What a file is and, for kinds that nothing reads, what to do: "a web page; the download …".
-
-    A file of no known kind is described by its first bytes.
-    """
+    """The kind of a file and, if it cannot be read, what to do: "a web page; the download …". An
+    unknown kind is described by its first bytes."""
     kind = file_kind(path)
     if kind is FileKind.BINARY:
         with Path(path).open("rb") as file:

@@ -1,13 +1,12 @@
-"""Pickles read as plain data: no name in them is imported, and nothing that they ask for is called.
+"""Reads pickles as plain data, without importing or calling anything.
 
-A pickle is a program for a small machine with a stack. This runs the part of it that makes
-containers and scalars. Where the program names a function or class, there is a `Name`; where it
-would call one, an `Opaque` that remembers the name. Calls that a caller knows the meaning of, such
-as those that torch writes for a tensor, are answered by the caller with data of its own. So a file
-can be asked for its weights although it holds arrays, options or callbacks of other libraries.
+A pickle is a program for a stack machine. This executes its operations for containers and scalars
+only: a function or class becomes a `Name`, a call an `Opaque`. The caller can replace calls that it
+knows, such as torch's for tensors, by data. So weights are read although the file also holds
+arrays, options or callbacks of other libraries.
 
-`pickletools` of the standard library takes the program apart (protocols 0 to 5). A size in a
-damaged file allocates nothing: a stream gives no more bytes than it has.
+`pickletools` of the standard library decodes the operations (protocols 0 to 5). Sizes in damaged
+files allocate nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from typing import Any, BinaryIO
 
 
 class MalformedError(ValueError):
-    """Not a whole pickle, or not one that Python writes."""
+    """Truncated, or not a pickle that Python writes."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """A function or class that a pickle names; it was not looked up."""
+    """A function or class in a pickle, not imported."""
 
     path: str
     """As in `collections.OrderedDict`."""
@@ -32,17 +31,17 @@ class Name:
 
 @dataclass(eq=False)
 class Opaque:
-    """What a call would have made; it was not called."""
+    """Result of a call that was not executed."""
 
     name: str
     state: Any = None
-    """What the object would have been filled with: of plain objects, the dict of attributes."""
+    """State of the object: of plain objects, the dict of attributes."""
 
 
 Call = Callable[[str, tuple[Any, ...]], Any]
-"""Name and arguments -> the caller's answer to a call, or None for an `Opaque`."""
+"""(name, arguments) -> data in the place of a call; None: an `Opaque`."""
 
-LONGEST = 1000  # characters of a function's name: messages show it
+LONGEST = 1000  # characters of a function's name
 _MARK = object()
 _PUSHED = frozenset(
     {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
@@ -65,7 +64,7 @@ _MADE_OF_ITEMS: dict[str, Callable[[list[Any]], Any]] = {
     "FROZENSET": lambda items: frozenset(map(_key, items)),
     "DICT": lambda items: dict(_entries(items)),
 }
-# How the oldest protocols make an object of the class that is their first argument.
+# Constructors of the oldest protocols; the class is the first argument.
 _MAKERS = frozenset(
     f"{module}.{name}"
     for module in ("copyreg", "copy_reg")
@@ -73,7 +72,7 @@ _MAKERS = frozenset(
 )
 _SMALL_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _IGNORED = frozenset(("PROTO", "FRAME"))
-# What pickle raises on damage: of the parser, of the machine (an empty stack, an unhashable key).
+# Errors of damaged pickles, in the parser or the machine (empty stack, unhashable key).
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, EOFError, RecursionError, OverflowError)
 
 
@@ -83,14 +82,14 @@ def read_pickle(
     persistent: Callable[[Any], Any] = lambda key: None,
     names: set[str] | None = None,
 ) -> Any:
-    """The value of the pickle that begins at the stream's position; the stream is left behind it.
+    """The value of the pickle at the stream's position; the stream is left after it.
 
     Args:
-        persistent: a persistent ID, which stands for data outside the pickle -> its value.
-        names: receives every function and class that the pickle names.
+        persistent: persistent ID (data outside the pickle) -> its value.
+        names: receives all functions and classes in the pickle.
 
     Raises:
-        MalformedError: as it says.
+        MalformedError: damaged.
     """
     machine = _Machine(call, persistent, set() if names is None else names)
     try:
@@ -105,7 +104,7 @@ def read_pickle(
 
 @dataclass
 class _Machine:
-    """The stack and the memo of one pickle."""
+    """Stack and memo of one pickle."""
 
     call: Call
     persistent: Callable[[Any], Any]
@@ -114,7 +113,7 @@ class _Machine:
     memo: dict[int, Any] = field(default_factory=dict)
 
     def step(self, name: str, argument: Any) -> None:
-        """One operation of the program."""
+        """Execute one operation."""
         if name in _PUSHED:
             self.stack.append(argument)
         elif name in _CONSTANTS:
@@ -136,7 +135,7 @@ class _Machine:
         return value
 
     def pop_items(self) -> list[Any]:
-        """What lies above the last mark, which goes, too."""
+        """Pop the items above the last mark, and the mark."""
         items: list[Any] = []
         while (value := self.stack.pop()) is not _MARK:
             items.append(value)
@@ -148,7 +147,7 @@ class _Machine:
         return self.stack[-1]
 
     def _remember(self, name: str, argument: Any) -> None:
-        """The memo, and what moves on the stack."""
+        """Operations on memo and stack."""
         if name in ("PUT", "BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.top()
         elif name == "MEMOIZE":
@@ -165,7 +164,7 @@ class _Machine:
             self._fill(name, argument)
 
     def _fill(self, name: str, argument: Any) -> None:
-        """Items into containers."""
+        """Operations that fill containers."""
         if name in ("APPEND", "APPENDS", "ADDITEMS"):
             items = [self.pop()] if name == "APPEND" else self.pop_items()
             into = self.top()
@@ -186,7 +185,7 @@ class _Machine:
             self._objects(name, argument)
 
     def _objects(self, name: str, argument: Any) -> None:
-        """What Python's own machine would import, call and fill."""
+        """Operations that would import, call or fill objects."""
         if name == "GLOBAL":
             self.stack.append(self._name(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
@@ -210,7 +209,7 @@ class _Machine:
                 into.state = state
         elif name in ("PERSID", "BINPERSID"):
             self.stack.append(self.persistent(self.pop() if name == "BINPERSID" else argument))
-        else:  # numbered extensions, and buffers outside the file: nobody writes these to files
+        else:  # extension codes and out-of-band buffers
             raise MalformedError(f"{name}, which needs more than the file")
 
     def _name(self, module: Any, name: Any) -> Name:
@@ -225,7 +224,7 @@ class _Machine:
     def _made(self, made: Any, arguments: Any) -> Any:
         if not isinstance(arguments, tuple):
             raise MalformedError("arguments that are no tuple")
-        if isinstance(made, Opaque):  # what a call returned is called
+        if isinstance(made, Opaque):  # a call of a call's result
             return Opaque(made.name)
         if not isinstance(made, Name):
             raise MalformedError(f"a call of a {type(made).__name__}")
@@ -236,20 +235,20 @@ class _Machine:
 
 
 def _entries(items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    """Keys and values in turn."""
+    """Pairs of alternating keys and values."""
     for key, value in zip(items[::2], items[1::2], strict=True):
         yield _key(key), value
 
 
 def _key(value: Any) -> Any:
-    """A value that is hashed. Python's hash of tuples in tuples, deep enough, ends the process."""
+    """A hashable value. Hashing deeply nested tuples would crash the process."""
     nests = (tuple, frozenset)
     deep = isinstance(value, nests) and any(isinstance(part, nests) for part in value)
     return Opaque(type(value).__name__) if deep else value
 
 
 def _text(argument: str) -> str:
-    """Of Python 2, which did not say whether text or bytes are meant: names are UTF-8."""
+    """A string of Python 2, text or bytes: decoded as UTF-8 if possible."""
     try:
         return argument.encode("latin-1").decode("utf-8")
     except UnicodeError:

@@ -1,4 +1,4 @@
-"""Files of tensors: locating, reading and writing safetensors, strict loading into a module."""
+"""Safetensors files: locating, reading, writing, strict loading into a module."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types of safetensors' headers."""
+"""Dtypes in safetensors headers."""
 CONFIG_KEY = "config"
-OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors names the system's
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of safetensors
 
 
 def weights_directory() -> Path:
-    """Where fetched files are kept: $TESSERA_WEIGHTS, or ~/.cache/tessera.
+    """Directory of downloads: $TESSERA_WEIGHTS, or ~/.cache/tessera.
 
     Raises:
         ConfigError: there is no home directory, and the variable is not set.
@@ -64,11 +64,11 @@ def weights_directory() -> Path:
 def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
     """The file (or directory) behind a path.
 
-    `package://learner.miniature/networks/policy.safetensors` names a file shipped inside an
-    installed package. It is resolved where it is used, so every node of a cluster finds its own.
+    `package://learner.miniature/networks/policy.safetensors` is a file in an installed package,
+    which every node of a cluster resolves for itself.
 
     Raises:
-        CheckpointError: nothing of that kind is there.
+        CheckpointError: there is none.
     """
     text = os.fspath(path)
     if text.startswith(PACKAGE):
@@ -87,7 +87,7 @@ def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
 
 
 def anywhere(path: str | os.PathLike[str]) -> Path:
-    """As `locate`, file or directory."""
+    """As `locate`, for a file or a directory."""
     try:
         return locate(path)
     except CheckpointError:
@@ -99,14 +99,13 @@ def anywhere(path: str | os.PathLike[str]) -> Path:
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The architecture stored in a safetensors file's header; no tensor is read."""
+    """The architecture in a safetensors file's header."""
     with _open(path) as file:
         return _config(path, file.metadata())
 
 
 def read_shapes(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Names and shapes of a safetensors file, as tensors without memory; no more than the header is
-    read. Types that are not known here are int8."""
+    """Tensors of a safetensors file on the meta device; unknown dtypes are int8."""
     with _open(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         try:
@@ -139,7 +138,7 @@ def write_tensors(
     """Write a safetensors file whose header carries `config` (JSON).
 
     Args:
-        then: what to do once the cause of an error is mended.
+        then: what to do after fixing the cause of an error.
 
     Raises:
         StorageError: there is no room for it.
@@ -149,16 +148,15 @@ def write_tensors(
     with writing(place, then=then):
         try:
             save_file(plain, place, metadata={CONFIG_KEY: dumps(dict(config))})
-        except SafetensorError as error:  # what the system said, in its own words
+        except SafetensorError as error:  # an error of the system, as text
             number = OS_ERROR.search(str(error))
             code = int(number[1]) if number else None
             raise storage_error(place, str(error), code, then=then) from error
-        os.chmod(place, 0o644)  # safetensors writes files that nobody else may read
+        os.chmod(place, 0o644)  # safetensors writes files that only the owner can read
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors, of which those that share memory with another (tied weights) are copied:
-    safetensors refuses to write them twice."""
+    """The tensors, with copies of those that share memory (safetensors refuses tied weights)."""
     end = 0
     apart = dict(tensors)
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
@@ -175,16 +173,15 @@ def load_strict(
     *,
     ignore: Collection[str] = (),
 ) -> None:
-    """Load a state dict and accept nothing but an exact fit of finite numbers.
+    """Load a state dict whose names, shapes and types fit exactly, with finite numbers.
 
     Args:
         source: the file's name, for the error.
-        ignore: prefixes of tensors that the file may hold and this module does not want.
+        ignore: prefixes of tensors that may be in the file, but not in the module.
 
     Raises:
-        CheckpointError: names the first missing or unexpected tensor, or one of another shape,
-            of whole numbers where fractions belong, that is not finite, or that the module's type
-            cannot hold.
+        CheckpointError: names the first tensor that is missing, unexpected, of another shape, an
+            integer tensor, not finite, or beyond the range of the module's dtype.
     """
     wanted = module.state_dict()
     given = {
@@ -209,7 +206,7 @@ def load_strict(
 
 
 def _check_numbers(source: str, name: str, given: torch.Tensor, own: torch.Tensor) -> None:
-    """Finite, before and after the change to the module's type."""
+    """Check that a tensor is finite, also in the module's dtype."""
     bound = largest(given)
     if not math.isfinite(bound):
         if not own.is_meta and torch.equal(given.cpu(), own.cpu().to(given.dtype)):
@@ -219,9 +216,9 @@ def _check_numbers(source: str, name: str, given: torch.Tensor, own: torch.Tenso
         if torch.tensor(bound, dtype=torch.float64).to(own.dtype).isinf():
             losses({name: given}, own.dtype).refuse_overflow(source, own.dtype)
         if own.dtype is torch.float16 and (
-            told := losses({name: given}, own.dtype).told(own.dtype)
+            lost := losses({name: given}, own.dtype).warning(own.dtype)
         ):
-            logger.warning("%s: %s", source, told)
+            logger.warning("%s: %s", source, lost)
 
 
 def _misshapen(
@@ -258,8 +255,7 @@ def _misfit(module: torch.nn.Module, source: str, missing: list[str], unexpected
 
 
 def _prefix(missing: list[str], unexpected: list[str]) -> str:
-    """What stands before every missing name in the file, as Lightning puts `model.` there; empty if
-    nothing does."""
+    """Common prefix of all missing names in the file (Lightning's `model.`); else empty."""
     first = missing[0] if missing else ""
     found = [
         name.removesuffix(first) for name in unexpected if first and name.endswith(f".{first}")
@@ -269,10 +265,10 @@ def _prefix(missing: list[str], unexpected: list[str]) -> str:
 
 
 def open_safetensors(file: Path) -> Any:
-    """A safetensors file, whose tensors are read on the CPU when they are asked for.
+    """Open a safetensors file, whose tensors are read on request, on the CPU.
 
     Raises:
-        SafetensorError: not a whole one.
+        SafetensorError: damaged.
         OSError: it cannot be read.
     """
     try:

@@ -1,9 +1,9 @@
-"""What torch.save wrote, taken apart without unpickling: plain containers, and records of tensors.
+"""Reads files of torch.save without unpickling, as plain containers and records of tensors.
 
-Two formats. Since torch 1.6 a file is a zip archive, with one pickle and a member for each storage
-(a stretch of memory that tensors are views of); before, it was a series of pickles followed by the
-storages. Both are mapped into memory, and a tensor is a view of the map: what nobody asks for, an
-optimizer's state for one, is never read. Facts of the formats: torch/serialization.py, 2.13.
+Two formats: since torch 1.6 a zip archive with one pickle and a member for each storage (the memory
+of tensors), before that a series of pickles followed by the storages. Both are memory-mapped, and
+tensors are views of the map: an optimizer's state, for example, is never read. The formats are
+those of torch/serialization.py, 2.13.
 """
 
 from __future__ import annotations
@@ -76,18 +76,18 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths
 
 @dataclass(frozen=True)
 class Storage:
-    """A stretch of memory in a file, `count` elements long."""
+    """A storage in a file, `count` elements long."""
 
     key: str
     dtype: torch.dtype
     count: int
     start: int = 0
-    """Elements before it in the storage of that key (views, in files of torch < 0.4)."""
+    """Offset in elements (views, in files of torch < 0.4)."""
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A tensor in a file, which is not built yet."""
+    """A tensor in a file, not built yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -95,11 +95,11 @@ class TensorRecord:
     offset: int = 0
     storage: Storage | None = None
     fault: str = ""
-    """What it is that cannot be read as plain numbers, and what to do; empty for a plain one."""
+    """Why it is not a plain tensor, and what to do; empty if it is."""
 
 
 class TorchFile:
-    """A file of torch.save's; `content` is the saved object, with records for its tensors.
+    """A file of torch.save; `content` is the saved object, with records for tensors.
 
     Raises:
         MalformedError: damaged, or not of this format.
@@ -107,7 +107,7 @@ class TorchFile:
     """
 
     def __init__(self, file: Path, call: Call = lambda name, arguments: None) -> None:
-        """call: the meaning of calls that torch itself does not write (`read_pickle`)."""
+        """call: data for calls other than torch's (`read_pickle`)."""
 
         def answer(name: str, arguments: tuple[Any, ...]) -> Any:
             given = call(name, arguments)
@@ -115,7 +115,7 @@ class TorchFile:
 
         self._call = answer
         self.names: set[str] = set()
-        """Functions and classes that the file names; none is imported."""
+        """Functions and classes in the file; none is imported."""
         self._members: dict[str, tuple[int, int, int]] = {}  # offset, bytes, CRC-32 or 0
         self._checked: set[str] = set()
         with file.open("rb") as stream:
@@ -132,10 +132,10 @@ class TorchFile:
         """The tensor of a record, a view of the file.
 
         Args:
-            check: compare its checksum, where the file has one, which takes reading all of it.
+            check: verify its checksum, if the file has one.
 
         Raises:
-            MalformedError: the file does not hold it whole.
+            MalformedError: it is truncated or damaged.
         """
         if record.storage is None or record.fault:
             raise MalformedError(f"a tensor that is {record.fault or 'nowhere'}")
@@ -242,9 +242,8 @@ class TorchFile:
 
 
 def _mapped(number: int) -> mmap.mmap:
-    """An open file. The map is private, so that who writes to a tensor does not write to the file;
-    of a file with an optimizer that is larger than the machine's memory, for which Linux gives no
-    such map, it is for reading."""
+    """A private map of an open file, so that writing to a tensor does not change the file. Linux
+    refuses one for a file larger than memory, which is then mapped read-only."""
     try:
         return mmap.mmap(number, 0, access=mmap.ACCESS_COPY)
     except OSError:
@@ -252,8 +251,8 @@ def _mapped(number: int) -> mmap.mmap:
 
 
 def _storage(key: Any) -> Storage:
-    """What a persistent ID stands for: ("storage", type, key, device, count), and in older files
-    a view: (its key, offset, count) or None."""
+    """The storage of a persistent ID: ("storage", type, key, device, count), in older files also a
+    view: (its key, offset, count) or None."""
     if (
         not isinstance(key, tuple)
         or len(key) not in (5, 6)
@@ -274,7 +273,7 @@ def _storage(key: Any) -> Storage:
 
 
 def _call(name: str, arguments: tuple[Any, ...]) -> Any:
-    """The meaning of the calls that torch.save writes; None for all others."""
+    """Results of the calls that torch.save writes; None for others."""
     if name in _ORDERED:
         return _ordered(arguments)
     if name == "torch.Size":
@@ -340,8 +339,8 @@ def _tensor(
 
 
 def legacy_tensor(value: Any) -> Any:
-    """A record of a tensor as torch < 0.2 pickled it, an object with (storage, offset, shape,
-    stride) as its state; anything else as it is."""
+    """The record of a tensor of torch < 0.2, an object with the state (storage, offset, shape,
+    stride); other values are returned unchanged."""
     if isinstance(value, Opaque) and value.name.startswith("torch.") and "Tensor" in value.name:
         state = value.state
         if isinstance(state, tuple) and len(state) == 4 and isinstance(state[0], Storage):
@@ -350,5 +349,5 @@ def legacy_tensor(value: Any) -> Any:
 
 
 def _natural(numbers: Sequence[Any]) -> bool:
-    """Whether all are whole numbers of a size that files have."""
+    """Whether all are integers in the range of file sizes."""
     return all(type(number) is int and 0 <= number < 1 << 48 for number in numbers)

@@ -1,9 +1,8 @@
-"""Let torchvision import beside a CPU-only torch.
+"""Makes torchvision's CUDA build importable with a CPU-only torch.
 
-The registry's torchvision is a CUDA build. Beside a CPU-only torch its compiled operators cannot be
-loaded, and its Python part then fails because it registers derivatives for operators that nobody
-declared. Declaring the two it needs is enough for everything that open_clip, timm and transformers'
-text models use. Where the real operators load, this does nothing.
+Its compiled operators cannot be loaded then, and its Python part fails on undeclared operators.
+Declaring two of them is enough for open_clip, timm and transformers' text models. If the real
+operators load, this does nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Numbers of weights: finite, and still there after a change of type.
+"""Checks of weights: finite, and no overflow or underflow in another dtype.
 
-One NaN in a file would spread over every token, and inf - inf makes more; the error would come from
-a draw far away. Each check is one pass over a tensor, without a copy of it.
+A NaN would otherwise fail much later, while sampling. Each check is one pass without a copy.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from cluster.errors import CheckpointError
 
-_PIECE = 1 << 22  # numbers that are compared at a time
+_PIECE = 1 << 22  # numbers per pass
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -33,11 +32,11 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def largest(tensor: Tensor) -> float:
-    """The largest magnitude of floating-point numbers; NaN if one is NaN; 0 of anything else."""
+    """The largest magnitude of a floating-point tensor; NaN if one is NaN; 0 for other dtypes."""
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
         return 0.0
     for dimension, step in enumerate(tensor.stride()):
-        if step == 0:  # the same numbers again
+        if step == 0:  # repeated numbers
             tensor = tensor.narrow(dimension, 0, 1)
     if tensor.dtype.itemsize == 1:  # 8-bit types have no comparisons
         return max((_bound(piece.float()) for piece in _pieces(tensor)), key=_nan_first)
@@ -45,7 +44,7 @@ def largest(tensor: Tensor) -> float:
 
 
 def not_finite(source: str, name: str, tensor: Tensor) -> str:
-    """The message for a tensor that is not finite."""
+    """Message for a tensor that is not finite."""
     count = sum(int((~piece.float().isfinite()).sum()) for piece in _pieces(tensor))
     return (
         f"{source}: tensor {name!r} is not finite: {count} of its {tensor.numel()} numbers are NaN "
@@ -56,7 +55,7 @@ def not_finite(source: str, name: str, tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a change of type does to numbers: tensor name -> how many."""
+    """Losses of a dtype conversion: tensor name -> count."""
 
     overflowed: Mapping[str, int]
     """Finite numbers that become infinite."""
@@ -76,8 +75,8 @@ class Losses:
                 f"({len(self.overflowed)} tensors in all): choose bfloat16 or float32"
             )
 
-    def told(self, dtype: torch.dtype) -> str:
-        """The numbers that vanish, in a sentence; empty if none does."""
+    def warning(self, dtype: torch.dtype) -> str:
+        """Warning about numbers that become 0; empty if there are none."""
         if not self.vanished:
             return ""
         name = next(iter(self.vanished))
@@ -88,7 +87,7 @@ class Losses:
 
 
 def losses(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Losses:
-    """What becomes of finite tensors in another floating-point type."""
+    """Count overflows and underflows of finite tensors in another dtype."""
     overflowed: dict[str, int] = {}
     vanished: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -102,7 +101,7 @@ def losses(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Losses:
 
 
 def narrower(of: torch.dtype, than: torch.dtype) -> bool:
-    """Whether numbers of one floating-point type may not fit into another."""
+    """Whether a conversion between floating-point dtypes may lose numbers."""
     if not of.is_floating_point or not than.is_floating_point:
         return False
     mine, other = torch.finfo(of), torch.finfo(than)
@@ -128,7 +127,7 @@ def _nan_first(value: float) -> float:
 
 
 def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """All numbers, some at a time."""
+    """All numbers, in pieces."""
     return tensor.detach().reshape(-1).split(_PIECE)
 
 

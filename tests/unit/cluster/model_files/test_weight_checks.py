@@ -69,7 +69,7 @@ def test_what_a_type_cannot_hold() -> None:
     assert half.vanished == {"a": 1, "b": 1}
     with pytest.raises(CheckpointError, match=r"x: 2 numbers of tensor 'a' are beyond float16"):
         half.refuse_overflow("x", torch.float16)
-    assert "2 numbers of 2 tensors are too small for float16" in half.told(torch.float16)
+    assert "2 numbers of 2 tensors are too small for float16" in half.warning(torch.float16)
     assert losses({"a": torch.tensor([3.4e38])}, torch.bfloat16).overflowed == {"a": 1}
     assert not losses({"a": torch.tensor([1e5]).bfloat16()}, torch.float32).overflowed
     assert losses({"a": torch.tensor([1e5]).bfloat16()}, torch.float16).overflowed == {"a": 1}

@@ -1,7 +1,7 @@
 """The fleet of roles, behind one surface: `InlineFleet` in this process, `RayFleet` on a cluster.
 
-    submit(requests) -> ticket          ask for groups, to be sampled and scored
-    collect(ticket) -> [ScoredGroup]    wait for them, in the order of the requests
+    submit(requests) -> batch           ask for groups, to be sampled and scored
+    collect(batch) ->  [ScoredGroup]    wait for them, in the order of the requests
     broadcast(version)                  the learner's weights to every sampler
     learner, moments                    the two roles that exist once
 
@@ -23,7 +23,7 @@ from cluster.control.control_actor import Progress
 from cluster.errors import ConfigError, FleetError, LearnerLostError, StopRequestedError
 from cluster.messages import GroupScores, SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, Role, SamplerRole
-from cluster.scheduling.in_flight import STOPPED, Ticket
+from cluster.scheduling.in_flight import STOPPED, PendingBatch
 from cluster.scheduling.validation import ScoreChecks, check_rollouts
 
 Result = TypeVar("Result")
@@ -47,9 +47,9 @@ class Fleet(Protocol):
         """How far the run is, for `python -m cluster.status`."""
         ...
 
-    def submit(self, requests: Sequence[SampleRequest]) -> Ticket: ...
+    def submit(self, requests: Sequence[SampleRequest]) -> PendingBatch: ...
 
-    def collect(self, ticket: Ticket, *, finish: bool = False) -> list[ScoredGroup]:
+    def collect(self, batch: PendingBatch, *, finish: bool = False) -> list[ScoredGroup]:
         """Raises StopRequestedError when a stop is asked for meanwhile, unless told to `finish`."""
         ...
 
@@ -153,9 +153,7 @@ class InlineFleet:
         self._sampler: SamplerRole = build(plan.sampler)
         self._plan = plan
         self._servers: dict[str, RewardServerRole] = {r.name: build(r) for r in plan.servers}
-        self._submitted: dict[Ticket, list[SampleRequest]] = {}
-        self._done: dict[Ticket, list[ScoredGroup]] = {}
-        self._tickets = 0
+        self._submitted: dict[PendingBatch, list[SampleRequest]] = {}
         self._check = ScoreChecks()
 
     def __enter__(self) -> Self:
@@ -163,30 +161,27 @@ class InlineFleet:
 
     def __exit__(self, *_: object) -> None:
         self._submitted.clear()
-        self._done.clear()
 
     def report_progress(self, progress: Progress) -> None:
         """Nobody can ask for it."""
 
-    def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
-        self._tickets += 1
-        ticket = Ticket(self._tickets)
-        self._submitted[ticket] = list(requests)
-        return ticket
+    def submit(self, requests: Sequence[SampleRequest]) -> PendingBatch:
+        batch = PendingBatch([None] * len(requests))
+        self._submitted[batch] = list(requests)
+        return batch
 
-    def collect(self, ticket: Ticket, *, finish: bool = False) -> list[ScoredGroup]:
-        if ticket not in self._done:
-            self._done[ticket] = self._work(ticket, finish)
-        return self._done.pop(ticket)
+    def collect(self, batch: PendingBatch, *, finish: bool = False) -> list[ScoredGroup]:
+        if batch in self._submitted:
+            self._work(batch, finish)
+        return batch.results
 
-    def _work(self, ticket: Ticket, finish: bool) -> list[ScoredGroup]:
-        groups = []
-        for request in self._submitted[ticket]:
+    def _work(self, batch: PendingBatch, finish: bool) -> None:
+        requests = self._submitted[batch]
+        for position in range(len(requests) - batch.missing, len(requests)):
             if not finish:
                 self._stop_if_asked()
-            groups.append(self._group(request))
-        del self._submitted[ticket]
-        return groups
+            batch.put(position, self._group(requests[position]))
+        del self._submitted[batch]
 
     def _stop_if_asked(self) -> None:
         if self._should_stop():
@@ -196,8 +191,8 @@ class InlineFleet:
         (rollouts,) = self._sampler.sample([request])
         check_rollouts(rollouts, request, self._plan.sampler.worker_name(0))
         images, span = self._sampler.images(rollouts)
-        judges = self._plan.judges(request.panel)
-        scores = merge_scores([self._score(role, request, images) for role in judges])
+        pools = self._plan.scoring_pools(request.panel)
+        scores = merge_scores([self._score(role, request, images) for role in pools])
         return ScoredGroup(rollouts=rollouts.with_span(span), scores=scores)
 
     def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
@@ -245,8 +240,8 @@ class InlineFleet:
         return work()  # nobody else is there to be attended to
 
     def broadcast(self, version: int) -> None:
-        for ticket in list(self._submitted):  # to be drawn with the weights of before
-            self._done[ticket] = self._work(ticket, finish=True)
+        for batch in list(self._submitted):  # sampled with the weights before these
+            self._work(batch, finish=True)
         if self._plan.adapters_alone:
             self._base = self._base or self.learner.base_snapshot()
             found = self._sampler.load_weights(self.learner.adapter_snapshot(), self._base)

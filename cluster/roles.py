@@ -147,7 +147,7 @@ class FleetPlan:
         """All pools of reward servers, in the order in which their scores are merged."""
         return (self.reward_server, *self.reward_pools)
 
-    def judges(self, panel: str) -> tuple[Role, ...]:
+    def scoring_pools(self, panel: str) -> tuple[Role, ...]:
         """The pools that have a part in a panel, in the order of the merge."""
         return (self.reward_server, *(role for role in self.reward_pools if panel in role.panels))
 

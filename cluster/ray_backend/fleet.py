@@ -34,7 +34,7 @@ from cluster.ray_backend.worker_calls import SAMPLER_THREADS, queue_for_tokens
 from cluster.ray_session.calls import RemoteRole, answer, how_ended, ready_of, too_late
 from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
-from cluster.scheduling.in_flight import PendingBatches, PendingGroup, Ticket
+from cluster.scheduling.in_flight import PendingBatch, PendingBatches, PendingGroup
 from cluster.scheduling.listening import LOOK_S, Listening
 from cluster.scheduling.placement import Placement
 from cluster.scheduling.pool import State, Worker, WorkerPool
@@ -96,15 +96,14 @@ class RayFleet:
             self._listening,
         )
         self._calls = self._in_flight.calls
-        self._tickets = PendingBatches(
+        self._batches = PendingBatches(
             plan,
             self._listening,
-            self._turn,
+            self._poll,
             lambda: self._should_stop(),
-            self._who_is_there,
+            self._describe_workers,
             lambda: next((pool.role.name for pool in self.pools if not pool.workers), ""),
         )
-        self._answers = self._tickets.answers
 
     def __enter__(self) -> Self:
         who = "the fleet's control actor"
@@ -155,7 +154,7 @@ class RayFleet:
         return self._stateful.moments
 
     def recover_learner(self, error: LearnerLostError) -> None:
-        self._tickets.abandon(list(self._answers))
+        self._batches.abandon_all()
         for pool in self.pools:
             pool.waiting.clear()
         self._broadcaster.forget(self._samplers, self._replace)
@@ -171,11 +170,11 @@ class RayFleet:
     def report_progress(self, progress: Progress) -> None:
         self._autoscaler.progress = progress
 
-    def submit(self, requests: Sequence[SampleRequest]) -> Ticket:
+    def submit(self, requests: Sequence[SampleRequest]) -> PendingBatch:
         return self._submit(requests, scored=True)
 
-    def collect(self, ticket: Ticket, *, finish: bool = False) -> list[ScoredGroup]:
-        return self._collect(ticket, finish=finish)
+    def collect(self, batch: PendingBatch, *, finish: bool = False) -> list[ScoredGroup]:
+        return self._collect(batch, finish=finish)
 
     def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
         return self._stream(requests, scored=True)
@@ -186,7 +185,7 @@ class RayFleet:
     def features(self, batches: Iterable[np.ndarray], panel: str) -> dict[str, np.ndarray]:
         parts = []
         for batch in batches:
-            self._tickets.stop_if_asked()
+            self._batches.stop_if_requested()
             parts.append(self._ask_server(panel, "features", batch, panel))
         return join_features(parts)
 
@@ -204,7 +203,7 @@ class RayFleet:
         task = Background("computing", lambda: found.append(work()))
         try:
             while not task.done(ATTEND_S):
-                self._turn(timeout_s=0.0, waited_for=False)
+                self._poll(timeout_s=0.0, waited_for=False)
         except TesseraError:  # of a worker: whoever goes on must not meet work half done
             task.end()
             raise
@@ -244,38 +243,38 @@ class RayFleet:
         pooled = (worker for pool in self.pools for worker in pool.workers)
         return [*self._stateful.workers, *pooled]
 
-    def _submit(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
-        ticket = self._queue(requests, scored=scored)
+    def _submit(self, requests: Sequence[SampleRequest], *, scored: bool) -> PendingBatch:
+        batch = self._queue(requests, scored=scored)
         self._dispatch()
-        return ticket
+        return batch
 
-    def _queue(self, requests: Sequence[SampleRequest], *, scored: bool) -> Ticket:
-        ticket, answers = self._tickets.issue(len(requests))
+    def _queue(self, requests: Sequence[SampleRequest], *, scored: bool) -> PendingBatch:
+        batch, version = self._batches.add(len(requests)), self._broadcaster.newest
         for position, request in enumerate(requests):
-            judges = tuple(role.name for role in self._plan.judges(request.panel)) if scored else ()
-            weight_version = self._broadcaster.newest
-            group = PendingGroup(answers, position, request, judges, weight_version)
+            pools = self._plan.scoring_pools(request.panel) if scored else ()
+            servers = tuple(role.name for role in pools)
+            group = PendingGroup(batch, position, request, servers, version)
             queue_for_tokens(self._samplers, group)
-        return ticket
+        return batch
 
     def _stream(self, requests: Iterable[SampleRequest], *, scored: bool) -> Iterator[Any]:
         # handed out by the next turn, all that are asked for by then: some may go together
         submits = (partial(self._queue, [request], scored=scored) for request in requests)
         try:
-            yield from self._tickets.stream(submits)
+            yield from self._batches.stream(submits)
         finally:
             for pool in self.pools:
-                pool.waiting.remove(lambda group: group.answers.abandoned)
+                pool.waiting.remove(lambda group: group.batch.abandoned)
 
-    def _collect(self, ticket: Ticket, *, finish: bool = False) -> list[Any]:
-        return self._tickets.collect(ticket, finish=finish)
+    def _collect(self, batch: PendingBatch, *, finish: bool = False) -> list[Any]:
+        return self._batches.collect(batch, finish=finish)
 
     def _attend(self, refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
         """Serve the fleet until one of some references is ready; returns it, or nothing after
         `timeout_s` of listening."""
         began = time.monotonic()
         while (left := timeout_s - self._listening.silence(began)) > 0:
-            self._turn(refs, left)
+            self._poll(refs, left)
             ready, _ = ray.wait(list(refs), num_returns=1, timeout=0)
             if ready:
                 return ready
@@ -287,7 +286,7 @@ class RayFleet:
             raise too_late(what, timeout_s)
         return answer(ref, what, timeout_s)
 
-    def _turn(
+    def _poll(
         self,
         others: Sequence[ray.ObjectRef] = (),
         timeout_s: float = LOOK_S,
@@ -358,7 +357,7 @@ class RayFleet:
                 self._supervisor.lost(pool, worker, why)
         return bool(missed)
 
-    def _who_is_there(self) -> str:
+    def _describe_workers(self) -> str:
         found = [
             f"{pool.role.name}: {len(pool.of(State.SERVING))} of {pool.target} serve"
             for pool in self.pools
@@ -390,11 +389,11 @@ class RayFleet:
         """One that serves, once there is one."""
         began = time.monotonic()
         while not pool.of(State.SERVING):
-            self._tickets.stop_if_asked()
+            self._batches.stop_if_requested()
             if self._listening.silence(began) > self._plan.timeout_s:
                 raise FleetError(
                     f"no {pool.role.name} was ready within {self._plan.timeout_s:g} s: is the "
                     "cluster short of CPUs or GPUs? (--timeout-s sets the bound)"
                 )
-            self._turn()
+            self._poll()
         return pool.of(State.SERVING)[0]

@@ -77,7 +77,7 @@ class InFlight:
         call.ended()
         try:
             value = answer(ref, worker.name, self._plan.timeout_s)
-            if call.stage is Stage.IMAGES and not group.judges:
+            if call.stage is Stage.IMAGES and not group.servers:
                 images = answer(group.images, f"{worker.name}.images", self._plan.timeout_s)
         except LOST as error:
             call.ask_again(self._plan.max_restarts, why_lost(error))
@@ -97,12 +97,12 @@ class InFlight:
                 self._follow(span, images_call)
         elif call.stage is Stage.SCORE:
             group.put_scores(pool.role.name, value)
-        elif group.judges:
+        elif group.servers:
             group.put_images(value)
-            for name in group.judges:
+            for name in group.servers:
                 self._servers[name].add(group)
         else:
-            group.answers.put(group.position, images)
+            group.batch.put(group.position, images)
 
     def _examine(self, call: Call, value: Any) -> None:
         """Check an answer against what was asked.
@@ -117,5 +117,5 @@ class InFlight:
             self._check(value, request, pool=role.name, worker=name, scorers=scorers)
         elif call.stage is Stage.SAMPLE:
             for group, drawn in zip(call.groups, value, strict=True):
-                if group.judges:
+                if group.servers:
                     check_rollouts(drawn, group.request, name)

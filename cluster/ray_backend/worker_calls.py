@@ -2,7 +2,7 @@
 
 A group goes through three of them:
 
-    sample (tokens) --> images --> score, by each of its judges
+    sample (tokens) --> images --> score, by each of its pools
 
 `images` is asked for when the tokens are there, of the sampler that drew them. It runs in a thread
 of its own, so that the sampler draws the next group meanwhile; all else is answered in order, as
@@ -75,7 +75,7 @@ class Call:
         return [
             group
             for group, attempt in zip(self.groups, self.attempts)
-            if attempt == group.attempt and not group.answers.abandoned
+            if attempt == group.attempt and not group.batch.abandoned
         ]
 
     @property
@@ -126,7 +126,7 @@ class Call:
         """
         for group in reversed(self.live):
             group.count_loss(most, self.worker.name, "lost the images")
-            group.draw_again()
+            group.restart()
             for server in servers:
                 server.waiting.remove(partial(is_, group))
             queue_for_tokens(samplers, group, front=True)
@@ -166,7 +166,7 @@ def ask_for_images(
     worker: Any = call.worker
     ask = worker.handle.images.options(num_returns=2, concurrency_group=IMAGES)
     for group, drawn in zip(call.groups, rollouts, strict=True):
-        if group.answers.abandoned:
+        if group.batch.abandoned:
             continue
         group.rollouts = drawn
         group.images, span = ask.remote(drawn)

@@ -15,8 +15,8 @@ from cluster.errors import CheckpointError, FleetError
 from cluster.fleet import Fleet
 from cluster.io.checksum import UNREADABLE, add_checksum, verify_checksum
 from cluster.messages import TRAIN, Condition, SampleRequest, ScoredGroup
-from cluster.scheduling.buffer import GroupBuffer
-from cluster.scheduling.in_flight import Ticket
+from cluster.scheduling.in_flight import PendingBatch
+from cluster.scheduling.slots import IterationSlots
 from learner.config import RunConfig
 from learner.data.conditions import ConditionStream
 from learner.rollouts.codec import pack_group, unpack_group
@@ -48,12 +48,13 @@ class Pipeline:
         self._stream = ConditionStream(
             config.conditions.conditions(), config.groups_per_iteration, config.seed
         )
-        self._buffer = self._empty(0)
-        self._tickets: dict[int, Ticket] = {}
+        self._slots = self._empty(0)
+        self._batches: dict[int, PendingBatch] = {}
+        self._groups: dict[int, list[ScoredGroup]] = {}
         self._restored: list[tuple[int, int, list[bytes]]] = []
 
-    def _empty(self, first: int) -> GroupBuffer[ScoredGroup]:
-        return GroupBuffer(self._config.groups_per_iteration, self._config.max_staleness, first)
+    def _empty(self, first: int) -> IterationSlots:
+        return IterationSlots(self._config.groups_per_iteration, self._config.max_staleness, first)
 
     def begin(self, first: int) -> None:
         """Take over the groups of a restored checkpoint, and request further iterations.
@@ -61,9 +62,9 @@ class Pipeline:
         Raises:
             CheckpointError: the checkpoint's groups are not those of `first`.
         """
-        self._buffer = self._empty(first)
+        self._slots = self._empty(first)
         for iteration, version, groups in self._restored:
-            if self._buffer.admit(version) != iteration:
+            if self._slots.admit(version) != iteration:
                 raise CheckpointError(
                     f"the checkpoint keeps groups of iteration {iteration}, but the run goes on "
                     f"with {first}"
@@ -81,21 +82,22 @@ class Pipeline:
             FleetError: a group was sampled with other weights than the rule says.
         """
         self._collect(iteration, finish=False)
-        return self._buffer.take(iteration)
+        self._slots.take(iteration)
+        return self._groups.pop(iteration)
 
     def release(self, iteration: int) -> None:
         """The weights after an iteration are broadcast: request another one."""
-        self._buffer.release(iteration)
+        self._slots.release(iteration)
         self._ask()
 
     def state(self) -> bytes:
         """The groups requested with older weights, for a checkpoint; waits for them. Empty if there
         are none: groups of the newest weights can be sampled again."""
-        older = [i for i in self._ahead() if self._buffer.version(i) < self._buffer.live]
+        older = [i for i in self._ahead() if self._slots.version_of(i) < self._slots.version]
         for iteration in older:
             self._collect(iteration, finish=True)
         kept = [
-            (iteration, self._buffer.version(iteration), self._packed(iteration))
+            (iteration, self._slots.version_of(iteration), self._packed(iteration))
             for iteration in older
         ]
         return add_checksum(msgpack.packb(kept)) if kept else b""
@@ -114,24 +116,24 @@ class Pipeline:
 
     def _ahead(self) -> range:
         """Iterations that are requested and not consumed."""
-        return range(self._buffer.live, self._buffer.next)
+        return range(self._slots.version, self._slots.next)
 
     def _packed(self, iteration: int) -> list[bytes]:
-        return [pack_group(group) for group in self._buffer.content(iteration)]
+        return [pack_group(group) for group in self._groups[iteration]]
 
     def _ask(self) -> None:
-        while self._buffer.has_room and self._buffer.next < self._config.iterations:
-            iteration = self._buffer.admit()
-            self._tickets[iteration] = self._fleet.submit(self._requests(iteration))
+        while self._slots.has_room and self._slots.next < self._config.iterations:
+            iteration = self._slots.admit()
+            self._batches[iteration] = self._fleet.submit(self._requests(iteration))
 
     def _collect(self, iteration: int, *, finish: bool) -> None:
-        if self._buffer.missing(iteration):
-            groups = self._fleet.collect(self._tickets[iteration], finish=finish)
-            del self._tickets[iteration]
+        if iteration not in self._groups:
+            groups = self._fleet.collect(self._batches[iteration], finish=finish)
+            del self._batches[iteration]
             self._put(iteration, groups)
 
     def _put(self, iteration: int, groups: Sequence[ScoredGroup]) -> None:
-        expected = self._buffer.version(iteration)
+        expected = self._slots.version_of(iteration)
         for group in groups:
             key, rollouts = group.rollouts.request.key, group.rollouts
             if (key.stream, key.iteration, rollouts.version) != (TRAIN, iteration, expected):
@@ -139,7 +141,10 @@ class Pipeline:
                     f"{key} was drawn with the weights of {rollouts.version} updates, but "
                     f"iteration {iteration} is to be drawn with those of {expected}"
                 )
-            self._buffer.complete(iteration, key.group, group)
+        by_group = {group.rollouts.request.group: group for group in groups}
+        if missing := set(range(self._slots.groups)) - by_group.keys():
+            raise FleetError(f"iteration {iteration} lacks groups {sorted(missing)[:8]}")
+        self._groups[iteration] = [by_group[number] for number in range(self._slots.groups)]
 
     def _requests(self, iteration: int) -> list[SampleRequest]:
         return requests_for(self._config, self._stream.draw(iteration), TRAIN, iteration)

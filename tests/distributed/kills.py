@@ -12,7 +12,7 @@ from cluster.messages import TRAIN, SampleRequest
 from cluster.ray_backend import heartbeat
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_session.private import call_inside
-from cluster.scheduling.in_flight import Ticket
+from cluster.scheduling.in_flight import PendingBatch
 from cluster.scheduling.pool import Worker
 
 
@@ -33,14 +33,14 @@ def when_asked_for(
     """Inject a failure right after (or before) a training iteration is requested."""
     submit = fleet.submit
 
-    def submit_and_inject(requests: Sequence[SampleRequest]) -> Ticket:
+    def submit_and_inject(requests: Sequence[SampleRequest]) -> PendingBatch:
         now = (requests[0].stream, requests[0].iteration) == (TRAIN, iteration)
         if now and not after:
             inject()
-        ticket = submit(requests)
+        batch = submit(requests)
         if now and after:
             inject()
-        return ticket
+        return batch
 
     fleet.submit = submit_and_inject
 

@@ -69,7 +69,7 @@ def main(directory: Path) -> dict[str, Any]:
         deadline = time.monotonic() + GROWTH_S
         while any(len(p.of(State.SERVING)) < 2 for p in fleet.pools):
             assert time.monotonic() < deadline, said
-            fleet._turn()
+            fleet._poll()
         found["serving_at_last"] = [len(pool.of(State.SERVING)) for pool in fleet.pools]
         found["lost"] = lost
     cluster.shutdown()

@@ -63,13 +63,13 @@ def test_the_drivers_own_pauses_cost_no_worker(
 def test_groups_move_on_while_the_driver_computes(ray_session: RaySession) -> None:
     with RayFleet(slow_plan(0.1), ray_session) as fleet:
         fleet.broadcast(1)
-        ticket = fleet._submit(requests(6), scored=False)  # three times what a worker has in hand
+        batch = fleet._submit(requests(6), scored=False)  # three times what a worker has in hand
 
         def until_all_are_there() -> str:
             deadline = time.monotonic() + 60
-            while fleet._answers[ticket].missing and time.monotonic() < deadline:
+            while batch.missing and time.monotonic() < deadline:
                 time.sleep(0.05)
-            return f"{os.getpid()}, {fleet._answers[ticket].missing} missing"
+            return f"{os.getpid()}, {batch.missing} missing"
 
         assert fleet.serve_while(until_all_are_there) == f"{os.getpid()}, 0 missing"
         with pytest.raises(ZeroDivisionError):

@@ -70,9 +70,9 @@ def test_nobody_waits_for_a_straggler(ray_session: RaySession) -> None:
 def test_groups_move_on_while_the_learner_learns(ray_session: RaySession) -> None:
     with RayFleet(slow_plan(0.2), ray_session) as fleet:
         fleet.broadcast(1)
-        ticket = fleet._submit(requests(6), scored=False)  # three times what a worker has in hand
+        batch = fleet._submit(requests(6), scored=False)  # three times what a worker has in hand
         fleet.learner.step(2.5)
-        assert not fleet._answers[ticket].missing
+        assert not batch.missing
 
 
 def test_older_work_of_one_that_was_to_leave_is_done_all_the_same(
@@ -88,7 +88,7 @@ def test_older_work_of_one_that_was_to_leave_is_done_all_the_same(
         leaving = samplers.workers[1]
         samplers.scale(1)
         while fleet._calls and any(call.worker is not leaving for call in fleet._calls.values()):
-            fleet._turn()
+            fleet._poll()
         assert samplers.workers[0].weight_version == 2
         ray.kill(leaving.handle)
         assert [int(images[0, 0]) for images in fleet._collect(old)] == [1] * 4

@@ -259,3 +259,12 @@ def test_groups_of_other_weights_are_refused() -> None:
     made.begin(0)
     with pytest.raises(FleetError, match="weights of 1 updates, but iteration 0 is to be drawn"):
         made.take(0)
+
+
+def test_an_iteration_that_lacks_a_group_is_refused() -> None:
+    fleet = PaperFleet()
+    made = pipeline(0, fleet)
+    made.begin(0)
+    fleet._answers[0].pop(2)
+    with pytest.raises(FleetError, match=r"iteration 0 lacks groups \[2\]"):
+        made.take(0)

@@ -22,7 +22,7 @@ from cluster.roles import Resources
 from cluster.spans import Span
 from cluster.weights import load_weights
 
-KEPT_LOADS = 64  # of a sampler that is never asked for a group to learn from
+KEPT_LOADS = 64  # spans, of a sampler that gets no training requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,11 @@ class SamplerResources(Resources):
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the policy's weights while sampling; logits are fp32 either way. With bfloat16, behaviour
-    and learner logprobs part a little (policy/mismatch_kl)."""
+    and learner logprobs differ slightly (policy/mismatch_kl)."""
     max_groups: int = 1
-    """Most groups of an iteration that a sampler decodes together, if it is fast and many wait: 1,
-    2, 4, ... fill a GPU where groups are small. With more than 1, products of matrices of another
-    size may round otherwise, and results depend in their last bits on who was fast (then, by and
-    by, in whole tokens)."""
+    """Most groups of an iteration that a sampler decodes as one batch: 1, 2, 4, ... fill a GPU when
+    groups are small. With more than 1, other batch sizes round differently, so that results depend
+    on timing: first in their last bits, later in whole tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,24 +53,23 @@ class SamplerConfig:
 
 
 class Sampler:
-    """Decodes groups with the weights it was last given.
+    """Decodes groups with the weights it loaded last.
 
-    `images` needs the frozen decoder alone: it may run in a thread beside `sample`, for the group
-    before. The other methods must be called one
-    after another.
+    `images` needs the frozen decoder only: it may run in a thread beside `sample`. All others
+    must be called in turn.
     """
 
     def __init__(self, config: SamplerConfig, name: str = "sampler") -> None:
         exact_fp32()
         self.name = name
-        self.version = -1  # no weights yet: it refuses to serve
+        self.version = -1  # no weights yet
         resources = config.resources
         self._device, self._threads = resources.device, resources.num_threads
         dtype = getattr(torch, resources.dtype)
         self._policy = load_policy(config.policy, weights=False, device=self._device, dtype=dtype)
         self._decoder = load_decoder(config.tokenizer, device=self._device)
         self._workspaces: dict[int, Workspace] = {}  # by number of groups
-        self._loads: deque[Span] = deque(maxlen=KEPT_LOADS)  # that no group told of yet
+        self._loads: deque[Span] = deque(maxlen=KEPT_LOADS)  # not yet reported with a group
         self._stream: torch.cuda.Stream | None = None
         if torch.device(self._device).type == "cuda":
             self._stream = torch.cuda.Stream()
@@ -84,8 +82,8 @@ class Sampler:
             base: the full snapshot that `snapshot` builds upon, where it does.
 
         Raises:
-            CheckpointError: damaged, older than what is held, of another base or architecture. What
-                was held before is still there.
+            CheckpointError: damaged, older than the present one, of another base or architecture.
+                The weights are then unchanged.
         """
         if snapshot.version < self.version:
             raise CheckpointError(
@@ -99,13 +97,13 @@ class Sampler:
         return self.version
 
     def forget_weights(self) -> None:
-        """Refuse to serve until weights are loaded again, of whatever version: the learner went
-        back to a checkpoint."""
+        """Refuse requests until weights of any version are loaded: the learner returned to a
+        checkpoint."""
         self.version = -1
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[RolloutGroup]:
-        """Decode the tokens of some groups, as one batch. The first tells of the time it took;
-        groups to learn from, whose spans are kept, also of the weights that were loaded since.
+        """Decode the tokens of some groups as one batch. The first one has the span; in training,
+        also those of weights loaded since.
 
         Args:
             requests: of one batch (`SampleRequest.batch`).
@@ -148,18 +146,17 @@ class Sampler:
                 entropies=entropies[rows],
             )
             groups.append(group)
-        spans = (*self._told_loads(first), Span(self.name, "sample", start, time.time()))
+        spans = (*self._take_loads(first), Span(self.name, "sample", start, time.time()))
         groups[0] = replace(groups[0], spans=spans)
         return groups
 
     def _workspace(self, groups: int) -> Workspace:
-        """One for each number of groups: the last of an iteration are often fewer, and what was
-        captured for many need not be captured again."""
+        """One for each number of groups, so that CUDA graphs are captured once a size."""
         if groups not in self._workspaces:
             self._workspaces[groups] = Workspace(self._policy)
         return self._workspaces[groups]
 
-    def _told_loads(self, request: SampleRequest) -> tuple[Span, ...]:
+    def _take_loads(self, request: SampleRequest) -> tuple[Span, ...]:
         if request.stream != TRAIN:
             return ()
         loads = tuple(self._loads)
@@ -168,10 +165,10 @@ class Sampler:
 
     @torch.inference_mode()
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
-        """Decode a group's tokens, whichever sampler drew them.
+        """Decode a group's tokens to images.
 
         Returns:
-            Images (K, H, W, 3) uint8, and the time it took: apart, because they travel apart.
+            Images (K, H, W, 3) uint8, and the span; apart, since they travel apart.
         """
         torch.set_num_threads(self._threads)
         start = time.time()
@@ -182,5 +179,5 @@ class Sampler:
         return images, Span(self.name, "decode", start, time.time())
 
     def _image_stream(self) -> AbstractContextManager[object]:
-        """On a GPU, images do not wait for the tokens of the next group, nor those for images."""
+        """A CUDA stream beside that of `sample`, so that neither waits for the other."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -23,7 +23,7 @@ class FleetError(TesseraError):
 
 
 class UnreachableError(FleetError):
-    """Nothing takes a connection where a cluster is said to be."""
+    """No cluster accepts a connection at the given address."""
 
 
 class StopRequestedError(TesseraError):
@@ -31,20 +31,20 @@ class StopRequestedError(TesseraError):
 
 
 class LostWhileStoppingError(StopRequestedError):
-    """A worker was lost after the run was asked to stop, and nobody takes its place: what it had
-    reached since the last checkpoint is lost."""
+    """A worker was lost while the run was stopping, and is not replaced: what it did since the last
+    checkpoint is lost."""
 
 
 class LearnerLostError(FleetError):
-    """The learner is gone, with what it learned since the last checkpoint."""
+    """The learner was lost, with its steps since the last checkpoint."""
 
 
 class InputLostError(FleetError):
-    """A worker is well, but what it was to work on went with another worker, or its machine."""
+    """An argument of a call was lost with another worker or node."""
 
 
 class StuckError(FleetError):
-    """A worker is there, but has been at one request for longer than any may take."""
+    """A worker responds, but exceeded the time limit of a request."""
 
 
 class NotFiniteError(TesseraError):
@@ -52,28 +52,28 @@ class NotFiniteError(TesseraError):
 
 
 class DataError(TesseraError):
-    """Images, conditions or scores are not what they should be."""
+    """Images, conditions or scores are invalid."""
 
 
 class LearningError(TesseraError):
-    """A learning step came to numbers that are not finite; the weights are those before it."""
+    """A step gave numbers that are not finite; the weights are unchanged."""
 
 
 class StorageError(TesseraError):
-    """A file could not be written: the disk is full, a limit is reached, or it went away."""
+    """A file could not be written: the disk is full, over quota, or gone."""
 
 
 class LockHeldError(ConfigError):
-    """Another process owns what was to be written."""
+    """Another process holds the lock."""
 
 
 class LockLostError(TesseraError):
-    """Another process took over what this one owned; this one must not write there any more."""
+    """Another process took the lock over; this one must not write there any more."""
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """The name that was most likely meant: one that begins with what was written, one that is
-    spelled alike, or one that contains it; empty if there is none. Of equals, the first."""
+    """The name most likely meant: one that starts with `name`, is spelled alike, or contains it;
+    empty if there is none."""
     known = {candidate: _plain(candidate) for candidate in names}
     wanted = _plain(name)
     if not wanted:
@@ -93,5 +93,5 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """Without what is easily confused: case, and the kinds of separators."""
+    """Lower case, with one kind of separator."""
     return name.casefold().replace("_", "-").replace(" ", "-")

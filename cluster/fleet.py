@@ -1,13 +1,12 @@
-"""The fleet of roles, behind one surface: `InlineFleet` in this process, `RayFleet` on a cluster.
+"""The fleet of roles behind one interface: `InlineFleet` in this process, `RayFleet` on a cluster.
 
-    submit(requests) -> batch           ask for groups, to be sampled and scored
+    submit(requests) -> batch           request groups, to be sampled and scored
     collect(batch) ->  [ScoredGroup]    wait for them, in the order of the requests
     broadcast(version)                  the learner's weights to every sampler
     learner, moments                    the two roles that exist once
 
-A group is drawn with the weights of the last broadcast before it was asked for. Whatever happens
-below this surface (which sampler drew a group, in what order they came in), the same requests give
-the same groups.
+A group is sampled with the weights of the last broadcast before it was submitted. The same requests
+give the same groups, whichever sampler draws them and in whatever order they finish.
 """
 
 from __future__ import annotations
@@ -44,30 +43,30 @@ class Fleet(Protocol):
         ...
 
     def report_progress(self, progress: Progress) -> None:
-        """How far the run is, for `python -m cluster.status`."""
+        """Set the progress that `python -m cluster.status` shows."""
         ...
 
     def submit(self, requests: Sequence[SampleRequest]) -> PendingBatch: ...
 
     def collect(self, batch: PendingBatch, *, finish: bool = False) -> list[ScoredGroup]:
-        """Raises StopRequestedError when a stop is asked for meanwhile, unless told to `finish`."""
+        """Wait for a batch. Raises StopRequestedError if a stop is requested, without `finish`."""
         ...
 
     def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
-        """The groups of some requests, in order, for whoever does not train on them. They are asked
-        for as slots become free (`FleetPlan.slots`), so that any number of them can be.
+        """Groups of any number of requests, in order, not for training. Each request is submitted
+        when a slot is free (`FleetPlan.slots`).
 
         Raises:
-            StopRequestedError: a stop was asked for meanwhile.
+            StopRequestedError: a stop was requested meanwhile.
         """
         ...
 
     def sample_images(self, requests: Iterable[SampleRequest]) -> list[np.ndarray]:
         """Images (K, H, W, 3) uint8 of each request, unscored: for galleries, not for training.
-        They are asked for as slots become free.
+        Each is submitted when a slot is free.
 
         Raises:
-            StopRequestedError: a stop was asked for meanwhile.
+            StopRequestedError: a stop was requested meanwhile.
         """
         ...
 
@@ -75,15 +74,15 @@ class Fleet(Protocol):
         """Features of real images in a panel's spaces: (N, D) float32 each.
 
         Args:
-            batches: (B, H, W, 3) uint8, one after another; N images in all.
+            batches: (B, H, W, 3) uint8; N images in all.
 
         Raises:
-            StopRequestedError: a stop was asked for meanwhile.
+            StopRequestedError: a stop was requested meanwhile.
         """
         ...
 
     def fingerprint(self, panel: str) -> str:
-        """Names the feature network of a panel."""
+        """Identifies the feature network of a panel."""
         ...
 
     def feature_dim(self, panel: str) -> int:
@@ -91,12 +90,12 @@ class Fleet(Protocol):
         ...
 
     def refresh_moments(self) -> None:
-        """Let the moments server prepare for the next commit, without waiting for it."""
+        """Have the moments server prepare for the next commit, without waiting."""
         ...
 
     def serve_while(self, work: Callable[[], Result]) -> Result:
-        """What some work in this process returns. It runs in a thread of its own, and the fleet is
-        attended to meanwhile: for whatever may take seconds."""
+        """Run work that may take seconds in a thread, and serve the fleet meanwhile; returns its
+        result."""
         ...
 
     def broadcast(self, version: int) -> None:
@@ -105,12 +104,11 @@ class Fleet(Protocol):
         ...
 
     def recover_learner(self, error: LearnerLostError) -> None:
-        """After a learner was lost: another takes its place, with the base policy. Everything that
-        was asked for is abandoned; the caller brings learner and moments server to a checkpoint,
-        broadcasts, and asks again.
+        """Replace a lost learner by one with the base policy, and abandon all requests. The caller
+        then restores learner and moments server, broadcasts, and submits again.
 
         Raises:
-            FleetError: there is no going on.
+            FleetError: it was lost too often, or cannot start.
         """
         ...
 
@@ -125,7 +123,7 @@ class Fleet(Protocol):
 
 
 class InlineFleet:
-    """Every role in this process, one after another: for debugging, tests and small machines."""
+    """All roles in this process, called in turn: for debugging, tests and small machines."""
 
     restarts = 0
 
@@ -163,7 +161,7 @@ class InlineFleet:
         self._submitted.clear()
 
     def report_progress(self, progress: Progress) -> None:
-        """Nobody can ask for it."""
+        """Does nothing: no other process can ask for it."""
 
     def submit(self, requests: Sequence[SampleRequest]) -> PendingBatch:
         batch = PendingBatch([None] * len(requests))
@@ -231,13 +229,13 @@ class InlineFleet:
         return self._servers[self._plan.feature_server(panel).name]
 
     def recover_learner(self, error: LearnerLostError) -> None:
-        raise error  # it is in this process: nobody can have lost it
+        raise error  # it is in this process and cannot be lost
 
     def refresh_moments(self) -> None:
         self.moments.refresh()
 
     def serve_while(self, work: Callable[[], Result]) -> Result:
-        return work()  # nobody else is there to be attended to
+        return work()  # no other process to serve
 
     def broadcast(self, version: int) -> None:
         for batch in list(self._submitted):  # sampled with the weights before these
@@ -252,5 +250,5 @@ class InlineFleet:
 
 
 def join_features(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Features of batches as those of all their images: space -> (N, D)."""
+    """Concatenate features of batches: space -> (N, D)."""
     return {space: np.concatenate([part[space] for part in parts]) for space in parts[0]}

@@ -20,9 +20,9 @@ from cluster.bounds import check_at_most
 from cluster.spans import Span
 
 MAIN_SPACE = "features"
-"""The feature space of a panel's first extractor; a judge may look at further ones."""
+"""The feature space of a panel's first extractor; evaluation may use further ones."""
 TRAIN = "train"
-"""The stream of requests that are learned from."""
+"""The stream of requests that are trained on."""
 Guidance = Literal["none", "guided", "distil"]
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-5, 1e3
 """Below, logits overflow when they are divided; LlamaGen's script clamps at the same value. Above,
@@ -120,19 +120,19 @@ class SamplingSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureRow:
-    """A caption's features by where they lie: a row of a Parquet file, which is read where they are
-    used. (A caption's features may have 1 MB; there are many, and they do not travel.)"""
+    """A caption's features as a row of a Parquet file, which the sampler reads: they may have 1 MB
+    a caption, too much to send."""
 
     path: str
     """Absolute, on storage that every node reads."""
     row: int
     digest: int
-    """Of the numbers and their shape: a file that was changed is noticed."""
+    """Of the numbers and their shape, to notice a changed file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
-    """What an image is asked to show: a class of the policy, and the words for it."""
+    """What an image is to show: a class of the policy, and its text."""
 
     text: str
     """Read by text-image scorers, and by caption-conditional policies."""
@@ -140,11 +140,11 @@ class Condition:
     """Row of the class table, for class-conditional policies and classifiers."""
     features: np.ndarray | FeatureRow | None = field(default=None, compare=False, repr=False)
     """(n, D) float: a text encoder's features of the caption, unpadded, for caption-conditional
-    policies; or where they lie. Not compared: they follow from the text."""
+    policies; or a reference to them. Not compared: they follow from the text."""
 
 
 class RequestKey(NamedTuple):
-    """Identity of a group; with the run's seed it determines the uniforms that decode it."""
+    """Identity of a group; with the run's seed it determines the group's uniforms."""
 
     stream: str
     iteration: int
@@ -153,10 +153,10 @@ class RequestKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
-    """Ask a sampler for one group: K rollouts of one condition."""
+    """Requests one group: K rollouts of one condition."""
 
     stream: str
-    """What the group is for: "train", "moments", "evaluate", "gallery". No two share noise."""
+    """What the group is for: "train", "moments", "evaluate", "gallery". Each has its own noise."""
     iteration: int
     group: int
     """Number of the group within its iteration."""
@@ -166,7 +166,7 @@ class SampleRequest:
     """The run's seed."""
     spec: SamplingSpec
     panel: str = "rewards"
-    """Which panel of scorers judges the images: "rewards" or "judge"."""
+    """Which panel scores the images: "rewards" or "judge"."""
     image_size: int = 0
     """Height and width that the images are resized to, pixels; 0: as they are decoded."""
 
@@ -184,13 +184,13 @@ class SampleRequest:
 
     @property
     def batch(self) -> tuple[Hashable, ...]:
-        """Requests that have this in common may be decoded together."""
+        """Requests with the same value may be decoded together."""
         return (self.stream, self.iteration, self.num_rollouts, self.spec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
-    """K rollouts of one condition, as a sampler drew them (the images travel apart)."""
+    """K rollouts of one condition (the images travel apart)."""
 
     request: SampleRequest
     version: int
@@ -204,13 +204,13 @@ class RolloutGroup:
     spans: tuple[Span, ...] = ()
 
     def with_span(self, span: Span) -> RolloutGroup:
-        """The group with one more phase of work on it."""
+        """The group with one more span."""
         return replace(self, spans=(*self.spans, span))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupScores:
-    """What a reward server says of one group. Row k belongs to rollout k."""
+    """Scores and features of one group by one reward server. Row k belongs to rollout k."""
 
     key: RequestKey
     scores: dict[str, np.ndarray]
@@ -218,7 +218,7 @@ class GroupScores:
     features: dict[str, np.ndarray]
     """Feature space -> (K, D) float32; rows of failed images are NaN."""
     errors: tuple[str | None, ...]
-    """Per image: None, or what went wrong. A failed image never carries a made-up score."""
+    """Per image: None, or the error; a failed image has no score."""
     spans: tuple[Span, ...] = ()
 
     @property
@@ -228,11 +228,11 @@ class GroupScores:
 
 
 def merge_scores(parts: Sequence[GroupScores]) -> GroupScores:
-    """What several servers, each with other scorers, say of one group's images.
+    """Merge the scores of one group by servers with different scorers.
 
     Args:
-        parts: of the same group, in a fixed order: an image's error is that of the first part that
-            has one. An image that any part failed on carries no number at all.
+        parts: in a fixed order: an image's error is that of the first part that has one. An image
+            that failed in any part has no scores at all.
     """
     if len(parts) == 1:
         return parts[0]
@@ -257,7 +257,7 @@ def merge_scores(parts: Sequence[GroupScores]) -> GroupScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStats:
-    """What a reward server did so far."""
+    """Counters of a reward server."""
 
     requests: int = 0
     """Answered requests."""
@@ -277,7 +277,7 @@ class ServerStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A group with its scores: what the learner's side works with."""
+    """A group with its scores."""
 
     rollouts: RolloutGroup
     scores: GroupScores
@@ -285,14 +285,14 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSnapshot:
-    """A state dict on the wire, or what changed of one: see `cluster.weights`."""
+    """A state dict in transit, or the adapters of one: see `cluster.weights`."""
 
     version: int
     manifest: bytes
     """msgpack: names, dtypes, shapes, offsets, base, checksums."""
     buffer: np.ndarray = field(repr=False)
-    """(n,) uint8, every tensor 64-byte aligned. Read-only where it lies in shared memory. Over a
-    GPU transport it is a tensor of the same kind on the device."""
+    """(n,) uint8, every tensor 64-byte aligned; read-only in shared memory. Over a GPU transport, a
+    tensor of the same kind on the device."""
     base: int | None = None
     """Version of the full snapshot that this one builds upon; None is a full one."""
 

@@ -1,4 +1,4 @@
-"""What a fleet is made of: roles, the resources they ask for, and what each can be asked.
+"""The roles of a fleet: their workers, resources and methods.
 
 Roles are plain classes built as `factory(config, name=...)`. The same classes run in this process
 (`InlineFleet`) or as Ray actors (`RayFleet`).
@@ -17,7 +17,7 @@ from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ServerSta
 from cluster.spans import Span
 
 FEATURE_BATCH = 256
-"""Real images that a reward server is sent, and computes features of, at a time."""
+"""Real images in one call of `RewardServerRole.features`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,14 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoscaleConfig:
-    """Bounds and target of scaling by queue wait."""
+    """Scaling by queue wait."""
 
     min: int = 0
-    """Fewest workers that scaling leaves; 0 is one."""
+    """Fewest workers; 0 is one."""
     max: int = 0
-    """Most workers that scaling starts; 0: their number is left alone."""
+    """Most workers; 0 turns scaling off."""
     target_wait_s: float = 1.0
-    """Mean seconds that work may wait for a worker before more are started."""
+    """Mean queue wait, seconds, above which more workers are started."""
     every_s: float = 15.0
     """Seconds of observation behind each decision."""
 
@@ -78,7 +78,7 @@ class AutoscaleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """How to build one worker of a role, and how many there are."""
+    """How to build the workers of a role, and how many."""
 
     name: str
     factory: Callable[..., Any]
@@ -86,26 +86,25 @@ class Role:
     resources: Resources
     count: int = 1
     depth: int = 2
-    """Requests that one worker has in hand: with 2, the next is there when one ends; more let it
+    """Requests that one worker has at a time: with 2, the next is there when one ends; more let it
     work on several together."""
     max_groups: int = 1
-    """Pieces of work that one call may hold."""
+    """Groups that one call may hold."""
     concurrency: int = 1
-    """Threads in which one worker answers; with 1, it answers in order."""
+    """Threads of one worker; with 1, it answers in order."""
     autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
     panels: tuple[str, ...] = ()
-    """Of a further pool of reward servers: the panels that it has a part in."""
+    """Of a further pool of reward servers: the panels that it scores for."""
     feature_panels: tuple[str, ...] = ()
     """Of a further pool of reward servers: the panels whose feature network it runs."""
     scorers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of reward servers: panel -> names of the scores that they answer with; panels that are not
-    named may answer with any."""
+    """Of reward servers: panel -> names of the scores in an answer; unchecked for other panels."""
     runtime_env: Mapping[str, Any] | None = None
-    """Ray runtime environment of its workers, where it is another than the driver's."""
+    """Ray runtime environment of its workers, if not the driver's."""
 
     @property
     def max_count(self) -> int:
-        """The largest number of workers that scaling comes to by itself."""
+        """The largest number of workers that autoscaling reaches."""
         return max(self.count, self.autoscale.max)
 
     def worker_name(self, index: int) -> str:
@@ -118,25 +117,25 @@ class FleetPlan:
 
     sampler: Role
     reward_server: Role
-    """The main pool: whatever panel is asked for, it has a part in."""
+    """The main pool, which scores for every panel."""
     moments_server: Role
     learner: Role
     reward_pools: tuple[Role, ...] = ()
     """Further reward servers, with other scorers."""
     slots: int = 64
-    """Groups on their way at a time, those to train on and others: (S + 1) P of a run."""
+    """Groups in flight at a time, for training or not: (S + 1) P."""
     timeout_s: float = 600.0
-    """Longest wait for any one answer; past it the run stops and says who did not answer."""
+    """Longest wait for any one answer, seconds."""
     heartbeat_s: float = 60.0
-    """Longest silence of a worker before it is taken for lost; 0 asks nobody."""
+    """Longest silence of a worker before it is replaced, seconds; 0 turns heartbeats off."""
     max_restarts: int = 3
     """How often any one worker is replaced within an hour before the run stops."""
     max_staleness: int = 0
-    """How many updates older than the learner's the weights of rollouts may be."""
+    """S: how many updates older than the learner's the weights of rollouts may be."""
     transport: str = "object-store"
     """How weights reach the samplers: see `cluster.ray_backend.transports`."""
     adapters_alone: bool = False
-    """The learner trains adapters: after the frozen weights, they alone travel."""
+    """The learner trains adapters: after the frozen weights, only these travel."""
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -148,7 +147,7 @@ class FleetPlan:
         return (self.reward_server, *self.reward_pools)
 
     def scoring_pools(self, panel: str) -> tuple[Role, ...]:
-        """The pools that have a part in a panel, in the order of the merge."""
+        """The pools that score for a panel, in the order of the merge."""
         return (self.reward_server, *(role for role in self.reward_pools if panel in role.panels))
 
     def feature_server(self, panel: str) -> Role:

@@ -1,4 +1,4 @@
-"""Spans of time: what a worker did from when to when, and the stopwatch that records them."""
+"""Spans of time of workers, and the stopwatch that records them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 DRIVER = "driver"
-WAIT = "wait_"  # beginning of phases in which the driver waits for a role
-QUEUE = "queue"  # work that waits inside a worker
-PUBLISHING = "broadcast"  # others work
+WAIT = "wait_"  # prefix of phases in which the driver waits for a role
+QUEUE = "queue"  # waiting inside a worker
+PUBLISHING = "broadcast"  # while others work
 
 
 class Span(NamedTuple):

@@ -2,7 +2,7 @@
 
 One contiguous buffer goes through an object store zero-copy, whatever the dtypes (numpy has no
 bfloat16), and needs no pickle of tensors. `load_weights` copies *into* the receiving module's own
-tensors: the shared buffer is never aliased, so an in-place update cannot reach another process.
+tensors: the shared buffer is never aliased, so that no in-place update reaches another process.
 
 A snapshot is full, or holds low-rank adapters alone: then it names the full snapshot (its base)
 whose weights W become W + scale B A.
@@ -43,8 +43,8 @@ UNREADABLE = (ValueError, KeyError, TypeError, msgpack.UnpackException)
 
 
 class Packer:
-    """Packs state dicts into buffers that it uses again, once nobody else holds them: the first
-    touch of fresh memory costs more than the copy.
+    """Packs state dicts into buffers that it reuses once no one else refers to them: touching fresh
+    memory costs more than the copy.
 
     Args:
         dtype: of floating-point tensors on the wire; None leaves each as it is.
@@ -101,7 +101,7 @@ class Packer:
         )
 
     def _free_buffer(self, entries: list[dict[str, Any]], nbytes: int) -> np.ndarray:
-        """A view of a buffer that has no other views: whoever holds a snapshot keeps its own."""
+        """A view of a buffer without other views: a snapshot keeps its buffer."""
         if entries != self._entries:  # else the gaps between tensors are zeros already
             self._entries, self._buffers = entries, []
         for index in range(len(self._buffers)):
@@ -114,7 +114,7 @@ class Packer:
 def pack_weights(
     state: Mapping[str, Tensor], version: int, dtype: torch.dtype | None = None
 ) -> WeightSnapshot:
-    """A full snapshot in a buffer of its own; see `Packer`."""
+    """A full snapshot in a new buffer; see `Packer`."""
     return Packer(dtype)(state, version)
 
 
@@ -141,7 +141,7 @@ def pack_adapters(
 
 @dataclass(frozen=True)
 class SnapshotName:
-    """Which snapshot: policies with the same weights have the same name."""
+    """Identity of a snapshot: the same weights have the same name."""
 
     version: int
     digest: bytes
@@ -153,7 +153,7 @@ class SnapshotName:
 
 @dataclass(frozen=True)
 class Opened:
-    """A snapshot that was checked: its tensors are views of the buffer, not to be written to."""
+    """A verified snapshot. Its tensors are read-only views of the buffer."""
 
     name: SnapshotName
     config: Mapping[str, Any]
@@ -163,11 +163,10 @@ class Opened:
 
 
 def open_snapshot(snapshot: WeightSnapshot) -> Opened:
-    """Check a snapshot, whole.
+    """Verify a snapshot.
 
     Raises:
-        CheckpointError: manifest or buffer are damaged, do not belong together, or are of another
-            format.
+        CheckpointError: manifest or buffer are damaged, do not match, or have another format.
     """
     body, digest = _unpack_manifest(snapshot)
     nbytes, buffer = int(snapshot.buffer.nbytes), snapshot.buffer
@@ -269,7 +268,7 @@ def _check_architecture(module: torch.nn.Module, own: Mapping[str, Tensor], full
     expected = architecture(module)
     if not (expected and full.config):
         return
-    for key in expected.keys() | full.config.keys():  # what no shape shows: heads, rotary base
+    for key in expected.keys() | full.config.keys():  # not visible in shapes: heads, rotary base
         if expected.get(key) != full.config.get(key):
             raise CheckpointError(
                 f"{other}{key} is {full.config.get(key)!r}, expected {expected.get(key)!r}"
@@ -299,7 +298,7 @@ def _pairs(opened: Opened, own: Mapping[str, Tensor]) -> dict[str, tuple[Tensor,
 def _layout(
     state: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[list[dict[str, Any]], int]:
-    """Where each tensor goes, and the length of the whole in bytes."""
+    """Offset of each tensor, and the total length in bytes."""
     entries: list[dict[str, Any]] = []
     offset = 0
     for name, tensor in state.items():
@@ -357,7 +356,7 @@ def _tensor(raw: np.ndarray) -> Tensor:
 
 
 class _OnlyRead:
-    """Shows read-only memory to numpy as writable; whoever uses it promises not to write."""
+    """Presents read-only memory to numpy as writable; its user must not write."""
 
     def __init__(self, raw: np.ndarray) -> None:
         self._raw = raw

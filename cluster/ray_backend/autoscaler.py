@@ -1,4 +1,4 @@
-"""Keeps the sizes of a fleet's pools: by queue wait, and by what other processes ask for."""
+"""Scales the pools: by queue wait, and by requests of other processes (`cluster.scale`)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ from cluster.scheduling.pool import State, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
-EXCHANGE_S = 1.0  # how often the control actor is spoken to
-MOST = 4096  # workers of a role
+EXCHANGE_S = 1.0  # between two calls of the control actor
+MAX_WORKERS = 4096  # of a role
 
 
 class Autoscaler:
-    """Scales pools while their fleet waits for groups.
+    """Scales pools, and exchanges status and requests with the control actor.
 
     Args:
-        pools: what can be scaled.
-        run: name under which other processes find it; empty hides it.
+        run: name under which other processes find the run; empty hides it.
         others: workers that are in no pool, for the status.
-        stop: called when somebody wants the run to end, with whether to write a checkpoint.
+        stop: called when the run is asked to stop, with whether to write a checkpoint.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Autoscaler:
         self._pools, self._run = {pool.role.name: pool for pool in pools}, run
         self._others, self._stop = others, stop
         self.progress = Progress()
-        """How far the run is; for whoever asks."""
+        """For the status."""
         self._control: Any = None
         self._exchange: Any = None
         self._spoken = 0.0
@@ -56,7 +55,7 @@ class Autoscaler:
         self._refusals: list[tuple[int, str]] = []
 
     def start(self) -> None:
-        """Become reachable for other processes."""
+        """Start the control actor, by which other processes reach the run."""
         if self._run:
             self._control = start_control_actor(self._run)
 
@@ -67,12 +66,12 @@ class Autoscaler:
             ray.kill(self._control)
 
     def refs(self) -> list[Any]:
-        """What to wait for, and bring to `receive`."""
+        """Pending answers, for `receive`."""
         return [self._exchange] if self._exchange is not None else []
 
     def tick(self, restarts: int, weight_version: int = 0, *, decide: bool = True) -> None:
-        """Let those go that have finished; decide by queue wait, unless told that nobody has
-        anything to do just now; speak to the control actor."""
+        """End workers that have drained; scale by queue wait, if `decide`; send the status to the
+        control actor."""
         now = time.monotonic()
         for pool in self._pools.values():
             pool.dismiss()
@@ -84,12 +83,12 @@ class Autoscaler:
         self._exchange = self._control.exchange.remote(self.status(restarts, weight_version))
 
     def restart(self) -> None:
-        """Observe anew: what was seen so far says nothing of how many workers are needed."""
+        """Start a new observation: this process paused, so that waits were not the workers'."""
         for pool in self._pools.values():
             pool.meter.restart(time.monotonic())
 
     def receive(self, ref: Any) -> None:
-        """The control actor's answer: carry out what is wanted."""
+        """Take the control actor's answer and carry out its requests."""
         import ray
         from ray.exceptions import RayActorError
 
@@ -150,9 +149,9 @@ class Autoscaler:
         pool = self._pools.get(request.role)
         if pool is None:
             raise FleetError(f"no role {request.role!r}: there are {', '.join(self._pools)}")
-        if not 1 <= request.count <= MOST:
+        if not 1 <= request.count <= MAX_WORKERS:
             raise FleetError(
-                f"{request.role}: the number must be in 1..{MOST}, found {request.count}"
+                f"{request.role}: the number must be in 1..{MAX_WORKERS}, found {request.count}"
             )
         auto = pool.role.autoscale
         if auto.on and request.count != auto.bounded(request.count):

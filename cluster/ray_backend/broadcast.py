@@ -1,4 +1,7 @@
-"""Brings the learner's weights to the samplers: published once, taken up by each when it can."""
+"""How weights reach the samplers: published once, loaded by each sampler between its groups.
+
+`publisher.py` has how a snapshot travels.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ class Broadcaster:
     """See the module.
 
     Args:
-        needed: weight_versions of the groups that are with samplers.
-        lost: told of a sampler that was lost.
+        needed: weight versions of the groups that samplers have.
+        lost: called with a sampler that was lost.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class Broadcaster:
         self._with_samplers, self._lost = needed, lost
         self._weight_versions = WeightVersions()
         self.under_way: dict[ray.ObjectRef, Worker] = {}
-        """Samplers' answers that they have taken weights up; for `updated`."""
+        """Pending answers of `load_weights`, for `updated`."""
 
     @property
     def newest(self) -> int:
@@ -43,26 +46,26 @@ class Broadcaster:
         return self._weight_versions.newest
 
     def broadcast(self, version: int, learners: Sequence[Worker], samplers: WorkerPool) -> None:
-        """Publish the learner's weights once. What is submitted from now on is drawn with them;
-        each sampler takes them up when it has no older work to begin. Nobody is waited for, but by
-        transports between GPUs, which move the weights while learner and samplers hold still."""
+        """Publish the learner's weights for all requests from now on. Each sampler loads them when
+        it has no older requests. Returns at once, except over transports between GPUs, in which
+        learner and samplers take part."""
         self._weight_versions.publish(version, self._publish(learners, samplers))
         if self._publisher.on_device:
             self._hand_over(learners, samplers)
         self.catch_up(samplers)
 
     def begin(self, worker: Worker, samplers: WorkerPool) -> None:
-        """Have a new sampler serve with weights only: the oldest that somebody waits for, as it
-        never goes back."""
+        """Load a new sampler's first weights: the oldest that a request needs, since a sampler
+        never returns to older ones."""
         worker.ready = self._load(worker, self._weight_versions.oldest(self._needed(samplers)))
 
-    def bring(self, worker: Worker, weight_version: int) -> None:
-        """Have a sampler go on to an weight_version, if it is behind."""
+    def update(self, worker: Worker, weight_version: int) -> None:
+        """Have a sampler load a weight version, if its own is older."""
         if worker.weight_version < weight_version:
             self.under_way[self._load(worker, weight_version)] = worker
 
     def catch_up(self, samplers: WorkerPool) -> None:
-        """Send the newest weights to samplers that have nothing older to begin."""
+        """Send the newest weights to samplers, if no older request waits."""
         if samplers.waiting:
             return
         for worker in samplers.workers:
@@ -79,11 +82,11 @@ class Broadcaster:
         self._weight_versions.oldest(self._needed(samplers))
 
     def updated(self, ref: ray.ObjectRef) -> None:
-        """A sampler took up weights, or says why not.
+        """Take a sampler's answer to `load_weights`.
 
         Raises:
-            LearnerLostError: the learner died while it packed them.
-            TesseraError: what the sampler says.
+            LearnerLostError: the learner was lost while it packed them.
+            TesseraError: raised by the sampler.
         """
         worker = self.under_way.pop(ref)
         try:
@@ -94,13 +97,13 @@ class Broadcaster:
             raise LearnerLostError(f"{self._plan.learner.name} was lost") from error
 
     def forget(self, samplers: WorkerPool, replace: Callable[[Worker], Any]) -> None:
-        """The learner is another one, with older weights: samplers begin anew."""
+        """Drop all versions: the learner was replaced, and its weights are older."""
         self._weight_versions = WeightVersions()
         self.under_way.clear()
         self._publisher.forget()
         for worker in list(samplers.workers):
             worker.weight_version = NO_WEIGHTS
-            if worker.state is State.STARTING:  # perhaps with weights that will never come
+            if worker.state is State.STARTING:  # perhaps waiting for weights that are lost
                 replace(worker)
             elif worker.state is not State.LOST:
                 worker.handle.forget_weights.remote()
@@ -110,8 +113,8 @@ class Broadcaster:
         return self._publisher.publish([worker.handle for worker in learners], handles)
 
     def _hand_over(self, learners: Sequence[Worker], samplers: WorkerPool) -> None:
-        """Have every serving sampler take up the newest weights now; by the object store after all,
-        if the transport fails."""
+        """Have every serving sampler load the newest weights now; through the object store, if the
+        transport fails."""
         loading = {self._load(w, self.newest): w for w in samplers.of(State.SERVING)}
         for ref, worker in loading.items():
             try:
@@ -123,7 +126,7 @@ class Broadcaster:
                     raise
                 self._weight_versions.amend(self._publish(learners, samplers))
                 for each in loading.values():
-                    each.weight_version = NO_WEIGHTS  # and so takes them up again
+                    each.weight_version = NO_WEIGHTS  # so that it loads them again
                 return
 
     def _load(self, worker: Worker, weight_version: int) -> ray.ObjectRef:
@@ -131,6 +134,6 @@ class Broadcaster:
         return self._publisher.load(worker.handle, self._weight_versions[weight_version])
 
     def _needed(self, samplers: WorkerPool) -> Iterator[int]:
-        """WeightVersions of the groups that wait for a sampler, or are with one."""
+        """Weight versions of the groups that wait for a sampler, or are with one."""
         yield from (waiting.weight_version for waiting in samplers.waiting)
         yield from self._with_samplers()

@@ -24,13 +24,12 @@ from cluster.io.background import Background
 from cluster.messages import SampleRequest, ScoredGroup
 from cluster.ray_backend.autoscaler import Autoscaler
 from cluster.ray_backend.broadcast import Broadcaster
-from cluster.ray_backend.group_calls import InFlight
+from cluster.ray_backend.group_calls import SAMPLER_THREADS, GroupCalls, queue_for_tokens
 from cluster.ray_backend.heartbeat import Heartbeat
 from cluster.ray_backend.launcher import Launcher, actor_class
 from cluster.ray_backend.publisher import publisher_of
 from cluster.ray_backend.stateful_roles import StatefulRoles
 from cluster.ray_backend.supervisor import Supervisor
-from cluster.ray_backend.worker_calls import SAMPLER_THREADS, queue_for_tokens
 from cluster.ray_session.calls import RemoteRole, answer, how_ended, ready_of, too_late
 from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
@@ -72,7 +71,7 @@ class RayFleet:
         self._broadcaster = Broadcaster(
             plan,
             self._weights,
-            lambda: self._in_flight.weight_versions,
+            lambda: self._group_calls.weight_versions,
             self._sampler_lost,
         )
         self._budget = RestartBudget(plan.max_restarts, stopping=should_stop)
@@ -86,7 +85,7 @@ class RayFleet:
         self._autoscaler = Autoscaler(
             self.pools, run, others=lambda: self._stateful.workers, stop=ask_to_stop
         )
-        self._in_flight = InFlight(
+        self._group_calls = GroupCalls(
             plan,
             self._samplers,
             self._servers,
@@ -95,7 +94,7 @@ class RayFleet:
             self._budget,
             self._listening,
         )
-        self._calls = self._in_flight.calls
+        self._calls = self._group_calls.calls
         self._batches = PendingBatches(
             plan,
             self._listening,
@@ -332,7 +331,7 @@ class RayFleet:
     ) -> bool:
         """Take an answer that is there; whether it moves work on."""
         if ref in self._calls:
-            self._in_flight.advance(ref)
+            self._group_calls.advance(ref)
         elif ref in self._broadcaster.under_way:
             self._broadcaster.updated(ref)
         elif ref in starting:
@@ -370,7 +369,7 @@ class RayFleet:
         """Hand waiting work to whoever of the role that it needs would finish it first."""
         for pool in self.pools:
             while picked := pool.next():
-                self._in_flight.send(pool, *picked)
+                self._group_calls.send(pool, *picked)
         self._samplers.recycle()
         self._broadcaster.catch_up(self._samplers)
 

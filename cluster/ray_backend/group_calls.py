@@ -1,18 +1,33 @@
-"""Calls that pooled workers have in hand, and what comes of each: the way of a group from tokens to
-scores."""
+"""What a group goes through: calls of samplers and reward servers, and what comes of each answer.
+
+    queue of samplers --> sample (tokens) --> images --> queues of its reward pools --> score
+
+`images` is called when the tokens are there, on the sampler that drew them, since the tokens are
+part of the answer anyway. It runs in a thread beside the next group's `sample`; all other calls are
+answered in order, so that weights change between the groups that they were sent between. (Called at
+once, with a reference to the tokens, it would block the calls after it: Ray sends an actor's calls
+in order, each when its arguments are there.)
+
+One `sample` call may hold several groups, which are decoded as one batch. If a worker is lost, its
+groups are queued again; if images are lost with their node, the group is sampled again.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from operator import is_
 from typing import Any
 
 import ray
 
 from cluster.errors import InputLostError
+from cluster.messages import GroupScores, RolloutGroup
 from cluster.ray_backend.broadcast import Broadcaster
 from cluster.ray_backend.supervisor import Supervisor
-from cluster.ray_backend.worker_calls import Call, Stage, ask_for_images, spans_of
 from cluster.ray_session.calls import LOST, answer, why_lost
 from cluster.roles import FleetPlan
 from cluster.scheduling.in_flight import PendingGroup
@@ -21,15 +36,128 @@ from cluster.scheduling.pool import Worker, WorkerPool
 from cluster.scheduling.restarts import RestartBudget
 from cluster.scheduling.validation import ScoreChecks, check_rollouts
 from cluster.scheduling.work_queue import Waiting
+from cluster.spans import Span
+
+IMAGES = "images"
+SAMPLER_THREADS = {IMAGES: 1}
+"""Ray concurrency groups of a sampler, beside the thread that answers in order."""
+WORK = ("load", "sample", "decode", "score")  # phases in which a worker works
 
 
-class InFlight:
+class Stage(Enum):
+    """What a call asks for."""
+
+    SAMPLE = "the tokens"
+    IMAGES = "the images"
+    SCORE = "the scores"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A worker's pending answer."""
+
+    groups: tuple[PendingGroup, ...]
+    """Of one weight version; several only in `sample`."""
+    pool: WorkerPool
+    worker: Worker
+    stage: Stage
+    waited_s: tuple[float, ...] = ()
+    """Queue wait of each group."""
+    attempts: tuple[int, ...] = field(init=False)
+    """Of each group, when the call was made."""
+
+    def __post_init__(self) -> None:
+        attempts = tuple(group.attempt for group in self.groups)
+        object.__setattr__(self, "attempts", attempts)
+
+    def __str__(self) -> str:
+        stream, iteration, group = self.groups[0].request.key
+        more = f" and {len(self.groups) - 1} more" if len(self.groups) > 1 else ""
+        return f"{self.stage.value} of group {group} of {stream} {iteration}{more}"
+
+    @property
+    def live(self) -> list[PendingGroup]:
+        """Groups whose answers are still wanted."""
+        return [
+            group
+            for group, attempt in zip(self.groups, self.attempts)
+            if attempt == group.attempt and not group.batch.abandoned
+        ]
+
+    @property
+    def weight_version(self) -> int:
+        return self.groups[0].weight_version
+
+    def began(self) -> None:
+        """Count the call as the worker's."""
+        self.worker.calls[id(self)] = self, time.monotonic()
+        if self.worker.idle:
+            self.worker.last_response = time.monotonic()
+        if self.stage is Stage.IMAGES:
+            self.worker.decoding += 1
+        else:
+            self.worker.take(len(self.groups))
+
+    def ended(self) -> None:
+        """The worker answered, or was lost."""
+        self.worker.calls.pop(id(self), None)
+        self.worker.last_response = time.monotonic()
+        if self.stage is Stage.IMAGES:
+            self.worker.decoding -= 1
+        else:
+            self.worker.give(len(self.groups))
+
+    def retry(self, limit: int, why: str) -> None:
+        """The worker was lost: queue its groups again.
+
+        Args:
+            limit: workers that may be lost with one group, less one.
+            why: as `why_lost` says it.
+
+        Raises:
+            FleetError: too many workers were lost with a group.
+        """
+        for group in reversed(self.live):
+            group.count_loss(limit, self.worker.name, why)
+            if self.stage is Stage.SCORE:
+                self.pool.add(group, front=True)
+            else:
+                queue_for_tokens(self.pool, group, front=True)
+
+    def sample_again(self, samplers: WorkerPool, servers: Iterable[WorkerPool], limit: int) -> None:
+        """The images were lost: restart the groups from the tokens.
+
+        Raises:
+            FleetError: as in `retry`.
+        """
+        for group in reversed(self.live):
+            group.count_loss(limit, self.worker.name, "lost the images")
+            group.restart()
+            for server in servers:
+                server.waiting.remove(partial(is_, group))
+            queue_for_tokens(samplers, group, front=True)
+
+    def measure(self, spans: Sequence[Span]) -> None:
+        """Record queue waits and working time in the pool's meter and the worker's pace."""
+        meter, tasks = self.pool.meter, len(self.groups)
+        if self.stage is Stage.IMAGES:  # they are not queued, and complete no task
+            tasks = 0
+        queued = sum(span.seconds for span in spans if span.phase == "queue")
+        for waited_s in self.waited_s:
+            meter.waited(waited_s + queued)
+        worked = sorted((s for s in spans if s.phase in WORK), key=lambda span: span.start)
+        work = [(self.worker.count_work(span), span) for span in worked]
+        meter.worked(sum(seconds for seconds, _ in work))
+        self.worker.pace.add(sum(seconds for seconds, s in work if s.phase != "load"), tasks)
+
+
+class GroupCalls:
     """Sends groups to workers and takes their answers, one call after another.
 
     Args:
         servers: pools of reward servers by name.
-        budget: told of workers that have answered.
-        listening: pauses of this process are no waiting of the work.
+        budget: learns which workers have answered.
+        listening: pauses of this process do not count as queue wait.
     """
 
     def __init__(
@@ -37,28 +165,28 @@ class InFlight:
         plan: FleetPlan,
         samplers: WorkerPool,
         servers: Mapping[str, WorkerPool],
-        delivery: Broadcaster,
+        broadcaster: Broadcaster,
         supervisor: Supervisor,
         budget: RestartBudget,
         listening: Listening,
     ) -> None:
         self._plan, self._samplers, self._servers = plan, samplers, servers
-        self._broadcaster, self._supervisor, self._budget = delivery, supervisor, budget
+        self._broadcaster, self._supervisor, self._budget = broadcaster, supervisor, budget
         self._listening, self._check = listening, ScoreChecks()
         self.calls: dict[ray.ObjectRef, Call] = {}
-        """PendingBatch that are waited for, to be brought to `advance`."""
+        """Pending answers, for `advance`."""
 
     @property
     def weight_versions(self) -> Iterator[int]:
-        """Weights of the groups that are with samplers."""
+        """Of the groups that samplers have."""
         return (call.weight_version for call in self.calls.values() if call.pool is self._samplers)
 
     def send(self, pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
-        """Give a worker of a pool the work that was picked for it."""
+        """Give a worker the tasks that were picked for it."""
         groups: tuple[PendingGroup, ...] = tuple(waiting.task for waiting in picked)
         first, now = groups[0], time.monotonic()
         if pool is self._samplers:
-            self._broadcaster.bring(worker, first.weight_version)
+            self._broadcaster.update(worker, first.weight_version)
             requests = [group.request for group in groups]
             stage, ref = Stage.SAMPLE, worker.handle.sample.remote(requests)
         else:
@@ -71,7 +199,7 @@ class InFlight:
         self.calls[ref] = call
 
     def advance(self, ref: ray.ObjectRef) -> None:
-        """Take one finished call: pass its groups on, or ask again where its worker was lost."""
+        """Take one answer: pass its groups on, or retry them if the worker was lost."""
         call, images = self.calls.pop(ref), None
         group, pool, worker = call.groups[0], call.pool, call.worker
         call.ended()
@@ -80,21 +208,20 @@ class InFlight:
             if call.stage is Stage.IMAGES and not group.servers:
                 images = answer(group.images, f"{worker.name}.images", self._plan.timeout_s)
         except LOST as error:
-            call.ask_again(self._plan.max_restarts, why_lost(error))
+            call.retry(self._plan.max_restarts, why_lost(error))
             self._supervisor.lost(pool, worker, why_lost(error))
             return
-        except InputLostError:  # the images went with their node
-            call.ask_anew(self._samplers, self._servers.values(), self._plan.max_restarts)
+        except InputLostError:  # the images were lost with their node
+            call.sample_again(self._samplers, self._servers.values(), self._plan.max_restarts)
             return
         self._budget.worked(worker.name)
         call.measure(spans_of(value))
         pool.dismiss()
         if not call.live:
             return
-        self._examine(call, value)
+        self._validate(call, value)
         if call.stage is Stage.SAMPLE:
-            for span, images_call in ask_for_images(call, value):
-                self._follow(span, images_call)
+            self._decode_images(call, value)
         elif call.stage is Stage.SCORE:
             group.put_scores(pool.role.name, value)
         elif group.servers:
@@ -104,11 +231,22 @@ class InFlight:
         else:
             group.batch.put(group.position, images)
 
-    def _examine(self, call: Call, value: Any) -> None:
-        """Check an answer against what was asked.
+    def _decode_images(self, call: Call, rollouts: Sequence[RolloutGroup]) -> None:
+        """Have the sampler that drew some groups decode their images, one call a group. The answer
+        is the time it took; the images stay a reference."""
+        worker: Any = call.worker
+        method = worker.handle.images.options(num_returns=2, concurrency_group=IMAGES)
+        for group, drawn in zip(call.groups, rollouts, strict=True):
+            if not group.batch.abandoned:
+                group.rollouts = drawn
+                group.images, span = method.remote(drawn)
+                self._follow(span, Call((group,), call.pool, worker, Stage.IMAGES))
+
+    def _validate(self, call: Call, value: Any) -> None:
+        """Check an answer against its requests.
 
         Raises:
-            FleetError: it is not what it should be.
+            FleetError: it does not fit them.
         """
         role, name = call.pool.role, call.worker.name
         if call.stage is Stage.SCORE:
@@ -119,3 +257,16 @@ class InFlight:
             for group, drawn in zip(call.groups, value, strict=True):
                 if group.servers:
                     check_rollouts(drawn, group.request, name)
+
+
+def queue_for_tokens(samplers: WorkerPool, group: PendingGroup, *, front: bool = False) -> None:
+    """Queue a group for any sampler, perhaps in one call with others of its iteration."""
+    samplers.add(group, front=front, weight_version=group.weight_version, kind=group.request.batch)
+
+
+def spans_of(value: list[RolloutGroup] | GroupScores | Span) -> tuple[Span, ...]:
+    """The worker's times in an answer."""
+    if isinstance(value, Span):
+        return (value,)
+    answers = value if isinstance(value, list) else [value]
+    return tuple(span for answer in answers for span in answer.spans)

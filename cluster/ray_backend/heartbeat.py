@@ -1,8 +1,7 @@
-"""Whether workers are still there: each is asked now and then, beside its work.
+"""Detects workers that are gone or unresponsive, by heartbeats beside their work.
 
-Ray notices a process that ended, within moments; it does not notice one that stands still (stopped,
-swapping, stuck in a driver). The question is answered by a thread of its own in the worker, so that
-a long decode is no silence.
+Ray notices a process that ended, but not one that hangs (stopped, swapping, stuck in a driver). A
+separate thread of the worker answers, so that a long decode is no silence.
 """
 
 from __future__ import annotations
@@ -18,33 +17,33 @@ from cluster.ray_session.private import call_inside
 from cluster.scheduling.listening import Listening
 from cluster.scheduling.pool import Worker
 
-GROUP = "pulse"
-ASKS = 6  # times that a worker is asked before its silence is too long
+GROUP = "heartbeat"
+BEATS = 6  # heartbeats within the longest silence
 LONGEST_PAUSE_S = 5.0
 
 
-def _here(role: Any) -> bool:
+def _alive(role: Any) -> bool:
     return True
 
 
 class Heartbeat:
-    """Asks workers whether they are there.
+    """Sends heartbeat calls to workers.
 
     Args:
-        silence_s: longest silence; 0 asks nobody.
-        listening: when this process did: only then is anybody silent.
+        silence_s: longest silence; 0 turns heartbeats off.
+        listening: silence counts only while this process listened.
     """
 
     def __init__(self, silence_s: float, listening: Listening) -> None:
         self._silence_s, self._listening = silence_s, listening
-        self._pause_s = min(silence_s / ASKS, LONGEST_PAUSE_S)
+        self._pause_s = min(silence_s / BEATS, LONGEST_PAUSE_S)
         self._asked: dict[Worker, tuple[Any, float]] = {}
         self._last_response: dict[Worker, float] = {}
         self._looked = 0.0
 
     def unresponsive(self, workers: Iterable[Worker]) -> list[tuple[Worker, str]]:
-        """Those of some workers, all of which have started, that are gone or have not answered for
-        too long, and which it is; asks the others again when it is time."""
+        """Those of some started workers that are gone or silent for too long, each with the reason;
+        sends the next heartbeats."""
         now = time.monotonic()
         if not self._silence_s or now - self._looked < self._pause_s / 2:
             return []
@@ -57,14 +56,14 @@ class Heartbeat:
         gone = self._listen(now)
         for worker in known - self._asked.keys():
             if now - self._last_response.get(worker, -self._pause_s) >= self._pause_s:
-                self._asked[worker] = (call_inside(worker.handle, _here, GROUP), now)
+                self._asked[worker] = (call_inside(worker.handle, _alive, GROUP), now)
         silence = self._listening.silence
         silent = [w for w, (_, since) in self._asked.items() if silence(since) > self._silence_s]
-        why = f"gave no sign of life for {self._silence_s:g} s"
+        why = f"did not answer heartbeats for {self._silence_s:g} s"
         return [*((worker, "was lost") for worker in gone), *((worker, why) for worker in silent)]
 
     def _listen(self, now: float) -> list[Worker]:
-        """Take the answers that have come; returns those who will never answer."""
+        """Take the ready answers; returns workers whose process ended."""
         refs = {asked: worker for worker, (asked, _) in self._asked.items()}
         ready = ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []
         gone = []

@@ -1,7 +1,7 @@
-"""Several learner actors that look like one: every question goes to all, at the same time.
+"""Several learner actors behind the interface of one: every call goes to all at the same time.
 
-They compute together (`torch.distributed` inside the role); a question that only some were asked
-would leave the others waiting, so all are asked, and the first failure ends the wait.
+They compute together (`torch.distributed` inside the role): a call to only some would block. The
+first failure ends the wait.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from cluster.ray_session.private import call_inside
 from cluster.scheduling.listening import LOOK_S, Listening
 
 Answer = Callable[[Any, str, float], Any]
-"""(reference, what it is of, longest wait) -> value; `cluster.ray_session.calls.answer`."""
+"""(reference, description, longest wait) -> value; `cluster.ray_session.calls.answer`."""
 Attend = Callable[[Sequence[Any], float], Sequence[Any]]
-"""(references, longest wait) -> one of them that is there, if any; what the fleet does meanwhile is
-its own affair."""
+"""(references, longest wait) -> one of them that is ready, if any."""
 
 
 class LearnerGroup:
@@ -41,11 +40,11 @@ class LearnerGroup:
         self._answer, self._timeout_s, self._listening = answer, timeout_s, listening
 
     def meet(self) -> None:
-        """Have the learners find each other; the first one's node is the meeting point.
+        """Connect the learners, at an address of the first one's node.
 
         Raises:
-            FleetError: not all came in time.
-        LearnerLostError: one of them is gone.
+            FleetError: not all joined in time.
+            LearnerLostError: one of them was lost.
         """
         first, size = self._handles[0], len(self._handles)
         host = self._ask(call_inside(first, lambda _: ray.util.get_node_ip_address()), 0)
@@ -66,7 +65,7 @@ class LearnerGroup:
         self._all("start", base_entropy)
 
     def step(self, batch: Any) -> Any:
-        """Each learner takes its own part of the batch, which lies once on each node."""
+        """Each learner takes its shard of the batch, which is stored once on each node."""
         try:
             shared = ray.put(batch)
         except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
@@ -88,7 +87,7 @@ class LearnerGroup:
         return self._together([getattr(h, method).remote(*arguments) for h in self._handles])
 
     def _together(self, refs: Sequence[ray.ObjectRef]) -> list[Any]:
-        """The answers, in order; the first failure is raised at once, whoever it is of."""
+        """The answers, in order; the first failure is raised at once."""
         waiting, values = {ref: rank for rank, ref in enumerate(refs)}, [None] * len(refs)
         started = time.monotonic()
         while waiting:
@@ -108,5 +107,5 @@ class LearnerGroup:
             return self._answer(ref, self._names[rank], self._timeout_s)
         except ray.exceptions.RayActorError as error:
             raise LearnerLostError(
-                f"{self._names[rank]} was lost, and the other learners cannot go on without it"
+                f"{self._names[rank]} was lost, and the other learners cannot continue without it"
             ) from error

@@ -1,8 +1,8 @@
-"""The newest weights, and how a worker takes them up.
+"""How a snapshot travels from the learner to a sampler.
 
-What an actor's method returns belongs to whoever called it: the snapshot is the driver's, lies in
-the store of the learner's node, and outlives the learner. (With `ray.put` it would be the
-learner's, and be lost with it.) It is put there once, and read from there once a node.
+The learner returns it from a method, so that the driver owns it and it outlives the learner (with
+`ray.put` it would be lost with the learner). It is stored once on the learner's node, and copied
+once to each other node.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Published:
     snapshot: ray.ObjectRef | None
     """In the object store; None where they stay on the learner's device."""
     base: ray.ObjectRef | None = None
-    """What the snapshot builds upon."""
+    """Full snapshot that `snapshot` builds upon."""
     on_device: ray.ObjectRef | None = None
 
 
 class Publisher:
-    """Has the learner publish its weights, and samplers take them up.
+    """Has the learner publish its weights, and samplers load them.
 
     Args:
         transport: one that can run here: "object-store", or Ray's name of one between devices.
@@ -71,19 +71,19 @@ class Publisher:
             groups: its concurrency groups, and the threads of each.
         """
         options: dict[str, Any] = {"concurrency_groups": dict(groups)}
-        if self._device:  # an option of the class: `.options` leaves it out without a word
+        if self._device:  # an option of the class: `.options` ignores it
             options["enable_tensor_transport"] = True
         return ray.remote(**options)(factory)
 
     def forget(self) -> None:
-        """The learner is another one: nothing of the old one's holds."""
+        """The learner was replaced: drop its base and group."""
         self._base, self._members, self._learners = None, set(), ()
 
     def publish(self, learners: Sequence[Any], samplers: Sequence[Any] = ()) -> Published:
-        """Ask the learners (handles of actors) for their weights, without waiting for them.
+        """Request the learners' weights, without waiting.
 
         Args:
-            learners: the one there is; or all of a group, of whom the first one answers.
+            learners: actor handles; the first one's answer is the snapshot.
             samplers: that exist now, for transports that need a group.
         """
         self._learners = learners
@@ -96,15 +96,15 @@ class Publisher:
         return Published(self._asked("snapshot"))
 
     def _asked(self, method: str) -> ray.ObjectRef:
-        """All are asked: in a group, each has a part of the weights; the first gives the whole."""
+        """Call all learners, since each may have a shard; the first returns the whole."""
         answers = [getattr(learner, method).remote() for learner in self._learners]
         return answers[0]
 
     def load(self, sampler: Any, weights: Published) -> ray.ObjectRef:
-        """Have a sampler (an actor's handle) take up weights, and their base where they build upon
-        one: whether the sampler is new makes no difference. One that a device's group cannot take
-        in gets the learner's present weights through the object store, which are the same as long
-        as the learner waits for rollouts (device transports are for max_staleness 0 alone)."""
+        """Have a sampler (an actor handle) load weights, with their base if there is one. A sampler
+        outside the device group gets the learner's present weights through the object store: they
+        are the same while the learner waits for rollouts (device transports need max_staleness 0).
+        """
         if weights.on_device is not None and (not self._members or sampler in self._members):
             return sampler.load_weights.remote(weights.on_device)
         snapshot = weights.snapshot or self._asked("snapshot")
@@ -112,8 +112,8 @@ class Publisher:
         return sampler.load_weights.remote(snapshot, *base)
 
     def fall_back(self, error: TesseraError) -> bool:
-        """After a failed load: publish through the object store from now on, and say so. False if
-        that is what failed."""
+        """After a failed load: log it, and use the object store from now on. False if that is what
+        failed."""
         if not self._device:
             return False
         self._give_up(str(error).partition("\n")[0])
@@ -145,8 +145,7 @@ class Publisher:
 
 
 def publisher_of(plan: FleetPlan, session: RaySession) -> Publisher:
-    """A publisher with the transport that the plan asks for, or the object store where that cannot
-    run; says why."""
+    """A publisher with the plan's transport, or the object store if that cannot run (logged)."""
     transport = plan.transport
     here = Surroundings.of(plan.learner, plan.sampler)
     reason = why_not(transport, here, plan.adapters_alone, plan.max_staleness)

@@ -1,9 +1,8 @@
-"""The roles that keep what a run has reached: learner and moments server. They outlive their
-processes, each in its way.
+"""The roles with state, learner and moments server: started, called, restored after a loss.
 
-The moments server is small and its calls are deterministic: a new one is brought to where the lost
-one was by its last known state and the calls since then. A learner's steps cannot be made again
-without their rollouts: `LearnerLostError` tells whoever runs the loop to go back to a checkpoint.
+The moments server is small and its calls are deterministic: a new one gets the last known state and
+replays the calls since then (`scheduling/journal.py`). A learner's steps cannot be repeated without
+their rollouts: `LearnerLostError` makes the main loop return to a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from cluster.scheduling.restarts import RestartBudget
 
 logger = logging.getLogger(__name__)
 
-CAPTURE_EVERY = 10  # calls after which the moments server's state is asked for
+CAPTURE_EVERY = 10  # calls after which the moments server's state is requested
 Launch = Callable[[Role, int, bool], Worker]
 """(role, index, late) -> worker."""
 
@@ -37,9 +36,9 @@ class StatefulRoles:
     """Starts learners and moments server, and replaces them.
 
     Args:
-        wait: how an answer is waited for: (reference, what it is of, longest wait) -> value.
-        attend: waits for some references, and keeps the fleet moving meanwhile.
-        listening: when this process did.
+        wait: (reference, description, longest wait) -> value.
+        attend: waits for some references, and serves the fleet meanwhile.
+        listening: silence counts only while this process listened.
     """
 
     def __init__(
@@ -58,8 +57,8 @@ class StatefulRoles:
         self._journal = Journal(
             lasting=["set_reference"], beginning=["seed"], changing=["commit", "refresh"]
         )
-        self._capture: tuple[Any, int] | None = None  # state that was asked for, its position
-        self._refreshing: Any = None  # work of the iteration before
+        self._capture: tuple[Any, int] | None = None  # requested state, its position
+        self._refreshing: Any = None  # `refresh` of the iteration before
         self._broadcasts = 0  # of these learners
 
     @property
@@ -79,11 +78,11 @@ class StatefulRoles:
 
     @property
     def moments(self) -> MomentsRole:
-        """The moments server, whichever process it is in just now."""
-        return cast(MomentsRole, _Lasting(self._ask_moments))
+        """The moments server, whose process may be replaced between two calls."""
+        return cast(MomentsRole, _Restorable(self._ask_moments))
 
     def started(self, worker: Worker) -> None:
-        """Wait until one of them is there.
+        """Wait until one of them is ready.
 
         Raises:
             FleetError: it cannot start, or not in time.
@@ -92,12 +91,12 @@ class StatefulRoles:
         worker.state = State.SERVING
 
     def meet(self) -> None:
-        """Have several learners find each other."""
+        """Connect several learners."""
         if len(self.learners) > 1:
             self._group().meet()
 
     def replace_learners(self, why: str) -> None:
-        """New learners in the place of all, since they compute together; they hold the base policy.
+        """Replace all learners, since they compute together; the new ones hold the base policy.
 
         Raises:
             FleetError: they were replaced too often, or cannot start.
@@ -107,7 +106,7 @@ class StatefulRoles:
             delay = self._budget.spend(name, "was lost", time.monotonic())
             for worker in self.learners:
                 ray.kill(worker.handle)
-            logger.warning("%s: another takes its place, and goes on from the last checkpoint", why)
+            logger.warning("%s: it is replaced, and the run returns to its last checkpoint", why)
             time.sleep(delay)
             self.learners = [self._launch(self._plan.learner, i, True) for i in count]
             self._broadcasts = 0
@@ -121,8 +120,8 @@ class StatefulRoles:
                 return
 
     def broadcast_made(self) -> None:
-        """The learner's weights were published: the first time where it begins, then after each
-        step. One that has made a step is not lost for the old reason."""
+        """Count a broadcast: one at the start, then one after each step. A learner that has taken a
+        step was started successfully."""
         self._broadcasts += 1
         if self._broadcasts > 1:
             self._budget.worked(self._plan.learner.name)
@@ -136,7 +135,7 @@ class StatefulRoles:
                     call.remote(*args, **kwargs), f"{worker.name}.{method}", self._plan.timeout_s
                 )
             except LOST:
-                self._revive_moments()
+                self._restore_moments()
                 continue
             self._budget.worked(worker.name)
             self._journal.record(method, args, kwargs)
@@ -145,12 +144,12 @@ class StatefulRoles:
             return value
 
     def refresh_moments(self) -> None:
-        """Have the moments server prepare for the next commit, without waiting for it; and tell its
-        state, if it is time to."""
+        """Have the moments server prepare for the next commit, without waiting; request its state,
+        if it is due."""
         if self._refreshing is not None:  # long done: a commit came after it
             ref, self._refreshing = self._refreshing, None
             what = f"{self.moments_worker.name}.refresh"
-            with contextlib.suppress(RayActorError):  # whoever asks it next gets to know
+            with contextlib.suppress(RayActorError):  # the next call notices
                 self._wait(ref, what, self._plan.timeout_s)
         self._refreshing = self.moments_worker.handle.refresh.remote()
         self._journal.record("refresh", (), {})
@@ -164,11 +163,11 @@ class StatefulRoles:
         ref, position = self._capture
         if ray.wait([ref], timeout=0)[0]:
             self._capture = None
-            with contextlib.suppress(RayActorError):  # whoever asks it next gets to know
+            with contextlib.suppress(RayActorError):  # the next call notices
                 self._journal.covers(position, ray.get(ref))
 
-    def _revive_moments(self) -> None:
-        """A new moments server, where the lost one was.
+    def _restore_moments(self) -> None:
+        """Start a new moments server and restore its state.
 
         Raises:
             FleetError: it was replaced too often, or cannot start.
@@ -179,7 +178,7 @@ class StatefulRoles:
             self._capture = self._refreshing = None
             delay = self._budget.spend(lost.name, "was lost", time.monotonic())
             ray.kill(lost.handle)
-            logger.warning("%s was lost: another takes its place, with the same moments", lost.name)
+            logger.warning("%s was lost: a replacement starts, with the same moments", lost.name)
             time.sleep(delay)
             worker = self._launch(self._plan.moments_server, 0, True)
             try:
@@ -214,8 +213,8 @@ class StatefulRoles:
             raise LearnerLostError(f"{self.learners[0].name} {why_lost(error)}") from error
 
 
-class _Lasting:
-    """A role whose process may change between two calls."""
+class _Restorable:
+    """A role whose process may be replaced between two calls."""
 
     def __init__(self, ask: Callable[..., Any]) -> None:
         self._ask = ask

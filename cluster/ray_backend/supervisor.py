@@ -1,4 +1,4 @@
-"""Who starts, who was lost, who takes a lost one's place: the life of a Ray fleet's workers."""
+"""Replaces lost workers, here and nowhere else: crashed, silent, or stuck in a request."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """Lets workers serve once they are ready, and replaces lost ones, within a budget.
+    """Lets workers serve once they are ready; replaces lost ones, within a budget.
 
     Args:
-        listening: when this process did: only then is anybody silent.
-        stop: ends a worker's process, whatever state it is in.
+        listening: silence counts only while this process listened.
+        stop: kills a worker's process.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Supervisor:
         self._plan, self._pools, self._budget = plan, pools, budget
         self._listening, self._stop = listening, stop
         self._due: dict[Worker, tuple[float, WorkerPool]] = {}  # lost ones, to be replaced when
-        self._late: set[Worker] = set()  # said to be waiting for room
+        self._late: set[Worker] = set()  # logged as waiting for room
 
     def starting(self) -> Iterator[tuple[WorkerPool, Worker]]:
         for pool in self._pools:
@@ -45,18 +45,18 @@ class Supervisor:
                 yield pool, worker
 
     def started(self, pool: WorkerPool, worker: Worker) -> None:
-        """A worker says that it is ready, or why it will never be.
+        """Take a worker's answer that it is ready, or failed to start.
 
         Raises:
             FleetError: it cannot start, and no other serves.
-            LearnerLostError: the weights that it was to begin with went with the learner.
+            LearnerLostError: its first weights were lost with the learner.
         """
         try:
             answer(worker.ready, worker.name, self._plan.timeout_s)
         except RayActorError:
             self.lost(pool, worker)
             return
-        except InputLostError as error:  # the weights that it was to begin with
+        except InputLostError as error:  # its first weights
             raise LearnerLostError(f"{self._plan.learner.name} was lost") from error
         except FleetError as error:
             if not (worker.addition and pool.of(State.SERVING)):
@@ -70,7 +70,7 @@ class Supervisor:
         self._late.discard(worker)
 
     def tick(self) -> None:
-        """Replace lost ones when their time has come."""
+        """Replace lost workers whose delay is over."""
         now = time.monotonic()
         for worker, (due, pool) in list(self._due.items()):
             if now >= due:
@@ -78,9 +78,12 @@ class Supervisor:
                 pool.replace(worker)
 
     def overdue(self) -> bool:
-        """Replace workers that have work in hand and have not answered within the longest wait, and
-        go on without those that do not start; says whether any was replaced. To be asked when all
-        answers that lie ready have been taken."""
+        """Replace workers that did not answer a request within `timeout_s`, and continue without
+        those that do not start. Call it after all ready answers are taken.
+
+        Returns:
+            Whether any was replaced.
+        """
         found, limit = False, self._plan.timeout_s
         for pool in self._pools:
             for worker in list(pool.workers):
@@ -98,7 +101,8 @@ class Supervisor:
         return found
 
     def lost(self, pool: WorkerPool, worker: Worker, why: str = "was lost") -> None:
-        """Start another worker in the place of a lost one, now or a little later.
+        """Kill and replace a lost worker, now or after a delay. Its requests are queued again by
+        `GroupCalls`, whose calls fail.
 
         Raises:
             FleetError: it was replaced too often.
@@ -109,15 +113,15 @@ class Supervisor:
             self._stop(worker)
             pool.replace(worker)
             return
-        if self._budget.stopping():  # with those that are left, or without
+        if self._budget.stopping():  # the remaining workers finish
             pool.drop(worker)
-            logger.warning("%s %s while the run stops: nobody takes its place", worker.name, why)
+            logger.warning("%s %s while the run stops: it is not replaced", worker.name, why)
             return
         delay = self._budget.spend(worker.name, why, time.monotonic())
         self._stop(worker)
         later = f" in {delay:g} s" if delay else ""
         logger.warning(
-            "%s %s; its work is asked for again, and another takes its place%s",
+            "%s %s; its requests are retried, and a replacement starts%s",
             worker.name,
             why,
             later,
@@ -129,8 +133,8 @@ class Supervisor:
             pool.replace(worker)
 
     def _go_on_without(self, pool: WorkerPool, worker: Worker) -> None:
-        """A worker does not start while others serve: no reason to stop. One that the run began
-        with keeps waiting for room, since its machine may come back."""
+        """Continue without a worker that does not start while others serve. One that the run
+        started with keeps waiting for room, since its machine may return."""
         if worker in self._late:
             return
         why = (

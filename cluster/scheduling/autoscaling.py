@@ -1,4 +1,4 @@
-"""How many workers a role should have, from how long work waits for them. Arithmetic alone."""
+"""How many workers a role should have, by how long tasks wait for them. Arithmetic alone."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from dataclasses import dataclass
 from cluster.roles import AutoscaleConfig
 
 FREE = 0.25  # share of the target below which a wait counts as none
-FULL = 0.75  # busy share that fewer workers may come to
-RECENT = 100  # newest waits, for whoever asks
-GROWTH = 2.0  # most that one decision multiplies the workers by
+FULL = 0.75  # busy share that fewer workers may reach
+RECENT = 100  # newest waits, for the status
+GROWTH = 2.0  # largest factor of one decision
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What was seen of a role since the last decision."""
+    """Load of a role since the last decision."""
 
     workers: int
-    """That serve."""
+    """Serving workers."""
     mean_wait_s: float
-    """Of work that a worker took up, from when it could have been; 0 where there was none."""
+    """Of started tasks, seconds in the queue; 0 without tasks."""
     busy_share: float
     """Share of the time that workers worked, [0, 1]."""
 
 
 def desired_workers(config: AutoscaleConfig, load: Load) -> int:
-    """How many workers there should be.
+    """The number of workers to have.
 
-    More, in proportion to how far the wait is above its target, at most twice as many at once. One
-    fewer, when hardly anything waits and the others would still have time to spare.
+    More in proportion to the wait over its target, at most twice as many at once. One fewer when
+    tasks hardly wait and the others would still be idle part of the time.
     """
     if load.mean_wait_s > config.target_wait_s:
         factor = min(load.mean_wait_s / config.target_wait_s, GROWTH)
@@ -42,7 +42,7 @@ def desired_workers(config: AutoscaleConfig, load: Load) -> int:
 
 
 class LoadMeter:
-    """Gathers a role's waits and working time between two decisions."""
+    """Measures a role's waits and working time between two decisions."""
 
     def __init__(self, now: float) -> None:
         self._since = now
@@ -59,7 +59,7 @@ class LoadMeter:
 
     @property
     def recent_wait_s(self) -> float | None:
-        """Mean of the newest waits, whenever the observation began; None before the first."""
+        """Mean of the newest waits, also of earlier observations; None before the first."""
         return sum(self._recent) / len(self._recent) if self._recent else None
 
     def age(self, now: float) -> float:
@@ -67,7 +67,7 @@ class LoadMeter:
         return now - self._since
 
     def load(self, workers: int, now: float) -> Load:
-        """What was seen so far."""
+        """The load so far."""
         span = max(now - self._since, 1e-9) * max(workers, 1)
         return Load(
             workers=workers,
@@ -76,5 +76,5 @@ class LoadMeter:
         )
 
     def restart(self, now: float) -> None:
-        """Begin a new observation."""
+        """Start a new observation."""
         self._since, self._waits, self._waited_s, self._busy_s = now, 0, 0.0, 0.0

@@ -1,7 +1,7 @@
-"""What must be done again to bring a restarted role to where the lost one was. Pure.
+"""Calls to replay on a replacement of a role with deterministic calls. Pure.
 
-State at some point, and the calls since then: a role whose calls are deterministic comes out the
-same, bit for bit, and a call that was under way when it died is simply made again.
+Keeps the last known state and the calls since then: replayed, they give the same state bit for bit.
+The call that failed is repeated by its caller.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recorded:
-    """One call."""
+    """A call."""
 
     method: str
     args: tuple[Any, ...] = ()
@@ -21,13 +21,13 @@ class Recorded:
 
 
 class Journal:
-    """Of one role.
+    """The journal of one role.
 
     Args:
-        lasting: methods whose last call holds whatever comes (a reference, say): made again first.
-        beginning: methods that set the whole state: what came before does not matter any more.
+        lasting: methods whose last call is always valid (a reference, say): replayed first.
+        beginning: methods that set the whole state: earlier calls are dropped.
         changing: methods that change the state.
-        restore: the method that takes up what `state` gave.
+        restore: the method that takes what `state` returned.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class Journal:
         self._restore = restore
         self._held: dict[str, Recorded] = {}
         self._since: list[Recorded] = []
-        self._dropped = 0  # calls that a state covers, since ever
+        self._dropped = 0  # calls that a state covers, in all
 
     @property
     def position(self) -> int:
-        """How many calls were recorded, since ever."""
+        """How many calls were recorded in all."""
         return self._dropped + len(self._since)
 
     @property
@@ -55,7 +55,7 @@ class Journal:
         return len(self._since)
 
     def record(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note a call that was answered; those that change nothing are forgotten."""
+        """Record an answered call; those that change nothing are ignored."""
         call = Recorded(method, args, tuple(kwargs.items()))
         if method in self._lasting:
             self._held[method] = call
@@ -66,13 +66,13 @@ class Journal:
             self._since.append(call)
 
     def covers(self, position: int, state: bytes) -> None:
-        """The state after the first `position` calls: they need not be made again."""
+        """Set the state after the first `position` calls, which it replaces."""
         count = position - self._dropped
         if not 0 < count <= len(self._since):
-            return  # a call that sets everything came meanwhile
+            return  # a call that sets the whole state came meanwhile
         self._since[:count] = [Recorded(self._restore, (state,))]
         self._dropped += count - 1
 
     def replay(self) -> list[Recorded]:
-        """What a new role must be told, in order."""
+        """Calls to make on a new role, in order."""
         return [*self._held.values(), *self._since]

@@ -1,7 +1,7 @@
-"""Time in which this process listened for answers: what the silence of others is judged by. Pure.
+"""Time in which this process listened for answers: only that counts as silence of others. Pure.
 
-Whoever does not look hears nothing: while this process computes, or is stopped, answers may lie
-ready, and their workers are not silent. So a gap between two looks counts only up to a bound.
+While this process computes or is stopped, answers may be ready, and their workers are not silent.
+So a gap between two polls counts only up to a bound.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable
 
-LOOK_S = 0.5  # how often whoever waits looks
+LOOK_S = 0.5  # longest wait of one poll
 LONGEST_S = 2 * LOOK_S
 
 
 class Listening:
-    """Looks of this process, and the pauses between them.
+    """Polls of this process, and the pauses between them.
 
     Args:
-        longest_s: gap between two looks that counts as listening; the rest of a longer one is a
-            pause.
+        longest_s: gap between two polls that counts as listening; the rest is a pause.
         clock: monotonic seconds.
     """
 
@@ -33,7 +32,7 @@ class Listening:
         self._before: list[float] = [0.0]  # seconds of pauses before each of them, and of all
 
     def look(self) -> float:
-        """It looks for answers now; returns the seconds of pause since the look before."""
+        """Record a poll; returns the seconds of pause since the last one."""
         now = self._clock()
         pause = max(now - self._last - self._longest_s, 0.0)
         if pause:
@@ -44,7 +43,7 @@ class Listening:
         return pause
 
     def paused(self, since: float) -> float:
-        """Seconds of pauses between a time (of the clock) and the last look."""
+        """Seconds of pauses between a time (of the clock) and the last poll."""
         first = bisect_right(self._ends, since)
         total = self._before[-1] - self._before[first]
         if first < len(self._starts):  # a time within a pause
@@ -52,5 +51,5 @@ class Listening:
         return total
 
     def silence(self, since: float) -> float:
-        """Seconds between a time (of the clock) and the last look in which it listened."""
+        """Seconds of listening between a time (of the clock) and the last poll."""
         return max(self._last - since - self.paused(since), 0.0)

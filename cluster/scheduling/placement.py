@@ -1,4 +1,4 @@
-"""How a fleet fits a machine or cluster: arithmetic alone, to be shown and tested without Ray."""
+"""What each worker reserves of the machine or cluster. Arithmetic alone, without Ray."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Placement:
 
 
 def place(plan: FleetPlan, cpus: float, gpus: float) -> list[Placement]:
-    """Turn "an equal share" into numbers, and check that everything fits.
+    """Compute the reservations of all roles, and check that they fit.
 
-    Workers that name no CPUs share what the others leave; more workers than cores is fine.
+    Workers without `num_cpus` share what the others leave; there may be more workers than cores.
 
     Raises:
         ConfigError: more is asked for than there is.

@@ -1,10 +1,10 @@
-"""The workers of one role: who serves, who is starting, who leaves. Decisions alone, no Ray.
+"""The workers of one role, and the tasks that wait for them. Decisions only, no Ray.
 
     starting --> serving --> draining --> gone
         '<--- lost <--'---------'
 
-A worker gets work only when it is ready; one that leaves finishes what it has in hand; a lost one
-keeps its place for the one that comes after it.
+A worker gets tasks only while it serves; a draining one finishes its tasks; a lost one keeps its
+place for its replacement.
 """
 
 from __future__ import annotations
@@ -39,35 +39,35 @@ class Worker:
     handle: Any
     """Ray's actor handle: its methods are those of the role."""
     ready: Any = None
-    """Reference that resolves when it can serve."""
+    """Reference that is ready when the worker can serve."""
     addition: bool = False
-    """Started beyond what the run began with: if it cannot start, the run goes on without it."""
+    """Added by scaling: if it cannot start, the run continues without it."""
     state: State = State.STARTING
     busy: int = 0
-    """Calls it has in hand."""
+    """Calls it has."""
     tasks: int = 0
-    """Pieces of work in them."""
+    """Tasks in them."""
     begun: float = 0.0
-    """When it began with the call that it is at, as far as one can tell from here."""
+    """When its current call began, as far as this process can tell."""
     pace: Pace = field(default_factory=Pace)
     decoding: int = 0
-    """Of a sampler: groups whose images it decodes, or is yet to, beside what it has in hand."""
+    """Of a sampler: groups whose images it decodes or will decode, beside its tasks."""
     worked_until: float = 0.0
-    """Seconds since the epoch: end of its work that was counted last."""
+    """Seconds since the epoch: end of the work counted last."""
     weight_version: int = NO_WEIGHTS
     """Of a sampler: policy version it was sent last. It never decreases."""
     since: float = field(default_factory=time.monotonic)
     last_response: float = field(default_factory=time.monotonic)
-    """When it last answered, or was given work after it had none."""
+    """When it last answered, or was given a call after it had none."""
     calls: dict[int, tuple[object, float]] = field(default_factory=dict)
-    """Those it has in hand, by any number: what is asked (as text), and since when."""
+    """Calls it has, by any number: description, and since when."""
 
     @property
     def name(self) -> str:
         return self.role.worker_name(self.index)
 
     def at(self, now: float) -> str:
-        """The call that it has had longest, for messages; empty if it has none."""
+        """The oldest call it has, for messages; empty if it has none."""
         if not self.calls:
             return ""
         what, since = min(self.calls.values(), key=lambda call: call[1])
@@ -75,8 +75,8 @@ class Worker:
 
     @property
     def has_room(self) -> bool:
-        """Whether it may be given more. Images in decoding leave room for tokens to sample; only
-        too many of them, where images are what takes longer, do not."""
+        """Whether it may be given another call. Images being decoded do not count, unless many
+        pile up because they take longer than tokens."""
         images = self.role.depth * self.role.max_groups
         return self.busy < self.role.depth and self.decoding <= images
 
@@ -85,20 +85,20 @@ class Worker:
         return self.busy == self.decoding == 0
 
     def take(self, tasks: int = 1, now: float | None = None) -> None:
-        """One more call in hand."""
+        """Count a call that was given to it."""
         if not self.busy:
             self.begun = time.monotonic() if now is None else now
         self.busy += 1
         self.tasks += tasks
 
     def give(self, tasks: int = 1, now: float | None = None) -> None:
-        """One call less."""
+        """Count a call that ended."""
         self.begun = time.monotonic() if now is None else now
         self.busy -= 1
         self.tasks -= tasks
 
     def candidate(self, now: float) -> Candidate:
-        """What the choice of a worker goes by."""
+        """What `dispatch.choose` needs to know."""
         return Candidate(
             self.pace.value,
             self.tasks,
@@ -109,7 +109,7 @@ class Worker:
         )
 
     def count_work(self, span: Span) -> float:
-        """Seconds of a span that were not counted yet: what overlaps counts once."""
+        """Seconds of a span that were not counted yet: overlaps count once."""
         seconds = max(span.end - max(span.start, self.worked_until), 0.0)
         self.worked_until = max(self.worked_until, span.end)
         return seconds
@@ -119,9 +119,9 @@ class WorkerPool:
     """The workers of a role, and the work that waits for them.
 
     Args:
-        launch: starts one worker; called with its index, whether it is an addition, and whether it
-            must not wait for room, since nobody else serves.
-        stop: ends one worker at once.
+        launch: starts one worker: (role, index, whether it is an addition, whether it must not wait
+            for room because no other serves).
+        stop: kills one worker.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class WorkerPool:
 
     @property
     def target(self) -> int:
-        """How many workers there are to be."""
+        """Wanted number of workers."""
         return sum(worker.state is not State.DRAINING for worker in self.workers)
 
     def of(self, state: State) -> list[Worker]:
@@ -154,13 +154,13 @@ class WorkerPool:
             self.waiting.add(waiting)
 
     def next(self, now: float | None = None) -> tuple[list[Waiting], Worker] | None:
-        """The next work to hand out, of one kind, and the worker for it; None if there is no work,
-        no room, or nobody with room who would finish it first."""
+        """The next tasks to hand out, of one kind, and the worker for them; None if there are no
+        tasks, no room, or if workers without room would finish them earlier."""
         if not self.waiting:
             return None
         serving = self.of(State.SERVING)
         if not any(worker.busy < self.role.depth for worker in serving):
-            return None  # mostly: all have their hands full
+            return None  # the most frequent case
         now = time.monotonic() if now is None else now
         candidates = [worker.candidate(now) for worker in serving]
         chosen = choose(self.waiting.runs(), candidates)
@@ -176,8 +176,8 @@ class WorkerPool:
         return self.waiting.take(place, count), serving[index]
 
     def scale(self, count: int) -> None:
-        """Come to `count` workers: those that were to leave stay first, then new ones start; those
-        that do not serve yet go first, then the newest."""
+        """Start or drain workers until there are `count`. Draining ones are kept before new ones
+        start; those that do not serve yet are drained first, then the newest."""
         for worker in self.of(State.DRAINING)[: max(count - self.target, 0)]:
             worker.state = State.SERVING
         while self.target < count:
@@ -193,40 +193,40 @@ class WorkerPool:
         self.dismiss()
 
     def dismiss(self) -> list[Worker]:
-        """End those that were to leave and have nothing in hand any more."""
+        """End drained workers."""
         done = [worker for worker in self.of(State.DRAINING) if worker.idle]
         for worker in done:
             self.drop(worker)
         return done
 
     def drop(self, worker: Worker) -> None:
-        """End a worker at once."""
+        """Kill a worker and forget it."""
         self.workers.remove(worker)
         self._stop(worker)
 
     def recycle(self) -> Worker | None:
-        """Where the next task of work needs weights that every worker has left behind, because
-        whoever was to do it is gone: put a new worker in the place of an idle one."""
+        """Replace an idle worker by a new one, if the next task needs older weights than any worker
+        has: the worker that should have done it was lost."""
         coming = self.of(State.SERVING) + self.of(State.STARTING)
         if not self.waiting or any(
             worker.weight_version <= self.waiting.first.weight_version for worker in coming
         ):
             return None
         idle = next((w for w in self.of(State.SERVING) if w.idle), None)
-        if idle is None:  # all are busy: they get nothing new, so that one soon is not
+        if idle is None:  # all are busy; they get no new tasks, so one is idle soon
             return None
         self._stop(idle)
         return self.replace(idle)
 
     def replace(self, worker: Worker) -> Worker | None:
-        """Put another in the place of a lost one; None if it was to leave, or is gone already."""
+        """Start a replacement of a lost worker; None if it was draining, or is gone already."""
         if worker not in self.workers:
             return None
         if worker.state is State.DRAINING:
             self.workers.remove(worker)
             return None
         others = (each for each in self.of(State.SERVING) if each is not worker)
-        alone = not any(others)  # nobody else could do its work meanwhile
+        alone = not any(others)  # no other can do its tasks meanwhile
         new = self._launch(self.role, worker.index, worker.addition, alone)
         self.workers[self.workers.index(worker)] = new
         return new

@@ -1,4 +1,4 @@
-"""How often a lost worker is replaced, and how soon. Pure."""
+"""The restart budget: how often a lost worker is replaced, and how soon. Pure."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ class _Slot:
 
 
 class RestartBudget:
-    """At most so many replacements of any one worker within a period, as in Erlang's supervisors: a
-    lost machine costs each of its workers one, and a worker that cannot live ends the run soon.
+    """Bounds the replacements of each worker within a period, as Erlang's supervisors do: a lost
+    machine costs each of its workers one, and a worker that cannot run ends the run soon.
 
     Args:
-        most: replacements of a worker within the period; one more ends the run.
+        limit: replacements of a worker within the period; one more ends the run.
         period_s: seconds.
-        stopping: whether the run was asked to stop: nobody is replaced any more.
+        stopping: whether the run was asked to stop: no worker is replaced any more.
     """
 
     def __init__(
         self,
-        most: int,
+        limit: int,
         period_s: float = PERIOD_S,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._most, self._period_s, self.stopping = most, period_s, stopping
+        self._limit, self._period_s, self.stopping = limit, period_s, stopping
         self._slots: dict[str, _Slot] = {}
         self.spent = 0
         """Replacements so far, of all workers."""
 
     def spend(self, name: str, why: str, now: float) -> float:
-        """A worker was lost; returns the seconds to wait before it is replaced: none the first
-        time, and ever more while replacements are lost before they did anything.
+        """Count a lost worker; returns the seconds to wait before it is replaced: none the first
+        time, then 1, 2, 4, ... while replacements are lost before they answer.
 
         Raises:
             FleetError: it was replaced too often.
-            LostWhileStoppingError: the run stops.
+            LostWhileStoppingError: the run is stopping.
         """
         if self.stopping():
             raise LostWhileStoppingError(f"{name} {why} while the run stopped")
         slot = self._slots.setdefault(name, _Slot())
         while slot.times and now - slot.times[0] > self._period_s:
             slot.times.popleft()
-        if len(slot.times) >= self._most:
-            before = f", after {len(slot.times)} replacements in an hour" if self._most else ""
+        if len(slot.times) >= self._limit:
+            before = f", after {len(slot.times)} replacements in an hour" if self._limit else ""
             raise FleetError(
                 f"{name} {why}{before}: look at its log for the reason (out of memory?), or raise "
-                f"--max-restarts (now {self._most})"
+                f"--max-restarts (now {self._limit})"
             )
         slot.times.append(now)
         slot.in_a_row += 1
@@ -64,6 +64,6 @@ class RestartBudget:
         return 0.0 if slot.in_a_row == 1 else min(2.0 ** (slot.in_a_row - 2), LONGEST_DELAY_S)
 
     def worked(self, name: str) -> None:
-        """A worker has answered: what comes now is not the old trouble."""
+        """A worker answered: its next loss starts a new series of delays."""
         if name in self._slots:
             self._slots[name].in_a_row = 0

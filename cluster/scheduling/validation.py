@@ -1,7 +1,7 @@
-"""What workers answer, checked against what they were asked: pure, the same on every fleet.
+"""Checks answers of workers against their requests. Pure, the same on every fleet.
 
-A wrong shape here is a bug of a scorer or a sampler, which asking again would not mend, so it ends
-the run with who answered, what was expected, and what came.
+A wrong shape is a bug of a scorer or sampler that a retry would not fix: it ends the run, with the
+worker, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from cluster.errors import FleetError
 from cluster.messages import GroupScores, RolloutGroup, SampleRequest
 
-SLACK = 1e-4  # rounding: a logprob may be that much above 0, an entropy that much below
+SLACK = 1e-4  # rounding: a logprob may exceed 0 by this, an entropy fall below it
 
 
 class ScoreChecks:
@@ -147,6 +147,6 @@ def _wrong(worker: str, what: str, expected: str, values: Any) -> FleetError:
     if isinstance(values, np.ndarray):
         found = f"{values.shape} {values.dtype}"
     return FleetError(
-        f"{worker}, {what}: expected {expected}, found {found}. That is a bug of whoever made it, "
-        "which asking again would not mend"
+        f"{worker}, {what}: expected {expected}, found {found}. That is a bug of its author, "
+        "which a retry would not fix"
     )

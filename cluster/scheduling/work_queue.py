@@ -1,4 +1,4 @@
-"""Work that waits for a pool's workers, in order: in runs of what may go together. No Ray."""
+"""The queue of a pool: tasks in order, in runs of tasks that may share a call. No Ray."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 @dataclass
 class Waiting:
-    """One task of work in a pool's queue."""
+    """A task in the queue."""
 
     task: Any
     weight_version: int = 0
-    """Weights that it needs; of samplers' work."""
+    """Policy version that it needs; of samplers' tasks."""
     kind: Any = None
-    """Pieces of one kind (and weight_version) may go to a worker in one call."""
+    """Tasks of one kind and weight version may share a call."""
     since: float = field(default_factory=time.monotonic)
 
     def goes_with(self, other: Waiting) -> bool:
-        """Whether one call may hold both."""
+        """Whether both may share a call."""
         return (self.weight_version, self.kind) == (other.weight_version, other.kind)
 
 
@@ -39,22 +39,22 @@ class WorkQueue:
 
     @property
     def first(self) -> Waiting:
-        """The task that comes first; there is one."""
+        """The first task; there must be one."""
         return self._runs[0][0]
 
     def runs(self) -> list[tuple[int, int]]:
-        """(weight_version, number of tasks) of tasks that come one after another."""
+        """(weight version, number of tasks) of each run, in order."""
         return [(run[0].weight_version, len(run)) for run in self._runs]
 
     def add(self, waiting: Waiting) -> None:
-        """At the end."""
+        """Append a task."""
         if self._runs and self._runs[-1][0].goes_with(waiting):
             self._runs[-1].append(waiting)
         else:
             self._runs.append([waiting])
 
     def add_first(self, waiting: Waiting) -> None:
-        """Before all of its weight_version and of newer ones."""
+        """Insert a task before those of its weight version and of newer ones."""
         place = next(
             (
                 i
@@ -69,7 +69,7 @@ class WorkQueue:
             self._runs.insert(place, [waiting])
 
     def alike(self, place: int) -> int:
-        """How many tasks from a place on may go together."""
+        """How many tasks from a place on may share a call."""
         number, offset = self._find(place)
         return len(self._runs[number]) - offset
 
@@ -77,7 +77,7 @@ class WorkQueue:
         return self._runs[self._find(place)[0]][0].weight_version
 
     def take(self, place: int, count: int) -> list[Waiting]:
-        """Take out so many alike tasks from a place on."""
+        """Remove and return some alike tasks from a place on."""
         number, offset = self._find(place)
         run = self._runs[number]
         taken = run[offset : offset + count]
@@ -88,7 +88,7 @@ class WorkQueue:
         return taken
 
     def remove(self, unwanted: Callable[[Any], bool]) -> None:
-        """Drop tasks by what their task is."""
+        """Drop the tasks for which `unwanted` is true."""
         kept = ([w for w in run if not unwanted(w.task)] for run in self._runs)
         self._runs = [run for run in kept if run]
         self._join()
@@ -97,7 +97,7 @@ class WorkQueue:
         self._runs.clear()
 
     def _join(self) -> None:
-        """Make one run of neighbours that are alike."""
+        """Merge neighbouring runs of alike tasks."""
         runs, self._runs = self._runs, []
         for run in runs:
             if self._runs and self._runs[-1][0].goes_with(run[0]):
@@ -106,7 +106,7 @@ class WorkQueue:
                 self._runs.append(run)
 
     def _find(self, place: int) -> tuple[int, int]:
-        """The run of a place, and the place within it."""
+        """Run of a place, and offset within it."""
         for number, run in enumerate(self._runs):
             if place < len(run):
                 return number, place

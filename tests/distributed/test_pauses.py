@@ -84,10 +84,10 @@ def test_galleries_and_evaluations_take_no_more_than_the_slots(
         fleet.broadcast(1)
         most = []
 
-        def advance(ref, advance=fleet._in_flight.advance) -> None:
+        def advance(ref, advance=fleet._group_calls.advance) -> None:
             most.append(len({id(group) for call in fleet._calls.values() for group in call.groups}))
             advance(ref)
 
-        monkeypatch.setattr(fleet._in_flight, "advance", advance)
+        monkeypatch.setattr(fleet._group_calls, "advance", advance)
         assert len(fleet.sample_images(requests(12))) == 12
         assert max(most) <= 3

@@ -63,7 +63,7 @@ class KillsInMidBatch(RayFleet):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        send = self._in_flight.send
+        send = self._group_calls.send
 
         def send_and_kill(pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
             send(pool, picked, worker)
@@ -75,7 +75,7 @@ class KillsInMidBatch(RayFleet):
                 os.kill(pid, signal.SIGKILL)
                 self.victims.append(pid)
 
-        self._in_flight.send = send_and_kill
+        self._group_calls.send = send_and_kill
 
 
 @pytest.mark.parametrize(

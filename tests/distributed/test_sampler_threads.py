@@ -11,9 +11,9 @@ import pytest
 import ray
 
 from cluster.ray_backend.fleet import RayFleet
+from cluster.ray_backend.group_calls import IMAGES, SAMPLER_THREADS, spans_of
 from cluster.ray_backend.publisher import Publisher
 from cluster.ray_backend.transports import OBJECT_STORE
-from cluster.ray_backend.worker_calls import IMAGES, SAMPLER_THREADS, spans_of
 from cluster.ray_session.private import started
 from cluster.ray_session.session import RaySession
 from cluster.spans import Span
@@ -64,13 +64,13 @@ def test_images_are_decoded_beside_the_next_groups_tokens(ray_session: RaySessio
         fleet.broadcast(1)
         fleet.sample_images(requests(1))
         spans: list[Span] = []
-        advance = fleet._in_flight.advance
+        advance = fleet._group_calls.advance
 
         def listen(ref: ray.ObjectRef) -> None:
             spans.extend(spans_of(ray.get(ref)))
             advance(ref)
 
-        fleet._in_flight.advance = listen
+        fleet._group_calls.advance = listen
         images = fleet.sample_images(requests(8))
         assert [int(image[0, 0]) for image in images] == list(range(8))
         (worker,) = fleet.pools[0].workers

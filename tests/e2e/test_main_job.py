@@ -262,7 +262,7 @@ def test_a_signal_to_every_process_writes_a_checkpoint_and_leaves_no_process(
     text = "".join(lines_of(process))
     assert process.wait() == INTERRUPTED, text
     assert "Traceback" not in text
-    assert "takes its place" not in text
+    assert "replacement" not in text
     done = len(metrics.read_text().splitlines())
     assert (run / "checkpoints" / f"step_{done:06d}" / "manifest.msgpack").is_file()
     assert f"stopped after {done} of 2000 iterations; go on with" in text

@@ -134,4 +134,4 @@ def test_a_heartbeat_is_missed_by_time_listened_to(monkeypatch: pytest.MonkeyPat
         found = beats.unresponsive([one, two])
         if found:
             break
-    assert found == [(two, "gave no sign of life for 10 s")]
+    assert found == [(two, "did not answer heartbeats for 10 s")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.ray_backend.worker_calls import Call, Stage
+from cluster.ray_backend.group_calls import Call, Stage
 from cluster.roles import AutoscaleConfig, Resources, Role
 from cluster.scheduling.in_flight import PendingBatch, PendingGroup
 from cluster.scheduling.pool import State, Worker, WorkerPool

@@ -55,8 +55,8 @@ class SamplerConfig:
 class Sampler:
     """Decodes groups with the weights it loaded last.
 
-    `images` needs the frozen decoder only: it may run in a thread beside `sample`. All others
-    must be called in turn.
+    `images` needs the frozen decoder only: it may run in a thread beside `sample`. All others must
+    be called in turn.
     """
 
     def __init__(self, config: SamplerConfig, name: str = "sampler") -> None:

@@ -40,8 +40,8 @@ from rewards.config import NETWORKS
 from rewards.distribution.diagnostics import few_images, few_images_warning
 from rewards.distribution.reference import Reference, build_command, read_stored
 from rewards.networks.features import FeaturesConfig
-from rewards.preflight import check_judge, check_rewards, feature_dim, fits_fingerprint
-from rewards.prompt_check import check_texts
+from rewards.networks.features_check import feature_dim, fits_fingerprint
+from rewards.preflight import check_judge, check_rewards, check_texts
 from rewards.reference.fetch import PUBLISHED, by_file, fetch_command, reference_file
 
 

@@ -1,4 +1,4 @@
-"""Judging images: scorers, features, moments, leave-one-out FID, and the roles that serve them."""
+"""Rewards of images: scorers, features, moments, leave-one-out FID, and their roles."""
 
 from pathlib import Path
 from runpy import run_path

@@ -66,18 +66,6 @@ class ImageErrors(DataError):  # noqa: N818 - it carries several
 RowErrors = ImageErrors  # the former name, kept for one release
 
 
-def check_images(images: np.ndarray) -> None:
-    """
-    Raises:
-        DataError: not a non-empty (N, H, W, 3) uint8 batch.
-    """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
-        raise DataError(
-            "images must be a non-empty (N, H, W, 3) array of uint8, "
-            f"found {images.dtype} of shape {images.shape}"
-        )
-
-
 def by_size(images: Images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Group images by size, for networks that take batches.
 

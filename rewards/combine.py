@@ -1,7 +1,7 @@
-"""From raw scores to one advantage an image: each reward normalised apart, then weighted.
+"""Combines raw scores into one advantage an image: A = sum_r w_r clip(z_r).
 
-Rewards live on different scales (a cosine, an FID difference), so each is centred within its group
-and divided by a deviation before it is weighted: A = sum_r w_r clip(z_r).
+Rewards have different scales (a cosine, an FID difference): each is centred within its group and
+divided by a deviation before it is weighted.
 
 Shapes: P groups, K rollouts a group.
 """
@@ -26,16 +26,16 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTerm:
-    """One reward's part in the advantage."""
+    """A reward's weight and normalisation in the advantage."""
 
     weight: float = 1.0
-    """Factor of the normalised reward; 0 logs it and learns nothing from it."""
+    """Factor of the normalised reward; 0 logs it only."""
     normalise: Normalisation = "group"
     """group: by the deviation within the group. batch: by the deviation over the batch. anchored:
-    by the deviation within groups of the first iteration, whose images are the base policy's: the
-    reward then loses its say as its differences vanish. centred: not divided (Dr.GRPO)."""
+    by the deviation within groups of the first iteration, so that the reward's influence shrinks
+    with its differences. centred: not divided (Dr.GRPO)."""
     limit: float = 0.0
-    """Largest normalised reward, in deviations; what is beyond is clipped. 0 is no limit."""
+    """Clips the normalised reward, in deviations. 0 is no limit."""
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
@@ -45,43 +45,28 @@ class RewardTerm:
         check_at_most(self, weight=1e6, limit=1e6)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScorerTerm(RewardTerm):
-    """The part of a reward that a scorer gives."""
-
-    enabled: bool = True
-    """Whether the scorer is there at all; weight 0 keeps it for the records alone."""
-    pool: str = ""
-    """Reward servers that run the scorer: a name of reward_pools; empty is the main pool."""
-
-
 @dataclass(frozen=True)
 class Combined:
-    """Advantages of a batch, and how they came about."""
+    """Advantages of a batch."""
 
     values: np.ndarray
-    """(P, K) float64: the advantages; 0 where not valid."""
+    """(P, K) float64 advantages; 0 where not valid."""
     normalised: dict[str, np.ndarray]
     """Reward name -> (P, K), after normalisation and clipping, before the weight."""
     clipped: dict[str, float]
-    """Reward name -> share of valid images whose normalised reward was clipped; of those with a
-    limit."""
+    """Name of a reward with a limit -> share of valid images that were clipped."""
 
 
 class Combiner:
-    """Combines a run's rewards. What `anchored` rewards are measured by is taken from the first
-    batch, and is part of a checkpoint.
-
-    Args:
-        terms: reward name -> its part.
-    """
+    """Combines a run's rewards. The anchors of `anchored` rewards come from the first batch and are
+    saved in checkpoints."""
 
     def __init__(self, terms: Mapping[str, RewardTerm]) -> None:
         self.terms = dict(terms)
         self.anchors: dict[str, float] | None = None
 
     def __call__(self, rewards: Mapping[str, np.ndarray], valid: np.ndarray) -> Combined:
-        """Rewards (P, K) by name, and which images have them (P, K) -> advantages."""
+        """Rewards (P, K) by name and a validity mask (P, K) -> advantages."""
         if self.anchors is None:
             self.anchors = {name: spread_within(values, valid) for name, values in rewards.items()}
         return combine_rewards(rewards, valid, self.terms, self.anchors)
@@ -115,7 +100,7 @@ def combine_rewards(
         rewards: name -> (P, K), NaN where not valid.
         valid: (P, K) bool.
         terms: name -> weight, normalisation, limit; one for every reward.
-        anchors: name -> deviation, for rewards that are normalised by an anchor.
+        anchors: name -> deviation, of anchored rewards.
     """
     total = np.zeros(valid.shape)
     normalised: dict[str, np.ndarray] = {}
@@ -134,13 +119,7 @@ def combine_rewards(
 
 
 def spread_within(scores: np.ndarray, valid: np.ndarray) -> float:
-    """Deviation within groups, over all of them: sqrt of the mean square of what is left when each
-    group's mean is taken off. 0 where nothing is valid.
-
-    Args:
-        scores: (P, K).
-        valid: (P, K) bool.
-    """
+    """Root mean square deviation of scores (P, K) from their group's mean; 0 if none is valid."""
     centred = _centred(scores, valid)
     return float(np.sqrt((centred[valid] ** 2).mean())) if valid.any() else 0.0
 
@@ -148,23 +127,21 @@ def spread_within(scores: np.ndarray, valid: np.ndarray) -> float:
 def normalise_scores(
     scores: np.ndarray, valid: np.ndarray, how: Normalisation, anchor: float = 0.0
 ) -> np.ndarray:
-    """Centre each group on its own mean, and scale.
+    """Centre each group on its mean and scale.
 
     Args:
         scores: (P, K).
-        valid: (P, K) bool; others count in no mean and no deviation, and get 0.
+        valid: (P, K) bool; others are in no mean and no deviation, and get 0.
         how:
-            group   divide by the group's own deviation (GRPO, 2402.03300): every group has the same
-                    say, however small its differences are
-            batch   divide by the deviation of all scores of the batch: groups keep their relative
-                    weight, which suits a reward that is comparable across conditions (LOO-FID)
-            anchored  divide by `anchor`, the same throughout a run
-            centred   do not divide (Dr.GRPO, 2503.20783): groups weigh what their differences are,
-                    in the score's own unit
+            group     divide by the group's deviation (GRPO, 2402.03300): groups have equal weight
+            batch     divide by the deviation of all scores of the batch: groups keep their relative
+                      weight, for rewards that are comparable across conditions (LOO-FID)
+            anchored  divide by `anchor`, constant in a run
+            centred   do not divide (Dr.GRPO, 2503.20783): groups weigh by their differences
         anchor: a deviation, >= 0, in the unit of the scores.
 
     Returns:
-        (P, K) float64. A group without differences gets zeros.
+        (P, K) float64; zeros for a group of equal scores.
     """
     centred = _centred(scores, valid)
     if how == "centred":
@@ -174,7 +151,7 @@ def normalise_scores(
         return centred / (np.sqrt((centred**2).sum(1, keepdims=True) / counts) + EPSILON)
     used = np.asarray(scores, np.float64)[valid]
     spread = anchor if how == "anchored" else (np.std(used) if used.size else 0.0)
-    # No absolute floor: leave-one-out rewards may be of any scale. Equal values differ by rounding.
+    # A relative floor: leave-one-out rewards have any scale, and equal values differ by rounding.
     if spread <= ROUNDING * np.abs(used).max(initial=0.0):
         return np.zeros_like(centred)
     return centred / spread

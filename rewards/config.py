@@ -1,9 +1,9 @@
-"""What is rewarded and who judges: the configuration of scorers, moments and reward servers."""
+"""Configuration of rewards, judge and reward servers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
 import tyro
@@ -12,47 +12,23 @@ from pydantic import Field
 from cluster.bounds import check_at_most
 from cluster.program.secrets import check_environment
 from cluster.roles import AutoscaleConfig, Resources
-from rewards.combine import Normalisation, RewardTerm, ScorerTerm
+from rewards.combine import Normalisation, RewardTerm
 from rewards.distribution.config import MomentsConfig
 from rewards.networks.features import FeaturesConfig
 from rewards.scorers.classifier import ClassifierConfig
-from rewards.scorers.clip import ClipConfig
-from rewards.scorers.hpsv2 import HpsConfig
+from rewards.scorers.clip import ClipConfig, ClipTerm
+from rewards.scorers.config import ScorerTerm
+from rewards.scorers.hpsv2 import HpsTerm
 from rewards.scorers.user_reward_files import RewardFile, read_file
 from rewards.scorers.user_rewards import UserReward, parse_user_reward
 
 LOO_FID = "loo_fid"
 REWARDS, JUDGE = "rewards", "judge"
 """Panels of a reward server."""
-ACCURACY = "accuracy"
-"""Score of the judge's classifier."""
+ACCURACY = "accuracy"  # score of the judge's classifier
 GPU_BATCH = 64  # images; ViT-H-14's activations in fp32 then take a few GiB
 SECOND_SPACE = "second"
 NETWORKS = "package://learner.miniature/networks"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipTerm(ClipConfig, ScorerTerm):
-    """Text-image score."""
-
-    weight: float = 1.0
-    """Factor of the normalised reward; 0 logs it and learns nothing from it."""
-
-    def __post_init__(self) -> None:
-        ClipConfig.__post_init__(self)
-        ScorerTerm.__post_init__(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HpsTerm(HpsConfig, ScorerTerm):
-    """Preference score."""
-
-    weight: float = 0.5
-    """Factor of the normalised reward; 0 logs it and learns nothing from it."""
-
-    def __post_init__(self) -> None:
-        HpsConfig.__post_init__(self)
-        ScorerTerm.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,25 +36,23 @@ class LooFidTerm(MomentsConfig, RewardTerm):
     """Leave-one-out FID: the distribution reward."""
 
     weight: float = 4.0
-    """Factor of the normalised reward; 0 logs it and learns nothing from it."""
+    """Factor of the normalised reward; 0 logs it only."""
     normalise: Normalisation = "batch"
     """group: by the deviation within the group. batch: by the deviation over the batch. anchored:
     by the deviation within groups of the first iteration. centred: not divided."""
     reference: str = "digits:train"
-    """Real images' moments: an .npz file with mu and sigma; imagenet256 (64, 128, 512) for ADM's,
-    once fetched (`python -m rewards.reference fetch imagenet256`); or "digits:train" to compute
-    them."""
+    """Moments of real images: an .npz file with mu and sigma; imagenet256 (64, 128, 512) for ADM's,
+    after `python -m rewards.reference fetch imagenet256`; or "digits:train" to compute them."""
     seed_images: int = 1000
     """Images of the base policy that start the moving average; at least two groups' worth."""
     seed_from: str = ""
-    """A file of moments of the base policy's images that starts the moving average instead, so that
-    these need not be sampled: `python -m rewards.reference` makes one of a folder of samples, and
-    the public code of 2603.23086 has pretrained_gen_stats.npz."""
+    """A file of moments of the base policy's images that starts the moving average instead of
+    sampled images: made by `python -m rewards.reference` from a folder of samples, or
+    pretrained_gen_stats.npz of the public code of 2603.23086."""
     joint: bool = False
-    """Conditional LOO-FID: of features joined with the class that was asked for, so that an image
-    counts for its class alone."""
+    """Conditional LOO-FID, of features joined with the condition's class."""
     joint_weight: float = 0.0
-    """Factor of the class embeddings; 0 lets them vary as much as the features."""
+    """Factor of the class embeddings; 0: their total variance equals the features'."""
     joint_dim: int = 0
     """Dimensions of the class embeddings; 0 is one for each class."""
 
@@ -104,7 +78,7 @@ class LooFidTerm(MomentsConfig, RewardTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardsConfig:
-    """Everything the policy is tuned for."""
+    """The rewards of a run. Every `ScorerTerm` among the fields is a shipped scorer."""
 
     clip: ClipTerm = field(default_factory=ClipTerm)
     hps: HpsTerm = field(default_factory=HpsTerm)
@@ -113,53 +87,56 @@ class RewardsConfig:
     features_pool: str = ""
     """Reward servers that run the feature network: a name of reward_pools; empty: the main pool."""
     extra: tuple[str, ...] = ()
-    """Your own rewards, each written module:Class=weight[,option=value...], or with ./file.py in
-    the place of the module (rewards/README.md)."""
+    """User rewards, each module:Class=weight[,option=value...], or with ./file.py in place of the
+    module (rewards/README.md)."""
     files: Annotated[Mapping[str, RewardFile], tyro.conf.Suppress] = field(default_factory=dict)
-    """Those files, as they were when the run began: written by the run."""
+    """Those files as they were when the run began; written by the run."""
 
     def __post_init__(self) -> None:
         names = [extra.name for extra in self.user_rewards()]
         doubled = {name for name in names if names.count(name) > 1 or hasattr(self, name)}
         if doubled:
             raise ValueError(
-                f"extra: {sorted(doubled)} name more than one reward: add name=..., to tell them "
-                "apart"
+                f"extra: {sorted(doubled)} name more than one reward: add name=... to one of them"
             )
 
     def user_rewards(self) -> list[UserReward]:
-        """The user's own rewards, parsed."""
+        """The parsed user rewards."""
         parsed = [parse_user_reward(text) for text in self.extra]
         return [replace(extra, kept=self.files.get(extra.file)) for extra in parsed]
 
     def with_files(self) -> RewardsConfig:
-        """With the text of the files that `extra` names, which are read now unless they are known.
+        """This configuration with the text of the files in `extra`, read now unless known.
 
         Raises:
-            ConfigError: one cannot be read.
+            ConfigError: a file cannot be read.
         """
         named = dict.fromkeys(extra.file for extra in self.user_rewards() if extra.file)
         files = {name: self.files.get(name) or read_file(name) for name in named}
         return replace(self, files=files)
 
     def scorers(self) -> dict[str, ScorerTerm]:
-        """Name of each enabled scorer -> its part, in the order of the records."""
-        shipped: dict[str, ScorerTerm] = {"clip": self.clip, "hps": self.hps}
-        terms = shipped | {extra.name: extra.term for extra in self.user_rewards()}
-        return {name: term for name, term in terms.items() if term.enabled}
+        """Name -> enabled scorer, the shipped ones first; the order of columns in records."""
+        shipped = {item.name: getattr(self, item.name) for item in fields(self)}
+        scorers = shipped | {reward.name: reward for reward in self.user_rewards()}
+        return {
+            name: scorer
+            for name, scorer in scorers.items()
+            if isinstance(scorer, ScorerTerm) and scorer.enabled
+        }
 
     def terms(self) -> dict[str, RewardTerm]:
-        """Reward name -> its part in the advantage."""
+        """Name -> reward."""
         return {**self.scorers(), LOO_FID: self.loo_fid}
 
     def pools(self) -> dict[str, str]:
-        """What runs where: "features" or a scorer's name -> name of its pool."""
+        """ "features" or a scorer's name -> name of its pool."""
         return {"features": self.features_pool} | {k: t.pool for k, t in self.scorers().items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """Who grades the result: networks that no reward uses."""
+    """The networks of the evaluation, which no reward uses."""
 
     clip: ClipConfig = field(default_factory=lambda: ClipConfig(model=f"{NETWORKS}/judge_clip"))
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
@@ -167,21 +144,20 @@ class JudgeConfig:
         default_factory=lambda: FeaturesConfig(checkpoint=f"{NETWORKS}/judge.safetensors")
     )
     second: FeaturesConfig = field(default_factory=lambda: FeaturesConfig(network="pixels"))
-    """A second feature space: one network's FID can misrank what another sees."""
+    """A second feature space, since FIDs of two networks can rank differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingConfig:
-    """When queued requests are worked on, and how many may queue."""
+    """Batches and queue of a reward server."""
 
     max_batch: int = 0
-    """Most images scored together, across requests. 0 is 64 on a GPU, and every request by itself
-    on a CPU, where larger batches are no faster, and a score then depends, to its last bit, on
-    nothing but its own request."""
+    """Largest batch across requests, images. 0 is 64 on a GPU, and single requests on a CPU, where
+    larger batches are no faster and would change the last bits of scores."""
     max_wait_ms: float = 2.0
-    """Longest wait of a request for others to be scored together with, milliseconds."""
+    """Longest wait of a request for others in its batch, milliseconds."""
     max_queued: int = 1024
-    """Images that may wait in one server; whoever brings more is held up until there is room."""
+    """Images that may queue in one server; further requests block until there is room."""
 
     def __post_init__(self) -> None:
         if self.max_batch < 0:
@@ -194,21 +170,20 @@ class BatchingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardServerResources(Resources, BatchingConfig, AutoscaleConfig):
-    """What each reward server takes of its machine, how it batches, and how many there may be."""
+    """Resources, batching and autoscaling of reward servers."""
 
     def __post_init__(self) -> None:
         for part in (Resources, BatchingConfig, AutoscaleConfig):
             part.__post_init__(self)
 
     def depth(self, group: int) -> int:
-        """Groups of so many images that one server has in hand: one batch that is scored, and one
-        that comes together meanwhile."""
+        """Groups of `group` images in flight at a server: a running batch and a queued one."""
         batch = self.max_batch or (GPU_BATCH if self.num_gpus else group)
         return 2 * -(-batch // group)
 
     @property
     def batching(self) -> BatchingConfig:
-        """With the automatic batch made a number; 0 is every request by itself."""
+        """Batching with the automatic batch resolved; 0 is single requests."""
         automatic = GPU_BATCH if self.num_gpus else 0
         return BatchingConfig(
             max_batch=self.max_batch or automatic,
@@ -219,14 +194,14 @@ class RewardServerResources(Resources, BatchingConfig, AutoscaleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardPool(RewardServerResources):
-    """Further reward servers, which run other scorers than the main pool."""
+    """Further reward servers, for other scorers than the main pool's."""
 
     num_servers: Annotated[int, Field(ge=1, le=4096)] = 1
-    """How many of them."""
+    """Number of servers."""
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
-    """Ray runtime environment of these servers (pip, conda, env_vars, py_modules), for scorers that
-    need other packages than the run. A value ${NAME} in env_vars is taken from the environment of
-    the run when a server starts, and written nowhere: secrets must be given so."""
+    """Ray runtime environment of these servers (pip, conda, env_vars, py_modules), for scorers with
+    other packages than the run's. A value ${NAME} in env_vars is read from the run's environment
+    when a server starts and never written to a file; use it for secrets."""
 
     def __post_init__(self) -> None:
         RewardServerResources.__post_init__(self)
@@ -235,21 +210,21 @@ class RewardPool(RewardServerResources):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardServerConfig:
-    """What one reward server runs, and on what."""
+    """Scorers and device of one reward server."""
 
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     judge: JudgeConfig | None = field(default_factory=JudgeConfig)
     """None: this server takes no part in evaluations."""
     pool: str = ""
-    """It runs the scorers of this pool."""
+    """Pool of its scorers."""
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     device: str = "cpu"
     num_threads: int = 1
     timeout_s: float = 600.0
-    """Longest that scorers may take for one batch, seconds."""
+    """Time limit of a batch, seconds."""
 
     def scorer_names(self) -> dict[str, tuple[str, ...]]:
-        """Panel -> names of the scores that the server answers with."""
+        """Panel -> names of its scores."""
         own = (name for name, term in self.rewards.scorers().items() if term.pool == self.pool)
         panels = {REWARDS: tuple(own)}
         if self.judge is not None:

@@ -12,7 +12,7 @@ from learner.capacity.memory import LearnerMemory, learner_memory, sampler_memor
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
 from rewards.config import RewardServerConfig
-from rewards.memory import server_memory
+from rewards.preflight import server_memory
 
 CONTEXT = 0.5e9  # bytes that CUDA and its libraries take for each process
 FP32 = 4

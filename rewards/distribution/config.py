@@ -1,4 +1,4 @@
-"""How the history behind the leave-one-out FID forgets, and which form of the reward is taken."""
+"""Options of the leave-one-out FID: length of the history and form of the reward."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rewards.distribution.diagonal import Mode
 from rewards.distribution.leave_one_out import Method
 from rewards.distribution.moments import Covariance, decay_for, effective_images
 
-PER_DIMENSION = 5  # effective images: the rewards then correlate .99 with those of endless ones
-FOR_VARIANCES = 1000  # effective images; each variance is then known to 5 %
+PER_DIMENSION = 5  # effective images; rewards correlate .99 with those of an infinite history
+FOR_VARIANCES = 1000  # effective images; the error of a variance is 5 %
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,28 +19,27 @@ class MomentsConfig:
     """The history behind the leave-one-out FID."""
 
     decay: float | None = None
-    """Weight of the history in each update, [0, 1). Long against the bias of few images, short
-    against the policy's drift: watch fid/ema beside fid/batch. None: what window comes to."""
+    """Weight of the history in each update, [0, 1). A long history has less bias, a short one less
+    lag: compare fid/ema with fid/batch. None: set by window."""
     window: float = 0.0
-    """The same as an effective number of images, whatever an iteration's size; goes before decay.
-    0 and no decay: 5 images for each feature dimension with the full covariance, else 1,000."""
+    """The same as an effective number of images; overrides decay. 0 without decay: 5 images a
+    feature dimension for the full covariance, else 1,000."""
     kind: Literal["ema", "sliding"] = "ema"
-    """ema: exponential average. sliding: the newest images, all of one weight; forgets at once what
-    left the window, and keeps the features of the whole window in memory."""
+    """ema: exponential average. sliding: the newest images with equal weights, whose features stay
+    in memory."""
     covariance: Covariance = "full"
-    """full: the FID. diagonal: variances alone, for windows too short for the full covariance."""
+    """full: the FID. diagonal: variances only, for windows too short for the full covariance."""
     method: Method = "exact"
-    """Of the full covariance. exact: the definition. influence: its first order, to compare."""
+    """For the full covariance. exact: the definition. influence: its first order, to compare."""
     num_threads: int = 1
-    """Threads of the moments server's linear algebra. More let the decomposition of thousands of
-    dimensions end sooner on a machine with cores to spare; the rewards' last bits then depend on
-    the machine."""
+    """Threads of the moments server's linear algebra. More make decompositions of thousands of
+    dimensions faster; the rewards' last bits then depend on the machine."""
     rebuild_every: int = 0
-    """Not used any more, and gone in the next release: the moments server decomposes the history
-    anew when the next iteration would not fit the old decomposition."""
+    """Unused, and removed in the next release: the moments server decomposes the history when the
+    next iteration does not fit the old decomposition."""
     mode: Mode = "ema_loo"
-    """Of the diagonal covariance. ema_loo: images are left out of history and batch together.
-    loo_batch: of the batch alone. ema_scalar: one reward for the whole batch."""
+    """For the diagonal covariance. ema_loo: images are left out of history and batch together.
+    loo_batch: of the batch only. ema_scalar: one reward for the whole batch."""
 
     def __post_init__(self) -> None:
         if self.covariance == "full" and self.mode != "ema_loo":
@@ -57,7 +56,7 @@ class MomentsConfig:
             )
 
     def effective_images(self, batch: float, dim: int) -> float:
-        """What the history comes to hold, with so many images an iteration."""
+        """Effective images of a long history, with `batch` images an iteration."""
         if self.window:
             return self.window
         if self.decay is not None:
@@ -65,7 +64,7 @@ class MomentsConfig:
         return max(PER_DIMENSION * dim if self.covariance == "full" else FOR_VARIANCES, batch)
 
     def decay_at(self, batch: int, dim: int) -> float:
-        """The exponential average's decay for an iteration of so many images.
+        """The exponential average's decay for an iteration of `batch` images.
 
         Raises:
             DataError: the window is shorter than the iteration.

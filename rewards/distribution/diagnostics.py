@@ -1,4 +1,4 @@
-"""What the numbers of the distribution reward are made of: bias of few images, classes, windows.
+"""Diagnostics of the distribution reward: bias of few images, window length, lag, classes.
 
 Shapes: N images, D feature dimensions.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from cluster.errors import DataError
 from rewards.distribution.reference import Reference
 
-LAG_SHARE, LAG_COMMITS = 0.5, 10  # how far behind, for how long, the history may stay
+LAG_SHARE, LAG_COMMITS = 0.5, 10  # lag (share of the FID) and commits before a warning
 NEEDED_PER_DIMENSION = 2  # effective images: below, leave-one-out rewards are mostly bias
 
 
@@ -42,7 +42,7 @@ def bias_constant(reference: Reference, covariance: str = "full") -> float:
 
 
 def short_window_warning(effective: float, reference: Reference) -> str:
-    """What to say about a history of so many effective images; empty if they are enough."""
+    """Warning for a history of too few effective images; empty if they are enough."""
     dim = reference.factor.shape[1]
     needed = NEEDED_PER_DIMENSION * dim
     if effective >= needed:
@@ -56,15 +56,15 @@ def short_window_warning(effective: float, reference: Reference) -> str:
 
 
 def few_images_warning(reference: Reference, covariance: str = "full") -> str:
-    """What to say about a reference of fewer images than dimensions; empty if they are enough, or
-    if nobody knows how many they are."""
+    """Warning for a reference of fewer images than dimensions; empty if they are enough, or if
+    their number is unknown."""
     if covariance != "full" or reference.images < 0:
         return ""
     return few_images(reference.source or "the reference", reference.images, reference.dim)
 
 
 def few_images(source: str, images: int, dim: int) -> str:
-    """What to say about moments of so few real images; empty if they are enough."""
+    """Warning for moments of fewer real images than dimensions; else empty."""
     if images > dim:
         return ""
     return (
@@ -74,7 +74,7 @@ def few_images(source: str, images: int, dim: int) -> str:
 
 
 def lag_warning(fid: float, batch_fid: float) -> str:
-    """What to say about a history that stays behind the policy."""
+    """Warning for a history that lags behind the policy."""
     return (
         f"the history lags behind the policy: for {LAG_COMMITS} iterations more than "
         f"{LAG_SHARE:.0%} of its FID (now {fid:.3g}) was not in the newest images (now "
@@ -84,16 +84,12 @@ def lag_warning(fid: float, batch_fid: float) -> str:
 
 
 def class_statistics(rewards: np.ndarray, classes: np.ndarray) -> dict[str, Any]:
-    """How rewards spread between and within classes.
+    """Means and deviations of rewards by class: fields of `DistributionReward`; empty without any
+    class.
 
     Args:
-        rewards: (N,), NaN where an image failed.
-        classes: (N,) int; below 0 for images of no class (captions), which do not count.
-
-    Returns:
-        class_rewards: class -> mean reward; between_classes: standard deviation of these means;
-        within_classes: root mean square deviation from them. Names of `DistributionReward`; empty
-        where no image counts.
+        rewards: (N,), NaN for failed images.
+        classes: (N,) int; below 0 for images without a class (captions).
 
     Raises:
         DataError: not one integer an image.

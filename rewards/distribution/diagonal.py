@@ -1,10 +1,10 @@
-"""The diagonal leave-one-out FID: every feature on its own, as the code of 2603.23086 has it.
+"""The diagonal leave-one-out FID: single features without correlations, as in 2603.23086's code.
 
     F(m, v) = |mu_r - m|^2 + |sd_r - sqrt(v + EPSILON)|^2
 
-Facts from bugrabaran/ar-policy-tuning at fac5b31 (`utils/reward_utils.py`), whose decay is .5 by
-default. Departures: the history is never scaled down (its start without debiasing halves it), and
-variances follow the law of total variance, where E[x^2] - E[x]^2 loses digits.
+After bugrabaran/ar-policy-tuning at fac5b31 (`utils/reward_utils.py`, default decay .5).
+Departures: the history is debiased (theirs starts halved), and variances follow the law of total
+variance, since E[x^2] - E[x]^2 loses digits.
 
 Shapes: N images, D dimensions.
 """
@@ -20,7 +20,7 @@ from rewards.distribution.reference import Reference
 
 Mode = Literal["ema_loo", "loo_batch", "ema_scalar"]
 
-EPSILON = 1e-12  # added to the generated variances alone
+EPSILON = 1e-12  # added to the generated variances only
 
 
 def diagonal_rewards(
@@ -29,7 +29,7 @@ def diagonal_rewards(
     """Rewards (N,) float64 of features x (N, D) float64, N >= 2, and the FID of the mixture.
 
     Args:
-        moments: history of at least means and variances; not changed.
+        moments: history; not changed.
         decay: the history's weight in [0, 1).
         mode: "ema_loo" leaves images out of the mixture; "loo_batch" out of the batch alone, whose
             FID it returns; "ema_scalar" gives all images F(history) - F(mixture).

@@ -1,4 +1,4 @@
-"""What the moments server answers, and how it is kept in a checkpoint."""
+"""The result of the moments server for an iteration, and its form in a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,50 +13,49 @@ from cluster.spans import Span
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionReward:
-    """The moments server's answer for one iteration."""
+    """Distribution rewards of one iteration, with diagnostics."""
 
     iteration: int
     rewards: np.ndarray
-    """(N,) float64, FID units; NaN for images that were left out."""
+    """(N,) float64, FID units; NaN for excluded images."""
     fid: float
     """FID of the mixture of history and batch."""
     batch_fid: float
-    """FID of this iteration's images alone; far above `fid` with few images, but free of lag."""
+    """FID of this iteration's images alone: higher bias, no lag."""
     effective_size: float
-    """How many images' worth of information the mixture holds."""
+    """Effective number of images in the mixture."""
     version: int = 0
-    """The history compared with: iterations up to this one, itself left out; 0 is seed images."""
+    """The history has the iterations before this one; 0: the seed images."""
     bias: float = 0.0
-    """About how much of `fid` is there because images are few: `diagnostics.bias_constant` over
-    the effective size, at most `fid`. Too low where the images are fewer than 2 D."""
+    """Estimated bias of `fid` by few images: `diagnostics.bias_constant` over the effective size,
+    at most `fid`. Too low for fewer than 2 D images."""
     batch_bias: float = 0.0
-    """The same of `batch_fid`."""
+    """The same for `batch_fid`."""
     positive_share: float = float("nan")
     """Share of the valid images whose reward is positive."""
     class_rewards: dict[int, float] | None = None
-    """Class -> mean reward of its valid images; None where no classes were given."""
+    """Class -> mean reward of its valid images; None without classes."""
     between_classes: float = float("nan")
-    """Standard deviation of the classes' mean rewards: what group normalisation takes away."""
+    """Standard deviation of the classes' mean rewards, which group normalisation removes."""
     within_classes: float = float("nan")
-    """Root mean square deviation of rewards from their class's mean: what it leaves."""
+    """Root mean square deviation of rewards from their class's mean, which it keeps."""
     warnings: tuple[str, ...] = ()
-    """What is wrong with the settings and what to change; each is told once."""
+    """Problems of the settings and what to change; each is given once."""
     spans: tuple[Span, ...] = ()
 
     @property
     def gap(self) -> float:
-        """`batch_fid` less `fid`: bias of the smaller set, less what the history lags behind."""
+        """`batch_fid` - `fid`: bias of the smaller set minus the history's lag."""
         return self.batch_fid - self.fid
 
     @property
     def lag(self) -> float:
-        """`fid` less `batch_fid`, each without its bias: above 0 the policy is better than its
-        history, and a shorter window would follow it closer. As rough as the bias estimates."""
+        """`fid` - `batch_fid`, each without its bias: above 0, the policy is better than its
+        history, and a shorter window would follow closer. As rough as the bias estimates."""
         return (self.fid - self.bias) - (self.batch_fid - self.batch_bias)
 
     def packed(self) -> dict[str, Any]:
-        """As msgpack can hold it. Times of the clock, and warnings, which depend on what was said
-        before, are left out: the same state would not be the same bytes."""
+        """Fields for msgpack, without spans and warnings: equal states give equal bytes."""
         fields = asdict(self)
         del fields["spans"], fields["warnings"]
         return fields | {"rewards": pack_array(self.rewards)}

@@ -2,8 +2,8 @@
 
     F = |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)
 
-The last trace is computed in its symmetric form, tr (L' S_a L)^(1/2) with S_b = L L': eigenvalues
-of a symmetric matrix are real and accurate where `sqrtm` of the product is neither.
+The last trace is computed as tr (L' S_a L)^(1/2) with S_b = L L': eigenvalues of a symmetric matrix
+are real and accurate; `sqrtm` of the product is neither.
 
 Shapes: N images, D feature dimensions.
 """
@@ -18,7 +18,7 @@ NOISE_ULPS = 50  # at most; symmetric eigensolvers stay within some sqrt(D)
 
 
 def covariance_factor(cov: np.ndarray) -> np.ndarray:
-    """L (D, R) with L L' = cov; eigenvalues that are rounding noise are dropped."""
+    """L (D, R) with L L' = cov, without eigenvalues that are rounding noise."""
     values, vectors = scipy.linalg.eigh(cov)
     keep = significant(values)
     return vectors[:, keep] * np.sqrt(values[keep])
@@ -32,8 +32,8 @@ def significant(values: np.ndarray) -> np.ndarray:
 def noise(values: np.ndarray, margin: float = 1.0) -> float:
     """Size of the rounding error in computed eigenvalues (D,) of a covariance.
 
-    The true ones are not negative, so the most negative computed one shows how large the noise is,
-    times a margin; but never less than the eigensolver's own error.
+    The most negative computed eigenvalue times a margin, since true ones are not negative; at least
+    the eigensolver's error.
     """
     ulps = min(len(values), NOISE_ULPS) * np.finfo(np.float64).eps
     return float(max(ulps * values.max(initial=0), -margin * values.min(initial=0)))

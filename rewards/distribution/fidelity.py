@@ -16,15 +16,13 @@ import numpy as np
 from cluster.errors import DataError
 
 HELD = 1 << 24  # distances in memory at a time: 128 MiB
-COLUMNS = 4096  # rows of features in float64 at a time
-PRECISION = (
-    1e-12  # of a squared distance by a matrix product, over the squared norms; at least D eps
-)
+COLUMNS = 4096  # features in float64 at a time
+PRECISION = 1e-12  # of a squared distance by a matrix product, relative to the squared norms
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Each is a share in [0, 1], but density, which can exceed 1."""
+    """Shares in [0, 1], except density, which can exceed 1."""
 
     precision: float
     """Share of generated images inside some real image's ball."""
@@ -72,7 +70,7 @@ def _kth_distances(features: np.ndarray, k: int) -> np.ndarray:
     centre = features.mean(0, dtype=np.float64)
     for rows, squares, slack in _squared_distances(features, features, centre):
         kth = np.partition(squares, k, axis=1)[:, k, None]
-        below = (squares < kth - slack).sum(1)  # for certain; who is next is seen exactly
+        below = (squares < kth - slack).sum(1)  # certainly nearer; the next are computed exactly
         row, column = np.nonzero(np.abs(squares - kth) <= slack)
         exact = _distances(features[rows], row, features, column)
         order = np.lexsort((exact, row))
@@ -87,11 +85,11 @@ def _squared_distances(
     """Squared distances of some rows of `left` (N, D) to all of `right` (M, D), as matrix products.
 
     Args:
-        centre: (D,) near the points, so that few digits cancel.
+        centre: (D,) near the points, against cancellation.
 
     Yields:
-        Which rows, their squared distances (R, M) and how far off each may be, (R, M): where that
-        decides something, take `_distances`.
+        The rows, their squared distances (R, M) and error bounds (R, M); use `_distances` where an
+        error matters.
     """
     norms = np.concatenate(
         [np.square(right[at] - centre).sum(1) for at in _slices(len(right), COLUMNS)]
@@ -124,7 +122,7 @@ def _below(
 def _distances(
     left: np.ndarray, row: np.ndarray, right: np.ndarray, column: np.ndarray
 ) -> np.ndarray:
-    """(P,) distances of pairs of rows: the same number wherever a pair is asked for."""
+    """(P,) exact distances of pairs of rows, reproducible for a pair."""
     found = np.empty(len(row))
     for at in _slices(len(row), COLUMNS):
         gaps = np.subtract(left[row[at]], right[column[at]], dtype=np.float64)

@@ -1,14 +1,13 @@
-"""Exact leave-one-out rewards from the eigendecomposition of an old history.
+"""Exact leave-one-out rewards from the eigendecomposition of an older history.
 
-The decomposition is what costs. But the batches that came since, and the one to be scored, change
-the old history's covariance by a matrix of low rank: a row for each image and one for the shift of
-the mean. With A = diag(l) + P'P in the old eigenbasis, determinants and single images follow from
+The decomposition is the expensive part. The batches since then, and the one to be scored, change
+the history's covariance by low rank: a row for each image and one for the shift of the mean. With
+A = diag(l) + P'P in the old eigenbasis, determinants and single images follow from
 
     K(t) = I + P (diag(l) + t^2)^-1 P',    1 - g_i(t) = W (K(t)^-1)_ii - share
 
-with one small Cholesky factorisation a node: O(Q n^2 (R + n)) instead of O(D^3). The rewards are
-those of `leave_one_out_fid`, so the basis can be built in the background, replaced at any time and
-lost in a restart.
+with one small Cholesky factorisation a node: O(Q n^2 (R + n)) instead of O(D^3). The rewards equal
+those of `leave_one_out_fid`, so the basis may be built in the background, replaced or lost.
 
 Shapes: N images, D dimensions, R rank, n images since the decomposition, Q quadrature nodes.
 """
@@ -30,9 +29,9 @@ from rewards.distribution.quadrature import half_line_nodes
 from rewards.distribution.reference import Reference
 from rewards.distribution.root_trace import TOLERANCE, log_det, reweighting_rows
 
-MAX_CONDITION = 1e12  # of L' cov L: beyond, rounding reaches 1e-6 of the rewards' spread
-USELESS_BATCHES = 8  # after which a decomposition that could serve none is tried again
-MAX_SHARE = 1 / 4  # images since the decomposition, of R: beyond, a new one is as cheap
+MAX_CONDITION = 1e12  # of L' cov L; above, rounding errors reach 1e-6 of the rewards' spread
+USELESS_BATCHES = 8  # batches after which an unusable decomposition is computed again
+MAX_SHARE = 1 / 4  # of R, images since the decomposition; above, a new one is as cheap
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class HistoryBasis:
 
     @classmethod
     def of(cls, moments: Moments, reference: Reference, device: str = "cpu") -> HistoryBasis:
-        """Decompose; O(D^3), the same work as one exact reward. The arguments are not kept."""
+        """Decompose a history; O(D^3), as one exact reward. Keeps no reference to the arguments."""
         factor = torch.tensor(reference.factor, dtype=torch.float64, device=device)
         cov = torch.tensor(moments.cov, dtype=torch.float64, device=device)
         squares = factor.T @ (cov @ factor)
@@ -69,14 +68,14 @@ class HistoryBasis:
         )
 
     def fits(self, pending: Sequence[np.ndarray], features: np.ndarray, decay: float) -> bool:
-        """Whether `leave_one_out` is exact and worth it: the history has full rank in the
-        reference's space and a condition that rounding leaves alone, also as faded since; and few
-        images came since. Where not, call `leave_one_out_fid`.
+        """Whether `leave_one_out` is exact and faster than `leave_one_out_fid`: full rank in the
+        reference's space, a condition number below `MAX_CONDITION` after the decay since, and few
+        images since.
         """
         return self.has_room(len(features) + sum(map(len, pending)), len(pending) + 1, decay)
 
     def has_room(self, images: int, batches: int, decay: float) -> bool:
-        """`fits`, of so many images in so many batches, the one to be scored among them."""
+        """`fits` for numbers of images and batches, including the one to be scored."""
         faded = decay**batches
         return (
             images <= MAX_SHARE * len(self.values)
@@ -87,21 +86,19 @@ class HistoryBasis:
     def leave_one_out(
         self, pending: Sequence[np.ndarray], features: np.ndarray, decay: float
     ) -> tuple[np.ndarray, float]:
-        """`leave_one_out_fid` of `features` with the moments that `pending` brought the history to.
+        """`leave_one_out_fid` of `features`, after the history was updated with `pending`.
 
         Args:
-            pending: batches (N_k, D) that updated the moments since, oldest first, each with
-                `decay`; a batch of another weight calls for a new basis.
+            pending: batches (N_k, D) of the updates since, oldest first, each with `decay`.
             features: (N, D), N >= 2, the batch to be scored.
             decay: the history's weight in each update, in (0, 1).
 
         Returns:
-            rewards (N,) float64 and the FID of the mixture with every image, as
-            `leave_one_out_fid`; the rewards to within 1e-6 of their standard deviation.
+            As `leave_one_out_fid`; rewards to within 1e-6 of their standard deviation.
 
         Raises:
             DataError: fewer than two images, or dimensions that differ.
-            ValueError: what `fits` refuses, or decay out of range.
+            ValueError: `fits` is false, or decay out of range.
         """
         dim = len(self.mean)
         x = check_batch(features, dim, len(self.mu), decay)
@@ -111,7 +108,7 @@ class HistoryBasis:
             )
         share = (1 - decay) / (len(x) - 1)
         old, shares, rows = self._mixture(pending, x, decay)
-        # About the mixture's mean; of weight old + sum of shares = 1 + share.
+        # Relative to the mixture's mean; total weight old + sum of shares = 1 + share.
         mean = (old * self.mean + shares @ rows) / (1 + share)
         deviations = torch.cat([(self.mean - mean)[None], rows - mean])
         weights = torch.cat([shares.new_tensor([old]), shares]).sqrt()
@@ -121,7 +118,7 @@ class HistoryBasis:
         distances = (rows**2).sum(1)
         own = distances[len(distances) - len(x) :]
         rewards = share * (own.mean() - own) + 2 * (drops - common)
-        # The batch's shares sum to 1 - decay + share, of which E(u) holds 1 - decay.
+        # The batch's shares sum to 1 - decay + share; E(u) has 1 - decay.
         linear = old * self.spread + float(shares @ distances - share * own.mean())
         fid = linear + self.reference_trace - 2 * float(root_trace - common)
         return rewards.cpu().numpy(), max(fid, 0.0)
@@ -145,10 +142,10 @@ class HistoryBasis:
     def _integrals(
         self, rows: Tensor, old: float, share: float, count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Falls (N,) of the last `count` rows, the common fall () and tr sqrt(A) ().
+        """Drops (N,) of the last `count` rows, the common drop () and tr sqrt(A) ().
 
-        A = old diag(values) + rows' rows; what is left of it without an image still holds the first
-        term, so nothing here turns singular.
+        A = old diag(values) + rows' rows. The first term stays when an image is removed, so no
+        integrand is singular.
         """
         values, total = old * self.values, 1 + share
         largest = values[-1] + torch.linalg.eigvalsh(rows @ rows.T)[-1]
@@ -168,33 +165,33 @@ class HistoryBasis:
 
 
 class MaintainedBasis:
-    """The decomposition that a server keeps: of an old history, with the batches committed since.
+    """A server's decomposition of an older history, and the batches committed since.
 
-    It is made anew, between commits, when it could not serve another batch like the last.
+    Computed again between commits when it does not fit another batch like the last.
     """
 
     def __init__(self) -> None:
         self.base: Moments | None = None
-        """The history that is decomposed."""
+        """The decomposed history."""
         self.pending: tuple[np.ndarray, ...] = ()
-        """Batches since then, each with the decay `share`."""
+        """Batches since then, each committed with the decay `share`."""
         self.share = 0.0
         self._basis: HistoryBasis | None = None
 
     def start(
         self, base: Moments | None, pending: tuple[np.ndarray, ...] = (), share: float = 0.0
     ) -> None:
-        """Go on from a history that was decomposed, and what came since; None: from nothing."""
+        """Set the decomposed history and the batches since; None: no decomposition."""
         self.base, self.pending, self.share, self._basis = base, pending, share, None
 
     def change_reference(self) -> None:
-        """The reference changed: the same history is decomposed in its space."""
+        """Decompose the same history again, in another reference's space."""
         self._basis = None
 
     def refresh(self, history: Moments, reference: Reference, count: int) -> bool:
-        """Be ready for a batch of so many images (0: not known); whether that took work."""
+        """Prepare for a batch of `count` images (0: unknown); True if it was decomposed again."""
         if count > MAX_SHARE * reference.factor.shape[1]:
-            self.start(None)  # such batches call for a decomposition of their own
+            self.start(None)  # such batches are decomposed inside their commit
             return False
         before = self._basis
         if not self._serves(count, reference):
@@ -205,15 +202,15 @@ class MaintainedBasis:
     def leave_one_out(
         self, features: np.ndarray, decay: float, reference: Reference
     ) -> tuple[np.ndarray, float] | None:
-        """Rewards and FID as `leave_one_out_fid`'s; None where the decomposition cannot serve."""
+        """Rewards and FID as `leave_one_out_fid`'s; None if the decomposition does not fit."""
         basis = self._current(reference)
         steady = not self.pending or self.share == decay
         if basis is None or not steady or not basis.fits(self.pending, features, decay):
             return None
         return basis.leave_one_out(self.pending, features, decay)
 
-    def follow(self, features: np.ndarray, decay: float) -> None:
-        """Remember a committed batch beside the decomposition that does not know it."""
+    def record(self, features: np.ndarray, decay: float) -> None:
+        """Record a committed batch."""
         if self.base is None:
             return
         if self.pending and decay != self.share:  # of another size: start anew
@@ -227,7 +224,7 @@ class MaintainedBasis:
             return basis is not None
         if basis.has_room(sum(map(len, self.pending)) + count, batches + 1, self.share):
             return True
-        # One that was of no use from the first is not made again at once: histories change slowly.
+        # An unusable one is not computed again at once: histories change slowly.
         return not basis.has_room(count, 1, self.share) and batches < USELESS_BATCHES
 
     def _current(self, reference: Reference) -> HistoryBasis | None:

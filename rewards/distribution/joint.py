@@ -1,13 +1,12 @@
-"""Features joined with conditions: the spaces in which a conditional Fréchet distance is taken.
+"""Features joined with embeddings of their conditions, for the conditional Fréchet distance.
 
-The Fréchet distance of [phi(x), w e(c)] compares how features go with conditions, beside how
-either is distributed (DeVries et al. 2019, Fréchet Joint Distance, 1907.08175). The functions for
-moments, distance and leave-one-out rewards are the same, on longer vectors.
+The Fréchet distance of [phi(x), w e(c)] also compares the covariance of features and conditions
+(DeVries et al. 2019, Fréchet Joint Distance, 1907.08175). Moments, distance and leave-one-out
+rewards use the same functions on longer vectors.
 
-The block of the covariance that belongs to e(c) alone is fixed by whoever draws the conditions. It
-teaches nothing: within a group all images share c, so what it adds to their rewards is one
-constant, which centring on the group takes away. Draw conditions with the reference's frequencies,
-else it adds a constant to the distance, too.
+The covariance block of e(c) alone depends only on the drawn conditions. It gives no signal: all
+images of a group share c, so it adds a constant to their rewards, which centring removes. Draw
+conditions with the reference's frequencies, else it adds a constant to the distance, too.
 
 Shapes: N images, D feature dimensions, E embedding dimensions, C classes.
 """
@@ -50,9 +49,9 @@ def class_table(num_classes: int, dim: int = 0, seed: int = 0) -> np.ndarray:
 
     Args:
         num_classes: C >= 2.
-        dim: 0 takes centred one-hot vectors, e(c) = onehot(c) - 1/C, so E = C (of rank C - 1); for
-            many classes, 1 <= dim < C: a fixed random projection of these onto dim orthonormal
-            directions, scaled so that the variance stays. It is the same in every direction.
+        dim: 0 takes centred one-hot vectors, e(c) = onehot(c) - 1/C, so E = C (rank C - 1); for
+            many classes, 1 <= dim < C: a fixed random projection onto dim orthonormal directions,
+            scaled to the same total variance, which is isotropic.
         seed: of the projection.
 
     Raises:
@@ -70,39 +69,18 @@ def class_table(num_classes: int, dim: int = 0, seed: int = 0) -> np.ndarray:
     generator = np.random.Generator(np.random.Philox(key=[seed, num_classes]))
     drawn = generator.normal(size=(num_classes, dim))
     directions, upper = np.linalg.qr(drawn - drawn.mean(0))
-    directions *= np.sign(np.diag(upper))  # LAPACKs differ in the signs
+    directions *= np.sign(np.diag(upper))  # signs differ between LAPACKs
     return directions * math.sqrt((num_classes - 1) / dim)
 
 
-def class_embeddings(
-    classes: np.ndarray, num_classes: int, dim: int = 0, seed: int = 0
-) -> np.ndarray:
-    """Embeddings (N, E) float64 of class indices (N,): rows of `class_table`.
-
-    Raises:
-        DataError: not integers of that range.
-        ValueError: an impossible number of classes or dimensions.
-    """
-    table, indices = class_table(num_classes, dim, seed), np.asarray(classes)
-    if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
-        raise DataError(
-            f"classes must be an (N,) array of integers, found {indices.dtype} of shape "
-            f"{indices.shape}"
-        )
-    outside = indices[(indices < 0) | (indices >= num_classes)]
-    if outside.size:
-        raise DataError(f"classes must be in 0..{num_classes - 1}, found {outside[0]}")
-    return table[indices]
-
-
 def equal_trace_weight(features_cov: np.ndarray, embeddings_cov: np.ndarray) -> float:
-    """Weight w at which embeddings vary as much as features in all: w^2 tr S_e = tr S_phi.
+    """Weight w that gives embeddings the features' total variance: w^2 tr S_e = tr S_phi.
 
     Args:
         features_cov: (D, D); embeddings_cov: (E, E).
 
     Raises:
-        DataError: one of the two does not vary, so that no weight balances them.
+        DataError: one of the two does not vary.
     """
     features, embeddings = float(np.trace(features_cov)), float(np.trace(embeddings_cov))
     if not (0 < features < math.inf and 0 < embeddings < math.inf):

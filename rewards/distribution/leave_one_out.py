@@ -1,12 +1,12 @@
-"""Leave-one-out FID: how much each image of a batch brings its distribution nearer the reference.
+"""The FID reward: the leave-one-out FID of every image of a batch.
 
 With EMA moments M before the batch and a decay b, E(u) = b M + (1 - b) u mixes history and batch:
 
-    r_i = F(E(batch without i)) - F(E(batch))          > 0: the image helps
+    r_i = F(E(batch without i)) - F(E(batch))          > 0: the image lowers the FID
 
-Leaving one image out of the mixture is a rank-one change of its covariance. All N rewards therefore
-follow from one eigendecomposition and quadratures whose nodes all images share; nothing is
-approximated. Moments are population moments (divided by N); `ddof` cancels to first order in r_i.
+Leaving one image out of the mixture is a rank-one change of its covariance, so all N rewards follow
+from one eigendecomposition and quadratures with shared nodes, without approximation. Moments are
+population moments (divided by N); `ddof` cancels to first order in r_i.
 
 Shapes: N images, D dimensions, R rank.
 """
@@ -42,11 +42,11 @@ __all__ = [
     "joint_features",
     "leave_one_out_fid",
 ]
-"""All that a call needs, from one place."""
+"""Everything a caller needs."""
 
 Method = Literal["exact", "influence"]
 
-BUDGET = 1.5e-7  # of the rewards' standard deviation: the error at which squares give way to data
+BUDGET = 1.5e-7  # error allowed to `_from_squares`, in standard deviations of the rewards
 SOLVER_ULPS = 5  # error of the eigensolver, measured up to D = 2048
 
 
@@ -67,19 +67,19 @@ def leave_one_out_fid(
         features: (N, D), N >= 2, of the batch.
         moments: EMA state before this batch; not changed.
         reference: real images' moments in the same feature space.
-        decay: the history's weight b in [0, 1); 0 judges the batch alone.
+        decay: the history's weight b in [0, 1); 0 uses the batch alone.
         covariance: "full" is the Fréchet distance; "diagonal" (2603.23086's code) compares standard
-            deviations of single features, needs far fewer images, and is blind to correlations.
+            deviations of single features: needs far fewer images, ignores correlations.
         method: of the full covariance: "exact" is the definition, "influence" its first order in
-            the weight of an image, for comparison; it saves nothing.
+            the weight of an image, for comparison; equally slow.
         mode: of the diagonal form: "ema_loo" is the definition above, "loo_batch" the same with
-            decay 0, "ema_scalar" gives every image the fall of the FID that the batch brings.
-        device: where to compute, as torch names it; float64 everywhere.
+            decay 0, "ema_scalar" gives every image the drop of the FID by the whole batch.
+        device: torch device; float64 on all.
 
     Returns:
-        rewards (N,) float64, in FID units, positive where the image helps, and the FID of the
-        mixture with every image. The exact rewards are within 1e-6 of their own standard deviation,
-        also where covariances are singular or of condition 1e14.
+        Rewards (N,) float64 in FID units, and the FID of the mixture with every image. The error of
+        exact rewards is below 1e-6 of their standard deviation, also for singular covariances and
+        condition numbers of 1e14.
 
     Raises:
         DataError: fewer than two images, or dimensions that differ.
@@ -109,7 +109,7 @@ def leave_one_out_fid(
 
 
 def check_batch(features: np.ndarray, dim: int, reference_dim: int, decay: float) -> np.ndarray:
-    """Features (N, D) as float64, fit for leaving one out.
+    """Features (N, D) as float64.
 
     Raises:
         DataError: fewer than two images, or dimensions that differ.
@@ -130,9 +130,8 @@ def check_batch(features: np.ndarray, dim: int, reference_dim: int, decay: float
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """The input as tensors, and the mixture in which every image has the weight that it keeps when
-    another one is left out: taking one away then is exactly rank one (rewards/DESIGN.md).
-    """
+    """The input as tensors, and the mixture in which every image has the weight that it has when
+    another one is left out: removing one is then exactly rank one (rewards/DESIGN.md)."""
 
     x: Tensor  # (N, D)
     old_mean: Tensor  # (D,)
@@ -158,7 +157,7 @@ class _Problem:
 
         batch, mu = tensor(x), tensor(reference.mu)
         share = (1 - decay) / (len(x) - 1)
-        # About the reference's mean: far from the origin nothing is lost.
+        # Relative to the reference's mean: no digits lost far from the origin.
         history = tensor(moments.mean - reference.mu)
         shifted = batch - mu
         return cls(
@@ -185,7 +184,7 @@ class _Problem:
 
 
 def _exact(problem: _Problem, mixture: Mixture) -> tuple[np.ndarray, float]:
-    """Rewards and FID. F is linear in the moments but for the trace of the root:
+    """Rewards and FID. F is linear in the moments except for the trace of the root:
 
     F = E|x - mu_r|^2 + tr S_r - 2 tr (L' cov L)^(1/2).
     """
@@ -203,12 +202,12 @@ def _fid(problem: _Problem, root_trace: Tensor) -> float:
 
 
 def _from_squares(problem: _Problem) -> tuple[Mixture, Tensor]:
-    """The mixture by the eigendecomposition of L' cov L, and the uncertainty (N,) of each fall.
+    """The mixture by the eigendecomposition of L' cov L, and the uncertainty (N,) of each drop.
 
-    Fast; but squares put what is small beside the largest eigenvalue's rounding error v. A shift
-    of A by v moves a fall by at most v/4 sum_k share W z_k^2 l_k^(-3/2) / rest, and by at most
-    sqrt(m + v) - sqrt(m) with the least eigenvalue m that a missing image leaves; directions lost
-    in the noise are worth its root.
+    Fast, but small eigenvalues carry the largest one's rounding error v. A shift of A by v changes
+    a drop by at most v/4 sum_k share W z_k^2 l_k^(-3/2) / rest, and by at most
+    sqrt(m + v) - sqrt(m), m the least eigenvalue without the image; a direction below the noise
+    counts with the noise's root.
     """
     projected = problem.projected
     history = (problem.old_mean - problem.mean) @ problem.factor
@@ -236,13 +235,13 @@ def _from_squares(problem: _Problem) -> tuple[Mixture, Tensor]:
 
 
 def _from_data(problem: _Problem) -> Mixture:
-    """The mixture by singular values of a square root F of A, F'F = A: several times slower, right
-    where `_from_squares` is not.
+    """The mixture by singular values of a square root F of A, F'F = A: several times slower, and
+    accurate where `_from_squares` is not.
 
-    F has a row for each direction of the history, the shift of its mean, and each image. Its rows
-    have a known null vector q, as deviations from the mixture's mean sum to zero; a reflection that
-    turns q into the row of the shift removes both. What an image has outside the range then tells
-    how near it is to spanning a direction of its own: a length, so accurate where 1 - h is not.
+    F has a row for each direction of the history, the shift of its mean, and each image. Deviations
+    from the mixture's mean sum to zero, which gives the rows a known null vector q; a reflection of
+    q into the row of the shift removes both. The part of an image outside the range is 1 - h as a
+    squared length, accurate also near zero.
     """
     count, total = len(problem.x), 1 + problem.share
     projected = problem.projected
@@ -262,7 +261,7 @@ def _from_data(problem: _Problem) -> Mixture:
     unit[len(rows) - count :] -= q_new**2 / (1 + q_old)
     scores = left.T @ unit
     outside = unit - left @ scores
-    outside -= left @ (left.T @ outside)  # twice is enough
+    outside -= left @ (left.T @ outside)  # again, for orthogonality
     rest = (total * (outside**2).sum(0)).clamp(max=1)
     return Mixture(sizes**2, scores.T, rest, problem.share)
 
@@ -271,9 +270,7 @@ def _influence(problem: _Problem) -> tuple[np.ndarray, float]:
     """First order in an image's weight, about the mixture E(u) with every image:
 
     r_i = share (mean_j q(x_j) - q(x_i)),   q(x) = |x - mu_r|^2 - (x - m)' K (x - m),
-    K = L (L' cov L)^(-1/2) L'.
-
-    The rewards of a batch sum to zero.
+    K = L (L' cov L)^(-1/2) L'. The rewards of a batch sum to zero.
     """
     weight = (1 - problem.decay) / len(problem.x)
     mean = problem.decay * problem.old_mean + weight * problem.x.sum(0)

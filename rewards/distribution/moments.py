@@ -1,20 +1,18 @@
 """Mean and covariance of feature vectors: mergeable, with exponential forgetting, float64.
 
-Stored as (mean, population covariance, weight) rather than as raw moments: E[xx'] - E[x]E[x]' loses
-digits that leave-one-out rewards need. `m1` and `m2` give the raw moments. Parts that many servers
-add up are `MomentSums`, raw sums about a point that all of them share: their sum is the same in
-whatever order it is taken, to rounding of the deviations and not of the values.
+Stored as (mean, population covariance, weight): the difference of raw moments, E[xx'] - E[x]E[x]',
+loses digits that leave-one-out rewards need. `m1` and `m2` give the raw moments. `MomentSums` are
+raw sums about a shared point; they merge in any order with the rounding error of deviations.
 
-How long a history counts is said as an effective number of images. Weights w_i of images amount to
-(sum w)^2 / sum w^2 equally weighted ones (Kish 1965); for an exponential average of batches of N
-with decay b that is N (1 + b) / (1 - b).
+The length of a history is an effective number of images: image weights w_i are worth
+(sum w)^2 / sum w^2 equally weighted images (Kish 1965); an exponential average of batches of N with
+decay b is worth N (1 + b) / (1 - b).
 
 Shapes: N images, D feature dimensions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,10 +21,7 @@ import msgpack
 import numpy as np
 
 from cluster.errors import CheckpointError, DataError
-from cluster.io.checksum import UNREADABLE
-
-FORMAT = 2
-UNCHECKED_FORMAT = 1  # of version 0.1: the fields alone, without a checksum
+from cluster.io.checksum import UNREADABLE, add_checksum, verify_checksum
 
 Covariance = Literal["full", "diagonal"]
 
@@ -40,8 +35,8 @@ class Moments:
     cov: np.ndarray
     """(D, D) float64, population covariance (divided by the weight, not the weight minus one)."""
     weight: float
-    """Number of images, or 1 for an exponential average; below 1 for one that started empty and has
-    not filled up yet; 0 if there is nothing in it."""
+    """Number of images, or 1 for an exponential average; below 1 while an average that started
+    empty fills up; 0 if empty."""
     square_weight: float
     """Sum of the squared image weights: `effective_size` is weight^2 / square_weight."""
 
@@ -59,10 +54,10 @@ class Moments:
 
     @classmethod
     def empty(cls, dim: int) -> Moments:
-        """Moments of nothing: what is merged with them or updates them stands alone.
+        """Moments of no images.
 
         An exponential average that starts here is debiased by its accumulated weight, as Adam's
-        moments are (1412.6980, section 3): the first update is the batch itself, not a fraction.
+        moments are (1412.6980, section 3): the first update gives the batch's moments.
         """
         return cls(mean=np.zeros(dim), cov=np.zeros((dim, dim)), weight=0.0, square_weight=0.0)
 
@@ -82,7 +77,7 @@ class Moments:
 
     @property
     def effective_size(self) -> float:
-        """How many equally weighted images hold as much information (Kish); 0 if empty."""
+        """Equivalent number of equally weighted images (Kish); 0 if empty."""
         return self.weight**2 / self.square_weight if self.weight else 0.0
 
     def merge(self, other: Moments) -> Moments:
@@ -92,8 +87,8 @@ class Moments:
         return _mix(self, self.weight, other, other.weight, self.weight + other.weight)
 
     def history_share(self, decay: float) -> float:
-        """Share of this history in its mixture with a batch that an update with `decay` makes: the
-        decay itself, but less while an average that started empty is filling up."""
+        """Share of this history in an update with `decay`: the decay, or less while an average that
+        started empty fills up."""
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), found {decay}")
         if self.weight >= 1:
@@ -103,10 +98,10 @@ class Moments:
     def update(self, features: np.ndarray, decay: float) -> Moments:
         """Exponential average: decay of this, 1 - decay of the batch's moments; total weight 1.
 
-        While an average that started empty is filling up (weight w < 1), the history counts
-        decay * w: the result is the debiased average, its weight decay * w + 1 - decay.
+        While an average that started empty fills up (weight w < 1), the history counts decay * w:
+        the result is the debiased average, of weight decay * w + 1 - decay.
         """
-        self.history_share(decay)  # refuses an impossible decay
+        self.history_share(decay)  # checks decay
         batch = Moments.from_features(features)
         if self.weight >= 1:
             return _mix(self, decay, batch, 1 - decay, 1.0)
@@ -114,44 +109,38 @@ class Moments:
         return _mix(self, history, batch, 1 - decay, history + 1 - decay)
 
     def normalised(self) -> Moments:
-        """The same moments, those of an average that is still filling up with the weight 1.
-
-        With `history_share` as the decay, an update of these is an update of the original.
-        """
+        """The same moments, of weight 1 for an average that still fills up: updating these with
+        `history_share` as decay is updating the original."""
         if self.weight >= 1 or self.weight == 0:
             return self
         return replace(self, weight=1.0, square_weight=self.square_weight / self.weight**2)
 
     def to_bytes(self) -> bytes:
         """msgpack with a checksum; read back by `from_bytes`."""
-        fields = msgpack.packb(
-            {
-                "dim": self.dim,
-                "mean": self.mean.tobytes(),
-                "cov": self.cov.tobytes(),
-                "weight": self.weight,
-                "square_weight": self.square_weight,
-            }
+        return add_checksum(
+            msgpack.packb(
+                {
+                    "dim": self.dim,
+                    "mean": self.mean.tobytes(),
+                    "cov": self.cov.tobytes(),
+                    "weight": self.weight,
+                    "square_weight": self.square_weight,
+                }
+            )
         )
-        return msgpack.packb({"format": FORMAT, "sha256": _digest(fields), "fields": fields})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Moments:
-        """Inverse of `to_bytes`, bit for bit. Also reads what version 0.1 wrote.
+        """Inverse of `to_bytes`, bit for bit.
 
         Raises:
-            CheckpointError: not moments, damaged, or of a format this version does not know.
+            CheckpointError: not moments, or damaged.
         """
         try:
             outer = msgpack.unpackb(data)
-            if outer["format"] == FORMAT:
-                if _digest(outer["fields"]) != outer["sha256"]:
-                    raise ValueError("the checksum does not match: the bytes are damaged")
-                fields = msgpack.unpackb(outer["fields"])
-            elif outer["format"] == UNCHECKED_FORMAT:
-                fields = outer
-            else:
-                raise ValueError(f"format {outer['format']}, expected {FORMAT}")
+            if "fields" in outer:  # the former name, in older checkpoints
+                data = msgpack.packb({"sha256": outer["sha256"], "body": outer["fields"]})
+            fields = msgpack.unpackb(verify_checksum(data))
             dim = fields["dim"]
             return cls(
                 mean=np.frombuffer(fields["mean"]).reshape(dim).copy(),
@@ -165,10 +154,10 @@ class Moments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MomentSums:
-    """Sums of deviations from a shared point: parts that add up in any order.
+    """Sums of deviations from a shared point; parts merge in any order.
 
-    Choose a shift near the mean (the reference's mean, or the first batch's): sums of deviations of
-    the size of the spread keep the digits that sums of large features would lose.
+    A shift near the mean (the reference's, or the first batch's) keeps the digits that sums of
+    large features would lose.
     """
 
     shift: np.ndarray
@@ -182,13 +171,13 @@ class MomentSums:
 
     @classmethod
     def about(cls, shift: np.ndarray) -> MomentSums:
-        """No images yet, about a shift (D,)."""
+        """Sums of no images, about a shift (D,)."""
         shift = np.asarray(shift, dtype=np.float64)
         dim = len(shift)
         return cls(shift=shift, weight=0.0, total=np.zeros(dim), outer=np.zeros((dim, dim)))
 
     def add(self, features: np.ndarray) -> MomentSums:
-        """With (N, D) more images.
+        """These sums and (N, D) more images.
 
         Raises:
             DataError: not two-dimensional, empty, not finite, or of other dimensions.
@@ -205,8 +194,7 @@ class MomentSums:
         )
 
     def merge(self, other: MomentSums) -> MomentSums:
-        """Images of both together.
-
+        """
         Raises:
             DataError: the parts have different shifts (merge their `moments` instead).
         """
@@ -220,7 +208,7 @@ class MomentSums:
         )
 
     def moments(self) -> Moments:
-        """Mean and population covariance of everything added."""
+        """Mean and population covariance of all images."""
         if not self.weight:
             return Moments.empty(len(self.shift))
         gap = self.total / self.weight
@@ -234,11 +222,10 @@ class MomentSums:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """The newest images, all of one weight; the oldest batch leaves when the others suffice.
+    """The newest images with equal weights; the oldest batch is dropped when the others suffice.
 
-    Features are kept, not moments: a batch of N < D images is smaller so. The moments of what is
-    left are summed anew, D^2 operations an image, never found by subtracting what leaves: no
-    rounding builds up however long the window slides.
+    Stores features, which are smaller than moments for batches of N < D images. Moments are summed
+    again, D^2 operations an image; subtracting dropped batches would accumulate rounding errors.
     """
 
     batches: tuple[np.ndarray, ...] = ()
@@ -258,8 +245,8 @@ class SlidingWindow:
         """The window with (N, D) new features.
 
         Args:
-            images: the window's length. So many stay, if they ever came; at most the rest of the
-                oldest batch more.
+            images: the window's length; whole batches are kept, so it holds at least this many
+                (once that many came).
 
         Raises:
             DataError: not two-dimensional, empty, not finite, or of other dimensions.
@@ -304,10 +291,10 @@ def effective_images(decay: float, batch: float) -> float:
 
 
 def decay_for(effective_images: float, batch: float) -> float:
-    """Decay whose long average holds so many effective images: inverse of `effective_images`.
+    """Inverse of `effective_images`.
 
     Raises:
-        ValueError: fewer images than one batch holds, which no decay can give.
+        ValueError: fewer effective images than a batch has.
     """
     if not 0 < batch <= effective_images < math.inf:
         raise ValueError(
@@ -330,10 +317,6 @@ def check_features(features: np.ndarray) -> np.ndarray:
         rows = np.flatnonzero(~np.isfinite(x).all(1))
         raise DataError(f"features of {len(rows)} of {len(x)} images are not finite: {rows[:5]}")
     return x
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
 
 
 def _mix(a: Moments, weight_a: float, b: Moments, weight_b: float, weight: float) -> Moments:

@@ -1,8 +1,7 @@
-"""Reference moments of real images' features, and the files that hold them.
+"""Reference moments of real images' features, and their files.
 
-Reads the files that FID tools write (pytorch-fid, clean-fid, torch-fidelity, the ADM evaluator's
-batches: arrays `mu` and `sigma`, whatever else is in them), and writes such files, with more in
-them: how many images, of which feature network, of which classes.
+Reads files of FID tools (pytorch-fid, clean-fid, torch-fidelity, the ADM evaluator: arrays `mu` and
+`sigma`) and writes such files with the number of images, the feature network and classes.
 
 Shapes: N images, D feature dimensions, E embedding dimensions, C classes.
 """
@@ -39,13 +38,13 @@ class Reference:
     sigma: np.ndarray
     """(D, D). FID tools divide by N - 1; Tessera's own moments divide by N."""
     fingerprint: str = ""
-    """Extractor that made the features; empty where the file does not say."""
+    """Extractor of the features; empty if unknown."""
     source: str = ""
-    """File it was read from, or name of the images; for messages."""
+    """File, or name of the images; for messages."""
     images: int = -1
-    """How many images; -1 where the file does not say."""
+    """Number of images; -1 if unknown."""
     diagonal: bool = False
-    """Only variances are known, and sigma is a diagonal matrix of them: no covariance."""
+    """Only variances are known; sigma is a diagonal matrix."""
 
     def __post_init__(self) -> None:
         dim = len(self.mu)
@@ -65,10 +64,9 @@ class Reference:
         return len(self.mu)
 
     def check_dim(self, dim: int, extractor: str = "") -> None:
-        """Refuse features of another dimension than the reference's.
-
+        """
         Raises:
-            DataError: names the file, both dimensions and the extractor.
+            DataError: features of another dimension than the reference's.
         """
         if dim != self.dim:
             raise DataError(
@@ -110,13 +108,12 @@ class Reference:
 
     @classmethod
     def from_npz(cls, path: str | os.PathLike[str]) -> Reference:
-        """Reference from a file with arrays `mu` and `sigma`, as FID tools write them; see
-        `read_reference`."""
+        """Reference from a file with `mu` and `sigma` (`read_reference`)."""
         return read_reference(path)
 
 
 def distance_to_reference(mean: np.ndarray, cov: np.ndarray, reference: Reference) -> float:
-    """`frechet_distance` to a reference, whose factor is computed once."""
+    """`frechet_distance` to a reference, with its cached factor."""
     trace = float(np.trace(reference.sigma))
     return distance_with_factor(mean, cov, reference.mu, trace, reference.factor)
 
@@ -138,30 +135,29 @@ def features_to_reference(features: np.ndarray, reference: Reference) -> float:
 
 @dataclass(frozen=True)
 class StoredReference:
-    """What a reference file holds."""
+    """Contents of a reference file."""
 
     reference: Reference
     """Of the features, or of features joined with conditions (`read_stored(joint=True)`)."""
     images: int = UNKNOWN
-    """How many real images; -1 where the file does not say."""
+    """Number of real images; -1 if unknown."""
     ddof: int = 1
-    """sigma is divided by images - ddof. Files that do not say are taken for FID tools', which use
-    numpy.cov and with it 1; sigma is used as it is written (at 10,000 images the difference is
-    1e-4 of sigma)."""
+    """sigma is divided by images - ddof; default: numpy.cov's 1, as in FID tools. Used as written:
+    at 10,000 images the difference is 1e-4 of sigma."""
     class_counts: np.ndarray | None = None
     """(C,) int64, images of each class."""
     class_names: tuple[str, ...] = ()
-    """One a class, as the images' folders or labels name them; () where the file has none."""
+    """Names of folders or labels in the order of the classes; () if unknown."""
     class_table: np.ndarray | None = None
-    """(C, E) embeddings that the joint moments were made with (`joint.class_table`)."""
+    """(C, E) embeddings of the joint moments (`joint.class_table`)."""
     weight: float = 0.0
-    """Factor of the embeddings in the joint moments; 0 where there are none."""
+    """Factor of the embeddings in the joint moments; 0 without these."""
 
     def moments(self) -> Moments:
-        """The moments of these images, each of weight 1, as if they were added up here.
+        """Population moments of these images, each of weight 1.
 
         Raises:
-            DataError: the file does not say of how many images they are.
+            DataError: the number of images is unknown.
         """
         path, count = self.reference.source, self.images
         if count < 2:
@@ -179,11 +175,11 @@ def read_reference(path: str | os.PathLike[str], fingerprint: str = "") -> Refer
     """Mean and covariance of real images' features, from a file with `mu` and `sigma`.
 
     Args:
-        fingerprint: of the feature network in use; compared where the file names one, too.
+        fingerprint: of the feature network in use; compared with the file's, if it has one.
 
     Raises:
         CheckpointError: no such file.
-        DataError: says what is wrong with the file, and what to do.
+        DataError: an invalid file, or another network's.
     """
     return read_stored(path, fingerprint).reference
 
@@ -195,16 +191,15 @@ def read_stored(
     joint: bool = False,
     covariance: Covariance = "full",
 ) -> StoredReference:
-    """As `read_reference`, with everything else the file holds.
+    """As `read_reference`, with all contents of the file.
 
     Args:
-        joint: the moments of features joined with conditions, (D + E), instead of the features'.
-        covariance: what is asked of them; for "diagonal", a file with variances alone will do.
+        joint: moments of features joined with conditions, (D + E), instead of the features'.
+        covariance: "diagonal" accepts a file with variances only.
 
     Raises:
         CheckpointError: no such file.
-        DataError: says what is wrong with the file, and what to do; also where `joint` is asked
-            for and the file has no joint moments.
+        DataError: an invalid file, another network's, or no joint moments with `joint`.
     """
     with open_arrays(path) as file:
         if joint and "joint_mu" not in file and "mu" in file:
@@ -215,7 +210,7 @@ def read_stored(
         prefix = "joint_" if joint else ""
         found = read_statistics(file, prefix, diagonal=covariance == "diagonal")
         made_with = file.text("fingerprint")
-        # "count": of the public code of 2603.23086, whose `meta` is pickled and not looked at
+        # "count": of the public code of 2603.23086, whose pickled `meta` is not read
         images = file.count("images" if "images" in file else "count", UNKNOWN)
         ddof, weight = file.count("ddof", 1), file.number("joint_weight", 0.0)
         counts, names = file.numbers("class_counts", "iu", 1), file.texts("class_names")
@@ -246,11 +241,11 @@ def write_reference(
     ddof: int = 0,
     extra: dict[str, np.ndarray] | None = None,
 ) -> None:
-    """Write a file that `read_reference` and the FID tools read; it appears whole or not at all.
+    """Write a file for `read_reference` and FID tools, atomically.
 
     Args:
-        ddof: what the reference's sigma was divided by is images - ddof; stored, not changed.
-        extra: further arrays, by key; none may need pickling.
+        ddof: the reference's sigma was divided by images - ddof; stored only.
+        extra: further arrays by key, without objects.
     """
     arrays: dict[str, Any] = {
         "mu": reference.mu,
@@ -263,7 +258,7 @@ def write_reference(
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """An .npz file, renamed into place when it is whole."""
+    """Write an .npz file atomically."""
     with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
         file.flush()

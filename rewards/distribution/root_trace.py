@@ -1,8 +1,8 @@
-"""How much the trace of a matrix square root trace_drops when images are taken out: quadratures.
+"""The drop of the trace of a matrix square root when an image is removed, by quadratures.
 
-A (R, R) is a positive semidefinite sum of outer products to which N images contribute the rows
-sqrt(share) z_i; W = 1 + share is the weight of the mixture that A belongs to. Taking image i out of
-the mixture takes share W z_i z_i' off A (rewards/DESIGN.md has the algebra).
+A (R, R) is a positive semidefinite sum of outer products; N images contribute the rows
+sqrt(share) z_i. W = 1 + share is the weight of A's mixture. Removing image i subtracts
+share W z_i z_i' from A (derivation: rewards/DESIGN.md).
 
 Shapes: N images, R rank, Q quadrature nodes. All tensors are float64, on one device.
 """
@@ -18,22 +18,22 @@ from torch import Tensor
 from rewards.distribution.quadrature import half_line_nodes
 
 TOLERANCE = 1e-12  # relative, of the quadratures
-SPANS_ALONE = 1e-3  # 1 - h below this: nearly a direction of the image's own
+SPANS_ALONE = 1e-3  # `rest` below this: the image nearly spans a direction alone
 BISECTIONS = 60
 TINY = 1e-300
-SMALL_ORDERS = 1e-10  # of the fall: what orders above the second may be wrong by
+SMALL_ORDERS = 1e-10  # error allowed to orders above the second, relative to the drop
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """A in its eigenbasis, A = diag(values), and what the batch's images contribute to it."""
+    """A in its eigenbasis, A = diag(values), and the contributions of the batch's images."""
 
     values: Tensor
     """(R,) > 0, ascending."""
     scores: Tensor
     """(N, R): w_i = sqrt(share) z_i / sqrt(values), the images' rows of an orthonormal basis."""
     rest: Tensor
-    """(N,) in [0, 1]: 1 - W |w_i|^2, zero where taking image i out lowers the rank of A."""
+    """(N,) in [0, 1]: 1 - W |w_i|^2, zero where removing image i lowers the rank of A."""
     share: float
     """The weight of each image."""
 
@@ -50,11 +50,10 @@ def trace_drops(mixture: Mixture) -> Tensor:
 
         -(1/pi) int_0^inf log(1 - g_i(t)) dt,   g_i(t) = W sum_k w_ik^2 l_k / (l_k + t^2).
 
-    All terms of g are positive, so nothing cancels however small the fall is; where g nears 1, so
-    are those of 1 - g = rest_i + W sum_k w_ik^2 t^2 / (l_k + t^2). Where an image all but spans a
-    direction of its own, the smallest eigenvalue m of what is left nears zero and the integrand
-    turns singular; the factor (m + t^2) / (l_1 + t^2) is then integrated in closed form, to
-    sqrt l_1 - sqrt m.
+    All terms of g are positive: no cancellation for small drops. For g near 1, the terms of
+    1 - g = rest_i + W sum_k w_ik^2 t^2 / (l_k + t^2) are positive, too. If an image nearly spans a
+    direction alone, the smallest eigenvalue m without it nears zero and the integrand becomes
+    singular; its factor (m + t^2) / (l_1 + t^2) is integrated in closed form, sqrt l_1 - sqrt m.
     """
     values, rest = mixture.values, mixture.rest
     if not len(values):
@@ -78,17 +77,16 @@ def trace_drops(mixture: Mixture) -> Tensor:
 
 
 def reweighting_drop(mixture: Mixture) -> Tensor:
-    """() >= 0: tr sqrt(A) - tr sqrt(A_all), A_all of the mixture in which all images weigh less.
+    """() >= 0: tr sqrt(A) - tr sqrt(A_all), A_all of the mixture with no image left out.
 
-    There each of the N images has the weight share (N - 1) / N, as when none is missing; the
-    mixture then weighs 1. A_all = A - share (S + W v v'), with the batch's covariance S and the
-    deviation v of its mean from the mixture's: a change of rank N, of order 1/N beside A. As an
-    integral,
+    Each of the N images then has the weight share (N - 1) / N, and the mixture weighs 1.
+    A_all = A - share (S + W v v'), with the batch's covariance S and the deviation v of its mean
+    from the mixture's: a change of rank N and relative size 1/N. As an integral,
 
         (1/pi) int_0^inf -log det(I - G(t)) dt = (1/pi) int_0^inf tr G + tr G^2 / 2 + ... dt,
 
-    where G is the change relative to A + t^2. Its first two orders are integrated in closed form;
-    the rest is small, so needs few digits and few nodes.
+    where G is the change relative to A + t^2. The first two orders are integrated in closed form;
+    the rest is small and needs few nodes.
     """
     values, scores = mixture.values, mixture.scores
     if not len(values):
@@ -119,7 +117,7 @@ def reweighting_rows(scores: Tensor, total: float) -> Tensor:
 
 
 def log_det(matrix: Tensor) -> Tensor:
-    """() of a positive definite matrix."""
+    """() log determinant of a positive definite matrix."""
     return 2 * torch.linalg.cholesky(matrix).diagonal().log().sum()
 
 
@@ -131,8 +129,8 @@ def _nodes(values: Tensor, smallest: float, tolerance: float) -> tuple[Tensor, T
 def _smallest_root(squares: Tensor, rest: Tensor, values: Tensor) -> Tensor:
     """(N,) smallest eigenvalue m of A - share W z_i z_i', in [0, l_1].
 
-    The root of sum_k squares_k m / (l_k - m) = rest, a sum of positive terms that rises with m:
-    bisection cannot fail, and on sqrt(m) it gives what the caller needs to full accuracy.
+    The root of sum_k squares_k m / (l_k - m) = rest, which increases with m: bisection on sqrt(m),
+    the value that the caller needs to full accuracy.
     """
     low, high = torch.zeros_like(rest), values[0].sqrt().expand_as(rest)
     for _ in range(BISECTIONS):

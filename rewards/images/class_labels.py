@@ -1,8 +1,7 @@
-"""Class numbers from the names of folders, or of labels in tables.
+"""Class numbers from the names of folders or labels.
 
-A name that is a decimal number is that number: folders 0 to 11 are classes 0 to 11, whatever their
-alphabetical order is, and a number that is missing is a class without images. Other names are
-numbered in alphabetical order, as ImageNet's are. Where both readings could be meant, the names are
+A decimal name is its number: folders 0 to 11 are classes 0 to 11, and a missing number is a class
+without images. Other names are numbered in alphabetical order, as ImageNet's. Ambiguous names are
 refused.
 """
 
@@ -21,11 +20,11 @@ from cluster.errors import DataError
 from cluster.io.files import split_lines
 from cluster.program.streams import escaped
 
-MOST_CLASSES = 1_000_000  # more are no classes: identifiers, dates
-SHOWN = 3  # classes at either end that are told
+MOST_CLASSES = 1_000_000  # larger numbers are identifiers or dates
+SHOWN = 3  # classes at either end in messages
 DECIMAL = re.compile(r"\d+")
 DIGITS = re.compile(r"(\d+)")
-CHOICE = "rename them, move away what is no class, or give the order in a file with --class-names"
+CHOICE = "rename them, move away other folders, or give the order in a file with --class-names"
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,11 @@ class ClassLabels:
     indices: np.ndarray
     """(N,) int64"""
     names: tuple[str, ...] = ()
-    """One a class, in the order of their numbers, empty for a number without a name; () where the
-    source knows none."""
+    """Names in the order of their numbers, empty for a number without a name; () without names."""
 
     @property
     def count(self) -> int:
-        """C, the classes that are known: named or occurring."""
+        """C, the number of classes: named or occurring."""
         return max(len(self.names), int(self.indices.max(initial=-1)) + 1)
 
     def __post_init__(self) -> None:
@@ -52,7 +50,7 @@ class ClassLabels:
 
 
 def described(indices: np.ndarray, count: int, names: Sequence[str]) -> str:
-    """The mapping of `count` classes in short: the first and last ones, with their images."""
+    """The mapping of `count` classes in a line: the first and last ones, with their images."""
     counts = np.bincount(indices, minlength=count)
     empty = int((counts == 0).sum())
     numbers = list(range(count))
@@ -63,8 +61,8 @@ def described(indices: np.ndarray, count: int, names: Sequence[str]) -> str:
         if number < 0:
             return "..."
         name = names[number] if names else ""
-        said = f" {name!r}" if name and name != str(number) else ""
-        return f"{number}{said} ({counts[number]} images)"
+        label = f" {name!r}" if name and name != str(number) else ""
+        return f"{number}{label} ({counts[number]} images)"
 
     without = f" ({empty} without images)" if empty else ""
     return f"{count} classes{without}: {', '.join(map(one, numbers))}"
@@ -76,12 +74,12 @@ def class_numbers(
     """Number of each name, and the classes' names in the order of their numbers.
 
     Args:
-        found: names as they occur, in any order.
+        found: occurring names, in any order.
         where: for messages.
-        given: all names in the order of their numbers, where the user says so.
+        given: all names in the order of their numbers, from the user.
 
     Raises:
-        DataError: names whose numbers would be a guess.
+        DataError: ambiguous names.
     """
     names = sorted(set(found))
     if given:
@@ -134,12 +132,12 @@ def _as_given(
 
 
 def _composed(name: str) -> str:
-    """A name with every accent in its letter: macOS writes file names with accents apart."""
+    """A name in Unicode NFC; macOS stores file names decomposed."""
     return unicodedata.normalize("NFC", name)
 
 
 def _check_accents(names: list[str], where: str) -> None:
-    """Refuse two names that differ in how accents are written alone."""
+    """Refuse two names with the same NFC form."""
     before: dict[str, str] = {}
     for name in names:
         if before.setdefault(_composed(name), name) != name:
@@ -167,10 +165,9 @@ def _check_counted(names: list[str], where: str) -> None:
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Names of classes, one a line, in the order of their numbers.
-
+    """
     Raises:
-        DataError: not such a file.
+        DataError: not a file with a class name in each line.
     """
     try:
         lines = split_lines(path.read_bytes().decode("utf-8-sig"))
@@ -187,8 +184,8 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def contradiction(ours: Sequence[str], theirs: Sequence[str]) -> str:
-    """How two lists of classes disagree: a name that both have, under different numbers; empty
-    where they may be the same. Names that occur twice, or are numbers, tell nothing."""
+    """A name that two lists of classes have under different numbers, for messages; else empty.
+    Decimal and repeated names are ignored."""
 
     def places(names: Sequence[str]) -> dict[str, int]:
         plain = [_composed(name).casefold().replace("_", " ").strip() for name in names]

@@ -1,8 +1,7 @@
-"""One encoded image as 8-bit RGB: what is decoded, what is converted and said, what is refused.
+"""Decodes an image as 8-bit RGB.
 
-FID tools load images with Pillow's `convert("RGB")`: no rotation by EXIF, alpha dropped. So does
-this module, but for modes that this conversion destroys: it clips 16-bit grey at 255, which makes
-photographs white, and floats in [0, 1] to black.
+As FID tools do, with Pillow's `convert("RGB")`: no rotation by EXIF, alpha dropped. Except modes
+that this conversion destroys: it clips 16-bit grey at 255 and turns floats in [0, 1] black.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from rewards.images.class_labels import ClassLabels
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000")
 NEWER_FORMATS = ("QOI", "AVIF")  # not in every Pillow
-BY_NAME_ALONE = {".tga": "TGA"}  # has no mark of its own: anything would be taken for one
+BY_NAME_ALONE = {".tga": "TGA"}  # has no magic number: any file could be one
 SUFFIXES = frozenset(
     (
         *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib"),
@@ -34,7 +33,7 @@ SUFFIXES = frozenset(
         *(".jpc", ".jpf", ".jpx", ".avif", ".avifs", ".qoi", ".tga", ".heic", ".heif"),
     )
 )
-"""Files of such names are images, whatever is in them: one that cannot be read is an error."""
+"""Files of these names are images; one that cannot be read is an error."""
 ALPHA = "transparent pixels: alpha dropped, as the FID tools do"
 FIRST = "several pictures in one file: the first is used"
 DEEP = "more than 8 bits a channel: the upper 8 are used"
@@ -43,14 +42,14 @@ TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 @dataclass(frozen=True)
 class Loaded:
-    """One image, or why it could not be read."""
+    """An image, or why it could not be read."""
 
     name: str
     pixels: np.ndarray | None
     """(H, W, 3) uint8"""
     error: str = ""
     notes: tuple[str, ...] = ()
-    """What of the image was left out: `ALPHA`, `FIRST`, `DEEP`."""
+    """Parts of the image that were dropped: `ALPHA`, `FIRST`, `DEEP`."""
 
 
 class ImageSource(Protocol):
@@ -58,12 +57,12 @@ class ImageSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the list of images: the same list gives the same one anywhere."""
+        """Digest of the list of images, the same on every machine."""
         ...
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Lines about what is read, and what is there beside it."""
+        """Lines about what is read and what is left out."""
         ...
 
     def __len__(self) -> int: ...
@@ -76,21 +75,20 @@ class ImageSource(Protocol):
         """Class of every image.
 
         Args:
-            names: of all classes, in the order of their numbers, where they are known; else the
-                source's own order.
+            names: of all classes in the order of their numbers; empty: the source's order.
 
         Raises:
-            DataError: the source has none, or none that is plain.
+            DataError: no classes, or ambiguous ones.
         """
         ...
 
 
 class _UnusableError(TesseraError):
-    """An image whose pixels would not be what the file shows."""
+    """An image whose conversion would change what it shows."""
 
 
 def decode(name: str, data: bytes | Path) -> Loaded:
-    """An encoded image as RGB; see the module."""
+    """Decode an image; see the module."""
     name = escaped(name)
     suffix = os.path.splitext(name)[1].lower()
     try:
@@ -102,17 +100,17 @@ def decode(name: str, data: bytes | Path) -> Loaded:
             return Loaded(name, pixels, notes=(*notes, *more))
     except _UnusableError as error:
         return Loaded(name, None, str(error))
-    except Exception as error:  # what a damaged file makes of a decoder is anything
-        told = f"{type(error).__name__}: {error}"
+    except Exception as error:  # decoders raise anything for a damaged file
+        reason = f"{type(error).__name__}: {error}"
         if suffix in (".heic", ".heif"):
-            told = "HEIC is not read: convert it"
+            reason = "HEIC is not read: convert it"
         elif isinstance(error, UnidentifiedImageError) and isinstance(data, Path):
-            told = f"no image that Pillow reads, but {_other(data)}"
-        return Loaded(name, None, escaped(told))
+            reason = f"no image that Pillow reads, but {_other(data)}"
+        return Loaded(name, None, escaped(reason))
 
 
 def _other(file: Path) -> str:
-    """What a file is, and what to do."""
+    """The kind of a file that is not a readable image."""
     try:
         image = file_kind(file) is FileKind.IMAGE
         return "one of another kind, or damaged: convert it" if image else described(file)
@@ -121,15 +119,13 @@ def _other(file: Path) -> str:
 
 
 def _rgb(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(H, W, 3) uint8, and what was left out."""
+    """(H, W, 3) uint8, and the dropped parts."""
     if image.mode.startswith("I") and _sixteen_bits(image):
         grey = _upper_bits(image)
         return np.repeat(grey[..., None], 3, axis=-1), (DEEP,)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         kind = "floating-point" if image.mode == "F" else "32-bit or signed"
-        raise _UnusableError(
-            f"{kind} grey values, of which nobody says what is white: write it with 8 bits"
-        )
+        raise _UnusableError(f"{kind} grey values without a known white: write it with 8 bits")
     notes = []
     if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         notes.append(DEEP)
@@ -139,14 +135,13 @@ def _rgb(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _sixteen_bits(image: Image.Image) -> bool:
-    """Whether values are 0..65535: those of PNG and PGM are whatever Pillow's mode, TIFF's may have
-    32 bits or a sign, too."""
+    """Whether values are 0..65535: always in PNG and PGM; TIFF may have 32 bits or a sign."""
     return image.mode.startswith("I;16") or image.format in ("PNG", "PPM", "JPEG2000")
 
 
 def _upper_bits(image: Image.Image) -> np.ndarray:
-    """(H, W) uint8 of 16-bit grey, as Pillow takes 16-bit colour, and an 8-bit image that was
-    written with 16 bits (times 256 or times 257) comes back."""
+    """(H, W) uint8 of 16-bit grey, as Pillow reads 16-bit colour; restores 8-bit images that were
+    written with 16 bits (times 256 or 257)."""
     bits, inverted = 16, False
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
@@ -168,12 +163,12 @@ def _transparent(image: Image.Image) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _formats(suffix: str) -> list[str]:
-    """What Pillow may take a file for: no vector formats, which run programs."""
+    """Formats that Pillow may try: no vector formats, which can run programs."""
     Image.init()
     wanted = (*FORMATS, *NEWER_FORMATS, BY_NAME_ALONE.get(suffix, ""))
     return [name for name in wanted if name in Image.OPEN]
 
 
 def digest(data: bytes) -> str:
-    """Short name of some bytes."""
+    """SHA-256 of some bytes, 16 hex digits."""
     return hashlib.sha256(data).hexdigest()[:16]

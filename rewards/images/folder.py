@@ -1,4 +1,4 @@
-"""A folder of images: the walk through it, and its images by number."""
+"""A folder of images, at any depth."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rewards.images.class_labels import ClassLabels, class_numbers
 from rewards.images.decoding import SUFFIXES, Loaded, decode, digest
 
 JUNK = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin"))
-"""What systems leave in folders; never data, like everything whose name begins with a dot."""
+"""Files and folders of operating systems; never data, as names with a leading dot."""
 RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
-"""A camera's: begin as a TIFF, and what Pillow finds in them is a thumbnail."""
+"""Raw files of cameras; Pillow reads them as TIFF and finds a thumbnail."""
 ADVICE = (
     (
         (FileKind.TAR, FileKind.ZIP, FileKind.GZIP, FileKind.ARCHIVE, FileKind.CUT_ZIP),
@@ -29,33 +29,33 @@ ADVICE = (
     ((FileKind.ARROW,), REMEDIES[FileKind.ARROW]),
     ((FileKind.NPZ, FileKind.NPY), "name the file itself, if it holds images"),
 )
-"""What to do with files in a folder without images."""
+"""What to do with other files in a folder without images."""
 SUMMARIES = ("metadata", "common_metadata")
-"""What Spark and Dask write beside Parquet files, after a `_`: their schema and numbers of rows."""
+"""Summaries that Spark and Dask write beside Parquet files, after a `_`."""
 SPLITS = frozenset(
     ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
 )
-"""Names of folders, in lower case, that are parts of a data set and no classes."""
-HUB = ("blobs", "snapshots")  # what the cache of the Hugging Face hub has in a repository
-NAMED = 5  # files that are named in a message
+"""Names of folders, in lower case, that are splits of a data set, not classes."""
+HUB = ("blobs", "snapshots")  # folders of a repository in the Hugging Face hub's cache
+NAMED = 5  # files in a message
 
 
 @dataclass
 class FolderContents:
-    """What lies in and below a folder; names are relative to it, with slashes."""
+    """Contents of a folder at any depth; names are relative to it, with slashes."""
 
     images: dict[str, int] = field(default_factory=dict)
-    """Name and size in bytes; -1 where it cannot be told. Sorted by name."""
+    """Name -> bytes, -1 if unknown; sorted by name."""
     parquet: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    """Each with the reason, in brackets."""
+    """Names with the reason in brackets."""
     folders: list[str] = field(default_factory=list)
-    """Right below, empty ones too."""
+    """Direct subfolders, including empty ones."""
     again: list[str] = field(default_factory=list)
-    """Images that are links to a file elsewhere that an image before them links to, too."""
+    """Images that link to the same outside file as an earlier image."""
 
     def remarks(self) -> tuple[str, ...]:
-        """Lines about what was left out, and what may count otherwise than was thought."""
+        """Lines about left out files, repeated links and splits."""
         lines = []
         if self.left_out:
             lines.append(f"left out {len(self.left_out)}: {by_reason(self.left_out)}")
@@ -79,7 +79,7 @@ def shortened(names: list[str]) -> str:
 
 
 def by_reason(left_out: list[str]) -> str:
-    """What was left out: all of a few, else the first one of every reason."""
+    """The left out files: all of a few, else the first one of every reason."""
     if len(left_out) <= NAMED:
         return shortened(left_out)
     reasons: dict[str, list[str]] = {}
@@ -94,16 +94,14 @@ def by_reason(left_out: list[str]) -> str:
 
 
 def walk(root: Path) -> FolderContents:
-    """Everything in and below a folder, links followed.
+    """The contents of a folder at any depth; links are followed.
 
-    Each real folder is entered once, however many links lead to it, so that rings end. A link to a
-    file that lies in the folder as well is left out. A link to a file elsewhere is an image, as
-    often as the folder has one: caches of the hub, git-annex and DVC keep one file for all images
-    of the same content, and a data set that lists an image twice means it twice. Pipes, sockets
-    and devices are not opened.
+    Each real folder is entered once, so that cycles of links end. A link to a file that is also in
+    the folder is left out. Each link to a file elsewhere is an image: caches of the hub, git-annex
+    and DVC store equal images once. Pipes, sockets and devices are not opened.
 
     Raises:
-        DataError: a folder below cannot be listed, or this is a whole cache of the hub.
+        DataError: a folder cannot be listed, or this is a repository of the hub's cache.
     """
     if all((root / name).is_dir() for name in HUB):
         revisions = sorted(os.listdir(root / "snapshots"))
@@ -119,18 +117,18 @@ class _Walk:
         self._root = root
         self.contents = FolderContents()
         real = os.path.realpath(root)
-        self._folders = {real: "."}  # real path -> the name it was found under
-        self._files: dict[str, str] = {}  # real path -> the name it was found under
+        self._folders = {real: "."}  # real path -> name
+        self._files: dict[str, str] = {}  # real path -> name
         self._inodes: dict[tuple[int, int], str] = {}
         self._links: list[tuple[str, str]] = []
         self._linked_files: list[tuple[str, str]] = []
         self._linked_to: set[str] = set()
         self._down("", real)
-        while self._links:  # after everything that is no link; those below linked folders last
+        while self._links:  # after everything else; links below linked folders last
             links, self._links = sorted(self._links), []
             for name, real in links:
                 self._follow(name, real)
-        for name, real in sorted(self._linked_files):  # all files that lie here are known now
+        for name, real in sorted(self._linked_files):  # all files of the folder are known now
             self._file(name, real, linked=True)
         contents = self.contents
         contents.images = dict(sorted(contents.images.items()))
@@ -163,7 +161,7 @@ class _Walk:
         except OSError as error:
             raise DataError(
                 f"{escaped(self._root / name)}: the folder cannot be listed ({error.strerror}), "
-                "so nobody knows what is in it: make it readable, or move it away"
+                "so its contents are unknown: make it readable, or move it away"
             ) from error
 
     def _hidden(self, name: str, inside: str, folder: bool) -> bool:
@@ -176,7 +174,7 @@ class _Walk:
         return True
 
     def _enter(self, name: str, real: str) -> bool:
-        """Take in a folder, unless it was before."""
+        """Record a folder; False if it is known."""
         if real in self._folders:
             self.contents.left_out.append(f"{name}/ (the same folder as {self._folders[real]})")
             return False
@@ -191,14 +189,14 @@ class _Walk:
             found = os.stat(place)
         except OSError as error:
             if _suffix(name) in SUFFIXES:
-                self.contents.images[name] = -1  # reading it says what is wrong
+                self.contents.images[name] = -1  # an error when it is read
             else:
                 self.contents.left_out.append(f"{name} (a dangling link: {error.strerror})")
             return
         if not stat.S_ISDIR(found.st_mode):
             self._linked_files.append((name, real))
         elif os.path.dirname(place).startswith(os.path.join(real, "")):
-            self.contents.left_out.append(f"{name}/ (a link to a folder that it lies in)")
+            self.contents.left_out.append(f"{name}/ (a link to a folder that contains it)")
         elif self._enter(name, real):
             self._down(name, real)
 
@@ -206,7 +204,7 @@ class _Walk:
         contents, suffix = self.contents, _suffix(name)
         try:
             found = os.lstat(real)
-        except OSError:  # it went away, or its file system did
+        except OSError:  # removed meanwhile
             contents.images[name] = -1
             return
         if not stat.S_ISREG(found.st_mode):
@@ -235,7 +233,7 @@ class _Walk:
             self._linked_to.add(real)
 
     def _by_content(self, name: str, size: int) -> None:
-        """A file whose name does not say that it is an image."""
+        """Record a file whose kind depends on its content."""
         try:
             kind = file_kind(self._root / name)
         except OSError as error:
@@ -252,8 +250,8 @@ class _Walk:
 
 
 class FolderImages:
-    """Every image file below a folder, in the order of the paths; folders right below are classes
-    (`rewards.images.class_labels`), empty ones too."""
+    """Every image file below a folder, in the order of the paths; its direct subfolders are the
+    classes (`rewards.images.class_labels`), including empty ones."""
 
     def __init__(self, root: Path, contents: FolderContents | None = None) -> None:
         """
@@ -311,14 +309,14 @@ class FolderImages:
 
 
 def _instead(contents: FolderContents) -> str:
-    """What else was found, and what to do with it."""
+    """The other files, and what to do with them."""
     if not contents.left_out:
         return ": it is empty"
     return f"; found {advice(contents.left_out) or by_reason(contents.left_out)}"
 
 
 def advice(left_out: list[str]) -> str:
-    """Files that may hold the images, and what to do with them; empty if there are none."""
+    """Files that may contain the images, and what to do with them; empty without such files."""
     for kinds, remedy in ADVICE:
         ends = tuple(f"({kind.value})" for kind in kinds)
         if found := [name for name in left_out if name.endswith(ends)]:
@@ -327,7 +325,7 @@ def advice(left_out: list[str]) -> str:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """And no link to one; a file where the system cannot tell: reading it says what is wrong."""
+    """Whether an entry is a folder, not a link; False if unknown (an error when it is read)."""
     try:
         return entry.is_dir(follow_symlinks=False)
     except OSError:

@@ -21,12 +21,12 @@ from rewards.images.class_labels import DECIMAL, ClassLabels, class_numbers
 from rewards.images.decoding import Loaded, decode, digest
 
 LABEL = "label"
-LOOKED_AT = 16  # cells of a column show whether it holds images
-LOOKED_FOR = 1024  # rows among which they are looked for
+LOOKED_AT = 16  # cells that decide whether a column has images
+LOOKED_FOR = 1024  # rows that are searched for these
 BINARIES = ("binary", "large_binary", "binary_view", "fixed_size_binary")
 STRINGS = ("string", "large_string", "string_view")
 """Arrow's types, as its predicates name them."""
-HUGGING_FACE = b"huggingface"  # metadata of the schema: what the datasets library knows of columns
+HUGGING_FACE = b"huggingface"  # key of the datasets library's description in a schema
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def _numbered(
     """Classes by integer labels.
 
     Args:
-        known: names of the labels 0, 1, ..., as the datasets library stores them. Where these are
-            decimal numbers they are the classes: its reader of folders sorts 10 before 2.
+        known: names of the labels 0, 1, ..., as the datasets library stores them. Decimal names
+            are the class numbers: its reader of folders sorts 10 before 2.
     """
     check_indices(indices, where)
     if known and indices.max() >= len(known):
@@ -171,7 +171,7 @@ def check_indices(indices: np.ndarray, where: str) -> None:
 
 
 def _labels(file: Path, parquet: Any, name: str) -> list[Any]:
-    """Integers or strings of one column, a row each."""
+    """Integers or strings of a column."""
     import pyarrow as pa
 
     with _explained(file):
@@ -196,7 +196,7 @@ def _labels(file: Path, parquet: Any, name: str) -> list[Any]:
 
 
 def _class_names(schema: Any, name: str) -> tuple[str, ...]:
-    """Names of a column's integers, where the datasets library has written them."""
+    """Names of a column's integers, if the datasets library wrote them."""
     try:
         features = json.loads((schema.metadata or {})[HUGGING_FACE])["info"]["features"]
         names = features[name]["names"]
@@ -209,7 +209,7 @@ def _class_names(schema: Any, name: str) -> tuple[str, ...]:
 
 @contextmanager
 def _explained(file: Path) -> Iterator[None]:
-    """What pyarrow raises of a damaged file, as ours."""
+    """Turn pyarrow's errors of a damaged file into a DataError."""
     import pyarrow as pa
 
     where = escaped(file)
@@ -233,7 +233,7 @@ def holds_images(file: Path) -> bool:
     """Whether a column of a Parquet file begins with images.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     parquet = _opened(file)
     return any(
@@ -244,7 +244,7 @@ def holds_images(file: Path) -> bool:
 
 
 def _candidates(schema: Any) -> list[str]:
-    """Columns that could hold encoded images, by their type."""
+    """Columns whose type can hold encoded images."""
     import pyarrow as pa
 
     def fits(kind: Any) -> bool:
@@ -272,7 +272,7 @@ def _image_column(file: Path, parquet: Any, wanted: str) -> str:
     if len(found) == 1:
         return found[0]
     if wanted and not looked[wanted]:
-        return wanted  # its first rows have no bytes; later ones may
+        return wanted  # later rows may have bytes
     if not typed:
         kinds = ", ".join(f"{item.name} ({item.type!s:.40})" for item in schema)
         raise DataError(
@@ -312,7 +312,7 @@ def _encoded(cell: Any) -> bytes:
 
 
 def _listing(files: list[Path], column: str, rows: int) -> tuple[str, ...]:
-    """Which files are read: a folder may hold more than one split."""
+    """A line about the files, since a folder may hold several splits."""
     if len(files) == 1:
         return ()
     first, last = escaped(files[0].name), escaped(files[-1].name)

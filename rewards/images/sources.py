@@ -1,7 +1,7 @@
-"""Real images for a reference, by number: a folder, Parquet files, or an array of samples.
+"""Sources of real images: a folder, Parquet files, or an array of samples.
 
-Every source opens its files where it reads them, so it can be sent to another process. No source
-ever holds more than a stretch of its images.
+A source can be pickled: it opens its files where it reads them. It holds only the images that are
+being read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from cluster.io.paths import expand_user
 from cluster.model_files.file_kinds import FileKind, described, file_kind, presumed_kind
 from cluster.model_files.tensors import locate
 from cluster.program.streams import escaped
-from rewards.base import check_images
 from rewards.images.class_labels import ClassLabels
 from rewards.images.decoding import ImageSource, Loaded, digest
 from rewards.images.folder import FolderImages, advice, shortened, walk
@@ -31,7 +30,7 @@ from rewards.images.parquet import ParquetImages, check_indices, holds_images
 
 SAMPLES = "arr_0"  # as the ADM evaluator's batches name images and classes
 CLASSES = "arr_1"
-CHUNK = 1 << 20  # bytes that are read at a time
+CHUNK = 1 << 20  # bytes of a read
 EXPECTED = "a folder of images, a Parquet file or a folder of them, an .npz or an .npy file"
 
 
@@ -44,7 +43,7 @@ def open_source(images: str, image_column: str = "", label_column: str = "") -> 
         label_column: of Parquet files; empty takes "label".
 
     Raises:
-        CheckpointError, DataError: nothing there, or nothing that holds images.
+        CheckpointError, DataError: missing, or without images.
     """
     source = _opened(images, image_column, label_column)
     column = image_column or label_column
@@ -74,7 +73,7 @@ def _opened(images: str, image_column: str, label_column: str) -> ImageSource:
 
 def _folder(root: Path, image_column: str, label_column: str) -> ImageSource:
     contents = walk(root)
-    plain = list[str]()  # what is known of the images, often
+    plain = list[str]()  # tables of metadata
     if contents.images:
         plain = [name for name in contents.parquet if not holds_images(root / name)]
     elif (
@@ -102,12 +101,12 @@ def _folder(root: Path, image_column: str, label_column: str) -> ImageSource:
 @dataclass
 class SampleImages:
     """An array (N, H, W, 3) uint8: an .npy file, or `arr_0` of an .npz file with classes in
-    `arr_1`, as the ADM evaluator reads them. Compressed or not, it is read in stretches."""
+    `arr_1`, as for the ADM evaluator. Read image by image, also if compressed."""
 
     path: Path
     _shape: tuple[int, ...] = field(init=False)
     _offset: int = field(init=False)
-    """Where the numbers begin in the (unpacked) array file."""
+    """Offset of the data in the (unpacked) array file."""
     _size: int = field(init=False)
     """Bytes of the (unpacked) array file."""
     _single: bool = field(init=False)
@@ -164,7 +163,7 @@ class SampleImages:
             yield Loaded(escaped(f"{self.path} image {index}"), pixels)
 
     def verify(self) -> None:
-        """Compare the images with the archive's checksum, which reading in stretches cannot do.
+        """Compare all images with the archive's checksum, which single reads do not.
 
         Raises:
             DataError: they are damaged.
@@ -179,7 +178,7 @@ class SampleImages:
             raise self._damaged(error) from error
 
     def _bytes(self, index: int, each: int) -> bytes:
-        """Of one image; fewer where the file ends."""
+        """Bytes of an image; fewer at the end of the file."""
         try:
             if self._file is None:
                 self._file = self._open()
@@ -220,15 +219,15 @@ class SampleImages:
         return ClassLabels(indices, names)
 
     def _open(self) -> IO[bytes]:
-        """The array file, at its beginning."""
+        """The array file, at its start."""
         if self._single:
             return self.path.open("rb")
         archive = zipfile.ZipFile(self.path)
         member = archive.getinfo(f"{SAMPLES}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
             return archive.open(member)
-        # Not packed: read the archive itself, where seeking costs nothing. The member begins after
-        # a local header of 30 bytes, its name and an extra field (APPNOTE.TXT 4.3.7).
+        # Stored: read the archive itself, where seeking is cheap. The member begins after a local
+        # header of 30 bytes, its name and an extra field (APPNOTE.TXT 4.3.7).
         archive.close()
         file = self.path.open("rb")
         file.seek(member.header_offset + 26)
@@ -242,11 +241,11 @@ def array_of_images(path: Path) -> bool:
         with path.open("rb") as file:
             return len(read_header(file, fortran=True)[0]) == 4
     except DAMAGED_ARRAYS:
-        return True  # and what is wrong with it is said where images are read
+        return True  # an error when the images are read
 
 
 def _conversion(shape: tuple[int, ...], dtype: np.dtype) -> str:
-    """What makes such an array one of images; empty where that is not known."""
+    """How to convert an array to images; empty if unknown."""
     if len(shape) == 2:
         return ": are these features, (N, D)?"
     steps = []
@@ -265,22 +264,11 @@ def _conversion(shape: tuple[int, ...], dtype: np.dtype) -> str:
     return f": write it with {', '.join(steps)}" if steps else ""
 
 
-def stack(images: list[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Images of one size together: their places and (M, H, W, 3) uint8."""
-    places: dict[tuple[int, ...], list[int]] = {}
-    for place, pixels in enumerate(images):
-        places.setdefault(pixels.shape, []).append(place)
-    for found in places.values():
-        batch = np.stack([images[place] for place in found])
-        check_images(batch)
-        yield found, batch
-
-
 def read_header(file: IO[bytes], *, fortran: bool = False) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of the array file that begins here.
+    """Shape and dtype of an .npy file at its start.
 
     Args:
-        fortran: an array in Fortran order will do.
+        fortran: accept Fortran order.
 
     Raises:
         ValueError: not an array file, or not in C order.

@@ -1,1 +1,1 @@
-"""Every network that looks at images: loading, preprocessing, features."""
+"""Networks on images: loading, checks before a run, preprocessing, features."""

@@ -1,4 +1,4 @@
-"""A small convolutional classifier: the miniature's feature network and its judge."""
+"""A small convolutional classifier: the miniature's feature network and its judge's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, DataError
 from cluster.model_files.architectures import from_fields
-from cluster.model_files.tensors import load_strict, read_config, read_tensors
+from cluster.model_files.tensors import load_strict, read_config, read_shapes, read_tensors
+from cluster.preflight import Findings
 
 FAMILY = "convnet"
 
@@ -25,8 +26,8 @@ class ConvNetConfig:
     channels: tuple[int, ...]
     num_classes: int
     features: int = 0
-    """Width of a linear layer over all positions, whose output are the features. 0: the features
-    are the last activations, averaged over positions, as Inception's are."""
+    """Width of a linear layer over all positions, whose outputs are the features. 0: the features
+    are the last activations averaged over positions, as in Inception."""
 
     @property
     def dim(self) -> int:
@@ -50,7 +51,7 @@ class ConvNet(nn.Module):
             side = config.image_size // 2 ** (len(config.channels) - 1)
             self.project = nn.Linear(config.channels[-1] * side * side, config.features)
         self.head = nn.Linear(config.dim, config.num_classes)
-        # Brings the features to unit deviation, averaged over dimensions, on the training images.
+        # Scales features to unit deviation (mean over dimensions) on the training images.
         self.register_buffer("scale", torch.ones(()))
         self.scale: Tensor
 
@@ -69,7 +70,7 @@ class ConvNet(nn.Module):
         """(N, S, S, 3) uint8 -> features (N, D) and logits (N, C), float32.
 
         Raises:
-            DataError: images of another size (a resized digit would not be the same image).
+            DataError: images of another size (a resized digit is another image).
         """
         size = self.config.image_size
         if images.shape[1:] != (size, size, 3):
@@ -86,7 +87,7 @@ def convnet_config(checkpoint: str) -> ConvNetConfig:
     """The architecture in a file's header.
 
     Raises:
-        CheckpointError: no such file, damaged, or of another network.
+        CheckpointError: missing, damaged, or of another network.
     """
     header = read_config(checkpoint)
     if (family := header.pop("family", None)) != FAMILY:
@@ -96,8 +97,37 @@ def convnet_config(checkpoint: str) -> ConvNetConfig:
     return from_fields(ConvNetConfig, header, checkpoint)
 
 
+def check_convnet(
+    field: str, path: str, side: int, findings: Findings, judge: bool
+) -> ConvNetConfig | None:
+    """Check a file before a run; its architecture, or None if it cannot be read.
+
+    Args:
+        side: pixels a side of the policy's images; 0 if unknown.
+        judge: the network is the evaluation's.
+    """
+    config = None
+    with findings.of(field):
+        config = convnet_config(path)
+        read_shapes(path)
+        if side and (takes := config.image_size) != side:
+            wrong_size(field, f"{takes} x {takes} pixels, as {path} takes", side, findings, judge)
+    return config
+
+
+def wrong_size(field: str, takes: str, side: int, findings: Findings, judge: bool) -> None:
+    """A problem: the network does not take images of `side` pixels."""
+    remedy = (
+        "the shipped judge knows 8 x 8 digits alone: set evaluation.num_images to 0, or name "
+        "networks for these images (judge.*)"
+        if judge
+        else "choose a network for these images (rewards.features.network)"
+    )
+    findings.problem(field, f"images of {takes}", f"{side} x {side} from the policy", remedy)
+
+
 def load_convnet(checkpoint: str, device: str) -> ConvNet:
-    """Load strictly from a safetensors file whose header carries the architecture."""
+    """Load strictly from a safetensors file with the architecture in its header."""
     network = ConvNet(convnet_config(checkpoint))
     load_strict(network, read_tensors(checkpoint), checkpoint)
     return network.to(device).eval().requires_grad_(False)

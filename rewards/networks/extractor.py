@@ -21,13 +21,13 @@ class NetworkFeatures:
     """Features of images of any size.
 
     Args:
-        network: moved to the device and set to eval; frozen.
+        network: moved to the device, set to eval and frozen.
         embed: (n, 3, S, S) fp32 -> (n, D), with the network.
         preprocess: n images of one size, (n, H, W, 3) uint8 -> (n, 3, S, S) fp32.
         fingerprint: of network, weights and preprocessing.
-        batch: images at a time through the network.
-        precision: bf16 computes under autocast; weights stay fp32. fp32 is fp32 on GPUs, too, in
-            processes that `cluster.program.precision` prepared.
+        batch: images in a forward pass.
+        precision: bf16 is autocast with fp32 weights; fp32 excludes TF32 after
+            `cluster.program.precision.exact_fp32`.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class NetworkFeatures:
         self._embed, self._preprocess = embed, preprocess
         self._device, self._batch, self._precision = torch.device(device), batch, precision
         self.fingerprint = fingerprint if precision == "fp32" else f"{fingerprint}-{precision}"
-        self.dim = 0  # not known before the first image
+        self.dim = 0  # unknown before the first image
 
     def warm(self) -> None:
-        """One image through the network: libraries load and memory is reserved before it serves."""
+        """Run one image: libraries load and memory is reserved before the first request."""
         self(np.zeros((1, 64, 64, 3), np.uint8))
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Feature extractors: the spaces in which image distributions are compared."""
+"""Feature extractors, the spaces in which image distributions are compared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rewards.networks.inception import (
 from rewards.networks.open_clip_models import Precision
 from rewards.networks.preprocessing import Preprocess, preprocess, to_device
 from rewards.networks.vision_towers import ClipTower, load_dinov2
-from rewards.networks.weight_files import given, weights_digest
+from rewards.networks.weight_files import is_user_file, weights_digest
 
 MAX_PIXELS = 1024
 MINIATURE = "package://learner.miniature/networks/features.safetensors"
@@ -39,27 +39,27 @@ class FeaturesConfig:
     network: Literal[
         "convnet", "pixels", "inception", "torchvision-inception", "dinov2", "clip"
     ] = "convnet"
-    """convnet: a small convolutional network. pixels: nothing learned, for small images.
-    inception: the FID literature's, 2048 dimensions. torchvision-inception: the one in the public
-    code of 2603.23086. dinov2, clip: for judging in another space."""
+    """convnet: a small convolutional network. pixels: not learned, for small images. inception: the
+    FID literature's, 2048 dimensions. torchvision-inception: that of the public code of
+    2603.23086. dinov2, clip: for evaluation in another space."""
     checkpoint: str = ""
-    """Weights. Empty or "published": fetched once (convnet: the miniature's, shipped). Else a file;
+    """Weights. Empty or "published": fetched once (convnet: the shipped miniature's). Else a file;
     for clip also a pretrained tag of open_clip."""
     model: str = ""
     """dinov2: a timm name; empty is vit_large_patch14_dinov2.lvd142m. clip: an open_clip name or a
     directory in its layout; empty is ViT-B-32-quickgelu with OpenAI's weights."""
     tag: str = ""
-    """clip, for a checkpoint file: open_clip's pretrained tag that its weights are of, which names
-    preprocessing and activation. Empty: those of the configuration beside the file, or of the
-    model's tags if all agree."""
+    """clip, for a checkpoint file: open_clip's pretrained tag of its weights; it sets preprocessing
+    and activation. Empty: as in the configuration beside the file, or as in the model's tags if all
+    agree."""
     precision: Precision = "fp32"
-    """bf16 for dinov2 and clip: faster on GPUs, and a space of its own."""
+    """bf16 for dinov2 and clip: faster on GPUs; gives another space than fp32."""
     batch: int = 32
-    """Images at a time through a network (not convnet, which takes all)."""
+    """Images in a forward pass (except convnet, which takes all)."""
 
     def __post_init__(self) -> None:
         chosen = f"features of network {self.network!r}"
-        # Configurations written before these networks were there name this file for pixels, too.
+        # Older configurations name this file for pixels, too.
         if self.network == "pixels" and self.checkpoint not in ("", MINIATURE):
             raise ConfigError(
                 f"checkpoint: {chosen} have no weights, found {self.checkpoint!r}: leave it empty, "
@@ -98,28 +98,28 @@ class ConvNetFeatures:
 
 
 class PixelFeatures:
-    """Brightness of every pixel, in [0, 1]: a space that no training has shaped."""
+    """Brightness of every pixel, in [0, 1]: a space without training."""
 
     fingerprint = "pixels"
     one_size = True
-    """Of images of two sizes, a pixel of one has no counterpart in the other."""
+    """All images must have one size."""
 
     def __call__(self, images: Images) -> np.ndarray:
         """(N, H, W, 3) uint8 -> (N, H * W) float32.
 
         Raises:
             DataError: too many pixels for a covariance.
-            ImageErrors: a sequence of images of different sizes.
+            ImageErrors: images of different sizes.
         """
         sizes = [image.shape[:2] for image in images]
-        odd = {row: size for row, size in enumerate(sizes) if size != sizes[0]}
+        odd = {index: size for index, size in enumerate(sizes) if size != sizes[0]}
         if odd:
             height, width = sizes[0]
             raise ImageErrors(
                 {
-                    row: f"is {size[0]} x {size[1]}, but image 0 is {height} x {width}: pixels are "
-                    "compared of images of one size"
-                    for row, size in odd.items()
+                    index: f"is {size[0]} x {size[1]}, but image 0 is {height} x {width}: pixel "
+                    "features compare images of one size"
+                    for index, size in odd.items()
                 }
             )
         return each_size(images, self._brightness)
@@ -139,18 +139,20 @@ def load_features(config: FeaturesConfig, device: str = "cpu") -> FeatureExtract
     """The extractor that a configuration names.
 
     Raises:
-        CheckpointError: weights that are missing, cannot be fetched, or are another network's.
-        ConfigError: a model that is not there.
+        CheckpointError: missing weights, not reachable, or of another network.
+        ConfigError: unknown model.
     """
     if config.network == "pixels":
         return PixelFeatures()
     if config.network == "convnet":
-        return ConvNetFeatures(config.checkpoint if given(config.checkpoint) else MINIATURE, device)
+        return ConvNetFeatures(
+            config.checkpoint if is_user_file(config.checkpoint) else MINIATURE, device
+        )
     return _load_network(config, device)
 
 
 def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
-    """Fingerprints name the preprocessing: whoever changes one changes its name."""
+    """Fingerprints name the preprocessing; change both together."""
     exact_fp32()
     network: nn.Module
     embed: Callable[[Tensor], Tensor]
@@ -181,10 +183,10 @@ def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
 
 
 def _on(device: str, prepare: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], Tensor]:
-    """A preprocessing of (n, 3, H, W) uint8 tensors, for arrays."""
+    """Applies a preprocessing of (n, 3, H, W) uint8 tensors to arrays."""
     return lambda images: prepare(to_device(images, device).permute(0, 3, 1, 2))
 
 
 def _as_trained(device: str, settings: Preprocess) -> Callable[[np.ndarray], Tensor]:
-    """The transform that a vision transformer was trained with, for arrays."""
+    """Applies a vision transformer's evaluation transform to arrays."""
     return lambda images: preprocess(to_device(images, device), settings)

@@ -1,7 +1,4 @@
-"""What CLIP weights were trained with: open_clip's tags, and the configurations beside files.
-
-Nothing is loaded here but JSON.
-"""
+"""Settings of CLIP weights, from open_clip's tags and the JSON configurations beside files."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from cluster.errors import CheckpointError
 
 DIRECTORY_CONFIG = "open_clip_config.json"
 PREPROCESSOR, TRANSFORMERS = "preprocessor_config.json", "config.json"
-"""The configurations of transformers."""
+"""Configurations of transformers."""
 BICUBIC, BILINEAR = 3, 2  # PIL's numbers, as transformers writes them
 WAYS = {
     "interpolation": ("bicubic", "bilinear", "random"),
@@ -30,14 +27,14 @@ DEFAULTS = {
     "resize_mode": "shortest",
     "fill_color": 0,
 }
-"""open_clip's, whose import takes seconds: a dry run has none. A test compares them."""
-LARGEST_STD = 2.0  # of pixels in [0, 1]; 1 leaves them as they are
-LARGEST = 1 << 20  # of a side, width, vocabulary or number of layers: beyond, a file is damaged
+"""open_clip's defaults; its import takes seconds. A test compares them."""
+LARGEST_STD = 2.0  # of pixels in [0, 1]
+LARGEST = 1 << 20  # of a side, width, vocabulary or number of layers; above, a file is damaged
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The transform and the activation that weights were trained with."""
+    """Transform and activation of weights."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -49,7 +46,7 @@ class Settings:
 
     @property
     def preprocess(self) -> dict[str, Any]:
-        """open_clip's description, but for the size, which is the model's."""
+        """open_clip's description, without the size."""
         fields = asdict(self)
         del fields["quick_gelu"]
         return fields
@@ -61,7 +58,7 @@ class Settings:
 
 
 def settings_of(preprocess: Mapping[str, Any], quick_gelu: bool) -> Settings:
-    """Those of a tag or of a `preprocess_cfg`; what it leaves out is open_clip's default."""
+    """Settings of a tag or `preprocess_cfg`; missing ones are open_clip's defaults."""
     named = {name: preprocess[name] for name in DEFAULTS if preprocess.get(name) is not None}
     merged = {**DEFAULTS, **named}
     return Settings(
@@ -75,10 +72,10 @@ def settings_of(preprocess: Mapping[str, Any], quick_gelu: bool) -> Settings:
 
 
 def read_directory(directory: Path) -> dict[str, Any]:
-    """The `open_clip_config.json` of a directory, with a `model_cfg` of sizes that can be.
+    """The `open_clip_config.json` of a directory, checked.
 
     Raises:
-        CheckpointError: not there, or not one.
+        CheckpointError: missing or invalid.
     """
     file = directory / DIRECTORY_CONFIG
     found = _json(file, "a directory in open_clip's layout, with")
@@ -104,16 +101,16 @@ def read_directory(directory: Path) -> dict[str, Any]:
 
 
 def directory_settings(config: Mapping[str, Any]) -> Settings:
-    """Those that an `open_clip_config.json` names."""
+    """Settings in an `open_clip_config.json`."""
     quick_gelu = bool(config["model_cfg"].get("quick_gelu", False))
     return settings_of(config.get("preprocess_cfg") or {}, quick_gelu)
 
 
 def transformers_settings(directory: Path, quick_gelu: bool) -> Settings | None:
-    """Those that transformers' configurations in a directory name; None without any.
+    """Settings in transformers' configurations of a directory; None without any.
 
     Args:
-        quick_gelu: the activation where no `config.json` names one.
+        quick_gelu: the activation if no `config.json` names one.
 
     Raises:
         CheckpointError: a transform that open_clip does not have.
@@ -151,7 +148,7 @@ def _from_transformers(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _activation(directory: Path) -> bool | None:
-    """Whether transformers' `config.json` names QuickGELU; None if it names nothing."""
+    """Whether transformers' `config.json` names QuickGELU; None if it names no activation."""
     file = directory / TRANSFORMERS
     if not file.is_file():
         return None
@@ -180,7 +177,7 @@ def _json(file: Path, expected: str) -> dict[str, Any]:
 
 
 def _check_sizes(where: str, sizes: Mapping[str, Any]) -> None:
-    """Every whole number, also in lists, within what a model can have."""
+    """Check every integer, also in lists, against `LARGEST`."""
     for name, value in sizes.items():
         parts = value if isinstance(value, list) else [value]
         for part in parts:

@@ -17,7 +17,7 @@ from cluster.model_files.checkpoints import read_checkpoint
 from cluster.model_files.tensors import load_strict
 from cluster.model_files.torchvision_ops import ensure_torchvision
 from cluster.model_files.weight_checks import check_finite
-from cluster.text_limits import Reading
+from cluster.text_limits import Reading, reading_of_ids
 from rewards.networks.open_clip_configs import DIRECTORY_CONFIG
 from rewards.networks.open_clip_sources import (
     LOCAL_DIR,
@@ -29,25 +29,25 @@ from rewards.networks.open_clip_sources import (
     has_tokenizer,
 )
 from rewards.networks.packed import pack_blocks
-from rewards.networks.tokens import reading_of
 from rewards.networks.weight_files import brief
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNUSED = (
-    "input_resolution",  # OpenAI's files tell three sizes as tensors
+    "input_resolution",  # sizes, stored as tensors in OpenAI's files
     "context_length",
     "vocab_size",
     "text.transformer.embeddings.position_ids",  # of transformers before 4.31
 )
-"""Tensors that open_clip, too, leaves out of files."""
-ROOM = 1 << 22  # numbers by which a model may be larger than its file says, whatever its size
+"""Tensors of files that open_clip ignores, too."""
+CLIPS_MARKS = 3  # start, end and class
+ROOM = 1 << 22  # numbers that a model may have beyond four times its file's
 
 logger = logging.getLogger(__name__)
 
 
 class NoTokenizerError(Exception):
-    """A tokenizer cannot be had; the message says whose and what to do."""
+    """A tokenizer cannot be loaded."""
 
 
 class TextImageModel:
@@ -57,17 +57,17 @@ class TextImageModel:
         model: an open_clip name ("ViT-L-14-quickgelu"), "hf-hub:owner/name", or a directory in
             open_clip's layout (`open_clip_config.json` and weights), as a path or `package://`.
         pretrained: for a name: open_clip's pretrained tag, or a checkpoint file (.pt,
-            .safetensors). Empty for the others, which come with their weights.
-        tag: for a checkpoint file, the pretrained tag whose preprocessing and activation belong to
-            it; needed where those of the model differ (`openclip_sources`).
+            .safetensors). Empty for the others, which have their own weights.
+        tag: for a checkpoint file, the pretrained tag with its preprocessing and activation;
+            needed if those of the model's tags differ (`open_clip_sources`).
         precision: bf16 is open_clip's: linear maps and convolutions in bf16, normalisations and
-            what this class returns in fp32.
-        pack: on a CPU, lay the transformer's weights out for speed; the model is then for
-            inference alone, and its weights cannot be read any more.
+            results in fp32.
+        pack: on a CPU, pack the transformer's weights for speed (`packed`); they cannot be read
+            afterwards.
 
     Raises:
-        CheckpointError: unknown name, missing file, weights that do not fit, or weights that were
-            trained with another activation than the model has.
+        CheckpointError: unknown name, missing file, weights that do not fit, or that were trained
+            with another activation.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TextImageModel:
             raise
         except Exception as error:  # open_clip, timm and transformers raise anything
             raise CheckpointError(f"open_clip model {model!r} cannot be loaded: {error}") from error
-        if not source.file:  # a file's were looked at one by one
+        if not source.file:  # a file's are checked while loading
             check_finite(self.model.state_dict(), f"{model} {pretrained}".strip())
         if source.settings is not None:
             logger.info(
@@ -112,7 +112,7 @@ class TextImageModel:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width that the image tower takes, pixels."""
+        """Height and width of the image tower's input, pixels."""
         size = self.model.visual.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -122,7 +122,7 @@ class TextImageModel:
         return self.model.visual.preprocess_cfg
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """The model's own evaluation transform: PIL image -> (3, h, w) fp32, on the host."""
+        """The model's evaluation transform: PIL image -> (3, h, w) fp32, on the host."""
         ensure_torchvision()
         import open_clip
 
@@ -136,18 +136,18 @@ class TextImageModel:
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """N texts -> (N, E) fp32 unit rows; texts longer than the model's context are cut."""
+        """N texts -> (N, E) fp32 unit rows; texts are truncated to the model's context."""
         tokens = self.tokenizer(list(texts)).to(self.device)
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
     def reading(self, text: str) -> Reading:
-        """What its tokenizer makes of a text."""
+        """The text as its tokenizer reads it."""
         return reading_of(self.tokenizer, text)
 
 
 @contextlib.contextmanager
 def _loading_from(file: str) -> Iterator[None]:
-    """Without open_clip's warning of random weights, where a file replaces them at once."""
+    """Suppress open_clip's warning of random weights, which a file replaces at once."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not file or not record.getMessage().startswith("No pretrained weights loaded")
@@ -164,7 +164,7 @@ def _create(source: Source, **options: Any) -> torch.nn.Module:
     """The model, with the source's weights in it.
 
     Raises:
-        Exception: whatever open_clip, timm or transformers make of a description or of the network.
+        Exception: raised by open_clip, timm or transformers.
     """
     ensure_torchvision()
     import open_clip
@@ -178,7 +178,7 @@ def _create(source: Source, **options: Any) -> torch.nn.Module:
     if settings is not None:
         options["force_preprocess_cfg"] = settings.preprocess
         options["force_quick_gelu"] = settings.quick_gelu
-    # Not even a text tower's own weights are fetched: the file has them.
+    # No weights are fetched, not even the text tower's: the file has them.
     model = open_clip.create_model(
         source.name, load_weights=False, pretrained_text=False, **options
     )
@@ -187,7 +187,7 @@ def _create(source: Source, **options: Any) -> torch.nn.Module:
 
 
 def _check_described(source: Source, state: Mapping[str, Tensor]) -> None:
-    """A directory's description against the file's size: a damaged number costs no memory."""
+    """Compare the described sizes with the file's: a damaged number must not allocate memory."""
     ensure_torchvision()
     import open_clip
     from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
@@ -210,8 +210,8 @@ def _check_described(source: Source, state: Mapping[str, Tensor]) -> None:
 
 
 def _fitted(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors under the names and in the shapes of today's open_clip, which reads files
-    of its earlier versions, of OpenAI, of Apple and of transformers' text towers alike."""
+    """A file's tensors with the names and shapes of the installed open_clip, from files of earlier
+    versions, OpenAI, Apple and transformers' text towers."""
     ensure_torchvision()
     import open_clip.factory as factory
 
@@ -228,7 +228,7 @@ def _fitted(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def tokenizer_of(source: Source) -> Any:
-    """The tokenizer that belongs to a source.
+    """The tokenizer of a source.
 
     Raises:
         NoTokenizerError: its files are missing, damaged or cannot be fetched.
@@ -256,7 +256,7 @@ def _load_tokenizer(source: Source) -> Any:
     directory = Path(source.name.removeprefix(LOCAL_DIR))
     options = dict(config.get("tokenizer_kwargs", {}))
     if not config.get("hf_tokenizer_name"):
-        if "bpe_path" in options:  # a vocabulary is looked for beside the configuration
+        if "bpe_path" in options:  # relative to the configuration
             options["bpe_path"] = str(directory / options["bpe_path"])
         made = open_clip.get_tokenizer(source.name, **options)
         if made.vocab_size > config["vocab_size"]:
@@ -272,8 +272,29 @@ def _load_tokenizer(source: Source) -> Any:
     )
 
 
+def reading_of(tokenizer: Any, text: str) -> Reading:
+    """What one of open_clip's tokenizers makes of a text, before truncation."""
+    if hasattr(tokenizer, "encode"):  # open_clip's own, of bytes: it knows every text
+        count = len(tokenizer.encode(text))
+        limit = int(tokenizer.context_length)
+        return Reading(tokens=count + 2, limit=limit, known=count, empty=not count)
+    ensure_torchvision()
+    from open_clip import tokenizer as cleaning
+
+    if hasattr(tokenizer, "clean_fn"):
+        text = tokenizer.clean_fn(text)
+    else:  # SigLIP's
+        text = cleaning.canonicalize_text(cleaning.basic_clean(text))
+    clips = getattr(tokenizer, "tokenizer_mode", "") == "clips"
+    inner = tokenizer.tokenizer
+    ids = inner(text, add_special_tokens=not clips).input_ids
+    return reading_of_ids(
+        inner, ids, int(tokenizer.context_length), added=CLIPS_MARKS if clips else 0
+    )
+
+
 def clip_parameters(architecture: dict[str, Any]) -> int:
-    """About how many weights an open_clip model of two plain transformers has; 0 for others."""
+    """Approximate number of weights of an open_clip model of two plain transformers; else 0."""
     vision, text = architecture.get("vision_cfg", {}), architecture.get("text_cfg", {})
     try:
         width, patch, layers = vision["width"], vision["patch_size"], vision["layers"]

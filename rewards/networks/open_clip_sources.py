@@ -1,9 +1,8 @@
-"""Where an open_clip model's weights come from, and what they were trained with.
+"""Finds an open_clip model's weights, and the transform and activation they were trained with.
 
-A pretrained tag of open_clip carries more than a download: mean, deviation, interpolation and way
-of resizing, and which of two activations the weights know. A file of the same weights carries none
-of it, so it is found out here: from the tag that the user names, from the configuration beside the
-file, or from the model's tags if all of them agree.
+A pretrained tag of open_clip sets mean, deviation, interpolation, resizing and activation. For a
+file of weights they come from the tag that the user names, from the configuration beside the file,
+or from the model's tags if all agree.
 """
 
 from __future__ import annotations
@@ -41,43 +40,43 @@ PREFERRED = (
     "pytorch_model.pth",
     "model.pth",
 )
-"""Names of weights that open_clip looks for in a directory, first ones first."""
+"""Weights that open_clip looks for in a directory, in this order."""
 SUFFIXES = (".safetensors", ".bin", ".pth")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt", "vocab.json")
-LISTED = 4  # tags of a kind that an error names
+LISTED = 4  # tags of a kind in an error
 IRRELEVANT = ("timm_model_pretrained", "hf_model_pretrained", "hf_tokenizer_name")
-"""Keys of a `model_cfg` that change no number of a model whose weights are loaded."""
+"""Keys of a `model_cfg` without effect on a model with loaded weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model and its weights: found and checked, not loaded."""
+    """A model and its weights, found and checked but not loaded."""
 
     name: str
-    """As open_clip takes it: a name, hf-hub:owner/name, or local-dir:directory."""
+    """For open_clip: a name, hf-hub:owner/name, or local-dir:directory."""
     tag: str = ""
-    """Whose weights open_clip fetches."""
+    """Pretrained tag that open_clip fetches."""
     file: str = ""
-    """Checkpoint to load; empty where open_clip fetches."""
+    """Checkpoint to load; empty if open_clip fetches the weights."""
     settings: Settings | None = None
-    """Of that checkpoint; None where open_clip knows them."""
+    """Settings of that checkpoint; None if open_clip knows them."""
     origin: str = ""
-    """Whence the settings are known."""
+    """Source of the settings, for messages."""
     tokenizer: Mapping[str, Any] | None = None
     """A directory's `text_cfg`; None: open_clip knows the tokenizer by the name."""
 
 
 def find_source(model: str, pretrained: str, tag: str = "") -> Source:
-    """The weights that options name, with what belongs to them.
+    """The weights that the options name, with their settings.
 
     Args:
         model: an open_clip name, "hf-hub:owner/name", or a directory in open_clip's layout.
         pretrained: for a name, a tag or a checkpoint file; empty for the others.
-        tag: for a file, the tag that its weights are of.
+        tag: for a file, the tag of its weights.
 
     Raises:
-        CheckpointError: weights that are missing or doubly named, a damaged configuration, another
-            activation than the model's, or a file of which is not known how it was trained.
+        CheckpointError: no weights or two, a damaged configuration, another activation than the
+            model's, or a file with unknown settings.
     """
     if has_own_weights(model):
         if pretrained or tag:
@@ -105,15 +104,15 @@ def find_source(model: str, pretrained: str, tag: str = "") -> Source:
 
 
 def has_own_weights(model: str) -> bool:
-    """Whether a model's name stands for weights, too: a directory, or a model on the hub."""
+    """Whether a model has its own weights: a directory, or a model on the hub."""
     return model.startswith(HUB) or directory_of(model) is not None
 
 
 def directory_of(model: str) -> Path | None:
-    """The directory that a model's name stands for, if it does.
+    """The directory that a model names, or None.
 
     Raises:
-        CheckpointError: it should be one, and is not.
+        CheckpointError: it is missing.
     """
     if model.startswith((PACKAGE, LOCAL_DIR)):
         return locate(model.removeprefix(LOCAL_DIR), directory=True)
@@ -122,7 +121,7 @@ def directory_of(model: str) -> Path | None:
 
 
 def is_file(pretrained: str) -> bool:
-    """Whether weights are named by a file rather than by a tag."""
+    """Whether `pretrained` names a file, not a tag."""
     return pretrained.startswith(PACKAGE) or "/" in pretrained or Path(pretrained).is_file()
 
 
@@ -130,7 +129,7 @@ def check_names(names: Iterable[str], source: str) -> None:
     """Refuse the names of transformers' CLIPModel and SiglipModel, which open_clip does not read.
 
     Raises:
-        CheckpointError: it has them; says which files to take.
+        CheckpointError: such names; says which files to take.
     """
     if any(name.startswith(("text_model.", "vision_model.")) for name in names):
         raise CheckpointError(
@@ -171,7 +170,7 @@ def tags_of(model: str) -> list[str]:
 
 
 def pretrained_of(model: str, tag: str) -> dict[str, Any]:
-    """Where open_clip has the weights of a tag from, and how they were trained."""
+    """open_clip's description of a tag's weights: source and settings."""
     ensure_torchvision()
     import open_clip
 
@@ -179,18 +178,15 @@ def pretrained_of(model: str, tag: str) -> dict[str, Any]:
 
 
 def published_settings(model: str, tag: str) -> Settings:
-    """What the weights of a tag were trained with.
-
-    A model with QuickGELU keeps it: there are tags that do not name it, of weights that have it.
-    """
+    """Settings of a tag's weights. A model with QuickGELU keeps it: some tags do not name it."""
     known = pretrained_of(model, tag)
     quick_gelu = known.get("quick_gelu", False) or architecture_of(model).get("quick_gelu", False)
     return settings_of(known, bool(quick_gelu))
 
 
 def hub_tokenizer_of(source: Source) -> str:
-    """The repository or directory of transformers' tokenizer that a source takes; empty where the
-    tokenizer is open_clip's own, or lies in the source's directory."""
+    """Repository of a source's transformers tokenizer; empty if the tokenizer is open_clip's or in
+    the source's directory."""
     config = source.tokenizer
     if config is None:
         return str(architecture_of(source.name).get("text_cfg", {}).get("hf_tokenizer_name", ""))
@@ -240,7 +236,7 @@ def _of_file(model: str, pretrained: str, tag: str) -> Source:
         return replace(source, settings=settings, origin=f"of the tag {tag}")
     folder = locate(pretrained).parent
     if not architecture:
-        return source  # open_clip says that it has no such model
+        return source  # open_clip raises for an unknown model
     if (folder / DIRECTORY_CONFIG).is_file():
         return _as_in_directory(source, folder, architecture)
     plain = bool(architecture.get("quick_gelu", False))
@@ -249,7 +245,7 @@ def _of_file(model: str, pretrained: str, tag: str) -> Source:
         _keep_activation(model, plain, beside, folder)
         return replace(source, settings=beside, origin=f"of the configuration in {folder}")
     tags = tags_of(model)
-    if not tags:  # of no published weights: as open_clip trains them
+    if not tags:  # no published weights: open_clip's training defaults
         origin = f"that open_clip trains with (no weights of {model} are published)"
         return replace(source, settings=settings_of({}, plain), origin=origin)
     kinds = {name: published_settings(model, name) for name in tags}
@@ -260,7 +256,7 @@ def _of_file(model: str, pretrained: str, tag: str) -> Source:
 
 
 def _as_in_directory(source: Source, folder: Path, architecture: Mapping[str, Any]) -> Source:
-    """A file with open_clip's configuration beside it: scored as that directory would be."""
+    """A file with open_clip's configuration beside it, treated as that directory."""
     config = read_directory(folder)
     described = config["model_cfg"]
     odd = _first_difference(architecture, described)

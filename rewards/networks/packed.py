@@ -1,8 +1,8 @@
-"""Transformer blocks of open_clip over oneDNN's packed weights: for a CPU, several times faster.
+"""Transformer blocks of open_clip with oneDNN's packed weights: several times faster on a CPU.
 
-torch multiplies fp32 matrices on a CPU with whatever library it was built with, which on some
-processors reaches a third of what oneDNN does, and lays the weight out anew for every product.
-Here the weights are laid out once and the plain ones let go, so that memory stays the same.
+On some processors torch's default library for fp32 products reaches a third of oneDNN's speed, and
+converts the weight's layout in every product. Here the packed weights replace the plain ones, so
+memory stays the same.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MIN_WEIGHTS = 1 << 16  # of a layer; below, the call costs more than it saves
+MIN_WEIGHTS = 1 << 16  # of a layer; smaller ones are not faster
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference: the weight lies in oneDNN's blocked layout."""
+    """`nn.Linear` for inference with the weight in oneDNN's blocked layout."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     """(N, H, L, E) three times -> (N, H, L, E)."""
     if query.dtype == torch.float32:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    # In bf16 oneDNN's products take half the time of torch's fused kernel for a CPU.
+    # In bf16 oneDNN's products take half the time of torch's fused CPU kernel.
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     return (logits if mask is None else logits + mask).softmax(-1) @ value
 
@@ -68,13 +68,13 @@ def pack_blocks(model: nn.Module, block_type: type[nn.Module]) -> int:
     """Replace the attention and the linear layers of self-attention blocks, in place.
 
     Args:
-        model: in eval mode, on the CPU; afterwards it serves under `torch.inference_mode` only,
-            and can neither be saved nor moved.
+        model: in eval mode, on the CPU; afterwards it runs under `torch.inference_mode` only, and
+            cannot be saved or moved.
         block_type: open_clip's `ResidualAttentionBlock`.
 
     Returns:
-        Number of blocks packed: not small ones, and none where this machine's oneDNN cannot
-        compute in the model's dtype.
+        Number of packed blocks; small ones stay, and all if this machine's oneDNN does not support
+        the model's dtype.
     """
     blocks: list[Any] = [
         block for block in model.modules() if type(block) is block_type and _plain(block)

@@ -1,12 +1,11 @@
-"""What a model's transform does to an image, on the device and for whole batches, to the bit.
+"""Image preprocessing of models on the device, in batches, bit for bit as on the host.
 
-open_clip's evaluation transform resizes 8-bit images with Pillow, one by one and on the host. The
-functions here give the same pixels. Pillow resamples in two passes, one a side, each a sum of
-pixels times coefficients of 22 fractional bits, rounded and clamped to 8 bits. In float64 such sums
-are exact in any order, so a product with a matrix of those coefficients is what Pillow computes.
-Which side comes first decides the rounding; it depends on the sizes and on Pillow's version, so
-Pillow is asked, once for each pair of sizes. Rows and columns that the crop drops are never
-computed, which keeps a 2 x 5000 image cheap.
+open_clip's evaluation transform resizes 8-bit images with Pillow on the host. These functions give
+the same pixels. Pillow resamples in two passes, one a side: sums of pixels times coefficients of 22
+fractional bits, rounded and clamped to 8 bits. Such sums are exact in float64, so they equal a
+product with the matrix of coefficients. The side that comes first affects the rounding; it depends
+on the sizes and Pillow's version, and is found by trying Pillow once for each pair of sizes. Rows
+and columns outside the crop are not computed: a 2 x 5000 image is cheap.
 
 Shapes: N images, H W their pixels, h w the model's.
 """
@@ -45,22 +44,22 @@ class Preprocess:
     """The evaluation transform of an open_clip model, or of one of timm's."""
 
     size: tuple[int, int]
-    """Height and width that the model takes, pixels."""
+    """Height and width of the model's input, pixels."""
     mean: tuple[float, ...]
     """Of each channel, for pixels in [0, 1]."""
     std: tuple[float, ...]
     resize_mode: ResizeMode = "shortest"
     """shortest: the shorter side to the model's, then a centre crop. longest: the longer side, then
-    padding. squash: both sides, whatever the shape."""
+    padding. squash: both sides."""
     interpolation: Filter = "bicubic"
     fill: int = 0
     """Value of padded pixels before normalisation, 0 to 255."""
     scale: int = 0
-    """Side that resizing aims at, of a square that is then cropped to `size`; 0 is `size`."""
+    """Side of the resized square, which is cropped to `size`; 0 is `size`."""
 
     @property
     def fingerprint(self) -> str:
-        """Names everything that changes the pixels."""
+        """Identifies everything that affects the pixels."""
         numbers = ",".join(f"{value:g}" for value in (*self.mean, *self.std))
         sides = "x".join(str(side) for side in self.size)
         padding = f"-fill{self.fill}" if self.resize_mode == "longest" else ""
@@ -72,11 +71,11 @@ class Preprocess:
         """From open_clip's `visual.preprocess_cfg`.
 
         Raises:
-            CheckpointError: it asks for something that is not reproduced here.
+            CheckpointError: a transform that is not reproduced here.
         """
         unknown = sorted(set(config) - _KNOWN)
         mode, filtering = config["resize_mode"], config["interpolation"]
-        if filtering == "random":  # in training; open_clip evaluates bicubically
+        if filtering == "random":  # in training; bicubic in evaluation
             filtering = "bicubic"
         if (
             unknown
@@ -126,7 +125,7 @@ def fault(height: int, width: int, config: Preprocess) -> str | None:
 
 
 def too_narrow(height: int, width: int, size: int) -> str:
-    """What to tell of an image whose shorter side rounds to 0."""
+    """Message for an image whose shorter side rounds to 0."""
     return (
         f"an image of {height} x {width} pixels is too narrow: with its longer side scaled to "
         f"{size}, the shorter one rounds to 0 pixels"
@@ -186,10 +185,9 @@ def _window(full: int, target: int) -> tuple[int, int, int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def first_axis(height: int, width: int, new_height: int, new_width: int, filtering: Filter) -> int:
-    """Which side this machine's Pillow resizes first: 0 the height, 1 the width.
+    """The side that the installed Pillow resizes first: 0 the height, 1 the width.
 
-    For long it was always the width. Newer versions (13 is one) start with the height where that
-    shrinks much more than the width; where it does not shrink, the width still comes first.
+    Older versions start with the width; newer ones (13) with the height if that shrinks much more.
 
     Raises:
         CheckpointError: neither order gives Pillow's pixels.
@@ -199,7 +197,7 @@ def first_axis(height: int, width: int, new_height: int, new_width: int, filteri
     generator = np.random.default_rng(0)
     resample = Image.Resampling.BICUBIC if filtering == "bicubic" else Image.Resampling.BILINEAR
     sizes, candidates = (new_height, new_width), {1, 0}
-    for _ in range(PROBES):  # the first decides, unless the image has but a few pixels
+    for _ in range(PROBES):  # one suffices, except for images of a few pixels
         probe = generator.integers(0, 256, (height, width, 3), np.uint8)
         resized = Image.fromarray(probe).resize((new_width, new_height), resample)
         theirs = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
@@ -223,7 +221,7 @@ def first_axis(height: int, width: int, new_height: int, new_width: int, filteri
 def _resample(
     images: Tensor, axis: int, full: int, start: int, stop: int, filtering: Filter
 ) -> Tensor:
-    """One pass of Pillow's resize: an axis (-1 or -2) to `full` pixels, of them start..stop."""
+    """One pass of Pillow's resize: pixels start..stop of an axis (-1 or -2) resized to `full`."""
     source = images.shape[axis]
     if source == full:
         return images.narrow(axis, start, stop - start)
@@ -242,7 +240,7 @@ def _weights(
     Integers, 2^22 times the filter's weights, rounded half away from zero (Pillow's Resample.c).
     """
     scale = source / full
-    stretch = max(scale, 1.0)  # shrinking widens the filter: that is the antialiasing
+    stretch = max(scale, 1.0)  # antialiasing: shrinking widens the filter
     support = SUPPORT[filtering] * stretch
     kernel = _cubic if filtering == "bicubic" else _triangle
     rows = torch.zeros(stop - start, source, dtype=torch.float64)
@@ -252,7 +250,7 @@ def _weights(
         high = min(int(centre + support + 0.5), source)
         taps = [kernel((x - centre + 0.5) * (1.0 / stretch)) for x in range(low, high)]
         total = sum(taps)
-        # Pillow leaves the taps alone where they sum to zero.
+        # Pillow does not normalise taps that sum to zero.
         taps = [tap / total if total else tap for tap in taps]
         fixed = [math.trunc(tap * (1 << BITS) + math.copysign(0.5, tap)) for tap in taps]
         rows[row, low:high] = torch.tensor(fixed, dtype=torch.float64)
@@ -277,11 +275,11 @@ def _channels(values: Any) -> tuple[float, ...]:
 
 
 def fit_floats(images: Tensor, size: int) -> Tensor:
-    """HPSv2's order: to float, the longer side to `size`, then zeros about the centre.
+    """HPSv2's resize: to float, the longer side to `size`, zero padding about the centre.
 
-    Bicubic with antialiasing on the floats (torchvision's `resize` of a tensor), neither rounded
-    nor clamped. Images whose longer side is `size` already are padded, too; the hpsv2 package
-    leaves them as they are, and its model then refuses them unless they are square.
+    Bicubic with antialiasing on floats (torchvision's `resize` of a tensor), without rounding.
+    Images whose longer side is `size` are padded, too; the hpsv2 package does not, and its model
+    then fails unless they are square.
 
     Args:
         images: (N, H, W, 3) uint8.
@@ -304,7 +302,7 @@ def fit_floats(images: Tensor, size: int) -> Tensor:
 
 
 def longest_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width once the longer side is `size`, as hpsv2's `ResizeMaxSize` rounds them."""
+    """Height and width with the longer side `size`, rounded as hpsv2's `ResizeMaxSize`."""
     scale = size / float(max(height, width))
     if scale == 1.0:
         return height, width

@@ -1,4 +1,4 @@
-"""DINOv2 and CLIP as feature spaces: a second opinion beside Inception's.
+"""DINOv2 and CLIP as feature spaces.
 
 Shapes: N images, S the side the network takes, D feature dimensions.
 """
@@ -20,11 +20,11 @@ from cluster.model_files.torchvision_ops import ensure_torchvision
 from cluster.model_files.weight_checks import check_finite
 from rewards.networks.open_clip_models import TextImageModel
 from rewards.networks.preprocessing import SUPPORT, Preprocess, ResizeMode
-from rewards.networks.weight_files import brief, given, weights_digest
+from rewards.networks.weight_files import brief, is_user_file, weights_digest
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224  # pixels a side, as in Stein et al. 2023; the weights were made with 518
-QUICK = "quickgelu"  # in timm's names, and in its notes of tags
+QUICK = "quickgelu"  # in timm's names and notes of tags
 CLIP = "ViT-B-32-quickgelu"  # CLIP-FID's (Kynkäänniemi et al. 2023, 2203.06026), with these weights
 CLIP_TAG = "openai"
 
@@ -32,23 +32,23 @@ CLIP_TAG = "openai"
 def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Preprocess, str]:
     """A vision transformer of timm whose output is its features, (N, D), on the CPU.
 
-    DINOv2's (Oquab et al. 2023, 2304.07193) are the class token after the last norm. Position
-    embeddings made for another image size are resampled once, by timm (bicubic, antialiased); the
-    authors' own code resamples a little differently, so that features agree to some digits only.
+    DINOv2's features (Oquab et al. 2023, 2304.07193) are the class token after the last norm. timm
+    resamples position embeddings for another image size (bicubic, antialiased), slightly
+    differently from the authors' code.
 
     Args:
-        model: a timm name; empty is `DINOV2`. For a file, with the tag that its weights are of
-            where timm's tags differ in their transform.
+        model: a timm name; empty is `DINOV2`. For a file, with the tag of its weights if timm's
+            tags differ in their transform.
         checkpoint: .safetensors or .pth, of timm or of DINOv2's authors; empty or "published"
             fetches timm's.
 
     Returns:
-        The network, what it takes, and the weights' digest: before resampling, whose last bits
-        may differ between machines.
+        The network, its preprocessing, and the digest of the weights before resampling, whose last
+        bits may differ between machines.
 
     Raises:
-        ConfigError: no vision transformer of that name, or one whose preprocessing is not known.
-        CheckpointError: no such file, no network, or the file of another model.
+        ConfigError: no vision transformer of that name, or unknown preprocessing.
+        CheckpointError: no such file, not reachable, or the file of another model.
     """
     model, known = known_tower(model or DINOV2, checkpoint)
     settings = _settings(known, model)
@@ -56,15 +56,15 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
     import timm
 
     overlay: dict[str, Any] = {}
-    if given(checkpoint):
+    if is_user_file(checkpoint):
         overlay = {"state_dict": read_checkpoint(checkpoint)}
     try:
         network: Any = timm.create_model(
             model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0
         )
-    except Exception as error:  # of the hub, of the network, of a misfit: timm passes on any
+    except Exception as error:  # timm passes on any
         raise CheckpointError(_unloadable(model, checkpoint, error)) from error
-    check_finite(network.state_dict(), checkpoint if given(checkpoint) else model)
+    check_finite(network.state_dict(), checkpoint if is_user_file(checkpoint) else model)
     digest = weights_digest(network)
     network.set_input_size((DINOV2_SIZE, DINOV2_SIZE))
     return network, settings, digest
@@ -73,12 +73,11 @@ def load_dinov2(model: str = "", checkpoint: str = "") -> tuple[nn.Module, Prepr
 def known_tower(model: str, checkpoint: str = "") -> tuple[str, Any]:
     """The name of a vision transformer, with a tag, and timm's description of its weights.
 
-    A file tells neither transform nor activation. They are those of the tag in the name, of timm's
-    `config.json` beside the file, or of all tags if these agree.
+    For a file, transform and activation come from the tag in the name, from timm's `config.json`
+    beside the file, or from all tags if these agree.
 
     Raises:
-        ConfigError: timm has none of that name or tag, tags that differ, or weights of another
-            activation than the model's.
+        ConfigError: unknown name or tag, tags that differ, or weights of another activation.
     """
     ensure_torchvision()
     import timm
@@ -92,16 +91,16 @@ def known_tower(model: str, checkpoint: str = "") -> tuple[str, Any]:
             f"{', '.join(close) or 'none'}"
         )
     tags = timm.list_models(f"{name}.*", pretrained=True)
-    if given(checkpoint) and model == name:
+    if is_user_file(checkpoint) and model == name:
         model = _tag_beside(checkpoint, name, tags) or name
     try:
         known = timm.get_pretrained_cfg(model)
-    except RuntimeError as error:  # a tag, after the dot, that is not there
+    except RuntimeError as error:  # unknown tag after the dot
         listed = ", ".join(tags) or "none"
         raise ConfigError(f"model: {model!r}: {brief(error)}; timm has {listed}") from error
     if known is None:
         raise ConfigError(f"model: timm has no weights of {model!r}: choose one that it lists")
-    if given(checkpoint) and model == name:
+    if is_user_file(checkpoint) and model == name:
         _check_agreement(name, {tag: timm.get_pretrained_cfg(tag) for tag in tags})
     if _quick_gelu(known) and QUICK not in name:
         tag = f"{name.replace('_clip_', f'_clip_{QUICK}_')}.{known.tag}"
@@ -117,12 +116,12 @@ def _quick_gelu(config: Any) -> bool:
 
 
 def _tag_beside(checkpoint: str, name: str, tags: list[str]) -> str:
-    """The name with its tag as timm's `config.json` beside a file tells it; empty if none does."""
+    """The name with the tag of timm's `config.json` beside a file; empty without one."""
     file = locate(checkpoint).parent / "config.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         model = f"{found['architecture']}.{found['pretrained_cfg']['tag']}"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or another program's
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not timm's
         return ""
     return model if found["architecture"] == name and model in tags else ""
 
@@ -130,7 +129,7 @@ def _tag_beside(checkpoint: str, name: str, tags: list[str]) -> str:
 def _check_agreement(name: str, tags: dict[str, Any]) -> None:
     """
     Raises:
-        ConfigError: timm's weights of that name differ in what they were trained with.
+        ConfigError: settings of timm's weights of that name differ.
     """
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for tag, known in tags.items():
@@ -145,7 +144,7 @@ def _check_agreement(name: str, tags: dict[str, Any]) -> None:
 
 
 def tower_dim(model: str, checkpoint: str = "") -> int:
-    """D of a vision transformer of timm; no weights are loaded.
+    """D of a vision transformer of timm, without loading weights.
 
     Raises:
         ConfigError: as `known_tower`.
@@ -179,7 +178,7 @@ def _settings(config: Any, model: str) -> Preprocess:
 
 
 def _unloadable(model: str, checkpoint: str, error: Exception) -> str:
-    if given(checkpoint):
+    if is_user_file(checkpoint):
         return f"{checkpoint} does not fit timm's {model!r}: {brief(error)}"
     return (
         f"timm's weights of {model!r} cannot be fetched ({brief(error)}): without a network, fetch "
@@ -189,8 +188,8 @@ def _unloadable(model: str, checkpoint: str, error: Exception) -> str:
 
 
 def _activation(visual: nn.Module) -> str:
-    """Names GELU in a tower for which weights with QuickGELU fit, too. QuickGELU, which CLIP-FID's
-    tower has, goes without: references were made before this was told."""
+    """Fingerprint of GELU in towers that exist with QuickGELU; empty for QuickGELU (CLIP-FID's),
+    as in older references."""
     ensure_torchvision()
     from open_clip.transformer import QuickGELU, VisionTransformer
 
@@ -199,20 +198,20 @@ def _activation(visual: nn.Module) -> str:
 
 
 class ClipTower:
-    """An open_clip model's image features, (N, D), not normalised, as CLIP-FID takes them.
+    """An open_clip model's image features, (N, D), not normalised, as in CLIP-FID.
 
     Args:
         model: an open_clip name or a directory in its layout; empty is `CLIP`.
         checkpoint: a pretrained tag or a file, for a name; empty or "published" is `CLIP_TAG` for
             the default model.
-        tag: for a file, the pretrained tag that its weights are of.
+        tag: for a file, the pretrained tag of its weights.
 
     Raises:
-        CheckpointError: unknown name, no such file, no network, or weights that do not fit.
+        CheckpointError: unknown name, no such file, not reachable, or weights that do not fit.
     """
 
     def __init__(self, model: str, checkpoint: str, device: str, tag: str = "") -> None:
-        pretrained = checkpoint if given(checkpoint) else "" if model else CLIP_TAG
+        pretrained = checkpoint if is_user_file(checkpoint) else "" if model else CLIP_TAG
         try:
             loaded = TextImageModel(model or CLIP, pretrained, device, tag=tag, pack=False)
         except CheckpointError as error:

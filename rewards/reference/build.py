@@ -1,31 +1,27 @@
-"""Building a reference: real images to features to moments, in stretches, by several processes.
+"""Builds a reference: real images to features to moments, batch by batch.
 
-Processes decode and extract; this one adds up what they return, in the order of the images. The
-result is therefore the same for any number of processes, and sums saved on the way go on exactly
-where they were.
+Worker processes decode images; this process runs the network and adds up features in the order of
+the images. The result is the same for any number of workers, also after a stop and a resume.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Generator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import tyro
+from torch.utils.data import DataLoader, Dataset
 
 from cluster.errors import ConfigError, DataError, TesseraError
 from cluster.io.checksum import DAMAGED_ARRAYS
@@ -40,18 +36,18 @@ from cluster.program.streams import escaped
 from rewards.base import FeatureExtractor
 from rewards.distribution.joint import class_table
 from rewards.images.class_labels import described, read_class_names
-from rewards.images.decoding import ImageSource
+from rewards.images.decoding import ImageSource, Loaded
 from rewards.images.sources import open_source
 from rewards.networks.features import FeaturesConfig, load_features
 from rewards.reference.features import extract
 from rewards.reference.sums import BLOCK, Conditions, Part, ReferenceSums
 
 OF_LABELS = ("class_names", "label_column", "num_classes")
-AHEAD = 3  # batches in flight for each process
+AHEAD = 3  # batches that each worker prepares
 ABOUT = (
-    "Mean and covariance of real images' features, for FID and the distribution reward. Started "
-    "again after a stop, the same command goes on where it was. `fetch imagenet256` instead of "
-    "options brings ADM's published moments."
+    "Mean and covariance of real images' features, for FID and the distribution reward. After a "
+    "stop, the same command resumes. `fetch imagenet256` instead of options downloads ADM's "
+    "published moments."
 )
 COMMON = {
     "from what, to where": ("--images", "--out", "--overwrite"),
@@ -64,10 +60,7 @@ COMMON = {
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """Mean and covariance of real images' features, for FID and the distribution reward.
-
-    Started again after a stop, the same command goes on where it was.
-    """
+    """Mean and covariance of real images' features, for FID and the distribution reward."""
 
     images: Annotated[str, tyro.conf.arg(metavar="SOURCE")]
     """A folder of images (at any depth), a Parquet file or a folder of them (a column of encoded
@@ -78,22 +71,22 @@ class ReferenceConfig:
     image_column: str = ""
     """Parquet column of the images; empty: the only one that holds encoded images."""
     labels: bool = False
-    """Count the images of each class: folders right below the source, a Parquet column, or arr_1
-    of an .npz file."""
+    """Count the images of each class: folders directly below the source, a Parquet column, or
+    arr_1 of an .npz file."""
     label_column: str = ""
     """Parquet column of the classes, integers or names; empty: "label"."""
     class_names: str = ""
     """A text file with the names of all classes, one a line, in the order of their numbers. Empty:
-    names that are decimal numbers are their own, others are numbered in alphabetical order."""
+    decimal names are class numbers, other names are numbered in alphabetical order."""
     num_classes: int = 0
-    """Classes in all; 0: as many as there are."""
+    """Number of classes; 0: as many as the source has."""
     joint: Literal["none", "classes", "embeddings"] = "none"
     """Also store moments of features joined with their conditions, for the conditional FID: with
     classes (implies --labels), or with the rows of --embeddings."""
     joint_dim: int = 0
     """Dimensions of the classes' embedding; 0: one-hot. Fewer for hundreds of classes."""
     joint_weight: float = 0.0
-    """Factor of the embeddings; 0: such that they vary as much as the features in all."""
+    """Factor of the embeddings; 0: their total variance equals the features'."""
     joint_seed: int = 0
     """Seed of the classes' random projection."""
     embeddings: Path | None = None
@@ -102,22 +95,22 @@ class ReferenceConfig:
     batch: int = 64
     """Images at a time."""
     workers: int = 0
-    """Processes that decode and extract; 0: this one alone."""
+    """Processes that decode images; 0: the main process does."""
     num_threads: int = 0
-    """Threads of each process; 0: an equal share of the cores."""
+    """Threads of the feature network; 0: all cores."""
     device: str = "cpu"
     """Where the feature network runs."""
     skip_unreadable: bool = False
-    """Leave out images that cannot be read, and say at the end how many; else they are refused."""
+    """Leave out images that cannot be read and report their number; else they are an error."""
     save_every: float = 60.0
-    """Seconds between savings of what was added up."""
+    """Seconds between saves of the sums."""
     overwrite: bool = False
-    """Replace --out if it is there."""
+    """Replace an existing --out."""
 
     def check(self) -> None:
         """
         Raises:
-            ConfigError: options that cannot be, or not together.
+            ConfigError: options out of range, or that exclude each other.
         """
         if self.out.suffix.lower() != ".npz":
             raise ConfigError(f"--out must be an .npz file, found {self.out}")
@@ -143,7 +136,7 @@ class ReferenceConfig:
 
 
 def read_conditions(config: ReferenceConfig, source: ImageSource) -> Conditions:
-    """Classes and embeddings that the options ask for.
+    """Classes and embeddings as the options ask for them.
 
     Raises:
         DataError: the source has no classes, or embeddings do not fit it.
@@ -193,71 +186,78 @@ def _read_rows(path: Path, count: int) -> np.ndarray:
     return rows
 
 
+class _Batches(Dataset[list[Loaded] | TesseraError]):
+    """Decoded images in batches, for a DataLoader; errors are returned, which keeps their text."""
+
+    def __init__(self, source: ImageSource, first: int, size: int) -> None:
+        self._source, self.starts, self._size = source, range(first, len(source), size), size
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> list[Loaded] | TesseraError:
+        start = self.starts[index]
+        try:
+            return list(self._source.read(start, min(start + self._size, len(self._source))))
+        except TesseraError as error:
+            return error
+
+
+def _start_worker(number: int) -> None:
+    for stopping in STOPPING:  # sent to the whole process group; the parent ends its workers
+        signal.signal(stopping, signal.SIG_IGN)
+
+
 def parts(
     config: ReferenceConfig, source: ImageSource, extractor: FeatureExtractor, first: int
 ) -> Generator[Part, None, None]:
-    """All stretches from image `first` on, in order.
+    """Features of all batches from image `first` on, in order.
 
     Raises:
-        DataError: an image's features; or a process was lost.
+        DataError: an image's features; or a worker process was lost.
     """
-    starts = range(first, len(source), config.batch)
-    ranges = ((start, min(start + config.batch, len(source))) for start in starts)
-    if not config.workers:
-        torch.set_num_threads(_threads(config))
-        for start, stop in ranges:
-            yield extract(source, extractor, start, stop)
-        return
-    pool = ProcessPoolExecutor(
-        config.workers,
-        mp_context=multiprocessing.get_context("spawn"),  # forked ones inherit torch's threads
-        initializer=_start_worker,
-        initargs=(source, config.features, config.device, _threads(config)),
-    )
-    flying: deque[Future[Part]] = deque()
-    try:
-        for start, stop in ranges:
-            flying.append(pool.submit(_extract_in_worker, start, stop))
-            if len(flying) >= AHEAD * config.workers:
-                yield flying.popleft().result()
-        while flying:
-            yield flying.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process was lost, most likely for want of memory: the same command goes on where it "
-            "was; try fewer --workers or a smaller --batch"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker: tuple[ImageSource, FeatureExtractor] | None = None
-"""What a process works with, from its start on."""
-
-
-def _start_worker(
-    source: ImageSource, features: FeaturesConfig, device: str, num_threads: int
-) -> None:
-    global _worker
-    for number in STOPPING:  # Ctrl-C and schedulers' go to all; the parent ends its workers
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(num_threads)
-    _worker = source, load_features(features, device)
-
-
-def _extract_in_worker(start: int, stop: int) -> Part:
-    assert _worker is not None, "the pool's initializer has run"
-    return extract(*_worker, start, stop)
-
-
-def _threads(config: ReferenceConfig) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return config.num_threads or max(1, (cores or 1) // max(1, config.workers))
+    torch.set_num_threads(config.num_threads or cores or 1)
+    batches = _Batches(source, first, config.batch)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=config.workers,
+        collate_fn=_unchanged,
+        multiprocessing_context="spawn" if config.workers else None,  # forks inherit threads
+        worker_init_fn=_start_worker,
+        prefetch_factor=AHEAD if config.workers else None,
+    )
+    for start, loaded in zip(batches.starts, loader):
+        if isinstance(loaded, TesseraError):
+            raise loaded
+        yield extract(loaded, extractor, start)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+@contextmanager
+def _lost_workers() -> Iterator[None]:
+    """
+    Raises:
+        DataError: a process of the DataLoader died in the block.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            "a process was lost, most likely for want of memory: the same command resumes; try "
+            "fewer --workers or a smaller --batch"
+        ) from error
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything loaded and checked, before anything is computed."""
+    """The loaded and checked inputs of a build."""
 
     config: ReferenceConfig
     source: ImageSource
@@ -266,21 +266,21 @@ class Plan:
 
     @property
     def partial(self) -> Path:
-        """Where sums are kept until the reference is whole."""
+        """Saved sums of an unfinished build."""
         return self.config.out.with_name(f".{self.config.out.name}.partial.npz")
 
     @property
     def key(self) -> str:
-        """Of everything that the sums depend on."""
+        """Digest of everything that the sums depend on."""
         known = [self.source.fingerprint, self.extractor.fingerprint, self.conditions.fingerprint]
         return hashlib.sha256(dumps(known).encode()).hexdigest()
 
 
 def prepare(config: ReferenceConfig) -> Plan:
-    """Check the options against the images.
+    """Load the inputs and check the options against the images.
 
     Raises:
-        TesseraError: what is wrong, and what to do.
+        TesseraError: they do not fit.
     """
     config.check()
     source = open_source(config.images, config.image_column, config.label_column)
@@ -289,22 +289,23 @@ def prepare(config: ReferenceConfig) -> Plan:
 
 
 def build(plan: Plan) -> ReferenceSums:
-    """Add up all images, from where an earlier call stopped, and write the reference.
+    """Add up the features of all images, resuming an unfinished build, and write the reference.
 
     Raises:
-        DataError: an image cannot be read or used, and is named; what was added up is kept.
+        DataError: names an image that cannot be read or used; the sums are saved.
     """
     config, sums = plan.config, ReferenceSums(plan.key, plan.conditions)
     unfit = sums.load(plan.partial, allow_skipped=config.skip_unreadable)
     if unfit:
-        print(f"not going on from {plan.partial}: {unfit}", file=sys.stderr)
+        print(f"not resuming from {plan.partial}: {unfit}", file=sys.stderr)
     elif sums.cursor:
-        print(f"going on from image {sums.cursor} ({plan.partial})", file=sys.stderr)
+        print(f"resuming at image {sums.cursor} ({plan.partial})", file=sys.stderr)
     total, saved = len(plan.source), time.monotonic()
-    stretches = parts(config, plan.source, plan.extractor, sums.cursor)
+    batches = parts(config, plan.source, plan.extractor, sums.cursor)
+    progress = progress_bar("reference", total, "images", sums.cursor)
     try:
-        with closing(stretches), progress_bar("reference", total, "images", sums.cursor) as advance:
-            for part in stretches:
+        with _lost_workers(), closing(batches), progress as advance:
+            for part in batches:
                 if part.unreadable and not config.skip_unreadable:
                     name, error = part.unreadable[0]
                     raise DataError(
@@ -316,7 +317,7 @@ def build(plan: Plan) -> ReferenceSums:
                 if time.monotonic() - saved >= config.save_every:
                     sums.save(plan.partial)
                     saved = time.monotonic()
-    except BaseException:  # also Ctrl-C: nothing that was added up is lost
+    except BaseException:  # also Ctrl-C
         sums.save(plan.partial)
         raise
     weight = config.joint_weight
@@ -326,7 +327,7 @@ def build(plan: Plan) -> ReferenceSums:
 
 
 def describe(plan: Plan, sums: ReferenceSums) -> list[str]:
-    """What to say at the end."""
+    """Lines of the summary at the end."""
     lines = [*sums.notes]
     lines += [
         f"{sums.images} images, {sums.dim} dimensions, features "
@@ -345,7 +346,7 @@ def describe(plan: Plan, sums: ReferenceSums) -> list[str]:
 
 
 def announce(plan: Plan) -> list[str]:
-    """What to say before anything is computed: which images and classes are meant."""
+    """Lines printed before the computation: images and classes."""
     lines = list(plan.source.remarks)
     conditions = plan.conditions
     if conditions.classes is not None:
@@ -359,7 +360,7 @@ def run(arguments: list[str] | None = None) -> int:
     prog = command_of("rewards.reference")
     arguments = answer_help(arguments, prog, ABOUT, COMMON, example)
     config = tyro.cli(ReferenceConfig, args=arguments, prog=prog)
-    status = REFUSED  # nothing is computed before everything is loaded and checked
+    status = REFUSED  # until everything is loaded and checked
     try:
         config = replace(config, out=output_path(config.out, "--out"))
         config.check()
@@ -373,7 +374,7 @@ def run(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         return INTERRUPTED
     print("\n".join(describe(plan, sums)))
     return 0

@@ -1,23 +1,21 @@
-"""Features of a stretch of real images, for the sums of a reference."""
+"""Features of a batch of real images, for the sums of a reference."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from cluster.errors import DataError
-from rewards.base import FeatureExtractor
-from rewards.images.decoding import ImageSource, Loaded
-from rewards.images.sources import stack
+from rewards.base import FeatureExtractor, by_size
+from rewards.images.decoding import Loaded
 from rewards.reference.sums import Part, mixed_sizes
 
 
-def extract(source: ImageSource, extractor: FeatureExtractor, start: int, stop: int) -> Part:
-    """Features of images start..stop-1.
+def extract(loaded: list[Loaded], extractor: FeatureExtractor, start: int) -> Part:
+    """Features of images start, start + 1, ...
 
     Raises:
-        DataError: the extractor refuses them, or its answer is not finite.
+        DataError: the extractor refuses an image, or its features are not finite.
     """
-    loaded = list(source.read(start, stop))
     size = _one_size(extractor, loaded)
     notes: dict[str, tuple[int, str]] = {}
     for image in loaded:
@@ -28,7 +26,7 @@ def extract(source: ImageSource, extractor: FeatureExtractor, start: int, stop: 
     kept = [index for index, image in enumerate(loaded) if image.pixels is not None]
     pixels = [image.pixels for image in loaded if image.pixels is not None]
     features = np.zeros((0, 0), np.float32)
-    for places, batch in stack(pixels):
+    for places, batch in by_size(pixels):
         try:
             values = extractor(batch)
         except DataError as error:
@@ -43,11 +41,11 @@ def extract(source: ImageSource, extractor: FeatureExtractor, start: int, stop: 
             " fit?"
         )
     numbers = np.array(kept, np.int64) + start
-    return Part(start, stop, numbers, features, unreadable, notes, size)
+    return Part(start, start + len(loaded), numbers, features, unreadable, notes, size)
 
 
 def _one_size(extractor: FeatureExtractor, loaded: list[Loaded]) -> tuple[str, int, int] | None:
-    """Name, height and width of the first image, where the extractor compares those of one size.
+    """Name, height and width of the first image, if the extractor needs images of one size.
 
     Raises:
         DataError: another image has another size.

@@ -1,8 +1,8 @@
 """Published reference moments: `python -m rewards.reference fetch imagenet256`.
 
 ADM's reference batches (Dhariwal and Nichol 2021, 2105.05233) hold images, and `mu` and `sigma` of
-their features in FID's Inception: of all of ImageNet's training images. They are what LlamaGen and
-most class-conditional models are measured with.
+all ImageNet training images in FID's Inception, the reference of LlamaGen and most
+class-conditional models.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from cluster.model_files.tensors import weights_directory
 from cluster.program import logs
 from cluster.program.console import exit_status, make_console
 from cluster.program.invocation import command_of
+from rewards.distribution.reference import read_stored
 from rewards.networks.inception import FEATURES
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _UNREACHABLE: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSEr
 
 
 def fetch_command() -> str:
-    """How a published reference is fetched, but for its name."""
+    """The command that fetches a published reference, without its name."""
     return f"{command_of('rewards.reference')} fetch"
 
 
@@ -49,17 +50,17 @@ class PublishedReference:
     name: str
     url: str
     size: int = 0
-    """Bytes; 0 where it is not known."""
+    """Bytes; 0 if unknown."""
     sha256: str = ""
-    """Empty where nobody states it: the file is then told by what it holds, and its
-    sum is noted when it is fetched first."""
+    """Empty if unpublished: the file is then checked by its content, and its digest is stored at
+    the first download."""
 
     @property
     def file(self) -> str:
         return self.url.rpartition("/")[2]
 
     def place(self, directory: Path | None = None) -> Path:
-        """Where it is kept: among the weights."""
+        """Its path, in the directory of weights."""
         return (directory or weights_directory()) / self.file
 
 
@@ -82,53 +83,61 @@ PUBLISHED = {
         _batch(64, "VIRTUAL_imagenet64_labeled.npz"),
     )
 }
-"""By name. The sum of imagenet256 is what several projects state that pin the file."""
+"""By name. Several projects pin the digest of imagenet256."""
 
 
 class UnreachableError(CheckpointError):
-    """The server gave no answer, or the transfer broke off."""
+    """No connection, or an interrupted transfer."""
 
 
 def reference_file(reference: str) -> str:
-    """The path behind a configured reference: a published one's name, or a path as it is."""
+    """The path of a configured reference, a published name or a path."""
     return str(PUBLISHED[reference].place()) if reference in PUBLISHED else reference
 
 
 def by_file(path: str) -> PublishedReference | None:
-    """The published reference whose file bears that name, wherever it should lie."""
+    """The published reference with that file name."""
     return next((r for r in PUBLISHED.values() if r.file == Path(path).name), None)
 
 
 def fetch(reference: PublishedReference, directory: Path) -> Path:
-    """Put a published reference in a directory, or check the one that is there.
+    """Download a published reference into a directory, or check the existing file.
 
     Raises:
-        UnreachableError: no answer; says which file to place where.
-        CheckpointError: the server refuses, or the file is not the published one.
-        DataError: the file holds no such moments.
+        UnreachableError: no connection.
+        CheckpointError: the server refuses, or another file.
+        DataError: the file has no such moments.
     """
     target = reference.place(directory)
-    set_verbosity_error()  # it tells of every retry
+    set_verbosity_error()  # no log of every retry
     with _explained(reference, target):
         directory.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(target.with_name(f".{target.name}.lock")):
-            if target.is_file():
-                return _checked(reference, target)
-            received = _received(reference, target)
-            digest = sha256_of(received)
+            known = target.is_file()
+            if known and verify_sum(target):
+                logger.info(
+                    f"{reference.name} is at {target} already, SHA-256 as stored at its download"
+                )
+                return target
+            file = target if known else _received(reference, target)
+            digest = sha256_of(file)
             try:
-                _verify(reference, received, digest)
-            except TesseraError:
-                received.unlink()  # so that the same command fetches it anew
+                _verify(reference, file, digest)
+            except TesseraError as error:
+                if known:
+                    remedy = "move the file away to fetch it again"
+                    raise CheckpointError(f"{error}; {remedy}") from error
+                file.unlink()  # the same command fetches it again
                 raise
-            os.replace(received, target)
+            os.replace(file, target)
             write_sum(target, digest)
-    logger.info(f"{reference.name} is at {target}, {_how(reference, digest)}")
+    already = " already" if known else ""
+    logger.info(f"{reference.name} is at {target}{already}, {_how(reference, digest)}")
     return target
 
 
 def _received(reference: PublishedReference, target: Path) -> Path:
-    """The file under a hidden name, resumed if an earlier process left a part of it."""
+    """Download to a hidden name, resuming an earlier part."""
     partial = target.with_name(f".{target.name}.part")
     size = reference.size or None
     if size and partial.is_file() and partial.stat().st_size > size:
@@ -144,31 +153,12 @@ def _received(reference: PublishedReference, target: Path) -> Path:
     return partial
 
 
-def _checked(reference: PublishedReference, target: Path) -> Path:
-    """A file that is already there."""
-    if verify_sum(target):
-        logger.info(
-            f"{reference.name} is at {target} already, SHA-256 as noted when it was fetched"
-        )
-        return target
-    digest = sha256_of(target)
-    try:
-        _verify(reference, target, digest)
-    except TesseraError as error:
-        raise CheckpointError(f"{error}; move the file away to fetch it again") from error
-    write_sum(target, digest)
-    logger.info(f"{reference.name} is at {target} already, {_how(reference, digest)}")
-    return target
-
-
 def _verify(reference: PublishedReference, file: Path, digest: str) -> None:
     """
     Raises:
         CheckpointError: another file than the published one.
         DataError: not the moments of FID's Inception.
     """
-    from rewards.distribution.reference import read_stored  # its command is this module's
-
     if reference.sha256 and digest != reference.sha256:
         raise CheckpointError(
             f"{file}: SHA-256 is {digest}, expected {reference.sha256} of {reference.url}: it was "
@@ -184,14 +174,14 @@ def _verify(reference: PublishedReference, file: Path, digest: str) -> None:
 
 def _how(reference: PublishedReference, digest: str) -> str:
     if reference.sha256:
-        return "SHA-256 as it is known"
-    return f"moments checked; nobody states its SHA-256, noted is {digest}"
+        return "SHA-256 as published"
+    return f"moments checked; its SHA-256 is not published, stored is {digest}"
 
 
 @contextmanager
 def _explained(reference: PublishedReference, target: Path) -> Iterator[None]:
-    """Errors of the transfer as ours, with what to do by hand."""
-    by_hand = f"run the same command again to go on, or place {reference.url} at {target}"
+    """Turn errors of the transfer into ours, with what to do."""
+    by_hand = f"run the same command again to resume, or place {reference.url} at {target}"
     try:
         yield
     except TesseraError:
@@ -216,12 +206,12 @@ def _of_network(error: OSError) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchReference:
-    """Bring published reference moments (ADM's, of ImageNet), resumed and verified."""
+    """Download published reference moments (ADM's, of ImageNet), resumed and verified."""
 
     name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
     """imagenet64, imagenet128, imagenet256 or imagenet512."""
     directory: str = ""
-    """Where to; empty is $TESSERA_WEIGHTS or ~/.cache/tessera, where names are looked up."""
+    """Target; empty is $TESSERA_WEIGHTS or ~/.cache/tessera, where runs look for it."""
 
 
 def named(name: str) -> PublishedReference:
@@ -251,5 +241,5 @@ def run(arguments: list[str]) -> int:
         return exit_status(
             work,
             refused=(ConfigError, UnreachableError),
-            stopped="stopped; the same command goes on where it was",
+            stopped="stopped; the same command resumes",
         )

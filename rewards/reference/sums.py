@@ -1,4 +1,4 @@
-"""What a reference is added up in: sums that can be saved half-way, and the conditions beside them.
+"""Sums of a reference, which can be saved and resumed, and the conditions joined with features.
 
 Shapes: N images, M of them readable, D feature dimensions, E embedding dimensions, C classes.
 """
@@ -19,41 +19,41 @@ from rewards.distribution.joint import equal_trace_weight
 from rewards.distribution.moments import MomentSums
 from rewards.distribution.reference import Reference, write_arrays, write_reference
 
-NAMED = 5  # skipped images that are named at the end
-BLOCK = 1024  # rows that are added at once: a (D, D) sum costs the same for one row as for hundreds
+NAMED = 5  # skipped images in the summary
+BLOCK = 1024  # feature vectors added at once: a (D, D) sum costs the same for one as for hundreds
 
 
 @dataclass(frozen=True)
 class Part:
-    """What became of a stretch of images."""
+    """Features of a batch of images."""
 
     start: int
     stop: int
     kept: np.ndarray
-    """(M,) numbers of the images that could be read."""
+    """(M,) numbers of the readable images."""
     features: np.ndarray
-    """(M, D) float32; (0, 0) if none could."""
+    """(M, D) float32; (0, 0) if none is readable."""
     unreadable: list[tuple[str, str]]
     """Name and error."""
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """What was left out of images, in words -> of how many, and the first one's name."""
+    """Note about images -> their number, and the first one's name."""
     size: tuple[str, int, int] | None = None
-    """An image's name, height and width, where all must be of one size."""
+    """An image's name, height and width, if all must have one size."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What features are joined with, image by image."""
+    """Conditions that features are joined with, image by image."""
 
     classes: np.ndarray | None
     """(N,) int64"""
     num_classes: int
     table: np.ndarray | None
-    """(C, E) if the embeddings are those of classes."""
+    """(C, E) embeddings of classes, or None."""
     rows: np.ndarray | None
-    """(N, E) if they were given."""
+    """(N, E) embeddings from a file, or None."""
     class_names: tuple[str, ...] = ()
-    """One a class, where the source or the user names them."""
+    """In the order of the classes; () without names."""
 
     def join(self, kept: np.ndarray, features: np.ndarray) -> np.ndarray:
         """[features, embeddings] of images `kept`, or the features alone; float64."""
@@ -66,7 +66,7 @@ class Conditions:
 
     @property
     def dim(self) -> int:
-        """E; 0 where nothing is joined."""
+        """E; 0 without joined features."""
         joined = self.table if self.table is not None else self.rows
         return 0 if joined is None else joined.shape[1]
 
@@ -75,7 +75,7 @@ class Conditions:
         digest = hashlib.sha256()
         for array in (self.classes, self.table):
             digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
-        if self.rows is not None:  # gigabytes, perhaps: the ends of it have to do
+        if self.rows is not None:  # maybe gigabytes: only both ends
             digest.update(repr(self.rows.shape).encode())
             digest.update(self.rows[:64].tobytes() + self.rows[-64:].tobytes())
         return f"{self.num_classes}-{digest.hexdigest()[:16]}"
@@ -83,26 +83,29 @@ class Conditions:
 
 @dataclass(frozen=True)
 class _State:
-    """Replaced as a whole: a stop between two stretches or within one finds nothing half done."""
+    """Replaced as a whole, so that it is consistent at any interrupt."""
 
     counts: np.ndarray
     """(C,) int64, images of each class."""
     sums: MomentSums | None = None
     pending: np.ndarray | None = None
-    """(M, D + E) float64, rows that are not in the sums yet; fewer than BLOCK."""
+    """(M, D + E) float64, fewer than BLOCK vectors that are not in the sums yet."""
     cursor: int = 0
     skipped: int = 0
     skipped_first: tuple[str, ...] = ()
     notes: tuple[tuple[str, int, str], ...] = ()
-    """What was left out of images, of how many, the first one's name."""
+    """Note, number of images, the first one's name."""
     size: tuple[str, int, int] | None = None
 
 
 class ReferenceSums:
-    """What was added up, and how far."""
+    """Sums of features up to an image.
+
+    Args:
+        key: digest of everything that the sums depend on; only saved sums of the same key resume.
+    """
 
     def __init__(self, key: str, conditions: Conditions) -> None:
-        """key: of everything that the sums depend on; only sums of the same key go on."""
         self._key, self._conditions = key, conditions
         self._state = _State(np.zeros(conditions.num_classes, np.int64))
 
@@ -117,12 +120,12 @@ class ReferenceSums:
 
     @property
     def skipped_first(self) -> tuple[str, ...]:
-        """Names of the first images that were left out."""
+        """Names of the first skipped images."""
         return self._state.skipped_first
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out of images, in lines."""
+        """Notes about images, in lines."""
         return tuple(f"{n} images, the first {at}: {what}" for what, n, at in self._state.notes)
 
     @property
@@ -139,10 +142,10 @@ class ReferenceSums:
         return len(sums.shift) - self._conditions.dim if sums else 0
 
     def add(self, part: Part) -> None:
-        """Take in the next stretch.
+        """Add the next batch.
 
         Raises:
-            DataError: an image of another size than the others, where that matters.
+            DataError: images of different sizes, if they must have one size.
         """
         known = self._state.size
         if known and part.size and known[1:] != part.size[1:]:
@@ -169,7 +172,7 @@ class ReferenceSums:
         )
 
     def save(self, path: Path) -> None:
-        """Keep the sums, to go on from; nothing if there are none yet."""
+        """Save the sums, if there are any."""
         state = self._state
         if not self.images:
             return
@@ -190,7 +193,7 @@ class ReferenceSums:
         write_arrays(path, arrays)
 
     def load(self, path: Path, *, allow_skipped: bool) -> str:
-        """Go on from saved sums; returns why not, if there are some and they do not fit."""
+        """Resume from saved sums; returns why not if they exist and do not fit."""
         if not path.is_file():
             return ""
         try:
@@ -215,13 +218,13 @@ class ReferenceSums:
         return ""
 
     def write(self, path: Path, fingerprint: str, list_fingerprint: str, weight: float) -> None:
-        """The finished reference; sigma divided by N - 1, as FID tools do.
+        """Write the reference; sigma is divided by N - 1, as FID tools do.
 
         Args:
             weight: of the embeddings; 0 for equal traces.
 
         Raises:
-            DataError: fewer than two images, or nothing varies.
+            DataError: fewer than two images, or no variance.
         """
         sums, pending = self._state.sums, self._state.pending
         if pending is not None:
@@ -249,7 +252,7 @@ class ReferenceSums:
 
 
 def mixed_sizes(one: tuple[str, int, int], other: tuple[str, int, int]) -> str:
-    """What to say of two images (name, height, width) whose pixels cannot be compared."""
+    """Message for two images (name, height, width) of different sizes."""
     return (
         f"{other[0]} is {other[1]} x {other[2]}, but {one[0]} is {one[1]} x {one[2]}: pixel "
         "features compare images of one size: resize them, or choose a network"
@@ -271,7 +274,7 @@ def _size_of(stored: Any) -> tuple[str, int, int] | None:
 
 
 def _flush(sums: MomentSums | None, rows: np.ndarray) -> MomentSums:
-    """About the first rows' mean: near enough to the mean of all to keep the digits."""
+    """Add vectors, about the first ones' mean, which is near enough to the mean of all."""
     return (sums or MomentSums.about(rows.mean(0))).add(rows)
 
 

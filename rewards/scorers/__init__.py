@@ -1,1 +1,1 @@
-"""Scorers: CLIP, HPSv2, class accuracy, and users' own."""
+"""Scorers: CLIP, HPSv2, class accuracy, and user rewards."""

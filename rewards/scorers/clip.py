@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rewards.networks.open_clip_models import TextImageModel
 from rewards.networks.preprocessing import Preprocess, fault, preprocess, to_device
+from rewards.scorers.config import ScorerTerm
 from rewards.scorers.text_image import TextImageConfig, TextImageScorer
 
 
@@ -26,12 +27,27 @@ class ClipConfig(TextImageConfig):
     """open_clip pretrained tag or a checkpoint file (.pt, .safetensors); empty for a directory and
     for hf-hub models."""
     preprocessing: Literal["device", "host"] = "device"
-    """device: whole batches where the model is, the same pixels as the model's own transform.
-    host: that transform, image by image; slower, for transforms that device refuses."""
+    """device: in batches on the model's device, with the same pixels as the model's own transform.
+    host: that transform itself, image by image; slower, for transforms that device refuses."""
+
+    def load(self, device: str) -> ClipReward:
+        return ClipReward(self, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTerm(ClipConfig, ScorerTerm):
+    """Text-image score."""
+
+    weight: float = 1.0
+    """Factor of the normalised reward; 0 logs it only."""
+
+    def __post_init__(self) -> None:
+        ClipConfig.__post_init__(self)
+        ScorerTerm.__post_init__(self)
 
 
 class ClipReward(TextImageScorer):
-    """Cosine of image and text features, no logit scale: about [-1, 1], higher is better."""
+    """Cosine of image and text features without logit scale, in [-1, 1]; higher is better."""
 
     def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
         model = TextImageModel(

@@ -1,12 +1,12 @@
 """HPSv2: a CLIP model fine-tuned on human preferences (Wu et al. 2023, 2306.09341).
 
-The checkpoints (v2.0, v2.1) fit open_clip's ViT-H-14 exactly. What differs from plain CLIP is the
-preprocessing, whose order is kept: to float first, longest side to the model's size (bicubic on the
-float tensor, antialiased), zero padding *before* normalisation.
+The checkpoints (v2.0, v2.1) fit open_clip's ViT-H-14. The preprocessing differs from CLIP's: to
+float, longest side to the model's size (bicubic, antialiased), zero padding, then normalisation.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from cluster.errors import CheckpointError, ConfigError
+from cluster.preflight import Findings
+from rewards.networks.open_clip_check import check_model
 from rewards.networks.open_clip_models import TextImageModel
-from rewards.networks.open_clip_sources import has_own_weights, is_file
+from rewards.networks.open_clip_sources import has_own_weights, is_file, tags_of
 from rewards.networks.preprocessing import (
     Preprocess,
     fit_floats,
@@ -24,15 +26,18 @@ from rewards.networks.preprocessing import (
     to_device,
     too_narrow,
 )
+from rewards.networks.weight_files import check_hub
+from rewards.scorers.config import ScorerTerm
 from rewards.scorers.hpsv2_package import PackageModel
 from rewards.scorers.text_image import TextImageConfig, TextImageScorer
 
 REPOSITORY = "xswu/HPSv2"
 PUBLISHED = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 """Version -> file in the Hugging Face repository."""
+FILE_SIZE = 1.97e9  # bytes: 986 M weights in half precision
 ARCHITECTURE = "ViT-H-14"
 TUNED_FROM = "laion2b_s32b_b79k"
-"""The tag of that architecture whose weights HPSv2 was tuned from."""
+"""The architecture's tag of the weights that HPSv2 was tuned from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,54 @@ class HpsConfig(TextImageConfig):
                 f"tag: the hpsv2 package has a transform of its own, found {self.tag!r}: leave it "
                 "empty, or set backend to open_clip"
             )
+
+    def load(self, device: str) -> HpsReward:
+        return HpsReward(self, device)
+
+    def check(self, field: str, findings: Findings) -> None:
+        if self.backend == "package" and importlib.util.find_spec("hpsv2") is None:
+            findings.problem(
+                f"{field}.backend",
+                "the hpsv2 package to be installed",
+                "none",
+                "pip install 'tessera-rl[hpsv2]', or set the backend to open_clip",
+            )
+        if self.pretrained in PUBLISHED:
+            if self.model != ARCHITECTURE:
+                findings.problem(
+                    f"{field}.model",
+                    f"{ARCHITECTURE}, which the published checkpoints are of",
+                    repr(self.model),
+                    f"set it to {ARCHITECTURE}",
+                )
+            file, name = PUBLISHED[self.pretrained], f"HPS {self.pretrained}"
+            path = f"/resolve/main/{file}"
+            check_hub(findings, field, name, REPOSITORY, (file,), FILE_SIZE, path)
+        elif (
+            self.model == ARCHITECTURE
+            and not is_file(self.pretrained)
+            and self.pretrained not in tags_of(ARCHITECTURE)
+        ):
+            findings.problem(
+                f"{field}.pretrained",
+                "a published checkpoint of HPS, or a file",
+                repr(self.pretrained),
+                f"choose one of {', '.join(PUBLISHED)}",
+            )
+        else:
+            check_model(field, self.model, self.pretrained, tag_of(self), findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HpsTerm(HpsConfig, ScorerTerm):
+    """Preference score."""
+
+    weight: float = 0.5
+    """Factor of the normalised reward; 0 logs it only."""
+
+    def __post_init__(self) -> None:
+        HpsConfig.__post_init__(self)
+        ScorerTerm.__post_init__(self)
 
 
 class HpsReward(TextImageScorer):
@@ -121,23 +174,23 @@ class HpsReward(TextImageScorer):
 
 
 def tag_of(config: HpsConfig) -> str:
-    """The tag that the weights were tuned from: a file of HPSv2's architecture is of its layout."""
+    """The tag that the weights were tuned from; a file for HPSv2's architecture has its layout."""
     file = config.pretrained in PUBLISHED or is_file(config.pretrained)
     known = TUNED_FROM if config.model == ARCHITECTURE and file else ""
     return config.tag or known
 
 
 def fetch_published(version: str) -> str:
-    """The path of a published checkpoint in the hub's cache, where it is put if it is missing.
+    """The path of a published checkpoint in the hub's cache; downloads it if needed.
 
     Raises:
-        CheckpointError: it is not there and the hub cannot be reached; says what to place where.
+        CheckpointError: not in the cache, and the hub cannot be reached.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
     file = PUBLISHED[version]
-    # The library's HTTP client differs between its versions; this base is its transport error.
+    # The HTTP client differs between versions of the library; this base is its transport error.
     unreachable: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
     try:
         return huggingface_hub.hf_hub_download(REPOSITORY, file)

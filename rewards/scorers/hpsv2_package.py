@@ -1,9 +1,8 @@
-"""The hpsv2 package's own model and transform, whole batches at a time.
+"""The hpsv2 package's model and transform, in batches.
 
-Version 1.2.0 as published does not import everywhere: its tokenizer's vocabulary is missing from
-the wheel (open_clip has the same file), `from turtle import forward` wants Tk, and one of its
-modules silences every UserWarning of the process. `import_hpsv2` gets around all three without
-writing into the installed package.
+Version 1.2.0 does not import everywhere: its tokenizer's vocabulary is missing from the wheel
+(open_clip has the same file), `from turtle import forward` needs Tk, and a module silences every
+UserWarning of the process. `import_hpsv2` avoids all three without changing the package's files.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def import_hpsv2(name: str = "hpsv2.src.open_clip") -> Any:
     if importlib.util.find_spec("hpsv2") is None:
         raise ConfigError(f"the hpsv2 package is not installed: pip install '{EXTRA}'")
     with _importing, warnings.catch_warnings(), _vocabulary(), _turtle():
-        warnings.simplefilter("ignore")  # deprecated imports, which nobody here can change
+        warnings.simplefilter("ignore")  # the package's deprecated imports
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -61,7 +60,7 @@ def import_hpsv2(name: str = "hpsv2.src.open_clip") -> Any:
 
 @contextlib.contextmanager
 def _vocabulary() -> Iterator[None]:
-    """open_clip's copy of the vocabulary where hpsv2 opens its own, if that is missing."""
+    """Open open_clip's copy of the vocabulary if hpsv2's is missing."""
     ensure_torchvision()
     import open_clip
 
@@ -83,7 +82,7 @@ def _vocabulary() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _turtle() -> Iterator[None]:
-    """A module `turtle` with a `forward`, whether or not this Python has Tk."""
+    """A module `turtle` with a `forward`, without Tk."""
     known = sys.modules.get("turtle")
     stand_in = types.ModuleType("turtle")
     stand_in.forward = None  # type: ignore[attr-defined]
@@ -100,9 +99,9 @@ class PackageModel:
     """hpsv2's fork of open_clip with a checkpoint.
 
     Args:
-        model: name of an architecture that the fork knows.
+        model: an architecture of the fork.
         checkpoint: file with a state dict, alone or under "state_dict".
-        precision: the package's `score` uses fp16 autocast on a GPU; here it is what this says.
+        precision: overrides the package's fp16 autocast on GPUs.
 
     Raises:
         ConfigError: the package is not installed.
@@ -114,7 +113,7 @@ class PackageModel:
         self.device = torch.device(device)
         self.dtype = DTYPES[precision]
         try:
-            # As hpsv2.img_score makes it, but for the weights that it would download first.
+            # As in hpsv2.img_score, without its download of weights.
             self.model, _, self._transform = fork.create_model_and_transforms(
                 model,
                 None,
@@ -133,7 +132,7 @@ class PackageModel:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width that the image tower takes, pixels."""
+        """Height and width of the image tower's input, pixels."""
         size = self.model.visual.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -154,6 +153,6 @@ class PackageModel:
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
     def reading(self, text: str) -> Reading:
-        """What its tokenizer, open_clip's of bytes, makes of a text."""
+        """The text as its tokenizer, open_clip's of bytes, reads it."""
         count = len(self._encode(text))
         return Reading(tokens=count + 2, limit=self._context, known=count, empty=not count)

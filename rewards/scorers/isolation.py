@@ -1,8 +1,8 @@
-"""Runs users' code (their rewards) so that its changes of process-wide settings stay its own.
+"""Isolates user code (user rewards): its changes of process-wide settings affect only itself.
 
-Such settings are torch's default dtype and threads, random generators, warning filters, the working
-directory. In the inline fleet all roles share them; on Ray all scorers of a server do. `Isolation`
-keeps a set of them for each piece of user code: it is in force during its calls alone.
+Such settings are torch's default dtype and threads, warning filters, the working directory and
+others. All roles of the inline fleet share them, as do all scorers of a server. `Isolation` keeps
+the settings of a user reward and applies them during its calls.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import locale
 import logging
+import operator
 import os
 import random
 import resource
@@ -34,34 +35,26 @@ from cluster.program.streams import printable
 
 logger = logging.getLogger(__name__)
 
-TOLD = 500  # characters of a foreign error's own words
+MAX_MESSAGE = 500  # characters of a user error's message
 _OURS = ("scorers/isolation.py", "scorers/user_rewards.py", "servers/panel.py")
 _CALLERS = {Path(__file__).parents[1] / name for name in _OURS}
 _SMALL = 1e-310  # denormal
-_guards: list[Any] = []  # of inference modes
+_guards: list[Any] = []  # keeps inference modes alive
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
-_lock = threading.RLock()  # two that are inside at once would restore each other's settings
+_lock = threading.RLock()  # concurrent blocks would restore each other's settings
 
 
 class Setting(NamedTuple):
-    """One thing that a process has once."""
+    """A process-wide setting."""
 
     get: Callable[[], Any]
     set: Callable[[Any], Any]
     kept: bool = True
-    """Whether user code finds again what it set; else it is only undone."""
+    """Whether the user code's value is applied in its next call; else it is only undone."""
 
 
 def _flag(owner: Any, name: str) -> Setting:
     return Setting(lambda: getattr(owner, name), lambda value: setattr(owner, name, value))
-
-
-def _set_device(device: torch.device) -> None:
-    torch.set_default_device(None if device.type == "cpu" else device)
-
-
-def _set_deterministic(value: tuple[bool, bool]) -> None:
-    torch.use_deterministic_algorithms(value[0], warn_only=value[1])
 
 
 def _autocast(device: str) -> Setting:
@@ -90,14 +83,9 @@ def _set_inference(value: bool) -> None:
 
 
 def _leave_modes(count: int) -> None:
-    """Of torch's function modes, such as `torch.device(...)`, those that were entered and not
-    left."""
+    """Leave torch's function modes, such as `torch.device(...)`, that are still entered."""
     while _len_torch_function_stack() > count:
         _pop_mode()
-
-
-def _flushes_denormals() -> bool:
-    return _SMALL * 0.5 == 0
 
 
 def _working_directory() -> str | None:
@@ -105,11 +93,6 @@ def _working_directory() -> str | None:
         return os.getcwd()
     except OSError:  # it was removed
         return None
-
-
-def _enter_directory(path: str | None) -> None:
-    if path is not None:
-        os.chdir(path)
 
 
 def _set_environment(values: dict[str, str]) -> None:
@@ -124,13 +107,13 @@ def _set_environment(values: dict[str, str]) -> None:
 
 
 def _umask() -> int:
-    value = os.umask(0o022)  # of what another thread creates at this moment
+    value = os.umask(0o022)  # affects files that another thread creates now
     os.umask(value)
     return value
 
 
 def _limit(number: int) -> Setting:
-    """A soft limit of the system's: of open files, of a file's size, of memory."""
+    """A soft limit of the process: open files, file size, memory."""
     return Setting(
         lambda: resource.getrlimit(number)[0],
         lambda soft: resource.setrlimit(number, (soft, resource.getrlimit(number)[1])),
@@ -138,12 +121,8 @@ def _limit(number: int) -> Setting:
     )
 
 
-def _timers() -> list[bool]:
-    return [signal.getitimer(each)[0] > 0 for each in _TIMERS]
-
-
 def _stop_timers(before: list[bool]) -> None:
-    """A timer that goes off later would end the process; one that was there is not started anew."""
+    """Stop new timers, whose signal would end the process; earlier ones are not restarted."""
     for timer, on in zip(_TIMERS, before):
         if not on:
             signal.setitimer(timer, 0)
@@ -152,15 +131,7 @@ def _stop_timers(before: list[bool]) -> None:
 def _set_filters(value: list[Any]) -> None:
     warnings.filters = list(value)
     with warnings.catch_warnings():
-        pass  # leaving it makes Python forget which warnings it has shown, as it must
-
-
-def _set_path(value: list[str]) -> None:
-    sys.path[:] = value
-
-
-def _handlers() -> dict[int, Any]:
-    return {number: signal.getsignal(number) for number in signal.valid_signals()}
+        pass  # on exit Python resets its record of shown warnings
 
 
 def _set_handlers(value: dict[int, Any]) -> None:
@@ -170,11 +141,11 @@ def _set_handlers(value: dict[int, Any]) -> None:
 
 
 _UNTOUCHED: tuple[Any, ...] = (logging.NOTSET, False, True, [], [])
-"""State of a logger that nobody has set, or that is not there yet."""
+"""State of a logger that is not configured or does not exist."""
 
 
 def _our_loggers() -> dict[str, logging.Logger]:
-    """Ours alone, and the root: whoever quietens another library means it."""
+    """The program's loggers and the root; user code may configure other libraries' loggers."""
     known = list(logging.root.manager.loggerDict.items())
     named = {name: log for name, log in known if isinstance(log, logging.Logger)}
     ours = {name: log for name, log in named.items() if name.split(".")[0] in PACKAGES}
@@ -182,7 +153,7 @@ def _our_loggers() -> dict[str, logging.Logger]:
 
 
 def _loggers() -> dict[str, tuple[Any, ...]]:
-    """State of those that are not untouched."""
+    """State of the configured ones."""
     found = {
         name: (
             log.level,
@@ -210,7 +181,10 @@ def _set_loggers(value: dict[str, tuple[Any, ...]]) -> None:
 _cuda = torch.backends.cuda
 SETTINGS: dict[str, Setting] = {
     "torch dtype": Setting(torch.get_default_dtype, torch.set_default_dtype),
-    "torch device": Setting(torch.get_default_device, _set_device),
+    "torch device": Setting(
+        torch.get_default_device,
+        lambda device: torch.set_default_device(None if device.type == "cpu" else device),
+    ),
     "torch modes": Setting(_len_torch_function_stack, _leave_modes, kept=False),
     "torch threads": Setting(torch.get_num_threads, torch.set_num_threads),
     "torch gradients": Setting(torch.is_grad_enabled, torch.set_grad_enabled),
@@ -224,9 +198,9 @@ SETTINGS: dict[str, Setting] = {
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
         ),
-        _set_deterministic,
+        lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1]),
     ),
-    "torch denormals": Setting(_flushes_denormals, torch.set_flush_denormal),
+    "torch denormals": Setting(lambda: _SMALL * 0.5 == 0, torch.set_flush_denormal),
     "cudnn": _flag(torch.backends.cudnn, "enabled"),
     "cudnn benchmark": _flag(torch.backends.cudnn, "benchmark"),
     "cudnn determinism": _flag(torch.backends.cudnn, "deterministic"),
@@ -237,7 +211,7 @@ SETTINGS: dict[str, Setting] = {
     "cudnn attention": Setting(_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp),
     "bf16 sums": _flag(_cuda.matmul, "allow_bf16_reduced_precision_reduction"),
     "fp16 sums": _flag(_cuda.matmul, "allow_fp16_reduced_precision_reduction"),
-    # The old switch sets the new ones, and a backend's sets its operations': the first come first.
+    # In this order: the old switch sets the new ones, a backend's sets its operations'.
     "matmul precision": Setting(
         torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
     ),
@@ -262,9 +236,11 @@ SETTINGS: dict[str, Setting] = {
         lambda: locale.setlocale(locale.LC_ALL),
         lambda value: locale.setlocale(locale.LC_ALL, value),
     ),
-    "working directory": Setting(_working_directory, _enter_directory),
+    "working directory": Setting(_working_directory, lambda path: os.chdir(path or ".")),
     "environment": Setting(lambda: dict(os.environ), _set_environment),
-    "import path": Setting(lambda: list(sys.path), _set_path),
+    "import path": Setting(
+        lambda: list(sys.path), lambda value: operator.setitem(sys.path, slice(None), value)
+    ),
     "recursion limit": Setting(sys.getrecursionlimit, sys.setrecursionlimit),
     "garbage collection": Setting(
         gc.isenabled, lambda value: gc.enable() if value else gc.disable()
@@ -278,8 +254,10 @@ SETTINGS: dict[str, Setting] = {
         if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"  # NOFILE's other name
     },
     "file modes": Setting(_umask, os.umask, kept=False),
-    "timers": Setting(_timers, _stop_timers, kept=False),
-    # these belong to the run, also while user code computes
+    "timers": Setting(
+        lambda: [signal.getitimer(timer)[0] > 0 for timer in _TIMERS], _stop_timers, kept=False
+    ),
+    # settings of the run, undone but never applied again
     "warnings": _flag(warnings, "showwarning")._replace(kept=False),
     "stdout": _flag(sys, "stdout")._replace(kept=False),
     "stderr": _flag(sys, "stderr")._replace(kept=False),
@@ -288,22 +266,26 @@ SETTINGS: dict[str, Setting] = {
     "logging off": _flag(logging.root.manager, "disable")._replace(kept=False),
     "loggers": Setting(_loggers, _set_loggers, kept=False),
 }
-"""What user code may set, and gets for itself."""
-SIGNALS = Setting(_handlers, _set_handlers, kept=False)  # the main thread's alone
+"""Settings that user code may change for itself."""
+SIGNALS = Setting(
+    lambda: {number: signal.getsignal(number) for number in signal.valid_signals()},
+    _set_handlers,
+    kept=False,
+)  # of the main thread only
 
 
 class Isolation:
-    """The settings that one piece of user code sees."""
+    """The settings of one user reward."""
 
     def __init__(self) -> None:
         self._theirs: dict[str, Any] = {}
 
     @contextmanager
     def __call__(self, seed: int) -> Iterator[None]:
-        """Run the block with the user code's settings, then put back everyone else's.
+        """Run the block with the user code's settings, then restore the process's.
 
         Args:
-            seed: of the global generators (Python's, numpy's, torch's) in the block: 0 to 2^32 - 1.
+            seed: of Python's, numpy's and torch's global generators in the block, 0 to 2^32 - 1.
         """
         settings = dict(SETTINGS)
         if _in_main_thread():
@@ -318,7 +300,7 @@ class Isolation:
             finally:
                 found = {name: _read(setting) for name, setting in settings.items()}
                 if found != ours:
-                    for name, value in ours.items():  # one may have moved another: look again
+                    for name, value in ours.items():  # setting one may change another
                         _restore(name, settings[name], value)
                 self._theirs = {
                     name: value
@@ -330,7 +312,7 @@ class Isolation:
 def _read(setting: Setting) -> Any:
     try:
         return setting.get()
-    except Exception:  # it was put into a state in which nobody can tell
+    except Exception:  # unreadable after the user code's change
         return None
 
 
@@ -338,7 +320,7 @@ def _restore(name: str, setting: Setting, value: Any) -> None:
     try:
         if _read(setting) != value:
             setting.set(value)
-    except Exception as error:  # the others must be put back all the same
+    except Exception as error:  # the others must still be restored
         logger.warning("a reward changed the process's %s for good: %s", name, describe(error))
 
 
@@ -363,8 +345,7 @@ def _generators(seed: int) -> Iterator[None]:
 
 
 def of_the_user(error: BaseException) -> bool:
-    """Whether an error that came out of user code is the user's Ctrl-C, which Python raises in
-    the main thread. All others, SystemExit and its like included, are the user code's own."""
+    """Whether an error is the user's Ctrl-C, raised in the main thread, not the user code's."""
     return isinstance(error, KeyboardInterrupt) and _in_main_thread()
 
 
@@ -373,11 +354,10 @@ def _in_main_thread() -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """A foreign error in one line that any file can hold: its kind, its words, and where in
-    somebody's file it came from, since whoever reads it sees no traceback."""
+    """A user code's error as one printable line: type, message, file and line."""
     try:
         words = one_line(error)
-    except BaseException as another:  # foreign as well
+    except BaseException as another:  # str() of an error is user code, too
         if of_the_user(another):
             raise
         words = f"(its message cannot be read: {type(another).__name__})"
@@ -388,13 +368,13 @@ def describe(error: BaseException) -> str:
 
 
 def _passes_on(file: str) -> bool:
-    """Whether code of a file calls user code, or imports it: no place of an error."""
+    """Whether a file only calls or imports user code, so that an error is not located in it."""
     path = Path(file)
     return file.startswith("<frozen") or path.parent.name == "importlib" or path in _CALLERS
 
 
 def one_line(words: Any) -> str:
-    """Foreign words as one line of bounded length, which any file can hold."""
+    """A user code's message as one printable line of bounded length."""
     text = " ".join(str(words).split())
-    text = text if len(text) <= TOLD else f"{text[:TOLD]}..."
+    text = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
     return printable(text)

@@ -1,4 +1,4 @@
-"""The words that an image is compared with: a condition's text, or a class name in templates."""
+"""Prompts of text-image scorers: a condition's text, or a class name in templates."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ TEMPLATE_SETS = {
     "openai-imagenet": "OPENAI_IMAGENET_TEMPLATES",
     "simple-imagenet": "SIMPLE_IMAGENET_TEMPLATES",
 }
-"""Name in a configuration -> name in open_clip's zero-shot metadata."""
+"""Option -> name in open_clip's zero-shot metadata."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """What a text-image scorer reads."""
+    """Texts of a text-image scorer."""
 
     classes: Literal["condition", "imagenet"] = "condition"
     """condition: the condition's own text. imagenet: open_clip's ImageNet name of the condition's
     class_index."""
     templates: tuple[str, ...] = (PLACE,)
-    """Sentences with {} for the text. Several are averaged as features, as in zero-shot
-    classification. One of openai-imagenet (80 sentences) or simple-imagenet (7) is open_clip's
+    """Sentences with {} for the text; features of several are averaged, as in zero-shot
+    classification. openai-imagenet (80 sentences) or simple-imagenet (7) alone is open_clip's
     list."""
     long_captions: LongCaptions = "error"
-    """Of texts with more tokens than the model reads. error: they are refused before a run starts,
-    and their images get no score. truncate: they are cut, as open_clip does."""
+    """For texts with more tokens than the model reads. error: refused before a run starts; their
+    images get no score. truncate: cut, as open_clip does."""
 
     def __post_init__(self) -> None:
         if not self.templates:
@@ -49,7 +49,7 @@ class PromptConfig:
 
 
 class Prompts:
-    """Sentences for a condition."""
+    """Maps a condition to its sentences."""
 
     def __init__(self, config: PromptConfig) -> None:
         self._names = _metadata("IMAGENET_CLASSNAMES") if config.classes == "imagenet" else None

@@ -1,4 +1,4 @@
-"""What scorers of images and texts share: batches of mixed sizes, prompts, cached text features.
+"""Shared by text-image scorers: options, checks, batches of mixed sizes, cached text features.
 
 Shapes: N images, E feature dimensions.
 """
@@ -18,21 +18,24 @@ from torch import Tensor
 
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
-from cluster.text_limits import Reading, fault
+from cluster.preflight import Findings
+from cluster.text_limits import Reading, fault, faults, notes
 from rewards.base import ImageErrors, Images, by_size
-from rewards.networks.open_clip_models import Precision
+from rewards.networks.open_clip_check import check_model, clip_memory, local_tokenizer
+from rewards.networks.open_clip_models import Precision, reading_of
+from rewards.scorers.config import ScorerConfig
 from rewards.scorers.prompts import LONG_CAPTIONS, PromptConfig, Prompts
 
 CACHED_TEXTS = 4096  # conditions whose text features are kept
-TEXT_BATCH = 64  # sentences of one forward pass
+TEXT_BATCH = 64  # sentences in a forward pass
 IMAGE_BATCH = {"cpu": 8, "cuda": 64}
-"""Images of one forward pass; more of them make no pass faster, and take memory."""
+"""Images in a forward pass; larger batches take memory and are no faster."""
 
 Sentences = tuple[str, ...]
 
 
 class Towers(Protocol):
-    """A text-image model: unit features of both."""
+    """A text-image model with unit features of both."""
 
     device: torch.device
 
@@ -55,9 +58,9 @@ class Towers(Protocol):
 
 
 class TextFeatures:
-    """Unit features of texts, each computed once while it is among the last `limit` used.
+    """Unit features of texts; an LRU cache of `limit` entries.
 
-    A text is a tuple of sentences; several are averaged, and the mean made a unit vector again.
+    A text is a tuple of sentences; several are averaged and normalised again.
     """
 
     def __init__(
@@ -93,26 +96,52 @@ class TextFeatures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextImageConfig:
-    """What is chosen of every such scorer."""
+class TextImageConfig(ScorerConfig):
+    """Options of every text-image scorer."""
 
     precision: Precision = "fp32"
-    """bf16: linear maps and convolutions in bf16, which is faster where the hardware has it."""
+    """bf16: linear maps and convolutions in bf16; faster on hardware that supports it."""
     tag: str = ""
-    """For a checkpoint file: open_clip's pretrained tag that its weights are of, or were tuned
-    from. Preprocessing and activation are then that tag's. Empty: those of the configuration beside
-    the file, or of the model's tags if all agree."""
+    """For a checkpoint file: open_clip's pretrained tag of its weights, or of those that they were
+    tuned from; it sets preprocessing and activation. Empty: as in the configuration beside the
+    file, or as in the model's tags if all agree."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
     batch_size: int = 0
-    """Images of one forward pass; 0 is 8 on a CPU and 64 on a GPU."""
+    """Images in a forward pass; 0 is 8 on a CPU and 64 on a GPU."""
+    model: str
+    """open_clip model name, hf-hub:owner/name, or a directory in open_clip's layout."""
+    pretrained: str = ""
+    """open_clip pretrained tag or a checkpoint file."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 0:
             raise ConfigError(f"batch_size must be >= 0 (0 chooses), found {self.batch_size}")
 
+    def check(self, field: str, findings: Findings) -> None:
+        check_model(field, self.model, self.pretrained, self.tag, findings)
+
+    def check_texts(self, field: str, conditions: Sequence[Condition], findings: Findings) -> None:
+        tokenizer = local_tokenizer(self.model)
+        if tokenizer is None:
+            return
+        prompts = Prompts(self.prompts)
+        # the longest sentence of a condition stands for all
+        texts = [max(prompts(condition), key=len) for condition in conditions]
+        readings = [reading_of(tokenizer, text) for text in texts]
+        option = f"{field}.{LONG_CAPTIONS}"
+        if wrong := faults(texts, readings, self.prompts.long_captions, option):
+            raise DataError(
+                f"{field}: the conditions' texts, by the tokenizer of {self.model}: {wrong}"
+            )
+        findings.notes += [f"{field} ({self.model}): {note}" for note in notes(texts, readings)]
+
+    def memory(self) -> tuple[float, float]:
+        batch = self.batch_size or IMAGE_BATCH["cuda"]
+        return clip_memory(self.model, self.precision, batch)
+
 
 class TextImageScorer(ABC):
-    """Cosine of image and text features; what subclasses add is the preprocessing of images."""
+    """Cosine of image and text features; subclasses preprocess the images."""
 
     def __init__(self, model: Towers, prompts: PromptConfig, batch_size: int = 0) -> None:
         self._model = model
@@ -130,7 +159,7 @@ class TextImageScorer(ABC):
         """Why an image of that size cannot be scored, or None."""
 
     def warm(self) -> None:
-        """Score a black image, so that the first request finds everything in place."""
+        """Score a black image: libraries load before the first request."""
         image = np.zeros((1, *self._model.image_size, 3), np.uint8)
         self(image, [Condition(text="warm", class_index=0)])
 
@@ -138,37 +167,37 @@ class TextImageScorer(ABC):
         """N uint8 images of any sizes and N conditions -> (N,) float32.
 
         Raises:
-            ImageErrors: rows whose text or image cannot be scored, each with the reason.
+            ImageErrors: images whose text or size cannot be scored, each with the reason.
         """
-        texts, faults = self._read(conditions)
-        for row, image in enumerate(images):
-            fault = self.size_fault(*image.shape[:2])
-            if fault is not None:
-                faults.setdefault(row, fault)
-        if faults:
-            raise ImageErrors(dict(sorted(faults.items())))
+        texts, errors = self._read(conditions)
+        for index, image in enumerate(images):
+            error = self.size_fault(*image.shape[:2])
+            if error is not None:
+                errors.setdefault(index, error)
+        if errors:
+            raise ImageErrors(dict(sorted(errors.items())))
         words = self._texts(texts)
         pictures = self._encode(images)
         return (pictures * words).sum(-1).cpu().numpy()
 
     def _read(self, conditions: Sequence[Condition]) -> tuple[list[Sentences], dict[int, str]]:
-        """The text of each row, and the rows that have none; one look at each condition."""
+        """The texts of the images, and the errors of those without one, by index."""
         seen: dict[tuple[str, int | None], Sentences | str] = {}
         texts: list[Sentences] = []
-        faults: dict[int, str] = {}
-        for row, condition in enumerate(conditions):
+        errors: dict[int, str] = {}
+        for index, condition in enumerate(conditions):
             key = condition.text, condition.class_index
             if key not in seen:
                 seen[key] = self._sentences(condition)
             found = seen[key]
             if isinstance(found, str):
-                faults[row] = found
+                errors[index] = found
             else:
                 texts.append(found)
-        return texts, faults
+        return texts, errors
 
     def _sentences(self, condition: Condition) -> Sentences | str:
-        """The text of a condition, or what is wrong with it."""
+        """The text of a condition, or why it cannot be read."""
         try:
             sentences = self._prompts(condition)
         except DataError as error:
@@ -183,18 +212,18 @@ class TextImageScorer(ABC):
 
     @torch.inference_mode()
     def _encode(self, images: Images) -> Tensor:
-        """(N, E) unit rows. Images of all sizes share a forward pass once they are preprocessed."""
+        """(N, E) unit rows; preprocessed images of all sizes share a forward pass."""
         parts = []
         for start in range(0, len(images), self._batch):
             batch = images[start : start + self._batch]
             shape = (len(batch), 3, *self._model.image_size)
             pixels = torch.empty(shape, device=self._model.device)
-            for rows, same in by_size(batch):
-                pixels[torch.from_numpy(rows)] = self.preprocess(same)
+            for indices, same in by_size(batch):
+                pixels[torch.from_numpy(indices)] = self.preprocess(same)
             parts.append(self._model.encode_images(pixels))
         return torch.cat(parts)
 
 
 def _mean(rows: list[Tensor]) -> Tensor:
-    """The direction of several unit rows together."""
+    """The normalised mean of unit rows."""
     return rows[0] if len(rows) == 1 else F.normalize(torch.stack(rows).mean(0), dim=-1)

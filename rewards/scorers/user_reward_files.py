@@ -1,9 +1,8 @@
-"""Rewards in a file of the user's own: its text is kept with the run, and reaches every server.
+"""User rewards in a file, whose text is stored in the run's configuration.
 
-The file is read once, when a run begins, and written into the run's configuration. Reward servers
-on other machines, and `--resume` months later, run what the run began with. It is loaded under a
-private name, so that it may be called anything (`rewards.py`, too), and alone: what it imports must
-be installed, or be found where the run was started from.
+The file is read once, when a run begins; reward servers on other machines and `--resume` use the
+stored text. It is imported under a private name, so any file name works (also `rewards.py`), and
+without its neighbours: its imports must be installed or be in the directory the run started from.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from cluster.io.files import MIB
 from cluster.io.paths import expand_user
 
 PREFIX = "tessera_reward_"
-LARGEST = MIB  # of a file that is kept in every checkpoint
+LARGEST = MIB  # of a file, which every checkpoint contains
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFile:
-    """A file of rewards, as it was when the run began."""
+    """A file of rewards as it was when the run began."""
 
     path: str
-    """Where it was read, absolute: for messages, and for files that it looks for beside itself."""
+    """Absolute; for messages and `__file__`."""
     sha256: str
     """Of the text."""
     text: str
@@ -41,12 +40,12 @@ class RewardFile:
 
     @property
     def module(self) -> str:
-        """Name under which it is imported."""
+        """Its import name."""
         return f"{PREFIX}{self.sha256[:16]}"
 
 
 class _Loader(ExecutionLoader):
-    """Imports a text; tracebacks and `inspect` find its lines, whether or not the file is there."""
+    """Imports a text; tracebacks and `inspect` find its lines without the file."""
 
     def __init__(self, file: RewardFile) -> None:
         self._file = file
@@ -66,7 +65,7 @@ def digest(text: str) -> str:
 
 
 def read_file(name: str) -> RewardFile:
-    """Read a file of rewards, as it is named in `rewards.extra`.
+    """Read a file of rewards named in `rewards.extra`.
 
     Raises:
         ConfigError: no such file, not Python, or too large.
@@ -96,17 +95,17 @@ def read_file(name: str) -> RewardFile:
 
 
 def changed_since(files: Mapping[str, RewardFile]) -> list[str]:
-    """One line for each file that is not what it was when the run began."""
+    """A line for each file that changed since the run began."""
     lines = []
     for name, kept in files.items():
         try:
             now = importlib.util.decode_source(Path(kept.path).read_bytes())
-        except (OSError, ValueError, SyntaxError):  # it went away, as it may
+        except (OSError, ValueError, SyntaxError):  # removed
             continue
         if digest(now) != kept.sha256:
             lines.append(
-                f"{name} has changed since the run began, which goes on with the text that it "
-                "began with (in its config.yaml); for the new one, start a new run"
+                f"{name} has changed since the run began, which continues with its first text (in "
+                "config.yaml); to use the new text, start a new run"
             )
     return lines
 
@@ -115,7 +114,7 @@ def import_file(file: RewardFile) -> ModuleType:
     """The file as a module, run once in a process.
 
     Raises:
-        BaseException: whatever running it raises.
+        BaseException: raised by the file.
     """
     if file.module in sys.modules:
         return sys.modules[file.module]

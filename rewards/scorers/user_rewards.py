@@ -1,8 +1,8 @@
-"""A user's own rewards: by dotted path, `my_pkg.rewards:Aesthetic=0.5,normalise=batch`, or in a
-file, `./my_rewards.py:Aesthetic=0.5`.
+"""User rewards: by dotted path, `my_pkg.rewards:Aesthetic=0.5,normalise=batch`, or in a file,
+`./my_rewards.py:Aesthetic=0.5`.
 
-The class is built as `Aesthetic(device="cuda", ...)` inside the reward servers that run it, and
-called with images and conditions, as every scorer is (`rewards.base.Scorer`).
+Reward servers build the class as `Aesthetic(device="cuda", ...)` and call it with images and
+conditions, as every scorer (`rewards.base.Scorer`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from cluster.io.strict_yaml import MalformedYamlError
 from cluster.messages import Condition
 from cluster.model_files.torchvision_ops import ensure_torchvision
 from cluster.own_packages import NAMES
+from cluster.preflight import Findings
 from rewards.base import Images
-from rewards.combine import Normalisation, ScorerTerm
+from rewards.combine import Normalisation
+from rewards.scorers.config import ScorerTerm
 from rewards.scorers.isolation import Isolation, describe, of_the_user
 from rewards.scorers.user_reward_files import RewardFile, import_file, read_file
 
@@ -42,25 +44,31 @@ SHOWN = 5  # names
 
 
 @dataclass(frozen=True, kw_only=True)
-class UserReward:
-    """One of them, parsed."""
+class UserReward(ScorerTerm):
+    """A parsed entry of `rewards.extra`."""
 
     name: str
-    """Under which it is logged."""
+    """In logs and metrics."""
     path: str
-    """What was written before the weight: where it is, and the name of the class in it."""
-    term: ScorerTerm
+    """Module or file, a colon, and the class in it."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the constructor."""
     file: str = ""
-    """The file that it is in, as it was written; empty: a module, by its dotted path."""
+    """The file as the user wrote it; empty: the path is a module's."""
     kept: RewardFile | None = None
-    """That file, as it was when the run began; None: as it is where the scorer is built."""
+    """The file as it was when the run began; None: read it where the scorer is built."""
+
+    def load(self, device: str) -> UserScorer:
+        return load_user_reward(self, device)
+
+    def check(self, field: str, findings: Findings) -> None:
+        with findings.of("rewards.extra"):
+            import_user_reward(self)
 
 
 def parse_user_reward(text: str) -> UserReward:
-    """`module:Class=weight`, then options: `name`, `normalise`, `limit` and `pool` are the term's;
-    others go to the constructor, their values read as YAML.
+    """Parse `module:Class=weight[,option=value...]`; `name`, `normalise`, `limit` and `pool` are
+    the reward's, other options go to the constructor. Values are YAML.
 
     Raises:
         ValueError: says what is wrong with the text.
@@ -93,12 +101,18 @@ def parse_user_reward(text: str) -> UserReward:
             raise ValueError(f"{text!r}: the {key} must be a number, found {values[key]!r}")
     name = str(read.pop("name", _snake(path.rpartition(":")[2])))
     term = {key: read.pop(key) for key in ("weight", *OF_THE_TERM) if key in read}
+    if term.get("normalise", "group") not in get_args(Normalisation):
+        raise ValueError(f"{text!r}: normalise must be one of {', '.join(get_args(Normalisation))}")
+    term["pool"] = str(term.get("pool", ""))
     file = found.groupdict().get("file") or ""
-    return UserReward(name=name, path=path, term=_term(text, term), options=read, file=file)
+    try:
+        return UserReward(name=name, path=path, options=read, file=file, **term)
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
 
 
 def _value(text: str, key: str, value: str) -> Any:
-    """What a value is as YAML: a number, a flag, a word."""
+    """A value read as YAML."""
     try:
         return strict_yaml.load(value)
     except MalformedYamlError as error:
@@ -109,22 +123,22 @@ def _value(text: str, key: str, value: str) -> Any:
 
 
 class UserScorer:
-    """A user's own scorer, kept apart from everything else in its process: it gets images and
-    conditions of its own, which it may write to, and its answer is copied. What it sets for the
-    whole process is undone after each call (`rewards.scorers.isolation`).
+    """A user's scorer, isolated from the rest of its process: it gets copies of images and
+    conditions, its result is copied, and process-wide settings are restored after each call
+    (`rewards.scorers.isolation`).
 
-    Python's, numpy's and torch's global generators start each call from what is scored, so that a
-    retry, or another server, draws the same numbers.
+    The global random generators are seeded from the images, so that a retry on any server draws
+    the same numbers.
     """
 
     def __init__(self, extra: UserReward, scorer: Callable[..., Any], isolated: Isolation) -> None:
         self._extra, self._scorer, self._isolated = extra, scorer, isolated
 
     def warm(self) -> None:
-        """Call the scorer's own `warm()`, if it has one.
+        """Call the scorer's `warm()`, if it has one.
 
         Raises:
-            ConfigError: it fails.
+            ConfigError: `warm()` fails.
         """
         with (
             _building(self._extra, "failed in its warm()"),
@@ -135,7 +149,7 @@ class UserScorer:
                 warm()
 
     def __call__(self, images: Images, conditions: Sequence[Condition]) -> np.ndarray:
-        """N uint8 images and N conditions -> float32, (N,) if the scorer does what it should."""
+        """N uint8 images and N conditions -> the scorer's result as float32, not checked."""
         single = isinstance(images, np.ndarray)
         own = np.array(images) if single else [np.array(image) for image in images]
         copies = {id(condition): _copy(condition) for condition in conditions}
@@ -161,7 +175,7 @@ def _seed(text: str) -> int:
 
 @contextmanager
 def _building(extra: UserReward, what: str, hint: str = "") -> Iterator[None]:
-    """Foreign code is imported or built: whatever it raises becomes one clear error."""
+    """Turns any exception of user code into a ConfigError."""
     try:
         yield
     except ConfigError:
@@ -173,11 +187,10 @@ def _building(extra: UserReward, what: str, hint: str = "") -> Iterator[None]:
 
 
 def import_user_reward(extra: UserReward, isolated: Isolation | None = None) -> Callable[..., Any]:
-    """Import what builds it, without building it.
+    """Import the class or function of a user reward and check its signature; nothing is built.
 
     Raises:
-        ConfigError: it cannot be imported, is no class or function, refuses its options, or what
-            it builds could not be called as scorers are.
+        ConfigError: not importable, not callable, or wrong signatures.
     """
     isolated = isolated or Isolation()
     module, _, qualified = extra.path.rpartition(":")
@@ -189,17 +202,17 @@ def import_user_reward(extra: UserReward, isolated: Isolation | None = None) -> 
         found: Any = _module(extra, module)
         for part in qualified.split("."):
             found = _member(extra, module, found, part)
-    with _building(extra, "cannot be looked at"), isolated(_seed(extra.path)):
+    with _building(extra, "cannot be inspected"), isolated(_seed(extra.path)):
         _check_call(extra, found)
     return found
 
 
 def _hint(extra: UserReward, module: str) -> str:
-    """What to do about one that cannot be imported."""
+    """What to do if the import fails."""
     if extra.file:
         return (
-            ". A file travels alone: is what it imports installed there? Files beside it are not "
-            "taken along: make a package of them, and name it by its dotted path"
+            ". Only this file is sent to the servers: is what it imports installed there? Files "
+            "beside it are not sent: make a package of them, and name it by its dotted path"
         )
     if (package := module.partition(".")[0]) in NAMES:
         return (
@@ -210,7 +223,11 @@ def _hint(extra: UserReward, module: str) -> str:
 
 
 def _member(extra: UserReward, module: str, owner: Any, name: str) -> Any:
-    """A module's class, or what that holds."""
+    """An attribute of a module or class.
+
+    Raises:
+        ConfigError: missing; names close ones.
+    """
     try:
         return getattr(owner, name)
     except AttributeError:
@@ -235,7 +252,10 @@ def _module(extra: UserReward, name: str) -> Any:
 
 
 def _check_call(extra: UserReward, found: Any) -> None:
-    """Whether it can be called to build a scorer, and a scorer then with images and conditions."""
+    """
+    Raises:
+        ConfigError: it cannot be called with the options, or its scorer with images and conditions.
+    """
     what = f"rewards.extra: {extra.path}"
     if not callable(found):
         raise ConfigError(
@@ -255,16 +275,16 @@ def _check_call(extra: UserReward, found: Any) -> None:
             f"{what}: the class lacks {missing}: define __call__(self, images, conditions)"
         )
     if inspect.iscoroutinefunction(call):
-        raise ConfigError(f"{what}: its __call__ is async: a scorer answers when it is called")
+        raise ConfigError(f"{what}: its __call__ is async: define a synchronous one")
     if inspect.isfunction(call) and (error := _misfit(call, None, None, None)):
         raise ConfigError(f"{what}: its __call__ is called with (images, conditions), but {error}")
 
 
 def _misfit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Why a function does not take some arguments; empty if it does, or nobody can know."""
+    """Why a function does not take these arguments; empty if it does or is not inspectable."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # compiled: it says nothing of itself
+    except (TypeError, ValueError):  # compiled
         return ""
     try:
         signature.bind(*args, **kwargs)
@@ -274,10 +294,10 @@ def _misfit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 
 def load_user_reward(extra: UserReward, device: str) -> UserScorer:
-    """Import and build it.
+    """Import and build a user reward.
 
     Raises:
-        ConfigError: see `import_user_reward`; it fails, or what it gives cannot be called.
+        ConfigError: see `import_user_reward`; the constructor fails, or its result is not callable.
     """
     isolated = Isolation()
     build = import_user_reward(extra, isolated)
@@ -289,16 +309,6 @@ def load_user_reward(extra: UserReward, device: str) -> UserScorer:
             "with images and conditions: define __call__(self, images, conditions)"
         )
     return UserScorer(extra, scorer, isolated)
-
-
-def _term(text: str, values: Mapping[str, Any]) -> ScorerTerm:
-    normalise = values.get("normalise", "group")
-    if normalise not in get_args(Normalisation):
-        raise ValueError(f"{text!r}: normalise must be one of {', '.join(get_args(Normalisation))}")
-    try:
-        return ScorerTerm(**{**values, "pool": str(values.get("pool", ""))})
-    except ValueError as error:
-        raise ValueError(f"{text!r}: {error}") from None
 
 
 def _snake(name: str) -> str:

@@ -1,1 +1,1 @@
-"""The roles that answer for rewards: reward server and moments server."""
+"""The roles of rewards: reward server and moments server."""

@@ -1,7 +1,7 @@
-"""The moments-server role: one owner of the history's moments, which commits every iteration once.
+"""The moments-server role: owns the history's moments and commits every iteration once.
 
-The history is an exponential average or a sliding window; either counts for an effective number of
-images (`rewards.distribution.moments`), which is what `window` sets.
+The history is an exponential average or a sliding window of an effective number of images
+(`rewards.distribution.moments`), the option `window`.
 
 Shapes: N images, D feature dimensions.
 """
@@ -38,21 +38,21 @@ from rewards.distribution.reference import Reference, distance_to_reference, fea
 
 @dataclass(frozen=True)
 class _Step:
-    """One iteration's part in the history."""
+    """An iteration's update of the history."""
 
     before: Moments
-    """What the leave-one-out mixes the batch with."""
+    """Moments that the leave-one-out mixes with the batch."""
     share: float
-    """How much of the mixture is history."""
+    """The history's share of the mixture."""
     after: Moments | SlidingWindow
-    """The history with the batch in it."""
+    """The updated history."""
 
 
 class MomentsServer:
     """Holds reference and history.
 
-    A commit is keyed by run and iteration: repeating the last one returns the same answer and
-    changes nothing, so a caller that lost the answer may ask again, also after a `restore`.
+    A commit is keyed by run and iteration: a repeated commit returns the stored result and changes
+    nothing, so callers may retry, also after a `restore`.
     """
 
     def __init__(self, config: MomentsConfig, name: str = "moments-server") -> None:
@@ -61,20 +61,20 @@ class MomentsServer:
         self._reference: Reference | None = None
         self._bias_constant: float | None = None
         self._history: Moments | SlidingWindow | None = None
-        self._run: str | None = None  # whose images are in the history; None: nobody's yet
+        self._run: str | None = None  # the run that the history is bound to
         self._key: tuple[str, int] | None = None  # the last commit
         self._answer: DistributionReward | None = None
         self._warned = False  # of a short window
-        self._lagging = 0  # commits in a row
+        self._lagging = 0  # consecutive commits with a lagging history
         self._basis = MaintainedBasis()
-        self._refreshed: tuple[Span, ...] = ()  # work that the next answer tells of
+        self._refreshed: tuple[Span, ...] = ()  # spans for the next result
 
     def set_reference(self, reference: Reference, fingerprint: str) -> None:
         """Set the real images' moments.
 
         Raises:
-            DataError: the reference was made with another feature network, has variances alone
-                where covariances are compared, or the history has another dimension.
+            DataError: another feature network, only variances for covariance=full, or another
+                dimension than the history's.
         """
         if reference.diagonal and self._config.covariance == "full":
             raise DataError(
@@ -94,15 +94,15 @@ class MomentsServer:
         self._basis.change_reference()
 
     def seed(self, start: np.ndarray | Moments) -> float:
-        """Start the history from images of the base policy, by their features (N, D) or moments;
-        returns their FID.
+        """Start the history from features (N, D) or moments of the base policy's images; returns
+        their FID.
 
-        With N = 0 it starts empty, and the answer is NaN: the first iteration is then judged by
-        itself, and an exponential average is debiased while it fills up.
+        With N = 0 it starts empty and returns NaN: the first iteration is scored alone, and an
+        exponential average is debiased while it fills up.
 
         Raises:
-            DataError: the reference has another dimension, as in `commit` and `restore`; or a
-                sliding window is to start from moments.
+            DataError: another dimension than the reference's (also in `commit` and `restore`), or
+                moments for a sliding window.
         """
         sliding, empty = self._config.kind == "sliding", False
         if isinstance(start, Moments):
@@ -138,14 +138,13 @@ class MomentsServer:
         run: str = "",
         classes: np.ndarray | None = None,
     ) -> DistributionReward:
-        """Judge one iteration's images and take them into the history, once.
+        """Compute the rewards of an iteration's images and add them to the history, once.
 
         Args:
-            iteration: must follow the last one, or repeat it.
+            iteration: later than the last one, or the same.
             features: (N, D) float32.
-            valid: (N,) bool; images that failed are left out of rewards and moments.
-            run: whose iteration it is. A history serves one run: the first commit after `seed` or
-                `restore` binds it.
+            valid: (N,) bool; failed images are excluded from rewards and moments.
+            run: the first commit after `seed` or `restore` binds the history to a run.
             classes: (N,) int, for the diagnostics by class.
 
         Raises:
@@ -161,10 +160,10 @@ class MomentsServer:
         if self._history is None or self._reference is None:
             raise DataError("the moments server needs a reference and seeded moments first")
         used = features[valid]
-        if len(used):  # of images that all failed nobody knows the dimension
+        if len(used):  # D is unknown if all images failed
             self._reference.check_dim(features.shape[1])
         rewards = np.full(len(features), np.nan)
-        # With one thread the last bits of a product do not depend on where the server runs.
+        # With one thread the last bits do not depend on the machine.
         with threadpool_limits(self._config.num_threads):
             step = self._step(self._history, used)
             rewards[valid], fid = self._rewards(self._reference, step, used)
@@ -185,16 +184,16 @@ class MomentsServer:
             spans=(*self._refreshed, Span(self.name, "moments", start, time.time())),
             **statistics,
         )
-        # All at once and last: a commit that failed has left no trace.
+        # Last and together: a failed commit changes nothing.
         answer = replace(answer, warnings=self._warnings(answer, len(used)))
-        self._basis.follow(used, step.share)
+        self._basis.record(used, step.share)
         self._history, self._answer, self._refreshed = step.after, answer, ()
         self._run, self._key = run, (run, iteration)
         return answer
 
     def refresh(self) -> None:
-        """Decompose the history if the old decomposition could not serve another batch like the
-        last; to be called when nobody waits. The rewards depend on it in their last digits only."""
+        """Decompose the history if the old decomposition does not fit another batch like the last;
+        call it between commits. Rewards depend on it only in their last digits."""
         history, reference = self._history, self._reference
         if not (self._decomposes and reference and isinstance(history, Moments) and history.weight):
             return
@@ -205,12 +204,12 @@ class MomentsServer:
 
     @property
     def _decomposes(self) -> bool:
-        """Whether old decompositions can serve such rewards."""
+        """Whether rewards may come from an older decomposition."""
         config = self._config
         return (config.kind, config.covariance, config.method) == ("ema", "full", "exact")
 
     def state(self) -> bytes:
-        """Everything a checkpoint needs: the history, the key it was committed under, the answer.
+        """State for a checkpoint: the history, the last commit's key and result.
 
         Raises:
             DataError: there is no history yet.
@@ -235,7 +234,7 @@ class MomentsServer:
         """Inverse of `state`; the next commit repeats the last one or is a later iteration.
 
         Raises:
-            CheckpointError: not such a state, or of the other kind of history.
+            CheckpointError: damaged, or of the other kind of history.
         """
         try:
             fields = msgpack.unpackb(verify_checksum(state), strict_map_key=False)
@@ -261,7 +260,7 @@ class MomentsServer:
         self._run, self._key = None, key if key[1] >= 0 else None
 
     def _repeated(self, run: str, iteration: int, count: int) -> DistributionReward | None:
-        """The stored answer if this commit was made before; None if it is new and in order."""
+        """The stored result of a repeated commit; None for a new one."""
         if self._run is not None and self._run != run:
             raise DataError(
                 f"the moments belong to run {self._run!r}, but run {run!r} commits to them: each "
@@ -282,7 +281,7 @@ class MomentsServer:
         return self._answer
 
     def _step(self, history: Moments | SlidingWindow, used: np.ndarray) -> _Step:
-        decay = self._config.decay_at(*used.shape)  # refuses a window that is too short
+        decay = self._config.decay_at(*used.shape)  # raises for a window that is too short
         if isinstance(history, Moments):
             share = history.history_share(decay)
             return _Step(history.normalised(), share, history.update(used, decay))
@@ -308,7 +307,7 @@ class MomentsServer:
             method=config.method,
             mode=config.mode,
         )
-        if config.mode == "loo_batch":  # it answers with the batch's
+        if config.mode == "loo_batch":  # which returns the batch's FID
             fid = self._fid(step.before.update(used, step.share))
         return rewards, fid
 
@@ -318,20 +317,20 @@ class MomentsServer:
         return min((self._bias_constant or 0.0) / images, fid)
 
     def _warnings(self, answer: DistributionReward, batch: int) -> tuple[str, ...]:
-        """What has not been said yet."""
+        """Warnings that were not given yet."""
         found: list[str] = []
         if self._config.covariance == "full" and not self._warned and self._reference is not None:
             images = self._config.effective_images(batch, self._reference.dim)
             found.append(short_window_warning(images, self._reference))
         self._warned = True
-        if self._lagging < LAG_COMMITS:  # else it was told
+        if self._lagging < LAG_COMMITS:  # else the warning was given
             self._lagging = self._lagging + 1 if answer.lag > LAG_SHARE * answer.fid else 0
             if self._lagging == LAG_COMMITS:
                 found.append(lag_warning(answer.fid, answer.batch_fid))
         return tuple(text for text in found if text)
 
     def _batch_fid(self, reference: Reference, used: np.ndarray) -> float:
-        if self._config.covariance == "full":  # no decomposition while somebody waits
+        if self._config.covariance == "full":  # without a decomposition
             return features_to_reference(used, reference)
         return self._fid(Moments.from_features(used))
 

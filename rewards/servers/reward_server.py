@@ -1,4 +1,4 @@
-"""The reward-server role: panels of scorers behind one object that answers many callers at once."""
+"""The reward-server role: scores images with panels of scorers, for many callers at once."""
 
 from __future__ import annotations
 
@@ -34,9 +34,6 @@ from rewards.config import (
 )
 from rewards.networks.features import load_features
 from rewards.scorers.classifier import ClassifierAccuracy
-from rewards.scorers.clip import ClipReward
-from rewards.scorers.hpsv2 import HpsReward
-from rewards.scorers.user_rewards import load_user_reward
 from rewards.servers.batcher import Batcher
 from rewards.servers.panel import Panel, PanelScores
 
@@ -51,10 +48,10 @@ class Job:
 
 
 class RewardServer:
-    """Scores groups of images with the panel that their request names.
+    """Scores groups of images with the panel that the request names.
 
-    `score` may be called from many threads: receiving and unpacking images, and packing the
-    answers, is done there, beside the one thread that runs the scorers on what has come together.
+    `score` may be called from many threads, which receive and unpack images and pack results; one
+    worker thread runs the scorers on batches of requests (`Batcher`).
     """
 
     def __init__(self, config: RewardServerConfig, name: str = "reward-server") -> None:
@@ -63,7 +60,7 @@ class RewardServer:
         self._panels = build_panels(config, config.batching.max_batch or None)
         self._failed = 0
         self._counting = threading.Lock()
-        self._computing = threading.Lock()  # what foreign code sets is seen by who computes beside
+        self._computing = threading.Lock()  # user code changes settings of the process
         self._at = ""  # what is being scored
         self._batcher: Batcher[Job, PanelScores] = Batcher(
             self._score_jobs,
@@ -79,20 +76,20 @@ class RewardServer:
             panel.warm()
 
     def fingerprint(self, panel: str) -> str:
-        """Which feature network the panel has in its main space."""
+        """Fingerprint of the feature network in the panel's main space."""
         return self._extractors(panel)[MAIN_SPACE].fingerprint
 
     def feature_dim(self, panel: str) -> int:
-        """D of that network's features; 0 where it depends on the images."""
+        """D of that network's features; 0 if it depends on the images."""
         return int(getattr(self._extractors(panel)[MAIN_SPACE], "dim", 0))
 
     def score(self, request: SampleRequest, images: Images) -> GroupScores:
-        """Scores of one group's images: K of them, (K, H, W, 3) uint8 or a list.
+        """Score the K images of a group, (K, H, W, 3) uint8 or a list.
 
         Raises:
             DataError: no images, or no such panel here.
-            FleetError: the queue stays full, or the scoring thread has ended.
-            StuckError: a scorer takes longer than any may.
+            FleetError: the queue stays full, or the worker thread ended.
+            StuckError: a scorer exceeds the time limit.
         """
         self._panel(request.panel)
         if not isinstance(images, np.ndarray):
@@ -102,7 +99,7 @@ class RewardServer:
         with self._counting:
             self._failed += sum(error is not None for error in scored.errors)
         spans = [Span(self.name, "queue", work.arrived, work.start)]
-        if work.first:  # one batch is one span, however many requests are in it
+        if work.first:  # one span a batch
             spans.append(Span(self.name, "score", work.start, work.end))
         return GroupScores(
             key=request.key,
@@ -129,16 +126,16 @@ class RewardServer:
         }
 
     def stats(self) -> ServerStats:
-        """What this server did so far."""
+        """Counters so far."""
         return replace(self._batcher.stats(), failed=self._failed)
 
     def close(self) -> None:
-        """Fail what waits, and end the scoring thread."""
+        """Fail queued requests and end the worker thread."""
         self._batcher.close()
 
     def _activity(self) -> str:
-        """Which scorer has which request now."""
-        asked = ", ".join(panel.at for panel in self._panels.values() if panel.at)
+        """The running scorer and its requests."""
+        asked = ", ".join(panel.running for panel in self._panels.values() if panel.running)
         return f"{self._at} (scorer {asked or 'not known'})"
 
     def _panel(self, name: str) -> Panel:
@@ -155,7 +152,7 @@ class RewardServer:
         return extractors
 
     def _score_jobs(self, jobs: list[Job], panel: object) -> list[PanelScores]:
-        """In the scoring thread: all images of some requests at once."""
+        """In the worker thread: score all images of some requests at once."""
         torch.set_num_threads(self._threads)
         first, more = jobs[0], f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
         stream, iteration, group = first.key
@@ -169,11 +166,11 @@ class RewardServer:
             scored = score(images, conditions)
         sizes = [len(job.conditions) for job in jobs]
         firsts = itertools.accumulate(sizes, initial=0)
-        return [scored.rows(first, size) for first, size in zip(firsts, sizes)]
+        return [scored.part(first, size) for first, size in zip(firsts, sizes)]
 
 
 def build_panels(config: RewardServerConfig, max_batch: int | None) -> dict[str, Panel]:
-    """The panels of a server, with what its pool runs."""
+    """The panels of a server, with the scorers of its pool."""
     panels = {REWARDS: _rewards_panel(config.rewards, config.pool, config.device, max_batch)}
     if config.judge is not None:
         panels[JUDGE] = _judge_panel(config.judge, config.device, max_batch)
@@ -181,17 +178,11 @@ def build_panels(config: RewardServerConfig, max_batch: int | None) -> dict[str,
 
 
 def _rewards_panel(config: RewardsConfig, pool: str, device: str, max_batch: int | None) -> Panel:
-    scorers: dict[str, Scorer] = {}
-    extras = {extra.name: extra for extra in config.user_rewards()}
-    for name, term in config.scorers().items():
-        if term.pool != pool:
-            continue
-        if name in extras:
-            scorers[name] = load_user_reward(extras[name], device)
-        elif name == "clip":
-            scorers[name] = ClipReward(config.clip, device)
-        else:
-            scorers[name] = HpsReward(config.hps, device)
+    scorers = {
+        name: scorer.load(device)
+        for name, scorer in config.scorers().items()
+        if scorer.pool == pool
+    }
     extractors: dict[str, FeatureExtractor] = {}
     if config.features_pool == pool:
         extractors[MAIN_SPACE] = load_features(config.features, device)
@@ -199,7 +190,7 @@ def _rewards_panel(config: RewardsConfig, pool: str, device: str, max_batch: int
 
 
 def _judge_panel(config: JudgeConfig, device: str, max_batch: int | None) -> Panel:
-    scorers: dict[str, Scorer] = {"clip": ClipReward(config.clip, device)}
+    scorers: dict[str, Scorer] = {"clip": config.clip.load(device)}
     if config.classifier.checkpoint:
         scorers[ACCURACY] = ClassifierAccuracy(config.classifier, device)
     extractors = {

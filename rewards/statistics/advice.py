@@ -1,7 +1,4 @@
-"""What to say of files that hold no statistics: what they are, and what to do.
-
-Every advice is safe: nobody is told to unpickle.
-"""
+"""Error messages for files without statistics: their kind, and what to do (never to unpickle)."""
 
 from __future__ import annotations
 
@@ -24,12 +21,12 @@ EXPECTED = "not an .npz file with arrays 'mu' and 'sigma' (or torch-fidelity's .
 
 
 def build_command(images: object) -> str:
-    """How a reference is built from images."""
+    """The command that builds a reference from images."""
     return f"{command_of('rewards.reference')} --images {images} --out reference.npz"
 
 
 def other_kind(place: Path, path: str | os.PathLike[str], kind: FileKind) -> str:
-    """What a file of no readable kind is, and what to do."""
+    """Message for a file of another kind."""
     if kind is FileKind.NPY:
         return f"{EXPECTED} {_one_array(place, path)}"
     if kind is FileKind.CUT_ZIP:
@@ -63,7 +60,7 @@ def other_kind(place: Path, path: str | os.PathLike[str], kind: FileKind) -> str
 
 
 def _one_array(place: Path, path: str | os.PathLike[str]) -> str:
-    """What a lone array may be."""
+    """Message for an .npy file."""
     with place.open("rb") as file:
         shape, dtype = read_header(file, fortran=True)
     if len(shape) == 4:
@@ -83,7 +80,7 @@ def no_moments(
     shape_of: Callable[[str], tuple[int, ...]],
     loader: str,
 ) -> str:
-    """What a file of arrays without moments may hold, by their names and shapes.
+    """Message for a file of arrays without moments, by their names and shapes.
 
     Args:
         loader: function that reads the file.

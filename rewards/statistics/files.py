@@ -1,10 +1,8 @@
-"""Files of feature statistics, as the tools of the FID literature write them: a mean `mu` and a
-covariance `sigma` by name, whatever else is beside them.
+"""Reads files of feature statistics, a mean `mu` and a covariance `sigma`, as FID tools write them.
 
-Read are .npz files (pytorch-fid, clean-fid, TTUR, the ADM evaluator, EDM, the public code of
-2603.23086, Tessera) and torch-fidelity's .pt. What a file is, its content says. Arrays are read one
-by one, by their names; nothing is unpickled, and what nobody asks for is not looked at. A file of
-another kind is refused with what it is and what to do.
+Formats, by content: .npz files (pytorch-fid, clean-fid, TTUR, the ADM evaluator, EDM, the public
+code of 2603.23086, Tessera) and torch-fidelity's .pt. Only requested arrays are read, and nothing
+is unpickled. Errors for other files name their kind and what to do.
 
 Shapes: D feature dimensions, N images.
 """
@@ -33,7 +31,7 @@ from rewards.statistics.torch_files import TorchArrays
 
 SYMMETRY = 1e-6  # relative to the largest entry: float32 files are symmetric to rounding
 INDEFINITE = 1e-5  # relative to the norm; rounding to float32 moves eigenvalues by 6e-8 of it
-LARGEST = 1e100  # whose products are finite; features are nowhere near
+LARGEST = 1e100  # products of larger values may not be finite
 END_RECORD, MOST_COMMENT, MANY = 22, 1 << 16, 0xFFFF  # of a zip archive (APPNOTE.TXT 4.3.16)
 SIGMA, VARIANCES = "sigma", "sigma_diagonal"
 
@@ -47,7 +45,7 @@ class Statistics:
     sigma: np.ndarray
     """(D, D) float64; of variances alone, a diagonal matrix."""
     diagonal: bool = False
-    """The file has variances alone (`sigma_diagonal`): all other entries of sigma are unknown."""
+    """The file has variances only (`sigma_diagonal`), no covariances."""
 
 
 class ArraySource(Protocol):
@@ -60,14 +58,14 @@ class ArraySource(Protocol):
     def names(self) -> Sequence[str]: ...
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of an array, of which no more than its description is read; () if it cannot be."""
+        """Shape of an array from its header; () if it cannot be read."""
         ...
 
     def read(self, key: str) -> np.ndarray: ...
 
 
 class ArrayFile:
-    """Arrays of a file; one is read when it is asked for."""
+    """Arrays of a file, each read on request."""
 
     def __init__(self, path: str | os.PathLike[str], source: ArraySource) -> None:
         self.path, self._source = path, source
@@ -96,7 +94,7 @@ class ArrayFile:
             ) from error
 
     def number(self, key: str, otherwise: float) -> float:
-        """A single number, as () or (1,); `otherwise` where there is none.
+        """A number of shape () or (1,); `otherwise` without such an array.
 
         Raises:
             DataError: not one finite number.
@@ -112,18 +110,17 @@ class ArrayFile:
         return float(array.reshape(()))
 
     def count(self, key: str, otherwise: int) -> int:
-        """As `number`, of something that is counted."""
+        """As `number`, for integers >= 0."""
         found = self.number(key, otherwise)
         if found != int(found) or (found < 0 and found != otherwise):
             raise DataError(f"{self.path}: {key}: expected a whole number >= 0, found {found:g}")
         return int(found)
 
     def numbers(self, key: str, kinds: str, dims: int) -> np.ndarray | None:
-        """An array of finite numbers of some kinds (numpy's letters) with so many dimensions; None
-        where there is none.
+        """An array of finite numbers; None without such an array.
 
         Raises:
-            DataError: another one.
+            DataError: another dtype kind (numpy's letters) or number of dimensions.
         """
         if key not in self:
             return None
@@ -135,7 +132,7 @@ class ArrayFile:
         return array
 
     def text(self, key: str) -> str:
-        """A text; empty where there is none."""
+        """A string; empty without such an array."""
         if key not in self:
             return ""
         array = self.array(key)
@@ -144,7 +141,7 @@ class ArrayFile:
         return str(array.reshape(()))
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """Several texts; none where there are none."""
+        """Strings; () without such an array."""
         if key not in self:
             return ()
         array = self.array(key)
@@ -155,11 +152,11 @@ class ArrayFile:
 
 @contextmanager
 def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
-    """The arrays of a file of statistics; none is read yet.
+    """Open a file of statistics.
 
     Raises:
         CheckpointError: no such file.
-        DataError: a file of another kind, with what to do, or a damaged one.
+        DataError: another kind of file, or a damaged one.
     """
     if expand_user(path).is_dir():
         raise DataError(
@@ -192,10 +189,10 @@ def read_statistics(file: ArrayFile, prefix: str = "", *, diagonal: bool = False
 
     Args:
         prefix: of the arrays' names.
-        diagonal: variances alone (`sigma_diagonal`) will do.
+        diagonal: accept variances only (`sigma_diagonal`).
 
     Raises:
-        DataError: says what is wrong with them, and what to do.
+        DataError: missing or invalid arrays.
     """
     mu_key, sigma_key, diagonal_key = (prefix + key for key in (MU, SIGMA, VARIANCES))
     if mu_key not in file or not {sigma_key, diagonal_key} & set(file.names):
@@ -249,11 +246,10 @@ class _Npz:
 
 
 def check_members(archive: zipfile.ZipFile) -> None:
-    """Refuse an archive whose directory lost or renamed a member: an optional array that is not
-    found would be taken for one that never was.
+    """Check an archive's directory: a lost optional array would pass as one that was never written.
 
     Raises:
-        zipfile.BadZipFile: says so.
+        zipfile.BadZipFile: members were lost, renamed or doubled.
     """
     stream = archive.fp
     assert stream is not None
@@ -276,7 +272,7 @@ def _kind(array: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class _Checks:
-    """What is wrong with the arrays of a file."""
+    """Checks of the arrays of a file; all raise DataError."""
 
     path: str | os.PathLike[str]
 
@@ -292,7 +288,7 @@ class _Checks:
         return self._finite(key, mu)
 
     def variances(self, key: str, variances: np.ndarray, dim: int) -> np.ndarray:
-        """(D,) float64, none below zero but by rounding."""
+        """(D,) float64, >= 0 up to rounding."""
         self._numbers(key, variances)
         if variances.shape != (dim,):
             raise self.refuse(key, f"variances ({dim},)", f"{variances.shape}")
@@ -304,7 +300,7 @@ class _Checks:
     def same(
         self, diagonal_key: str, variances: np.ndarray, sigma_key: str, sigma: np.ndarray
     ) -> None:
-        """Refuse variances that are not the diagonal beside them."""
+        """Variances must be the diagonal of sigma."""
         diagonal = np.maximum(sigma.diagonal(), 0)
         apart = float(np.abs(variances - diagonal).max())
         if apart <= INDEFINITE * max(diagonal.max(), variances.max()):
@@ -315,8 +311,7 @@ class _Checks:
         raise self.refuse(diagonal_key, f"the diagonal of {sigma_key}", what)
 
     def fit(self, mu_key: str, mu: tuple[int, ...], sigma_key: str, sigma: tuple[int, ...]) -> None:
-        """Refuse shapes that are not those of a mean and its covariance, before gigabytes that
-        another program wrote are read."""
+        """Check the shapes before large arrays are read."""
         dim = mu[0] if len(mu) == 1 else 0
         if dim and sigma == (dim,):
             raise self.refuse(
@@ -343,7 +338,7 @@ class _Checks:
             raise self.refuse(sigma_key, "a symmetric matrix", found)
         sigma = (sigma + sigma.T) / 2
         slack = INDEFINITE * np.linalg.norm(sigma)
-        try:  # of a shifted matrix: cheaper than eigenvalues, which only the message needs
+        try:  # cheaper than eigenvalues, which only the message needs
             scipy.linalg.cholesky(sigma + (slack or 1.0) * np.eye(mu.size))
         except scipy.linalg.LinAlgError:
             lowest = scipy.linalg.eigvalsh(sigma)[0]

@@ -1,6 +1,7 @@
-"""Arrays in a file of torch.save's, as torch-fidelity keeps its statistics: a dictionary of numpy
-arrays. Nothing is unpickled: the pickle is read as data, and of numpy's own calls in it, those that
-describe an array are understood (numpy/_core/src/multiarray/methods.c, `array_reduce`).
+"""Arrays in a file of torch.save, as in torch-fidelity's statistics: a dictionary of numpy arrays.
+
+Nothing is unpickled: the pickle is parsed as data, including numpy's calls that describe an array
+(numpy/_core/src/multiarray/methods.c, `array_reduce`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _DTYPE = "numpy.dtype"
 
 
 class TorchArrays:
-    """Arrays and plain tensors of the dictionary in a file; a value is built when it is read."""
+    """Arrays and plain tensors of the dictionary in a file, each built on request."""
 
     loader = TORCH
 
@@ -75,7 +76,7 @@ class TorchArrays:
 
 
 def _call(name: str, arguments: tuple[Any, ...]) -> Any:
-    """What numpy's calls stand for; None for all others."""
+    """The meaning of numpy's calls; None for others."""
     if name == _DTYPE and arguments and isinstance(arguments[0], str):
         return Opaque(f"{_DTYPE} {arguments[0]}")
     if name.endswith(_BUFFER) and len(arguments) == 4:  # protocol 5
@@ -118,7 +119,7 @@ def _array(value: Opaque) -> np.ndarray:
 
 
 def _other(content: Any, path: str | os.PathLike[str]) -> str:
-    """What a file is that holds no dictionary."""
+    """Description of a file without a dictionary."""
     shape = _shape(content)
     if shape and len(shape) == 2:
         loaded = f"features = {TORCH}({str(path)!r}).numpy()"

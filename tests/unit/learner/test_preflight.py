@@ -582,7 +582,7 @@ def test_the_judge_of_digits_is_refused_for_other_classes() -> None:
     names = [str(index) for index in range(12)]
     policy = policy_file(Path("p.safetensors"), num_classes=12)
     told = problems(policy={"checkpoint": policy}, conditions={"names": names})
-    assert any("classes 0 to 9, which the judge knows, found 11" in p for p in told)
+    assert any("classes 0 to 9 of the classifier, found 11" in p for p in told)
     assert any(p.startswith("evaluation.images: expected real images of the 12") for p in told)
 
 

@@ -149,9 +149,9 @@ def official(folder: Path, suffix: str) -> tuple[PolicyConfig, str]:
 
 
 def inception(folder: Path) -> tuple[FeaturesConfig, str]:
-    from rewards.networks.inception import FidInception
+    from rewards.networks.inception import fid_inception
 
-    worse, tensor = spoiled(dict(randomise(FidInception()).state_dict()))
+    worse, tensor = spoiled(dict(randomise(fid_inception()).state_dict()))
     torch.save(worse, folder / "inception.pth")
     return FeaturesConfig(network="inception", checkpoint=str(folder / "inception.pth")), tensor
 

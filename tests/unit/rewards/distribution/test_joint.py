@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import DataError
-from rewards.distribution.joint import (
-    class_embeddings,
-    class_table,
-    equal_trace_weight,
-    joint_features,
-)
+from rewards.distribution.joint import class_table, equal_trace_weight, joint_features
 from rewards.distribution.leave_one_out import leave_one_out_fid
 from rewards.distribution.moments import Moments
 from rewards.distribution.reference import Reference
@@ -34,7 +29,7 @@ def test_an_impossible_weight_is_refused(weight: float) -> None:
 
 
 def test_one_hot_is_centred() -> None:
-    embedded = class_embeddings(np.array([2, 0]), 3)
+    embedded = class_table(3)[[2, 0]]
     np.testing.assert_allclose(embedded, np.array([[-1, -1, 2], [2, -1, -1]]) / 3)
 
 
@@ -51,22 +46,6 @@ def test_a_projection_is_centred_and_the_same_in_every_direction(classes: int, d
 def test_a_projection_is_fixed_by_its_seed() -> None:
     np.testing.assert_array_equal(class_table(20, 4, seed=1), class_table(20, 4, seed=1))
     assert not np.allclose(class_table(20, 4, seed=1), class_table(20, 4, seed=2))
-    picked = class_embeddings(np.array([3, 3, 19]), 20, 4, seed=1)
-    np.testing.assert_array_equal(picked, class_table(20, 4, seed=1)[[3, 3, 19]])
-
-
-@pytest.mark.parametrize(
-    ("classes", "message"),
-    [
-        (np.array([0, 5]), r"must be in 0..4, found 5"),
-        (np.array([0, -1]), r"must be in 0..4, found -1"),
-        (np.array([0.0, 1.0]), "array of integers, found float64"),
-        (np.zeros((2, 2), int), r"of shape \(2, 2\)"),
-    ],
-)
-def test_bad_classes_are_refused(classes: np.ndarray, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        class_embeddings(classes, 5)
 
 
 def test_impossible_embeddings_are_refused() -> None:
@@ -95,7 +74,7 @@ def test_an_image_of_the_wrong_class_is_distinguished() -> None:
         return means[classes] + generator.normal(size=(count, 2)), classes
 
     def joined(features: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        return joint_features(features, class_embeddings(classes, 3), 3.0)
+        return joint_features(features, class_table(3)[classes], 3.0)
 
     reference, history = joined(*draw(600)), joined(*draw(300))
     features, classes = draw(30)
@@ -112,9 +91,9 @@ def test_an_image_of_the_wrong_class_is_distinguished() -> None:
 def test_embeddings_alone_reward_all_images_of_a_class_alike() -> None:
     """So centring on the group takes away what the fixed block of the conditions says."""
     classes = np.array([0, 0, 0, 1, 1, 2])
-    embedded = class_embeddings(classes, 3)
-    history = Moments.from_features(class_embeddings(np.arange(30) % 3, 3))
-    reference = Reference.from_features(class_embeddings(np.arange(90) % 3, 3))
+    embedded = class_table(3)[classes]
+    history = Moments.from_features(class_table(3)[np.arange(30) % 3])
+    reference = Reference.from_features(class_table(3)[np.arange(90) % 3])
     rewards, _ = leave_one_out_fid(embedded, history, reference, 0.5)
     assert np.ptp(rewards[:3]) < 1e-12
     assert np.ptp(rewards[3:5]) < 1e-12

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import CheckpointError, DataError
+from cluster.io.checksum import add_checksum
 from rewards.distribution.moments import (
     Moments,
     MomentSums,
@@ -257,12 +258,13 @@ def test_damaged_bytes_are_refused(place: float) -> None:
         Moments.from_bytes(bytes(data[:-9]))
 
 
-def test_bytes_of_the_first_version_are_read() -> None:
+def test_bytes_of_older_checkpoints_are_read() -> None:
     moments = Moments.from_features(features(9))
-    fields = msgpack.unpackb(msgpack.unpackb(moments.to_bytes())["fields"])
-    old = Moments.from_bytes(msgpack.packb({"format": 1} | fields))
-    assert np.array_equal(old.cov, moments.cov)
-    with pytest.raises(CheckpointError, match="format 3, expected 2"):
-        Moments.from_bytes(msgpack.packb({"format": 3} | fields))
+    outer = msgpack.unpackb(moments.to_bytes())
+    old = {"format": 2, "sha256": outer["sha256"], "fields": outer["body"]}
+    assert np.array_equal(Moments.from_bytes(msgpack.packb(old)).cov, moments.cov)
+    with pytest.raises(CheckpointError, match="checksum does not match"):
+        Moments.from_bytes(msgpack.packb(old | {"sha256": bytes(32)}))
+    odd = msgpack.packb(msgpack.unpackb(outer["body"]) | {"dim": 4})
     with pytest.raises(CheckpointError, match="cannot reshape"):
-        Moments.from_bytes(msgpack.packb({"format": 1} | fields | {"dim": 4}))
+        Moments.from_bytes(add_checksum(odd))

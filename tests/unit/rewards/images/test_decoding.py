@@ -91,7 +91,7 @@ def test_12_bit_tiff() -> None:
 def test_grey_of_unknown_scale_is_refused(image: Image.Image, kind: str, tmp_path: Path) -> None:
     found = decode("a", encoded(image, kind))
     assert found.pixels is None
-    assert "of which nobody says what is white: write it with 8 bits" in found.error
+    assert "without a known white: write it with 8 bits" in found.error
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "LAB", "LA", "RGBA"])

@@ -145,7 +145,7 @@ def test_links_in_a_ring_count_once(tmp_path: Path) -> None:
     assert contents.folders == ["a"]
     assert len(contents.left_out) == 7
     assert "a/b/here/ (the same folder as a/b)" in contents.left_out
-    assert "out/ (a link to a folder that it lies in)" in contents.left_out
+    assert "out/ (a link to a folder that contains it)" in contents.left_out
 
 
 def test_each_real_image_counts_once(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from rewards.distribution.config import MomentsConfig
 from rewards.distribution.reference import Reference
 from rewards.networks.extractor import NetworkFeatures
 from rewards.networks.features import MINIATURE, FeaturesConfig, PixelFeatures, load_features
-from rewards.networks.inception import FidInception
+from rewards.networks.inception import fid_inception
 from rewards.networks.weight_files import published_file, weights_digest
 from rewards.reference import main, read_reference, read_stored
 from rewards.servers.moments_server import MomentsServer
@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from torchvision.models import inception_v3
 
     networks = {
-        "inception": FidInception(),
+        "inception": fid_inception(),
         "torchvision-inception": inception_v3(init_weights=False),
         "dinov2": timm.create_model(SMALL, num_classes=0),
     }
@@ -95,7 +95,7 @@ def test_the_miniatures_file_may_be_named() -> None:
 @pytest.mark.parametrize(
     ("network", "other", "told"),
     [
-        ("inception", "torchvision-inception", r"FidInception: .*AuxLogits"),
+        ("inception", "torchvision-inception", r"Inception3: .*AuxLogits"),
         ("torchvision-inception", "inception", r"Inception3: .*missing, .*AuxLogits"),
         ("dinov2", "inception", r"does not fit timm's"),
         ("convnet", "inception", "expected a safetensors file, found a PyTorch file"),
@@ -274,7 +274,7 @@ def test_small_networks_name_the_images_they_cannot_take() -> None:
     np.testing.assert_array_equal(convnet(list(fit)), convnet(fit))
     with pytest.raises(ImageErrors) as caught:
         pixels([fit[0], other[0], fit[1]])
-    told = "is 16 x 8, but image 0 is 8 x 8: pixels are compared of images of one size"
+    told = "is 16 x 8, but image 0 is 8 x 8: pixel features compare images of one size"
     assert caught.value.errors == {1: told}
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cluster.errors import DataError
-from rewards.distribution.joint import class_embeddings, joint_features
+from rewards.distribution.joint import class_table, joint_features
 from rewards.images.sources import SampleImages, open_source
 from rewards.networks.features import PixelFeatures
 from rewards.reference import build as builder
@@ -114,21 +114,21 @@ def test_it_resumes_where_it_stopped(
     options = ("--joint", "classes")
     assert build(samples, whole, *options) == 0
     read: list[int] = []
-    extract = build.extract
+    extract = builder.extract
 
-    def stopping(source, extractor, start, stop):
+    def stopping(loaded, extractor, start):
         if start == 12 and not read.count(12):
             read.append(12)
             raise KeyboardInterrupt
         read.append(start)
-        return extract(source, extractor, start, stop)
+        return extract(loaded, extractor, start)
 
     monkeypatch.setattr(builder, "extract", stopping)
     assert build(samples, out, *options) == 130
-    assert "stopped; the same command goes on where it was" in capsys.readouterr().err
+    assert "stopped; the same command resumes" in capsys.readouterr().err
     assert not out.exists()
     assert build(samples, out, *options) == 0
-    assert "going on from image 12" in capsys.readouterr().err
+    assert "resuming at image 12" in capsys.readouterr().err
     assert read == [0, 4, 8, 12, 12, 16, 20, 24, 28]
     with np.load(whole) as one, np.load(out) as two:
         assert one.files == two.files
@@ -141,7 +141,7 @@ def test_sums_of_something_else_do_not_go_on(tmp_path: Path, samples: Path, caps
     out, partial = tmp_path / "ref.npz", tmp_path / ".ref.npz.partial.npz"
     np.savez(partial, key=np.array("other"), skipped=np.array(0))
     assert build(samples, out) == 0
-    assert "not going on from" in (told := capsys.readouterr().err)
+    assert "not resuming from" in (told := capsys.readouterr().err)
     assert "of other images, labels, features or options" in told
     assert_is_of(out, FEATURES)
     partial.write_bytes(b"PK damaged")
@@ -174,22 +174,22 @@ def test_sums_without_some_images_go_on_only_if_asked(tmp_path: Path, capsys) ->
     parquet(source, [{"bytes": None if i in (1, 20) else cell} for i, cell in enumerate(cells)])
     assert build(source, out) == 1
     assert f"{source} row 1: cannot be read (no bytes in column 'image')" in capsys.readouterr().err
-    config = build.ReferenceConfig(
+    config = builder.ReferenceConfig(
         images=str(source),
         out=out,
-        features=build.FeaturesConfig(network="pixels"),
+        features=builder.FeaturesConfig(network="pixels"),
         skip_unreadable=True,
     )
-    plan = build.prepare(config)
-    sums = build.ReferenceSums(plan.key, plan.conditions)
-    sums.add(build.extract(plan.source, plan.extractor, 0, 4))
+    plan = builder.prepare(config)
+    sums = builder.ReferenceSums(plan.key, plan.conditions)
+    sums.add(builder.extract([*plan.source.read(0, 4)], plan.extractor, 0))
     sums.save(plan.partial)
     assert build(source, out) == 1
     assert "were left out, which needs --skip-unreadable" in capsys.readouterr().err
     sums.save(plan.partial)
     assert build(source, out, "--skip-unreadable") == 0
     captured = capsys.readouterr()
-    assert "going on from image 4" in captured.err
+    assert "resuming at image 4" in captured.err
     assert "left out 2 images" in captured.out
 
 
@@ -214,7 +214,7 @@ def test_features_that_are_not_finite_are_named(samples: Path) -> None:
         return values
 
     with pytest.raises(DataError, match=r"image 6: its features are not finite"):
-        build.extract(SampleImages(samples), broken, 4, 8)  # type: ignore[arg-type]
+        builder.extract([*SampleImages(samples).read(4, 8)], broken, 4)  # type: ignore[arg-type]
 
 
 def test_few_images_are_noted(tmp_path: Path, capsys) -> None:
@@ -247,7 +247,7 @@ def test_joint_moments(dim: int, tmp_path: Path, samples: Path) -> None:
     out = tmp_path / "ref.npz"
     assert build(samples, out, "--joint", "classes", "--joint-dim", str(dim)) == 0
     stored = read_stored(out, joint=True)
-    embedded = class_embeddings(CLASSES, 3, dim)
+    embedded = class_table(3, dim)[CLASSES]
     np.testing.assert_array_equal(stored.class_table[CLASSES], embedded)
     traces = np.trace(np.cov(FEATURES.T)), np.trace(np.cov(embedded.T))
     assert stored.weight**2 * traces[1] == pytest.approx(traces[0])
@@ -307,19 +307,18 @@ def test_options_are_refused(tmp_path: Path, samples: Path, folder: Path, capsys
         assert told.count("\n") == 1
 
 
+class Deadly(SampleImages):
+    """Kills the process that reads it."""
+
+    def read(self, start: int, stop: int):
+        os._exit(9)
+
+
 def test_a_lost_process_is_reported(tmp_path: Path, samples: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(builder, "_extract_in_worker", os._exit)
-    monkeypatch.setattr(
-        builder.ProcessPoolExecutor,
-        "submit",
-        lambda pool, function, start, stop: SUBMIT(pool, function, 9),
-    )
+    monkeypatch.setattr(builder, "open_source", lambda *_: Deadly(samples))
     assert build(samples, tmp_path / "ref.npz", "--workers", "1") == 1
     told = capsys.readouterr().err
-    assert "a process was lost, most likely for want of memory: the same command goes on" in told
-
-
-SUBMIT = builder.ProcessPoolExecutor.submit
+    assert "a process was lost, most likely for want of memory: the same command resumes" in told
 
 
 def test_a_terminated_command_continues(tmp_path: Path, capsys) -> None:
@@ -339,11 +338,11 @@ def test_a_terminated_command_continues(tmp_path: Path, capsys) -> None:
     process.send_signal(signal.SIGTERM)
     told = process.communicate(timeout=120)[1]
     assert process.returncode == 130, told
-    assert "stopped; the same command goes on" in told
+    assert "stopped; the same command resumes" in told
     assert "Traceback" not in told
     with np.load(partial) as file:
         cursor = int(file["cursor"])
         assert 0 < cursor < 6_000
     assert main(options) == 0
-    assert f"going on from image {cursor}" in capsys.readouterr().err
+    assert f"resuming at image {cursor}" in capsys.readouterr().err
     assert read_stored(out).images == 6_000

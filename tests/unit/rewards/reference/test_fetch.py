@@ -198,7 +198,7 @@ def test_where_no_sum_is_known_the_first_one_is_noted(
     publish(server, monkeypatch, stated=False)
     assert main(["fetch", "imagenet256"]) == 0
     digest = hashlib.sha256(WHOLE).hexdigest()
-    assert f"nobody states its SHA-256, noted is {digest}" in capsys.readouterr().out
+    assert f"its SHA-256 is not published, stored is {digest}" in capsys.readouterr().out
     place().write_bytes(moments(spoilt=1e-9))
     assert main(["fetch", "imagenet256"]) == FAILED
     assert f".sha256 says {digest}" in capsys.readouterr().err

@@ -17,9 +17,8 @@ from learner.config import validate
 from learner.data.conditions import ConditionsConfig
 from learner.preflight import preflight
 from rewards.base import ImageErrors
-from rewards.networks.open_clip_models import TextImageModel
-from rewards.networks.tokens import reading_of
-from rewards.prompt_check import local_tokenizer
+from rewards.networks.open_clip_check import local_tokenizer
+from rewards.networks.open_clip_models import TextImageModel, reading_of
 from rewards.scorers.clip import ClipConfig, ClipReward
 from rewards.scorers.prompts import PromptConfig, Prompts
 from rewards.scorers.text_image import TextFeatures, TextImageScorer

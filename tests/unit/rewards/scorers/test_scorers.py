@@ -16,7 +16,7 @@ from cluster.errors import CheckpointError, DataError
 from cluster.messages import Condition
 from cluster.model_files.torchvision_ops import ensure_torchvision
 from learner.data.digits import captions, digits
-from rewards.base import ImageErrors, check_images
+from rewards.base import ImageErrors
 from rewards.networks.features import FeaturesConfig, load_features
 from rewards.networks.open_clip_models import TextImageModel
 from rewards.scorers.classifier import ClassifierAccuracy, ClassifierConfig
@@ -193,20 +193,6 @@ def test_fingerprints_tell_networks_apart() -> None:
 def test_features_refuse_other_sizes() -> None:
     with pytest.raises(DataError, match=r"takes \(8, 8, 3\) images, found \(16, 16, 3\)"):
         load_features(FeaturesConfig())(np.zeros((1, 16, 16, 3), np.uint8))
-
-
-@pytest.mark.parametrize(
-    "images",
-    [
-        np.zeros((0, 8, 8, 3), np.uint8),
-        np.zeros((2, 8, 8), np.uint8),
-        np.zeros((2, 8, 8, 4), np.uint8),
-        np.zeros((2, 8, 8, 3), np.float32),
-    ],
-)
-def test_what_is_no_batch_of_images_is_refused(images: np.ndarray) -> None:
-    with pytest.raises(DataError, match="images must be a non-empty"):
-        check_images(images)
 
 
 def test_a_checkpoint_file_for_a_named_model_is_loaded_strictly(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_run_keeps_the_text_and_continues_with_it(here: Path) -> None:
     assert changed_since(kept.rewards.files) == []
     (here / "my_rewards.py").write_text(SCALED.format(factor=7))
     (line,) = changed_since(kept.rewards.files)
-    assert line.startswith("./my_rewards.py has changed since the run began, which goes on with")
+    assert line.startswith("./my_rewards.py has changed since the run began, which continues with")
     os.chdir("/")  # another directory, another machine
     server = RewardServer(RewardServerConfig(rewards=kept.rewards, judge=None))
     scorers = server._panels["rewards"]._scorers
@@ -188,7 +188,10 @@ def test_a_directory_is_no_file(here: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("import nowhere_at_all\n", "No module named 'nowhere_at_all' (bad.py, line 1). A file tr"),
+        (
+            "import nowhere_at_all\n",
+            "No module named 'nowhere_at_all' (bad.py, line 1). Only this ",
+        ),
         ("from . import sibling\n", "attempted relative import"),
         ("raise SystemExit(3)\n", "SystemExit: 3 (bad.py, line 1)"),
         ("\n\n1 / 0\n", "ZeroDivisionError: division by zero (bad.py, line 3)"),

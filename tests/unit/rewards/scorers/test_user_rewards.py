@@ -15,7 +15,6 @@ from cluster.messages import Condition
 from learner.config import load_preset, merge, to_dict, validate
 from learner.fleet_plan import fleet_plan
 from learner.run import REFUSED, main
-from rewards.combine import ScorerTerm
 from rewards.config import RewardsConfig
 from rewards.scorers.user_rewards import load_user_reward, parse_user_reward
 
@@ -25,7 +24,7 @@ README = Path(__file__).parents[4] / "rewards" / "README.md"
 def test_path_and_weight() -> None:
     extra = parse_user_reward("my_pkg.rewards:Aesthetic=0.5")
     assert (extra.name, extra.path) == ("aesthetic", "my_pkg.rewards:Aesthetic")
-    assert extra.term == ScorerTerm(weight=0.5)
+    assert (extra.weight, extra.normalise, extra.limit, extra.pool) == (0.5, "group", 0, "")
     assert extra.options == {}
 
 
@@ -34,12 +33,12 @@ def test_options_of_the_term_and_of_the_constructor() -> None:
         "a.b:LAIONScore=2,normalise=batch,limit=3,pool=gpu,name=look,size=224,v=x"
     )
     assert extra.name == "look"
-    assert extra.term == ScorerTerm(weight=2, normalise="batch", limit=3, pool="gpu")
+    assert (extra.weight, extra.normalise, extra.limit, extra.pool) == (2, "batch", 3, "gpu")
     assert extra.options == {"size": 224, "v": "x"}
 
 
 def test_without_a_weight_it_counts_once() -> None:
-    assert parse_user_reward("a:TextFidelity").term.weight == 1
+    assert parse_user_reward("a:TextFidelity").weight == 1
     assert parse_user_reward("a:TextFidelity").name == "text_fidelity"
 
 

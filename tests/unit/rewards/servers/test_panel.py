@@ -199,7 +199,7 @@ def test_a_scorer_that_loses_rows_is_caught() -> None:
 
 def test_parts_of_a_judged_batch() -> None:
     scored = Panel({"mean": mean}, {"net": Features()}).score(images(1, 2, 3, 4), CONDITIONS)
-    part = scored.rows(1, 2)
+    part = scored.part(1, 2)
     assert part.scores["mean"].tolist() == [2, 3]
     assert part.features["net"].shape == (2, 2)
     assert part.errors == (None, None)

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("actors", "cluster", "learner", "rewards")
 WORDS = {
     "farewell": "exit message",
+    "foreign code|foreign scorer": "user code, user reward",
+    "lightening|fall of lightening": "reweighting, trace drops",
     "seal|seals|sealed|unseal|unsealed": "add checksum, verify checksum",
     "whereabouts": "discovery file",
     "wish|wishes": "control request",

@@ -125,7 +125,7 @@ def test_it_is_fetched_checked_and_found_by_its_name(
     assert read_reference(reference_file("imagenet256")).mu.shape == (DIM,)
     assert main(["fetch", "imagenet256"]) == 0
     assert len(server.asked) == 1
-    assert "already, SHA-256 as noted" in capsys.readouterr().out
+    assert "already, SHA-256 as stored" in capsys.readouterr().out
 
 
 def test_into_another_directory(server: Server, tmp_path: Path) -> None:

@@ -178,8 +178,9 @@ class GroupCalls:
 
     @property
     def weight_versions(self) -> Iterator[int]:
-        """Of the groups that samplers have."""
-        return (call.weight_version for call in self.calls.values() if call.pool is self._samplers)
+        """Of the groups that samplers have, without those abandoned with a lost learner."""
+        samplers = (call for call in self.calls.values() if call.pool is self._samplers)
+        return (call.weight_version for call in samplers if call.live)
 
     def send(self, pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
         """Give a worker the tasks that were picked for it."""

@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_status(
             lambda: commands[type(command)](command),
             refused=(ConfigError, UnreachableError),
-            stopped="stopped; the same command goes on where it can",
+            stopped="stopped; run the same command again to resume",
         )
 
 

@@ -132,7 +132,7 @@ def _placed_by_hand(model: NamedModel, directory: Path) -> Path:
     checkpoint, project = model.path(directory), model.project_path(directory)
     if checkpoint.is_file() and project.is_file():
         logger.info(
-            "%s is at %s and %s; nobody states their SHA-256", model.name, checkpoint, project
+            "%s is at %s and %s; no SHA-256 of theirs is published", model.name, checkpoint, project
         )
         return checkpoint
     raise ConfigError(
@@ -192,7 +192,7 @@ def _by_hand(model: NamedModel, target: Path, reason: str) -> str:
     there = " (it is there, but was not compared with the hub's)" if target.is_file() else ""
     return (
         f"the hub was not reached, or the transfer broke off ({reason}). Run the same command "
-        f"again to go on, or place {model.file} of {HUB}/{model.repo} at {target}{there}"
+        f"again to resume, or place {model.file} of {HUB}/{model.repo} at {target}{there}"
     )
 
 

@@ -309,8 +309,8 @@ def whole_image(size: int) -> Tensor:
 def coordinate_tokens(coordinates: Tensor, levels: int, stride: int) -> Tensor:
     """Coordinates (B, 1, H, W) in [0, 1] -> condition tokens (B, C) int64.
 
-    The mean of each cell of stride x stride pixels, times the levels, rounded (halves to even): the
-    arithmetic of taming's CoordStage. A token thus lies in [0, levels], both included.
+    The mean of each cell of stride x stride pixels, times the levels, rounded (halves to even), as
+    taming's CoordStage: tokens in [0, levels], both included.
     """
     cells = (coordinates.shape[2] // stride, coordinates.shape[3] // stride)
     means = F.adaptive_avg_pool2d(coordinates, cells).clamp(0, 1)

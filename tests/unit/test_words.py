@@ -14,10 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("actors", "cluster", "learner", "rewards")
 WORDS = {
+    "by and by|round and round": "gradually; modulo",
     "farewell": "exit message",
     "foreign code|foreign scorer": "user code, user reward",
     "lightening|fall of lightening": "reweighting, trace drops",
     "seal|seals|sealed|unseal|unsealed": "add checksum, verify checksum",
+    "to be had": "available",
     "whereabouts": "discovery file",
     "wish|wishes": "control request",
 }

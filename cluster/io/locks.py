@@ -324,7 +324,7 @@ def _held_error(path: Path, state: LockState, what: str, stop: str) -> LockHeldE
     if holder is not None:
         ways.append(f"`kill {holder.pid}`" + ("" if holder.here else f" on {holder.host}"))
     copied = f"is it suspended? In a copy of its directory, remove {path}"
-    quiet = f" (it stands still: {copied})" if age_s > STALE_S else ""
+    quiet = f" (it is not renewed: {copied})" if age_s > STALE_S else ""
     how = f"Stop it with {' or '.join(ways)}" if ways else "Wait until it has ended"
     return LockHeldError(
         f"{what} is in use by {describe_owner(state)}, last heartbeat {age_s:.0f} s ago{quiet}. "

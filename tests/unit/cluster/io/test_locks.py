@@ -122,7 +122,7 @@ def test_a_suspended_owner_on_this_machine_keeps_it(owner: tuple, quick: None) -
     process.send_signal(signal.SIGSTOP)
     then = time.time() - 3600
     os.utime(directory / OWNER, (then, then))
-    said = "it stands still: is it suspended.*In a copy.*remove .*owner.lock"
+    said = "it is not renewed: is it suspended.*In a copy.*remove .*owner.lock"
     with pytest.raises(LockHeldError, match=said):
         acquire(directory / OWNER, "A")
 

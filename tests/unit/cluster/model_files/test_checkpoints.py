@@ -95,7 +95,7 @@ def test_the_public_codes_checkpoint(archive: bool, tmp_path: Path) -> None:
     torch.save(public_checkpoint(), file, _use_new_zipfile_serialization=archive)
     found = open_official(file)
     assert same(found.tensors, WEIGHTS)
-    assert found.caches == {"layers.0.attention.kv_cache.k_cache": (1, 2, 3)}
+    assert found.buffers == {"layers.0.attention.kv_cache.k_cache": (1, 2, 3)}
     assert found.options["image_size"] == 384
     average = {name: tensor / 2 for name, tensor in WEIGHTS.items()}
     assert same(open_official(file, ema=True).tensors, average)

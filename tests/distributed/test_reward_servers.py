@@ -262,7 +262,7 @@ def test_waiting_groups_bring_more_servers_and_idle_ones_leave(
             assert score(fleet, 8) == 8
             assert time.monotonic() < deadline, logged
         while servers.of(State.STARTING):  # no decision is taken while one still starts
-            fleet.attend_while(lambda: time.sleep(0.1))
+            fleet.serve_while(lambda: time.sleep(0.1))
             assert time.monotonic() < deadline, logged
         grown = len(servers.of(State.SERVING))
         servers.meter.restart(time.monotonic() - 10)  # ten seconds without work

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from pathlib import Path
 
-import msgpack
 import numpy as np
 import pytest
 import torch
@@ -26,7 +25,6 @@ from learner.training.lora import LoraConfig
 from learner.training.optimizer import OptimizerConfig
 from learner.training.preparation import ForwardPasses, minibatch_indices
 from learner.training.skips import GuardsConfig
-from learner.training.state_files import STATE_FILE
 from tests.unit.helpers import TINY, random_policy, tiny_policy
 from tests.unit.learner.training.test_policy import trained
 from tests.unit.learner_cases import batch_of, gradient, make, tiny_policy_file, weights
@@ -368,16 +366,6 @@ def test_every_implementation_of_adamw_steps_alike(policy_file: str, adamw: str)
         plain.step(batch)
         other.step(batch)
     torch.testing.assert_close(weights(other), weights(plain), rtol=0, atol=1e-6)
-
-
-def test_states_of_the_first_version_are_read(policy_file: str, tmp_path: Path) -> None:
-    learner = make(policy_file, entropy=EntropyConfig(controller="target", coef=0.01))
-    learner.start(2.9)
-    learner.save(tmp_path)
-    state = {"version": 7, "entropy_coef": 0.03, "base_entropy": 2.9}
-    (tmp_path / STATE_FILE).write_bytes(msgpack.packb(state))
-    assert learner.restore(tmp_path) == 7
-    assert learner.step(batch_of(learner)).metrics["policy/entropy_coef"] == 0.03
 
 
 def test_a_token_that_the_learners_filter_drops_is_seen_but_stops_nothing(policy_file: str) -> None:

@@ -10,7 +10,7 @@ from cluster.fleet import InlineFleet
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_session.session import RaySession
 from learner.fleet_plan import fleet_plan
-from tests.distributed.kills import kill_when_asked_for
+from tests.distributed.failures.kills import kill_when_asked_for
 from tests.distributed.stubs import requests, slow_plan
 from tests.small_run import fingerprint, run_training, small_config
 

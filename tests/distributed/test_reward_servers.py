@@ -31,7 +31,7 @@ from cluster.scheduling.work_queue import Waiting
 from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration
 from tests.bench.reward_server import requests
-from tests.distributed.kills import pid_of
+from tests.distributed.failures.kills import pid_of
 from tests.distributed.stubs import START_S, echo_plan, servers_alone
 from tests.small_run import run_training, small_config
 

@@ -22,8 +22,8 @@ from learner.fleet_plan import fleet_plan
 from learner.monitoring.console import RunConsole
 from learner.monitoring.metrics import read_metrics
 from learner.runs.run_dir import RunDirectory
-from tests.distributed.kills import pid_of
-from tests.distributed.test_failures import OPTIONS
+from tests.distributed.failures.kills import pid_of
+from tests.distributed.failures.test_lost_workers import OPTIONS
 from tests.small_run import recorded, small_config
 
 EVERY_S = (1.0, 4.0)
@@ -85,7 +85,7 @@ def soak(config: RunConfig, session: RaySession, path: Path) -> tuple[Chaos, lis
 ITERATIONS = 200
 
 
-@pytest.mark.slow  # test_failures.py loses each role once
+@pytest.mark.slow  # test_lost_workers.py loses each role once
 def test_nothing_is_lost_or_doubled(ray_session: RaySession, tmp_path: Path) -> None:
     iterations = ITERATIONS
     options = {**OPTIONS, "output": {"gallery_every": 0, "checkpoint_every": 8}}

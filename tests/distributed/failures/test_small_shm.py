@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.small_shm import BYTES
+from tests.distributed.failures.small_shm import BYTES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MOUNT = "mount -t tmpfs -o size=64m tmpfs /dev/shm"
 
 
@@ -19,7 +19,7 @@ def test_the_store_goes_to_disk_and_the_run_says_so() -> None:
     tried = subprocess.run([*apart, MOUNT], capture_output=True, text=True)
     if tried.returncode:
         pytest.skip(f"this user may not mount a small /dev/shm: {tried.stderr.strip()}")
-    command = f"{MOUNT} && exec {sys.executable} -m tests.distributed.small_shm"
+    command = f"{MOUNT} && exec {sys.executable} -m tests.distributed.failures.small_shm"
     found = subprocess.run([*apart, command], cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert found.returncode == 0, found.stdout + found.stderr
     assert f"sum {BYTES}\n" in found.stdout

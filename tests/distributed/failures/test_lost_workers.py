@@ -21,8 +21,8 @@ from learner.experiment import Experiment
 from learner.fleet_plan import fleet_plan
 from learner.monitoring.console import RunConsole
 from learner.runs.run_dir import RunDirectory
-from tests.distributed import failing
-from tests.distributed.kills import once, pid_of, when_asked_for
+from tests.distributed.failures import failing
+from tests.distributed.failures.kills import once, pid_of, when_asked_for
 from tests.small_run import recorded, small_config
 
 BOUND_S = 240.0
@@ -55,7 +55,7 @@ def kill_all(workers: Sequence[Worker]) -> None:
 
 
 def with_scorer(folder: Path, iterations: int) -> RunConfig:
-    extra = f"tests.distributed.failing:Scorer=0.3,folder={folder},name=bright"
+    extra = f"tests.distributed.failures.failing:Scorer=0.3,folder={folder},name=bright"
     return small_config(**OPTIONS, iterations=iterations, rewards={"extra": [extra]})
 
 

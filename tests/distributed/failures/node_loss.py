@@ -1,7 +1,7 @@
 """A cluster of two nodes that loses one in the middle of a run, and gets another one later.
 
-`python -m tests.distributed.node_loss DIRECTORY` prints what happened as JSON. A process of its
-own, since it starts a Ray cluster of its own.
+`python -m tests.distributed.failures.node_loss DIRECTORY` prints what happened as JSON. It is a
+program, since it starts a Ray cluster of its own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from cluster.ray_session.private import call_inside  # noqa: E402
 from cluster.ray_session.session import RayConfig, RaySession  # noqa: E402
 from cluster.scheduling.pool import State, Worker  # noqa: E402
 from learner.fleet_plan import fleet_plan  # noqa: E402
-from tests.distributed.kills import once, when_asked_for  # noqa: E402
-from tests.distributed.test_failures import OPTIONS, run_whole  # noqa: E402
+from tests.distributed.failures.kills import once, when_asked_for  # noqa: E402
+from tests.distributed.failures.test_lost_workers import OPTIONS, run_whole  # noqa: E402
 from tests.logged import messages  # noqa: E402
 from tests.small_run import small_config  # noqa: E402
 

@@ -41,7 +41,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     # Imported under its own name, so that workers find its classes.
-    from tests.distributed.full_store import main as imported_main
+    from tests.distributed.failures.full_store import main as imported_main
 
     imported_main()
     sys.exit(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FULL = {
     "store and disk": (
         {"RAY_local_fs_capacity_threshold": "0.000001"},  # Ray takes any disk for a full one
@@ -35,7 +35,7 @@ SLOW = ("store alone",)
 def test_what_is_full_is_said(what: str) -> None:
     changes, expected = FULL[what]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.full_store"],
+        [sys.executable, "-m", "tests.distributed.failures.full_store"],
         env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | changes,
         cwd=ROOT,
         capture_output=True,

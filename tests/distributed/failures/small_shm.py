@@ -26,6 +26,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from tests.distributed.small_shm import main as imported_main
+    from tests.distributed.failures.small_shm import main as imported_main
 
     sys.exit(imported_main())

@@ -7,7 +7,7 @@ run/
   best.json  trace.json            the best checkpoint; a timeline for Perfetto
   report.html                      written at the run's end
   owner.lock  fleet.json           the process that writes here; how to reach its fleet
-  checkpoints/step_000050/         see CHECKPOINT_FILES in `learner.checkpoints.checkpoint`
+  checkpoints/step_000050/         see `learner.checkpoints.checkpoint`
   rollouts/iteration_000001.parquet
   gallery/  tensorboard/
 """

@@ -4,11 +4,14 @@
     policy.safetensors     policy weights, fp32, LoRA adapters merged in         LearnerPolicy
     adapters.safetensors   the adapters alone (with LoRA)                        LearnerPolicy
     optimizer.safetensors  AdamW's state, by parameter name                      PolicyAdamW
-    learner.msgpack        policy version, entropy controller, skipped updates   LearnerState
-    moments.msgpack        feature moments, with the key of their last commit    MomentsServer
+    learner.msgpack        policy version, entropy controller, base entropy,     LearnerState
+                           skipped updates
+    moments.msgpack        history of the distribution reward, the older one     MomentsServer
+                           that is decomposed and the batches since, key and
+                           result of the last commit
     rewards.msgpack        anchors of the rewards' normalisation                 Combiner
     groups.msgpack         groups sampled with older weights, if max_staleness   Pipeline
-    config.yaml            the run's configuration                               RunDirectory
+    config.yaml            configuration with the run's identity                 RunDirectory
     manifest.msgpack       step, run, size and SHA-256 of every file above,      Manifest
                            evaluation results, digests of the run's records
 

@@ -63,7 +63,7 @@ class CaptionsConfig:
     encoder: str = DEFAULT_ENCODER
     """T5 of the Hugging Face hub, or a directory that holds one."""
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """Device to sample on: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     dtype: DType = "auto"
     """Of the encoder; auto is bfloat16 on a GPU and float32 on a CPU. Features are float32."""
     batch: int = 32

@@ -58,10 +58,10 @@ class SampleConfig:
     """Column of a table that holds the captions. Default: the only one called caption, prompt, text
     or the like."""
     long_captions: LongCaptions = "error"
-    """For captions that the policy's text encoder would cut. error: sample nothing. truncate: cut
-    them, as LlamaGen does."""
+    """What to do with captions longer than the policy's text encoder reads. error: sample nothing.
+    truncate: cut them, as LlamaGen does."""
     num_images: int | None = None
-    """Images in all, spread evenly over the conditions (classes: all, if none are named)."""
+    """Images in all, spread evenly over the conditions; over all classes if none are named."""
     per_condition: int | None = None
     """Images of each condition, without --num-images; 4 if neither is given."""
     checkpoint: str = ""
@@ -69,30 +69,30 @@ class SampleConfig:
     architecture: str = ""
     """Architecture of a checkpoint whose file does not state it."""
     ema: bool = False
-    """The averaged weights of a trainer's checkpoint instead of the current ones."""
+    """Take the averaged weights of a trainer's checkpoint instead of the current ones."""
     tokenizer: str = ""
     """Tokenizer of the policy's codes: a file, or the name of an official one. Default: the run's,
     else the one that belongs to a policy with a name, else the miniature's."""
     tokenizer_architecture: str = ""
     """Architecture of a tokenizer whose file does not state it."""
     run: Path | None = None
-    """Run directory: its newest tuned policy, its tokenizer and its sampling spec."""
+    """Run directory whose newest tuned policy, tokenizer and sampling spec are used."""
     step: int | None = None
-    """With --run: the checkpoint of this step instead of the newest."""
+    """Step of the run's checkpoint to sample from, with --run; by default the newest."""
     base: bool = False
-    """With --run: the policy that the run started from."""
+    """Sample from the policy that the run started from, with --run."""
     cfg_scale: float | None = None
     """Classifier-free guidance, 0 to 100: 1 is none, 0 the unconditional policy, between them a
     mixture (LlamaGen's script samples without guidance at every scale up to 1). Default: the
     run's, else 1."""
     temperature: float | None = None
-    """Divides the logits, 1e-5 to 1000. Default: the run's, else 1."""
+    """Divisor of the logits, 1e-5 to 1000. Default: the run's, else 1."""
     top_k: int | None = None
     """Keep the k most likely tokens, 0 all. Default: the run's, else 0."""
     top_p: float | None = None
     """Keep the most likely tokens up to probability p. Default: the run's, else 1."""
     seed: int = 0
-    """Of all random numbers; image i depends only on it and on i."""
+    """Seed of all random numbers; image i depends only on the seed and on i."""
     batch: int = 32
     """Images decoded at once."""
     size: int = 0
@@ -101,9 +101,9 @@ class SampleConfig:
     encoder: str = DEFAULT_ENCODER
     """Text encoder for captions whose file has no features."""
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """Device to sample on: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     dtype: DType = "auto"
-    """Of policy and text encoder; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Dtype of policy and text encoder; auto is bfloat16 on a GPU and float32 on a CPU."""
     npz: Path | None = None
     """Write all images to one .npz, too, as the ADM evaluator reads them: arr_0 (N, H, W, 3) uint8,
     and arr_1 (N,) the classes."""

@@ -45,7 +45,7 @@ class SamplingSpec:
     """
 
     temperature: float = 1.0
-    """Divides the logits; from 1e-5 to 1000, 1 leaves them as they are."""
+    """Divisor of the logits, from 1e-5 to 1000; 1 leaves them as they are."""
     top_k: int = 0
     """Keep the k most likely tokens (ties at rank k stay), at most 2^20; 0 keeps all."""
     top_p: float = 1.0
@@ -55,7 +55,7 @@ class SamplingSpec:
     the unconditional policy, between them a mixture. LlamaGen's script differs below 1: it guides
     above 1 alone, and samples the conditional policy at every scale from 0 to 1."""
     guidance: Guidance = "none"
-    """none | guided | distil, see the class."""
+    """Classifier-free guidance: none, guided or distil; see the class."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

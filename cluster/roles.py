@@ -25,11 +25,11 @@ class Resources:
     """What one worker of a role takes of its machine."""
 
     num_cpus: float = 0.0
-    """CPUs that Ray reserves for it; 0 is an equal share of what the machine has."""
+    """CPUs that Ray reserves for each worker; 0 is an equal share of what the machine has."""
     num_gpus: float = 0.0
-    """GPUs of each worker, fractions allowed; above 0 it computes on `cuda`."""
+    """GPUs of each worker, fractions allowed; above 0 a worker computes on `cuda`."""
     num_threads: int = 1
-    """Threads of its numerical libraries."""
+    """Threads of a worker's numerical libraries."""
 
     def __post_init__(self) -> None:
         if self.num_cpus < 0 or self.num_gpus < 0:

@@ -66,13 +66,13 @@ class RunConfig:
     rollouts_per_group: Annotated[int, Field(ge=2)] = 16
     """Rollouts of each condition (K)."""
     max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
-    """Iterations that sampling runs ahead of learning (S): rollouts are S updates old. 0:
+    """Iterations that sampling runs ahead of learning (S); rollouts are S updates old. 0:
     on-policy; 1: samplers and reward servers work while the learner steps."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Longest wait for one answer of a worker, seconds."""
     heartbeat_s: Annotated[float, Field(ge=0)] = 60.0
-    """A worker that sends no heartbeat for this long, seconds, counts as lost. 0: only --timeout-s
-    finds workers that hang."""
+    """Seconds without a heartbeat after which a worker counts as lost. 0: only --timeout-s finds
+    workers that hang."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Replacements of one worker within an hour before the run stops."""
     max_failed_share: Annotated[float, Field(ge=0, le=1)] = 0.1

@@ -34,7 +34,7 @@ class EvaluationConfig:
     """Side in pixels to which samples are resized before rounding to 8 bits, as LlamaGen's
     --image-size-eval (256 for policies of 384 pixels); 0: not resized."""
     neighbours: Annotated[int, Field(ge=1)] = 5
-    """k of precision, recall, density and coverage."""
+    """Number of neighbours (k) of precision, recall, density and coverage."""
 
 
 @dataclass(frozen=True, kw_only=True)

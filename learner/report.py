@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.resources
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ PANELS: dict[str, dict[str, str]] = {
     "policy entropy (nats)": {"entropy": "policy/entropy"},
     "gradient norm": {"gradient norm": "loss/grad_norm"},
 }
+PANEL_COLUMNS = 2
 
 
 def write_report(
@@ -76,10 +78,12 @@ def curves(metrics: list[dict[str, Any]]) -> bytes:
     """The curves of `PANELS`, as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
     steps = [row["iteration"] for row in metrics]
     panels = {**PANELS, REWARDS: {name: f"reward/{name}" for name in image_rewards(metrics)}}
-    for axes, (title, lines) in zip(figure.subplots(2, 2).flat, panels.items()):
+    rows = math.ceil(len(panels) / PANEL_COLUMNS)
+    figure = Figure(figsize=(5 * PANEL_COLUMNS, 3 * rows), layout="constrained")
+    for place, (title, lines) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, PANEL_COLUMNS, place)
         for label, key in lines.items():
             axes.plot(steps, column(metrics, key), label=label)
             low, high = (key.replace("/", f"_{part}/", 1) for part in QUANTILES)

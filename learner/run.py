@@ -85,15 +85,15 @@ class Command:
     preset: str = DEFAULT_PRESET
     """Shipped preset by name, or a YAML file by path."""
     run_dir: str = ""
-    """Run directory; empty makes a new one under runs/."""
+    """Run directory, by default a new one in runs/."""
     resume: bool = False
-    """Resume the run in --run-dir (default: the newest under runs/) from its newest complete
-    checkpoint. A lost directory is restored from --output.checkpoint-url."""
+    """Resume the run in --run-dir, by default the newest, from its newest complete checkpoint. A
+    lost directory is restored from --output.checkpoint-url."""
     auto_resume: bool = False
-    """Resume the run in --run-dir, or start it if there is none: one command line for the first
+    """Resume the run in --run-dir, or start it if there is none; one command line for the first
     start and every requeue of a job."""
     from_step: int | None = None
-    """With --resume: continue from the checkpoint of this step. Later checkpoints are archived,
+    """Continue from the checkpoint of this step, with --resume. Later checkpoints are archived,
     later records removed."""
     inline: bool = False
     """Run every role in this process, without Ray."""

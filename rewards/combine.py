@@ -31,11 +31,12 @@ class RewardTerm:
     weight: float = 1.0
     """Factor of the normalised reward; 0 logs it only."""
     normalise: Normalisation = "group"
-    """group: by the deviation within the group. batch: by the deviation over the batch. anchored:
-    by the deviation within groups of the first iteration, so that the reward's influence shrinks
-    with its differences. centred: not divided (Dr.GRPO)."""
+    """Divisor of the centred reward. group: the standard deviation within the group. batch: that
+    over the batch. anchored: that within groups of the first iteration, so that the reward's
+    influence shrinks with its differences. centred: none (Dr.GRPO)."""
     limit: float = 0.0
-    """Clips the normalised reward, in deviations. 0 is no limit."""
+    """Largest magnitude of the normalised reward, in standard deviations; larger ones are clipped.
+    0 is no limit."""
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:

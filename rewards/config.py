@@ -38,16 +38,16 @@ class LooFidTerm(MomentsConfig, RewardTerm):
     weight: float = 4.0
     """Factor of the normalised reward; 0 logs it only."""
     normalise: Normalisation = "batch"
-    """group: by the deviation within the group. batch: by the deviation over the batch. anchored:
-    by the deviation within groups of the first iteration. centred: not divided."""
+    """Divisor of the centred reward. group: the standard deviation within the group. batch: that
+    over the batch. anchored: that within groups of the first iteration. centred: none."""
     reference: str = "digits:train"
     """Moments of real images: an .npz file with mu and sigma; imagenet256 (64, 128, 512) for ADM's,
     after `python -m rewards.reference fetch imagenet256`; or "digits:train" to compute them."""
     seed_images: int = 1000
     """Images of the base policy that start the moving average; at least two groups' worth."""
     seed_from: str = ""
-    """A file of moments of the base policy's images that starts the moving average instead of
-    sampled images: made by `python -m rewards.reference` from a folder of samples, or
+    """File with moments of the base policy's images that start the moving average instead of
+    sampled images. It is made by `python -m rewards.reference` from a folder of samples, or is
     pretrained_gen_stats.npz of the public code of 2603.23086."""
     joint: bool = False
     """Conditional LOO-FID, of features joined with the condition's class."""
@@ -90,7 +90,7 @@ class RewardsConfig:
     """User rewards, each module:Class=weight[,option=value...], or with ./file.py in place of the
     module (rewards/README.md)."""
     files: Annotated[Mapping[str, RewardFile], tyro.conf.Suppress] = field(default_factory=dict)
-    """Those files as they were when the run began; written by the run."""
+    """Files named in extra, as they were when the run began; written by the run."""
 
     def __post_init__(self) -> None:
         names = [extra.name for extra in self.user_rewards()]

@@ -40,9 +40,10 @@ class CheckpointConfig:
     """Safetensors file of this program, official checkpoint (torch.save's, safetensors, or the
     directory of its shards), or the name of a fetched model (`python -m actors.weights list`)."""
     architecture: str = ""
-    """Of an official file: name of a model, taming's *-project.yaml, or a .json of the fields."""
+    """Architecture of an official file: name of a model, taming's *-project.yaml, or a .json of the
+    fields."""
     ema: bool = False
-    """Of an official trainer file: take the moving average of the weights."""
+    """Take the moving average of the weights from an official trainer's file."""
 
     def __post_init__(self) -> None:
         self.source()  # refuses an unknown name

@@ -21,7 +21,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 SHORT, ALL = ("-h", "--help"), "--help-all"
 INDENT, TEXT = 2, 34  # columns where an option and its text begin
 WIDEST = 100
-END, FEW = re.compile(r"(?<!e\.g)[.:;] "), 12  # of a first sentence, characters
+SENTENCE_END = re.compile(r"(?<!e\.g)(?<!\.\.)[.;] ")
+INNER = re.compile(r'\([^()]*\)|"[^"]*"|`[^`]*`')  # brackets and quotes: no end in them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +139,10 @@ def _shown(value: Any) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    """Text up to the first full stop, colon or semicolon, without brackets at its end."""
+    """Text up to the first full stop or semicolon, without brackets at its end."""
     flat = " ".join(text.split())
-    ends = (found.start() for found in END.finditer(flat) if found.start() >= FEW)
-    sentence = flat[: next(ends, len(flat))].rstrip(".")
+    end = SENTENCE_END.search(INNER.sub(lambda found: "_" * len(found[0]), flat))
+    sentence = (flat[: end.start()] if end else flat).rstrip(".")
     return re.sub(r" \([^()]*\)$", "", sentence)
 
 

@@ -22,12 +22,12 @@ class WeightsConfig:
     """How new weights travel from the learner to the samplers."""
 
     transport: Literal["object-store", "nccl", "nixl", "cuda-ipc"] = "object-store"
-    """object-store works everywhere and survives any sampler's death. nccl is experimental: between
-    GPUs, one for each worker. If it cannot run, object-store is used, with a message. (nixl and
-    cuda-ipc were removed.)"""
+    """How weights travel. object-store works everywhere and survives any sampler's death. nccl is
+    experimental: between GPUs, one for each worker. If it cannot run, object-store is used, with a
+    message. (nixl and cuda-ipc were removed.)"""
     dtype: Literal["sampler", "float32", "bfloat16"] = "sampler"
-    """Of the weights on the way; sampler is what samplers compute in (sampler.dtype). bfloat16
-    halves what travels, and rounds the weights of float32 samplers."""
+    """Dtype in which weights are sent. sampler: the samplers' dtype (sampler.dtype). bfloat16
+    halves the bytes, and rounds the weights of float32 samplers."""
     take_up: Literal["group", "token"] = "group"
     """Not used any more, and dropped in the next release: samplers load new weights between groups.
     (token was removed.)"""

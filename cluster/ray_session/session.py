@@ -66,7 +66,7 @@ class RayConfig:
     """CPUs of a private Ray; 0 is all of them."""
     object_store_memory: float = 0.0
     """Object store of a private Ray, GB (10^9 bytes), at least 0.08; 0 is Ray's choice, about 30 %
-    of the memory. It holds weights and images in transit."""
+    of the memory. The store holds weights and images in transit."""
     dashboard_host: str = ""
     """Address on which a private Ray shows its dashboard, e.g. "127.0.0.1"; empty: none. Who can
     reach it can run code here, but for the token that it asks for."""

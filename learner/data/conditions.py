@@ -26,10 +26,10 @@ class ConditionsConfig:
     """The policy's classes and their names, or a file of captions."""
 
     names: tuple[str, ...] | Literal["imagenet"] = DIGITS
-    """One name a class, in the order of the policy's class table; imagenet: open_clip's
+    """Names of the classes, in the order of the policy's class table; imagenet: open_clip's
     thousand."""
     template: str = "a photo of the digit {}"
-    """Text of a class; {} is its name."""
+    """Text of a class, with {} for the class's name."""
     classes: tuple[int, ...] = ()
     """Indices of the classes to draw from; empty: all."""
     captions: str = ""
@@ -39,7 +39,8 @@ class ConditionsConfig:
     column: str = ""
     """Column with the captions; empty: the one called caption, prompt, text or the like."""
     long_captions: LongCaptions = "error"
-    """Captions that `encoder` would cut: error refuses them, truncate cuts them."""
+    """What to do with captions longer than `encoder` reads: error refuses them, truncate cuts
+    them."""
     encoder: str = ""
     """T5 model (folder or name) to encode captions without features, once, when the run starts."""
 

@@ -21,20 +21,20 @@ class PaperEntropy:
     whose environment variables they are called by."""
 
     coef: float = 2.2e-3
-    """The coefficient between warm-up and decay, at the target (ENT_COEF_BASE)."""
+    """Coefficient between warm-up and decay, at the target (ENT_COEF_BASE)."""
     min_coef: float = 7e-5
-    """Its floor (ENT_MIN)."""
+    """Smallest coefficient (ENT_MIN)."""
     max_coef: float = 4e-3
-    """Its ceiling (ENT_MAX)."""
+    """Largest coefficient (ENT_MAX)."""
     dead_zone: float = 0.015
     """Distance from the target, as a share of ln(vocabulary), that changes nothing
     (ENT_DEADBAND)."""
     sharpness: float = 3.0
-    """Exponent of the distance (ENT_K)."""
+    """Exponent of the distance from the target (ENT_K)."""
     warmup: float = 0.05
-    """Share of the iterations in which it rises from 0 (WARMUP_FRAC)."""
+    """Share of the iterations in which the coefficient rises from 0 (WARMUP_FRAC)."""
     decay_from: float = 0.85
-    """Share of the iterations after which it falls to 0 (DECAY_START_FRAC)."""
+    """Share of the iterations after which the coefficient falls to 0 (DECAY_START_FRAC)."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.min_coef <= self.max_coef and min(self.coef, self.dead_zone) >= 0):
@@ -55,17 +55,18 @@ class EntropyConfig:
     """The entropy bonus."""
 
     controller: Literal["none", "fixed", "target", "paper"] = "none"
-    """none: no bonus. fixed: `coef` throughout. target: raise the coefficient while the entropy is
-    below the base policy's, lower it while above. paper: the formula of the public code of
-    2603.23086."""
+    """Control of the entropy bonus. none: no bonus. fixed: `coef` throughout. target: raise the
+    coefficient while the entropy is below the base policy's, lower it while above. paper: the
+    formula of the public code of 2603.23086."""
     coef: float = 0.0
-    """The coefficient, or the initial one of the target controller; >= 0."""
+    """Coefficient of the entropy bonus, or the initial one of the target controller; >= 0."""
     gain: float = 0.1
-    """Target controller: change of the coefficient per relative entropy gap and iteration."""
+    """Change of the coefficient per relative entropy gap and iteration, of the target
+    controller."""
     max_coef: float = 0.05
-    """Target controller: the coefficient's ceiling."""
+    """Largest coefficient of the target controller."""
     damping: float = 0.0
-    """Target controller: decay of its moving average of the entropy, in [0, 1); 0: the last
+    """Decay of the target controller's moving average of the entropy, in [0, 1); 0: the last
     iteration only."""
     target: float = 0.0
     """Target entropy as a share of ln(vocabulary), in [0, 1); 0: the base policy's, as measured.

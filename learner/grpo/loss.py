@@ -24,30 +24,33 @@ class LossConfig:
     """Clipping, KL, and the treatment of stale rollouts."""
 
     clip_low: float = 0.2
-    """The ratio is clipped from below at 1 - clip_low, in [0, 1)."""
+    """Clipping of the ratio from below, at 1 - clip_low; in [0, 1)."""
     clip_high: float = 0.2
-    """The ratio is clipped from above at 1 + clip_high, >= 0."""
+    """Clipping of the ratio from above, at 1 + clip_high; >= 0."""
     aggregation: Aggregation = "token-mean"
-    """token-mean: mean over all tokens. seq-mean: mean over rollouts of each one's mean; differs
-    only if tokens are masked. sequence-ratio: one ratio a rollout, of length-normalised logprobs
-    (GSPO), which needs far narrower clips."""
+    """How token losses are averaged. token-mean: mean over all tokens. seq-mean: mean over rollouts
+    of each rollout's mean; differs only if tokens are masked. sequence-ratio: one ratio a rollout,
+    of length-normalised logprobs (GSPO), which needs far narrower clips."""
     length_divisor: int = 0
-    """Dr.GRPO: divide the sum over a rollout's tokens by this constant; 0: by their number. (The
+    """Constant by which the sum over a rollout's tokens is divided (Dr.GRPO); 0: their number. (The
     other half, no deviation in the advantages, is `normalise` of the rewards.)"""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the frozen base policy, >= 0; 0 needs no reference."""
     kl_estimator: Estimator = "k3"
-    """k1, k2 or k3. The gradient of k1 in the loss is noise: use it in the reward."""
+    """Estimator of the KL divergence: k1, k2 or k3. The gradient of k1 in the loss is noise: use it
+    in the reward."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """loss: a term of the loss. reward: subtracted from the advantages, with the policy before the
-    update."""
+    """Where the KL divergence enters. loss: a term of the loss. reward: subtracted from the
+    advantages, with the policy before the update."""
     kl_level: Level = "token"
-    """token: one divergence a token. sequence: one a rollout, of length-normalised logprobs."""
+    """Level of the KL divergence. token: one a token. sequence: one a rollout, of length-normalised
+    logprobs."""
     ratio_to: Literal["behaviour", "proximal"] = "behaviour"
     """Denominator of the ratio: the behaviour policy, or the learner before the update (one more
     forward pass)."""
     importance_cap: float = 0.0
-    """With ratio_to=proximal: weight tokens by min(proximal / behaviour, cap); 0: no weights."""
+    """Cap of the tokens' weights min(proximal / behaviour, cap), with ratio_to=proximal; 0: no
+    weights."""
     mask_low: float = 0.0
     """Mask tokens with a proximal / behaviour ratio below this; 0: none."""
     mask_high: float = 0.0
@@ -99,7 +102,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class LossStats:
-    """Means over tokens, and one maximum; detached. Each becomes the metric policy/NAME."""
+    """Means over tokens, and one maximum; detached. `surrogate` becomes the metric loss/surrogate,
+    each other field policy/NAME."""
 
     surrogate: Tensor
     entropy: Tensor

@@ -209,7 +209,8 @@ def with_networks(folder: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    config = tyro.cli(BuildConfig, args=arguments, description=__doc__)
+    prog = command_of("learner.miniature.build")
+    config = tyro.cli(BuildConfig, args=arguments, description=__doc__, prog=prog)
     try:
         config = replace(config, out=output_path(config.out, "--out"))
         with locked(config.out, f"--out {config.out}"):

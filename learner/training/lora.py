@@ -32,7 +32,7 @@ class LoraConfig:
     rank: int = 0
     """Rank of the adapters; 0 trains every weight."""
     alpha: int = 0
-    """Adapters are scaled by alpha / rank; 0 is twice the rank."""
+    """Alpha of the adapters, which are scaled by alpha / rank; 0 is twice the rank."""
     targets: tuple[str, ...] = ()
     """Names of the linear layers with adapters, e.g. wqkv; empty: all of every block."""
 

@@ -28,7 +28,7 @@ class OptimizerConfig(Resources):
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay, >= 0."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Largest norm of the gradient; longer gradients are scaled down to it."""
     warmup: int = 0
     """Iterations in which the learning rate rises linearly to its peak."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -38,20 +38,21 @@ class OptimizerConfig(Resources):
     final_lr: float = 0.05
     """Learning rate at the end, as a share of the peak, in [0, 1]."""
     updates_per_iteration: int = 1
-    """ForwardPasses over an iteration's rollouts, each with its own optimizer steps."""
+    """Passes over an iteration's rollouts, each with its own optimizer steps."""
     minibatches: int = 1
     """Minibatches of each pass, one optimizer step each."""
     microbatch: int = 32
     """Most rollouts in one forward pass; gradients accumulate over the batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the passes; bf16 is autocast. Weights, gradients and optimizer are fp32 either way."""
+    """Precision of the forward and backward passes; bf16 is autocast. Weights, gradients and
+    optimizer are fp32 either way."""
     checkpointing: bool = False
     """Activation checkpointing: recompute activations in the backward pass."""
     reference_device: Literal["learner", "cpu"] = "learner"
     """Where the frozen reference is kept between its passes. With LoRA there is no copy: the
     reference is the policy without its adapters."""
     adamw: Literal["auto", "fused", "foreach", "plain"] = "auto"
-    """PyTorch's implementation. auto: fused on a GPU, plain on a CPU."""
+    """Implementation of AdamW in PyTorch. auto: fused on a GPU, plain on a CPU."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:

@@ -19,10 +19,10 @@ class GuardsConfig:
     """When a run that goes wrong warns, or stops. Checkpoints are kept."""
 
     max_skipped_share: float = 0.2
-    """Updates whose loss or gradient is not finite are skipped. The run stops when more than this
-    share of the last `window` updates was, in [0, 1]."""
+    """Largest share of the last `window` updates that may be skipped before the run stops, in [0,
+    1]. Updates whose loss or gradient is not finite are skipped."""
     min_skipped: int = 3
-    """It stops only after this many skipped updates; 1 with a share of 0 stops at the first."""
+    """Fewest skipped updates that stop the run; 1 with a share of 0 stops at the first."""
     window: int = 20
     """Number of last updates that are considered."""
     patience: int = 5
@@ -31,17 +31,18 @@ class GuardsConfig:
     """Guard against flat rewards: equal within every group, or a deviation over the batch of at
     most min_reward_std. off | warn | stop."""
     min_reward_std: float = 1e-8
-    """Deviation of a reward, in its own units, >= 0."""
+    """Smallest standard deviation of a reward over the batch, in the reward's units, >= 0."""
     entropy: Action = "warn"
     """Guard against entropy below min_entropy_share of the base policy's. off | warn | stop."""
     min_entropy_share: float = 0.3
-    """Share of the base policy's mean token entropy, in [0, 1)."""
+    """Smallest share of the base policy's mean token entropy, in [0, 1)."""
     kl: Action = "stop"
     """Guard against a KL divergence above one of the limits below. off | warn | stop."""
     max_reference_kl: float = 3.0
-    """To the base policy, nats a token; measured with loss.kl_coef > 0."""
+    """Largest KL divergence to the base policy, nats a token; measured with loss.kl_coef > 0."""
     max_mismatch_kl: float = 1.0
-    """Between samplers and learner, nats a token; ignored under guidance 'distil'."""
+    """Largest KL divergence between samplers and learner, nats a token; ignored under guidance
+    'distil'."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_skipped_share <= 1:

@@ -22,15 +22,17 @@ class MomentsConfig:
     """Weight of the history in each update, [0, 1). A long history has less bias, a short one less
     lag: compare fid/ema with fid/batch. None: set by window."""
     window: float = 0.0
-    """The same as an effective number of images; overrides decay. 0 without decay: 5 images a
-    feature dimension for the full covariance, else 1,000."""
+    """Weight of the history as an effective number of images, in place of decay. 0 without decay: 5
+    images a feature dimension for the full covariance, else 1,000."""
     kind: Literal["ema", "sliding"] = "ema"
-    """ema: exponential average. sliding: the newest images with equal weights, whose features stay
-    in memory."""
+    """Kind of history. ema: exponential average. sliding: the newest images with equal weights,
+    whose features stay in memory."""
     covariance: Covariance = "full"
-    """full: the FID. diagonal: variances only, for windows too short for the full covariance."""
+    """Covariance of the features. full: the FID. diagonal: variances only, for windows too short
+    for the full covariance."""
     method: Method = "exact"
-    """For the full covariance. exact: the definition. influence: its first order, to compare."""
+    """Computation with the full covariance. exact: the definition. influence: its first order, to
+    compare."""
     num_threads: int = 1
     """Threads of the moments server's linear algebra. More make decompositions of thousands of
     dimensions faster; the rewards' last bits then depend on the machine."""
@@ -38,8 +40,8 @@ class MomentsConfig:
     """Unused, and removed in the next release: the moments server decomposes the history when the
     next iteration does not fit the old decomposition."""
     mode: Mode = "ema_loo"
-    """For the diagonal covariance. ema_loo: images are left out of history and batch together.
-    loo_batch: of the batch only. ema_scalar: one reward for the whole batch."""
+    """Leave-one-out with the diagonal covariance. ema_loo: images are left out of history and batch
+    together. loo_batch: of the batch only. ema_scalar: one reward for the whole batch."""
 
     def __post_init__(self) -> None:
         if self.covariance == "full" and self.mode != "ema_loo":

@@ -39,21 +39,24 @@ class FeaturesConfig:
     network: Literal[
         "convnet", "pixels", "inception", "torchvision-inception", "dinov2", "clip"
     ] = "convnet"
-    """convnet: a small convolutional network. pixels: not learned, for small images. inception: the
-    FID literature's, 2048 dimensions. torchvision-inception: that of the public code of
-    2603.23086. dinov2, clip: for evaluation in another space."""
+    """Network that extracts the features. convnet: a small convolutional network. pixels: not
+    learned, for small images. inception: the FID literature's, 2048 dimensions.
+    torchvision-inception: that of the public code of 2603.23086. dinov2, clip: for evaluation in
+    another space."""
     checkpoint: str = ""
-    """Weights. Empty or "published": fetched once (convnet: the shipped miniature's). Else a file;
-    for clip also a pretrained tag of open_clip."""
+    """Weights of the network, by default the published ones. Empty or "published": fetched once
+    (convnet: the shipped miniature's). Else a file; for clip also a pretrained tag of open_clip."""
     model: str = ""
-    """dinov2: a timm name; empty is vit_large_patch14_dinov2.lvd142m. clip: an open_clip name or a
-    directory in its layout; empty is ViT-B-32-quickgelu with OpenAI's weights."""
+    """Model of the network, for dinov2 and clip. dinov2: a timm name; empty is
+    vit_large_patch14_dinov2.lvd142m. clip: an open_clip name or a directory in its layout; empty is
+    ViT-B-32-quickgelu with OpenAI's weights."""
     tag: str = ""
-    """clip, for a checkpoint file: open_clip's pretrained tag of its weights; it sets preprocessing
+    """open_clip's pretrained tag of a checkpoint file's weights, for clip. It sets preprocessing
     and activation. Empty: as in the configuration beside the file, or as in the model's tags if all
     agree."""
     precision: Precision = "fp32"
-    """bf16 for dinov2 and clip: faster on GPUs; gives another space than fp32."""
+    """Precision of the network; bf16, for dinov2 and clip, is faster on GPUs and gives another
+    space than fp32."""
     batch: int = 32
     """Images in a forward pass (except convnet, which takes all)."""
 

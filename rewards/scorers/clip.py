@@ -27,8 +27,9 @@ class ClipConfig(TextImageConfig):
     """open_clip pretrained tag or a checkpoint file (.pt, .safetensors); empty for a directory and
     for hf-hub models."""
     preprocessing: Literal["device", "host"] = "device"
-    """device: in batches on the model's device, with the same pixels as the model's own transform.
-    host: that transform itself, image by image; slower, for transforms that device refuses."""
+    """Where images are preprocessed. device: in batches on the model's device, with the same pixels
+    as the model's own transform. host: that transform itself, image by image; slower, for
+    transforms that device refuses."""
 
     def load(self, device: str) -> ClipReward:
         return ClipReward(self, device)

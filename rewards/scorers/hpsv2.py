@@ -47,11 +47,11 @@ class HpsConfig(TextImageConfig):
     model: str = "package://learner.miniature/networks/preference"
     """ViT-H-14 for the published checkpoints, or a directory in open_clip's layout."""
     pretrained: str = ""
-    """v2.0 or v2.1: the published checkpoint, from the Hugging Face hub or its cache. Or a
-    checkpoint file of that layout."""
+    """Published checkpoint v2.0 or v2.1, from the Hugging Face hub or its cache, or a checkpoint
+    file of that layout."""
     backend: Literal["open_clip", "package"] = "open_clip"
-    """open_clip: the checkpoint in open_clip's model. package: the hpsv2 package's own model and
-    transform (needs the extra tessera-rl[hpsv2])."""
+    """Implementation of the model. open_clip: the checkpoint in open_clip's model. package: the
+    hpsv2 package's own model and transform (needs the extra tessera-rl[hpsv2])."""
 
     def __post_init__(self) -> None:
         TextImageConfig.__post_init__(self)

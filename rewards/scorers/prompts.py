@@ -25,15 +25,15 @@ class PromptConfig:
     """Texts of a text-image scorer."""
 
     classes: Literal["condition", "imagenet"] = "condition"
-    """condition: the condition's own text. imagenet: open_clip's ImageNet name of the condition's
-    class_index."""
+    """Text of a class. condition: the condition's own text. imagenet: open_clip's ImageNet name of
+    the condition's class_index."""
     templates: tuple[str, ...] = (PLACE,)
     """Sentences with {} for the text; features of several are averaged, as in zero-shot
     classification. openai-imagenet (80 sentences) or simple-imagenet (7) alone is open_clip's
     list."""
     long_captions: LongCaptions = "error"
-    """For texts with more tokens than the model reads. error: refused before a run starts; their
-    images get no score. truncate: cut, as open_clip does."""
+    """What to do with texts of more tokens than the model reads. error: refused before a run
+    starts; their images get no score. truncate: cut, as open_clip does."""
 
     def __post_init__(self) -> None:
         if not self.templates:

@@ -100,11 +100,12 @@ class TextImageConfig(ScorerConfig):
     """Options of every text-image scorer."""
 
     precision: Precision = "fp32"
-    """bf16: linear maps and convolutions in bf16; faster on hardware that supports it."""
+    """Precision of the network. bf16: linear maps and convolutions in bf16; faster on hardware that
+    supports it."""
     tag: str = ""
-    """For a checkpoint file: open_clip's pretrained tag of its weights, or of those that they were
-    tuned from; it sets preprocessing and activation. Empty: as in the configuration beside the
-    file, or as in the model's tags if all agree."""
+    """open_clip's pretrained tag of a checkpoint file's weights, or of those that they were tuned
+    from. It sets preprocessing and activation. Empty: as in the configuration beside the file, or
+    as in the model's tags if all agree."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
     batch_size: int = 0
     """Images in a forward pass; 0 is 8 on a CPU and 64 on a GPU."""

@@ -10,7 +10,7 @@ import pytest
 
 from actors.sample import COMMON as OF_SAMPLE
 from actors.sample_source import SampleConfig
-from cluster.program.help import Groups, options_of, short_help
+from cluster.program.help import Groups, _first_sentence, options_of, short_help
 from learner.config import load_preset
 from learner.run import COMMON, Command
 from rewards.reference.build import COMMON as OF_REFERENCE
@@ -66,6 +66,33 @@ def test_other_commands_are_short_as_they_are(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert len(text_of(command, "--help", capsys).splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_short_texts_stand_alone(command: str) -> None:
+    """No open bracket or quote (but for intervals such as [0, 1)), no list of values for a text."""
+    _, options = COMMANDS[command]
+    for option in (option for value in options for option in options_of(value)):
+        text = re.sub(r"[\[(]0, 1[\])]", "", option.text)
+        assert text, option
+        assert not re.match(r"Of |With --|[a-z0-9]+:", text), option
+        assert all(text.count(left) == text.count(right) for left, right in ("()", "[]")), option
+        assert all(text.count(quote) % 2 == 0 for quote in '"`'), option
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        (
+            "Resume it (default: the newest. Or so) now. More.",
+            "Resume it (default: the newest. Or so) now",
+        ),
+        ('One of "a; b", e.g. this: that; else none.', 'One of "a; b", e.g. this: that'),
+        ("Images in all (four).", "Images in all"),
+    ],
+)
+def test_first_sentence(text: str, short: str) -> None:
+    assert _first_sentence(text) == short
 
 
 def test_defaults_are_those_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,11 @@ class PngWriter:
     `000017_caption0003.png` of caption 3 (from 0), `000017.png` of the only or no caption."""
 
     def __init__(self, folder: Path, conditions: Sequence[Condition]) -> None:
-        """conditions: image i shows number i mod len(conditions)."""
+        """Open a folder for PNG files.
+
+        Args:
+            conditions: image i shows number i mod len(conditions).
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._conditions = folder, conditions
         self._pool = ThreadPoolExecutor(min(WRITERS, os.cpu_count() or 1))
@@ -123,7 +127,12 @@ class Grid:
     """Images of one size in rows and columns; small ones are enlarged."""
 
     def __init__(self, rows: int, columns: int, height: int, width: int, smallest: int) -> None:
-        """height, width: of an image, pixels; smallest: least side of a cell, pixels."""
+        """Make an empty grid.
+
+        Args:
+            height, width: of an image, pixels.
+            smallest: least side of a cell, pixels.
+        """
         self._scale = max(1, -(-smallest // min(height, width)))
         self._height, self._width = height * self._scale, width * self._scale
         shape = (rows * (self._height + GAP) + GAP, columns * (self._width + GAP) + GAP, 3)

@@ -264,8 +264,8 @@ def run_source(run: Path, step: int | None = None, base: bool = False) -> Sample
 
 
 def with_guidance(spec: SamplingSpec, **changes: float | int | None) -> SamplingSpec:
-    """A spec with some numbers changed (None: unchanged), and guidance by scale: none at 1, else
-    guided.
+    """Change numbers of a spec (None: unchanged) and set its guidance: "none" at cfg_scale 1, else
+    "guided".
 
     Raises:
         ConfigError: an invalid value.

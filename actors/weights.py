@@ -203,8 +203,8 @@ def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> 
     """
     lost = losses(tensors, dtype)
     lost.refuse_overflow(source, dtype)
-    if told := lost.warning(dtype):
-        logger.warning("%s: %s", source, told)
+    if warning := lost.warning(dtype):
+        logger.warning("%s: %s", source, warning)
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 

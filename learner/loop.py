@@ -43,7 +43,8 @@ class Iteration:
     advantages: Advantages
     spans: tuple[Span, ...]
     warnings: tuple[str, ...] = ()
-    """Settings of the distribution reward that do not suit the data; each once a run."""
+    """Warnings about settings of the distribution reward that do not suit the data, each once a
+    run."""
 
 
 def train(
@@ -76,15 +77,13 @@ def train(
             return iteration
         scores = [group.scores for group in groups]
         check_failures(scores, config.max_failed_share)
-
         features, valid, classes = _features([g.rollouts.request for g in groups], scores, space)
         with clock("wait_moments"):
             answer = fleet.moments.commit(iteration, features, valid, run=run, classes=classes)
         check_moments_staleness(answer, iteration, config.max_staleness)
         fleet.refresh_moments()
-
-        distribution = {LOO_FID: answer.rewards.reshape(len(groups), -1)}
-        advantages = group_advantages(groups, distribution, combiner)
+        loo_fid = answer.rewards.reshape(len(groups), -1)
+        advantages = group_advantages(groups, {LOO_FID: loo_fid}, combiner)
         with clock("wait_learner"):
             report = fleet.learner.step(make_batch(iteration, groups, advantages))
         with clock("broadcast"):

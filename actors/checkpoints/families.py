@@ -84,15 +84,15 @@ class Family:
     layouts: Mapping[str, Callable[[Tensors], dict[str, Any]]]
     """What `export` saves of that state dict, by the name of the layout."""
     merge_base: Callable[[Tensors, Mapping[str, Tensor], str], Tensors] | None = None
-    """(official state dict, that of the official file tuned from, its name) -> a whole file; None
-    where official files hold a policy alone."""
+    """(exported state dict, that of the official base file, the base file's name) -> state dict
+    with the base's other tensors; None where official files hold only a policy."""
     check: Callable[[Any, Shapes, Mapping[str, Any]], str] = lambda config, buffers, options: ""
     """(config, shapes of an official file's buffers, its trainer's options) -> how they contradict
     each other, or nothing."""
     buffers: tuple[str, ...] = ()
     """Patterns of names in official files that are no weights and follow from the architecture."""
     tokenizer_prefix: str = ""
-    """Of the tokenizer's tensors in a policy's official file."""
+    """Prefix of the names of the tokenizer's tensors in a policy's official file."""
     layer_activations: Callable[[Any, Literal["fp32", "bf16"]], int]
     """(config, precision) -> bytes that autograd keeps of one layer, per token."""
     norm_activations: int

@@ -100,7 +100,8 @@ def _part(opened: Checkpoint, kind: Kind | None) -> dict[str, str]:
 
 
 def _other_part(name: str, opened: Checkpoint, kind: Kind | None) -> bool:
-    """Whether a tensor is of the half of a policy's file that is not wanted."""
+    """Whether a tensor belongs to the part of an official file that is not read: the tokenizer when
+    a policy is read, the policy when a tokenizer is."""
     prefixes = tuple(family.tokenizer_prefix for family in FAMILIES if family.tokenizer_prefix)
     if kind == "policy" or name.startswith(prefixes):
         return kind == "policy" and name.startswith(prefixes)

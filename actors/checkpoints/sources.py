@@ -75,7 +75,8 @@ class Source:
 
     @property
     def official(self) -> bool:
-        """Whether the file is another program's; if it does not exist, by its name and options."""
+        """Whether the file was written by another program; name and options decide if it does
+        not exist."""
         if Path(self.file).suffix.lower() != SAFETENSORS or self.architecture or self.ema:
             return not is_own(self.file)
         return _is_there(self.file) and not is_own(self.file)

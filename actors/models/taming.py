@@ -49,7 +49,7 @@ MLP_RATIO = 4
 
 @dataclass(frozen=True, kw_only=True)
 class TamingConfig(PolicyArchitecture):
-    """Architecture of a taming policy. The number of heads cannot be told from the tensors."""
+    """Architecture of a taming policy. The number of heads cannot be derived from the tensors."""
 
     family: ClassVar[str] = "taming-gpt"
 

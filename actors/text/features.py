@@ -170,7 +170,7 @@ def _read_row(row: FeatureRow) -> np.ndarray:
     except FileNotFoundError:
         raise DataError(
             f"captions {path}: not there on {socket.gethostname()}: samplers and learner read "
-            "features from it, so that it must lie on storage that every node has under this path"
+            "features from it, so that it must be on storage that every node has under this path"
         ) from None
     except UNREADABLE_PARQUET as error:
         raise DataError(f"captions {path}: not readable any more ({_first_line(error)})") from error

@@ -37,7 +37,7 @@ class Cells:
 
     values: Sequence[object]
     numbers: Sequence[int]
-    """Number of each one's line, item or row."""
+    """Number of the line, item or row of each value."""
     noun: str
     """What is numbered: line, item or row."""
     column: str = ""

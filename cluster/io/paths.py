@@ -56,8 +56,8 @@ def output_path(given: str | Path, option: str) -> Path:
         return path
     deleted = "the package of this job, which Ray deletes after it"
     if path.is_absolute() or ".." in path.parts:
-        raise ConfigError(f"{option} {given} lies in {deleted}: name a directory that stays")
+        raise ConfigError(f"{option} {given} is in {deleted}: name a directory that stays")
     parts = path.parts[1:] if path.parts[:1] == (RUNS,) and len(path.parts) > 1 else path.parts
     moved = default_root().joinpath(*parts)
-    logger.warning(f"note: {option} {given} would lie in {deleted}: writing to {moved}")
+    logger.warning(f"note: {option} {given} would be in {deleted}: writing to {moved}")
     return moved

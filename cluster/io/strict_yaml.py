@@ -25,11 +25,11 @@ class MalformedYamlError(ValueError):
 
 
 def load(text: str) -> Any:
-    """Plain values of one YAML document (1.1, safe tags alone).
+    """Parse one YAML 1.1 document, safe tags only, into plain values.
 
     Raises:
-        MalformedYamlError: not YAML, a key twice in one mapping, a number that YAML 1.1 reads in
-            another base than it looks, or nested without end.
+        MalformedYamlError: invalid YAML, a duplicate key, a number in base 8 or 60, too deeply
+            nested, or too large.
     """
     try:
         value = _Loader(text).get_single_data()

@@ -20,10 +20,10 @@ from cluster.scheduling.weight_versions import NO_WEIGHTS, WeightVersions
 
 
 class Broadcaster:
-    """See the module.
+    """Sends each version of the weights to the samplers.
 
     Args:
-        needed: weight versions of the groups that samplers have.
+        assigned: weight versions of the groups that are assigned to samplers.
         lost: called with a sampler that was lost.
     """
 
@@ -31,11 +31,11 @@ class Broadcaster:
         self,
         plan: FleetPlan,
         publisher: Publisher,
-        needed: Callable[[], Iterator[int]],
+        assigned: Callable[[], Iterator[int]],
         lost: Callable[[Worker], None],
     ) -> None:
         self._plan, self._publisher = plan, publisher
-        self._with_samplers, self._lost = needed, lost
+        self._assigned, self._lost = assigned, lost
         self._weight_versions = WeightVersions()
         self.under_way: dict[ray.ObjectRef, Worker] = {}
         """Pending answers of `load_weights`, for `updated`."""
@@ -134,6 +134,6 @@ class Broadcaster:
         return self._publisher.load(worker.handle, self._weight_versions[weight_version])
 
     def _needed(self, samplers: WorkerPool) -> Iterator[int]:
-        """Weight versions of the groups that wait for a sampler, or are with one."""
+        """Weight versions of the groups that wait for a sampler, and of those assigned to one."""
         yield from (waiting.weight_version for waiting in samplers.waiting)
-        yield from self._with_samplers()
+        yield from self._assigned()

@@ -203,7 +203,7 @@ class RayFleet:
         try:
             while not task.done(ATTEND_S):
                 self._poll(timeout_s=0.0, waited_for=False)
-        except TesseraError:  # of a worker: whoever goes on must not meet work half done
+        except TesseraError:  # of a worker: the caller must not continue while the work runs
             task.end()
             raise
         return found[0]
@@ -366,7 +366,7 @@ class RayFleet:
         return ", ".join([*found, *had[:3]])
 
     def _dispatch(self) -> None:
-        """Hand waiting work to whoever of the role that it needs would finish it first."""
+        """Send waiting work to the worker of its role that would finish it first."""
         for pool in self.pools:
             while picked := pool.next():
                 self._group_calls.send(pool, *picked)

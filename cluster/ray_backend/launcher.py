@@ -21,7 +21,11 @@ from cluster.scheduling.pool import Worker
 
 
 def actor_class(factory: Callable[..., Any], groups: Mapping[str, int]) -> Any:
-    """Ray's actor class of a role: its concurrency groups have so many threads each."""
+    """Ray's actor class of a role.
+
+    Args:
+        groups: concurrency group -> number of threads.
+    """
     options: dict[str, Any] = {"concurrency_groups": dict(groups)}
     return ray.remote(**options)(factory)
 

@@ -45,7 +45,7 @@ class WeightsConfig:
             )
 
     def wire(self, sampler: WireDtype) -> WireDtype:
-        """dtype on the way, for samplers that compute in `sampler`."""
+        """Dtype in which weights are sent to samplers that compute in `sampler`."""
         return sampler if self.dtype == "sampler" else self.dtype
 
 

@@ -77,7 +77,7 @@ def parse_address(text: str, source: str) -> Address:
         whole = f"[{host}]" if ":" in host else host
         raise ConfigError(
             f"{start}, without a port: write {whole}:{PORT}, which is the port of `ray start "
-            "--head` unless it is told another"
+            "--head` unless it is given another"
         )
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise ConfigError(f"{start}: the port must be a number up to 65535, found {port!r}")
@@ -196,13 +196,13 @@ def probe(address: Address, *, wait_s: float = PROBE_S) -> None:
 
 
 def _instead(answer: bytes) -> str:
-    """What kind of server sends these first bytes; empty for gRPC."""
+    """Guesses the kind of server from its first bytes; empty: gRPC."""
     if len(answer) > 3 and answer[3] == SETTINGS and not answer.startswith(b"HTTP"):
         return ""
     if answer.startswith(b"HTTP/"):
         return (
             "a web server listens there (the dashboard's port is 8265; the cluster's is "
-            f"{PORT}, unless `ray start --head` was told another)"
+            f"{PORT}, unless `ray start --head` was given another)"
         )
     if not answer:
         return "the connection was taken and closed again: that is no cluster"
@@ -286,7 +286,7 @@ def check_answer(answer: GcsAnswer, address: Address, ours: tuple[str, str], wai
         raise FleetError(
             f"no Ray cluster answers at {address} ({address.source}): a gRPC server listens there, "
             "but not a cluster's control service. (Ray Client's port is 10001; the cluster's is "
-            f"{PORT}, unless `ray start --head` was told another.) {_otherwise(address)}"
+            f"{PORT}, unless `ray start --head` was given another.) {_otherwise(address)}"
         )
     if answer.code == "DEADLINE_EXCEEDED":
         raise FleetError(

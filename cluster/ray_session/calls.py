@@ -172,11 +172,11 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
             raise _failed(f"{what} could not start", error) from error
         raise
     except RuntimeEnvSetupError as error:
-        told = f"{what} could not start, since its runtime_env cannot be made"
-        logger.error(f"{told}:\n{error}", extra=FILE_ONLY)
+        failure = f"{what} could not start, since its runtime_env cannot be made"
+        logger.error(f"{failure}:\n{error}", extra=FILE_ONLY)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         faults = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
-        raise FleetError(f"{told}: {' '.join(faults)}") from error
+        raise FleetError(f"{failure}: {' '.join(faults)}") from error
     except (ObjectLostError, OwnerDiedError) as error:
         raise InputLostError(f"{what}: the answer was lost ({error})") from None
     except RayError as error:

@@ -72,13 +72,13 @@ def check_temp_root(root: Path, source: str) -> None:
     """
     if not root.is_absolute():
         raise FleetError(
-            f"Ray's sockets and logs would lie in {root} ({source}), which is no absolute path: "
+            f"Ray's sockets and logs would be in {root} ({source}), which is no absolute path: "
             "Ray's processes have other working directories. Write it in full, from /"
         )
     length = len(os.fsencode(root / SOCKET))
     if length > LONGEST_SOCKET:
         raise FleetError(
-            f"Ray's sockets would lie in {root} ({source}), with paths of {length} bytes, and the "
+            f"Ray's sockets would be in {root} ({source}), with paths of {length} bytes, and the "
             f"system takes {LONGEST_SOCKET}: name a shorter directory, as in {TEMP_OPTION} /tmp/ray"
         )
     try:

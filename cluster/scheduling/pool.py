@@ -58,9 +58,9 @@ class Worker:
     """Of a sampler: policy version it was sent last. It never decreases."""
     since: float = field(default_factory=time.monotonic)
     last_response: float = field(default_factory=time.monotonic)
-    """When it last answered, or was given a call after it had none."""
+    """Time of the last answer, or of the first call after an idle time."""
     calls: dict[int, tuple[object, float]] = field(default_factory=dict)
-    """Calls it has, by any number: description, and since when."""
+    """Pending calls by number: (description, start)."""
 
     @property
     def name(self) -> str:
@@ -163,7 +163,7 @@ class WorkerPool:
             return None  # the most frequent case
         now = time.monotonic() if now is None else now
         candidates = [worker.candidate(now) for worker in serving]
-        chosen = choose(self.waiting.runs(), candidates)
+        chosen = choose(self.waiting.batches(), candidates)
         if chosen is None:
             return None
         place, index = chosen

@@ -24,7 +24,7 @@ class _Slots:
 
 
 class IterationSlots:
-    """See the module.
+    """Admits iterations of groups while their staleness stays within the bound.
 
     Args:
         groups: P, of an iteration.

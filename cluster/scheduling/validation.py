@@ -32,15 +32,15 @@ class ScoreChecks:
         worker: str,
         scorers: Collection[str] | None = None,
     ) -> None:
-        """Check one answer.
+        """Check one answer of a reward server.
 
         Args:
             pool: role of the server.
             worker: name of the server, for the error.
-            scorers: names that must be there, and no others; None: any.
+            scorers: the exact set of names expected; None: any.
 
         Raises:
-            FleetError: what is wrong, of which server and scorer.
+            FleetError: names server, scorer and fault.
         """
         check_scores(scores, request, worker, scorers)
         for space, values in scores.features.items():

@@ -1,4 +1,4 @@
-"""The queue of a pool: tasks in order, in runs of tasks that may share a call. No Ray."""
+"""The queue of a pool: tasks in order, in batches of like tasks, which may share a call. No Ray."""
 
 from __future__ import annotations
 
@@ -25,90 +25,90 @@ class Waiting:
 
 
 class WorkQueue:
-    """Waiting tasks, ordered by weight version, then by arrival. Operations cost as much as there
-    are runs of alike tasks (a few), however many tasks wait."""
+    """Waiting tasks, ordered by weight version, then by arrival. Neighbours that may share a call
+    form a batch. Operations take time in the number of batches, not of tasks."""
 
     def __init__(self) -> None:
-        self._runs: list[list[Waiting]] = []
+        self._batches: list[list[Waiting]] = []
 
     def __len__(self) -> int:
-        return sum(map(len, self._runs))
+        return sum(map(len, self._batches))
 
     def __iter__(self) -> Iterator[Waiting]:
-        return (waiting for run in self._runs for waiting in run)
+        return (waiting for batch in self._batches for waiting in batch)
 
     @property
     def first(self) -> Waiting:
         """The first task; there must be one."""
-        return self._runs[0][0]
+        return self._batches[0][0]
 
-    def runs(self) -> list[tuple[int, int]]:
-        """(weight version, number of tasks) of each run, in order."""
-        return [(run[0].weight_version, len(run)) for run in self._runs]
+    def batches(self) -> list[tuple[int, int]]:
+        """(weight version, number of tasks) of each batch, in order."""
+        return [(batch[0].weight_version, len(batch)) for batch in self._batches]
 
     def add(self, waiting: Waiting) -> None:
         """Append a task."""
-        if self._runs and self._runs[-1][0].goes_with(waiting):
-            self._runs[-1].append(waiting)
+        if self._batches and self._batches[-1][0].goes_with(waiting):
+            self._batches[-1].append(waiting)
         else:
-            self._runs.append([waiting])
+            self._batches.append([waiting])
 
     def add_first(self, waiting: Waiting) -> None:
         """Insert a task before those of its weight version and of newer ones."""
         place = next(
             (
                 i
-                for i, run in enumerate(self._runs)
-                if run[0].weight_version >= waiting.weight_version
+                for i, batch in enumerate(self._batches)
+                if batch[0].weight_version >= waiting.weight_version
             ),
-            len(self._runs),
+            len(self._batches),
         )
-        if place < len(self._runs) and self._runs[place][0].goes_with(waiting):
-            self._runs[place].insert(0, waiting)
+        if place < len(self._batches) and self._batches[place][0].goes_with(waiting):
+            self._batches[place].insert(0, waiting)
         else:
-            self._runs.insert(place, [waiting])
+            self._batches.insert(place, [waiting])
 
     def alike(self, place: int) -> int:
-        """How many tasks from a place on may share a call."""
+        """Number of tasks from a place on that may share a call."""
         number, offset = self._find(place)
-        return len(self._runs[number]) - offset
+        return len(self._batches[number]) - offset
 
     def weight_version(self, place: int) -> int:
-        return self._runs[self._find(place)[0]][0].weight_version
+        return self._batches[self._find(place)[0]][0].weight_version
 
     def take(self, place: int, count: int) -> list[Waiting]:
-        """Remove and return some alike tasks from a place on."""
+        """Remove and return `count` like tasks from a place on."""
         number, offset = self._find(place)
-        run = self._runs[number]
-        taken = run[offset : offset + count]
-        del run[offset : offset + count]
-        if not run:
-            del self._runs[number]
+        batch = self._batches[number]
+        taken = batch[offset : offset + count]
+        del batch[offset : offset + count]
+        if not batch:
+            del self._batches[number]
             self._join()
         return taken
 
     def remove(self, unwanted: Callable[[Any], bool]) -> None:
         """Drop the tasks for which `unwanted` is true."""
-        kept = ([w for w in run if not unwanted(w.task)] for run in self._runs)
-        self._runs = [run for run in kept if run]
+        kept = ([w for w in batch if not unwanted(w.task)] for batch in self._batches)
+        self._batches = [batch for batch in kept if batch]
         self._join()
 
     def clear(self) -> None:
-        self._runs.clear()
+        self._batches.clear()
 
     def _join(self) -> None:
-        """Merge neighbouring runs of alike tasks."""
-        runs, self._runs = self._runs, []
-        for run in runs:
-            if self._runs and self._runs[-1][0].goes_with(run[0]):
-                self._runs[-1] += run
+        """Merge neighbouring batches of like tasks."""
+        batches, self._batches = self._batches, []
+        for batch in batches:
+            if self._batches and self._batches[-1][0].goes_with(batch[0]):
+                self._batches[-1] += batch
             else:
-                self._runs.append(run)
+                self._batches.append(batch)
 
     def _find(self, place: int) -> tuple[int, int]:
-        """Run of a place, and offset within it."""
-        for number, run in enumerate(self._runs):
-            if place < len(run):
+        """Number of the batch that holds a place, and the offset within the batch."""
+        for number, batch in enumerate(self._batches):
+            if place < len(batch):
                 return number, place
-            place -= len(run)
+            place -= len(batch)
         raise IndexError(f"{len(self)} tasks wait, none at {place}")

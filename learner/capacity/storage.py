@@ -69,7 +69,7 @@ class DiskWatch:
         self._warned = False
 
     def __call__(self) -> None:
-        """Check; warns once, and again only after there was room."""
+        """Warn once if two more checkpoints do not fit, and again only after they did."""
         note = room_note(free_bytes(self._checkpoints), self._size(), self._checkpoints)
         if note and not self._warned:
             logger.warning("note: %s", note)

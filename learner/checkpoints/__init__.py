@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, when they are written, where copies lie, how a run resumes."""
+"""Checkpoints: content, schedule, copies at a URL, and how a run resumes."""

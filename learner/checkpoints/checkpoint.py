@@ -115,7 +115,7 @@ def complete(
     """
     if not any(partial.iterdir()):
         raise CheckpointError(
-            f"the learner wrote a checkpoint, but nothing arrived in {partial}: run_dir must lie "
+            f"the learner wrote a checkpoint, but nothing arrived in {partial}: run_dir must be "
             "on storage that all nodes share"
         )
     with writing(final):

@@ -36,7 +36,7 @@ def open_url(url: str) -> tuple[fs.FileSystem, str]:
     scheme, _, rest = url.partition("://")
     if scheme in LOCAL and in_ray_package(Path(rest)):
         raise ConfigError(
-            f"output.checkpoint_url {url} lies in the package of this job, which Ray deletes after "
+            f"output.checkpoint_url {url} is in the package of this job, which Ray deletes after "
             "it: name a place that stays"
         )
     try:

@@ -61,7 +61,7 @@ class ConditionsConfig:
 
     @property
     def all_of_imagenet(self) -> bool:
-        """Whether the names are imagenet's."""
+        """Whether `names` is "imagenet", all thousand names."""
         return self.names in (IMAGENET, (IMAGENET,))
 
     @property

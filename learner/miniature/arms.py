@@ -286,7 +286,8 @@ def report(results: Results, console: Console) -> None:
 
 
 def compare(results: Results, policy: str, other: str, metric: str) -> str:
-    """Mean change of a metric, and in how many seeds it is better."""
+    """One line of text: the mean difference policy - other of a metric, with its interval, and the
+    number of seeds in which the policy is better."""
     change = results[policy][metric] - results[other][metric]
     better = change < 0 if metric in LOWER_IS_BETTER else change > 0
     return (

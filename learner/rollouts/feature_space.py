@@ -167,11 +167,12 @@ def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
             f"{term.reference} has joint moments of {found} classes, but the conditions are "
             f"{classes}: build it again with `{command_of('rewards.reference')} --joint classes`"
         )
-    told = contradiction(stored.class_names, config.conditions.class_names)
-    if told:
+    difference = contradiction(stored.class_names, config.conditions.class_names)
+    if difference:
         raise ConfigError(
-            f"{term.reference} has its classes in another order than conditions.names: {told}: "
-            f"build it again with `{command_of('rewards.reference')} --joint classes --class-names`"
+            f"{term.reference} has its classes in another order than conditions.names: "
+            f"{difference}: build it again with "
+            f"`{command_of('rewards.reference')} --joint classes --class-names`"
         )
     for name, ours, theirs in (
         ("joint_dim", term.joint_dim, stored.class_table.shape[1]),

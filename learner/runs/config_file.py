@@ -38,8 +38,8 @@ def verify_checksum(data: bytes, source: str) -> tuple[str, str]:
     if digest.decode(errors="replace") != hashlib.sha256(body).hexdigest() + "\n":
         raise ConfigError(
             f"{source}: it is not what the run wrote (its checksum differs). To change settings, "
-            "leave the file as it was and give them as flags to --resume; if nobody edited it, it "
-            "is damaged: every checkpoint holds a copy"
+            "leave the file as it was and give them as flags to --resume; a file that was not "
+            "edited is damaged: every checkpoint holds a copy"
         )
     text = body.decode()
     body_text, _, run = text.rpartition(RUN)

@@ -1,10 +1,10 @@
 """Records of a run (metrics.jsonl, evaluations.jsonl, evaluation.json): digests and truncation.
 
-A record is a line of JSON with the step it belongs to, in order. On resume, what a crash left (half
-a line, records after the checkpoint, a Parquet file without its record) is removed.
+A record is a line of JSON with its step; steps increase. On resume, incomplete lines, records after
+the checkpoint and Parquet files without a record are removed.
 
-Records count iterations from 1, as steps do. Runs of an early version count from 0 and continue to,
-because digests in their checkpoints cover the records; arguments here are iterations done.
+Records count iterations from 1, as steps do. Runs of an early version keep counting from 0, because
+digests in their checkpoints cover the records. Arguments here are numbers of iterations done.
 """
 
 from __future__ import annotations

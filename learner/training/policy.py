@@ -33,7 +33,8 @@ class LearnerPolicy:
     def __init__(
         self, config: PolicyConfig, options: OptimizerConfig, *, reference: bool, seed: int = 0
     ) -> None:
-        """
+        """Load the policy, with adapters and a frozen reference as configured.
+
         Args:
             reference: keep the reference that `reference_logprobs` needs.
             seed: of the adapters' initial weights.

@@ -142,7 +142,8 @@ class HistoryBasis:
     def _integrals(
         self, rows: Tensor, old: float, share: float, count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Drops (N,) of the last `count` rows, the common drop () and tr sqrt(A) ().
+        """Integrals over the half line: the drop of tr sqrt(A) for each of the last `count` rows
+        (count,), the drop common to them () and tr sqrt(A) ().
 
         A = old diag(values) + rows' rows. The first term stays when an image is removed, so no
         integrand is singular.

@@ -244,7 +244,7 @@ def write_reference(
     """Write a file for `read_reference` and FID tools, atomically.
 
     Args:
-        ddof: the reference's sigma was divided by images - ddof; stored only.
+        ddof: recorded, not applied: the reference's sigma was divided by images - ddof.
         extra: further arrays by key, without objects.
     """
     arrays: dict[str, Any] = {

@@ -86,11 +86,11 @@ def by_reason(left_out: list[str]) -> str:
     for entry in left_out:
         reason = entry.rpartition(" (")[2].partition(" as ")[0]
         reasons.setdefault(reason, []).append(entry)
-    told = [
+    shown = [
         f"{entries[0]} and {len(entries) - 1} more like it" if len(entries) > 1 else entries[0]
         for entries in reasons.values()
     ]
-    return ", ".join(map(escaped, told[: 2 * NAMED])) + (", ..." if len(told) > 2 * NAMED else "")
+    return ", ".join(map(escaped, shown[: 2 * NAMED])) + (", ..." if len(shown) > 2 * NAMED else "")
 
 
 def walk(root: Path) -> FolderContents:

@@ -218,8 +218,8 @@ def _explained(file: Path) -> Iterator[None]:
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: pyarrow reads no file of such a name ({error})") from error
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        told = str(error).replace("\n", " ")
-        raise DataError(f"{where}: not a whole Parquet file ({told}): fetch it again") from error
+        reason = str(error).replace("\n", " ")
+        raise DataError(f"{where}: not a whole Parquet file ({reason}): fetch it again") from error
 
 
 def _opened(file: Path) -> Any:

@@ -141,7 +141,7 @@ class TextImageModel:
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
     def reading(self, text: str) -> Reading:
-        """The text as its tokenizer reads it."""
+        """Number of tokens of a text and the limit of the model's tokenizer."""
         return reading_of(self.tokenizer, text)
 
 

@@ -41,7 +41,7 @@ class _Step:
     """An iteration's update of the history."""
 
     before: Moments
-    """Moments that the leave-one-out mixes with the batch."""
+    """History before this batch."""
     share: float
     """The history's share of the mixture."""
     after: Moments | SlidingWindow
@@ -154,8 +154,7 @@ class MomentsServer:
         """
         start = time.time()
         classes = None if classes is None else np.asarray(classes)
-        repeated = self._repeated(run, iteration, len(features))
-        if repeated is not None:
+        if (repeated := self._repeated(run, iteration, len(features))) is not None:
             return repeated
         if self._history is None or self._reference is None:
             raise DataError("the moments server needs a reference and seeded moments first")

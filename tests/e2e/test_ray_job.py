@@ -179,7 +179,7 @@ def test_readmes_commands_run_a_job(head: Head, tmp_path: Path) -> None:
 
 
 def test_readmes_commands_beside_a_job(head: Head, tmp_path: Path) -> None:
-    """`--run first`, from a shell that was told neither an address nor a token."""
+    """`--run first`, from a shell with neither an address nor a token."""
     run = tmp_path / "shared" / "first"
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert "`python -m cluster.scale --run first --reward-servers 6 --samplers 12`" in readme

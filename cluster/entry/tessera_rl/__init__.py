@@ -1,6 +1,6 @@
 """The command `tessera`: every command of this program, from any directory.
 
-It lies in a package of its own because it must be found where other files have the names of the
+It is a separate package because it must be found where other files have the names of the
 four packages: in the working directory, which it searches last, or on PYTHONPATH.
 """
 
@@ -49,8 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _show(text: str, status: int = 0) -> int:
-    """Print a text, or what is wrong, as every command does where nobody reads it; returns the exit
-    status."""
+    """Print a text, or what is wrong, also to a closed pipe; returns the exit status."""
     import_own_packages()
     with importlib.import_module("cluster.program.streams").safe_streams(output_is_all=True):
         print(text, file=sys.stderr if status else sys.stdout)

@@ -221,7 +221,7 @@ def test_outputs_of_a_job_do_not_go_where_ray_deletes(
     assert output_path("runs/A", "--run-dir") == home / "A"
     assert output_path("A", "--run-dir") == home / "A"
     assert output_path(Path("out/x.npz"), "--out") == home / "out" / "x.npz"
-    assert "--run-dir runs/A would lie in the package of this job" in caplog.text
+    assert "--run-dir runs/A would be in the package of this job" in caplog.text
     assert output_path("/data/A", "--run-dir") == Path("/data/A")
     for inside in (str(package / "A"), "../A"):
         with pytest.raises(ConfigError, match="which Ray deletes after it: name a directory that"):

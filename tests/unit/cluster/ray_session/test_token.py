@@ -65,7 +65,7 @@ def test_an_empty_file_is_no_token(home: Path) -> None:
 def test_a_home_that_cannot_be_written(
     unusable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The token then lies in a directory of the user's own, and other commands find it there."""
+    """The token is then in a private directory of the user, and other commands find it there."""
     monkeypatch.setenv("HOME", unusable)
     (tmp_path / "tmp").mkdir()
     ensure_token()

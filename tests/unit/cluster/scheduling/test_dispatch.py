@@ -273,7 +273,7 @@ def test_a_queue_is_a_list_in_order_of_editions(operations: list[tuple[str, int]
             assert queue.take(value, count) == model[value : value + count]
             del model[value : value + count]
         assert [*queue] == model
-        assert len(queue) == len(model) == sum(count for _, count in queue.runs())
-        assert [e for e, count in queue.runs() for _ in range(count)] == [
+        assert len(queue) == len(model) == sum(count for _, count in queue.batches())
+        assert [e for e, count in queue.batches() for _ in range(count)] == [
             w.weight_version for w in model
         ]

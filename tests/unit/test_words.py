@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("actors", "cluster", "learner", "rewards")
 WORDS = {
+    "nobody": "no worker, no one; name the thing",
+    "on the way|on their way": "in flight",
+    "whoever": "the caller, the user; name the thing",
     "asked after": "polled",
     "attend while": "serve while",
     "borne": "allowed",

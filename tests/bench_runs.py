@@ -19,7 +19,7 @@ SMALLEST = {
     "checkpoint": "--parameters 200000 --mib-per-s 1000",
     "commits": "--dim 64 --counts 4 16 --iterations 4 --seed-images 300 --window 900 --plain 1",
     "decode": "--size tiny --batch 1 --grid 2 --repeats 1 --cfg-scales 1 2",
-    "dispatch": "--waiting 32 --workers 4 --compared 2",
+    "dispatch": "--waiting 32 --workers 4",
     "hpsv2": "--small --images 1 --rounds 1 --calls 1 --size 32",
     "iteration": "--iterations 1 --groups 1 --rollouts 2",
     "loo_fid": "--dim 16 --count 4 --history 32 --timed 1 --repeats 1 --checked 1",

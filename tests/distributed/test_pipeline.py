@@ -70,6 +70,7 @@ def test_nobody_waits_for_a_straggler(ray_session: RaySession) -> None:
 def test_groups_move_on_while_the_learner_learns(ray_session: RaySession) -> None:
     with RayFleet(slow_plan(0.2), ray_session) as fleet:
         fleet.broadcast(1)
+        fleet._collect(fleet._submit(requests(1), scored=False))  # the sampler has started
         batch = fleet._submit(requests(6), scored=False)  # three times what a worker has in hand
         fleet.learner.step(2.5)
         assert not batch.missing

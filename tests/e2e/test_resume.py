@@ -216,7 +216,6 @@ def test_everything_can_be_brought_back_several_times_within_a_run(
                 # what was asked for is forgotten; and a sampler that has newer weights would
                 # refuse older ones
                 fleet._submitted.clear()
-                fleet._done.clear()
                 fleet._sampler = plan.sampler.factory(plan.sampler.config, name="sampler")
                 first = experiment.restore()
         experiment._finish()

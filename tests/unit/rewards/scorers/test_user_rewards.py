@@ -100,8 +100,8 @@ def test_pools_and_scorers_must_know_each_other() -> None:
     assert (gpu.name, gpu.count, gpu.depth) == ("reward-gpu", 2, 6)  # 2 x 3 groups of 16 in 40
     assert gpu.config.judge is None
     assert main.config.judge is not None
-    assert [role.name for role in plan.judges("judge")] == ["reward-server"]
-    assert [role.name for role in plan.judges("rewards")] == ["reward-server", "reward-gpu"]
+    assert [role.name for role in plan.scoring_pools("judge")] == ["reward-server"]
+    assert [role.name for role in plan.scoring_pools("rewards")] == ["reward-server", "reward-gpu"]
     assert plan.feature_server("rewards") is gpu
     assert plan.feature_server("judge") is main
 

@@ -11,6 +11,7 @@ from cluster.ray_session.session import RaySession
 from tests.bench_runs import ALONE, ON_RAY, run_bench
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_RAY)
 def test_it_starts_and_prints_figures(
     name: str,

@@ -42,7 +42,13 @@ CONSOLES: dict[str, tuple[Callable[[], TextIO | None], str]] = {
 }
 
 
-@pytest.mark.parametrize("console", CONSOLES)
+@pytest.mark.parametrize(
+    "console",
+    [
+        pytest.param(each, marks=pytest.mark.slow) if each == "a full disk" else each
+        for each in CONSOLES
+    ],
+)
 def test_a_run_continues_to_its_end(
     console: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

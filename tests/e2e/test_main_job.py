@@ -223,6 +223,7 @@ def start(*arguments: str, cores: int = 0) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow  # test_ray_fleet.py has 3 samplers and 2 reward servers, on 2 cores, too
 def test_on_ray_with_more_samplers_than_cores(finished: Path, tmp_path: Path) -> None:
     """Exit 0, a clean console, the inline run's numbers."""
     process = start("--num-samplers", "3", "--run-dir", str(tmp_path / "run"), cores=2)

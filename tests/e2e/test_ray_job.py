@@ -245,6 +245,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow  # test_own_packages.py shows it without a job
 def test_in_a_job_the_command_minds_no_files_of_our_names(head: Head, folder: Path) -> None:
     """Ray puts the job's working directory first, by PYTHONPATH, for driver and workers alike."""
     run = folder.parent / "run"
@@ -274,6 +275,7 @@ def actors_of(head: Head) -> list[dict[str, str]]:
     return json.loads(text[text.index("[") :])
 
 
+@pytest.mark.slow  # test_stop.py looks at every socket of a private Ray
 def test_a_private_ray_stays_private_beside_a_running_cluster(head: Head, folder: Path) -> None:
     """A cluster that somebody else started on this machine is neither joined nor in the way; nor
     are the user's files, which Ray has workers search before all others."""

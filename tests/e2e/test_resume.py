@@ -97,7 +97,7 @@ def assert_same(found: Path, expected: Path) -> None:
         assert ours.manifest.figures == theirs.manifest.figures
 
 
-@pytest.mark.parametrize("last", [1, LATE])
+@pytest.mark.parametrize("last", [pytest.param(1, marks=pytest.mark.slow), LATE])
 def test_killed_and_resumed_equals_uninterrupted(whole: tuple, tmp_path: Path, last: int) -> None:
     """Before the first checkpoint, and between two; with what a kill leaves half written."""
     staleness, expected = whole

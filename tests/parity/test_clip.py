@@ -66,6 +66,7 @@ def test_scores_equal_plain_open_clip(clip, batch) -> None:
     np.testing.assert_allclose(scores, expected, atol=BOUND, rtol=0)
 
 
+@pytest.mark.slow
 def test_bf16_scores_are_close(plain, batch) -> None:
     """With weights as they are initialised: those of the other tests amplify any rounding."""
     images, texts = batch[0][::2], batch[1][:6]

@@ -123,7 +123,7 @@ def test_the_test_sees_what_ray_does_not_promise(source: str, found: list[str]) 
 
 
 # Rooms: rules between them.
-MOST_FILES, MOST_LINES = 16, 400
+MOST_FILES, MOST_LINES, LONGEST_FUNCTION = 16, 400, 60
 MODULES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for _, file in FILES
@@ -246,7 +246,7 @@ def test_the_test_sees_cycles_and_broken_rules(
     assert room_breaches(graph) == broken
 
 
-def test_no_room_and_no_file_is_too_large() -> None:
+def test_no_room_no_file_and_no_function_is_too_large() -> None:
     folders: dict[Path, int] = {}
     tests = (ROOT / "tests").rglob("*.py")
     for file in [*(file for _, file in FILES), *tests]:
@@ -254,6 +254,13 @@ def test_no_room_and_no_file_is_too_large() -> None:
     assert {str(each): count for each, count in folders.items() if count > MOST_FILES} == {}
     lengths = {str(file): len(file.read_text().splitlines()) for _, file in FILES}
     assert {file: lines for file, lines in lengths.items() if lines > MOST_LINES} == {}
+    functions = {
+        f"{file}:{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for _, file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in functions.items() if lines > LONGEST_FUNCTION} == {}
 
 
 def test_every_room_says_what_it_is_for() -> None:

@@ -34,6 +34,7 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run.path
 
 
+@pytest.mark.slow  # test_kill_everything.py resumes with another fleet
 def test_more_samplers_and_reward_servers(
     ray_session: RaySession, inline: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 import msgpack
 
 from cluster.errors import CheckpointError
-from cluster.io.checksum import UNREADABLE, add_checksum, count, verify_checksum
+from cluster.io.checksum import UNREADABLE, add_checksum, count, sha256_of, verify_checksum
 
 FORMAT = 3
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -28,9 +27,7 @@ class FileDigest:
 
     @classmethod
     def of(cls, file: Path) -> FileDigest:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return cls(file.stat().st_size, digest)
+        return cls(file.stat().st_size, sha256_of(file))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -299,15 +299,15 @@ def test_metrics_that_a_checkpoint_has_digests_of(tmp_path: Path, name: str) -> 
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run.evaluations.write_text("".join(json.dumps({"step": s, "fid": 2.5}) + "\n" for s in (2, 4)))
     run.write_evaluation({"base": {"fid": 1.5, "accuracy": 0.5}})
-    vouched = records.digests(run, 4)
+    recorded = records.digests(run, 4)
     good = (run.path / name).read_bytes()
 
     def read(data: bytes) -> object:
         (run.path / name).write_bytes(data)
-        records.check(run, 4, vouched)
+        records.check(run, 4, recorded)
         return records.digests(run, 4)
 
-    fuzz(good, read, lambda found: found == vouched)
+    fuzz(good, read, lambda found: found == recorded)
 
 
 def test_images_and_reports(tmp_path: Path) -> None:

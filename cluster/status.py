@@ -11,6 +11,8 @@ exit status is 0 if a run is shown, and 1 if there is none or it cannot be reach
 
 from __future__ import annotations
 
+from cluster.spans import role_of
+
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
@@ -61,7 +63,7 @@ from cluster.ray_session.private import living_actors
 
 WIDTH = 120  # columns, where there is no terminal
 PID_WIDTH = 8
-MAX_WORKERS = 16  # of a role in the table; --json has all
+MAX_ROWS = 16  # of a role in the table; --json has all
 STALE_S = 10.0  # an older status is pointed out
 METRICS = ("fid/", "reward/", "policy/entropy", "policy/reference_kl", "staleness/", "guards/")
 
@@ -118,8 +120,7 @@ def _single_roles(status: FleetStatus) -> list[PoolStatus]:
     """Learners and moments server, by role; they have no queue."""
     roles: dict[str, list[WorkerStatus]] = {}
     for worker in status.singles:
-        role, _, number = worker.name.rpartition("-")
-        roles.setdefault(role if number.isdigit() else worker.name, []).append(worker)
+        roles.setdefault(role_of(worker.name), []).append(worker)
     return [
         PoolStatus(
             role=name,
@@ -173,7 +174,7 @@ def table(found: Mapping[str, Any]) -> Group:
         )
     for role in found["roles"]:
         roles.add_row(role["role"], _state(role))
-        for worker in role["workers"][:MAX_WORKERS]:
+        for worker in role["workers"][:MAX_ROWS]:
             version, behind = worker["weight_version"], worker["behind"]
             weights = "" if version is None else f"{version}" + (f" (-{behind})" if behind else "")
             roles.add_row(
@@ -184,8 +185,8 @@ def table(found: Mapping[str, Any]) -> Group:
                 weights,
                 str(worker["in_hand"]),
             )
-        if len(role["workers"]) > MAX_WORKERS:
-            roles.add_row(f"  and {len(role['workers']) - MAX_WORKERS} more")
+        if len(role["workers"]) > MAX_ROWS:
+            roles.add_row(f"  and {len(role['workers']) - MAX_ROWS} more")
     return Group("\n".join(headlines(found)), roles, "\n".join(figures(found["metrics"])))
 
 
@@ -241,7 +242,7 @@ def ended_status(directory: Path) -> Status:
     """The status of an ended run, and what it left: `checkpoint`, `report` and `resume`."""
     left = left_behind(directory)
     progress = Progress(stage=left.pop("stage"), directory=str(directory))
-    unknown = dict.fromkeys(("iteration", "restarts", "weight_version", "edition"))
+    unknown = dict.fromkeys(("iteration", "restarts"))
     found = as_dict(directory.absolute().name, FleetStatus(progress=progress), {})
     return found | unknown | {name: value or None for name, value in left.items()}
 
@@ -265,10 +266,11 @@ def console() -> Console:
 @contextmanager
 def display(*, as_json: bool, live: bool) -> Iterator[Callable[[Status], None]]:
     """Shows a status: as JSON, as a table that a terminal refreshes, or table after table."""
-    screen = console()
     if as_json:
         yield lambda found: print(dumps(found), flush=True)
-    elif live and screen.is_terminal:
+        return
+    screen = console()
+    if live and screen.is_terminal:
         with Live(console=screen, auto_refresh=False) as refreshed:
             yield lambda found: refreshed.update(table(found), refresh=True)
     else:  # in a file, no line is broken

@@ -160,7 +160,7 @@ def validate(values: Mapping[str, Any], source: str) -> RunConfig:
     try:
         config = _ADAPTER.validate_python(dict(values))
     except ValidationError as error:
-        lines = [_explain(item, values) for item in error.errors()]
+        lines = [_explain(item) for item in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
     if lines := list(_flags_as_numbers(values, config)):
         raise ConfigError(f"{source}: " + "; ".join(lines))
@@ -268,7 +268,7 @@ def parse_yaml(text: str, source: str) -> RunConfig:
     return validate(values, source)
 
 
-def _explain(item: Any, values: Mapping[str, Any]) -> str:
+def _explain(item: Any) -> str:
     """One error of pydantic in a line: field, expectation, what was found, what to do."""
     path = [str(part) for part in item["loc"]]
     name = ".".join(path)

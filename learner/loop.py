@@ -20,7 +20,7 @@ import numpy as np
 from cluster.errors import DataError, FleetError, StopRequestedError
 from cluster.fleet import Fleet
 from cluster.messages import MAIN_SPACE, Condition, GroupScores, SampleRequest, ScoredGroup
-from cluster.spans import Span, Stopwatch
+from cluster.spans import PUBLISHING, Span, Stopwatch
 from learner.config import RunConfig
 from learner.grpo.advantage import Advantages, group_advantages
 from learner.monitoring.metrics import iteration_metrics, worker_spans
@@ -86,7 +86,7 @@ def train(
         advantages = group_advantages(groups, {LOO_FID: loo_fid}, combiner)
         with clock("wait_learner"):
             report = fleet.learner.step(make_batch(iteration, groups, advantages))
-        with clock("broadcast"):
+        with clock(PUBLISHING):
             fleet.broadcast(iteration + 1)
             pipeline.release(iteration)
         spans, now = (*worker_spans(groups, answer, report), *clock.take()), time.time()

@@ -55,7 +55,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
     policy, tokenizer = check_models(config.policy, config.tokenizer, findings)
     side = image_side(policy, tokenizer)
     _conditions(config, policy, findings)
-    skipped_pools = {name for name, pool in config.reward_pools.items() if pool.runtime_env}
+    skipped_pools = _skipped_pools(config)
     for name in sorted(skipped_pools):
         with findings.of(f"reward_pools.{name}"):
             check_runtime_env(config.reward_pools[name].runtime_env)
@@ -74,7 +74,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
     with findings.of("output.gallery_rows"):
         if config.output.gallery_rows and not config.conditions.captions:  # which may be many
             gallery_rows(config)
-    findings.notes += notes(config, side)
+    findings.notes += notes(config)
     return findings
 
 
@@ -112,11 +112,17 @@ def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: 
         _check_texts(config, conditions.conditions(), findings)
 
 
+def _skipped_pools(config: RunConfig) -> set[str]:
+    """Pools with a runtime environment of their own, whose scorers cannot be loaded here."""
+    return {name for name, pool in config.reward_pools.items() if pool.runtime_env}
+
+
 def _check_texts(config: RunConfig, conditions: Sequence[Condition], findings: Findings) -> None:
-    skipped_pools = {name for name, pool in config.reward_pools.items() if pool.runtime_env}
     judge = config.judge if config.evaluation.num_images else None
     shipped = replace(config.conditions, classes=()) == ConditionsConfig()
-    check_texts(config.rewards, judge, skipped_pools, conditions, findings, shipped=shipped)
+    check_texts(
+        config.rewards, judge, _skipped_pools(config), conditions, findings, shipped=shipped
+    )
 
 
 def _captions(
@@ -320,7 +326,7 @@ def _evaluation(config: RunConfig, side: int, findings: Findings) -> None:
             _suit(space, "evaluation.images", evaluation.images, shape, pixels, "full", findings)
 
 
-def notes(config: RunConfig, side: int = 0) -> list[str]:
+def notes(config: RunConfig) -> list[str]:
     """Notes on settings that are valid but most likely not intended."""
     found = []
     if note := config.sampling.guidance_note:

@@ -21,11 +21,9 @@ from learner.checkpoints.remote import RemoteCheckpoints
 from learner.checkpoints.remote_owner import RemoteOwner
 from learner.config import RunConfig, parse_yaml
 from learner.runs.config_file import verify_checksum
-from learner.runs.run_dir import OTHER_DIRECTORY, RunDirectory, new_name
+from learner.runs.run_dir import CHECKPOINT_CONFIG, OTHER_DIRECTORY, RunDirectory, new_name
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT_CONFIG = "the checkpoint's configuration"
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,11 @@ class RunTarget:
     def begun(self) -> bool:
         """Whether the run resumes a checkpoint, local or remote. Files that only the start of a run
         needs may then be missing."""
-        local = self.saved is not None and self.path is not None
-        has_checkpoint = local and bool(steps_in((self.path or Path()) / CHECKPOINTS))
-        return has_checkpoint or self.saved_config_file is not None
+        if self.saved_config_file is not None:
+            return True
+        if self.saved is None or self.path is None:
+            return False
+        return bool(steps_in(self.path / CHECKPOINTS))
 
     @contextmanager
     def acquire(self, config: RunConfig) -> Iterator[RunDirectory]:

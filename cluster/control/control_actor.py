@@ -21,6 +21,7 @@ from cluster.control.discovery import (
 )
 from cluster.errors import FleetError
 from cluster.ray_session.session import RayConfig, RaySession, find_cluster
+from cluster.scheduling.weight_versions import NO_WEIGHTS
 
 NAMESPACE = "tessera"
 PREFIX = "fleet:"
@@ -36,7 +37,7 @@ class WorkerStatus:
     state: str
     actor: str
     """Ray's id of the actor."""
-    weight_version: int = 0
+    weight_version: int = NO_WEIGHTS
     """Of a sampler: version of the weights it was sent last."""
     busy: int = 0
     """Requests that it is processing."""
@@ -91,7 +92,7 @@ class FleetStatus:
     singles: tuple[WorkerStatus, ...] = ()
     """Learners and moments server."""
     restarts: int = 0
-    weight_version: int = 0
+    weight_version: int = NO_WEIGHTS
     """Of the newest weights."""
     progress: Progress = field(default_factory=Progress)
     age_s: float | None = None

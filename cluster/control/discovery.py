@@ -153,19 +153,25 @@ def find_run(run: str, address: str) -> RunLocation:
 
 def _search(run: str) -> RunLocation:
     """An active run by its name; empty: the default one."""
-    cluster = _reachable_cluster(run)
-    if cluster and not run and cluster.source == f"${VARIABLE}":
+    cluster = None if run else _reachable_cluster(run)
+    if cluster and cluster.source == f"${VARIABLE}":
         return cluster
-    known = _known_runs(run)
-    active = [location for path in known if (location := _active_run(path))]
-    if active and not run and active[0].directory in _runs_in_roots():
-        return active[0]
+    known, here = _known_runs(run), [] if run else _runs_in_roots()
+    for path in here:
+        if location := _active_run(path):
+            return location
+    others = [path for path in known if path not in here]
+    active = [location for path in others if (location := _active_run(path))]
     if len(active) > 1:
         what = f"several runs named {run!r}" if run else "several runs"
         lines = [f"  --run {shlex.quote(str(location.directory))}" for location in active]
         raise FleetError("\n".join([f"{what} are active: choose one by its directory", *lines]))
-    if active or cluster:
-        return active[0] if active else cluster  # type: ignore[return-value]
+    if active:
+        return active[0]
+    if run:  # asked only if no directory of that name is active: it may take seconds
+        cluster = _reachable_cluster(run)
+    if cluster:
+        return cluster
     if known:
         raise _ended_error(known[0])
     searched = " or ".join(map(str, _roots()))

@@ -20,6 +20,7 @@ from cluster.errors import FleetError
 from cluster.ray_session.private import actor_id
 from cluster.scheduling.autoscaling import desired_workers
 from cluster.scheduling.pool import State, Worker, WorkerPool
+from cluster.scheduling.weight_versions import NO_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Autoscaler:
         """Pending answers, for `receive`."""
         return [self._exchange] if self._exchange is not None else []
 
-    def tick(self, restarts: int, weight_version: int = 0, *, decide: bool = True) -> None:
+    def tick(self, restarts: int, weight_version: int = NO_WEIGHTS, *, decide: bool = True) -> None:
         """End workers that have drained; scale by queue wait, if `decide`; send the status to the
         control actor."""
         now = time.monotonic()
@@ -108,7 +109,7 @@ class Autoscaler:
             else:
                 self._grant(request)
 
-    def status(self, restarts: int = 0, weight_version: int = 0) -> FleetStatus:
+    def status(self, restarts: int = 0, weight_version: int = NO_WEIGHTS) -> FleetStatus:
         pools = tuple(
             PoolStatus(
                 role=name,

@@ -67,7 +67,7 @@ class RayFleet:
         self._plan, self._should_stop = plan, should_stop
         self._listening, self._judged = Listening(), 0.0
         self._launcher = Launcher(plan, session)
-        self._weights = publisher_of(plan, session)
+        self._weights = publisher_of(plan)
         self._broadcaster = Broadcaster(
             plan,
             self._weights,

@@ -36,7 +36,7 @@ from cluster.scheduling.pool import Worker, WorkerPool
 from cluster.scheduling.restarts import RestartBudget
 from cluster.scheduling.validation import ScoreChecks, check_rollouts
 from cluster.scheduling.work_queue import Waiting
-from cluster.spans import Span
+from cluster.spans import QUEUE, Span
 
 IMAGES = "images"
 SAMPLER_THREADS = {IMAGES: 1}
@@ -142,7 +142,7 @@ class Call:
         meter, tasks = self.pool.meter, len(self.groups)
         if self.stage is Stage.IMAGES:  # they are not queued, and complete no task
             tasks = 0
-        queued = sum(span.seconds for span in spans if span.phase == "queue")
+        queued = sum(span.seconds for span in spans if span.phase == QUEUE)
         for waited_s in self.waited_s:
             meter.waited(waited_s + queued)
         worked = sorted((s for s in spans if s.phase in WORK), key=lambda span: span.start)

@@ -18,7 +18,6 @@ import ray
 from cluster.errors import TesseraError
 from cluster.ray_backend.transports import OBJECT_STORE, Surroundings, why_not
 from cluster.ray_session.private import form_device_group
-from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan
 
 logger = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ class Publisher:
         outside the device group gets the learner's present weights through the object store: they
         are the same while the learner waits for rollouts (device transports need max_staleness 0).
         """
-        if weights.on_device is not None and (not self._members or sampler in self._members):
+        if weights.on_device is not None and sampler in self._members:
             return sampler.load_weights.remote(weights.on_device)
         snapshot = weights.snapshot or self._asked("snapshot")
         base = [] if weights.base is None else [weights.base]
@@ -144,7 +143,7 @@ class Publisher:
         return True
 
 
-def publisher_of(plan: FleetPlan, session: RaySession) -> Publisher:
+def publisher_of(plan: FleetPlan) -> Publisher:
     """A publisher with the plan's transport, or the object store if that cannot run (logged)."""
     transport = plan.transport
     here = Surroundings.of(plan.learner, plan.sampler)

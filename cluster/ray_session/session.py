@@ -297,13 +297,6 @@ class RaySession:
         return self._available("GPU")
 
     @property
-    def nodes(self) -> int:
-        """Machines of the cluster."""
-        import ray
-
-        return sum(node["Alive"] for node in ray.nodes())
-
-    @property
     def free_cpus(self) -> float:
         """CPUs that are not reserved."""
         import ray

@@ -34,7 +34,6 @@ MAY_CHANGE = (
     "output.",
     "evaluation.",
     "weights.transport",
-    "weights.take_up",  # of earlier versions; does nothing
     "ray.",
 )
 """Prefixes of fields that a resumed run may change: they do not change what it computes (but for

@@ -40,6 +40,8 @@ from learner.runs.config_file import add_checksum, verify_checksum
 
 INITIAL_FILES = (CONFIG, OWNER, LOG)
 """Files of a run that has just started."""
+CHECKPOINT_CONFIG = "the checkpoint's configuration"
+"""The source of a configuration that a checkpoint holds, for errors."""
 OTHER_DIRECTORY = f"{AGAIN}, or name another directory by --run-dir"
 """Advice when a directory cannot be created."""
 
@@ -144,8 +146,8 @@ class RunDirectory:
         Raises:
             ConfigError: the configuration is damaged.
         """
-        text, identity = verify_checksum(config, "the checkpoint's configuration")
-        parse_yaml(text, "the checkpoint's configuration")
+        text, identity = verify_checksum(config, CHECKPOINT_CONFIG)
+        parse_yaml(text, CHECKPOINT_CONFIG)
         run = cls(path)
         run._make_folders()
         run._write_config(add_checksum(text, identity))
@@ -156,9 +158,12 @@ class RunDirectory:
             with writing(folder, then=OTHER_DIRECTORY):
                 folder.mkdir(parents=True, exist_ok=True)
 
+    def _can_resume(self) -> bool:
+        return bool(steps_in(self.checkpoints)) or self.evaluation.is_file()
+
     def has_results(self) -> bool:
         """Whether there are checkpoints, metrics or evaluations."""
-        if steps_in(self.checkpoints) or self.evaluation.is_file():
+        if self._can_resume():
             return True
         if self.metrics.is_file() and self.metrics.stat().st_size:
             return True
@@ -174,7 +179,7 @@ class RunDirectory:
             self.check_owned()
         except LockLostError as error:
             return str(error)
-        if steps_in(self.checkpoints) or self.evaluation.is_file():
+        if self._can_resume():
             return f"what was kept is in {self.path}; go on with\n  {resume_command(self.path)}"
         if all(_is_initial(self.path, file) for file in self.path.rglob("*")):
             for file in self.path.iterdir() if self.path.is_symlink() else ():

@@ -21,7 +21,7 @@ from cluster.messages import (
 )
 from cluster.program.precision import exact_fp32
 from cluster.roles import FEATURE_BATCH
-from cluster.spans import Span
+from cluster.spans import QUEUE, Span
 from rewards.base import FeatureExtractor, Images, Scorer
 from rewards.config import (
     ACCURACY,
@@ -98,7 +98,7 @@ class RewardServer:
         scored, work = self._batcher.submit(job, max(len(images), 1), request.panel)
         with self._counting:
             self._failed += sum(error is not None for error in scored.errors)
-        spans = [Span(self.name, "queue", work.arrived, work.start)]
+        spans = [Span(self.name, QUEUE, work.arrived, work.start)]
         if work.first:  # one span a batch
             spans.append(Span(self.name, "score", work.start, work.end))
         return GroupScores(

@@ -100,7 +100,7 @@ def test_a_transport_that_cannot_run_is_replaced_and_said(
     ray_session: RaySession, logged: list[str]
 ) -> None:
     plan = fleet_plan(small_config(weights={"transport": "nccl"}))
-    publishing.publisher_of(plan, ray_session)
+    publishing.publisher_of(plan)
     assert logged == [
         "weights.transport nccl cannot run, going on with object-store: the learner must have a "
         "GPU (num_gpus is 0); samplers must have a GPU (num_gpus is 0)"

@@ -7,8 +7,6 @@ official sampling scripts. Official -> convert -> export reproduces every tensor
 
 from __future__ import annotations
 
-from cluster.io.run_layout import POLICY_FILE
-
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
@@ -50,6 +48,7 @@ from cluster.errors import CheckpointError, ConfigError
 from cluster.io.files import replacing
 from cluster.io.locks import locked_file
 from cluster.io.paths import output_path
+from cluster.io.run_layout import POLICY_FILE
 from cluster.model_files.tensors import (
     read_config,
     read_tensors,

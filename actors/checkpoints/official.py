@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 PARTS: dict[Kind, str] = {"policy": "gpt_model.", "tokenizer": "vq_model."}
 """Prefixes of AR-GRPO's files, which hold both."""
+TOKENIZERS = tuple(each.tokenizer_prefix for each in FAMILIES if each.tokenizer_prefix)
+BUFFERS = tuple(pattern for each in FAMILIES for pattern in each.buffers)
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,11 @@ def _part(opened: Checkpoint, kind: Kind | None) -> dict[str, str]:
 def _other_part(name: str, opened: Checkpoint, kind: Kind | None) -> bool:
     """Whether a tensor belongs to the part of an official file that is not read: the tokenizer when
     a policy is read, the policy when a tokenizer is."""
-    prefixes = tuple(family.tokenizer_prefix for family in FAMILIES if family.tokenizer_prefix)
-    if kind == "policy" or name.startswith(prefixes):
-        return kind == "policy" and name.startswith(prefixes)
-    return kind == "tokenizer" and any(other.startswith(prefixes) for other in opened.tensors)
+    tokenizer = name.startswith(TOKENIZERS)
+    if kind == "policy" or tokenizer:
+        return kind == "policy" and tokenizer
+    return kind == "tokenizer" and any(other.startswith(TOKENIZERS) for other in opened.tensors)
 
 
 def _is_buffer(name: str) -> bool:
-    patterns = (pattern for family in FAMILIES for pattern in family.buffers)
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in BUFFERS)

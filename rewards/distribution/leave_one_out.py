@@ -25,24 +25,12 @@ from rewards.distribution.diagonal import Mode, diagonal_rewards
 from rewards.distribution.fid import (
     NOISE_MARGIN,
     covariance_factor,
-    frechet_distance,
     noise,
     significant,
 )
-from rewards.distribution.joint import joint_features
 from rewards.distribution.moments import Covariance, Moments, check_features
 from rewards.distribution.reference import Reference
 from rewards.distribution.root_trace import Mixture, reweighting_drop, trace_drops
-
-__all__ = [
-    "Method",
-    "Moments",
-    "Reference",
-    "frechet_distance",
-    "joint_features",
-    "leave_one_out_fid",
-]
-"""Everything a caller needs."""
 
 Method = Literal["exact", "influence"]
 

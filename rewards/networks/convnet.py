@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, DataError
+from cluster.io.checksum import sha256_of
 from cluster.model_files.architectures import from_fields
-from cluster.model_files.tensors import load_strict, read_config, read_shapes, read_tensors
+from cluster.model_files.tensors import load_strict, locate, read_config, read_shapes, read_tensors
 from cluster.preflight import Findings
 
 FAMILY = "convnet"
@@ -124,6 +125,11 @@ def wrong_size(field: str, takes: str, side: int, findings: Findings, judge: boo
         else "choose a network for these images (rewards.features.network)"
     )
     findings.problem(field, f"images of {takes}", f"{side} x {side} from the policy", remedy)
+
+
+def convnet_fingerprint(checkpoint: str) -> str:
+    """Identifies the network by its file."""
+    return f"convnet-{sha256_of(locate(checkpoint))[:16]}"
 
 
 def load_convnet(checkpoint: str, device: str) -> ConvNet:

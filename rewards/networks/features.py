@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,10 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError, DataError
-from cluster.model_files.tensors import locate
 from cluster.program.precision import exact_fp32
 from rewards.base import FeatureExtractor, ImageErrors, Images
-from rewards.networks.convnet import load_convnet
+from rewards.networks.convnet import convnet_fingerprint, load_convnet
 from rewards.networks.extractor import NetworkFeatures, each_size
 from rewards.networks.inception import (
     fid_pixels,
@@ -91,8 +89,7 @@ class ConvNetFeatures:
 
     def __init__(self, checkpoint: str, device: str) -> None:
         self._network = load_convnet(checkpoint, device)
-        digest = hashlib.sha256(locate(checkpoint).read_bytes()).hexdigest()
-        self.fingerprint = f"convnet-{digest[:16]}"
+        self.fingerprint = convnet_fingerprint(checkpoint)
         self.dim = self._network.config.dim
 
     def __call__(self, images: Images) -> np.ndarray:
@@ -138,6 +135,11 @@ class PixelFeatures:
         return images.mean(-1, dtype=np.float32).reshape(count, -1) / 255
 
 
+def convnet_file(config: FeaturesConfig) -> str:
+    """The weights of the network `convnet`: the user's, else the miniature's."""
+    return config.checkpoint if is_user_file(config.checkpoint) else MINIATURE
+
+
 def load_features(config: FeaturesConfig, device: str = "cpu") -> FeatureExtractor:
     """The extractor that a configuration names.
 
@@ -148,9 +150,7 @@ def load_features(config: FeaturesConfig, device: str = "cpu") -> FeatureExtract
     if config.network == "pixels":
         return PixelFeatures()
     if config.network == "convnet":
-        return ConvNetFeatures(
-            config.checkpoint if is_user_file(config.checkpoint) else MINIATURE, device
-        )
+        return ConvNetFeatures(convnet_file(config), device)
     return _load_network(config, device)
 
 

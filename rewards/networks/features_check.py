@@ -5,12 +5,16 @@ Only headers and names are read.
 
 from __future__ import annotations
 
-import hashlib
-
 from cluster.model_files.tensors import locate
 from cluster.preflight import Download, Findings
-from rewards.networks.convnet import FAMILY, check_convnet, convnet_config, wrong_size
-from rewards.networks.features import MAX_PIXELS, MINIATURE, FeaturesConfig
+from rewards.networks.convnet import (
+    FAMILY,
+    check_convnet,
+    convnet_config,
+    convnet_fingerprint,
+    wrong_size,
+)
+from rewards.networks.features import MAX_PIXELS, FeaturesConfig, convnet_file
 from rewards.networks.inception import FEATURES, FID_URL
 from rewards.networks.open_clip_check import (
     FP32,
@@ -51,7 +55,7 @@ def check_features(
         if side * side > MAX_PIXELS:
             wrong_size(field, f"at most {MAX_PIXELS} pixels", side, findings, judge)
     elif config.network == "convnet":
-        check_convnet(file, _convnet_file(config), side, findings, judge)
+        check_convnet(file, convnet_file(config), side, findings, judge)
     elif config.network == "clip":
         tag = config.checkpoint if own else "" if config.model else CLIP_TAG
         check_model(field, config.model or CLIP, tag, config.tag, findings, "checkpoint")
@@ -88,7 +92,7 @@ def feature_dim(config: FeaturesConfig, side: int) -> int:
     if config.network == "pixels":
         return side * side
     if config.network == "convnet":
-        file = _convnet_file(config)
+        file = convnet_file(config)
         # `check_features` reports files of other networks
         return convnet_config(file).dim if family_of(file) == FAMILY else 0
     if config.network in INCEPTIONS:
@@ -106,8 +110,7 @@ def fits_fingerprint(config: FeaturesConfig, made_with: str) -> bool:
     if config.network == "pixels":
         return made_with == "pixels"
     if config.network == "convnet":
-        digest = hashlib.sha256(locate(_convnet_file(config)).read_bytes()).hexdigest()
-        return made_with == f"convnet-{digest[:16]}"
+        return made_with == convnet_fingerprint(convnet_file(config))
     half = config.precision != "fp32"
     return made_with.startswith(f"{config.network}-") and made_with.endswith("-bf16") == half
 
@@ -116,7 +119,7 @@ def features_memory(config: FeaturesConfig) -> tuple[float, float]:
     """Bytes of weights and activations on a GPU; 0 weights: unknown."""
     width = WIDTH[config.precision]
     if config.network == "convnet":
-        return float(locate(_convnet_file(config)).stat().st_size), 0.0
+        return float(locate(convnet_file(config)).stat().st_size), 0.0
     if config.network in INCEPTIONS:
         return INCEPTIONS[config.network][1], float(config.batch * INCEPTION_MAP * FP32)
     if config.network == "dinov2" and (config.model or DINOV2) == DINOV2:
@@ -124,7 +127,3 @@ def features_memory(config: FeaturesConfig) -> tuple[float, float]:
     if config.network == "clip":
         return clip_memory(config.model or CLIP, config.precision, config.batch)
     return 0.0, 0.0
-
-
-def _convnet_file(config: FeaturesConfig) -> str:
-    return config.checkpoint if is_user_file(config.checkpoint) else MINIATURE

@@ -247,7 +247,7 @@ def _lost_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # how torch begins its report of a loss
             raise
         raise DataError(
             "a process was lost, most likely for want of memory: the same command resumes; try "

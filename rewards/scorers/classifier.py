@@ -30,10 +30,8 @@ class ClassifierConfig:
         field = "judge.classifier.checkpoint"
         if not self.checkpoint:
             return
-        known = 0
         config = check_convnet(field, self.checkpoint, side, findings, judge=True)
-        if config is not None:
-            known = config.num_classes
+        known = config.num_classes if config else 0
         remedy = "leave it empty: there is then no class accuracy"
         if classes is None:
             findings.problem(

@@ -15,7 +15,6 @@ import pytest
 import ray
 
 from cluster.control.control_actor import (
-    ControlActor,
     FleetStatus,
     RunConnection,
     find_control_actor,
@@ -316,14 +315,3 @@ def test_bad_images_are_answered_with_errors_and_the_server_lives(ray_session: R
     assert [error is None for error in scores.errors] == [True, False, False, False, False, True]
     right = scores.scores["clip"][[0, 5]]
     np.testing.assert_allclose(right, again.scores["clip"][0], atol=1e-6)
-
-
-def test_the_control_actor_passes_requests_once() -> None:
-    control = ControlActor()
-    assert [control.scale("sampler", 2), control.scale("reward-server", 4)] == [1, 2]
-    requests = control.exchange(FleetStatus(restarts=3))
-    assert [(request.role, request.count) for request in requests] == [
-        ("sampler", 2),
-        ("reward-server", 4),
-    ]
-    assert control.exchange(FleetStatus()) == []

@@ -1,6 +1,6 @@
 """kill -9 of the driver, Ray and every worker; then --resume: as if nothing had been.
 
-The run is resumed inline: `tests/distributed/failures/test_resume.py` resumes on Ray.
+The run is resumed inline; with --slow, `tests/distributed/failures/test_resume.py` resumes on Ray.
 """
 
 from __future__ import annotations

@@ -60,11 +60,15 @@ def prose(page: str) -> str:
     return re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
 
 
+def fenced(page: str) -> list[str]:
+    """Its fenced blocks."""
+    return re.findall(r"^```\w*\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
+
+
 def blocks(page: str) -> list[str]:
     """Fenced and indented blocks, continued lines joined."""
-    fenced = re.findall(r"^```\w*\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
     indented = re.findall(r"^    \S.*$", prose(page), re.MULTILINE)
-    return [re.sub(r"\\\n\s*", "", block) for block in (*fenced, *indented)]
+    return [re.sub(r"\\\n\s*", "", block) for block in (*fenced(page), *indented)]
 
 
 def anchors(page: str) -> set[str]:
@@ -140,9 +144,7 @@ def test_every_option_in_the_text_exists(page: str) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY])
 def test_blocks_fit_on_a_screen(page: str) -> None:
-    text = text_of(page)
-    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    long = [line for block in fenced for line in block.splitlines() if len(line) > 100]
+    long = [line for block in fenced(page) for line in block.splitlines() if len(line) > 100]
     assert not long
 
 

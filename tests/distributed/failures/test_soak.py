@@ -88,8 +88,9 @@ ITERATIONS = 200
 @pytest.mark.slow  # test_lost_workers.py loses each role once
 def test_nothing_is_lost_or_doubled(ray_session: RaySession, tmp_path: Path) -> None:
     iterations = ITERATIONS
-    options = {**OPTIONS, "output": {"gallery_every": 0, "checkpoint_every": 8}}
-    config = small_config(**options, iterations=iterations, max_restarts=10_000)
+    output = {"gallery_every": 0, "checkpoint_every": 8}
+    options = {**OPTIONS, "output": output, "iterations": iterations, "max_restarts": 10_000}
+    config = small_config(**options)
     chaos, memory = soak(config, ray_session, tmp_path / "run")
     print(
         f"killed {len(chaos.killed)}: {chaos.killed}; driver MiB {memory[0]:.0f}..{memory[-1]:.0f}"

@@ -101,3 +101,14 @@ def test_stop_returns_the_directory_that_the_driver_reports(tmp_path: Path) -> N
     assert stop(driver.connection(), True, 5) == tmp_path
     assert driver.taken == [StopRequest(number=1, checkpoint=True)]
     assert stop(Driver(directory="/nowhere/of/another/host").connection(), True, 5) is None
+
+
+def test_the_control_actor_passes_requests_once() -> None:
+    control = ControlActor()
+    assert [control.scale("sampler", 2), control.scale("reward-server", 4)] == [1, 2]
+    requests = control.exchange(FleetStatus(restarts=3))
+    assert [(request.role, request.count) for request in requests] == [
+        ("sampler", 2),
+        ("reward-server", 4),
+    ]
+    assert control.exchange(FleetStatus()) == []

@@ -140,6 +140,22 @@ def test_without_a_name_the_newest_that_lives_is_found(
     assert dead.is_dir()
 
 
+def test_an_unreadable_file_of_an_older_run_hides_no_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    older = tmp_path / "runs" / "older"
+    older.mkdir(parents=True)
+    with locked(older, "the run directory"):  # its owner lives
+        (older / DISCOVERY_FILE).write_text("{")
+        for file in older.iterdir():
+            os.utime(file, (1e9, 1e9))
+        newer = active(tmp_path / "runs" / "newer")
+        assert found("").name == newer.name
+        with pytest.raises(FleetError, match="cannot be read"):
+            find_run(str(older), "")
+
+
 def test_one_that_hangs_is_not_taken_for_killed(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -13,7 +13,8 @@ import torch
 
 from tests.logged import messages
 
-WITH_RAY = ("tests/distributed/", "tests/e2e/")
+ONE_RAY = ("tests/distributed/failures/", "tests/distributed/")
+"""Folders whose tests share a Ray."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,10 +53,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
-        """Each folder of tests with Ray goes to one worker, and the others file by file."""
+        """A folder whose tests share a Ray goes to one worker, all others file by file."""
 
         def _split_scope(self, nodeid: str) -> str:
-            folder = [each for each in WITH_RAY if nodeid.startswith(each)]
+            folder = [each for each in ONE_RAY if nodeid.startswith(each)]
             return folder[0] if folder else nodeid.partition("::")[0]
 
     return Scheduling(config, log)

@@ -94,8 +94,9 @@ def test_a_live_owner_is_named_and_nothing_is_touched(owner: tuple) -> None:
 
 
 def test_one_that_was_killed_is_taken_over_at_once(
-    owner: tuple, caplog: pytest.LogCaptureFixture
+    owner: tuple, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(locks, "WATCH_S", 30.0)
     directory, process = owner
     process.send_signal(signal.SIGKILL)
     process.wait(WAIT_S)

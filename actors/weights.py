@@ -50,6 +50,7 @@ from cluster.io.locks import locked_file
 from cluster.io.paths import output_path
 from cluster.io.run_layout import POLICY_FILE
 from cluster.model_files.tensors import (
+    anywhere,
     read_config,
     read_tensors,
     weights_directory,
@@ -109,7 +110,7 @@ class ConvertCommand:
 class ExportCommand:
     """Write a policy or tokenizer in the official layout, for the official scripts."""
 
-    source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
+    source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
     """Safetensors file, checkpoint directory, or run directory (its newest checkpoint)."""
     target: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="TARGET")]]
     """File to write, *.pt or *.ckpt."""
@@ -255,21 +256,23 @@ def official_state(
     return {CODEBOOK_USED: torch.zeros(CODEBOOK_USED_SIZE), **tensors}
 
 
-def newest_policy(path: Path) -> Path:
+def newest_policy(source: str) -> Path:
     """The policy's file of a file, checkpoint directory or run directory.
 
     Raises:
-        ConfigError: there is none.
+        CheckpointError: no such path.
+        ConfigError: no policy there.
     """
-    if path.is_file():
-        return path
-    if (path / POLICY_FILE).is_file():
-        return path / POLICY_FILE
-    steps = {step: place / POLICY_FILE for step, place in complete_checkpoints(path).items()}
+    place = anywhere(source)
+    if place.is_file():
+        return place
+    if (place / POLICY_FILE).is_file():
+        return place / POLICY_FILE
+    steps = {step: path / POLICY_FILE for step, path in complete_checkpoints(place).items()}
     if not steps:
         raise ConfigError(
-            f"{path}: expected a safetensors file, a checkpoint directory with {POLICY_FILE}, or a "
-            f"run directory with checkpoints/step_*/{POLICY_FILE}"
+            f"{source}: expected a safetensors file, a checkpoint directory with {POLICY_FILE}, or "
+            f"a run directory with checkpoints/step_*/{POLICY_FILE}"
         )
     return steps[max(steps)]
 

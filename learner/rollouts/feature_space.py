@@ -105,9 +105,10 @@ def reference_labels(config: RunConfig, images: int) -> np.ndarray:
     """
     source = config.rewards.loo_fid.reference
     if not source.startswith(DIGITS):
+        command = build_command("IMAGES", config.rewards.features.network)
         raise DataError(
             f"{source}: an array of images has no classes, which a joint reference needs: build it "
-            f"from a source that has, {build_command('IMAGES')} --joint classes"
+            f"from a source that has, {command} --joint classes"
         )
     labels, known = load_labels(source), len(config.conditions.class_names)
     if len(labels) != images:

@@ -20,9 +20,10 @@ FROM_FEATURES = (
 EXPECTED = "not an .npz file with arrays 'mu' and 'sigma' (or torch-fidelity's .pt), but"
 
 
-def build_command(images: object) -> str:
-    """The command that builds a reference from images."""
-    return f"{command_of('rewards.reference')} --images {images} --out reference.npz"
+def build_command(images: object, network: str = "") -> str:
+    """The command that builds a reference from images, with the default network or another one."""
+    features = f" --features.network {network}" if network else ""
+    return f"{command_of('rewards.reference')} --images {images}{features} --out reference.npz"
 
 
 def other_kind(place: Path, path: str | os.PathLike[str], kind: FileKind) -> str:

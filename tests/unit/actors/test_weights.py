@@ -316,6 +316,15 @@ def test_tokenizers_convert_by_name_and_export_for_strict_loading(hub: Hub, tmp_
     assert same(exported, tensors | {"quantize.codebook_used": torch.zeros(65536)})
 
 
+def test_a_packaged_policy_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    networks = "package://learner.miniature/networks"
+    assert main(["export", f"{networks}/policy.safetensors", str(tmp_path / "policy.pt")]) == 0
+    exported = plain(tmp_path / "policy.pt")["model"]
+    assert exported.keys() == read_tensors(f"{networks}/policy.safetensors").keys()
+    assert main(["export", f"{networks}/none.safetensors", str(tmp_path / "none.pt")]) == 1
+    assert f"{networks}/none.safetensors: no such file" in capsys.readouterr().err
+
+
 def test_taming_exports_with_the_rest_of_its_base(tmp_path: Path) -> None:
     config = TamingConfig(
         dim=16, num_layers=2, num_heads=4, vocab_size=16, block_size=16, grid=4, num_classes=4

@@ -405,6 +405,7 @@ def test_a_reference_that_is_none(make: Any, message: str) -> None:
     assert problem.startswith("rewards.loo_fid.reference: ")
     assert message in problem
     assert "python -m rewards.reference" in problem or "r.npz" in problem
+    assert "--images DIR" not in problem or "--features.network convnet" in problem
 
 
 def test_a_reference_that_fits_is_taken() -> None:

@@ -202,7 +202,7 @@ def status_of(control: Any) -> FleetStatus:
     return ray.get(control.status.remote())
 
 
-@pytest.mark.slow  # tests/e2e/test_stop.py does it from another process
+@pytest.mark.slow  # tests/e2e/test_ray_job.py does it from another process
 def test_scaling_by_hand_while_it_runs(ray_session: RaySession, logged: list[str]) -> None:
     """Up and down, samplers and servers: same rewards, servers warm before they serve."""
     extra = ["tests.stand_ins:Brightness=0.3,seconds=0.1,warm_seconds=1.0"]

@@ -22,6 +22,7 @@ import pytest
 
 from cluster.own_packages import NAMES
 from learner.monitoring.metrics import read_metrics
+from learner.run import main
 from tests.small_run import flags, recorded
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +101,7 @@ class Head:
         """README's job, small enough for this machine."""
         line = small(
             self.submit,
-            (r"--num-samplers 8", "--num-samplers 2"),
+            (r"--num-samplers 8", "--num-samplers 1"),
             (r"--num-reward-servers 4", "--num-reward-servers 1"),
             (r" --(sampler|reward|learner)\.num-gpus \S+", ""),
             (r"/shared/runs/first", shlex.quote(str(run))),
@@ -178,30 +179,49 @@ def test_readmes_commands_run_a_job(head: Head, tmp_path: Path) -> None:
     assert len(recorded(run)) == 4
 
 
-def test_readmes_commands_beside_a_job(head: Head, tmp_path: Path) -> None:
-    """`--run first`, from a shell with neither an address nor a token."""
+def test_readmes_commands_beside_a_job(
+    head: Head, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--run first`, from a shell with neither an address nor a token; then --resume."""
     run = tmp_path / "shared" / "first"
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert "`python -m cluster.scale --run first --reward-servers 6 --samplers 12`" in readme
     options = [*flags(), "--iterations", "5000", "--evaluation.num-images", "0"]
+    options += ["--output.checkpoint-every", "5000", "--output.gallery-every", "0"]
+    # It mostly waits, so that commands beside it are not slow.
+    options += ["--rewards.extra", "tests.stand_ins:Brightness=0.1,seconds=0.3"]
     submit = head.shell(head.job(run, *options).replace("job submit", "job submit --no-wait", 1))
     assert submit.returncode == 0, submit.stdout
     deadline = time.monotonic() + 400
     while not (run / "metrics.jsonl").is_file():
         assert time.monotonic() < deadline, submit.stdout
         time.sleep(0.5)
-    scaled = head.command("cluster.scale", "--run", "first", "--reward-servers", "2")
+    scaled = head.command(
+        "cluster.scale", "--run", "first", "--reward-servers", "1", "--samplers", "2"
+    )
     assert scaled.returncode == 0, scaled.stderr
     assert "run first\n" in scaled.stdout
-    assert "reward-server: 2 serving" in scaled.stdout
+    assert "sampler: 2 serving, 0 starting, 0 leaving" in scaled.stdout
+    assert "reward-server: 1 serving" in scaled.stdout
+    unknown = head.command("cluster.scale", "--run", str(run), "--pool", "other", "2")
+    assert unknown.returncode == 1
+    assert unknown.stderr == "error: no role 'reward-other': there are sampler, reward-server\n"
     shown = head.command("cluster.status", "--json")
     assert json.loads(shown.stdout)["directory"] == str(run), shown.stderr
     stopped = head.command("cluster.stop", "--run", "first", "--checkpoint")
     assert stopped.returncode == 0, stopped.stderr
-    assert f"--resume --run-dir {run}" in stopped.stdout
+    (kept,) = (run / "checkpoints").iterdir()
+    assert f"newest checkpoint: {kept}" in stopped.stdout
+    assert f"python -m learner.run --resume --run-dir {run}" in stopped.stdout
+    log = (run / "run.log").read_text()
+    assert "sampler: 1 -> 2 workers, as asked for" in log
+    assert "asked to stop: stopping at the next safe point, with a checkpoint" in log
     after = head.command("cluster.status", "--run", "first")
     assert after.returncode == 0, after.stderr
     assert f"last run: first, ended  {run}\nnewest checkpoint: {run}" in after.stdout
+    line = ["--resume", "--inline", "--run-dir", str(run), "--iterations"]
+    assert main([*line, str(int(kept.name.removeprefix("step_")) + 1)]) == 0
+    assert f"resumed from {kept.name}" in capsys.readouterr().out
 
 
 def test_an_address_without_its_token(head: Head, tmp_path: Path) -> None:

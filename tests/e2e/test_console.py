@@ -42,12 +42,13 @@ CONSOLES: dict[str, tuple[Callable[[], TextIO | None], str]] = {
 }
 
 
+BEYOND = ("a full disk", "none")
+"""Slow: test_streams.py writes to them, without a run."""
+
+
 @pytest.mark.parametrize(
     "console",
-    [
-        pytest.param(each, marks=pytest.mark.slow) if each == "a full disk" else each
-        for each in CONSOLES
-    ],
+    [pytest.param(each, marks=pytest.mark.slow) if each in BEYOND else each for each in CONSOLES],
 )
 def test_a_run_continues_to_its_end(
     console: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -57,6 +58,7 @@ def test_a_run_continues_to_its_end(
     run = tmp_path / "run"
     arguments = [*flags(), "--iterations", "1", "--inline", "--run-dir", str(run)]
     arguments += ["--evaluation.num-images", "20", "--evaluation.cfg-scales"]
+    arguments += ["--output.gallery-every", "0"]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         assert main(arguments) == 0
@@ -75,30 +77,39 @@ def test_a_run_continues_to_its_end(
             stream.close()
 
 
-COMMANDS = [["learner.run", "--help"], ["actors.weights", "list"]]
+HELP, LIST = ["learner.run", "--help"], ["actors.weights", "list"]
 MORE = [["learner.run", "--help-all"], ["learner.run", "--dry-run", "--inline"], ["learner.plan"]]
+FULL = "error: the standard output cannot be written: No space left on device\n"
+OUTPUTS = {"": (141, ""), "> /dev/full": (1, FULL), ">&-": (0, "")}
+"""Of a command: exit status and errors. The first is a pipe that nobody reads."""
 
 
 @pytest.mark.parametrize(
-    "line", [*COMMANDS, *[pytest.param(line, marks=pytest.mark.slow) for line in MORE]], ids=str
+    "lines",
+    [
+        pytest.param((HELP, LIST, HELP), id="each output"),
+        *(
+            pytest.param((line,) * 3, id=" ".join(line), marks=pytest.mark.slow)
+            for line in (HELP, LIST, *MORE)
+        ),
+    ],
 )
-def test_a_command_whose_output_nobody_reads_ends_quietly(line: list[str], tmp_path: Path) -> None:
+def test_a_command_whose_output_nobody_reads_ends_quietly(
+    lines: tuple[list[str], ...], tmp_path: Path
+) -> None:
     """All of it at once: each takes seconds to start."""
     running = {
-        target: subprocess.Popen(
-            ["sh", "-c", f'exec "$@" {target}', "sh", sys.executable, "-m", *line],
+        output: subprocess.Popen(
+            ["sh", "-c", f'exec "$@" {output}', "sh", sys.executable, "-m", *line],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
         )
-        for target in ("", "> /dev/full", ">&-")
+        for output, line in zip(OUTPUTS, lines, strict=True)
     }
     pipe = running[""]
     assert pipe.stdout is not None
     pipe.stdout.close()
-    errors = {target: process.communicate(timeout=300)[1] for target, process in running.items()}
-    assert (pipe.returncode, errors[""]) == (141, "")
-    full = "error: the standard output cannot be written: No space left on device\n"
-    assert (running["> /dev/full"].returncode, errors["> /dev/full"]) == (1, full)
-    assert (running[">&-"].returncode, errors[">&-"]) == (0, "")
+    errors = {output: process.communicate(timeout=300)[1] for output, process in running.items()}
+    assert {o: (running[o].returncode, errors[o]) for o in OUTPUTS} == OUTPUTS

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.errors import TesseraError
-from cluster.messages import Condition, RolloutGroup, SampleRequest, SamplingSpec
+from cluster.messages import Condition, GroupScores, RolloutGroup, SampleRequest, SamplingSpec
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.spans import Span
 from tests.stand_ins import Idle, InstantSampler, drawn
@@ -129,6 +129,11 @@ class Slow:
 
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
         return np.full((1, 1), group.version), Span("sampler", "decode", 0.0, 0.0)
+
+    def score(self, request: SampleRequest, images: np.ndarray) -> GroupScores:
+        """A number of the group and of the version that drew it."""
+        score = np.array([1000 * images[0, 0] + request.group], np.float32)
+        return GroupScores(key=request.key, scores={"score": score}, features={}, errors=(None,))
 
 
 def slow_plan(*seconds: float) -> FleetPlan:

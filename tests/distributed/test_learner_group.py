@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -16,11 +17,13 @@ from cluster.fleet import InlineFleet
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_session.private import call_inside
 from cluster.ray_session.session import RaySession
+from cluster.roles import FleetPlan
 from cluster.weights import unpack_weights
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration
-from tests.distributed.stubs import learners_alone
+from learner.training.batch import TrainingBatch, make_batch
+from tests.distributed.stubs import echo_plan, learners_alone
 from tests.small_run import run_training, small_config
 
 ROUNDING = 1e-6
@@ -49,19 +52,30 @@ def assert_equal(found: dict, expected: dict, bound: float = ROUNDING) -> None:
         assert np.abs(found[name] - weight).max() <= bound, name
 
 
+class Together(InlineFleet):
+    """Learners on Ray, everything else in this process."""
+
+    def __init__(self, plan: FleetPlan, learners: RayFleet) -> None:
+        super().__init__(plan)
+        self.learner = learners.learner
+
+
 def test_two_learners_of_eight_are_one_of_sixteen(
     ray_session: RaySession, alone: tuple, tmp_path: Path
 ) -> None:
     iterations, weights = alone
     config = config_of(num_learners=2)
-    with RayFleet(fleet_plan(config), ray_session) as fleet:
+    with RayFleet(learners_alone(fleet_plan(config)), ray_session) as learners:
+        fleet = Together(fleet_plan(config_of()), learners)
         found = run_training(config, fleet)
         assert_equal(published(fleet), weights)
         fleet.learner.save(tmp_path)
         assert fleet.learner.restore(tmp_path) == 4
         assert_equal(published(fleet), weights)
         workers = {span.worker for span in found[0].spans if span.phase == "learn"}
-    assert workers == {"learner-0", "learner-1"}
+        assert workers == {"learner-0", "learner-1"}
+        batch = make_batch(4, found[-1].groups, found[-1].advantages)
+        assert_ends_the_step_and_is_named(learners, batch)
     for ours, theirs in zip(found, iterations):
         for name in ("loss/grad_norm", "policy/entropy", "policy/ratio", "version"):
             assert ours.metrics[name] == pytest.approx(theirs.metrics[name], rel=1e-4), name
@@ -71,17 +85,24 @@ def test_two_learners_of_eight_are_one_of_sixteen(
         assert_equal(published(one), weights)
 
 
-def test_a_lost_learner_ends_the_step_and_is_named(ray_session: RaySession) -> None:
-    """Not after the whole timeout: the others would wait for it in vain."""
-    plan = learners_alone(fleet_plan(config_of(num_learners=2)))
-    with RayFleet(plan, ray_session) as fleet:
-        victim = fleet._stateful.learners[1].handle
-        pid = ray.get(call_inside(victim, lambda _: os.getpid()))
-        os.kill(pid, signal.SIGKILL)
-        started = time.monotonic()
-        with pytest.raises(FleetError, match="learner-1 was lost"):
-            fleet.learner.start(2.0)
-        assert time.monotonic() - started < 60
+def assert_ends_the_step_and_is_named(fleet: RayFleet, batch: TrainingBatch) -> None:
+    """A lost learner does: not after the whole timeout, while the others wait for it in vain."""
+    victim = fleet._stateful.learners[1].handle
+    os.kill(ray.get(call_inside(victim, lambda _: os.getpid())), signal.SIGKILL)
+    with pytest.raises(ray.exceptions.RayActorError):  # from now on its loss is known
+        ray.get(call_inside(victim, lambda _: os.getpid()))
+    started = time.monotonic()
+    with pytest.raises(FleetError, match="learner-1 was lost"):
+        fleet.learner.step(batch)
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow  # the test above, where everything else is in one process
+def test_two_learners_beside_samplers_and_servers(ray_session: RaySession, alone: tuple) -> None:
+    config = config_of(num_learners=2)
+    with RayFleet(fleet_plan(config), ray_session) as fleet:
+        run_training(config, fleet)
+        assert_equal(published(fleet), alone[1])
 
 
 def test_in_one_process_there_is_one_learner() -> None:
@@ -90,10 +111,11 @@ def test_in_one_process_there_is_one_learner() -> None:
         InlineFleet(plan)
 
 
-def test_a_step_that_fails_in_one_learner_fails_as_a_whole(ray_session: RaySession) -> None:
-    config = config_of(num_learners=2, policy={"checkpoint": "nowhere.safetensors"})
+def test_a_learner_that_cannot_start_says_why(ray_session: RaySession) -> None:
+    plan = echo_plan()
+    learners = dataclasses.replace(plan.learner, config="cannot start", count=2)
     with (
-        pytest.raises(TesseraError, match=r"^learner-0 could not start: [^\n]*no such file[^\n]*$"),
-        RayFleet(learners_alone(fleet_plan(config)), ray_session),
+        pytest.raises(TesseraError, match=r"^learner-0 could not start: [^\n]*no such weights$"),
+        RayFleet(dataclasses.replace(plan, learner=learners), ray_session),
     ):
         pass

@@ -103,6 +103,19 @@ def servers_alone(plan: FleetPlan) -> FleetPlan:
     return dataclasses.replace(plan, sampler=sampler)
 
 
+def distinct_images(request: SampleRequest) -> np.ndarray:
+    """(K, 32, 32, 3) uint8: what `DistinctSampler` answers with."""
+    shape = (request.num_rollouts, 32, 32, 3)
+    return np.random.default_rng(request.group).integers(0, 256, shape, np.uint8)
+
+
+class DistinctSampler(InstantSampler):
+    """Answers each request at once, with images of its own."""
+
+    def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
+        return distinct_images(group.request), Span("sampler", "decode", 0.0, 0.0)
+
+
 class Slow:
     """Every role; `config` is the seconds that a group takes on the worker of each index."""
 
@@ -122,6 +135,13 @@ class Slow:
         time.sleep(seconds)
         return time.time()
 
+    def step_until(self, path: str) -> bool:
+        """A step that ends once a file is there; False if it does not come."""
+        deadline = time.monotonic() + START_S / 4
+        while not Path(path).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return Path(path).exists()
+
     def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
         (request,) = requests
         time.sleep(self._seconds)
@@ -134,6 +154,29 @@ class Slow:
         """A number of the group and of the version that drew it."""
         score = np.array([1000 * images[0, 0] + request.group], np.float32)
         return GroupScores(key=request.key, scores={"score": score}, features={}, errors=(None,))
+
+
+class Held(Slow):
+    """The second of these draws nothing while the file that `config` names is there."""
+
+    def __init__(self, config: str, name: str) -> None:
+        super().__init__((0.0,) * 2, name)
+        self._hold = Path(config) if name.endswith("-1") else None
+
+    def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
+        while self._hold and self._hold.exists():
+            time.sleep(0.02)
+        return super().sample(requests)
+
+
+class Once(Slow):
+    """Starts once. `config` names the file that the first one leaves."""
+
+    def __init__(self, config: str, name: str) -> None:
+        if Path(config).exists():
+            raise RuntimeError("no second one")
+        super().__init__((0.0,), name)
+        Path(config).touch()
 
 
 def slow_plan(*seconds: float) -> FleetPlan:

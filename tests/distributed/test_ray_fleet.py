@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -14,32 +15,25 @@ from learner.fleet_plan import fleet_plan
 from tests.distributed.stubs import echo_plan, requests
 from tests.small_run import fingerprint, run_training, small_config
 
-
-@pytest.fixture(scope="module")
-def inline() -> list[tuple]:
-    config = small_config()
-    with InlineFleet(fleet_plan(config)) as fleet:
-        return fingerprint(run_training(config, fleet))
+JOINT = {"loo_fid": {"joint": True, "joint_dim": 4, "seed_images": 200}}
+"""The joint space, whose history has full rank only with enough seed images: moments are prepared
+off the critical path."""
+SLOW = pytest.mark.slow  # the same with one more, or with none to choose from
 
 
 @pytest.mark.parametrize(
-    ("samplers", "servers"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 2)]
+    ("samplers", "servers", "rewards"),
+    [
+        (2, 2, JOINT),
+        pytest.param(1, 1, {}, marks=SLOW),
+        pytest.param(3, 2, {}, marks=SLOW),
+    ],
+    ids=["2-2-joint", "1-1", "3-2"],
 )
 def test_equals_inline_bit_for_bit(
-    ray_session: RaySession, inline: list[tuple], samplers: int, servers: int
+    ray_session: RaySession, samplers: int, servers: int, rewards: dict[str, Any]
 ) -> None:
-    config = small_config(num_samplers=samplers, num_reward_servers=servers)
-    with RayFleet(fleet_plan(config), ray_session) as fleet:
-        assert fingerprint(run_training(config, fleet)) == inline
-
-
-def test_moments_prepared_off_the_critical_path_are_the_same(ray_session: RaySession) -> None:
-    """The joint space, whose history has full rank only with enough seed images."""
-    config = small_config(
-        num_samplers=1,
-        iterations=3,
-        rewards={"loo_fid": {"joint": True, "joint_dim": 4, "seed_images": 200}},
-    )
+    config = small_config(num_samplers=samplers, num_reward_servers=servers, rewards=rewards)
     with InlineFleet(fleet_plan(config)) as fleet:
         expected = fingerprint(run_training(config, fleet))
     with RayFleet(fleet_plan(config), ray_session) as fleet:

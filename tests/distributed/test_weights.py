@@ -14,7 +14,6 @@ import pytest
 import ray
 
 from cluster.errors import CheckpointError
-from cluster.fleet import InlineFleet
 from cluster.ray_backend import fleet as ray_fleet
 from cluster.ray_backend import publisher as publishing
 from cluster.ray_backend.fleet import RayFleet
@@ -25,7 +24,7 @@ from cluster.ray_session.session import RaySession
 from learner.fleet_plan import fleet_plan
 from tests.distributed.stubs import requests
 from tests.distributed.weight_stubs import Picky, SmallLearner, SmallSampler, small_plan
-from tests.small_run import fingerprint, run_training, small_config
+from tests.small_run import small_config
 
 WAIT_S = 120.0
 
@@ -85,15 +84,6 @@ def test_a_sampler_that_dies_in_its_load_harms_nobody(
         fleet.broadcast(2)
         images = fleet.sample_images(requests(6))
         assert [image.tolist() for image in images] == [[2.0]] * 6
-
-
-def test_adapters_alone_give_the_same_run_as_in_one_process(ray_session: RaySession) -> None:
-    config = small_config(num_samplers=2, iterations=2, learner={"lora": {"rank": 2}})
-    assert fleet_plan(config).adapters_alone
-    with InlineFleet(fleet_plan(config)) as fleet:
-        expected = fingerprint(run_training(config, fleet))
-    with RayFleet(fleet_plan(config), ray_session) as fleet:
-        assert fingerprint(run_training(config, fleet)) == expected
 
 
 def test_a_transport_that_cannot_run_is_replaced_and_said(

@@ -5,7 +5,11 @@ A program of its own, since Ray reads its limits from the environment when it st
 
 from __future__ import annotations
 
+import logging
 import sys
+
+import numpy as np
+import ray
 
 from cluster.errors import TesseraError
 from cluster.ray_backend.fleet import RayFleet
@@ -13,6 +17,13 @@ from cluster.ray_session.object_store import StoreNeed, explain_store_full
 from cluster.ray_session.session import RayConfig, RaySession
 from cluster.roles import FleetPlan, Resources, Role
 from tests.distributed.stubs import IMAGES, Large, requests
+
+BYTES = 70_000_000
+
+
+@ray.remote(num_cpus=1)
+def total(array: np.ndarray) -> int:
+    return int(array.sum(dtype=np.int64))
 
 
 def main() -> None:
@@ -27,13 +38,18 @@ def main() -> None:
         timeout_s=60,
     )
     need = StoreNeed(snapshot=1_000_000, group=IMAGES, groups=2)
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     try:
         with (
             RaySession(RayConfig(num_cpus=1, object_store_memory=0.08)) as session,
             explain_store_full(need, session.object_store),
-            RayFleet(plan, session) as fleet,
         ):
-            fleet.sample_images(requests(2))
+            if "sum" in sys.argv:  # of what the store has room for, wherever it is kept
+                array = ray.put(np.ones(BYTES, np.uint8))
+                print("sum", ray.get(total.remote(array), timeout=300))
+                del array
+            with RayFleet(plan, session) as fleet:
+                fleet.sample_images(requests(2))
         print("no error")
     except TesseraError as error:
         print(f"{type(error).__name__}: {error}")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,7 +16,7 @@ from cluster.ray_session.session import RaySession
 from tests.distributed.stubs import requests, slow_plan
 
 BOUND_S = 4.0
-PAUSE_S = 6.0
+PAUSE_S = 5.0
 
 
 def stopped(seconds: float) -> None:
@@ -60,34 +61,38 @@ def test_the_drivers_own_pauses_cost_no_worker(
         assert workers == [worker.name for pool in fleet.pools for worker in pool.workers]
 
 
-def test_groups_move_on_while_the_driver_computes(ray_session: RaySession) -> None:
-    with RayFleet(slow_plan(0.1), ray_session) as fleet:
-        fleet.broadcast(1)
-        batch = fleet._submit(requests(6), scored=False)  # three times what a worker has in hand
-
-        def until_all_are_there() -> str:
-            deadline = time.monotonic() + 60
-            while batch.missing and time.monotonic() < deadline:
-                time.sleep(0.05)
-            return f"{os.getpid()}, {batch.missing} missing"
-
-        assert fleet.serve_while(until_all_are_there) == f"{os.getpid()}, 0 missing"
-        with pytest.raises(ZeroDivisionError):
-            fleet.serve_while(lambda: 1 // 0)
-
-
-def test_galleries_and_evaluations_take_no_more_than_the_slots(
-    ray_session: RaySession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def fleet(ray_session: RaySession) -> Iterator[RayFleet]:
+    """Two samplers, three slots."""
     plan = dataclasses.replace(slow_plan(0.0, 0.0), slots=3)
     with RayFleet(plan, ray_session) as fleet:
         fleet.broadcast(1)
-        most = []
+        yield fleet
 
-        def advance(ref, advance=fleet._group_calls.advance) -> None:
-            most.append(len({id(group) for call in fleet._calls.values() for group in call.groups}))
-            advance(ref)
 
-        monkeypatch.setattr(fleet._group_calls, "advance", advance)
-        assert len(fleet.sample_images(requests(12))) == 12
-        assert max(most) <= 3
+def test_groups_move_on_while_the_driver_computes(fleet: RayFleet) -> None:
+    batch = fleet._submit(requests(12), scored=False)  # three times what workers have in hand
+
+    def until_all_are_there() -> str:
+        deadline = time.monotonic() + 60
+        while batch.missing and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return f"{os.getpid()}, {batch.missing} missing"
+
+    assert fleet.serve_while(until_all_are_there) == f"{os.getpid()}, 0 missing"
+    with pytest.raises(ZeroDivisionError):
+        fleet.serve_while(lambda: 1 // 0)
+
+
+def test_galleries_and_evaluations_take_no_more_than_the_slots(
+    fleet: RayFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = []
+
+    def advance(ref, advance=fleet._group_calls.advance) -> None:
+        most.append(len({id(group) for call in fleet._calls.values() for group in call.groups}))
+        advance(ref)
+
+    monkeypatch.setattr(fleet._group_calls, "advance", advance)
+    assert len(fleet.sample_images(requests(12))) == 12
+    assert max(most) <= 3

@@ -156,6 +156,14 @@ class Slow:
         return GroupScores(key=request.key, scores={"score": score}, features={}, errors=(None,))
 
 
+class SlowScorer(Slow):
+    """A reward server that takes `config` seconds for a group."""
+
+    def score(self, request: SampleRequest, images: np.ndarray) -> GroupScores:
+        time.sleep(self._seconds)
+        return super().score(request, images)
+
+
 class Held(Slow):
     """The second of these draws nothing while the file that `config` names is there."""
 

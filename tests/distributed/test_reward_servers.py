@@ -25,6 +25,7 @@ from cluster.errors import FleetError, TesseraError
 from cluster.fleet import InlineFleet
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_session.session import RaySession
+from cluster.roles import AutoscaleConfig
 from cluster.scale import scale
 from cluster.scheduling.pool import State, Worker, WorkerPool
 from cluster.scheduling.work_queue import Waiting
@@ -37,6 +38,7 @@ from tests.distributed.stubs import (
     START_S,
     DistinctSampler,
     Once,
+    SlowScorer,
     distinct_images,
     echo_plan,
     servers_alone,
@@ -280,14 +282,18 @@ def score(fleet: RayFleet, count: int) -> int:
 def test_waiting_groups_bring_more_servers_and_idle_ones_leave(
     ray_session: RaySession, logged: list[str]
 ) -> None:
-    extra = ["tests.stand_ins:Brightness=0.3,seconds=0.4"]
-    auto = {"max": 2, "target_wait_s": 0.2, "every_s": 1.0}
-    config = small_config(rewards={**PLAIN, "extra": extra}, reward=auto)
-    with RayFleet(servers_alone(fleet_plan(config)), ray_session) as fleet:
+    auto = AutoscaleConfig(max=2, target_wait_s=0.2, every_s=1.0)
+    plan = slow_plan(0.0)
+    server = dataclasses.replace(
+        plan.reward_server, factory=SlowScorer, config=(0.4,) * 2, autoscale=auto
+    )
+    plan = dataclasses.replace(plan, reward_server=server, slots=8)
+    with RayFleet(plan, ray_session) as fleet:
+        fleet.broadcast(1)
         servers = fleet.pools[1]
         deadline = time.monotonic() + START_S
         while len(servers.of(State.SERVING)) < 2:
-            assert score(fleet, 8) == 8
+            assert len(fleet.collect(fleet.submit(stub_requests(8)))) == 8
             assert time.monotonic() < deadline, logged
         while servers.of(State.STARTING):  # no decision is taken while one still starts
             fleet.serve_while(lambda: time.sleep(0.1))

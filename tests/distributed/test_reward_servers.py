@@ -274,11 +274,6 @@ def test_a_name_is_taken_once_and_given_back(ray_session: RaySession) -> None:
         pass
 
 
-def score(fleet: RayFleet, count: int) -> int:
-    """Have groups of instant samplers scored; returns how many were."""
-    return len(fleet.collect(fleet.submit(requests(count))))
-
-
 def test_waiting_groups_bring_more_servers_and_idle_ones_leave(
     ray_session: RaySession, logged: list[str]
 ) -> None:

@@ -198,7 +198,7 @@ def _reference(config: RunConfig, side: int, findings: Findings) -> None:
                 reference_labels(config, shape[0])
             return
         if published is None and not expand_user(term.reference).exists():
-            missing = _no_reference(term.reference, config.rewards.features.network)
+            missing = _no_reference(term.reference, config.rewards.features.options())
             raise ConfigError(missing)
         space, reference = read_moments(config)
         _fits_features(config, side, space, reference)
@@ -231,9 +231,9 @@ def _seed(config: RunConfig, side: int, findings: Findings) -> None:
             )
 
 
-def _no_reference(path: str, network: str) -> str:
+def _no_reference(path: str, features: str) -> str:
     known = by_file(path)
-    remedy = f"build it from real images ({build_command('DIR', network)})"
+    remedy = f"build it from real images ({build_command('DIR', features)})"
     if known:
         fetch = f"{fetch_command()} {known.name}"
         remedy = f"name it {known.name} after `{fetch}`, which brings it from {known.url}"
@@ -245,7 +245,7 @@ def _fits_features(config: RunConfig, side: int, space: RewardSpace, reference: 
     features, fingerprint = config.rewards.features, reference.fingerprint
     if ours := feature_dim(features, side):
         reference.check_dim(ours + space.added, repr(features.network))
-    again = f"build it with the network of the run ({build_command('DIR', features.network)})"
+    again = f"build it with the network of the run ({build_command('DIR', features.options())})"
     if fingerprint and not fits_fingerprint(features, fingerprint):
         raise DataError(
             f"expected moments of the features of {features.network!r}, found those of "

@@ -105,7 +105,7 @@ def reference_labels(config: RunConfig, images: int) -> np.ndarray:
     """
     source = config.rewards.loo_fid.reference
     if not source.startswith(DIGITS):
-        command = build_command("IMAGES", config.rewards.features.network)
+        command = build_command("IMAGES", config.rewards.features.options())
         raise DataError(
             f"{source}: an array of images has no classes, which a joint reference needs: build it "
             f"from a source that has, {command} --joint classes"

@@ -218,7 +218,8 @@ def read_stored(
     if fingerprint and made_with and fingerprint != made_with:
         raise DataError(
             f"{path}: fingerprint: expected features {fingerprint!r}, the file was made with "
-            f"{made_with!r}: build it again with this network, {build_command('IMAGES')}"
+            f"{made_with!r}: build it again with the options --features.* of that network, "
+            f"{build_command('IMAGES')}"
         )
     return StoredReference(
         reference=Reference(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -82,6 +83,17 @@ class FeaturesConfig:
             )
         if self.batch < 1:
             raise ConfigError(f"batch must be >= 1, found {self.batch}")
+
+    def options(self) -> str:
+        """The options of `rewards.reference` that choose this network, for commands in messages."""
+        default = FeaturesConfig()
+        changed = {
+            name: value
+            for name, value in asdict(self).items()
+            if name != "batch" and value != getattr(default, name)
+        }
+        named = {"network": self.network} | changed
+        return " ".join(f"--features.{name} {shlex.quote(value)}" for name, value in named.items())
 
 
 class ConvNetFeatures:

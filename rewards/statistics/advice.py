@@ -20,10 +20,14 @@ FROM_FEATURES = (
 EXPECTED = "not an .npz file with arrays 'mu' and 'sigma' (or torch-fidelity's .pt), but"
 
 
-def build_command(images: object, network: str = "") -> str:
-    """The command that builds a reference from images, with the default network or another one."""
-    features = f" --features.network {network}" if network else ""
-    return f"{command_of('rewards.reference')} --images {images}{features} --out reference.npz"
+def build_command(images: object, features: str = "") -> str:
+    """The command that builds a reference from images.
+
+    Args:
+        features: options that choose the feature network, where it is known.
+    """
+    options = f" {features}" if features else ""
+    return f"{command_of('rewards.reference')} --images {images}{options} --out reference.npz"
 
 
 def other_kind(place: Path, path: str | os.PathLike[str], kind: FileKind) -> str:

@@ -137,7 +137,7 @@ class Slow:
 
     def step_until(self, path: str) -> bool:
         """A step that ends once a file is there; False if it does not come."""
-        deadline = time.monotonic() + START_S / 4
+        deadline = time.monotonic() + START_S / 2
         while not Path(path).exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         return Path(path).exists()

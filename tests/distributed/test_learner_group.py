@@ -97,7 +97,7 @@ def assert_ends_the_step_and_is_named(fleet: RayFleet, batch: TrainingBatch) -> 
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.slow  # the test above, where everything else is in one process
+@pytest.mark.slow  # the test above has the numbers; two learners that publish on Ray: only here
 def test_two_learners_beside_samplers_and_servers(ray_session: RaySession, alone: tuple) -> None:
     config = config_of(num_learners=2)
     with RayFleet(fleet_plan(config), ray_session) as fleet:

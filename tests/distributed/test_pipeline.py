@@ -21,13 +21,12 @@ def ahead(**changes: object):
     return small_config(max_staleness=1, **changes)
 
 
-@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])  # one start fewer
 def test_one_ahead_equals_inline_bit_for_bit_when_workers_die(
     ray_session: RaySession, rank: int
 ) -> None:
     """The killed sampler's groups of the older version are drawn by one that starts with the older
-    weights: with `rank`, the frozen ones and the older adapters, else all (as test_lost_workers.py
-    has it for S = 0)."""
+    weights: with `rank`, the frozen ones and the older adapters, else all."""
     config = ahead(num_samplers=2, learner={"lora": {"rank": rank}})
     assert fleet_plan(config).adapters_alone == bool(rank)
     with InlineFleet(fleet_plan(config)) as inline:

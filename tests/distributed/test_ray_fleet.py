@@ -22,18 +22,18 @@ SLOW = pytest.mark.slow  # the same with one more, or with none to choose from
 
 
 @pytest.mark.parametrize(
-    ("samplers", "servers", "rewards"),
+    ("samplers", "servers", "options"),
     [
-        (2, 2, JOINT),
+        (2, 2, {"rewards": JOINT, "max_staleness": 1}),
         pytest.param(1, 1, {}, marks=SLOW),
         pytest.param(3, 2, {}, marks=SLOW),
     ],
-    ids=["2-2-joint", "1-1", "3-2"],
+    ids=["2-2-joint-ahead", "1-1", "3-2"],
 )
 def test_equals_inline_bit_for_bit(
-    ray_session: RaySession, samplers: int, servers: int, rewards: dict[str, Any]
+    ray_session: RaySession, samplers: int, servers: int, options: dict[str, Any]
 ) -> None:
-    config = small_config(num_samplers=samplers, num_reward_servers=servers, rewards=rewards)
+    config = small_config(num_samplers=samplers, num_reward_servers=servers, **options)
     with InlineFleet(fleet_plan(config)) as fleet:
         expected = fingerprint(run_training(config, fleet))
     with RayFleet(fleet_plan(config), ray_session) as fleet:

@@ -27,7 +27,7 @@ OPTIONS = [
     *("--output.gallery-every", "0", "--evaluation.num-images", "0"),
     *("--entropy.controller", "target", "--num-samplers", "1"),
 ]
-"""Iterations do not depend on how many are planned."""
+"""With a constant schedule, an iteration does not depend on how many are planned."""
 
 
 def kill_all(driver: subprocess.Popen[bytes]) -> int:
@@ -62,13 +62,17 @@ def test_kill_nine_of_everything_and_resume(
         driver = subprocess.Popen(
             [*command, "--iterations", "5000"], stdout=console, stderr=subprocess.STDOUT
         )
-    deadline = time.monotonic() + LIMIT_S
+    killed, deadline = 0, time.monotonic() + LIMIT_S
     first = hit / "checkpoints" / f"step_{EVERY:06d}"
-    while not first.is_dir() or len(read_metrics(hit / "metrics.jsonl")) < ENOUGH_ROWS:
-        assert driver.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    assert kill_all(driver) > 5
+    try:
+        while not first.is_dir() or len(read_metrics(hit / "metrics.jsonl")) < ENOUGH_ROWS:
+            assert driver.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+    finally:
+        if driver.poll() is None:
+            killed = kill_all(driver)
+    assert killed > 5
 
     iterations = ["--iterations", str(len(read_metrics(hit / "metrics.jsonl")) + 1)]
     assert main(["--resume", "--inline", "--run-dir", str(hit), *iterations]) == 0

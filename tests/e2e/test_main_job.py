@@ -179,7 +179,7 @@ def test_wrong_command_lines_end_with_one_line(
     assert message in told
 
 
-@pytest.mark.slow  # test_ray_fleet.py has 3 samplers and 2 reward servers, on 2 cores, too
+@pytest.mark.slow  # test_ray_fleet.py compares two samplers with a run in one process
 def test_on_ray_with_more_samplers_than_cores(finished: Path, tmp_path: Path) -> None:
     """Exit 0, a clean console, the inline run's numbers."""
     own = sorted(os.sched_getaffinity(0))

@@ -197,12 +197,12 @@ def test_readmes_commands_beside_a_job(
         assert time.monotonic() < deadline, submit.stdout
         time.sleep(0.5)
     scaled = head.command(
-        "cluster.scale", "--run", "first", "--reward-servers", "1", "--samplers", "2"
+        "cluster.scale", "--run", "first", "--reward-servers", "2", "--samplers", "2"
     )
     assert scaled.returncode == 0, scaled.stderr
     assert "run first\n" in scaled.stdout
     assert "sampler: 2 serving, 0 starting, 0 leaving" in scaled.stdout
-    assert "reward-server: 1 serving" in scaled.stdout
+    assert "reward-server: 2 serving, 0 starting, 0 leaving" in scaled.stdout
     unknown = head.command("cluster.scale", "--run", str(run), "--pool", "other", "2")
     assert unknown.returncode == 1
     assert unknown.stderr == "error: no role 'reward-other': there are sampler, reward-server\n"
@@ -214,7 +214,8 @@ def test_readmes_commands_beside_a_job(
     assert f"newest checkpoint: {kept}" in stopped.stdout
     assert f"python -m learner.run --resume --run-dir {run}" in stopped.stdout
     log = (run / "run.log").read_text()
-    assert "sampler: 1 -> 2 workers, as asked for" in log
+    for role in ("sampler", "reward-server"):
+        assert f"{role}: 1 -> 2 workers, as asked for" in log
     assert "asked to stop: stopping at the next safe point, with a checkpoint" in log
     after = head.command("cluster.status", "--run", "first")
     assert after.returncode == 0, after.stderr

@@ -21,6 +21,7 @@ from cluster.io.run_layout import DISCOVERY_FILE
 from cluster.ray_session.address import is_loopback
 from cluster.ray_session.private import ask_gcs
 from learner.run import INTERRUPTED, main
+from tests.e2e.test_main_job import NOISE
 from tests.small_run import flags
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +106,8 @@ class Program:
         for process in self.family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        self.process.wait(60)
+        psutil.wait_procs(self.family, timeout=60)
 
 
 class Job(Program):
@@ -222,6 +225,8 @@ def test_status_of_a_running_job(job: Job) -> None:
     assert set(roles) == {"learner", "moments-server", "sampler", "reward-server"}
     job.update_family()
     pids = {process.pid for process in job.family}
+    lines = job.said().lower().splitlines()
+    assert not [line for line in lines if any(word in line for word in NOISE)]
     for role in roles.values():
         assert role["serving"] == role["wanted"] == len(role["workers"])
         assert {worker["pid"] for worker in role["workers"]} <= pids
@@ -237,10 +242,11 @@ def test_a_signal_to_every_process_writes_a_checkpoint_and_leaves_no_process(
     line = ["--resume", "--inline", "--run-dir", str(job.run), "--iterations"]
     assert main([*line, str(job.done() + 1)]) == 0
     assert f"resumed from {kept.name}" in capsys.readouterr().out
-    ended = job.command("cluster.scale", "--run", "night", "--samplers", "1")
-    assert ended.returncode == 1
     left = f"it has ended, and left {job.run / 'report.html'}"  # it was resumed to its end
-    assert f"no run is active in {job.run}: {left}" in ended.stderr
+    for name, options in (("cluster.scale", ["--samplers", "1"]), ("cluster.stop", [])):
+        ended = job.command(name, "--run", "night", *options)
+        assert ended.returncode == 1
+        assert f"no run is active in {job.run}: {left}" in ended.stderr
 
 
 @pytest.mark.slow  # the one before, by another signal

@@ -44,7 +44,7 @@ def main() -> None:
             RaySession(RayConfig(num_cpus=1, object_store_memory=0.08)) as session,
             explain_store_full(need, session.object_store),
         ):
-            if "sum" in sys.argv:  # of what the store has room for, wherever it is kept
+            if "sum" in sys.argv:  # 70 MB: the store has room for them, a /dev/shm of 64 MB has not
                 array = ray.put(np.ones(BYTES, np.uint8))
                 print("sum", ray.get(total.remote(array), timeout=300))
                 del array

@@ -39,8 +39,8 @@ ITERATIONS, LOST, BACK = 6, 2, 4
 GROWTH_S = 120.0
 
 
-def stub_plan(head_gpus: float = 0.0) -> FleetPlan:
-    """Samplers and reward servers of which a node holds one each.
+def stub_plan(head_gpus: float = 0.0, seconds: float = GROUP_S) -> FleetPlan:
+    """Samplers and reward servers of which a node holds one each; a group takes `seconds`.
 
     Args:
         head_gpus: GPUs of the head alone, which hold the roles that exist once there.
@@ -52,7 +52,7 @@ def stub_plan(head_gpus: float = 0.0) -> FleetPlan:
 
     single = Resources(num_cpus=0.01, num_gpus=head_gpus / 2)
     return FleetPlan(
-        sampler=role("sampler", Resources(num_cpus=0.6), 2, GROUP_S),
+        sampler=role("sampler", Resources(num_cpus=0.6), 2, seconds),
         reward_server=role("reward-server", Resources(num_cpus=0.3), 2),
         moments_server=role("moments-server", single),
         learner=role("learner", single),

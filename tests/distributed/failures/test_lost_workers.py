@@ -60,7 +60,13 @@ def with_scorer(folder: Path, iterations: int, servers: int) -> RunConfig:
     return small_config(**options, iterations=iterations)
 
 
-EACH_ROLE = ("moments-killed", "server-killed", "learner-step", "sampler-stopped")
+EACH_ROLE = (
+    "moments-killed",
+    "server-killed",
+    "learner-step",
+    "learner-save",
+    "sampler-stopped",
+)
 IDLE, ALL_SAMPLERS, ALL_SERVERS = 6, 8, 10
 """Iterations before or after whose requests workers are killed from outside: not while a learner
 is replaced, when samplers that start are replaced as well, which counts as no loss of theirs; and
@@ -79,8 +85,8 @@ def test_every_role_is_lost_in_turn_and_the_run_ends_as_if_none_had_been(
     iterations: int,
     num_servers: int,
 ) -> None:
-    """Killed and stopped in the middle of its work, all samplers at once; in the long variant also
-    idle, while it starts or saves, and all reward servers."""
+    """Killed and stopped in the middle of its work, while it saves, all samplers at once; in the
+    long variant also idle, while it starts, and all reward servers."""
     every = len(reasons) == len(failing.REASONS)
     folder, calm = tmp_path / "failed", tmp_path / "calm"
     failing.spare(folder, reasons)

@@ -35,7 +35,7 @@ def test_a_node_is_lost_in_mid_batch_and_another_one_comes() -> None:
     assert found["serving_without"] == [1, 1]
     assert found["serving_at_last"] == [2, 2]
     assert found["restarts"] >= 2  # Ray may still choose the node until it takes it for lost
-    with InlineFleet(stub_plan()) as fleet:
+    with InlineFleet(stub_plan(seconds=0.0)) as fleet:
         fleet.broadcast(1)
         expected = facts(fleet.collect(fleet.submit(requests(GROUPS))))
     for batch in ("before", "during", "after"):

@@ -320,7 +320,7 @@ def test_a_packaged_policy_is_exported(tmp_path: Path, capsys: pytest.CaptureFix
     networks = "package://learner.miniature/networks"
     assert main(["export", f"{networks}/policy.safetensors", str(tmp_path / "policy.pt")]) == 0
     exported = plain(tmp_path / "policy.pt")["model"]
-    assert exported.keys() == read_tensors(f"{networks}/policy.safetensors").keys()
+    assert same(exported, read_tensors(f"{networks}/policy.safetensors"))
     assert main(["export", f"{networks}/none.safetensors", str(tmp_path / "none.pt")]) == 1
     assert f"{networks}/none.safetensors: no such file" in capsys.readouterr().err
 

@@ -332,3 +332,24 @@ def test_references_of_other_tools_are_taken_with_inception(
     server.set_reference(foreign, extractor.fingerprint)
     with pytest.raises(DataError, match="'torchvision-inception-0-x', but the reward servers use"):
         server.set_reference(other, extractor.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (FeaturesConfig(), "--features.network convnet"),
+        (
+            FeaturesConfig(network="clip", model="ViT-B-32", checkpoint="my clip.pt", tag="openai"),
+            "--features.network clip --features.checkpoint 'my clip.pt' --features.model ViT-B-32 "
+            "--features.tag openai",
+        ),
+        (
+            FeaturesConfig(network="dinov2", precision="bf16", batch=8),
+            "--features.network dinov2 --features.precision bf16",
+        ),
+    ],
+)
+def test_the_options_of_the_command_that_makes_a_reference(
+    config: FeaturesConfig, options: str
+) -> None:
+    assert config.options() == options

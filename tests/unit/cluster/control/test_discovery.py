@@ -32,6 +32,7 @@ from cluster.io import user_files
 from cluster.io.locks import locked
 from cluster.io.processes import Holder, process_lives
 from cluster.io.run_layout import DISCOVERY_FILE, OWNER
+from cluster.ray_session import session
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("RAY_TMPDIR", str(home))
+    monkeypatch.setattr(session, "clusters_here", frozenset)  # other tests may have one
     monkeypatch.setattr(tempfile, "tempdir", str(home))  # notes of runs may be there, too
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "XDG_STATE_HOME"):
         monkeypatch.delenv(name, raising=False)

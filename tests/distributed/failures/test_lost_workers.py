@@ -28,7 +28,7 @@ from tests.small_run import recorded, small_config
 BOUND_S = 400.0
 """From the start of training to its end, on two cores that other tests keep busy; they alone take
 a quarter of it."""
-SILENCE_S = 10.0
+SILENCE_S = 20.0  # a live worker that other tests starve is not taken for a silent one
 OPTIONS: dict[str, Any] = {
     "num_samplers": 2,
     "num_reward_servers": 2,

@@ -11,8 +11,6 @@ exit status is 0 if a run is shown, and 1 if there is none or it cannot be reach
 
 from __future__ import annotations
 
-from cluster.spans import role_of
-
 if __name__ == "__main__":  # before the imports, which take seconds
     import sys
 
@@ -60,6 +58,7 @@ from cluster.program.console import REFUSED, exit_status, make_console
 from cluster.program.invocation import command_of
 from cluster.ray_session.object_store import format_bytes
 from cluster.ray_session.private import living_actors
+from cluster.spans import role_of
 
 WIDTH = 120  # columns, where there is no terminal
 PID_WIDTH = 8

@@ -21,7 +21,10 @@ def ahead(**changes: object):
     return small_config(max_staleness=1, **changes)
 
 
-@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])  # one start fewer
+FULL = pytest.param(0, marks=pytest.mark.slow)  # test_ray_fleet.py, one ahead: nobody dies there
+
+
+@pytest.mark.parametrize("rank", [2, FULL])
 def test_one_ahead_equals_inline_bit_for_bit_when_workers_die(
     ray_session: RaySession, rank: int
 ) -> None:

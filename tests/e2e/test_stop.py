@@ -66,6 +66,8 @@ class Program:
             time.sleep(0.1)
 
     def update_family(self) -> None:
+        if self.process.poll() is not None:
+            return  # its number may be another process's by now
         with contextlib.suppress(psutil.NoSuchProcess):
             self.family.update(psutil.Process(self.process.pid).children(recursive=True))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -200,11 +199,7 @@ def test_any_file_of_the_format_can_be_tried(tmp_path: Path) -> None:
     tests = [f"tests/parity/test_{name}.py" for name in ("llamagen", "taming", "vq")]
     command = [sys.executable, "-m", "pytest", *tests, f"--parity-data={tmp_path}", "-p"]
     done = subprocess.run(
-        [*command, "no:cacheprovider", "-q", "-rsf"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # more are slower beside other tests
-        capture_output=True,
-        text=True,
-        timeout=500,
+        [*command, "no:cacheprovider", "-q", "-rsf"], capture_output=True, text=True, timeout=500
     )
     lines = done.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

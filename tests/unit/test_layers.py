@@ -269,3 +269,21 @@ def test_every_room_says_what_it_is_for() -> None:
     for folder in {file.parent for _, file in FILES}:
         if folder.name not in ("entry", "tessera_rl"):
             assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
+
+
+def before_main(source: str) -> list[str]:
+    """What a program imports before it starts `run_command`, which other imports would delay."""
+    found: list[str] = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.If) and "run_command" in ast.unparse(node):
+            return found
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found.append(ast.unparse(node))
+    return ["from __future__ import annotations"]  # it starts none
+
+
+def test_programs_import_nothing_before_they_start() -> None:
+    for _, file in FILES:
+        assert before_main(file.read_text()) == ["from __future__ import annotations"], file
+    late = "if __name__ == '__main__':\n    from cluster.program.start import run_command"
+    assert before_main(f"import json\n{late}") == ["import json"]

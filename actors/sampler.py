@@ -30,8 +30,9 @@ class SamplerResources(Resources):
     """What a sampler takes of its machine, and how exactly it computes."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the policy's weights while sampling; logits are fp32 either way. With bfloat16,
-    behaviour and learner logprobs differ slightly (policy/mismatch_kl)."""
+    """Dtype of the policy's weights and activations while sampling. With bfloat16 the head's
+    operands are rounded, its sums are not: logits are fp32. Behaviour and learner logprobs differ
+    slightly (policy/mismatch_kl)."""
     max_groups: int = 1
     """Most groups of an iteration that a sampler decodes as one batch: 1, 2, 4, ... fill a GPU when
     groups are small. With more than 1, other batch sizes round differently, so that results depend

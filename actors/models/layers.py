@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from actors.models.base import DecodeState, Window
@@ -22,7 +23,7 @@ class _Packed:
     """
 
     def __init__(self) -> None:
-        self.made_from: tuple[int, int, torch.dtype] | None = None
+        self.made_from: tuple[int, int, torch.dtype, torch.dtype] | None = None
         self.weight: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
@@ -31,11 +32,11 @@ class _Packed:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Packed, ()
 
-    def refresh(self, weight: Tensor) -> Tensor:
-        """The packed weight; packed again if the weight was written or replaced since."""
-        state = weight._version, weight.data_ptr(), weight.dtype
+    def refresh(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, packed; packed again if it was written or replaced since."""
+        state = weight._version, weight.data_ptr(), weight.dtype, dtype
         if self.weight is None or self.made_from != state:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
             self.made_from = state
         return self.weight
 
@@ -53,20 +54,82 @@ class Linear(nn.Linear):
         self._packed = _Packed()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._packable(x):
+        if x.dtype != self.weight.dtype or not self._packable(x):
             return F.linear(x, self.weight, self.bias)
-        packed = self._packed.refresh(self.weight)
+        return self._packed_product(x)
+
+    def _packed_product(self, x: Tensor) -> Tensor:
+        packed = self._packed.refresh(self.weight, x.dtype)
         return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
     def _packable(self, x: Tensor) -> bool:
         return (
             torch.is_inference_mode_enabled()
             and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype
             and x.numel() <= MAX_PACKED_ROWS * self.in_features
             and self.weight.numel() >= MIN_PACKED_WEIGHTS
             and torch.backends.mkldnn.is_available()
         )
+
+
+class Head(Linear):
+    """The last linear map, without a bias: fp32 logits in any precision.
+
+    In half precision, operands are rounded and the sum is not: among logits of 8 to 16, bf16 has
+    steps of 1/16, which guidance multiplies. Weights and hidden states in fp32 take part in a pass
+    under autocast as in any other linear map.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features) fp32"""
+        dtype = self.weight.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        if dtype not in (torch.bfloat16, torch.float16):
+            return super().forward(x).float()
+        with torch.autocast(x.device.type, enabled=False):
+            if self.weight.dtype == dtype and self._packable(x):
+                return self._packed_product(x.to(dtype).float())
+            product = _HalfProduct.apply(x.flatten(0, -2), self.weight, dtype)
+            return product.unflatten(0, x.shape[:-1])
+
+
+class _HalfProduct(torch.autograd.Function):
+    """x w^T in fp32 of operands rounded to half precision; so are those of its gradients.
+
+    torch's own product with an `out_dtype` exists on accelerators only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (N, D), weight (V, D) -> (N, V) fp32"""
+        rounded = x.to(dtype)
+        ctx.save_for_backward(rounded, weight)
+        ctx.input_dtype = x.dtype
+        return wide_product(rounded, weight.to(dtype).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        rounded = gradient.to(x.dtype)
+        of_x = of_weight = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                of_x = wide_product(rounded, weight.to(x.dtype)).to(ctx.input_dtype)
+            if ctx.needs_input_grad[1]:
+                of_weight = wide_product(rounded.t(), x).to(weight.dtype)
+        return of_x, of_weight, None
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Product (N, M) fp32 of matrices (N, K) and (K, M) in half precision."""
+    if left.device.type == "cpu":
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def run_block(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:

@@ -33,7 +33,7 @@ from actors.models.base import (
     Window,
     class_of,
 )
-from actors.models.layers import Linear, allocate_cache, cached_attention, run_block
+from actors.models.layers import Head, Linear, allocate_cache, cached_attention, run_block
 from actors.text.features import features_of
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
@@ -219,7 +219,7 @@ class LlamaGen(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Head(config.dim, config.vocab_size)
         cos, sin = rope_tables(config)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -328,7 +328,8 @@ class LlamaGen(nn.Module):
         return self._logits(x[:, -1])
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.output(self.norm(x)).float()
+        """Hidden states (..., dim) of the last block -> logits (..., V) fp32."""
+        return self.output(self.norm(x))
 
 
 def rope_tables(config: LlamaGenConfig) -> tuple[Tensor, Tensor]:

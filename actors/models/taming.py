@@ -30,6 +30,7 @@ from actors.models.base import (
     class_of,
 )
 from actors.models.layers import (
+    Head,
     Linear,
     allocate_cache,
     cached_attention,
@@ -165,7 +166,7 @@ class TamingGPT(nn.Module):
         self.pos_emb = nn.Parameter(torch.zeros(1, config.block_size, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.dim)
-        self.head = Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Head(config.dim, config.vocab_size)
         forward = permutation(config.permuter, config.grid)
         self.register_buffer("sequence_order", forward, persistent=False)
         self.register_buffer("raster_order", inverse(forward), persistent=False)
@@ -280,7 +281,8 @@ class TamingGPT(nn.Module):
         return attend
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.head(self.ln_f(x)).float()
+        """Hidden states (..., dim) of the last block -> logits (..., V) fp32."""
+        return self.head(self.ln_f(x))
 
 
 def constant_condition(config: TamingConfig) -> Tensor | None:

@@ -86,15 +86,15 @@ class Head(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) fp32"""
         dtype = self.weight.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         if dtype not in (torch.bfloat16, torch.float16):
             return super().forward(x).float()
-        with torch.autocast(x.device.type, enabled=False):
-            if self.weight.dtype == dtype and self._packable(x):
-                return self._packed_product(x.to(dtype).float())
-            product = _HalfProduct.apply(x.flatten(0, -2), self.weight, dtype)
-            return product.unflatten(0, x.shape[:-1])
+        if self.weight.dtype == dtype and self._packable(x):
+            return self._packed_product(x.to(dtype).float())
+        product = _HalfProduct.apply(x.flatten(0, -2), self.weight, dtype)
+        return product.unflatten(0, x.shape[:-1])
 
 
 class _HalfProduct(torch.autograd.Function):
@@ -117,18 +117,18 @@ class _HalfProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rounded = gradient.to(x.dtype)
         of_x = of_weight = None
-        with torch.autocast(x.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                of_x = wide_product(rounded, weight.to(x.dtype)).to(ctx.input_dtype)
-            if ctx.needs_input_grad[1]:
-                of_weight = wide_product(rounded.t(), x).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            of_x = wide_product(rounded, weight.to(x.dtype)).to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = wide_product(rounded.t(), x).to(weight.dtype)
         return of_x, of_weight, None
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
     """Product (N, M) fp32 of matrices (N, K) and (K, M) in half precision."""
     if left.device.type == "cpu":
-        return left.float() @ right.float()
+        with torch.autocast("cpu", enabled=False):
+            return left.float() @ right.float()
     return torch.mm(left, right, out_dtype=torch.float32)
 
 

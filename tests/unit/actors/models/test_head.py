@@ -78,7 +78,8 @@ def test_a_pass_under_autocast_has_exact_gradients_of_rounded_operands() -> None
         (logits * direction).sum().backward()
     rounded = direction.to(BF16).double()
     of_weight = rounded.flatten(0, 1).t() @ x.to(BF16).double().flatten(0, 1)
-    assert x.grad is not None and head.weight.grad is not None
+    assert x.grad is not None
+    assert head.weight.grad is not None
     assert (x.grad - rounded @ head.weight.to(BF16).double()).abs().max() < 1e-4
     assert (head.weight.grad - of_weight).abs().max() < 1e-4
 

@@ -12,6 +12,7 @@ give the same groups, whichever sampler draws them and in whatever order they fi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -175,28 +176,32 @@ class InlineFleet:
 
     def _work(self, batch: PendingBatch, finish: bool) -> None:
         requests = self._submitted[batch]
-        for position in range(len(requests) - batch.missing, len(requests)):
+        position = len(requests) - batch.missing
+        for together in decoded_together(requests[position:], self._plan.sampler.max_groups):
             if not finish:
                 self._stop_if_asked()
-            batch.put(position, self._group(requests[position]))
+            for group in self._groups(together):
+                batch.put(position, group)
+                position += 1
         del self._submitted[batch]
 
     def _stop_if_asked(self) -> None:
         if self._should_stop():
             raise StopRequestedError(STOPPED)
 
-    def _group(self, request: SampleRequest) -> ScoredGroup:
-        (rollouts,) = self._sampler.sample([request])
-        check_rollouts(rollouts, request, self._plan.sampler.worker_name(0))
-        images, span = self._sampler.images(rollouts)
-        pools = self._plan.scoring_pools(request.panel)
-        scores = merge_scores([self._score(role, request, images) for role in pools])
-        return ScoredGroup(rollouts=rollouts.with_span(span), scores=scores)
+    def _groups(self, requests: Sequence[SampleRequest]) -> Iterator[ScoredGroup]:
+        """Decode groups as one batch; score each."""
+        for request, rollouts in zip(requests, self._sampler.sample(requests), strict=True):
+            check_rollouts(rollouts, request, self._plan.sampler.worker_name(0))
+            images, span = self._sampler.images(rollouts)
+            pools = self._plan.scoring_pools(request.panel)
+            scores = merge_scores([self._score(role, request, images) for role in pools])
+            yield ScoredGroup(rollouts=rollouts.with_span(span), scores=scores)
 
     def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
         for request in requests:
             self._stop_if_asked()
-            yield self._group(request)
+            yield from self._groups([request])
 
     def _score(self, role: Role, request: SampleRequest, images: np.ndarray) -> GroupScores:
         scores = self._servers[role.name].score(request, images)
@@ -247,6 +252,19 @@ class InlineFleet:
             found = self._sampler.load_weights(self.learner.snapshot())
         if found != version:
             raise FleetError(f"the learner published version {found}, expected {version}")
+
+
+def decoded_together(
+    requests: Sequence[SampleRequest], most: int
+) -> Iterator[Sequence[SampleRequest]]:
+    """Requests in order, in parts that a sampler decodes as one batch: of one
+    `SampleRequest.batch`, of 1, 2, 4, ... up to `most` groups."""
+    for _, run in groupby(requests, lambda request: request.batch):
+        alike = list(run)
+        while alike:
+            count = 1 << (min(len(alike), most).bit_length() - 1)
+            yield alike[:count]
+            alike = alike[count:]
 
 
 def join_features(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

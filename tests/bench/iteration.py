@@ -13,6 +13,8 @@ from __future__ import annotations
 import resource
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,18 +28,43 @@ from actors.checkpoints.loading import count_parameters
 from cluster.fleet import InlineFleet
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
+from tests.bench.measuring import synchronise
 from tests.reduced import FULL, Reduction, architectures, random_run, values_of
 from tests.small_run import run_training
 
-PHASES = {
-    "sample": "sample",
-    "decode": "images",
-    "score": "score",
-    "moments": "moments",
-    "learn": "learn",
-    "broadcast": "publish",
-}
-"""Span of the timeline -> phase of the table."""
+PHASES = ("sample", "images", "score", "moments", "learn", "publish")
+
+
+class PhaseClock:
+    """Seconds of each phase of a fleet in this process: of the calls to its roles, each from an
+    idle device to an idle device. (The roles' own spans end when a GPU's work is queued, so that
+    the next phase would pay for it.)"""
+
+    def __init__(self, fleet: InlineFleet, device: str) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._device = device
+        sampler: Any = fleet._sampler
+        calls: list[tuple[str, Any, str]] = [
+            ("sample", sampler, "sample"),
+            ("images", sampler, "images"),
+            *(("score", server, "score") for server in fleet._servers.values()),
+            ("moments", fleet.moments, "commit"),
+            ("learn", fleet.learner, "step"),
+            ("publish", fleet, "broadcast"),
+        ]
+        for phase, owner, method in calls:
+            setattr(owner, method, self._timed(phase, getattr(owner, method)))
+
+    def _timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            synchronise(self._device)
+            start = time.perf_counter()
+            result = call(*args, **options)
+            synchronise(self._device)
+            self.seconds[phase] += time.perf_counter() - start
+            return result
+
+        return run
 
 
 @dataclass(frozen=True)
@@ -73,16 +100,28 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         config = configured(options, Path(folder), device)
-        with InlineFleet(fleet_plan(config)) as fleet:
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            rows = [done.metrics for done in run_training(config, fleet)][1:]
-    phases = {
-        name: sum(row.get(f"time/{span}", 0.0) for row in rows) / len(rows)
-        for span, name in PHASES.items()
-    }
-    whole = sum(row["time/iteration"] for row in rows) / len(rows)
+        phases, whole = measure(config, device)
     report(options, config, phases, whole, device)
+
+
+def measure(config: RunConfig, device: str) -> tuple[dict[str, float], float]:
+    """Mean seconds of each phase and of a whole iteration, over all iterations but the first."""
+    with InlineFleet(fleet_plan(config)) as fleet:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        clock = PhaseClock(fleet, device)
+        marks: list[tuple[float, dict[str, float]]] = []
+
+        def mark(done: int) -> bool:
+            synchronise(device)
+            marks.append((time.perf_counter(), dict(clock.seconds)))
+            return False
+
+        run_training(config, fleet, mark)
+    (first, before), (last, after) = marks[0], marks[config.iterations - 1]
+    count = config.iterations - 1
+    phases = {name: (after[name] - before[name]) / count for name in PHASES}
+    return phases, (last - first) / count
 
 
 def configured(options: Options, folder: Path, device: str) -> RunConfig:

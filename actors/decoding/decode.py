@@ -9,18 +9,24 @@ Shapes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from actors.decoding.distribution import log_distribution, mixed_logits, unfiltered_logprobs
 from actors.decoding.steps import Sampled, Workspace, with_null_conditions
 from actors.models.base import Conditions, Policy
 from cluster.errors import NotFiniteError
 from cluster.messages import RequestKey, SamplingSpec
+
+LOGITS_AT_ONCE = 1 << 25
+"""Most logits of a teacher-forced pass that exist at once, 128 MiB of fp32: with V = 16,384, 2,048
+rows of the head's product, which fill a GPU."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,7 @@ def token_likelihoods(
 ) -> Likelihoods:
     """Log-probabilities of given tokens under the spec, teacher-forced, with gradients.
 
+    More than `LOGITS_AT_ONCE` logits are computed in pieces, and by the backward pass again.
     Under `guided` both branches get gradients; under `distil` only the conditional policy is used
     (`SamplingSpec.learned`).
 
@@ -141,9 +148,43 @@ def token_likelihoods(
     """
     learned = spec.learned()
     inputs = with_null_conditions(policy, conditions, learned)
-    guided = learned.guided_sampling
-    logits = mixed_logits(policy(tokens.repeat(2, 1) if guided else tokens, inputs), learned)
-    logp, entropies = log_distribution(logits, learned)
+    repeated = tokens.repeat(2, 1) if learned.guided_sampling else tokens
+    at_once = positions_at_once(policy.vocab_size, guided=learned.guided_sampling)
+
+    def readout(hidden: Tensor, to_logits: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        def of_piece(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+            return _likelihoods(to_logits(hidden.flatten(0, 1)), tokens, learned)
+
+        if tokens.numel() <= at_once:
+            parts = [_likelihoods(to_logits(hidden), tokens, learned)]
+        else:
+            branches = hidden.reshape(-1, tokens.numel(), hidden.shape[-1])  # (1 or 2, B T, dim)
+            pieces = zip(branches.split(at_once, dim=1), tokens.flatten().split(at_once))
+            parts = [_recomputed(of_piece, *piece) for piece in pieces]
+        return tuple(torch.cat(column) for column in zip(*parts))
+
+    found = [value.view(tokens.shape) for value in policy(repeated, inputs, readout)]
+    return Likelihoods(found[0], found[1], found[-1] if learned.filters else found[0])
+
+
+def positions_at_once(vocab_size: int, *, guided: bool) -> int:
+    """Tokens whose logits exist at once; under guidance each has two rows of them."""
+    return max(LOGITS_AT_ONCE // (vocab_size * (2 if guided else 1)), 1)
+
+
+def _likelihoods(logits: Tensor, tokens: Tensor, spec: SamplingSpec) -> tuple[Tensor, ...]:
+    """Logprobs, entropies and, with filters, unfiltered logprobs, each like `tokens`."""
+    logits = mixed_logits(logits, spec)
+    logp, entropies = log_distribution(logits, spec)
     logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    unfiltered = unfiltered_logprobs(logits, tokens, learned) if learned.filters else logprobs
-    return Likelihoods(logprobs, entropies, unfiltered)
+    if not spec.filters:
+        return logprobs, entropies
+    return logprobs, entropies, unfiltered_logprobs(logits, tokens, spec)
+
+
+def _recomputed(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The function's results; the backward pass computes them again instead of keeping what they
+    need."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -7,7 +7,7 @@ S = slots of the KV cache, one a position.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -19,6 +19,10 @@ from cluster.errors import DataError
 from cluster.messages import Condition
 
 Conditioning = Literal["class", "caption", "none"]
+
+Readout = Callable[[Tensor, Callable[[Tensor], Tensor]], Any]
+"""(hidden states (B, T, dim) of the last block, function from hidden states (..., dim) to logits
+(..., V) fp32) -> result of the pass."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +190,15 @@ class Policy(Protocol):
         """Tokens (B, T) in the policy's order -> codes (B, h, w) of the tokenizer's grid."""
         ...
 
-    def __call__(self, tokens: Tensor, conditions: Conditions) -> Tensor:
-        """Teacher-forced logits (B, T, V) fp32; row t predicts tokens[:, t]."""
+    def __call__(
+        self, tokens: Tensor, conditions: Conditions, readout: Readout | None = None
+    ) -> Any:
+        """Teacher-forced logits (B, T, V) fp32; row t predicts tokens[:, t].
+
+        Args:
+            readout: computes the result instead, from hidden states, so that logits need not all
+                exist at once. It runs within this call: a sharded policy has its weights only here.
+        """
         ...
 
     def state_dict(self) -> Mapping[str, Tensor]: ...

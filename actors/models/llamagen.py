@@ -30,6 +30,7 @@ from actors.models.base import (
     Conditions,
     DecodeState,
     PolicyArchitecture,
+    Readout,
     Window,
     class_of,
 )
@@ -266,9 +267,11 @@ class LlamaGen(nn.Module):
         """(B, T) -> (B, grid, grid): raster order."""
         return tokens.view(-1, self.config.grid, self.config.grid)
 
-    def forward(self, tokens: Tensor, conditions: Conditions) -> Tensor:
+    def forward(
+        self, tokens: Tensor, conditions: Conditions, readout: Readout | None = None
+    ) -> Any:
         """Teacher-forced logits (B, T, V) fp32; row t predicts tokens[:, t] from the condition and
-        the tokens (B, T) before t."""
+        the tokens (B, T) before t. With a readout, its result."""
         first, caption = self._begin(conditions)
         x = torch.cat([first, self.tok_embeddings(tokens[:, :-1])], dim=1)
         bias = _key_bias(conditions, x.shape[1])
@@ -285,7 +288,7 @@ class LlamaGen(nn.Module):
         for layer in self.layers:
             shared = caption.advance(layer) if caption else None
             x = run_block(layer, self.checkpointing, x, rope, attend, shared)
-        return self._logits(x)
+        return readout(x, self._logits) if readout else self._logits(x)
 
     def allocate(self, rows: int, dtype: torch.dtype | None = None) -> DecodeState:
         """An empty KV cache: one slot for the condition, one for each token but the last."""

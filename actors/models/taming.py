@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from actors.models.base import (
     Conditions,
     DecodeState,
     PolicyArchitecture,
+    Readout,
     Window,
     class_of,
 )
@@ -210,15 +211,18 @@ class TamingGPT(nn.Module):
         """(B, grid, grid) -> (B, T) in the policy's order; undoes `codes`."""
         return codes.flatten(1)[:, self.sequence_order]
 
-    def forward(self, tokens: Tensor, conditions: Conditions) -> Tensor:
+    def forward(
+        self, tokens: Tensor, conditions: Conditions, readout: Readout | None = None
+    ) -> Any:
         """Teacher-forced logits (B, T, V) fp32; row t predicts tokens[:, t] from the condition and
-        the tokens (B, T) before t."""
+        the tokens (B, T) before t. With a readout, its result."""
         sequence = torch.cat([conditions.values, tokens[:, :-1]], dim=1)
         attend = self._attend_within(sequence.shape[1])
         x = self._embed(sequence, 0)
         for block in self.blocks:
             x = run_block(block, self.checkpointing, x, attend)
-        return self._logits(x[:, conditions.values.shape[1] - 1 :])
+        x = x[:, conditions.values.shape[1] - 1 :]
+        return readout(x, self._logits) if readout else self._logits(x)
 
     def allocate(self, rows: int, dtype: torch.dtype | None = None) -> DecodeState:
         """An empty KV cache: a slot for each condition token, and each token but the last."""

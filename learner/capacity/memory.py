@@ -1,7 +1,8 @@
 """Memory of a learner and of a sampler, computed.
 
 Weights, gradients and optimizer are exact. Activations are what autograd keeps, declared by the
-policy's `Family` (a test compares). The temporary memory of logits' gradients is an estimate.
+policy's `Family` (a test compares). Logits exist in pieces (`LOGITS_AT_ONCE`); the backward pass
+computes them again. The temporary memory of logits' gradients is an estimate.
 
 Units: bytes; d width, f hidden width, V vocabulary, T tokens, B rollouts of a microbatch.
 """
@@ -14,6 +15,7 @@ from typing import Literal
 
 from actors.checkpoints.loading import count_parameters
 from actors.checkpoints.zoo import family_of
+from actors.decoding.decode import positions_at_once
 from actors.models.base import PolicyArchitecture
 
 FP32, BF16 = 4, 2
@@ -73,7 +75,9 @@ def learner_memory(
     if checkpointing:
         kept = layers * positions * LAYER_INPUT * architecture.dim + layer
         casts = casts / layers  # a layer's casts live as long as its activations
-    values = microbatch * architecture.num_tokens * architecture.vocab_size
+    tokens = microbatch * architecture.num_tokens
+    at_once = min(tokens, positions_at_once(architecture.vocab_size, guided=guided))
+    last = family.norm_activations if at_once == tokens else LAYER_INPUT
     moment = LOGITS_MOMENT * (2 if guided else 1)
     return LearnerMemory(
         weights=FP32 * parameters / learners,
@@ -82,8 +86,8 @@ def learner_memory(
         gathered=_gathered(architecture, parameters) if learners > 1 else 0,
         reference=FP32 * parameters if reference else 0,
         casts=casts,
-        activations=kept + family.norm_activations * positions * architecture.dim,
-        logits=(LOGITS_KEPT + moment) * values,
+        activations=kept + last * positions * architecture.dim,
+        logits=float((LOGITS_KEPT + moment) * at_once * architecture.vocab_size),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from actors.checkpoints.loading import build_policy, count_parameters, init_policy
 from actors.checkpoints.zoo import family_of, find_model
+from actors.decoding import decode
 from actors.decoding.decode import token_logprobs
 from actors.models.base import PolicyArchitecture
 from actors.models.llamagen import LlamaGenConfig
@@ -67,6 +68,18 @@ def test_activations_are_what_autograd_keeps(
         expected -= (whole.activations - last) / policy.num_layers + found.casts
     measured = kept_bytes(policy, rows, precision, checkpointing)
     assert measured == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize("policy", [SMALL, TAMING], ids=["llamagen", "taming"])
+def test_logits_in_pieces_are_not_kept(
+    policy: PolicyArchitecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, whole = 8, learner_memory(policy, microbatch=8)
+    monkeypatch.setattr(decode, "LOGITS_AT_ONCE", 100 * policy.vocab_size)
+    found = learner_memory(policy, microbatch=rows, precision="fp32", checkpointing=False)
+    measured = kept_bytes(policy, rows, "fp32", checkpointing=False)
+    assert measured == pytest.approx(found.activations, rel=0.06)
+    assert found.logits == whole.logits * 100 / (rows * policy.num_tokens)
 
 
 def test_weights_and_optimizer_by_hand() -> None:

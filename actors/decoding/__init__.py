@@ -1,1 +1,1 @@
-"""Decoding with a KV cache: the distribution of a token, the steps, the loop."""
+"""Decoding with a KV cache: the steps, the loop."""

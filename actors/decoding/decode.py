@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from actors.decoding.distribution import log_distribution, mixed_logits, unfiltered_logprobs
 from actors.decoding.steps import Sampled, Workspace, with_null_conditions
+from actors.distribution import log_distribution, mixed_logits, unfiltered_logprobs
 from actors.models.base import Conditions, Policy
 from cluster.errors import NotFiniteError
 from cluster.messages import RequestKey, SamplingSpec

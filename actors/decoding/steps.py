@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from actors.decoding.distribution import log_distribution, mixed_logits, sample_tokens
+from actors.kernels import plain
+from actors.kernels.interface import Kernels
 from actors.models.base import Conditions, DecodeState, Policy, Window
 from cluster.messages import SamplingSpec
 
@@ -40,14 +41,6 @@ def with_null_conditions(policy: Policy, conditions: Conditions, spec: SamplingS
     return conditions.concat(policy.null_conditions(conditions))
 
 
-def sample(logits: Tensor, uniforms: Tensor, spec: SamplingSpec) -> Sampled:
-    """Guidance, filters, draw; logits (B or 2B, V), uniforms (B,). Only the drawn token's logprob
-    is kept: all probabilities of an image would be 16 MB."""
-    logp, entropies = log_distribution(mixed_logits(logits, spec), spec)
-    tokens = sample_tokens(logp, uniforms)
-    return Sampled(tokens, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropies)
-
-
 def decode_one_token(
     policy: Policy,
     state: DecodeState,
@@ -58,7 +51,7 @@ def decode_one_token(
 ) -> Sampled:
     """Append tokens (B,) and draw the next ones with uniforms (B,)."""
     inputs = tokens.repeat(2) if spec.guided_sampling else tokens
-    return sample(policy.decode_step(state, inputs, window), uniforms, spec)
+    return Sampled(*state.kernels.draw(policy.decode_step(state, inputs, window), uniforms, spec))
 
 
 class StaticStep:
@@ -105,10 +98,11 @@ class StaticStep:
 
     def _run(self) -> Sampled:
         position = self._state.position
-        empty = (self._slots > self._slot).view(1, 1, 1, -1)
-        bias = torch.zeros(empty.shape, device=empty.device).masked_fill(empty, -torch.inf)
-        if self._state.bias is not None:
-            bias = bias + self._state.bias[..., : self._size]
+        bias = None if self._state.bias is None else self._state.bias[..., : self._size]
+        if not self._state.kernels.live_slots:
+            empty = (self._slots > self._slot).view(1, 1, 1, -1)
+            mask = torch.zeros(empty.shape, device=empty.device).masked_fill(empty, -torch.inf)
+            bias = mask if bias is None else mask + bias
         window = Window(self._slot, self._size, bias)
         sampled = decode_one_token(
             self._policy, self._state, self._tokens, self._uniforms, self._spec, window
@@ -123,9 +117,11 @@ class Workspace:
     Weights may be written in place between steps, but not replaced.
     """
 
-    def __init__(self, policy: Policy, *, static: bool | None = None) -> None:
+    def __init__(
+        self, policy: Policy, *, static: bool | None = None, kernels: Kernels = plain
+    ) -> None:
         """static: use `StaticStep`; None is on a GPU only."""
-        self._policy = policy
+        self._policy, self._kernels = policy, kernels
         self._static = static
         self._state: DecodeState | None = None
         self._steps: dict[tuple[SamplingSpec, int], StaticStep] = {}
@@ -139,7 +135,7 @@ class Workspace:
         if before is not None and state.bias is not None and before.shape == state.bias.shape:
             before.copy_(state.bias)  # captured steps read the first bias's memory
             state.bias = before
-        return sample(logits, uniforms, spec)
+        return Sampled(*state.kernels.draw(logits, uniforms, spec))
 
     def step(self, tokens: Tensor, uniforms: Tensor, spec: SamplingSpec) -> Sampled:
         """Append tokens (B,) and draw the next ones."""
@@ -150,6 +146,8 @@ class Workspace:
             return decode_one_token(self._policy, state, tokens, uniforms, spec)
         slots = state.cache.shape[4]
         size = min(-(-(state.position + 1) // WINDOW) * WINDOW, slots)
+        if state.kernels.live_slots:
+            size = slots
         static = self._steps.get((spec, size))
         if static is None:
             static = StaticStep(self._policy, state, spec, size, len(tokens))
@@ -167,4 +165,5 @@ class Workspace:
         if self._state is None or self._state.cache.shape[2] != batch:
             self._state, self._steps, self._pool = None, {}, None
             self._state = self._policy.allocate(batch)
+            self._state.kernels = self._kernels
         return self._state

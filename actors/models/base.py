@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from actors.kernels import plain
+from actors.kernels.interface import Kernels, Window
 from actors.models.vq import VQConfig
 from cluster.errors import DataError
 from cluster.messages import Condition
@@ -65,19 +67,6 @@ class Conditions:
         return torch.arange(len(self.values), device=self.values.device)
 
 
-@dataclass(frozen=True)
-class Window:
-    """Where a decoding step writes its keys and values, and which slots it reads."""
-
-    slot: int | Tensor
-    """First slot written. A tensor (1,) int64 in a CUDA graph, which is replayed with other
-    contents."""
-    size: int
-    """Slots read, from slot 0."""
-    bias: Tensor | None = None
-    """(B or 1, 1, 1, size), added to the attention scores; None is zero."""
-
-
 @dataclass
 class DecodeState:
     """Static KV cache of a batch, and how far it is filled."""
@@ -88,6 +77,8 @@ class DecodeState:
     """Slots filled."""
     bias: Tensor | None = None
     """(B, 1, 1, S): score added to each slot (captions); None is zero."""
+    kernels: Kernels = plain
+    """What `Policy.decode_step` computes with."""
 
     def next_window(self) -> Window:
         """The next slot to write, and all filled slots to read."""

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from actors.models.base import DecodeState, Window
+from actors.kernels.interface import Kernels
+from actors.kernels.plain import rms_norm
+from actors.models.base import DecodeState
 
 MAX_PACKED_ROWS = 128  # above, a plain product is as fast and needs no second copy of the weights
 MIN_PACKED_WEIGHTS = 1 << 16  # below, a layer fits the cache and the call costs more than it saves
@@ -132,6 +134,22 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
+class RMSNorm(nn.Module):
+    """Statistics in fp32, cast back, then times the weight (the order matters in bf16)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def after(self, x: Tensor, change: Tensor | None, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        """The sum of both arguments, and its norm."""
+        return kernels.add_rms_norm(x, change, self.weight, self.eps)
+
+
 def run_block(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
     """A block's output. With checkpointing, its activations are recomputed in the backward pass; a
     block has no randomness to replay."""
@@ -152,37 +170,3 @@ def allocate_cache(
     if dtype is None:
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
     return DecodeState(torch.zeros((layers, 2, *rest), dtype=dtype, device=like.device))
-
-
-def cached_attention(
-    query: Tensor, key: Tensor, value: Tensor, cache: Tensor, window: Window
-) -> Tensor:
-    """Write keys and values into the cache and attend to the window; one query a row.
-
-    Args:
-        query, key, value: (B, H, 1, E).
-        cache: (2, B, H, S, E) of this layer.
-
-    Returns:
-        (B, H, 1, E) in the query's dtype.
-    """
-    write_cache(cache, key, value, window.slot)
-    keys, values = cache[0, :, :, : window.size], cache[1, :, :, : window.size]
-    wide = query.to(cache.dtype)
-    bias = None if window.bias is None else window.bias.to(cache.dtype)
-    if query.device.type != "cpu":
-        mixed = F.scaled_dot_product_attention(wide, keys, values, attn_mask=bias)
-        return mixed.type_as(query)
-    scores = wide @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5  # plain products beat SDPA
-    if bias is not None:
-        scores = scores + bias
-    return (scores.softmax(-1) @ values).type_as(query)
-
-
-def write_cache(cache: Tensor, key: Tensor, value: Tensor, place: int | Tensor) -> None:
-    """Copy keys and values (B, H, n, E) to slots `place`, place + 1, ... of (2, B, H, S, E)."""
-    for half, new in zip(cache, (key, value)):
-        if isinstance(place, int):
-            half[:, :, place : place + new.shape[2]] = new
-        else:
-            half.index_copy_(2, place, new.to(half.dtype))

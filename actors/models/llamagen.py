@@ -19,12 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actors.kernels import plain
+from actors.kernels.interface import Kernels, Rope
+from actors.kernels.plain import cached_attention, rotate
 from actors.models.base import (
     Conditioning,
     Conditions,
@@ -34,7 +38,7 @@ from actors.models.base import (
     Window,
     class_of,
 )
-from actors.models.layers import Head, Linear, allocate_cache, cached_attention, run_block
+from actors.models.layers import Head, Linear, RMSNorm, allocate_cache, run_block
 from actors.text.features import features_of
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
@@ -75,18 +79,6 @@ class LlamaGenConfig(PolicyArchitecture):
         return -(-int(8 * self.dim / 3) // 256) * 256
 
 
-class RMSNorm(nn.Module):
-    """Statistics in fp32, cast back, then times the weight (the order matters in bf16)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
-
-
 class Attention(nn.Module):
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
@@ -94,20 +86,27 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = Linear(config.dim, config.dim, bias=False)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, caption: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, attend: Attend, caption: Tensor | None) -> Tensor:
         """x (B, S, dim); rope two (S, E) tables; caption (B, dim): value of slot 0 instead of x's
         own."""
         batch, steps, dim = x.shape
-        qkv = self.wqkv(x).view(batch, steps, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key = _rotate(qkv[:2], rope).unbind()
+        qkv = self._split(x)
+        query, key = rotate(qkv[:2], rope).unbind()
         value = qkv[2]
         if caption is not None:
             first = caption.view(batch, 1, self.num_heads, -1).transpose(1, 2)
             value = torch.cat([first, value[:, :, 1:]], dim=2)
         mixed = attend(query, key, value)
         return self.wo(mixed.transpose(1, 2).reshape(batch, steps, dim))
+
+    def decode(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """One position: x (B, 1, dim); attend takes what `Kernels.attention` does first."""
+        return self.wo(attend(self._split(x)).transpose(1, 2).reshape(x.shape))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """Queries, keys and values (3, B, H, S, E), not yet rotated."""
+        qkv = self.wqkv(x).view(*x.shape[:2], 3, self.num_heads, -1)
+        return qkv.permute(2, 0, 3, 1, 4)
 
     def values(self, x: Tensor) -> Tensor:
         """Values (..., dim): the only contribution of a condition token."""
@@ -123,8 +122,8 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.dim, config.hidden_dim, bias=False)
         self.w2 = Linear(config.hidden_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Tensor, kernels: Kernels = plain) -> Tensor:
+        return self.w2(kernels.gated_silu(x, self.w1, self.w3))
 
 
 class Block(nn.Module):
@@ -138,13 +137,22 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         attend: Attend,
         caption: Tensor | None,
     ) -> Tensor:
         """caption: of this layer, from `CaptionRows.advance`."""
         x = x + self.attention(self.attention_norm(x), rope, attend, caption)
         return x + self.feed_forward(self.ffn_norm(x))
+
+    def decode(
+        self, x: Tensor, change: Tensor | None, attend: Callable[[Tensor], Tensor], kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        """One position. The hidden states are the sum of the first two arguments (B, 1, dim), and
+        of both results: the next norm takes the addition with it."""
+        x, normed = self.attention_norm.after(x, change, kernels)
+        x, normed = self.ffn_norm.after(x, self.attention.decode(normed, attend), kernels)
+        return x, self.feed_forward(normed, kernels)
 
     def captions(self, rows: Tensor, mask: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Captions' rows (U, C, dim) after this layer, and running means (U, C, dim) of their
@@ -300,13 +308,30 @@ class LlamaGen(nn.Module):
         """Start decoding: logits (B, V) fp32 of the first token."""
         first, caption = self._begin(conditions)
         state.position, state.bias = 0, _key_bias(conditions, state.cache.shape[4])
-        return self._step(state, first, None, caption)
+        window, x = state.next_window(), first
+        rope = self.rope_cos[:1], self.rope_sin[:1]
+        for cache, layer in zip(state.cache, self.layers):
+
+            def attend(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = cache) -> Tensor:
+                return cached_attention(query, key, value, cache, window)
+
+            x = layer(x, rope, attend, caption.advance(layer) if caption else None)
+        state.position = 1
+        return self._logits(x[:, -1])
 
     def decode_step(
         self, state: DecodeState, tokens: Tensor, window: Window | None = None
     ) -> Tensor:
         """Append tokens (B,) to the state; logits (B, V) fp32 of the next ones."""
-        return self._step(state, self.tok_embeddings(tokens).unsqueeze(1), window, None)
+        window, kernels = window or state.next_window(), state.kernels
+        rope = _rows(self.rope_cos, window.slot), _rows(self.rope_sin, window.slot)
+        x, change = self.tok_embeddings(tokens).unsqueeze(1), None
+        layer: Any
+        for cache, layer in zip(state.cache, self.layers):
+            attend = partial(kernels.attention, cache=cache, window=window, rope=rope)
+            x, change = layer.decode(x, change, attend, kernels)
+        state.position += 1
+        return self.output(self.norm.after(x, change, kernels)[1][:, -1])
 
     def _begin(self, conditions: Conditions) -> tuple[Tensor, CaptionRows | None]:
         """The last condition token of each row (B, 1, dim), and the captions."""
@@ -315,20 +340,6 @@ class LlamaGen(nn.Module):
             return embedded, None
         index = conditions.value_index()
         return embedded[:, -1:][index], CaptionRows(embedded, conditions.mask, index)
-
-    def _step(
-        self, state: DecodeState, x: Tensor, window: Window | None, caption: CaptionRows | None
-    ) -> Tensor:
-        window = window or state.next_window()
-        rope = _rows(self.rope_cos, window.slot), _rows(self.rope_sin, window.slot)
-        for cache, layer in zip(state.cache, self.layers):
-
-            def attend(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = cache) -> Tensor:
-                return cached_attention(query, key, value, cache, window)
-
-            x = layer(x, rope, attend, caption.advance(layer) if caption else None)
-        state.position += 1
-        return self._logits(x[:, -1])
 
     def _logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., dim) of the last block -> logits (..., V) fp32."""
@@ -351,13 +362,6 @@ def rope_tables(config: LlamaGenConfig) -> tuple[Tensor, Tensor]:
     cos = torch.cat([torch.zeros(1, half), angles.cos()])
     sin = torch.cat([torch.zeros(1, half), angles.sin()])
     return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
-
-
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate pairs (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), in fp32; x (..., S, E)."""
-    cos, sin = rope
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x.float() * cos, swapped.float(), sin).type_as(x)
 
 
 def _rows(table: Tensor, place: int | Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actors.kernels.plain import write_cache
 from actors.models.base import (
     Conditioning,
     Conditions,
@@ -30,14 +31,7 @@ from actors.models.base import (
     Window,
     class_of,
 )
-from actors.models.layers import (
-    Head,
-    Linear,
-    allocate_cache,
-    cached_attention,
-    run_block,
-    write_cache,
-)
+from actors.models.layers import Head, Linear, allocate_cache, run_block
 from actors.models.permuters import inverse, permutation
 from cluster.errors import ConfigError
 from cluster.messages import Condition
@@ -253,7 +247,7 @@ class TamingGPT(nn.Module):
         for cache, block in zip(state.cache, self.blocks):
 
             def attend(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = cache) -> Tensor:
-                return cached_attention(query, key, value, cache, window)
+                return state.kernels.attention((query, key, value), cache, window)
 
             x = block(x, attend)
         state.position += 1

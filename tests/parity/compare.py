@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.decoding.distribution import filtered_logits, log_distribution
+from actors.distribution import filtered_logits, log_distribution
 from cluster.messages import SamplingSpec
 from tests.parity.reference import Reference
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.decoding.distribution import log_distribution
+from actors.distribution import log_distribution
 from cluster.messages import SamplingSpec
 from tests.parity.compare import SHIPPED, at_the_edge, check_compared, check_distribution
 from tests.parity.reference import Reference, references

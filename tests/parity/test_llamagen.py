@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.decoding.distribution import guided_logits
+from actors.distribution import guided_logits
 from actors.models.base import Conditions
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
 from cluster.messages import Condition

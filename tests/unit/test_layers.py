@@ -130,6 +130,7 @@ MODULES = {
 }
 FORBIDDEN = {
     # room -> what it must not reach, directly or through others
+    "actors.kernels": {"actors.models", "actors.decoding"},
     "learner.grpo": {"learner.config", "learner.training", "learner.data"},
     "learner.data": {"learner.config", "learner.training"},
     "learner.training": {"learner.config", "learner.monitoring", "learner.checkpoints"},

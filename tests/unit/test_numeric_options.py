@@ -14,8 +14,8 @@ import yaml
 
 from actors import sample
 from actors.decoding.decode import decode_tokens
-from actors.decoding.distribution import sample_tokens
 from actors.decoding.steps import Workspace
+from actors.distribution import sample_tokens
 from actors.sample_source import run_source
 from cluster.errors import ConfigError, NotFiniteError
 from cluster.messages import Condition, SamplingSpec

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from actors.decoding.decode import decode_tokens, rollout_uniforms, token_logprobs
-from actors.decoding.distribution import (
+from actors.distribution import (
     filtered_logits,
     guided_logits,
     log_distribution,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from actors.models.running_sums import cumulative_probabilities, inverse_order
 from cluster.messages import SamplingSpec
 
 
@@ -42,9 +43,9 @@ def filtered_logits(logits: Tensor, spec: SamplingSpec) -> Tensor:
         logits = logits.masked_fill(logits.detach() < kth, -torch.inf)
     if spec.top_p < 1:
         ordered, order = logits.detach().sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
+        before = cumulative_probabilities(ordered.softmax(-1), ordered.dtype).roll(1, -1)
         before[..., 0] = 0
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > spec.top_p)
+        drop = inverse_order(before > spec.top_p, order)
         logits = logits.masked_fill(drop, -torch.inf)
     return logits
 
@@ -78,7 +79,7 @@ def sample_tokens(logp: Tensor, uniforms: Tensor) -> Tensor:
         arbitrary token: `decode_tokens` refuses the whole rollout later, which saves a device
         synchronisation per token.
     """
-    cumulative = logp.exp().cumsum(-1, dtype=torch.float64)
+    cumulative = cumulative_probabilities(logp.exp(), torch.float64)
     targets = uniforms.unsqueeze(-1) * cumulative[..., -1:]
     tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
     # Rounding can carry a uniform next to 1 past the end: the last token of the support takes it.

@@ -17,7 +17,7 @@ from actors.decoding.decode import decode_tokens, rollout_uniforms
 from actors.decoding.steps import Workspace
 from cluster.errors import CheckpointError, FleetError
 from cluster.messages import TRAIN, RolloutGroup, SampleRequest, WeightSnapshot
-from cluster.program.precision import exact_fp32
+from cluster.program.precision import refusals_explained, start_computing
 from cluster.roles import Resources
 from cluster.spans import Span
 from cluster.weights import load_weights
@@ -51,6 +51,7 @@ class SamplerConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     resources: SamplerResources = field(default_factory=SamplerResources)
+    reproducible: bool = False
 
 
 class Sampler:
@@ -61,7 +62,7 @@ class Sampler:
     """
 
     def __init__(self, config: SamplerConfig, name: str = "sampler") -> None:
-        exact_fp32()
+        start_computing(reproducible=config.reproducible)
         self.name = name
         self.version = -1  # no weights yet
         resources = config.resources
@@ -102,6 +103,7 @@ class Sampler:
         checkpoint."""
         self.version = -1
 
+    @refusals_explained("sampling")
     def sample(self, requests: Sequence[SampleRequest]) -> list[RolloutGroup]:
         """Decode the tokens of some groups as one batch. The first one has the span; in training,
         also those of weights loaded since.
@@ -164,6 +166,7 @@ class Sampler:
         self._loads.clear()
         return loads
 
+    @refusals_explained("the tokenizer's decoder")
     @torch.inference_mode()
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
         """Decode a group's tokens to images.

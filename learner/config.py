@@ -61,6 +61,10 @@ class RunConfig:
     """Learning iterations."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all random numbers of the run."""
+    reproducible: bool = False
+    """Results that depend on settings and seed alone on GPUs too, of one kind: deterministic
+    algorithms, and each request scored alone. Slower. Needs sampler.max_groups 1. On CPUs results
+    are reproducible without it."""
     groups_per_iteration: Annotated[int, Field(ge=1)] = 10
     """Conditions an iteration draws (P)."""
     rollouts_per_group: Annotated[int, Field(ge=2)] = 16
@@ -102,6 +106,12 @@ class RunConfig:
             raise ValueError(
                 f"{self.num_learners} learners need a GPU each (NCCL lets no two share one): set "
                 f"learner.num_gpus to 1, found {self.learner.num_gpus:g}"
+            )
+        if self.reproducible and self.sampler.max_groups > 1:
+            raise ValueError(
+                "reproducible needs sampler.max_groups 1, since which groups are decoded together "
+                f"depends on the clock, found {self.sampler.max_groups}: set it to 1, or leave out "
+                "--reproducible"
             )
         if self.rewards.loo_fid.seed_images < 2 * self.rollouts_per_group:
             raise ValueError(

@@ -15,6 +15,7 @@ from rewards.servers.moments_server import MomentsServer
 from rewards.servers.reward_server import REWARDS, RewardServer
 
 CONTROL_THREADS = 2  # of a reward server: statistics and features beside the scoring
+DEPTH = 2  # requests of a reward server that scores one at a time: the running one and the next
 
 
 def fleet_plan(config: RunConfig) -> FleetPlan:
@@ -23,6 +24,7 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
         policy=config.policy,
         tokenizer=config.tokenizer,
         resources=config.sampler,
+        reproducible=config.reproducible,
     )
     learner = LearnerConfig(
         policy=config.policy,
@@ -37,6 +39,7 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
         iterations=config.iterations,
         max_staleness=config.max_staleness,
         timeout_s=config.timeout_s,
+        reproducible=config.reproducible,
         wire_dtype=config.weights.wire(config.sampler.dtype),
     )
     return FleetPlan(
@@ -84,7 +87,7 @@ def _reward_role(
     runtime_env: Mapping[str, Any] | None = None,
 ) -> Role:
     """A pool of reward servers; the main one has no name, and serves the evaluations."""
-    depth = servers.depth(config.rollouts_per_group)
+    depth = DEPTH if config.reproducible else servers.depth(config.rollouts_per_group)
     server = RewardServerConfig(
         rewards=config.rewards,
         judge=config.judge if config.evaluation.num_images and not pool else None,
@@ -93,6 +96,7 @@ def _reward_role(
         device=servers.device,
         num_threads=servers.num_threads,
         timeout_s=config.timeout_s,
+        reproducible=config.reproducible,
     )
     return Role(
         name=f"reward-{pool or 'server'}",

@@ -222,6 +222,8 @@ class RewardServerConfig:
     num_threads: int = 1
     timeout_s: float = 600.0
     """Time limit of a batch, seconds."""
+    reproducible: bool = False
+    """Deterministic algorithms, and no batches across requests."""
 
     def scorer_names(self) -> dict[str, tuple[str, ...]]:
         """Panel -> names of its scores."""

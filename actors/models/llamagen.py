@@ -39,6 +39,7 @@ from actors.models.base import (
     class_of,
 )
 from actors.models.layers import Head, Linear, RMSNorm, allocate_cache, run_block
+from actors.models.running_sums import cumulative_rows
 from actors.text.features import features_of
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
@@ -158,7 +159,7 @@ class Block(nn.Module):
         """Captions' rows (U, C, dim) after this layer, and running means (U, C, dim) of their
         values in it; mask and counts of tokens so far (U, C, 1)."""
         values = self.attention.values(self.attention_norm(rows))
-        means = ((values.float() * mask).cumsum(1) / counts).type_as(values)
+        means = (cumulative_rows(values.float() * mask) / counts).type_as(values)
         rows = rows + self.attention.wo(means)
         return rows + self.feed_forward(self.ffn_norm(rows)), means
 
@@ -208,7 +209,7 @@ class CaptionRows:
         """rows (U, C, dim); mask (U, C), padded on the left; index (B,) into the captions."""
         self._rows, self._index = rows, index
         self._mask = mask.unsqueeze(-1).float()
-        self._counts = self._mask.cumsum(1).clamp(min=1)
+        self._counts = mask.unsqueeze(-1).cumsum(1).clamp(min=1).float()
 
     def advance(self, block: Any) -> Tensor:
         """Apply a `Block` to the captions; returns the mean of their values in it, (B, dim)."""

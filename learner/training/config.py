@@ -31,6 +31,8 @@ class LearnerConfig:
     """The run's."""
     iterations: int = 1
     max_staleness: int = 0
+    reproducible: bool = False
+    """Deterministic algorithms."""
     timeout_s: float = 600.0
     """Longest wait for the other learners of the group."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -16,7 +16,7 @@ from cluster.io.background import Background
 from cluster.messages import SamplingSpec, WeightSnapshot
 from cluster.model_files.tensors import read_tensors
 from cluster.model_files.weight_checks import check_finite
-from cluster.program.precision import exact_fp32
+from cluster.program.precision import refusals_explained, start_computing
 from cluster.spans import Span, Stopwatch
 from cluster.weights import Packer, SnapshotName, open_snapshot, pack_adapters
 from learner.grpo.entropy import Measured, initial_state, next_state
@@ -52,7 +52,7 @@ class Learner:
     """
 
     def __init__(self, config: LearnerConfig, name: str = "learner") -> None:
-        exact_fp32()
+        start_computing(reproducible=config.reproducible)
         self.name, self._config = name, config
         self.version = 0
         self._policy = LearnerPolicy(
@@ -73,6 +73,9 @@ class Learner:
         self._clock = Stopwatch(name)
         self._base: SnapshotName | None = None  # of the frozen weights, with LoRA
         self._join_group(DataParallelGroup(device=config.optimizer.device))
+        if config.reproducible:
+            with refusals_explained("the policy's backward pass"):
+                self._policy.rehearse(config.spec)
 
     def open_rendezvous(self, host: str, size: int) -> str:
         """Open the rendezvous of a group of `size` learners; returns its address."""
@@ -138,6 +141,7 @@ class Learner:
         with self._clock("pack"):
             return pack_adapters(self._policy.adapters(), self.version, self._base)
 
+    @refusals_explained("the learner's step")
     def step(self, batch: TrainingBatch) -> StepReport:
         """Learn from one iteration's rollouts: `updates_per_iteration` x `minibatches` optimizer
         steps.

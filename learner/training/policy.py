@@ -56,6 +56,16 @@ class LearnerPolicy:
         with self._precision():
             return token_likelihoods(self.module, tokens, conditions, spec)
 
+    def rehearse(self, spec: SamplingSpec) -> None:
+        """A backward pass of one rollout without effect, so that an operation without a
+        deterministic algorithm is refused before the run."""
+        tokens = torch.zeros(1, self.module.num_tokens, dtype=torch.long, device=self.device)
+        found = self.logprobs(tokens, any_conditions(self.module), spec)
+        loss = torch.stack([values.sum() for values in found]).sum()
+        # The first parameters suffice, since the way to them leads through all blocks.
+        trained = [p for p in self.module.parameters() if p.requires_grad][:2]
+        torch.autograd.grad(loss, trained, allow_unused=True)
+
     def join(self, dp_group: DataParallelGroup) -> None:
         """Shard the weights over the group; a reference that is a copy stays unsharded."""
         dp_group.shard_module(self.module)
@@ -142,3 +152,13 @@ class LearnerPolicy:
     def _precision(self) -> torch.autocast:
         bf16 = self._options.precision == "bf16"
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=bf16)
+
+
+def any_conditions(policy: PolicyModule) -> Conditions:
+    """A condition that the policy takes, of no meaning."""
+    config = policy.config
+    if config.conditioning != "caption":
+        return policy.encode([Condition(text="", class_index=0)])
+    shape = 1, config.caption_tokens, config.caption_dim
+    features = torch.zeros(shape, device=next(iter(policy.state_dict().values())).device)
+    return Conditions(features, torch.ones_like(features[..., 0], dtype=torch.bool))

@@ -200,6 +200,7 @@ SETTINGS: dict[str, Setting] = {
         ),
         lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1]),
     ),
+    "torch unwritten memory": _flag(torch.utils.deterministic, "fill_uninitialized_memory"),
     "torch denormals": Setting(lambda: _SMALL * 0.5 == 0, torch.set_flush_denormal),
     "cudnn": _flag(torch.backends.cudnn, "enabled"),
     "cudnn benchmark": _flag(torch.backends.cudnn, "benchmark"),

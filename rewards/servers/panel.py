@@ -9,6 +9,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.messages import Condition
+from cluster.program.precision import is_refusal, refusal, refusals_explained
 from rewards.base import FeatureExtractor, ImageErrors, Images, Scorer, image_fault
 from rewards.scorers.isolation import describe, of_the_user, one_line
 
@@ -61,10 +62,11 @@ class Panel:
 
     def warm(self) -> None:
         """Warm up scorers and extractors."""
-        for part in (*self._scorers.values(), *self.extractors.values()):
+        for name, part in (*self._scorers.items(), *self.extractors.items()):
             warm = getattr(part, "warm", None)
             if warm is not None:
-                warm()
+                with refusals_explained(name):
+                    warm()
 
     def score(self, images: Images, conditions: Sequence[Condition]) -> PanelScores:
         """Score N uint8 images with their N conditions.
@@ -76,6 +78,7 @@ class Panel:
         Raises:
             DataError: the batch as a whole is malformed.
             WrongShapeError: a scorer returned another number of values than it got images.
+            ConfigError: a scorer has no deterministic algorithm, and the run is to be reproducible.
         """
         _check_batch(images, conditions)
         images = _read_only(images)
@@ -139,6 +142,8 @@ def _guarded(
             found, wrong = _attempt(score, [*indices], images, conditions)
         except WrongShapeError as error:
             raise WrongShapeError(f"{name}: {error}") from error
+        except RuntimeError as error:  # `is_refusal`: the scorer's fault, not an image's
+            raise refusal(error, name) from error
         for index, value in found.items():
             values[index] = value
         faults |= {index: f"{name}: {fault}" for index, fault in wrong.items()}
@@ -171,7 +176,7 @@ def _attempt(
         except WrongShapeError:
             raise
         except BaseException as error:  # user code may raise anything
-            if of_the_user(error):
+            if of_the_user(error) or is_refusal(error):
                 raise
             break
     alone, wrong = _one_by_one(score, indices, images, conditions)
@@ -189,7 +194,7 @@ def _one_by_one(
         except ImageErrors as error:
             faults[index] = next(iter(_image_errors(error, 1).values()), describe(error))
         except BaseException as error:
-            if of_the_user(error):
+            if of_the_user(error) or is_refusal(error):
                 raise
             faults[index] = describe(error)
     return found, faults

@@ -19,7 +19,7 @@ from cluster.messages import (
     SampleRequest,
     ServerStats,
 )
-from cluster.program.precision import exact_fp32
+from cluster.program.precision import start_computing
 from cluster.roles import FEATURE_BATCH
 from cluster.spans import QUEUE, Span
 from rewards.base import FeatureExtractor, Images, Scorer
@@ -55,7 +55,7 @@ class RewardServer:
     """
 
     def __init__(self, config: RewardServerConfig, name: str = "reward-server") -> None:
-        exact_fp32()
+        start_computing(reproducible=config.reproducible)
         self.name, self._threads = name, config.num_threads
         self._panels = build_panels(config, config.batching.max_batch or None)
         self._failed = 0
@@ -64,7 +64,8 @@ class RewardServer:
         self._at = ""  # what is being scored
         self._batcher: Batcher[Job, PanelScores] = Batcher(
             self._score_jobs,
-            max_batch=config.batching.max_batch,
+            # which requests meet in a batch depends on the clock, and the batch on the rounding
+            max_batch=0 if config.reproducible else config.batching.max_batch,
             max_wait_s=config.batching.max_wait_ms / 1000,
             max_queued=config.batching.max_queued,
             batch_timeout_s=config.timeout_s,

@@ -1,0 +1,200 @@
+"""Deterministic algorithms: set at the start of every process that computes, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import ConfigError
+from cluster.fleet import InlineFleet
+from cluster.messages import Condition
+from cluster.program.precision import (
+    CUBLAS_WORKSPACE,
+    FIXED_WORKSPACES,
+    NCCL_ALGORITHM,
+    deterministic_algorithms,
+    refusals_explained,
+    start_computing,
+)
+from learner.checkpoints.resume import check_resume
+from learner.config import RunConfig, to_dict, validate
+from learner.fleet_plan import fleet_plan
+from learner.training.policy import LearnerPolicy
+from rewards.config import BatchingConfig, RewardsConfig, RewardServerConfig
+from rewards.servers.panel import Panel
+from rewards.servers.reward_server import RewardServer
+from tests.small_run import fingerprint, run_training, small_config
+from tests.unit.helpers import request
+from tests.unit.learner_cases import make, tiny_policy_file
+
+REFUSED = r"\(put_ does not have a deterministic implementation\): leave out --reproducible"
+
+
+@pytest.fixture(autouse=True)
+def put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in (CUBLAS_WORKSPACE, NCCL_ALGORITHM):
+        monkeypatch.setenv(name, "removed")  # so that it is restored
+        monkeypatch.delenv(name)
+    deterministic, fills = torch.backends.cudnn.deterministic, torch.utils.deterministic
+    yield
+    torch.use_deterministic_algorithms(False)
+    fills.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = deterministic
+
+
+def is_deterministic() -> bool:
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+        and torch.backends.cudnn.deterministic
+        and not torch.backends.cudnn.benchmark
+        and os.environ.get(CUBLAS_WORKSPACE) in FIXED_WORKSPACES
+    )
+
+
+def refused() -> None:
+    """An operation that has no deterministic algorithm on CPUs either."""
+    torch.zeros(3).put_(torch.tensor([0, 1]), torch.ones(2))
+
+
+@pytest.mark.parametrize("role", ["reward_server", "sampler", "learner"])
+def test_every_role_starts_so_if_asked(role: str) -> None:
+    assert not is_deterministic()
+    made = getattr(fleet_plan(RunConfig(reproducible=True)), role)
+    made.factory(made.config, name="it")
+    assert is_deterministic()
+
+
+def test_what_the_environment_asks_for_is_kept_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CUBLAS_WORKSPACE, ":16:8")
+    monkeypatch.setenv(NCCL_ALGORITHM, "Tree")
+    deterministic_algorithms()
+    assert os.environ[CUBLAS_WORKSPACE] == ":16:8"
+    assert os.environ[NCCL_ALGORITHM] == "Tree"
+    monkeypatch.setenv(CUBLAS_WORKSPACE, ":4096:2")
+    with pytest.raises(ConfigError, match=r"to be :4096:8 or :16:8, found ':4096:2'"):
+        deterministic_algorithms()
+
+
+def test_cuda_must_not_have_started_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(ConfigError, match="before CUDA starts, and this process has started it"):
+        start_computing(reproducible=True)
+    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setenv(CUBLAS_WORKSPACE, ":4096:8")
+    start_computing(reproducible=True)
+    assert is_deterministic()
+
+
+def test_a_refused_operation_is_explained_and_other_errors_pass() -> None:
+    deterministic_algorithms()
+    with (
+        pytest.raises(ConfigError, match=f"reproducible: a part cannot be computed.*{REFUSED}"),
+        refusals_explained("a part"),
+    ):
+        refused()
+    with pytest.raises(RuntimeError, match="another"), refusals_explained("a part"):
+        raise RuntimeError("another")
+
+
+class Refuses:
+    """A user's reward."""
+
+    def __init__(self, device: str) -> None:
+        pass
+
+    def __call__(self, images: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
+        refused()
+        return images.mean((1, 2, 3))
+
+
+def test_a_scorer_that_is_refused_stops_the_run_and_no_image_is_blamed() -> None:
+    rewards = RewardsConfig(extra=("tests.unit.cluster.program.test_reproducible:Refuses",))
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    asked = request(rollouts=2, condition=Condition(text="a three", class_index=3))
+    server = RewardServer(RewardServerConfig(judge=None, rewards=rewards))
+    assert server.score(asked, images).errors == (None, None)
+    server = RewardServer(RewardServerConfig(judge=None, rewards=rewards, reproducible=True))
+    with pytest.raises(ConfigError, match=f"refuses cannot be computed reproducibly.*{REFUSED}"):
+        server.score(asked, images)
+
+
+def test_a_network_that_is_refused_is_found_when_the_server_starts() -> None:
+    class Network:
+        def warm(self) -> None:
+            refused()
+
+        def __call__(self, images: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
+            return images.mean((1, 2, 3))
+
+    deterministic_algorithms()
+    with pytest.raises(ConfigError, match=f"clip cannot be computed reproducibly.*{REFUSED}"):
+        Panel({"clip": Network()}, {}).warm()
+
+
+def test_a_backward_pass_that_is_refused_is_found_when_the_learner_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny_policy_file(tmp_path)
+    make(file, reproducible=True)
+    plain = LearnerPolicy.logprobs
+
+    def logprobs(*args: object) -> object:
+        found = plain(*args)  # type: ignore[arg-type]
+        found.logprobs.register_hook(lambda gradient: refused())
+        return found
+
+    monkeypatch.setattr(LearnerPolicy, "logprobs", logprobs)
+    with pytest.raises(ConfigError, match=f"the policy's backward pass cannot be.*{REFUSED}"):
+        make(file, reproducible=True)
+
+
+def test_requests_at_once_are_scored_alone() -> None:
+    options = {"judge": None, "batching": BatchingConfig(max_batch=32, max_wait_ms=100.0)}
+    server = RewardServer(RewardServerConfig(**options, reproducible=True))  # type: ignore[arg-type]
+    generator = np.random.default_rng(0)
+    condition = Condition(text="a three", class_index=3)
+    images = generator.integers(0, 256, (6, 4, 8, 8, 3), np.uint8)
+    with ThreadPoolExecutor(6) as pool:
+        asked = [request(group, 4, condition=condition) for group in range(6)]
+        together = list(pool.map(server.score, asked, images))
+    assert server.stats().batches == 6
+    for number, found in enumerate(together):
+        alone = server.score(asked[number], images[number])
+        for name, values in alone.scores.items():
+            np.testing.assert_array_equal(found.scores[name], values)
+
+
+def test_groups_that_are_decoded_together_are_refused() -> None:
+    config = RunConfig()
+    with pytest.raises(ValueError, match=r"needs sampler.max_groups 1.*found 4: set it to 1"):
+        replace(config, sampler=replace(config.sampler, max_groups=4), reproducible=True)
+
+
+def test_it_belongs_to_the_run() -> None:
+    """A resumed run cannot change it; a configuration of before it reads as without."""
+    run = RunConfig()
+    with pytest.raises(ConfigError, match=r"cannot change reproducible \(False in the run, True"):
+        check_resume(run, replace(run, reproducible=True))
+    older = to_dict(run)
+    del older["reproducible"]
+    check_resume(validate(older, "config.yaml"), run)
+
+
+def test_on_a_cpu_it_changes_no_number() -> None:
+    def found(**changes: object) -> list[tuple]:
+        config = small_config(iterations=1, real={"weight": 0.1}, **changes)
+        with InlineFleet(fleet_plan(config)) as fleet:
+            return fingerprint(run_training(config, fleet))
+
+    plain = found()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert found(reproducible=True) == plain
+    assert is_deterministic()

@@ -63,9 +63,7 @@ def test_sums_of_captions_and_their_gradients(autocast: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found, plain = running_sums.triangular_sums(rows), rows.cumsum(1)
         torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
-    ours, theirs = (
-        torch.autograd.grad((sums * weights).sum(), rows)[0] for sums in (found, plain)
-    )
+    ours, theirs = (torch.autograd.grad((sums * weights).sum(), rows)[0] for sums in (found, plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 

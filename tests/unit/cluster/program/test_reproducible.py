@@ -1,4 +1,4 @@
-"""Deterministic algorithms: set at the start of every process that computes, and what they refuse."""
+"""Deterministic algorithms: set where every process that computes starts, and what they refuse."""
 
 from __future__ import annotations
 

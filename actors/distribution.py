@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from actors.models.running_sums import cumulative_probabilities, inverse_order
+from actors.running_sums import cumulative_probabilities, inverse_order
 from cluster.messages import SamplingSpec
 
 

@@ -39,7 +39,7 @@ from actors.models.base import (
     class_of,
 )
 from actors.models.layers import Head, Linear, RMSNorm, allocate_cache, run_block
-from actors.models.running_sums import cumulative_rows
+from actors.running_sums import cumulative_rows
 from actors.text.features import features_of
 from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.decoding.distribution import filtered_logits, sample_tokens
-from actors.models import running_sums
+from actors import running_sums
+from actors.distribution import filtered_logits, sample_tokens
 from actors.models.llamagen import CaptionRows
 from cluster.messages import SamplingSpec
 

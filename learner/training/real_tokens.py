@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actors.checkpoints.loading import TokenizerConfig, load_tokenizer
 from actors.models.base import Policy
+from actors.models.vq import VQTokenizer
 from actors.text.tables import UNREADABLE_PARQUET
 from cluster.bounds import check_at_most
 from cluster.errors import DataError
@@ -160,20 +161,28 @@ def _integers(source: str, name: str, values: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def _encoded(images: np.ndarray, policy: Policy, config: TokenizerConfig) -> np.ndarray:
-    """(N, H, W, 3) uint8 -> (N, T) int64 in the policy's order."""
-    tokenizer = load_tokenizer(config)
-    parts = []
-    for at in range(0, len(images), ENCODED_AT_ONCE):
-        pixels = torch.from_numpy(images[at : at + ENCODED_AT_ONCE]).permute(0, 3, 1, 2)
-        parts.append(tokenizer.encode(pixels.float() / 127.5 - 1).flatten(1))
-    codes = torch.cat(parts)
-    places = policy.codes(torch.arange(policy.num_tokens).view(1, -1).to(_device(policy)))
+    """(N, H, W, 3) uint8 -> (N, T) int64 in the policy's order; encoded on the policy's device."""
+    device = _device(policy)
+    codes = encode_images(load_tokenizer(config, device=device), images, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the encoder's memory, for processes that share the GPU
+    places = policy.codes(torch.arange(policy.num_tokens).view(1, -1).to(device))
     if places.numel() != codes.shape[1]:
         raise DataError(
             f"real images of {images.shape[1]} x {images.shape[2]} pixels give {codes.shape[1]} "
             f"tokens, but the policy draws {places.numel()}"
         )
     return codes[:, places.flatten().cpu().argsort()].numpy()
+
+
+def encode_images(tokenizer: VQTokenizer, images: np.ndarray, device: torch.device) -> Tensor:
+    """(N, H, W, 3) uint8 -> codes (N, T) int64 on the CPU, raster order; computed in fp32 on the
+    tokenizer's device."""
+    parts = []
+    for at in range(0, len(images), ENCODED_AT_ONCE):
+        pixels = torch.from_numpy(images[at : at + ENCODED_AT_ONCE]).to(device)
+        parts.append(tokenizer.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).flatten(1))
+    return torch.cat(parts).cpu()
 
 
 def _device(policy: Policy) -> torch.device:

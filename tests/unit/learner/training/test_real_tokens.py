@@ -14,9 +14,11 @@ import torch
 from actors.checkpoints.loading import PolicyConfig, TokenizerConfig, load_policy, load_tokenizer
 from actors.decoding.decode import token_logprobs
 from actors.models.taming import TamingConfig, TamingGPT
+from actors.models.vq import VQTokenizer
 from cluster.errors import CheckpointError, DataError
 from cluster.messages import SamplingSpec
 from learner.data.datasets import load_images, load_labels
+from learner.training import real_tokens
 from learner.training.optimizer import OptimizerConfig
 from learner.training.real_tokens import RealTokens, RealTokensConfig, check_source, cross_entropy
 from tests.fuzzing import check_reader
@@ -75,6 +77,24 @@ def test_digits_are_encoded_and_decode_to_themselves() -> None:
     error = np.abs(pixels.astype(float) - images[:50]).mean()
     shuffled = np.abs(pixels.astype(float) - images[50:100]).mean()
     assert error < 0.4 * shuffled
+
+
+def test_images_are_encoded_on_the_policys_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the batches in which one would encode them by hand, so with the same tokens."""
+    asked = []
+
+    def noted(config: TokenizerConfig, *, device: torch.device) -> VQTokenizer:
+        asked.append(device)
+        return load_tokenizer(config, device=device)
+
+    monkeypatch.setattr(real_tokens, "load_tokenizer", noted)
+    policy = load_policy(PolicyConfig())
+    real = RealTokens(RealTokensConfig(weight=1.0), policy, TokenizerConfig())
+    assert asked == [next(policy.parameters()).device]
+    tokenizer, images = load_tokenizer(TokenizerConfig()), load_images("digits:train")
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    codes = [tokenizer.encode(part) for part in pixels.split(real_tokens.ENCODED_AT_ONCE)]
+    assert torch.equal(policy.codes(torch.from_numpy(real.tokens)), torch.cat(codes))
 
 
 def test_tokens_are_put_into_the_order_of_the_policy() -> None:

@@ -159,6 +159,7 @@ def load_features(config: FeaturesConfig, device: str = "cpu") -> FeatureExtract
         CheckpointError: missing weights, not reachable, or of another network.
         ConfigError: unknown model.
     """
+    exact_fp32()
     if config.network == "pixels":
         return PixelFeatures()
     if config.network == "convnet":
@@ -168,7 +169,6 @@ def load_features(config: FeaturesConfig, device: str = "cpu") -> FeatureExtract
 
 def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
     """Fingerprints name the preprocessing; change both together."""
-    exact_fp32()
     network: nn.Module
     embed: Callable[[Tensor], Tensor]
     if config.network == "inception":

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ast
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 
+from actors import sample
+from actors.captions import CaptionsConfig, encode_file
+from actors.sample_source import SampleConfig
 from cluster.messages import Condition
 from cluster.program.precision import exact_fp32, fp32_flags
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
+from learner.miniature.build import BuildConfig, Builder
 from rewards.config import RewardServerConfig
 from rewards.networks.extractor import NetworkFeatures
 from rewards.networks.features import FeaturesConfig, load_features
@@ -121,6 +126,46 @@ def test_every_role_starts_so(role: str) -> None:
     made = getattr(fleet_plan(RunConfig()), role)
     made.factory(made.config, name="it")
     assert flags() == EXACT
+
+
+class ReachedError(Exception):
+    """Stands for the computation that would follow."""
+
+
+def reached(*args: object, **options: object) -> None:
+    assert flags() == EXACT
+    raise ReachedError
+
+
+@pytest.mark.parametrize(
+    ("place", "run"),
+    [
+        (
+            "actors.sample.load_policy",
+            lambda out: sample.prepare(SampleConfig(out=out / "samples", classes="0")),
+        ),
+        (
+            "actors.captions.CaptionEncoder",
+            lambda out: encode_file(
+                CaptionsConfig(captions=out / "texts.txt", features=out / "f.parquet")
+            ),
+        ),
+        ("rewards.networks.features.load_convnet", lambda out: load_features(FeaturesConfig())),
+        (
+            "learner.miniature.training.train_tokenizer",
+            lambda out: Builder(BuildConfig(out=out), Progress()).build(),
+        ),
+    ],
+)
+def test_every_command_that_computes_starts_so(
+    place: str, run: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first model: sampling, captions, references (features), the miniature's build. All
+    others compute in roles."""
+    (tmp_path / "texts.txt").write_text("a three\n")
+    monkeypatch.setattr(place, reached)
+    with pytest.raises(ReachedError):
+        run(tmp_path)
 
 
 def test_nothing_else_sets_them() -> None:

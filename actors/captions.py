@@ -41,7 +41,7 @@ from cluster.io.locks import locked_file
 from cluster.io.paths import output_path
 from cluster.program.console import exit_status, progress_bar
 from cluster.program.invocation import command_of
-from cluster.program.precision import exact_fp32
+from cluster.program.precision import start_computing
 from cluster.text_limits import LongCaptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -102,7 +102,7 @@ def encode_file(config: CaptionsConfig) -> None:
     """
     if config.batch < 1 or config.max_tokens < 1:
         raise ConfigError("batch and max_tokens must be >= 1")
-    exact_fp32()
+    start_computing()
     features = output_path(config.features, "FEATURES")
     with locked_file(features, str(features)):
         if features.exists():

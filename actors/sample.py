@@ -48,7 +48,7 @@ from cluster.messages import Condition, RequestKey, SamplingSpec
 from cluster.program.console import FAILED, INTERRUPTED, REFUSED, progress_bar
 from cluster.program.help import answer_help
 from cluster.program.invocation import command_of
-from cluster.program.precision import exact_fp32
+from cluster.program.precision import start_computing
 from cluster.program.streams import printable
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def prepare(config: SampleConfig) -> Plan:
     if source.spec.guidance_note:
         logger.warning("note: --cfg-scale: %s", source.spec.guidance_note)
     dtype = _dtype(config.dtype, device)
-    exact_fp32()
+    start_computing()
     policy = load_policy(source.policy, device=device, dtype=dtype)
     decoder = load_decoder(source.tokenizer, device=device)
     codes = decoder.config.codebook_size

@@ -49,7 +49,8 @@ class Kernels(Protocol):
 
         Args:
             qkv: queries, keys and values (B, H, 1, E); with `rope`, one tensor (3, B, H, 1, E).
-            cache: (2, B, H, S, E) of this layer; attention reads what was written, in its dtype.
+            cache: (2, B, H, S, W) of this layer, W >= E: on an accelerator heads are padded with
+                zeros, so that rows fill 16 bytes. Attention reads what was written, in its dtype.
             rope: of this position; None rotates nothing.
 
         Returns:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.distribution import log_distribution, mixed_logits, sample_tokens
+from actors.kernels.attention import full_attention
 from actors.kernels.interface import Rope, Window
 from cluster.messages import SamplingSpec
 
@@ -32,7 +33,7 @@ def cached_attention(
 
     Args:
         query, key, value: (B, H, 1, E).
-        cache: (2, B, H, S, E) of this layer.
+        cache: (2, B, H, S, W) of this layer; W >= E, see `padded_head_dim`.
 
     Returns:
         (B, H, 1, E) in the query's dtype.
@@ -41,9 +42,10 @@ def cached_attention(
     keys, values = cache[0, :, :, : window.size], cache[1, :, :, : window.size]
     wide = query.to(cache.dtype)
     bias = None if window.bias is None else window.bias.to(cache.dtype)
-    if query.device.type != "cpu":
-        mixed = F.scaled_dot_product_attention(wide, keys, values, attn_mask=bias)
-        return mixed.type_as(query)
+    if query.device.type != "cpu" or cache.shape[-1] != query.shape[-1]:
+        return full_attention(wide, keys, values, mask=bias, head_dim=cache.shape[-1]).type_as(
+            query
+        )
     scores = wide @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5  # plain products beat SDPA
     if bias is not None:
         scores = scores + bias
@@ -51,8 +53,8 @@ def cached_attention(
 
 
 def write_cache(cache: Tensor, key: Tensor, value: Tensor, place: int | Tensor) -> None:
-    """Copy keys and values (B, H, n, E) to slots `place`, place + 1, ... of (2, B, H, S, E)."""
-    for half, new in zip(cache, (key, value)):
+    """Copy keys and values (B, H, n, E) to slots `place`, place + 1, ... of (2, B, H, S, W)."""
+    for half, new in zip(cache[..., : key.shape[-1]], (key, value)):
         if isinstance(place, int):
             half[:, :, place : place + new.shape[2]] = new
         else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from actors.kernels.attention import padded_head_dim
 from actors.kernels.interface import Kernels
 from actors.kernels.plain import rms_norm
 from actors.models.base import DecodeState
@@ -66,8 +67,9 @@ class Linear(nn.Linear):
 
     def _packable(self, x: Tensor) -> bool:
         return (
-            torch.is_inference_mode_enabled()
-            and x.device.type == "cpu"
+            x.device.type == "cpu"
+            and not torch.compiler.is_compiling()  # it cannot trace the next question
+            and torch.is_inference_mode_enabled()
             and x.numel() <= MAX_PACKED_ROWS * self.in_features
             and self.weight.numel() >= MIN_PACKED_WEIGHTS
             and torch.backends.mkldnn.is_available()
@@ -161,12 +163,14 @@ def run_block(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
 def allocate_cache(
     shape: tuple[int, int, int, int, int], like: Tensor, dtype: torch.dtype | None
 ) -> DecodeState:
-    """A zeroed cache of `shape` (L, B, H, S, E) on the device of `like`.
+    """A zeroed cache of `shape` (L, B, H, S, E) on the device of `like`; with heads padded as
+    `padded_head_dim` says.
 
     Zeroed, because a step reads unwritten slots under a bias of -inf, and 0 * NaN is NaN. fp32 on
     any CPU: attention in bf16 is slower there.
     """
-    layers, *rest = shape
+    layers, *rest, head_dim = shape
+    width = padded_head_dim(head_dim, like.device.type)
     if dtype is None:
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-    return DecodeState(torch.zeros((layers, 2, *rest), dtype=dtype, device=like.device))
+    return DecodeState(torch.zeros((layers, 2, *rest, width), dtype=dtype, device=like.device))

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.kernels import plain
+from actors.kernels.attention import full_attention
 from actors.kernels.interface import Kernels, Rope
 from actors.kernels.plain import cached_attention, rotate
 from actors.models.base import (
@@ -288,11 +289,7 @@ class LlamaGen(nn.Module):
             ones = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
             bias = bias.masked_fill(~ones.tril(), -torch.inf).to(x.dtype)
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=bias, is_causal=bias is None
-            )
-
+        attend = partial(full_attention, mask=bias, causal=bias is None)
         rope = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
         for layer in self.layers:
             shared = caption.advance(layer) if caption else None

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actors.kernels.attention import full_attention
 from actors.kernels.plain import write_cache
 from actors.models.base import (
     Conditioning,
@@ -271,12 +273,7 @@ class TamingGPT(nn.Module):
             mask = torch.ones(steps, steps, dtype=torch.bool, device=self.pos_emb.device).tril()
             mask[:opened, :opened] = True
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None
-            )
-
-        return attend
+        return partial(full_attention, mask=mask, causal=mask is None)
 
     def _logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., dim) of the last block -> logits (..., V) fp32."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actors.kernels.attention import full_attention
 from cluster.errors import ConfigError
 
 PixelRule = Literal["llamagen", "taming"]
@@ -110,7 +111,7 @@ class AttnBlock(nn.Module):
             layer(normed).flatten(2).transpose(1, 2).unsqueeze(1)
             for layer in (self.q, self.k, self.v)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = full_attention(query, key, value)
         return x + self.proj_out(mixed.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 

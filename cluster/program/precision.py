@@ -41,7 +41,7 @@ def fp32_flags() -> dict[str, torch.backends._FP32Precision]:
     }
 
 
-def start_computing(*, reproducible: bool) -> None:
+def start_computing(*, reproducible: bool = False) -> None:
     """Set how this process computes. Called by every role before it loads a model.
 
     Args:
@@ -51,8 +51,20 @@ def start_computing(*, reproducible: bool) -> None:
         ConfigError: as `deterministic_algorithms`.
     """
     exact_fp32()
+    without_cudnn_attention()
     if reproducible:
         deterministic_algorithms()
+
+
+def without_cudnn_attention() -> None:
+    """Exclude cuDNN from `scaled_dot_product_attention`; flash and memory-efficient attention stay.
+
+    On sm90 torch >= 2.11 prefers it. With a mask its gradient of the queries was NaN where the
+    length is 64 modulo 128 (pytorch #196678), and masks of another dtype were misread (#191612).
+    torch's switches belong to the process: one around each call would race with other threads.
+    Attention is 2 to 4 % of the operations of a pass over 256 tokens: its speed hardly counts.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def deterministic_algorithms() -> None:

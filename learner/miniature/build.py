@@ -36,7 +36,7 @@ from cluster.model_files.tensors import write_tensors
 from cluster.model_files.torchvision_ops import ensure_torchvision
 from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.program.invocation import command_of
-from cluster.program.precision import exact_fp32
+from cluster.program.precision import start_computing
 from cluster.program.streams import safe_streams
 from learner.config import DEFAULT_PRESET, load_preset, to_dict
 from learner.data.digits import CLASS_NAMES, IMAGE_SIZE, captions, digits, to_pixels
@@ -106,7 +106,7 @@ class Builder:
         return count, lambda: self.progress.advance(task)
 
     def build(self) -> None:
-        exact_fp32()
+        start_computing()
         torch.set_num_threads(self.config.num_threads)
         out = self.config.out
         out.mkdir(parents=True, exist_ok=True)

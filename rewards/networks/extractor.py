@@ -27,7 +27,7 @@ class NetworkFeatures:
         fingerprint: of network, weights and preprocessing.
         batch: images in a forward pass.
         precision: bf16 is autocast with fp32 weights; fp32 excludes TF32 after
-            `cluster.program.precision.exact_fp32`.
+            `cluster.program.precision.start_computing`.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError, DataError
-from cluster.program.precision import exact_fp32
+from cluster.program.precision import start_computing
 from rewards.base import FeatureExtractor, ImageErrors, Images
 from rewards.networks.convnet import convnet_fingerprint, load_convnet
 from rewards.networks.extractor import NetworkFeatures, each_size
@@ -159,7 +159,7 @@ def load_features(config: FeaturesConfig, device: str = "cpu") -> FeatureExtract
         CheckpointError: missing weights, not reachable, or of another network.
         ConfigError: unknown model.
     """
-    exact_fp32()
+    start_computing()
     if config.network == "pixels":
         return PixelFeatures()
     if config.network == "convnet":

@@ -70,7 +70,7 @@ class Sampler:
         dtype = getattr(torch, resources.dtype)
         self._policy = load_policy(config.policy, weights=False, device=self._device, dtype=dtype)
         self._decoder = load_decoder(config.tokenizer, device=self._device)
-        self._workspaces: dict[int, Workspace] = {}  # by number of groups
+        self._workspace = Workspace(self._policy)
         self._loads: deque[Span] = deque(maxlen=KEPT_LOADS)  # not yet reported with a group
         self._stream: torch.cuda.Stream | None = None
         if torch.device(self._device).type == "cuda":
@@ -134,7 +134,7 @@ class Sampler:
             self._policy.encode([r.condition for r in requests for _ in range(r.num_rollouts)]),
             torch.from_numpy(np.concatenate(uniforms)).to(self._device),
             first.spec,
-            self._workspace(len(requests)),
+            self._workspace,
         )
         tokens = decoded.tokens.to(torch.int32).cpu().numpy()
         logprobs, entropies = decoded.logprobs.cpu().numpy(), decoded.entropies.cpu().numpy()
@@ -152,12 +152,6 @@ class Sampler:
         spans = (*self._take_loads(first), Span(self.name, "sample", start, time.time()))
         groups[0] = replace(groups[0], spans=spans)
         return groups
-
-    def _workspace(self, groups: int) -> Workspace:
-        """One for each number of groups, so that CUDA graphs are captured once a size."""
-        if groups not in self._workspaces:
-            self._workspaces[groups] = Workspace(self._policy)
-        return self._workspaces[groups]
 
     def _take_loads(self, request: SampleRequest) -> tuple[Span, ...]:
         if request.stream != TRAIN:

@@ -85,7 +85,11 @@ def decode_tokens(
         sampled = workspace.step(sampled.tokens, uniforms[:, position], spec)
         columns.append(sampled)
     decoded = Decoded(*(torch.stack(column, dim=1) for column in zip(*columns)))
-    _check_finite(decoded, policy, spec)
+    try:
+        _check_finite(decoded, policy, spec)
+    except NotFiniteError:
+        workspace.clear()
+        raise
     return decoded
 
 

@@ -9,6 +9,7 @@ Shapes: B batch, V vocabulary, S slots of the cache.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from cluster.messages import SamplingSpec
 
 WINDOW = 64  # slots: a captured step reads at most this many empty ones
 WARM_UP = 3  # eager steps before a capture, as PyTorch asks for
+KEPT = 16  # pairs (rows, spec): groups decoded together in training and evaluation, and galleries
 
 
 class Sampled(NamedTuple):
@@ -112,7 +114,12 @@ class StaticStep:
 
 
 class Workspace:
-    """What successive decodings share: the KV cache and, on a GPU, captured steps.
+    """What successive decodings share: memory for the KV cache and, on a GPU, captured steps.
+
+    Batches of all sizes use the same memory, as large as the largest of them needs, and each keeps
+    its captured steps: training, evaluation and galleries take turns without capturing anew. A
+    batch larger than all before replaces the memory and drops the steps. Of pairs (rows, spec) at
+    most `KEPT` have steps; the least recently used are dropped. All graphs share one pool.
 
     Weights may be written in place between steps, but not replaced.
     """
@@ -123,13 +130,15 @@ class Workspace:
         """static: use `StaticStep`; None is on a GPU only."""
         self._policy, self._kernels = policy, kernels
         self._static = static
-        self._state: DecodeState | None = None
-        self._steps: dict[tuple[SamplingSpec, int], StaticStep] = {}
+        self._largest: DecodeState | None = None
+        self._states: dict[int, DecodeState] = {}  # by rows; their caches are parts of the largest
+        self._state: DecodeState | None = None  # of the present decoding
+        self._steps: dict[tuple[int, SamplingSpec], dict[int, StaticStep]] = {}  # by size of window
         self._pool: Any = None
 
     def prefill(self, conditions: Conditions, uniforms: Tensor, spec: SamplingSpec) -> Sampled:
         """Draw the first token of each rollout; conditions from `with_null_conditions`."""
-        state = self._allocated(len(conditions))
+        state = self._state = self._state_of(len(conditions))
         before = state.bias
         logits = self._policy.prefill(state, conditions)
         if before is not None and state.bias is not None and before.shape == state.bias.shape:
@@ -148,10 +157,10 @@ class Workspace:
         size = min(-(-(state.position + 1) // WINDOW) * WINDOW, slots)
         if state.kernels.live_slots:
             size = slots
-        static = self._steps.get((spec, size))
+        steps = self._steps_of(state, spec)
+        static = steps.get(size)
         if static is None:
-            static = StaticStep(self._policy, state, spec, size, len(tokens))
-            self._steps[spec, size] = static
+            static = steps[size] = StaticStep(self._policy, state, spec, size, len(tokens))
             if state.cache.is_cuda:
                 static.load(tokens, uniforms, state.position)
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -160,10 +169,35 @@ class Workspace:
         state.position += 1
         return sampled
 
-    def _allocated(self, batch: int) -> DecodeState:
-        """The cache of a batch size; another size frees the previous one."""
-        if self._state is None or self._state.cache.shape[2] != batch:
-            self._state, self._steps, self._pool = None, {}, None
-            self._state = self._policy.allocate(batch)
-            self._state.kernels = self._kernels
-        return self._state
+    def clear(self) -> None:
+        """Zero the cache: steps with a fixed window read slots of earlier decodings under a bias of
+        -inf, which does not hide NaN."""
+        if self._largest is not None:
+            self._largest.cache.zero_()
+
+    def _state_of(self, rows: int) -> DecodeState:
+        """The cache of so many rows, a part of the largest one."""
+        if self._largest is None or self._largest.cache.shape[2] < rows:
+            self._drop()
+            self._largest = self._policy.allocate(rows)
+        if rows not in self._states:
+            layers, halves, _, *rest = self._largest.cache.shape
+            shape = (layers, halves, rows, *rest)
+            cache = self._largest.cache.view(-1)[: math.prod(shape)].view(shape)
+            self._states[rows] = DecodeState(cache, kernels=self._kernels)
+        return self._states[rows]
+
+    def _drop(self) -> None:
+        """Free all memory, before a larger cache is allocated."""
+        self._largest, self._state, self._states = None, None, {}
+        self._steps, self._pool = {}, None  # a pool whose graphs are gone cannot be used again
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the old cache's memory is of no use to the new one
+
+    def _steps_of(self, state: DecodeState, spec: SamplingSpec) -> dict[int, StaticStep]:
+        """Steps of a number of rows and a spec, which become the most recently used."""
+        key = state.cache.shape[2], spec
+        self._steps[key] = self._steps.pop(key, {})
+        while len(self._steps) > KEPT:
+            del self._steps[next(iter(self._steps))]
+        return self._steps[key]

@@ -16,6 +16,7 @@ from typing import Literal
 from actors.checkpoints.loading import count_parameters
 from actors.checkpoints.zoo import family_of
 from actors.decoding.decode import positions_at_once
+from actors.kernels.attention import padded_head_dim
 from actors.models.base import PolicyArchitecture
 
 FP32, BF16 = 4, 2
@@ -107,13 +108,14 @@ def sampler_memory(
     guided: bool = False,
     max_groups: int = 1,
 ) -> float:
-    """Bytes of a sampler: weights and KV caches.
+    """Bytes of a sampler: weights, and the KV cache of the largest batch, which all others share.
 
     Args:
         rollouts: of a group.
-        max_groups: decoded together at most; 1, 2, 4, ... up to it have a cache each.
+        max_groups: decoded together at most.
     """
     width = FP32 if dtype == "float32" else BF16
-    rows = rollouts * (2 if guided else 1) * (2 * max_groups - 1)
-    cache = 2 * architecture.num_layers * rows * architecture.num_tokens * architecture.dim
+    rows = rollouts * (2 if guided else 1) * max_groups
+    heads = architecture.num_heads * padded_head_dim(architecture.head_dim, "cuda")
+    cache = 2 * architecture.num_layers * rows * architecture.num_tokens * heads
     return width * (count_parameters(architecture) + cache)

@@ -33,6 +33,10 @@ class SamplerResources(Resources):
     """Dtype of the policy's weights and activations while sampling. With bfloat16 the head's
     operands are rounded, its sums are not: logits are fp32. Behaviour and learner logprobs differ
     slightly (policy/mismatch_kl)."""
+    image_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which the tokenizer turns tokens into images. bfloat16 is faster on a GPU, and moves
+    pixels: of the miniature by at most one of 255 levels, of VQ-16 with random weights by one on
+    average and nine at most."""
     max_groups: int = 1
     """Most groups of an iteration that a sampler decodes as one batch: 1, 2, 4, ... fill a GPU when
     groups are small. With more than 1, other batch sizes round differently, so that results depend
@@ -69,7 +73,8 @@ class Sampler:
         self._device, self._threads = resources.device, resources.num_threads
         dtype = getattr(torch, resources.dtype)
         self._policy = load_policy(config.policy, weights=False, device=self._device, dtype=dtype)
-        self._decoder = load_decoder(config.tokenizer, device=self._device)
+        image_dtype = getattr(torch, resources.image_dtype)
+        self._decoder = load_decoder(config.tokenizer, device=self._device, dtype=image_dtype)
         self._workspace = Workspace(self._policy)
         self._loads: deque[Span] = deque(maxlen=KEPT_LOADS)  # not yet reported with a group
         self._stream: torch.cuda.Stream | None = None

@@ -94,9 +94,17 @@ def load_policy(
     return policy.eval().requires_grad_(False)
 
 
-def load_decoder(config: TokenizerConfig, *, device: str | torch.device = "cpu") -> VQDecoder:
-    """Build the decoding half of a tokenizer and load its weights, fp32, in eval mode."""
-    return _load_tokenizer(VQDecoder, config, device)
+def load_decoder(
+    config: TokenizerConfig,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VQDecoder:
+    """Build the decoding half of a tokenizer and load its weights, in eval mode; for `dtype` see
+    `VQDecoder.decode_in`."""
+    decoder = _load_tokenizer(VQDecoder, config, device)
+    decoder.decode_in(dtype)
+    return decoder
 
 
 def load_tokenizer(config: TokenizerConfig, *, device: str | torch.device = "cpu") -> VQTokenizer:

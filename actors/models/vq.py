@@ -212,6 +212,7 @@ class ConvDecoder(nn.Module):
         x = self.conv_in(z)
         for module in (*self.mid, *self.conv_blocks):
             x = module(x)
+        x = x.to(self.conv_out.weight.dtype)  # fp32, see `VQDecoder.decode_in`
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -258,7 +259,18 @@ class VQDecoder(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """(B, h, w) integers -> (B, 3, H, W) float, about [-1, 1]."""
-        return self.decode_latents(F.embedding(codes, self.quantize.vectors()).permute(0, 3, 1, 2))
+        latents = F.embedding(codes, self.quantize.vectors()).permute(0, 3, 1, 2)
+        return self.decode_latents(latents.to(self.post_quant_conv.weight.dtype))
+
+    def decode_in(self, dtype: torch.dtype) -> None:
+        """Compute images in `dtype` from now on. In half precision, the codebook and the layers
+        that the pixels come out of stay fp32, and convolutions have their channels last, as tensor
+        cores read them."""
+        if dtype == torch.float32:
+            return
+        decoder = self.decoder
+        for part in (self.post_quant_conv, decoder.conv_in, decoder.mid, decoder.conv_blocks):
+            part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def pixels(self, codes: Tensor, size: int = 0) -> Tensor:
         """(B, h, w) integers -> (B, H, W, 3) uint8, by this tokenizer's own rule.

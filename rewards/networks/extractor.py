@@ -55,21 +55,21 @@ class NetworkFeatures:
     def __call__(self, images: Images) -> np.ndarray:
         """N uint8 images -> (N, D) float32."""
         starts = range(0, len(images), self._batch)
-        found = np.concatenate([self._extract(images[at : at + self._batch]) for at in starts])
+        # one download, so that a batch is prepared while a GPU computes the one before
+        found = torch.cat([self._extract(images[at : at + self._batch]) for at in starts])
         self.dim = found.shape[1]
-        return found
+        return found.cpu().numpy()
 
-    def _extract(self, images: Images) -> np.ndarray:
+    def _extract(self, images: Images) -> Tensor:
         with self._computing():
-            return self._embed(self._pixels(images)).float().cpu().numpy()
+            return self._embed(self._pixels(images)).float()
 
     def _pixels(self, images: Images) -> Tensor:
         """Images of mixed sizes as one batch for the network."""
         if isinstance(images, np.ndarray):
             return self._preprocess(images).to(self._device)
         made = [(rows, self._preprocess(same)) for rows, same in by_size(images)]
-        order = np.argsort(np.concatenate([rows for rows, _ in made]))
-        return torch.cat([pixels for _, pixels in made])[torch.from_numpy(order)].to(self._device)
+        return in_order(made).to(self._device)
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -78,6 +78,16 @@ class NetworkFeatures:
                 yield
         else:
             yield
+
+
+def in_order(parts: Sequence[tuple[np.ndarray, Tensor]]) -> Tensor:
+    """Tensors of images of one size each, with the indices of these images -> one tensor (N, ...),
+    in the order of the images."""
+    if len(parts) == 1:  # `by_size` keeps the order
+        return parts[0][1]
+    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+    values = torch.cat([values for _, values in parts])
+    return values.index_select(0, torch.from_numpy(order).to(values.device))
 
 
 def each_size(images: Images, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

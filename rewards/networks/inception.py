@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cluster.model_files.checkpoints import read_checkpoint
 from cluster.model_files.torchvision_ops import ensure_torchvision
-from rewards.networks.preprocessing import normalise
+from rewards.networks.preprocessing import in_unit_range, normalise
 from rewards.networks.weight_files import load_network, weights_file
 
 SIZE = 299
@@ -104,7 +104,7 @@ def load_fid_inception(checkpoint: str = "") -> nn.Module:
 def torchvision_pixels(images: Tensor) -> Tensor:
     """(N, 3, H, W) uint8 -> (N, 3, 299, 299) fp32, as the public code of 2603.23086 prepares them:
     [0, 1], bilinear with antialias and without rounding, then ImageNet's mean and deviation."""
-    pixels = images.float() / 255
+    pixels = in_unit_range(images)
     if tuple(pixels.shape[-2:]) != (SIZE, SIZE):
         pixels = F.interpolate(
             pixels, size=(SIZE, SIZE), mode="bilinear", align_corners=False, antialias=True

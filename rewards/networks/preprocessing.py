@@ -109,7 +109,7 @@ def preprocess(images: Tensor, config: Preprocess) -> Tensor:
         ValueError: a side would shrink to nothing (see `fault`).
     """
     pixels = fit(images.permute(0, 3, 1, 2), config)
-    return normalise(pixels.float() / 255, config.mean, config.std)
+    return normalise(in_unit_range(pixels), config.mean, config.std)
 
 
 def to_device(images: np.ndarray, device: str | torch.device) -> Tensor:
@@ -135,10 +135,21 @@ def too_narrow(height: int, width: int, size: int) -> str:
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(N, 3, h, w) in [0, 1] -> (pixels - mean) / std."""
     mean_C11, std_C11 = (
-        torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
-        for values in (mean, std)
+        _constants(values, pixels.dtype, pixels.device).view(-1, 1, 1) for values in (mean, std)
     )
     return (pixels - mean_C11) / std_C11
+
+
+def in_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 -> fp32 in [0, 1]. Divides by a tensor: by a number, torch multiplies with the rounded
+    reciprocal on a GPU, whose last bit differs from the host's."""
+    return pixels.float() / _constants((255.0,), torch.float32, pixels.device)
+
+
+@functools.lru_cache(maxsize=128)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(n,) on the device; kept, since each upload waits for all work before it."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def fit(images: Tensor, config: Preprocess) -> Tensor:
@@ -287,7 +298,7 @@ def fit_floats(images: Tensor, size: int) -> Tensor:
     Returns:
         (N, 3, size, size) fp32, about [0, 1].
     """
-    pixels = images.permute(0, 3, 1, 2).contiguous().float() / 255
+    pixels = in_unit_range(images.permute(0, 3, 1, 2).contiguous())
     height, width = pixels.shape[-2:]
     new = longest_size(height, width, size)
     if min(new) < 1:

@@ -21,6 +21,7 @@ from cluster.messages import Condition
 from cluster.preflight import Findings
 from cluster.text_limits import Reading, fault, faults, notes
 from rewards.base import ImageErrors, Images, by_size
+from rewards.networks.extractor import in_order
 from rewards.networks.open_clip_check import check_model, clip_memory, local_tokenizer
 from rewards.networks.open_clip_models import Precision, reading_of
 from rewards.scorers.config import ScorerConfig
@@ -217,11 +218,8 @@ class TextImageScorer(ABC):
         parts = []
         for start in range(0, len(images), self._batch):
             batch = images[start : start + self._batch]
-            shape = (len(batch), 3, *self._model.image_size)
-            pixels = torch.empty(shape, device=self._model.device)
-            for indices, same in by_size(batch):
-                pixels[torch.from_numpy(indices)] = self.preprocess(same)
-            parts.append(self._model.encode_images(pixels))
+            made = [(indices, self.preprocess(same)) for indices, same in by_size(batch)]
+            parts.append(self._model.encode_images(in_order(made)))
         return torch.cat(parts)
 
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy.linalg
 import torch
+from scipy.linalg import blas, lapack
 from torch import Tensor
 
 from cluster.errors import DataError
@@ -36,6 +38,8 @@ Method = Literal["exact", "influence"]
 
 BUDGET = 1.5e-7  # error allowed to `_from_squares`, in standard deviations of the rewards
 SOLVER_ULPS = 5  # error of the eigensolver, measured up to D = 2048
+LARGE = 512  # R from which `_decompose_large` gains; below, a decomposition takes milliseconds
+BLOCK = 64  # columns of LAPACK's blocked routines, for their workspace
 
 
 def leave_one_out_fid(
@@ -123,8 +127,9 @@ class _Problem:
 
     x: Tensor  # (N, D)
     old_mean: Tensor  # (D,)
-    old_cov: Tensor  # (D, D)
-    factor: Tensor  # (D, R), L with L L' the reference's covariance
+    old_cov: np.ndarray  # (D, D)
+    factor: Tensor  # (D, R), L with L L' the reference's covariance; lower triangular if `large`
+    large: bool  # on the CPU, R >= LARGE
     mean: Tensor  # (D,) of the mixture
     decay: float
     distances: Tensor  # (N,) |x_i - mu_r|^2
@@ -148,11 +153,13 @@ class _Problem:
         # Relative to the reference's mean: no digits lost far from the origin.
         history = tensor(moments.mean - reference.mu)
         shifted = batch - mu
+        large = device.type == "cpu" and reference.factor.shape[1] >= LARGE
         return cls(
             x=shifted,
             old_mean=history,
-            old_cov=tensor(moments.cov),
-            factor=tensor(reference.factor),
+            old_cov=moments.cov,
+            factor=torch.from_numpy(reference.triangle) if large else tensor(reference.factor),
+            large=large,
             mean=(decay * history + share * shifted.sum(0)) / (1 + share),
             decay=decay,
             distances=(shifted**2).sum(1),
@@ -169,6 +176,12 @@ class _Problem:
     def projected(self) -> Tensor:
         """L'(x_i - m), (N, R)."""
         return (self.x - self.mean) @ self.factor
+
+    @property
+    def old_squares(self) -> Tensor:
+        """L' C L of the history's covariance C, (R, R)."""
+        old_cov = torch.tensor(self.old_cov, dtype=torch.float64, device=self.x.device)
+        return self.factor.T @ (old_cov @ self.factor)
 
 
 def _exact(problem: _Problem, mixture: Mixture) -> tuple[np.ndarray, float]:
@@ -197,17 +210,12 @@ def _from_squares(problem: _Problem) -> tuple[Mixture, Tensor]:
     sqrt(m + v) - sqrt(m), m the least eigenvalue without the image; a direction below the noise
     counts with the noise's root.
     """
-    projected = problem.projected
-    history = (problem.old_mean - problem.mean) @ problem.factor
-    squares = problem.decay * (problem.factor.T @ (problem.old_cov @ problem.factor))
-    squares += problem.decay * torch.outer(history, history)
-    squares += problem.share * projected.T @ projected
-    spectrum, vectors = torch.linalg.eigh((squares + squares.T) / 2)
+    decompose = _decompose_large if problem.large else _decompose
+    spectrum, coordinates = decompose(problem)
     keep = significant(spectrum.cpu().numpy())
     lost = len(keep) - int(keep.sum())
-    values = spectrum[torch.from_numpy(keep).to(spectrum.device)]
-    vectors = vectors[:, lost:]
-    scores = problem.share**0.5 * (projected @ vectors) / values.sqrt()
+    values = spectrum[lost:]
+    scores = problem.share**0.5 * coordinates[:, lost:] / values.sqrt()
     total = 1 + problem.share
     weights = total * scores**2
     mixture = Mixture(values, scores, (1 - weights.sum(1)).clamp(min=0, max=1), problem.share)
@@ -220,6 +228,46 @@ def _from_squares(problem: _Problem) -> tuple[Mixture, Tensor]:
         shift = error / 4 * (weights @ values.rsqrt()) / mixture.rest
         uncertainty += 2 * torch.minimum(shift, (left + error).sqrt() - left.sqrt())
     return mixture, uncertainty
+
+
+def _decompose(problem: _Problem) -> tuple[Tensor, Tensor]:
+    """The mixture's L' cov L = Q diag(l) Q': l (R,), ascending, and L'(x_i - m) Q, (N, R)."""
+    projected = problem.projected
+    history = (problem.old_mean - problem.mean) @ problem.factor
+    squares = problem.decay * problem.old_squares
+    squares += problem.decay * torch.outer(history, history)
+    squares += problem.share * projected.T @ projected
+    spectrum, vectors = torch.linalg.eigh((squares + squares.T) / 2)
+    return spectrum, projected @ vectors
+
+
+def _decompose_large(problem: _Problem) -> tuple[Tensor, Tensor]:
+    """As `_decompose`, in less time than one `eigh`: LAPACK's routines behind `eigh`, in place, on
+    lower triangles alone.
+
+    L' C L with a triangular L takes D^3 operations, a quarter of two plain products (`dsygst`). Of
+    the eigenvectors Q = H V, Householder reflections H and the eigenvectors V of a tridiagonal
+    matrix, H is applied to the N rows that are asked for, and never multiplied out.
+    """
+    projected = problem.projected
+    history = (problem.old_mean - problem.mean) @ problem.factor
+    rows = torch.cat([problem.decay**0.5 * history[None], problem.share**0.5 * projected])
+    (count, rank), dim = projected.shape, len(problem.factor)
+    triangle = np.zeros((dim, dim), order="F")
+    triangle[:, :rank] = problem.factor.numpy()
+    squares, _ = lapack.dsygst(problem.old_cov.T, triangle, itype=2, lower=1)
+    squares = blas.dsyrk(
+        1.0, rows.numpy().T, beta=problem.decay, c=squares[:rank, :rank], lower=1, overwrite_c=1
+    )
+    reduced, diagonal, beside, scales, _ = lapack.dsytrd(
+        squares, lower=1, lwork=BLOCK * rank, overwrite_a=1
+    )
+    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside, lapack_driver="stevd")
+    turned = projected.numpy().copy(order="F")
+    turned[:, 1:], _, _ = lapack.dormqr(
+        "R", "N", reduced[1:, :-1], scales, turned[:, 1:], BLOCK * (count + BLOCK + 1)
+    )
+    return torch.from_numpy(values), torch.from_numpy(turned @ vectors)
 
 
 def _from_data(problem: _Problem) -> Mixture:
@@ -237,7 +285,7 @@ def _from_data(problem: _Problem) -> Mixture:
     shift = problem.decay**0.5 * (problem.old_mean - problem.mean) @ problem.factor
     rows = problem.share**0.5 * projected - q_new / (1 + q_old) * shift
     if problem.decay:
-        root = torch.from_numpy(covariance_factor(problem.old_cov.cpu().numpy())).to(rows)
+        root = torch.from_numpy(covariance_factor(problem.old_cov)).to(rows)
         rows = torch.cat([problem.decay**0.5 * root.T @ problem.factor, rows])
     left, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
     floor = max(rows.shape) * torch.finfo(rows.dtype).eps * sizes.max().item() if len(sizes) else 0
@@ -264,7 +312,7 @@ def _influence(problem: _Problem) -> tuple[np.ndarray, float]:
     mean = problem.decay * problem.old_mean + weight * problem.x.sum(0)
     projected = (problem.x - mean) @ problem.factor
     history = (problem.old_mean - mean) @ problem.factor
-    squares = problem.decay * (problem.factor.T @ (problem.old_cov @ problem.factor))
+    squares = problem.decay * problem.old_squares
     squares += problem.decay * torch.outer(history, history) + weight * projected.T @ projected
     values, vectors = torch.linalg.eigh((squares + squares.T) / 2)
     keep = torch.from_numpy(significant(values.cpu().numpy())).to(values.device)

@@ -90,6 +90,11 @@ class Reference:
             )
         return covariance_factor(self.sigma)
 
+    @cached_property
+    def triangle(self) -> np.ndarray:
+        """Lower triangular L (D, R) with L L' = sigma, without the same noise as `factor`."""
+        return np.linalg.qr(self.factor.T, mode="r").T
+
     @classmethod
     def from_features(
         cls, features: np.ndarray, fingerprint: str = "", source: str = ""

@@ -21,6 +21,7 @@ TOLERANCE = 1e-12  # relative, of the quadratures
 SPANS_ALONE = 1e-3  # `rest` below this: the image nearly spans a direction alone
 BISECTIONS = 60
 TINY = 1e-300
+IN_CACHE = 128  # rows of an (R, R) matrix at a time
 SMALL_ORDERS = 1e-10  # error allowed to orders above the second, relative to the drop
 
 
@@ -94,8 +95,10 @@ def reweighting_drop(mixture: Mixture) -> Tensor:
     rows = reweighting_rows(scores, mixture.total)
     roots = values.sqrt()
     first = (rows**2).sum(0) @ roots / 2
-    squares = (rows.T @ rows).square_().div_(roots[:, None] + roots)
-    second = roots @ squares @ roots / 4
+    second = torch.zeros_like(first)
+    for part, own in zip(rows.split(IN_CACHE, 1), roots.split(IN_CACHE)):
+        squares = (part.T @ rows).square_().div_(own[:, None] + roots)
+        second += own @ squares @ roots / 4
     sizes = torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0)  # of G(0), the largest G
     left = max(1 - sizes[-1].item(), SPANS_ALONE)
     bound = (sizes**3).sum().item() / left / max(3 * sizes.sum().item(), TINY)

@@ -51,6 +51,50 @@ def test_singular_and_steep_covariances(condition: float, alike: bool) -> None:
         assert worst <= TARGET, f"{history=} {real=} {count=} {weight=}: {worst:.1e}"
 
 
+@pytest.mark.parametrize(
+    ("history", "real"), [(10, 300), (31, 20), (33, 300), (300, 20), (300, 300)]
+)
+@pytest.mark.parametrize("condition", [1e2, 1e14])
+def test_the_routines_for_large_covariances(
+    history: int, real: int, condition: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are as exact as the others on small ones, which may be short of rank."""
+    calls = large_calls(monkeypatch)
+    monkeypatch.setattr(leave_one_out, "LARGE", 2)
+    for count, weight in [(2, 0.5), (16, 0.5), (16, 1e-3), (33, 1), (64, 1), (64, 0.1)]:
+        s = scene(32, count, history, real, condition, alike=False)
+        assert error(s, 1 - weight, some=2) <= TARGET, f"{count=} {weight=}"
+    assert len(calls) >= 5
+
+
+@pytest.mark.parametrize("real", [None, 520])
+def test_large_covariances_have_the_same_rewards(
+    real: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = scene(540, 24, 1400, real, condition=1e4, alike=False)
+    moments, reference = s.moments, s.reference
+    calls = large_calls(monkeypatch)
+    fast, fid = leave_one_out_fid(s.x, moments, reference, 0.99)
+    assert len(calls) == 1
+    monkeypatch.setattr(leave_one_out, "LARGE", 1000)
+    plain, same = leave_one_out_fid(s.x, moments, reference, 0.99)
+    assert len(calls) == 1
+    np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-9 * plain.std())
+    assert fid == pytest.approx(same, rel=1e-11)
+
+
+def large_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ranks of the problems that `_decompose_large` takes from now on."""
+    calls, original = list[int](), leave_one_out._decompose_large
+
+    def noted(problem: leave_one_out._Problem) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(problem.factor.shape[1])
+        return original(problem)
+
+    monkeypatch.setattr(leave_one_out, "_decompose_large", noted)
+    return calls
+
+
 def test_the_two_routes_agree_where_both_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     s = scene(48, 40, history=200, condition=1e3)
     for decay in (0.0, 0.5, 0.999):

@@ -44,6 +44,16 @@ def test_single_precision_of_low_rank_is_no_error(tmp_path: Path) -> None:
     assert read_reference(tmp_path / "s.npz").dim == 100
 
 
+@pytest.mark.parametrize("images", [12, 100])
+def test_both_factors_are_roots_of_sigma(images: int) -> None:
+    """Of its numerical rank, also where there are fewer images than dimensions."""
+    reference = Reference.from_features(np.random.default_rng(0).normal(size=(images, 20)))
+    for factor in (reference.factor, reference.triangle):
+        assert factor.shape == (20, min(images - 1, 20))
+        np.testing.assert_allclose(factor @ factor.T, reference.sigma, atol=1e-13)
+    assert not np.triu(reference.triangle, 1).any()
+
+
 def test_written_and_read_again(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(50, 6))
     reference = Reference.from_features(x, "net-1")

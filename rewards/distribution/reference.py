@@ -93,7 +93,7 @@ class Reference:
     @cached_property
     def triangle(self) -> np.ndarray:
         """Lower triangular L (D, R) with L L' = sigma, without the same noise as `factor`."""
-        return np.linalg.qr(self.factor.T, mode="r").T
+        return scipy.linalg.qr(self.factor.T, mode="r")[0].T
 
     @classmethod
     def from_features(

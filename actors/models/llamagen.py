@@ -306,6 +306,8 @@ class LlamaGen(nn.Module):
         """Start decoding: logits (B, V) fp32 of the first token."""
         first, caption = self._begin(conditions)
         state.position, state.bias = 0, _key_bias(conditions, state.cache.shape[4])
+        if state.bias is not None:  # rounded as in `forward`, whose mask has the queries' dtype
+            state.bias = state.bias.to(first.dtype).float()
         window, x = state.next_window(), first
         rope = self.rope_cos[:1], self.rope_sin[:1]
         for cache, layer in zip(state.cache, self.layers):

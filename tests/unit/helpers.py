@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from actors.models.base import PolicyModule
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
+from actors.models.taming import TamingConfig, TamingGPT
 from cluster.messages import (
     MAIN_SPACE,
     Condition,
@@ -16,6 +19,8 @@ from cluster.messages import (
     ScoredGroup,
 )
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Of tests whose body is the same on a GPU."""
 TINY = LlamaGenConfig(dim=32, num_layers=2, num_heads=2, grid=3, vocab_size=20, num_classes=4)
 SPECS = {
     "plain": SamplingSpec(),
@@ -36,6 +41,21 @@ def random_policy(config: LlamaGenConfig, seed: int = 0) -> LlamaGen:
         for parameter in policy.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+    return policy.eval().requires_grad_(False)
+
+
+def balanced_policy(config: LlamaGenConfig | TamingConfig, gain: float = 4) -> PolicyModule:
+    """Random weights with activations of unit size, as trained ones have: bf16 rounds them as
+    much. Logits have a standard deviation of `gain`."""
+    torch.manual_seed(0)
+    policy = LlamaGen(config) if isinstance(config, LlamaGenConfig) else TamingGPT(config)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if name in ("tok_embeddings.weight", "tok_emb.weight", "pos_emb") or "_table" in name:
+                weight.normal_()
+            elif weight.ndim > 1:
+                head = name in ("output.weight", "head.weight")
+                weight.normal_(std=(gain if head else 1) * weight.shape[1] ** -0.5)
     return policy.eval().requires_grad_(False)
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from actors.decoding.decode import decode_tokens, token_logprobs
-from actors.models.base import PolicyModule
 from actors.models.layers import Head, Linear
-from actors.models.llamagen import LlamaGen, LlamaGenConfig
-from actors.models.taming import TamingConfig, TamingGPT
+from actors.models.llamagen import LlamaGenConfig
+from actors.models.taming import TamingConfig
 from cluster.messages import Condition, SamplingSpec
 from cluster.model_files.torchvision_ops import ensure_torchvision
+from tests.unit.helpers import DEVICES, balanced_policy
 
 BF16 = torch.bfloat16
 LLAMAGEN = LlamaGenConfig(
@@ -27,8 +27,8 @@ TAMING = TamingConfig(
 )
 
 
-def autocast(enabled: bool = True) -> torch.autocast:
-    return torch.autocast("cpu", dtype=BF16, enabled=enabled)
+def autocast(device: str = "cpu") -> torch.autocast:
+    return torch.autocast(device, dtype=BF16)
 
 
 def head_and_input(rows: int = 6) -> tuple[Head, Tensor]:
@@ -52,11 +52,14 @@ def test_fp32_is_the_plain_linear_map(inference: bool) -> None:
         assert torch.equal(head(x), plain(x))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("rows", [6, 100])  # packed, and too many for that
-def test_bf16_weights_give_logits_that_are_not_rounded(rows: int, inference: bool) -> None:
+def test_bf16_weights_give_logits_that_are_not_rounded(
+    rows: int, inference: bool, device: str
+) -> None:
     head, x = head_and_input(rows)
-    head, x = head.to(BF16), x.to(BF16)
+    head, x = head.to(device, BF16), x.to(device, BF16)
     expected = exact(x, head.weight)
     with torch.inference_mode(inference):
         found = head(x)
@@ -66,15 +69,16 @@ def test_bf16_weights_give_logits_that_are_not_rounded(rows: int, inference: boo
     assert (rounded - expected).abs().max() > 0.1  # steps of 1/4 from 32 on
 
 
-def test_a_pass_under_autocast_has_exact_gradients_of_rounded_operands() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_pass_under_autocast_has_exact_gradients_of_rounded_operands(device: str) -> None:
     head, x = head_and_input()
-    x.requires_grad_()
-    direction = torch.randn(6, 3, 512)
-    with autocast():
+    head, x = head.to(device), x.to(device).requires_grad_()
+    direction = torch.randn(6, 3, 512, device=device)
+    with autocast(device):
         logits = head(x)
     assert logits.dtype == torch.float32
     assert (logits - exact(x, head.weight)).abs().max() < 1e-4
-    with autocast():  # the learner's backward pass may run inside
+    with autocast(device):  # the learner's backward pass may run inside
         (logits * direction).sum().backward()
     rounded = direction.to(BF16).double()
     of_weight = rounded.flatten(0, 1).t() @ x.to(BF16).double().flatten(0, 1)
@@ -114,20 +118,6 @@ def test_adapters_add_to_logits_that_are_not_rounded() -> None:
     assert names == {"head.lora_A.default.weight", "head.lora_B.default.weight"}
 
 
-def random_model(config: LlamaGenConfig | TamingConfig) -> PolicyModule:
-    """Activations of unit size, and a distribution of 2.3 nats."""
-    torch.manual_seed(0)
-    policy = LlamaGen(config) if isinstance(config, LlamaGenConfig) else TamingGPT(config)
-    with torch.no_grad():
-        for name, weight in policy.named_parameters():
-            if "emb" in name:
-                weight.normal_()
-            elif weight.ndim > 1:
-                gain = 4 if name in ("output.weight", "head.weight") else 1
-                weight.normal_(std=gain * weight.shape[1] ** -0.5)
-    return policy.eval()
-
-
 @pytest.mark.parametrize("config", [LLAMAGEN, TAMING], ids=["llamagen", "taming"])
 def test_logits_that_are_not_rounded_bring_sampler_and_learner_closer(
     config: LlamaGenConfig | TamingConfig, monkeypatch: pytest.MonkeyPatch
@@ -136,7 +126,7 @@ def test_logits_that_are_not_rounded_bring_sampler_and_learner_closer(
 
     With rounded logits .0268 and .0231 nats, without .0240 and .0188: what is left is the blocks'.
     """
-    policy, rows, spec = random_model(config), 16, SamplingSpec()
+    policy, rows, spec = balanced_policy(config), 16, SamplingSpec()
     sampler = copy.deepcopy(policy).to(BF16)
     conditions = [Condition(text="", class_index=row % 4) for row in range(rows)]
     generator = torch.Generator().manual_seed(5)

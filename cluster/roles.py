@@ -27,7 +27,8 @@ class Resources:
     num_cpus: float = 0.0
     """CPUs that Ray reserves for each worker; 0 is an equal share of what the machine has."""
     num_gpus: float = 0.0
-    """GPUs of each worker, fractions allowed; above 0 a worker computes on `cuda`."""
+    """GPUs of each worker; above 0 it computes on `cuda`. A fraction shares a GPU, and is the
+    worker's part of its memory, too."""
     num_threads: int = 1
     """Threads of a worker's numerical libraries."""
 
@@ -35,6 +36,11 @@ class Resources:
         if self.num_cpus < 0 or self.num_gpus < 0:
             raise ValueError(
                 f"num_cpus and num_gpus must be >= 0, found {self.num_cpus} and {self.num_gpus}"
+            )
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(
+                f"num_gpus above 1 must be whole (Ray shares one GPU at most), found "
+                f"{self.num_gpus:g}"
             )
         if self.num_threads < 1:
             raise ValueError(f"num_threads must be >= 1, found {self.num_threads}")

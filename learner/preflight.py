@@ -21,7 +21,7 @@ from cluster.preflight import Download, Findings, size_of
 from cluster.program.invocation import command_of
 from cluster.ray_session.runtime_env import check_runtime_env
 from cluster.roles import FEATURE_BATCH
-from cluster.scheduling.placement import Placement, place
+from cluster.scheduling.placement import Node, Placement, place
 from learner.config import RunConfig
 from learner.data.captions import Peeked, check_encoder, peek_captions
 from learner.data.conditions import DIGITS as DIGIT_NAMES
@@ -369,12 +369,18 @@ def listed(findings: Findings) -> list[str]:
     return lines + [f"note: {note}" for note in findings.notes]
 
 
-def placement_lines(config: RunConfig, cpus: float, gpus: float) -> list[str]:
-    """Placement on a machine, one line a role."""
+def placement_lines(config: RunConfig, nodes: Sequence[Node]) -> list[str]:
+    """Placement on some nodes: one line a role, then one a node with GPUs or of several."""
     try:
-        return [_placed(placement) for placement in place(fleet_plan(config), cpus, gpus)]
+        placement = place(fleet_plan(config), nodes)
     except ConfigError as error:  # a dry run on a laptop, for a cluster
-        return [f"does not fit this machine: {error}"]
+        return [f"does not fit here: {error}"]
+    lines = [_placed(role) for role in placement.roles]
+    for node in nodes:
+        if node.gpus or len(nodes) > 1:
+            here = [str(seat) for seat in placement.seats if seat.node == node.name]
+            lines.append(f"{node}: {', '.join(here) or 'nothing'}")
+    return lines + ([f"note: {placement.note}"] if placement.note else [])
 
 
 def _placed(p: Placement) -> str:

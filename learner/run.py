@@ -35,7 +35,7 @@ from cluster.program.help import answer_help, asks_help
 from cluster.program.invocation import command_of
 from cluster.program.signals import StopFlag, deferred_signals, signal_handler
 from cluster.program.streams import safe_streams
-from cluster.ray_session.session import check_ray, local_resources
+from cluster.ray_session.session import check_ray, local_node
 from learner.capacity.storage import store_need
 from learner.checkpoints.resume import check_resume
 from learner.checkpoints.store import CheckpointStore
@@ -310,12 +310,12 @@ def open_fleet(
 def dry_run(config: RunConfig, found: Findings) -> int:
     """Print problems, configuration and placement; returns the exit status, which does not depend
     on the resources of this machine."""
-    cpus, gpus = local_resources()
+    node = local_node()
     for line in listed(found):
         print(f"# {line}")
     print(dump(config))
-    print(f"# placement on this machine ({cpus:g} CPUs, {gpus:g} GPUs)")
-    for line in placement_lines(config, cpus, gpus):
+    print(f"# placement on {node}")
+    for line in placement_lines(config, [node]):
         print(f"#   {line}")
     try:
         found.enforce()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import ray
 
 from cluster.io.paths import in_ray_package
+from cluster.program.gpu_memory import limited_to_share
 from cluster.program.invocation import current
 from cluster.program.secrets import secret_variables, with_environment
 from cluster.program.signals import ignoring_signals
@@ -18,6 +20,8 @@ from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, Role
 from cluster.scheduling.placement import place
 from cluster.scheduling.pool import Worker
+
+logger = logging.getLogger(__name__)
 
 
 def actor_class(factory: Callable[..., Any], groups: Mapping[str, int]) -> Any:
@@ -47,7 +51,10 @@ class Launcher:
         # would lead elsewhere than here. Those of a job have its package on every node.
         here = Path.cwd()
         self._directory = str(here) if session.joined and not in_ray_package(here) else ""
-        self.placements = {p.role: p for p in place(plan, session.cpus, session.gpus)}
+        placement = place(plan, session.nodes)
+        if placement.note:
+            logger.warning("note: %s", placement.note)
+        self.placements = {p.role: p for p in placement.roles}
 
     def __call__(
         self,
@@ -78,9 +85,8 @@ class Launcher:
         environment, secrets = secret_variables(role.runtime_env or {})
         if environment:
             options["runtime_env"] = environment
-        factory = ignoring_signals(
-            with_environment(role.factory, secrets, current(), self._directory)
-        )
+        limited = limited_to_share(role.factory, placement.num_gpus)
+        factory = ignoring_signals(with_environment(limited, secrets, current(), self._directory))
         actor = wrap(factory, {heartbeat.GROUP: 1, **threads}).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         return Worker(role, index, handle, started(handle), addition)

@@ -137,6 +137,14 @@ def living_actors() -> dict[str, dict[str, Any]]:
     }
 
 
+def free_per_node() -> dict[str, dict[str, float]]:
+    """Node id -> free resources of all live nodes. (The public API has their sum.)"""
+    from ray._private.state import available_resources_per_node
+
+    found: dict[str, dict[str, float]] = available_resources_per_node()
+    return found
+
+
 def actor_id(handle: Any) -> str:
     """The id of an actor, hexadecimal."""
     return str(handle._actor_id.hex())

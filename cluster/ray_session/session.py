@@ -47,6 +47,7 @@ from cluster.ray_session.token import (
     token,
     token_in_environment,
 )
+from cluster.scheduling.placement import Node
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +89,12 @@ class RayConfig:
             )
 
 
-def local_resources() -> tuple[float, float]:
+def local_node() -> Node:
     """CPUs and GPUs of this machine, without starting anything."""
     import torch
 
-    return float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    return Node("this machine", float(cpus), float(gpus))
 
 
 def _private(config: RayConfig) -> dict[str, Any]:
@@ -289,12 +291,17 @@ class RaySession:
         return str(ray.get_runtime_context().gcs_address)
 
     @property
-    def cpus(self) -> float:
-        return self._available("CPU")
+    def nodes(self) -> list[Node]:
+        """Live nodes with the free resources of a cluster, or all resources of a private Ray."""
+        import ray
 
-    @property
-    def gpus(self) -> float:
-        return self._available("GPU")
+        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        free = private.free_per_node() if self.joined else {}
+        found = {key: free.get(key, node["Resources"]) for key, node in alive.items()}
+        return [
+            Node(alive[key]["NodeManagerAddress"], has.get("CPU", 0.0), has.get("GPU", 0.0))
+            for key, has in found.items()
+        ]
 
     @property
     def free_cpus(self) -> float:
@@ -302,13 +309,6 @@ class RaySession:
         import ray
 
         return float(ray.available_resources().get("CPU", 0.0))
-
-    def _available(self, kind: str) -> float:
-        """Free resources of a cluster, all resources of a private Ray."""
-        import ray
-
-        resources = ray.available_resources() if self.joined else ray.cluster_resources()
-        return float(resources.get(kind, 0.0))
 
     def __enter__(self) -> Self:
         return self

@@ -8,16 +8,16 @@ from actors.checkpoints.loading import count_parameters
 from actors.models.base import PolicyArchitecture
 from actors.models.vq import VQConfig
 from actors.preflight import image_side
+from cluster.program.gpu_memory import CONTEXT
+from cluster.scheduling.placement import UNITS, choose_gpus
 from learner.capacity.memory import LearnerMemory, learner_memory, sampler_memory
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
 from rewards.config import RewardServerConfig
 from rewards.preflight import server_memory
 
-CONTEXT = 0.5e9  # bytes that CUDA and its libraries take for each process
 FP32 = 4
 MAPS = 3  # of the decoder's widest, held at a time
-UNITS = 10_000  # of a GPU, as Ray counts its parts
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,12 @@ def pack(found: list[Process]) -> list[Gpu]:
     """Assign processes as Ray does: each to the fullest GPU with room, whole GPUs exclusively."""
     gpus: list[Gpu] = []
     for process in found:
-        whole, part = divmod(round(process.share * UNITS), UNITS)
-        if whole:
-            gpus += [Gpu([process], 0) for _ in range(whole)]
-            continue
-        room = [gpu for gpu in gpus if gpu.free >= part]
-        chosen = min(room, key=lambda gpu: gpu.free, default=None)
-        if chosen is None:
-            gpus.append(chosen := Gpu([]))
-        chosen.processes.append(process)
-        chosen.free -= part
+        units = round(process.share * UNITS)
+        chosen = choose_gpus([gpu.free for gpu in gpus], units)
+        while chosen is None:
+            gpus.append(Gpu([]))
+            chosen = choose_gpus([gpu.free for gpu in gpus], units)
+        for number in chosen:
+            gpus[number].processes.append(process)
+            gpus[number].free -= min(units, UNITS)
     return gpus

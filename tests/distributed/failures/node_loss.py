@@ -90,24 +90,22 @@ def batches() -> dict[str, Any]:
     """Three batches of stubs: with two nodes, with one of them lost meanwhile, with a new one."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
     second = cluster.add_node(num_cpus=1)
-    with (
-        messages() as said,
-        RaySession(RayConfig(address=cluster.address)) as session,
-        RayFleet(stub_plan(head_gpus=1), session) as fleet,
-    ):
-        fleet.broadcast(1)
-        found = {"before": facts(fleet.collect(fleet.submit(requests(GROUPS))))}
-        lost = [worker for worker in fleet._all() if node_of(worker) == second.node_id]
-        batch = fleet.submit(requests(GROUPS))
-        busy = [call.worker for call in fleet._calls.values() if call.worker in lost]
-        cluster.remove_node(second, allow_graceful=False)
-        found["during"] = facts(fleet.collect(batch))
-        found["serving_without"] = until_serving(fleet, 1, said)
-        cluster.add_node(num_cpus=1)
-        found["serving_at_last"] = until_serving(fleet, 2, said)
-        found["after"] = facts(fleet.collect(fleet.submit(requests(GROUPS))))
-        found |= {"lost": [w.name for w in lost], "busy": [w.name for w in busy]}
-        found["restarts"] = fleet.restarts
+    with messages() as said, RaySession(RayConfig(address=cluster.address)) as session:
+        found: dict[str, Any] = {"nodes": sorted((n.gpus, n.cpus) for n in session.nodes)}
+        with RayFleet(stub_plan(head_gpus=1), session) as fleet:
+            fleet.broadcast(1)
+            found["before"] = facts(fleet.collect(fleet.submit(requests(GROUPS))))
+            lost = [worker for worker in fleet._all() if node_of(worker) == second.node_id]
+            batch = fleet.submit(requests(GROUPS))
+            busy = [call.worker for call in fleet._calls.values() if call.worker in lost]
+            cluster.remove_node(second, allow_graceful=False)
+            found["during"] = facts(fleet.collect(batch))
+            found["serving_without"] = until_serving(fleet, 1, said)
+            cluster.add_node(num_cpus=1)
+            found["serving_at_last"] = until_serving(fleet, 2, said)
+            found["after"] = facts(fleet.collect(fleet.submit(requests(GROUPS))))
+            found |= {"lost": [w.name for w in lost], "busy": [w.name for w in busy]}
+            found["restarts"] = fleet.restarts
     cluster.shutdown()
     return found
 

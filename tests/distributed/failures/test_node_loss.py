@@ -32,6 +32,7 @@ def test_a_node_is_lost_in_mid_batch_and_another_one_comes() -> None:
     found = program("batches")
     assert sorted(name.rpartition("-")[0] for name in found["lost"]) == ["reward-server", "sampler"]
     assert found["busy"], "no worker of the node had a group in hand"
+    assert found["nodes"] == [[0, 1], [1, 1]]  # each with its own CPUs and GPUs
     assert found["serving_without"] == [1, 1]
     assert found["serving_at_last"] == [2, 2]
     assert found["restarts"] >= 2  # Ray may still choose the node until it takes it for lost

@@ -74,7 +74,7 @@ def test_dry_run(
     assert yaml.safe_load(text)["iterations"] == values_of(name)["iterations"]
     assert text.startswith("# ") == (name != "miniature")  # problems first
     if name != "miniature":
-        assert "does not fit this machine: the fleet asks for" in text
+        assert "does not fit here: the fleet asks for" in text
         assert f"python -m actors.weights fetch {values_of(name)['policy']['checkpoint']}" in text
         assert "rewards.loo_fid.reference: expected" in text
     assert not any(tmp_path.iterdir())

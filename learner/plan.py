@@ -1,4 +1,5 @@
-"""GPU memory of a run, computed before it starts: `python -m learner.plan --preset NAME`."""
+"""GPU memory and seconds of a run, by arithmetic before it starts: `python -m learner.plan --preset
+NAME`."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 import bisect
 import dataclasses
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -24,28 +26,40 @@ from actors.checkpoints.sources import planned_policy, planned_tokenizer
 from actors.models.base import PolicyArchitecture
 from cluster.errors import ConfigError, TesseraError
 from cluster.program.console import REFUSED, make_console
+from cluster.program.gpu_memory import CONTEXT
 from cluster.program.help import answer_help, asks_help
 from cluster.program.invocation import command_of
-from learner.capacity.gpus import Gpu, memory_of, of_sampler, pack, processes, rollouts_of
-from learner.capacity.memory import LearnerMemory
+from learner.capacity.budget import (
+    Budget,
+    Proposal,
+    budget_of,
+    fitting_shares,
+    proposals,
+    together,
+)
+from learner.capacity.cards import DEFAULT_CARD, Card, card_named, detected_card
+from learner.capacity.gpus import SPARE, memory_of, of_sampler, rollouts_of
+from learner.capacity.workload import Models
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
 
 MODULE = "learner.plan"
 ABOUT = (
-    "GPU memory of a run: of the learner in parts, and of every process on each GPU. Takes the "
-    "options of learner.run."
+    "GPU memory of every process of a run, seconds of every phase of an iteration, and which other "
+    "settings would be faster; by arithmetic. Takes the options of learner.run."
 )
 COMMON = {
-    "what to plan": ("--preset", "--gpu-memory-gb"),
+    "what to plan": ("--preset", "--gpu", "--gpu-memory-gb"),
     "workers": ("--num-samplers", "--num-reward-servers", "--num-learners", "--sampler.num-gpus",
                 "--reward.num-gpus", "--learner.num-gpus"),
-    "what takes memory": ("--rollouts-per-group", "--learner.microbatch", "--learner.precision",
-                          "--learner.checkpointing", "--sampler.dtype", "--loss.kl-coef"),
+    "what takes memory or time": ("--rollouts-per-group", "--sampler.max-groups", "--sampler.dtype",
+                                  "--learner.microbatch", "--learner.precision",
+                                  "--learner.checkpointing", "--loss.kl-coef",
+                                  "--max-staleness"),
 }  # fmt: skip
 """What --help shows; --help-all shows every option."""
 GB = 1e9
-DEFAULT_GPU_GB = 80.0
-SPARE = 0.1  # share of a GPU that is left to the allocator and to kernels' workspaces
+ESTIMATE = "estimate by arithmetic, not measured on a GPU"
+SHOWN = 8  # settings that are proposed, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +68,16 @@ class Command:
 
     preset: Annotated[str, tyro.conf.arg(aliases=("-p",))] = DEFAULT_PRESET
     """Shipped preset by name, or a YAML file by path."""
+    gpu: str = ""
+    """Kind of GPU: h200, h100, a100, l40s or 4090; empty: this machine's first one, or an h100
+    without one."""
     gpu_memory_gb: Annotated[float, Field(ge=0)] = 0.0
-    """Memory of one GPU, GB; 0: of this machine's first one, or 80 without one."""
+    """Memory of one GPU, GB; 0: of that kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """GPU memory of a run."""
+    """GPU memory and seconds of a run."""
 
     command: Annotated[Command, tyro.conf.arg(name="")] = field(default_factory=Command)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
@@ -70,18 +87,32 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     try:
         command, config = parse(arguments)
-        policy, tokenizer = config.policy, config.tokenizer
-        architecture = planned_policy(policy.source())
-        codes = planned_tokenizer(tokenizer.source())
-        gpus = pack(processes(config, architecture, codes))
-        sampler = of_sampler(config, architecture, codes)
+        card = card_of(command)
+        models = Models(
+            planned_policy(config.policy.source()), planned_tokenizer(config.tokenizer.source())
+        )
+        budget = budget_of(config, models, card)
+        found = proposals(config, models, card) if budget.gpus else []
+        best = together(config, models, card) if budget.gpus else None
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    size = (command.gpu_memory_gb or detected_gb()) * GB
-    show(config, architecture, sampler, size, beside_learner(gpus, memory_of(config, architecture)))
-    show_gpus(gpus, size)
+    show_learner(config, models, card)
+    show_gpus(budget, card, fitting_shares(config, budget.gpus, card))
+    if budget.gpus:
+        show_seconds(config, budget, card)
+        show_proposals(budget, found, best)
     return 0
+
+
+def card_of(command: Command) -> Card:
+    """The kind of GPU that is planned for.
+
+    Raises:
+        ConfigError: its name is not known.
+    """
+    card = card_named(command.gpu) if command.gpu else detected_card() or card_named(DEFAULT_CARD)
+    return dataclasses.replace(card, memory=command.gpu_memory_gb * GB or card.memory)
 
 
 def parse(arguments: list[str] | None) -> tuple[Command, RunConfig]:
@@ -100,22 +131,6 @@ def parse(arguments: list[str] | None) -> tuple[Command, RunConfig]:
     return parsed.command, validate(to_dict(parsed.run), "command line")
 
 
-def beside_learner(gpus: list[Gpu], learner: LearnerMemory) -> float:
-    """Bytes on a learner's GPU beside its own memory: contexts, other processes."""
-    name = "learner"
-    shared = [gpu for gpu in gpus if any(p.name.startswith(name) for p in gpu.processes)]
-    return max((gpu.memory - learner.total for gpu in shared), default=0.0)
-
-
-def detected_gb() -> float:
-    """Memory of this machine's first GPU, or the default."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return DEFAULT_GPU_GB
-    return torch.cuda.get_device_properties(0).total_memory / GB
-
-
 def largest_microbatch(config: RunConfig, architecture: PolicyArchitecture, limit: float) -> int:
     """Most rollouts of one pass within `limit` bytes; 0 if not even one fits."""
     sizes = range(1, rollouts_of(config) + 1)
@@ -124,59 +139,103 @@ def largest_microbatch(config: RunConfig, architecture: PolicyArchitecture, limi
     )
 
 
-def show(
-    config: RunConfig,
-    architecture: PolicyArchitecture,
-    sampler: float,
-    gpu: float,
-    beside: float,
-) -> None:
-    """Print the learner's parts, and the largest microbatch.
-
-    Args:
-        beside: of `beside_learner`.
-    """
-    found, usable = memory_of(config, architecture), gpu * (1 - SPARE) - beside
-    size = count_parameters(architecture) / 1e6
-    table = Table(title=f"{size:.0f} M parameters, {architecture.num_tokens} tokens")
+def show_learner(config: RunConfig, models: Models, card: Card) -> None:
+    """Print the learner's parts, and the largest microbatch in its share of a GPU."""
+    policy = models.policy
+    found, share = memory_of(config, policy), min(config.learner.num_gpus, 1.0) or 1.0
+    usable = share * card.memory * (1 - SPARE) - CONTEXT
+    size = count_parameters(policy) / 1e6
+    table = Table(title=f"{size:.0f} M parameters, {policy.num_tokens} tokens")
     table.add_column("one learner")
     table.add_column("GB", justify="right")
     for name, value in dataclasses.asdict(found).items():
         table.add_row(name, f"{value / GB:.2f}")
     table.add_row("together", f"{found.total / GB:.2f}", end_section=True)
+    sampler = of_sampler(config, policy, models.tokenizer)
     table.add_row("one sampler, with images", f"{sampler / GB:.2f}")
     make_console().print(table)
     fits = "fits" if found.total <= usable else "does not fit"
-    others = f", {beside / GB:.1f} GB beside it" if beside else ""
-    largest = largest_microbatch(config, architecture, usable)
+    part = f"its {share:g} of " if share < 1 else ""
+    largest = largest_microbatch(config, policy, usable)
     print(
-        f"The learner {fits} {gpu / GB:g} GB ({SPARE:.0%} kept free{others}); the largest "
-        f"learner.microbatch that does: {largest or 'none'}"
+        f"The learner {fits} {part}{card.memory / GB:g} GB ({SPARE:.0%} kept free, and "
+        f"{CONTEXT / GB:g} GB for CUDA); the largest learner.microbatch that does: "
+        f"{largest or 'none'}"
     )
 
 
-def show_gpus(gpus: list[Gpu], size: float) -> None:
-    """Print the processes on each GPU, and whether they fit."""
+def show_gpus(budget: Budget, card: Card, shares: Mapping[str, float]) -> None:
+    """Print the processes on each GPU, and whether they fit.
+
+    Args:
+        shares: with which they would; empty if none are known.
+    """
+    gpus, size = budget.gpus, card.memory
     if not gpus:
         print("No process asks for a GPU (--learner.num-gpus, --sampler.num-gpus, ...).")
         return
-    table = Table(title=f"{len(gpus)} GPU{'s' * (len(gpus) > 1)} of {size / GB:g} GB")
+    table = Table(title=f"{len(gpus)} GPU{'s' * (len(gpus) > 1)} of {size / GB:.4g} GB")
     table.add_column("GPU")
-    for heading in ("share", "GB"):
+    for heading in ("share", "GB of it", "GB needed"):
         table.add_column(heading, justify="right")
     for number, gpu in enumerate(gpus):
         for process in gpu.processes:
-            share = f"{process.share:g}"
-            table.add_row(f"{number}: {process.name}", share, f"{process.memory / GB:.1f}")
-        fits = "" if gpu.memory <= size * (1 - SPARE) else ", does not fit"
-        table.add_row(f"   together{fits}", "", f"{gpu.memory / GB:.1f}", end_section=True)
+            name = f"{number}: {process.name}{'' if process.fits(size) else ', does not fit'}"
+            limit = f"{min(process.share, 1.0) * size / GB:.1f}"
+            table.add_row(name, f"{process.share:g}", limit, f"{process.memory / GB:.1f}")
+        table.add_row("   together", "", "", f"{gpu.memory / GB:.1f}", end_section=True)
     make_console().print(table)
     unknown = {name for gpu in gpus for process in gpu.processes for name in process.unknown}
     if unknown:
         print(f"Not counted, since their sizes are not known: {', '.join(sorted(unknown))}")
-    crowded = [str(at) for at, gpu in enumerate(gpus) if gpu.memory > size * (1 - SPARE)]
-    if crowded:
+    if budget.fits:
+        return
+    crowded = [process.name for gpu in gpus for process in gpu.processes if not process.fits(size)]
+    remedy = ", ".join(f"--{name.replace('_', '-')} {share:g}" for name, share in shares.items())
+    print(
+        f"{', '.join(dict.fromkeys(crowded))}: does not fit (a share of a GPU is that part of its "
+        f"memory, {SPARE:.0%} of it kept free): "
+        + (remedy or "give it a larger share (num_gpus), or lower learner.microbatch")
+    )
+
+
+def show_seconds(config: RunConfig, budget: Budget, card: Card) -> None:
+    """Print the phases of an iteration and what bounds them."""
+    images = config.groups_per_iteration * config.rollouts_per_group
+    table = Table(title=f"an iteration of {images} images on {card.name}: {ESTIMATE}")
+    for heading in ("phase", "of each"):
+        table.add_column(heading)
+    table.add_column("s", justify="right")
+    table.add_column("bound by")
+    for phase in budget.phases:
+        table.add_row(phase.name, phase.role, f"{phase.seconds:.2f}", phase.bound)
+    make_console().print(table)
+    if budget.unknown:
+        print(f"Not counted, since their work is not known: {', '.join(budget.unknown)}")
+    whole = config.iterations * budget.seconds / 3600
+    print(
+        f"An iteration {budget.seconds:.1f} s, {images / budget.seconds:.0f} images/s; "
+        f"{config.iterations} iterations {whole:.1f} h ({ESTIMATE})"
+    )
+
+
+def show_proposals(budget: Budget, found: Sequence[Proposal], best: Proposal | None) -> None:
+    """Print which settings would be faster."""
+    if not found:
+        print("No other setting that fits is faster by more than 2 %.")
+        return
+    table = Table(title=f"one change at a time: {ESTIMATE}")
+    table.add_column("setting")
+    for heading in ("s saved", "iteration", "GPUs"):
+        table.add_column(heading, justify="right")
+    for each in found[:SHOWN]:
+        gpus, seconds = len(each.budget.gpus), each.budget.seconds
+        table.add_row(str(each), f"{each.gain:.2f}", f"{seconds:.1f}", f"{gpus}")
+    make_console().print(table)
+    if best is not None:
         print(
-            f"GPU {', '.join(crowded)} does not fit ({SPARE:.0%} kept free): give its processes "
-            "larger shares (num_gpus), so that fewer are together, or lower learner.microbatch"
+            f"Without another GPU, together: {best}: an iteration {best.budget.seconds:.1f} s "
+            f"instead of {budget.seconds:.1f}"
         )
+    if any("sampler.max_groups" in each.changes for each in found):
+        print("With sampler.max_groups above 1, results depend on timing (actors/sampler.py).")

@@ -22,6 +22,8 @@ from cluster.program.invocation import command_of
 from cluster.ray_session.runtime_env import check_runtime_env
 from cluster.roles import FEATURE_BATCH
 from cluster.scheduling.placement import Node, Placement, place
+from learner.capacity.cards import gpu_memory
+from learner.capacity.gpus import processes, share_notes
 from learner.config import RunConfig
 from learner.data.captions import Peeked, check_encoder, peek_captions
 from learner.data.conditions import DIGITS as DIGIT_NAMES
@@ -75,6 +77,8 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
         if config.output.gallery_rows and not config.conditions.captions:  # which may be many
             gallery_rows(config)
     findings.notes += notes(config)
+    if policy and tokenizer and not findings.problems and (size := gpu_memory()):
+        findings.notes += share_notes(processes(config, policy, tokenizer), size)
     return findings
 
 

@@ -6,6 +6,7 @@ Shapes: N images, H W pixels, D feature dimensions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,17 @@ from cluster.messages import Condition
 MIN_SIDE = 2  # pixels
 Images = np.ndarray | Sequence[np.ndarray]
 """(N, H, W, 3) uint8, or N arrays (H, W, 3) uint8 of any sizes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageWork:
+    """What a network computes for one image."""
+
+    flops: float
+    """Operations; a product and its sum are two."""
+    bf16: bool = False
+    convolutions: bool = False
+    """Not the products of a transformer."""
 
 
 class Scorer(Protocol):

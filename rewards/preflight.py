@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from cluster.messages import Condition
 from cluster.preflight import Findings
+from rewards.base import ImageWork
 from rewards.config import NETWORKS, JudgeConfig, RewardsConfig, RewardServerConfig
-from rewards.networks.features_check import check_features, features_memory
+from rewards.networks.features_check import check_features, features_memory, features_work
 from rewards.scorers.config import ScorerConfig
 from rewards.scorers.prompts import PromptConfig
 from rewards.scorers.text_image import TextImageConfig
@@ -120,12 +121,11 @@ def server_memory(config: RewardServerConfig, *, features: bool) -> ServerMemory
     Args:
         features: the pool runs the feature network of the rewards.
     """
-    found, rewards, judge = ServerMemory(), config.rewards, config.judge
-    for name, scorer in rewards.scorers().items():
-        if scorer.pool == config.pool:
-            own = isinstance(scorer, UserReward)
-            found.add(f"rewards.extra {name}" if own else f"rewards.{name}", scorer.memory())
-    spaces = {"rewards.features": rewards.features} if features else {}
+    found = ServerMemory()
+    for name, scorer in _scorers(config).items():
+        found.add(name, scorer.memory())
+    judge = config.judge
+    spaces = {"rewards.features": config.rewards.features} if features else {}
     if judge is not None:
         found.add("judge.clip", judge.clip.memory())
         spaces |= {"judge.features": judge.features, "judge.second": judge.second}
@@ -133,3 +133,20 @@ def server_memory(config: RewardServerConfig, *, features: bool) -> ServerMemory
         if space.network != "pixels":
             found.add(name, features_memory(space))
     return found
+
+
+def server_work(config: RewardServerConfig, *, features: bool) -> dict[str, ImageWork | None]:
+    """What one server of a pool computes for a training image, by option; None: unknown."""
+    found = {name: scorer.work() for name, scorer in _scorers(config).items()}
+    if features:
+        found["rewards.features"] = features_work(config.rewards.features)
+    return found
+
+
+def _scorers(config: RewardServerConfig) -> dict[str, ScorerConfig]:
+    """Option -> scorer of a pool's rewards."""
+    return {
+        f"rewards.extra {name}" if isinstance(scorer, UserReward) else f"rewards.{name}": scorer
+        for name, scorer in config.rewards.scorers().items()
+        if scorer.pool == config.pool
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.checkpoints.loading import count_parameters
@@ -17,6 +18,8 @@ from rewards.config import RewardServerConfig
 from rewards.preflight import server_memory
 
 FP32 = 4
+GB = 1e9
+SPARE = 0.1  # of a process's memory, left to the allocator and to kernels' workspaces
 MAPS = 3  # of the decoder's widest, held at a time
 
 
@@ -31,6 +34,16 @@ class Process:
     """Bytes, with its context."""
     unknown: tuple[str, ...] = ()
     """Networks of unknown size, not counted."""
+    role: str = ""
+
+    def least_share(self, size: float) -> float:
+        """The part of a GPU of `size` bytes that it needs, with some to spare."""
+        return self.memory / (size * (1 - SPARE))
+
+    def fits(self, size: float) -> bool:
+        """Whether it fits its share of a GPU, which bounds its memory
+        (`cluster.program.gpu_memory`)."""
+        return self.least_share(size) <= min(self.share, 1.0)
 
 
 @dataclass
@@ -62,7 +75,13 @@ def processes(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfig
         if role.resources.num_gpus and role.name in amounts:
             memory, unknown = amounts[role.name]
             found += [
-                Process(role.worker_name(at), role.resources.num_gpus, memory + CONTEXT, unknown)
+                Process(
+                    role.worker_name(at),
+                    role.resources.num_gpus,
+                    memory + CONTEXT,
+                    unknown,
+                    role.name,
+                )
                 for at in range(role.count)
             ]
     return found
@@ -100,6 +119,24 @@ def of_sampler(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfi
     widest = tokenizer.channels * tokenizer.multipliers[0] * image_side(policy, tokenizer) ** 2
     images = MAPS * FP32 * config.rollouts_per_group * widest
     return decoding + FP32 * count_parameters(tokenizer) + images
+
+
+def fits(gpus: Sequence[Gpu], size: float) -> bool:
+    """Whether every process fits its share of a GPU of `size` bytes."""
+    return all(process.fits(size) for gpu in gpus for process in gpu.processes)
+
+
+def share_notes(found: Sequence[Process], size: float) -> list[str]:
+    """Processes that need more than their share of a GPU of `size` bytes, one of each role."""
+    large = {process.role: process for process in found if not process.fits(size)}
+    return [
+        f"{process.name} needs {process.memory / GB:.1f} GB by the arithmetic of learner.plan, and "
+        f"{SPARE:.0%} to spare; its share, {min(process.share, 1.0):g} of a GPU of "
+        f"{size / GB:.3g} GB, is {min(process.share, 1.0) * size / GB:.1f}: it will probably run "
+        f"out of memory (num_gpus of at least {process.least_share(size):.2f}, or a smaller "
+        f"{'learner.microbatch' if process.role == 'learner' else 'batch'})"
+        for process in large.values()
+    ]
 
 
 def pack(found: list[Process]) -> list[Gpu]:

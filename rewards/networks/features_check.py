@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from cluster.model_files.tensors import locate
 from cluster.preflight import Download, Findings
+from rewards.base import ImageWork
 from rewards.networks.convnet import (
     FAMILY,
     check_convnet,
@@ -23,6 +24,8 @@ from rewards.networks.open_clip_check import (
     WIDTH,
     check_model,
     clip_memory,
+    clip_work,
+    transformer_flops,
 )
 from rewards.networks.open_clip_configs import read_directory
 from rewards.networks.open_clip_sources import architecture_of, directory_of
@@ -42,6 +45,7 @@ INCEPTIONS = {
 }
 """Network -> published file and its bytes."""
 INCEPTION_MAP = 3 * 147 * 147 * 64  # numbers an image
+INCEPTION_FLOPS = 11.4e9  # an image of 299 pixels; torchvision's page has 5.7 products and sums
 DINOV2_BYTES = 1.22e9  # 304 M weights
 DINOV2_MAP = 257 * 1024 * HELD  # numbers an image
 
@@ -127,3 +131,16 @@ def features_memory(config: FeaturesConfig) -> tuple[float, float]:
     if config.network == "clip":
         return clip_memory(config.model or CLIP, config.precision, config.batch)
     return 0.0, 0.0
+
+
+def features_work(config: FeaturesConfig) -> ImageWork | None:
+    """What a feature network computes for an image; None: unknown."""
+    if config.network in ("pixels", "convnet"):
+        return ImageWork(flops=0.0)  # next to nothing
+    if config.network in INCEPTIONS:
+        return ImageWork(flops=INCEPTION_FLOPS, convolutions=True)
+    if config.network == "dinov2" and (config.model or DINOV2) == DINOV2:
+        return ImageWork(flops=transformer_flops(24, 1024, 257), bf16=config.precision != "fp32")
+    if config.network == "clip":
+        return clip_work(config.model or CLIP, config.precision)
+    return None

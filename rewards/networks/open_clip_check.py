@@ -12,6 +12,7 @@ from cluster.errors import CheckpointError, ConfigError, nearest
 from cluster.io.paths import expand_user
 from cluster.model_files.torchvision_ops import ensure_torchvision
 from cluster.preflight import Download, Findings
+from rewards.base import ImageWork
 from rewards.networks.open_clip_configs import read_directory
 from rewards.networks.open_clip_models import (
     NoTokenizerError,
@@ -159,13 +160,39 @@ def local_tokenizer(model: str) -> Any:
 
 def clip_memory(model: str, precision: Precision, batch: int) -> tuple[float, float]:
     """Bytes of weights and activations of `batch` images; zeros for unknown architectures."""
-    directory, width = directory_of(model), WIDTH[precision]
-    architecture = (
-        architecture_of(model) if directory is None else read_directory(directory)["model_cfg"]
-    )
+    architecture, width = _sizes(model), WIDTH[precision]
     weights = clip_parameters(architecture)
     if not weights:
         return 0.0, 0.0
     vision = architecture["vision_cfg"]
-    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
-    return width * weights, float(batch * tokens * HELD * vision["width"] * width)
+    return width * weights, float(batch * _tokens(vision) * HELD * vision["width"] * width)
+
+
+def clip_work(model: str, precision: Precision) -> ImageWork | None:
+    """What the image tower computes; None for unknown architectures. (Texts are few, and their
+    features are kept.)"""
+    architecture = _sizes(model)
+    if not clip_parameters(architecture):
+        return None
+    vision = architecture["vision_cfg"]
+    tokens, width, ratio = _tokens(vision), vision["width"], vision.get("mlp_ratio", 4.0)
+    return ImageWork(
+        flops=transformer_flops(vision["layers"], width, tokens, ratio), bf16=precision != "fp32"
+    )
+
+
+def transformer_flops(layers: int, width: int, tokens: int, ratio: float = 4.0) -> float:
+    """Operations of a vision transformer's blocks: products with weights, and attention."""
+    return 2.0 * layers * tokens * width * ((4 + 2 * ratio) * width + 2 * tokens)
+
+
+def _sizes(model: str) -> dict[str, Any]:
+    directory = directory_of(model)
+    if directory is None:
+        return architecture_of(model)
+    sizes: dict[str, Any] = read_directory(directory)["model_cfg"]
+    return sizes
+
+
+def _tokens(vision: dict[str, Any]) -> int:
+    return int((vision["image_size"] // vision["patch_size"]) ** 2 + 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cluster.messages import Condition
 from cluster.preflight import Findings
-from rewards.base import Scorer
+from rewards.base import ImageWork, Scorer
 from rewards.combine import RewardTerm
 
 
@@ -39,6 +39,10 @@ class ScorerConfig(ABC):
     def memory(self) -> tuple[float, float]:
         """Bytes of weights and activations on a GPU; 0 weights: unknown."""
         return 0.0, 0.0
+
+    def work(self) -> ImageWork | None:
+        """What the network computes for an image; None: unknown."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from cluster.errors import ConfigError, DataError
 from cluster.messages import Condition
 from cluster.preflight import Findings
 from cluster.text_limits import Reading, fault, faults, notes
-from rewards.base import ImageErrors, Images, by_size
+from rewards.base import ImageErrors, Images, ImageWork, by_size
 from rewards.networks.extractor import in_order
-from rewards.networks.open_clip_check import check_model, clip_memory, local_tokenizer
+from rewards.networks.open_clip_check import check_model, clip_memory, clip_work, local_tokenizer
 from rewards.networks.open_clip_models import Precision, reading_of
 from rewards.scorers.config import ScorerConfig
 from rewards.scorers.prompts import LONG_CAPTIONS, PromptConfig, Prompts
@@ -140,6 +140,9 @@ class TextImageConfig(ScorerConfig):
     def memory(self) -> tuple[float, float]:
         batch = self.batch_size or IMAGE_BATCH["cuda"]
         return clip_memory(self.model, self.precision, batch)
+
+    def work(self) -> ImageWork | None:
+        return clip_work(self.model, self.precision)
 
 
 class TextImageScorer(ABC):

@@ -141,11 +141,13 @@ def test_presets_fit_what_they_say_without_any_file(
         assert f": {process} " in text
     assert "of 80 GB" in text
     assert "does not fit" not in text
+    assert "estimate by arithmetic, not measured on a GPU" in text
+    for phase in ("sample", "images", "score", "features", "moments", "learn", "publish", "load"):
+        assert f"│ {phase} " in text
     assert main(["--preset", preset, "--gpu-memory-gb", "8"]) == 0
     text = capsys.readouterr().out
-    assert "does not fit 8 GB" in text
-    assert "GPU 0" in text.splitlines()[-1]
-    assert "does not fit (10% kept free)" in text
+    assert "The learner does not fit" in text
+    assert "does not fit (a share of a GPU is that part of its memory, 10% of it kept free)" in text
 
 
 def test_vqgan_imagenet_has_its_published_size(

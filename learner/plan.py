@@ -60,6 +60,10 @@ COMMON = {
 GB = 1e9
 ESTIMATE = "estimate by arithmetic, not measured on a GPU"
 SHOWN = 8  # settings that are proposed, at most
+CONSEQUENCES = {
+    "sampler.max_groups": "above 1, results depend on timing, and --reproducible refuses it",
+    "max_staleness": "rollouts are so many updates old when they are learned from",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +221,10 @@ def show_seconds(config: RunConfig, budget: Budget, card: Card) -> None:
         f"An iteration {budget.seconds:.1f} s, {images / budget.seconds:.0f} images/s; "
         f"{config.iterations} iterations {whole:.1f} h ({ESTIMATE})"
     )
+    if not config.rewards.loo_fid.seed_from:
+        seed = config.rewards.loo_fid.seed_images
+        minutes = seed / images * budget.sampling / 60
+        print(f"Before the first one, {seed} images start the history: {minutes:.1f} min")
 
 
 def show_proposals(budget: Budget, found: Sequence[Proposal], best: Proposal | None) -> None:
@@ -234,8 +242,9 @@ def show_proposals(budget: Budget, found: Sequence[Proposal], best: Proposal | N
     make_console().print(table)
     if best is not None:
         print(
-            f"Without another GPU, together: {best}: an iteration {best.budget.seconds:.1f} s "
+            f"Without another GPU, together: {best}. An iteration {best.budget.seconds:.1f} s "
             f"instead of {budget.seconds:.1f}"
         )
-    if any("sampler.max_groups" in each.changes for each in found):
-        print("With sampler.max_groups above 1, results depend on timing (actors/sampler.py).")
+    for name, what in CONSEQUENCES.items():
+        if any(name in each.changes for each in found):
+            print(f"{name}: {what}.")

@@ -18,6 +18,7 @@ WORTH = 0.02  # least gain that is proposed, as a share of the iteration
 ROUNDS = 8  # settings that are changed together, at most
 STEP = 0.05  # of proposed shares of a GPU
 SPLITS = (1, 2, 3, 4, 6, 8, 12)  # microbatches of all rollouts that are tried
+AHEAD = "max_staleness"  # the one setting here that changes what is learned
 LEARNING = ("moments-server", "learner")  # roles of the phases after the last score
 Changes = Mapping[str, Any]
 """Option, as sampler.dtype -> value."""
@@ -30,6 +31,8 @@ class Budget:
     phases: tuple[Phase, ...]
     seconds: float
     """Of an iteration."""
+    sampling: float
+    """Seconds from its first request to its last score."""
     gpus: tuple[Gpu, ...]
     fits: bool
     unknown: tuple[str, ...]
@@ -60,6 +63,7 @@ def budget_of(config: RunConfig, models: Models, card: Card) -> Budget:
     return Budget(
         phases=tuple(phases),
         seconds=iteration_seconds(phases, gpus, calls, config.max_staleness),
+        sampling=sampling_seconds(phases, gpus, calls),
         gpus=tuple(gpus),
         fits=fits(gpus, card.memory),
         unknown=tuple(unknown),
@@ -69,26 +73,31 @@ def budget_of(config: RunConfig, models: Models, card: Card) -> Budget:
 def iteration_seconds(
     phases: Sequence[Phase], gpus: Sequence[Gpu], calls: int, staleness: int
 ) -> float:
-    """Seconds of an iteration from those of its phases, each of one worker.
-
-    Processes that share a GPU take turns. Others work side by side, piece by piece: what follows
-    the longest of them is the work on the last of the sampler's `calls`. Learning comes after all
-    scores; with staleness, beside the sampling of the next iteration.
-    """
-    before = [phase for phase in phases if phase.role not in LEARNING and phase.name != "load"]
-    after = [phase for phase in phases if phase not in before]
-    roles = {phase.role: 0.0 for phase in before}
-    for phase in before:
-        roles[phase.role] += phase.seconds
-    longest, busiest = max(
-        ((_on(gpu, before), gpu) for gpu in gpus), key=lambda found: found[0], default=(0.0, None)
-    )
-    beside = {role for role in roles if busiest is None or not _holds(busiest, role)}
-    sampling = longest + sum(roles[role] for role in beside) / max(calls, 1)
-    learning = sum(phase.seconds for phase in after)
+    """Seconds of an iteration from those of its phases, each of one worker. Learning comes after
+    all scores; with staleness, beside the sampling of the next iteration."""
+    sampling = sampling_seconds(phases, gpus, calls)
+    learning = sum(phase.seconds for phase in phases if not _before(phase))
     if not staleness:
         return sampling + learning
     return max(sampling, learning, *(_on(gpu, phases) for gpu in gpus))
+
+
+def sampling_seconds(phases: Sequence[Phase], gpus: Sequence[Gpu], calls: int) -> float:
+    """Seconds from the first request to the last score.
+
+    Processes that share a GPU take turns. Others work side by side, piece by piece: what follows
+    the longest of them is the work on the last of the sampler's `calls`.
+    """
+    before = [phase for phase in phases if _before(phase)]
+    longest, busiest = max(
+        ((_on(gpu, before), gpu) for gpu in gpus), key=lambda found: found[0], default=(0.0, None)
+    )
+    beside = [each for each in before if busiest is None or not _holds(busiest, each.role)]
+    return longest + sum(phase.seconds for phase in beside) / max(calls, 1)
+
+
+def _before(phase: Phase) -> bool:
+    return phase.role not in LEARNING and phase.name != "load"
 
 
 def _holds(gpu: Gpu, role: str) -> bool:
@@ -126,14 +135,15 @@ def proposals(config: RunConfig, models: Models, card: Card) -> list[Proposal]:
 
 
 def together(config: RunConfig, models: Models, card: Card) -> Proposal | None:
-    """Changes without another GPU, made one after the other, the best first; None without any."""
+    """Changes that neither need another GPU nor change what is learned, made one after the other,
+    the best first; None without any."""
     first = now = budget_of(config, models, card)
     made: dict[str, Any] = {}
     for _ in range(ROUNDS):
         found = [
             each
             for each in proposals(changed(config, made), models, card)
-            if len(each.budget.gpus) <= len(first.gpus)
+            if len(each.budget.gpus) <= len(first.gpus) and AHEAD not in each.changes
         ]
         if not found:
             break
@@ -178,10 +188,10 @@ def fitting_shares(config: RunConfig, gpus: Sequence[Gpu], card: Card) -> dict[s
 
 
 def candidates(config: RunConfig) -> Iterator[dict[str, Any]]:
-    """Changes worth trying: none of them changes the method, but for `max_staleness`."""
+    """Changes worth trying."""
     sampler, learner = config.sampler, config.learner
-    groups = 2 * sampler.max_groups
-    while groups <= config.groups_per_iteration // config.num_samplers:
+    groups, most = 2 * sampler.max_groups, config.groups_per_iteration // config.num_samplers
+    while groups <= most and not config.reproducible:  # which takes groups one by one
         yield {"sampler.max_groups": groups}
         groups *= 2
     if getattr(sampler, "kernels", "auto") != "auto":
@@ -211,11 +221,15 @@ def candidates(config: RunConfig) -> Iterator[dict[str, Any]]:
 
 def _more_workers(config: RunConfig) -> Iterator[dict[str, Any]]:
     if not config.max_staleness:
-        yield {"max_staleness": 1}
+        yield {AHEAD: 1}
     roles = {"learner": config.learner, "sampler": config.sampler, "reward": config.reward}
     for name, role in roles.items():
         if 0 < role.num_gpus < 1:
             yield {f"{name}.num_gpus": 1.0}
-    yield {"num_samplers": 2 * config.num_samplers}
-    yield {"num_reward_servers": 2 * config.num_reward_servers}
-    yield {"num_learners": 2 * config.num_learners, "learner.num_gpus": 1.0}
+    if config.sampler.num_gpus:
+        yield {"num_samplers": 2 * config.num_samplers}
+    if config.reward.num_gpus and not config.reward.on:
+        yield {"num_reward_servers": 2 * config.num_reward_servers}
+    if config.learner.num_gpus:
+        gpus = max(config.learner.num_gpus, 1.0)
+        yield {"num_learners": 2 * config.num_learners, "learner.num_gpus": gpus}

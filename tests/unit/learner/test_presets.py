@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from actors.checkpoints.sources import planned_policy, planned_tokenizer
 from cluster.errors import CheckpointError
 from cluster.fleet import InlineFleet
 from cluster.weights import unpack_weights
+from learner.capacity.budget import budget_of, changed
+from learner.capacity.cards import CARDS
+from learner.capacity.workload import Models
 from learner.config import RunConfig, load_preset
 from learner.fleet_plan import fleet_plan
 from learner.run import REFUSED, main
@@ -54,6 +59,63 @@ def test_headers_say_what_to_expect(name: str) -> None:
     header = [line for line in text.splitlines() if line.startswith("#")]
     for word in ("Reproduces", "Cost", "Expected"):
         assert any(line.startswith(f"# {word} ") for line in header), word
+
+
+NUMBERS = {"one": 1, "two": 2}
+
+
+def models_of(config: RunConfig) -> Models:
+    policy, tokenizer = config.policy, config.tokenizer
+    return Models(planned_policy(policy.source()), planned_tokenizer(tokenizer.source()))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "miniature"])
+def test_figures_of_headers_are_the_planners(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And every process fits its share of 80 GB."""
+    monkeypatch.setenv("TESSERA_WEIGHTS", str(tmp_path))  # sizes as published
+    config = load_preset(name)
+    text = Path("learner/presets", f"{name}.yaml").read_text(encoding="utf-8")
+    header = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    found = {card: budget_of(config, models_of(config), CARDS[card]) for card in ("h100", "h200")}
+    cost = re.search(
+        r"Cost +(\d+) iterations of (\d+) rollouts.*not measured on a GPU: ([\d.]+) s an iteration "
+        r"on (\w+) H100, ([\d.]+) on \w+ H200; ([\d.]+) h",
+        header,
+    )
+    assert cost
+    images = config.groups_per_iteration * config.rollouts_per_group
+    assert [int(each) for each in cost.groups()[:2]] == [config.iterations, images]
+    assert cost[3] == f"{found['h100'].seconds:.1f}"
+    assert cost[5] == f"{found['h200'].seconds:.1f}"
+    assert cost[6] == f"{config.iterations * found['h100'].seconds / 3600:.1f}"
+    assert NUMBERS[cost[4]] == len(found["h100"].gpus)
+    assert found["h100"].fits
+    for gpu in found["h100"].gpus:
+        for process in gpu.processes:
+            size, share = process.memory / 1e9, min(process.share, 1) * 80
+            assert f"{process.name} {size:.1f} of {share:g}" in header
+
+
+def test_the_smallest_fits_24_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its header says."""
+    monkeypatch.setenv("TESSERA_WEIGHTS", str(tmp_path))
+    less = {"learner.microbatch": 32, "sampler.max_groups": 8}
+    config = changed(load_preset("llamagen-b-256"), less)
+    assert budget_of(config, models_of(config), CARDS["4090"]).fits
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "miniature"])
+def test_presets_for_gpus_are_fast(name: str) -> None:
+    config = load_preset(name)
+    assert config.sampler.max_groups > 1
+    assert config.sampler.dtype == "bfloat16"
+    assert {scorer.precision for scorer in (config.rewards.clip, config.rewards.hps)} == {"bf16"}
+    assert not config.learner.checkpointing
+    rollouts = config.groups_per_iteration * config.rollouts_per_group
+    passes = -(-rollouts // config.learner.microbatch)
+    assert passes * config.learner.microbatch - rollouts < passes  # even ones
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +98,16 @@ def test_the_paper_as_it_stood_and_as_it_can_be() -> None:
     for name in ("sampler.max_groups", "rewards.hps.precision", "learner.checkpointing"):
         assert name in best.changes
     assert not proposals(changed(slow(), best.changes), MODELS, h200)[0].gain > 0.6
+
+
+def test_the_table_in_the_readme() -> None:
+    text, h200 = Path("learner/README.md").read_text(encoding="utf-8"), CARDS["h200"]
+    before, after = (
+        budget_of(config, MODELS, h200) for config in (slow(), load_preset("paper-fixed"))
+    )
+    for old, new in zip(before.phases, after.phases, strict=True):
+        assert f"| {old.name} | {old.seconds:.2f} | {new.seconds:.2f} |" in text
+    assert f"| an iteration | **{before.seconds:.1f}** | **{after.seconds:.1f}** |" in text
 
 
 def test_proposals_are_computed_ranked_and_fit() -> None:

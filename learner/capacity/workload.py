@@ -70,7 +70,7 @@ def sampling_of(config: RunConfig, models: Models) -> Sampling:
         drawn=rollouts,
         max_groups=config.sampler.max_groups,
         width=WIDTH[config.sampler.dtype],
-        fused=getattr(config.sampler, "kernels", "torch") == "auto",
+        fused=getattr(config.sampler, "kernels", "auto") == "auto",
         image_flops=image_flops(models.tokenizer, models.policy.grid),
         image_bf16=getattr(config.sampler, "image_dtype", "float32") == "bfloat16",
     )
@@ -88,7 +88,7 @@ def learning_of(config: RunConfig) -> Learning:
         updates=options.updates_per_iteration,
         checkpointing=options.checkpointing,
         bf16=options.precision == "bf16",
-        compiled=getattr(options, "compile", "never") != "never",
+        compiled=getattr(options, "compile", "auto") != "never",
         learners=config.num_learners,
     )
 

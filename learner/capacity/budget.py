@@ -197,7 +197,7 @@ def candidates(config: RunConfig) -> Iterator[dict[str, Any]]:
     if getattr(sampler, "kernels", "auto") != "auto":
         yield {"sampler.kernels": "auto"}
     for name in ("dtype", "image_dtype"):
-        if getattr(sampler, name, "bfloat16") != "bfloat16":
+        if getattr(sampler, name) != "bfloat16":
             yield {f"sampler.{name}": "bfloat16"}
     exact = {
         f"rewards.{name}.precision": "bf16"

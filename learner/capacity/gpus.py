@@ -17,7 +17,7 @@ from learner.fleet_plan import fleet_plan
 from rewards.config import RewardServerConfig
 from rewards.preflight import server_memory
 
-FP32 = 4
+WIDTH = {"float32": 4, "bfloat16": 2}  # bytes
 GB = 1e9
 SPARE = 0.1  # of a process's memory, left to the allocator and to kernels' workspaces
 MAPS = 3  # of the decoder's widest, held at a time
@@ -117,8 +117,9 @@ def of_sampler(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfi
         max_groups=config.sampler.max_groups,
     )
     widest = tokenizer.channels * tokenizer.multipliers[0] * image_side(policy, tokenizer) ** 2
-    images = MAPS * FP32 * config.rollouts_per_group * widest
-    return decoding + FP32 * count_parameters(tokenizer) + images
+    width = WIDTH[config.sampler.image_dtype]
+    images = MAPS * config.rollouts_per_group * widest
+    return decoding + width * (count_parameters(tokenizer) + images)
 
 
 def fits(gpus: Sequence[Gpu], size: float) -> bool:

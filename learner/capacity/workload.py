@@ -15,7 +15,7 @@ from actors.models.vq import VQConfig, VQDecoder
 from cluster.roles import Role
 from learner.capacity import seconds
 from learner.capacity.cards import Card
-from learner.capacity.gpus import rollouts_of
+from learner.capacity.gpus import WIDTH, rollouts_of
 from learner.capacity.seconds import Learning, Phase, Sampling, Transformer
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
@@ -24,7 +24,6 @@ from rewards.config import RewardServerConfig
 from rewards.networks.features_check import feature_dim
 from rewards.preflight import server_work
 
-WIDTH = {"float32": 4, "bfloat16": 2}  # bytes
 FEATURES = "rewards.features"
 
 
@@ -72,7 +71,7 @@ def sampling_of(config: RunConfig, models: Models) -> Sampling:
         width=WIDTH[config.sampler.dtype],
         fused=getattr(config.sampler, "kernels", "auto") == "auto",
         image_flops=image_flops(models.tokenizer, models.policy.grid),
-        image_bf16=getattr(config.sampler, "image_dtype", "float32") == "bfloat16",
+        image_bf16=config.sampler.image_dtype == "bfloat16",
     )
 
 

@@ -110,7 +110,7 @@ def test_the_smallest_fits_24_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_presets_for_gpus_are_fast(name: str) -> None:
     config = load_preset(name)
     assert config.sampler.max_groups > 1
-    assert config.sampler.dtype == "bfloat16"
+    assert config.sampler.dtype == config.sampler.image_dtype == "bfloat16"
     assert {scorer.precision for scorer in (config.rewards.clip, config.rewards.hps)} == {"bf16"}
     assert not config.learner.checkpointing
     rollouts = config.groups_per_iteration * config.rollouts_per_group

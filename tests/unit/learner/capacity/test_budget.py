@@ -63,6 +63,7 @@ def slow() -> RunConfig:
         | {
             "sampler.max_groups": 1,
             "sampler.dtype": "float32",
+            "sampler.image_dtype": "float32",
             "rewards.clip.precision": "fp32",
             "rewards.hps.precision": "fp32",
             "learner.checkpointing": True,

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.errors import FleetError
+from learner.training.transfers import to_host
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,16 @@ class DataParallelGroup:
                 module.set_force_sum_reduction_for_comms(True)  # all that gloo has
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Full tensors on the CPU, from the shards. A collective: all learners call it, and the
-        first one gets the result (the others an empty one). With size 1, the input."""
+        """Full tensors from the shards, copies in host memory. A collective: all learners call it,
+        and the first one gets the result (the others an empty one). With size 1, the input."""
         if self.size == 1:
             return dict(tensors)
         found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if self.first:
-                found[name] = full.cpu()
+                fresh = full is not tensor and full.device.type == "cpu"
+                found[name] = full if fresh else to_host({name: full})[name]
         return found
 
     def local_shard(self, tensor: Tensor, like: Tensor | None) -> Tensor:

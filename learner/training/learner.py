@@ -35,6 +35,7 @@ from learner.training.preparation import (
 from learner.training.real_tokens import RealTokens, cross_entropy
 from learner.training.skips import not_finite_because, too_many_skipped
 from learner.training.state_files import OPTIMIZER_FILE, LearnerFiles, LearnerState, TensorFile
+from learner.training.transfers import StepConditions, to_device
 
 BEHAVIOUR_STATS = ("entropy", "mismatch_kl", "logprob_gap", "reference_kl")
 """Statistics of the behaviour policy: taken in the first pass, before its first update."""
@@ -181,8 +182,9 @@ class Learner:
 
         Args:
             directory: exists.
-            background: copy policy and optimizer (12 bytes a parameter of host memory), return, and
-                write in a thread; see `saved`.
+            background: copy policy and optimizer (12 bytes a parameter of host memory until
+                `saved`; page-locked from a GPU, and kept for the next time), return, and write in a
+                thread.
 
         Raises:
             StorageError: they could not be written.
@@ -195,7 +197,8 @@ class Learner:
         if not background:
             content.write(directory)
             return
-        content = content.copied()
+        if self._dp_group.size == 1:  # what a group has gathered is a copy
+            content = content.copied()
         self._writing = Background("writing a checkpoint", lambda: content.write(directory))
 
     def saved(self, wait_s: float = 0.0) -> bool:
@@ -204,7 +207,9 @@ class Learner:
         Raises:
             StorageError: it could not be written.
         """
-        return self._writing is None or self._writing.done(wait_s)
+        if self._writing is not None and self._writing.done(wait_s):
+            self._writing = None  # and its copies
+        return self._writing is None
 
     def restore(self, directory: Path) -> int:
         """Inverse of `save`; returns the policy version.
@@ -268,10 +273,13 @@ class Learner:
         local = indices[(indices >= mine.start) & (indices < mine.stop)] - mine.start
         part = prepared if len(local) == len(prepared) else prepared[local]
         max_local = self._dp_group.max_local(indices, total)
-        stats = self._accumulate(part, len(indices), max_local)
-        if self._real is not None:
-            stats["real_ce"] = self._learn_from_real(batch.iteration, update)
-        stats["grad_norm"] = self._optimizer.limit()
+        totals = self._accumulate(part, len(indices), max_local)
+        real = self._learn_from_real(batch.iteration, update)
+        norm = self._optimizer.limit()
+        stats = totals.total(self._dp_group)  # the first wait for the device
+        if real is not None:
+            stats["real_ce"] = self._dp_group.all_sum([sum(torch.stack(real).tolist())])[0]
+        stats["grad_norm"] = float(norm)
         skipped = not _finite(stats)
         if skipped:
             self._optimizer.zero_grad()
@@ -293,8 +301,8 @@ class Learner:
                 f"{not_finite_because(stats)}"
             )
 
-    def _accumulate(self, part: PreparedBatch, total: int, max_local: int) -> dict[str, float]:
-        """Accumulate gradients over microbatches; returns mean statistics over all learners.
+    def _accumulate(self, part: PreparedBatch, total: int, max_local: int) -> StatsAccumulator:
+        """Accumulate gradients and statistics over microbatches, without waiting for the device.
 
         Args:
             part: this learner's share of `total` rollouts.
@@ -305,7 +313,7 @@ class Learner:
         totals = StatsAccumulator(reference_kl=in_loss)
         for batch in self._passes.microbatches(part, max_local):
             share = len(batch) / total
-            found = self._policy.logprobs(batch.tokens, self._passes.conditions(batch), config.spec)
+            found = self._policy.logprobs(batch.tokens, batch.conditions.batch(), config.spec)
             loss, stats = grpo_loss(
                 found.logprobs,
                 found.entropies,
@@ -320,25 +328,28 @@ class Learner:
             )
             (loss * share).backward()
             totals.add(stats, share)
-        return totals.total(self._dp_group)
+        return totals
 
-    def _learn_from_real(self, iteration: int, update: int) -> float:
-        """Add the gradient of the cross-entropy on real tokens; returns its mean, nats."""
-        assert self._real is not None
+    def _learn_from_real(self, iteration: int, update: int) -> list[torch.Tensor] | None:
+        """Add the gradient of the cross-entropy on real tokens; returns terms on the device, whose
+        sum over all learners is its mean, nats. None without it."""
+        if self._real is None:
+            return None
         tokens, conditions = self._real.draw(iteration, update)
         mine = self._dp_group.shard(len(tokens))
-        size, total = self._config.optimizer.microbatch, 0.0
-        for at in range(mine.start, mine.stop, size):
-            part = slice(at, min(at + size, mine.stop))
-            given = self._policy.module.encode(conditions[part])
-            local = torch.from_numpy(tokens[part]).to(self._policy.device)
-            logprobs = self._policy.logprobs(local, given, SamplingSpec()).logprobs
-            loss = cross_entropy(logprobs) * (len(local) / len(tokens))
+        given = StepConditions(self._policy.module, conditions[mine] or conditions[:1])
+        local = to_device(tokens[mine], self._policy.device)
+        size, terms = self._config.optimizer.microbatch, [torch.zeros((), device=local.device)]
+        for at in range(0, len(local), size):
+            part = slice(at, min(at + size, len(local)))
+            asked = given[part].batch()
+            logprobs = self._policy.logprobs(local[part], asked, SamplingSpec()).logprobs
+            loss = cross_entropy(logprobs) * (len(logprobs) / len(tokens))
             (loss * self._config.real.weight).backward()
-            total += float(loss.detach())
+            terms.append(loss.detach())
         max_local = self._dp_group.max_local(np.arange(len(tokens)), len(tokens))
-        self._passes.pad_passes(mine.stop - mine.start, max_local, conditions[:1])
-        return self._dp_group.all_sum([total])[0]
+        self._passes.pad_passes(len(local), max_local, given[:1])
+        return terms
 
     def _metrics(self, found: dict[str, float]) -> dict[str, float]:
         """Statistics of a step under their names in metrics.jsonl."""

@@ -117,10 +117,10 @@ class PolicyAdamW:
     def zero_grad(self) -> None:
         self._adamw.zero_grad()
 
-    def limit(self) -> float:
-        """Clip the gradient's norm; returns the norm before."""
+    def limit(self) -> Tensor:
+        """Clip the gradient's norm; returns the norm before, on the device."""
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self._limit)
-        return float(norm if self._dp_group.size == 1 else cast(Any, norm).full_tensor())
+        return norm if self._dp_group.size == 1 else cast(Any, norm).full_tensor()
 
     def step(self, lr: float) -> None:
         for group in self._adamw.param_groups:
@@ -128,14 +128,13 @@ class PolicyAdamW:
         self._adamw.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The full state, as state/parameter -> tensor. Collective: the first learner gets the
-        result, the others an empty one."""
+        """The full state, as state/parameter -> tensor; see `DataParallelGroup.gather`."""
         kept = {
             f"{key}/{name}": tensor
             for name, parameter in self._named.items()
             for key, tensor in self._adamw.state.get(parameter, {}).items()
         }
-        return {name: tensor.cpu() for name, tensor in self._dp_group.gather(kept).items()}
+        return self._dp_group.gather(kept)
 
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
         """Inverse of `tensors`, for any number of learners.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from actors.checkpoints.loading import PolicyConfig, load_policy
 from actors.decoding.decode import Likelihoods, token_likelihoods, token_logprobs
 from actors.models.base import Conditions, PolicyModule
 from cluster.io.run_layout import POLICY_FILE
-from cluster.messages import Condition, SamplingSpec
+from cluster.messages import SamplingSpec
 from cluster.model_files.tensors import load_strict, read_tensors
 from learner.training.data_parallel import DataParallelGroup
 from learner.training.lora import Adapters
@@ -71,14 +71,14 @@ class LearnerPolicy:
         dp_group.shard_module(self.module)
         self._dp_group = dp_group
 
-    def dummy_pass(self, conditions: Sequence[Condition]) -> None:
+    def dummy_pass(self, conditions: Conditions) -> None:
         """Take part in a collective pass of the other learners; adds zero to the gradient.
 
         Args:
-            conditions: any one that the policy can encode.
+            conditions: any one.
         """
         tokens = torch.zeros(1, self.module.num_tokens, dtype=torch.long, device=self.device)
-        logprobs = self.logprobs(tokens, self.module.encode(conditions), SamplingSpec()).logprobs
+        logprobs = self.logprobs(tokens, conditions, SamplingSpec()).logprobs
         if logprobs.requires_grad:
             (0 * logprobs.sum()).backward()
 

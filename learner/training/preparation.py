@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.models.base import Conditions
-from cluster.messages import Condition, SamplingSpec
+from cluster.messages import SamplingSpec
 from learner.grpo.kl import divergence, k3, penalised_advantages
 from learner.grpo.loss import LossConfig, LossStats
 from learner.grpo.off_policy import (
@@ -24,6 +23,7 @@ from learner.grpo.off_policy import (
 from learner.training.batch import TrainingBatch
 from learner.training.data_parallel import DataParallelGroup
 from learner.training.policy import LearnerPolicy
+from learner.training.transfers import StepConditions, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class PreparedBatch:
 
     tokens: Tensor
     """(B, T) int64"""
-    conditions: tuple[Condition, ...]
+    conditions: StepConditions
     behaviour: Tensor
     """(B, T)"""
     advantages: Tensor
@@ -51,12 +51,12 @@ class PreparedBatch:
 
     def __getitem__(self, indices: np.ndarray | slice) -> PreparedBatch:
         fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        index = np.arange(len(self))[indices]
-        chosen = torch.from_numpy(index).to(self.tokens.device)
+        device = self.tokens.device
+        chosen = indices if isinstance(indices, slice) else to_device(indices, device)
         for name, value in fields.items():
             if isinstance(value, Tensor):
-                fields[name] = value[indices] if isinstance(indices, slice) else value[chosen]
-        fields["conditions"] = tuple(self.conditions[at] for at in index)
+                fields[name] = value[chosen]
+        fields["conditions"] = self.conditions[indices]
         return PreparedBatch(**fields)
 
     def microbatches(self, size: int) -> Iterator[PreparedBatch]:
@@ -79,7 +79,7 @@ class ForwardPasses:
         """size: most rollouts of one pass."""
         self._policy, self._loss, self._spec = policy, loss, spec
         self._size, self._dp_group = size, dp_group
-        self._known: tuple[Condition, ...] = ()  # for dummy passes
+        self._known: StepConditions | None = None  # for dummy passes
 
     def prepare(
         self, batch: TrainingBatch, *, proximal: bool
@@ -94,14 +94,17 @@ class ForwardPasses:
             The share, and metrics of the whole batch.
         """
         shard, total = self._dp_group.shard(len(batch.tokens)), len(batch.tokens)
-        self._known = batch.conditions[:1]
         tokens, behaviour, advantages = (
-            torch.tensor(array[shard], device=self._policy.device)  # arrays may be read-only
+            to_device(array[shard], self._policy.device)
             for array in (batch.tokens, batch.behaviour, batch.advantages)
         )
+        # a learner without rollouts needs a condition for its dummy passes
+        own = batch.conditions[shard] or batch.conditions[:1]
+        conditions = StepConditions(self._policy.module, own)
+        self._known = conditions[:1]
         prepared = PreparedBatch(
             tokens=tokens.long(),
-            conditions=batch.conditions[shard],
+            conditions=conditions[: len(tokens)],
             behaviour=behaviour,
             advantages=advantages,
         )
@@ -118,19 +121,17 @@ class ForwardPasses:
             metrics |= of_weights
         return prepared, metrics
 
-    def conditions(self, part: PreparedBatch) -> Conditions:
-        return self._policy.module.encode(part.conditions)
-
     def microbatches(self, part: PreparedBatch, max_local: int) -> Iterator[PreparedBatch]:
         """Microbatches of this learner's share, then dummy passes up to the number of passes of the
         learner with `max_local` rollouts."""
         yield from part.microbatches(self._size)
+        assert self._known is not None
         self.pad_passes(len(part), max_local, self._known)
 
-    def pad_passes(self, local: int, max_local: int, known: Sequence[Condition]) -> None:
+    def pad_passes(self, local: int, max_local: int, known: StepConditions) -> None:
         """Dummy passes of a learner with `local` samples, to match one with `max_local`."""
         for _ in range(-(-max_local // self._size) - -(-local // self._size)):
-            self._policy.dummy_pass(known)
+            self._policy.dummy_pass(known.batch())
 
     def _microbatches(self, prepared: PreparedBatch, total: int) -> Iterator[PreparedBatch]:
         return self.microbatches(prepared, self._dp_group.max_local(np.arange(total), total))
@@ -144,7 +145,7 @@ class ForwardPasses:
                 self._microbatches(prepared, total) if shared else prepared.microbatches(self._size)
             )
             for part in microbatches:
-                given = self.conditions(part)
+                given = part.conditions.batch()
                 parts.append(
                     self._policy.reference_logprobs(module, part.tokens, given, self._spec)
                 )
@@ -156,11 +157,12 @@ class ForwardPasses:
     ) -> tuple[PreparedBatch, dict[str, float]]:
         """Add logprobs before the update; returns metrics of the behaviour policy."""
         none = torch.empty_like(prepared.behaviour[:0])
-        parts, entropy = [(none, none)], 0.0
+        parts, entropies = [(none, none)], [torch.zeros((), device=none.device)]
         for part in self._microbatches(prepared, total):
-            found = self._policy.logprobs(part.tokens, self.conditions(part), self._spec)
+            found = self._policy.logprobs(part.tokens, part.conditions.batch(), self._spec)
             parts.append((found.logprobs, found.unfiltered))
-            entropy += float(found.entropies.sum())
+            entropies.append(found.entropies.sum())
+        entropy = sum(torch.stack(entropies).tolist())
         proximal, unfiltered = (torch.cat(column) for column in zip(*parts))
         behaviour = prepared.behaviour
         gap = (proximal - behaviour).abs().max() if len(prepared) else torch.zeros(())
@@ -232,7 +234,7 @@ class ForwardPasses:
 
 
 class StatsAccumulator:
-    """Sums loss statistics over microbatches; synchronises with the device once.
+    """Sums loss statistics over microbatches; waits for the device once, in `total`.
 
     Args:
         reference_kl: whether it is measured.
@@ -251,8 +253,9 @@ class StatsAccumulator:
     def total(self, dp_group: DataParallelGroup) -> dict[str, float]:
         """Means over all learners' rollouts; of logprob_gap the maximum."""
         names, sums, largest = self._names, dict.fromkeys(self._names, 0.0), 0.0
-        for share, values in self._parts:
-            for name, value in zip(names, values.tolist()):
+        parts = torch.stack([values for _, values in self._parts]).tolist() if self._parts else []
+        for (share, _), values in zip(self._parts, parts):
+            for name, value in zip(names, values):
                 sums[name] += share * value
                 if name == "logprob_gap":
                     largest = float(np.maximum(largest, value))  # NaN stays NaN

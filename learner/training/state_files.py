@@ -17,6 +17,7 @@ from cluster.io.checksum import UNREADABLE, add_checksum, count, verify_checksum
 from cluster.io.files import RESUME, sync, writing
 from cluster.model_files.tensors import write_tensors
 from learner.grpo.entropy import EntropyState
+from learner.training.transfers import to_host
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "learner.msgpack"
@@ -32,7 +33,7 @@ class TensorFile:
 
     def copied(self) -> TensorFile:
         """A copy in host memory, which later steps do not change."""
-        return TensorFile({k: _host_copy(t) for k, t in self.tensors.items()}, self.config)
+        return TensorFile(to_host(self.tensors), self.config)
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,6 @@ class LearnerFiles:
             (directory / STATE_FILE).write_bytes(self.state.to_bytes())
             for name in (*self.tensors, STATE_FILE):
                 sync(directory / name)
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
 
 
 def _number(value: Any) -> float:

@@ -137,11 +137,19 @@ class Attention(nn.Module):
         return self.proj(attend(query, key, value).transpose(1, 2).flatten(2))
 
 
+class LayerNorm(nn.LayerNorm):
+    """Gains may have another dtype than the input (bf16 gathered from shards, fp32 activations)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gains = self.weight.type_as(x), self.bias.type_as(x)
+        return F.layer_norm(x, self.normalized_shape, *gains, self.eps)
+
+
 class Block(nn.Module):
     def __init__(self, config: TamingConfig) -> None:
         super().__init__()
-        self.ln1 = nn.LayerNorm(config.dim)
-        self.ln2 = nn.LayerNorm(config.dim)
+        self.ln1 = LayerNorm(config.dim)
+        self.ln2 = LayerNorm(config.dim)
         self.attn = Attention(config)
         hidden = MLP_RATIO * config.dim
         self.mlp = nn.Sequential(Linear(config.dim, hidden), nn.GELU(), Linear(hidden, config.dim))
@@ -162,7 +170,7 @@ class TamingGPT(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, config.dim)
         self.pos_emb = nn.Parameter(torch.zeros(1, config.block_size, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.ln_f = nn.LayerNorm(config.dim)
+        self.ln_f = LayerNorm(config.dim)
         self.head = Head(config.dim, config.vocab_size)
         forward = permutation(config.permuter, config.grid)
         self.register_buffer("sequence_order", forward, persistent=False)

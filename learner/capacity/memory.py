@@ -18,6 +18,7 @@ from actors.checkpoints.zoo import family_of
 from actors.decoding.decode import positions_at_once
 from actors.kernels.attention import padded_head_dim
 from actors.models.base import PolicyArchitecture
+from learner.training.data_parallel import GATHERED_BELOW
 
 FP32, BF16 = 4, 2
 LAYER_INPUT = 4  # bytes a token and unit of width: the residual stream is fp32 in both precisions
@@ -34,8 +35,9 @@ class LearnerMemory:
     optimizer: float
     """AdamW's two averages."""
     gathered: float
-    """With several learners, which hold shards of the three above: full weights and gradients of
-    the current block, the prefetched one, and what is outside of blocks."""
+    """With several learners, which hold shards of the three above: the sum of an update's gradients,
+    exchanged in its last pass; and weights, of large policies of the current block, the prefetched
+    one, and what is outside of blocks."""
     reference: float
     casts: float
     """bf16 copies of weights that autocast caches during a pass."""
@@ -72,7 +74,7 @@ def learner_memory(
     layer = positions * family.layer_activations(architecture, precision)
     layers = architecture.num_layers
     kept = float(layers * layer)
-    casts = float(BF16 * parameters) if precision == "bf16" else 0.0
+    casts = float(BF16 * parameters) if precision == "bf16" and learners == 1 else 0.0
     if checkpointing:
         kept = layers * positions * LAYER_INPUT * architecture.dim + layer
         casts = casts / layers  # a layer's casts live as long as its activations
@@ -84,7 +86,7 @@ def learner_memory(
         weights=FP32 * parameters / learners,
         gradients=FP32 * parameters / learners,
         optimizer=2 * FP32 * parameters / learners,
-        gathered=_gathered(architecture, parameters) if learners > 1 else 0,
+        gathered=_gathered(architecture, parameters, precision) if learners > 1 else 0,
         reference=FP32 * parameters if reference else 0,
         casts=casts,
         activations=kept + last * positions * architecture.dim,
@@ -92,12 +94,13 @@ def learner_memory(
     )
 
 
-def _gathered(architecture: PolicyArchitecture, parameters: int) -> float:
-    """Weights and gradients of two blocks, and of embeddings and output."""
+def _gathered(architecture: PolicyArchitecture, parameters: int, precision: str) -> float:
     one_less = dataclasses.replace(architecture, num_layers=architecture.num_layers - 1)
     block = parameters - count_parameters(one_less)
     outside = parameters - architecture.num_layers * block
-    return 2 * FP32 * (2 * block + outside)
+    blocks = architecture.num_layers if parameters < GATHERED_BELOW else 2
+    weights = (BF16 if precision == "bf16" else FP32) * blocks * block + FP32 * outside
+    return float(weights + FP32 * parameters)
 
 
 def sampler_memory(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,13 @@ from torch import Tensor, nn
 
 from cluster.errors import FleetError
 from learner.training.transfers import to_host
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+GATHERED_BELOW = 1_000_000_000
+"""Parameters of a policy below which its weights stay gathered during an update: 2 bytes each, for
+one exchange of weights an update instead of two a pass."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +71,47 @@ class DataParallelGroup:
         dist.all_reduce(tensor, how)
         return tensor.tolist()
 
-    def shard_module(self, policy: nn.Module) -> None:
-        """Shard the weights of a policy over the learners (FSDP2): each block, and the rest."""
+    def shard_module(self, policy: nn.Module, precision: Literal["fp32", "bf16"]) -> None:
+        """Shard the weights of a policy over the learners (FSDP2): each block, and the rest.
+
+        Under bf16, learners gather blocks in bf16, which autocast would make of them anyway (their
+        norms' gains included), and sum gradients in fp32. The rest stays fp32: embeddings, because
+        they begin the residual stream, and the head, which sums its gradient over pieces.
+        """
         if self.size == 1:
             return
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import (
+            FSDPModule,
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
 
         mesh = init_device_mesh(self.device, (self.size,))
-        stacks = [child for child in policy.children() if isinstance(child, nn.ModuleList)]
-        for block in (block for stack in stacks for block in stack):
-            fully_shard(block, mesh=mesh)
+        half = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        of_blocks = half if precision == "bf16" else MixedPrecisionPolicy()
+        reshard = not stays_gathered(policy)
+        for block in blocks_of(policy):
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=of_blocks)
             if hasattr(block, "captions"):
                 register_fsdp_forward_method(block, "captions")
-        fully_shard(policy, mesh=mesh, reshard_after_forward=True)
+        fully_shard(policy, mesh=mesh, reshard_after_forward=reshard)
         for module in policy.modules():
             if isinstance(module, FSDPModule):  # sums, not means
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # all that gloo has
+
+    def announce_pass(self, policy: nn.Module, *, last: bool) -> None:
+        """Before each pass with gradients: they are exchanged in the last one of an update. Until
+        then every learner sums its own, and keeps weights of small policies gathered."""
+        if self.size == 1:
+            return
+        sharded = cast("FSDPModule", policy)
+        sharded.set_requires_gradient_sync(last)
+        sharded.set_reshard_after_backward(last or not stays_gathered(policy))
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Full tensors from the shards, copies in host memory. A collective: all learners call it,
@@ -105,6 +135,17 @@ class DataParallelGroup:
         if not isinstance(like, DTensor):
             return tensor
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def blocks_of(policy: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a policy: its children's that are in a `ModuleList`."""
+    stacks = [child for child in policy.children() if isinstance(child, nn.ModuleList)]
+    return [block for stack in stacks for block in stack]
+
+
+def stays_gathered(policy: nn.Module) -> bool:
+    """Whether learners keep a policy's weights gathered between the passes of an update."""
+    return sum(parameter.numel() for parameter in policy.parameters()) < GATHERED_BELOW
 
 
 def open_rendezvous(host: str, size: int) -> tuple[dist.TCPStore, str]:

@@ -273,6 +273,8 @@ class Learner:
         local = indices[(indices >= mine.start) & (indices < mine.stop)] - mine.start
         part = prepared if len(local) == len(prepared) else prepared[local]
         max_local = self._dp_group.max_local(indices, total)
+        passes = self._passes.count(max_local) + self._passes.count(self._max_local_real())
+        self._policy.begin_update(passes)
         totals = self._accumulate(part, len(indices), max_local)
         real = self._learn_from_real(batch.iteration, update)
         norm = self._optimizer.limit()
@@ -347,9 +349,13 @@ class Learner:
             loss = cross_entropy(logprobs) * (len(logprobs) / len(tokens))
             (loss * self._config.real.weight).backward()
             terms.append(loss.detach())
-        max_local = self._dp_group.max_local(np.arange(len(tokens)), len(tokens))
-        self._passes.pad_passes(len(local), max_local, given[:1])
+        self._passes.pad_passes(len(local), self._max_local_real(), given[:1])
         return terms
+
+    def _max_local_real(self) -> int:
+        """Most real images of an optimizer step that any learner has."""
+        images = self._config.real.batch if self._real is not None else 0
+        return self._dp_group.max_local(np.arange(images), images)
 
     def _metrics(self, found: dict[str, float]) -> dict[str, float]:
         """Statistics of a step under their names in metrics.jsonl."""

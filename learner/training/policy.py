@@ -42,6 +42,7 @@ class LearnerPolicy:
         self._options, self.device, self._dp_group = options, options.device, DataParallelGroup()
         self.module = load_policy(config, device=self.device).requires_grad_(True)
         self.module.checkpointing = options.checkpointing
+        self._passes_left = 0  # of an update
         self._adapters: Adapters | None = None
         if options.lora.rank:
             self._adapters = Adapters(self.module, options.lora, seed)
@@ -53,6 +54,9 @@ class LearnerPolicy:
     def logprobs(self, tokens: Tensor, conditions: Conditions, spec: SamplingSpec) -> Likelihoods:
         """Logprobs, entropies and unfiltered logprobs (B, T) fp32, with gradients; see
         `token_likelihoods`."""
+        if torch.is_grad_enabled():
+            self._passes_left = max(self._passes_left - 1, 0)
+            self._dp_group.announce_pass(self.module, last=not self._passes_left)
         with self._precision():
             return token_likelihoods(self.module, tokens, conditions, spec)
 
@@ -68,8 +72,13 @@ class LearnerPolicy:
 
     def join(self, dp_group: DataParallelGroup) -> None:
         """Shard the weights over the group; a reference that is a copy stays unsharded."""
-        dp_group.shard_module(self.module)
+        dp_group.shard_module(self.module, self._options.precision)
         self._dp_group = dp_group
+
+    def begin_update(self, passes: int) -> None:
+        """Announce the passes with gradients, dummy ones included, of an optimizer step: learners
+        exchange gradients in the last one. Without it they do in every pass."""
+        self._passes_left = passes
 
     def dummy_pass(self, conditions: Conditions) -> None:
         """Take part in a collective pass of the other learners; adds zero to the gradient.

@@ -128,9 +128,13 @@ class ForwardPasses:
         assert self._known is not None
         self.pad_passes(len(part), max_local, self._known)
 
+    def count(self, samples: int) -> int:
+        """Number of passes over so many samples."""
+        return -(-samples // self._size)
+
     def pad_passes(self, local: int, max_local: int, known: StepConditions) -> None:
         """Dummy passes of a learner with `local` samples, to match one with `max_local`."""
-        for _ in range(-(-max_local // self._size) - -(-local // self._size)):
+        for _ in range(self.count(max_local) - self.count(local)):
             self._policy.dummy_pass(known.batch())
 
     def _microbatches(self, prepared: PreparedBatch, total: int) -> Iterator[PreparedBatch]:

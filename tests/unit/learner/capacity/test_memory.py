@@ -16,6 +16,7 @@ from actors.models.base import PolicyArchitecture
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.taming import TamingConfig
 from cluster.messages import Condition, SamplingSpec
+from learner.capacity import memory
 from learner.capacity.memory import LOGITS_KEPT, learner_memory, sampler_memory
 
 SMALL = LlamaGenConfig(
@@ -82,7 +83,7 @@ def test_logits_in_pieces_are_not_kept(
     assert found.logits == whole.logits * 100 / (rows * policy.num_tokens)
 
 
-def test_weights_and_optimizer_by_hand() -> None:
+def test_weights_and_optimizer_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = count_parameters(SMALL)
     one = learner_memory(SMALL, microbatch=4)
     assert (one.weights, one.gradients, one.optimizer) == tuple(
@@ -93,8 +94,12 @@ def test_weights_and_optimizer_by_hand() -> None:
     assert (four.reference, one.gathered) == (0, 0)
     d, f, layers = SMALL.dim, SMALL.hidden_dim, SMALL.num_layers
     block = 4 * d * d + 3 * d * f + 2 * d
-    assert four.gathered == 2 * 4 * (2 * block + parameters - layers * block)
-    assert four.weights == one.weights / 4
+    outside = parameters - layers * block
+    assert four.gathered == 2 * layers * block + 4 * outside + 4 * parameters
+    assert (four.weights, four.casts) == (one.weights / 4, 0)
+    monkeypatch.setattr(memory, "GATHERED_BELOW", 0)
+    large = learner_memory(SMALL, microbatch=4, learners=4, precision="fp32")
+    assert large.gathered == 4 * (2 * block + outside + parameters)
 
 
 def test_guidance_doubles_rows_but_not_what_is_kept_of_the_mixture() -> None:

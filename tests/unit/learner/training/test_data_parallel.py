@@ -6,19 +6,24 @@ import dataclasses
 import json
 import multiprocessing
 import socket
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from actors.checkpoints.loading import init_policy
+from actors.decoding import decode
 from cluster.errors import FleetError
 from cluster.messages import SamplingSpec, WeightSnapshot
 from cluster.model_files.tensors import write_tensors
 from cluster.weights import open_snapshot
 from learner.grpo.loss import LossConfig
+from learner.training import data_parallel
 from learner.training.data_parallel import DataParallelGroup, join, open_rendezvous
 from learner.training.learner import Learner
 from learner.training.lora import LoraConfig
@@ -62,12 +67,29 @@ CASES = {
         "options": {"lora": LoraConfig(rank=2)},
         "microbatch": 2,
     },
+    "large, logits in pieces": {
+        "rows": 7,
+        "microbatch": 2,
+        "large": True,
+        "pieces": 80,
+        "options": {"checkpointing": True},
+    },
     "guided": {"rows": 5, "spec": SamplingSpec(cfg_scale=1.5, guidance="guided")},
 }
 ROUNDED = {
     "bf16": {"rows": 7, "options": {"precision": "bf16"}},
 }
-FAMILY_OPTIONS: list[dict] = [{}, {"checkpointing": True}, {"lora": LoraConfig(rank=3)}]
+EXCHANGES = {
+    "exchanges in fp32": {"rows": 7, "microbatch": 1, "updates": 2, "real": 0.3},
+    "exchanges in bf16": {"rows": 7, "microbatch": 1, "options": {"precision": "bf16"}},
+    "exchanges of a large policy": {"rows": 7, "microbatch": 1, "large": True},
+}
+FAMILY_OPTIONS: list[dict] = [
+    {},
+    {"checkpointing": True},
+    {"lora": LoraConfig(rank=3)},
+    {"precision": "bf16"},
+]
 
 
 def learner_of(folder: Path, case: dict, microbatch: int = 8) -> Learner:
@@ -104,6 +126,8 @@ class Place:
         """A member of the group, which gives out the first one's snapshots: tests draw rollouts
         from them."""
         made = learner_of(folder, case)
+        data_parallel.GATHERED_BELOW = 0 if "large" in case else 1 << 30
+        decode.LOGITS_AT_ONCE = case.get("pieces", 1 << 25)
         own, rank = made.snapshot, self._rank
 
         def of_the_first() -> WeightSnapshot:
@@ -159,6 +183,29 @@ def one_broken_step(learner: Learner) -> dict:
     }
 
 
+def exchanges(learner: Learner, rows: int) -> list[tuple[str, str, int]]:
+    """Number of a step's exchanges of weights and of gradients, by kind and dtype."""
+    batch, counts = batch_of(learner, 0, rows), Counter[tuple[str, str]]()
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (_fsdp_collectives.DefaultAllGather, _fsdp_collectives.DefaultReduceScatter):
+            original = kind.__call__
+
+            def counted(
+                self: object,
+                *given: Any,
+                of: Any = original,
+                name: str = kind.__name__,
+                **more: Any,
+            ) -> object:
+                sent = more.get("input_tensor", given[1] if len(given) > 1 else None)
+                counts[name.removeprefix("Default"), str(sent.dtype)] += 1
+                return of(self, *given, **more)
+
+            patch.setattr(kind, "__call__", counted)
+        learner.step(batch)
+    return sorted((*key, count) for key, count in counts.items())
+
+
 def kept_by(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Numbers that this learner has of the weights, their gradients and averages of these."""
     own, states = parameters(optimizer), optimizer.state.values()
@@ -180,6 +227,8 @@ def member(rank: int, size: int, addresses: list[str], folder: Path) -> None:
         torch.save(weights(learner), folder / f"{size}-{rank}-{name}.pt")
         (folder / f"saved-{size}-{name}").mkdir(exist_ok=True)
         learner.save(folder / f"saved-{size}-{name}")
+    for name, case in EXCHANGES.items():
+        results[name] = exchanges(place.learner(folder, case), case["rows"])
     learner, parts = place.learner(folder, CASES["plain"]), []
     with optimizer_steps(lambda of: parts.extend(p.grad.full_tensor() for p in parameters(of))):
         results["norm"] = learner.step(off_policy(learner)).metrics["loss/grad_norm"]
@@ -229,7 +278,7 @@ def size(request: pytest.FixtureRequest) -> int:
 def folder(alone: Path, size: int) -> Path:
     """The same cases by a group. Its processes are forked from one that has imported everything."""
     multiprocessing.set_forkserver_preload([__name__, "torch._dynamo", "peft"])
-    joins = len(CASES | ROUNDED) + 4
+    joins = len(CASES | ROUNDED | EXCHANGES) + 4
     stores, addresses = zip(*(open_rendezvous("127.0.0.1", size) for _ in range(joins)))
     arguments = (size, addresses, alone)
     torch.multiprocessing.start_processes(member, arguments, size, start_method="forkserver")
@@ -264,6 +313,24 @@ def test_a_group_in_bf16_goes_where_one_learner_goes(folder: Path, size: int) ->
     assert torch.cosine_similarity(moved, found, dim=0) > 0.95
 
 
+def test_gradients_are_exchanged_once_an_update(folder: Path, size: int) -> None:
+    """Of two blocks and the rest: once an update, however many passes it has, in fp32. Weights of
+    small policies, too: blocks in the precision of the passes, the rest in fp32."""
+    fp32, bf16 = "torch.float32", "torch.bfloat16"
+    for rank in range(size):
+        found = of(folder, size, rank)
+        assert found["exchanges in fp32"] == [["AllGather", fp32, 6], ["ReduceScatter", fp32, 6]]
+        assert found["exchanges in bf16"] == [
+            ["AllGather", bf16, 2],
+            ["AllGather", fp32, 1],
+            ["ReduceScatter", fp32, 3],
+        ]
+        gathers, reductions = found["exchanges of a large policy"]
+        assert reductions == ["ReduceScatter", fp32, 3]
+        passes = -(-7 // size)
+        assert gathers[2] >= 2 * 2 * passes  # of each block, in both directions
+
+
 @pytest.mark.parametrize("options", FAMILY_OPTIONS, ids=str)
 def test_every_family_can_be_divided(folder: Path, size: int, options: dict) -> None:
     """Captions, too, whose rows go through a block beside its forward pass."""
@@ -271,7 +338,10 @@ def test_every_family_can_be_divided(folder: Path, size: int, options: dict) -> 
     found = torch.load(folder / f"{size}-0-{sorted(options)}.pt", weights_only=True)
     assert found.keys() == expected.keys()
     for name, ours in expected.items():
-        torch.testing.assert_close(found[name] / size, ours, rtol=1e-5, atol=1e-6, msg=name)
+        gap = (found[name] / size - ours).norm()
+        # gains of norms are rounded, too, where weights are gathered in bf16
+        allowed = 0.02 if "precision" in options else 1e-5
+        assert gap <= allowed * ours.norm() + 1e-6 * ours.numel() ** 0.5, name
 
 
 def test_a_group_leaves_an_update_out_together(folder: Path, size: int) -> None:

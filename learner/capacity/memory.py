@@ -35,9 +35,9 @@ class LearnerMemory:
     optimizer: float
     """AdamW's two averages."""
     gathered: float
-    """With several learners, which hold shards of the three above: the sum of an update's gradients,
-    exchanged in its last pass; and weights, of large policies of the current block, the prefetched
-    one, and what is outside of blocks."""
+    """With several learners, which hold shards of the three above: the sum of an update's
+    gradients, exchanged in its last pass; and weights: all of small policies; of large ones two
+    blocks (the current and the prefetched one) and what is outside of blocks."""
     reference: float
     casts: float
     """bf16 copies of weights that autocast caches during a pass."""

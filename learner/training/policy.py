@@ -13,7 +13,7 @@ from actors.checkpoints.loading import PolicyConfig, load_policy
 from actors.decoding.decode import Likelihoods, token_likelihoods, token_logprobs
 from actors.models.base import Conditions, PolicyModule
 from cluster.io.run_layout import POLICY_FILE
-from cluster.messages import SamplingSpec
+from cluster.messages import Condition, SamplingSpec
 from cluster.model_files.tensors import load_strict, read_tensors
 from learner.training.data_parallel import DataParallelGroup
 from learner.training.lora import Adapters

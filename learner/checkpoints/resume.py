@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "learner.num_",
     "learner.microbatch",
     "learner.checkpointing",
+    "learner.compile",
     "learner.reference_device",
     "guards.",
     "output.",

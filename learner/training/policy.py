@@ -15,6 +15,7 @@ from actors.models.base import Conditions, PolicyModule
 from cluster.io.run_layout import POLICY_FILE
 from cluster.messages import Condition, SamplingSpec
 from cluster.model_files.tensors import load_strict, read_tensors
+from learner.training.compilation import compile_blocks
 from learner.training.data_parallel import DataParallelGroup
 from learner.training.lora import Adapters
 from learner.training.optimizer import OptimizerConfig
@@ -50,6 +51,11 @@ class LearnerPolicy:
         if reference and self._adapters is None:
             kept = self.device if options.reference_device == "learner" else "cpu"
             self._reference = load_policy(config, device=kept)
+        on_gpu = self.device != "cpu"
+        if options.compile == "always" or (options.compile == "auto" and on_gpu):
+            for module in (self.module, self._reference):
+                if module is not None:
+                    compile_blocks(module)
 
     def logprobs(self, tokens: Tensor, conditions: Conditions, spec: SamplingSpec) -> Likelihoods:
         """Logprobs, entropies and unfiltered logprobs (B, T) fp32, with gradients; see

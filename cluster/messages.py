@@ -291,8 +291,8 @@ class WeightSnapshot:
     manifest: bytes
     """msgpack: names, dtypes, shapes, offsets, base, checksums."""
     buffer: np.ndarray = field(repr=False)
-    """(n,) uint8, every tensor 64-byte aligned; read-only in shared memory. Over a GPU transport, a
-    tensor of the same kind on the device."""
+    """(n,) uint8, every tensor 64-byte aligned; read-only in shared memory. Out of a broadcast
+    group, a tensor of the same kind, on any device."""
     base: int | None = None
     """Version of the full snapshot that this one builds upon; None is a full one."""
 

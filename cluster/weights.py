@@ -4,6 +4,9 @@ One contiguous buffer goes through an object store zero-copy, whatever the dtype
 bfloat16), and needs no pickle of tensors. `load_weights` copies *into* the receiving module's own
 tensors: the shared buffer is never aliased, so that no in-place update reaches another process.
 
+Weights on a GPU are packed there and copied to pinned host memory once; a module on a GPU gets the
+buffer in one copy, and it is verified and taken apart there (not yet run on a GPU).
+
 A snapshot is full, or holds low-rank adapters alone: then it names the full snapshot (its base)
 whose weights W become W + scale B A.
 """
@@ -14,7 +17,7 @@ import dataclasses
 import hashlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +42,14 @@ DTYPES = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
+CPU = torch.device("cpu")
 UNREADABLE = (ValueError, KeyError, TypeError, msgpack.UnpackException)
 
 
 class Packer:
-    """Packs state dicts into buffers that it reuses once no one else refers to them: touching fresh
-    memory costs more than the copy.
+    """Packs state dicts into host buffers that it reuses once no one else refers to them: touching
+    fresh memory, or pinning it, costs more than the copy. Ray has copied a return value before it
+    drops its reference.
 
     Args:
         dtype: of floating-point tensors on the wire; None leaves each as it is.
@@ -55,37 +60,38 @@ class Packer:
         self._entries: list[dict[str, Any]] = []
         self._buffers: list[np.ndarray] = []
 
+    @torch.no_grad()
     def __call__(
         self,
         state: Mapping[str, Tensor],
         version: int,
         *,
         config: Mapping[str, Any] | None = None,
-        device: str = "",
+        send: Callable[[WeightSnapshot], object] | None = None,
         **more: Any,
     ) -> WeightSnapshot:
-        """Copy a state dict into one aligned buffer.
+        """Copy a state dict into one aligned buffer: on its device, then from there to the host.
 
         Args:
             state: tensor name -> tensor, any device, any dtype of `DTYPES`.
             version: policy version of the snapshot.
             config: architecture of the module, compared where it is loaded.
-            device: leave the buffer there, as a tensor; empty is host memory.
+            send: called with the snapshot while its buffer is a tensor on the state's device.
             more: further entries of the manifest.
 
         Raises:
             CheckpointError: a tensor has a dtype that cannot travel.
         """
         entries, nbytes = _layout(state, self._dtype)
-        if device:
-            flat: Any = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-            buffer = flat
-        else:
+        device = device_of(state.values())
+        buffer = None
+        if device == CPU:
             buffer = self._free_buffer(entries, nbytes)
             flat = torch.from_numpy(buffer)
-        with torch.no_grad():
-            for entry, tensor in zip(entries, state.values()):
-                _view(flat, entry).copy_(tensor)
+        else:  # memory that the learner's next step uses again
+            flat = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        for entry, tensor in zip(entries, state.values()):
+            _view(flat, entry).copy_(tensor)
         body = {
             "version": version,
             "base": None,
@@ -96,19 +102,38 @@ class Packer:
             **more,
         }
         base = body["base"] and body["base"]["version"]
-        return WeightSnapshot(
-            version=version, manifest=_pack_manifest(body), buffer=buffer, base=base
-        )
+        manifest = _pack_manifest(body)
+        if send is not None:
+            here: Any = flat
+            send(WeightSnapshot(version=version, manifest=manifest, buffer=here, base=base))
+        if buffer is None:
+            buffer = self._free_buffer(entries, nbytes, pinned=True)
+            torch.from_numpy(buffer).copy_(flat)  # returns when the host has it
+        return WeightSnapshot(version=version, manifest=manifest, buffer=buffer, base=base)
 
-    def _free_buffer(self, entries: list[dict[str, Any]], nbytes: int) -> np.ndarray:
+    def _free_buffer(
+        self, entries: list[dict[str, Any]], nbytes: int, pinned: bool = False
+    ) -> np.ndarray:
         """A view of a buffer without other views: a snapshot keeps its buffer."""
         if entries != self._entries:  # else the gaps between tensors are zeros already
             self._entries, self._buffers = entries, []
         for index in range(len(self._buffers)):
             if sys.getrefcount(self._buffers[index]) == 2:  # the list, and the call's argument
                 return self._buffers[index][:]
-        self._buffers.append(np.zeros(nbytes, dtype=np.uint8))
+        self._buffers.append(_host_zeros(nbytes, pinned))
         return self._buffers[-1][:]
+
+
+def _host_zeros(nbytes: int, pinned: bool) -> np.ndarray:
+    if pinned:  # page-locked: copied to and from a GPU at the bus's speed
+        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+    return np.zeros(nbytes, dtype=np.uint8)
+
+
+def device_of(tensors: Iterable[Tensor]) -> torch.device:
+    """The device that all tensors are on; the CPU, if they are on several."""
+    found = {tensor.device for tensor in tensors}
+    return found.pop() if len(found) == 1 else CPU
 
 
 def pack_weights(
@@ -162,8 +187,12 @@ class Opened:
     tensors: dict[str, Tensor]
 
 
-def open_snapshot(snapshot: WeightSnapshot) -> Opened:
+def open_snapshot(snapshot: WeightSnapshot, device: torch.device = CPU) -> Opened:
     """Verify a snapshot.
+
+    Args:
+        device: where it is verified, and where its tensors are; another one than the buffer's gets
+            the buffer in one copy.
 
     Raises:
         CheckpointError: manifest or buffer are damaged, do not match, or have another format.
@@ -175,7 +204,7 @@ def open_snapshot(snapshot: WeightSnapshot) -> Opened:
             f"snapshot {snapshot.version}: manifest speaks of version {body['version']} with "
             f"{body['nbytes']} bytes, found {nbytes} bytes"
         )
-    flat = buffer if isinstance(buffer, Tensor) else _tensor(buffer)
+    flat = (buffer if isinstance(buffer, Tensor) else _tensor(buffer)).to(device)
     if checksum(flat) != body["checksum"]:
         raise CheckpointError(
             f"snapshot {snapshot.version} is damaged: checksum does not match; it must be sent anew"
@@ -205,6 +234,8 @@ def load_weights(
     """Copy a snapshot into a module's own parameters and persistent buffers, in place.
 
     Everything is checked before the first tensor is touched, so a refused snapshot changes nothing.
+    On a GPU the copies are queued in the current stream, after what was queued there before, and
+    are done when this returns: the snapshot's memory may then be used for something else.
 
     Args:
         base: the full snapshot that `snapshot` builds upon, where it does.
@@ -213,24 +244,26 @@ def load_weights(
         CheckpointError: damaged snapshot, another base than it builds upon, or one of another
             architecture (names, shapes or configuration differ).
     """
-    opened = open_snapshot(snapshot)
-    full = opened if opened.base is None else _base_of(opened, base)
     own = module.state_dict()
+    device = device_of(own.values())
+    opened = open_snapshot(snapshot, device)
+    full = opened if opened.base is None else _base_of(opened, base, device)
     _check_architecture(module, own, full)
     pairs = {} if full is opened else _pairs(opened, own)
     for name, view in full.tensors.items():
-        target = own[name]
         if name in pairs:
             a, b, scale = pairs[name]
-            update = (b.to(target.device) @ a.to(target.device)) * scale
-            target.copy_(view.to(target.device) + update.to(view.dtype))
+            update = (b @ a) * scale
+            own[name].copy_(view + update.to(view.dtype))
         else:
-            target.copy_(view)
+            own[name].copy_(view)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def checksum(flat: Tensor) -> bytes:
     """16 bytes that change with any flipped bit, missing block or exchanged blocks of a flat uint8
-    tensor whose length is a multiple of 8.
+    tensor whose length is a multiple of 8. The same on every device: sums of integers are exact.
 
     64-bit words are added up in blocks, and the sums are hashed: at the speed of memory, several
     times that of a CRC. Words that change places inside a block go unnoticed."""
@@ -241,11 +274,11 @@ def checksum(flat: Tensor) -> bytes:
     return _hash(torch.cat(sums).cpu().numpy().tobytes())
 
 
-def _base_of(opened: Opened, base: WeightSnapshot | None) -> Opened:
+def _base_of(opened: Opened, base: WeightSnapshot | None, device: torch.device) -> Opened:
     what = f"snapshot {opened.name.version} builds upon {opened.base}"
     if base is None:
         raise CheckpointError(f"{what}, and came without it: the full snapshot must come first")
-    full = open_snapshot(base)
+    full = open_snapshot(base, device)
     if full.name != opened.base:
         raise CheckpointError(f"{what}, but was given the wrong base: {full.name}")
     return full

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from cluster.errors import InputLostError, LearnerLostError, TesseraError
+from cluster.errors import InputLostError, LearnerLostError
 from cluster.ray_backend.publisher import Publisher
 from cluster.ray_session.calls import answer
 from cluster.roles import FleetPlan
@@ -46,12 +46,11 @@ class Broadcaster:
         return self._weight_versions.newest
 
     def broadcast(self, version: int, learners: Sequence[Worker], samplers: WorkerPool) -> None:
-        """Publish the learner's weights for all requests from now on. Each sampler loads them when
-        it has no older requests. Returns at once, except over transports between GPUs, in which
-        learner and samplers take part."""
-        self._weight_versions.publish(version, self._publish(learners, samplers))
-        if self._publisher.on_device:
-            self._hand_over(learners, samplers)
+        """Publish the learner's weights for all requests from now on, without waiting. Each sampler
+        loads them when it has no older requests."""
+        serving = [worker.handle for worker in samplers.of(State.SERVING)]
+        published = self._publisher.publish([worker.handle for worker in learners], serving)
+        self._weight_versions.publish(version, published)
         self.catch_up(samplers)
 
     def begin(self, worker: Worker, samplers: WorkerPool) -> None:
@@ -66,6 +65,7 @@ class Broadcaster:
 
     def catch_up(self, samplers: WorkerPool) -> None:
         """Send the newest weights to samplers, if no older request waits."""
+        self._publisher.look()
         if samplers.waiting:
             return
         for worker in samplers.workers:
@@ -107,27 +107,6 @@ class Broadcaster:
                 replace(worker)
             elif worker.state is not State.LOST:
                 worker.handle.forget_weights.remote()
-
-    def _publish(self, learners: Sequence[Worker], samplers: WorkerPool) -> Any:
-        handles = [worker.handle for worker in samplers.workers]
-        return self._publisher.publish([worker.handle for worker in learners], handles)
-
-    def _hand_over(self, learners: Sequence[Worker], samplers: WorkerPool) -> None:
-        """Have every serving sampler load the newest weights now; through the object store, if the
-        transport fails."""
-        loading = {self._load(w, self.newest): w for w in samplers.of(State.SERVING)}
-        for ref, worker in loading.items():
-            try:
-                answer(ref, f"{worker.name}.load_weights", self._plan.timeout_s)
-            except RayActorError:
-                self._lost(worker)
-            except TesseraError as error:
-                if not self._publisher.fall_back(error):
-                    raise
-                self._weight_versions.amend(self._publish(learners, samplers))
-                for each in loading.values():
-                    each.weight_version = NO_WEIGHTS  # so that it loads them again
-                return
 
     def _load(self, worker: Worker, weight_version: int) -> ray.ObjectRef:
         worker.weight_version = weight_version

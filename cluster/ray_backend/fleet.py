@@ -222,8 +222,7 @@ class RayFleet:
         return worker
 
     def _launch_stateful(self, role: Role, index: int, late: bool) -> Worker:
-        wrap = self._weights.actor_class if role is self._plan.learner else actor_class
-        return self._launcher(role, index, wrap, {}, late=late)
+        return self._launcher(role, index, actor_class, {}, late=late)
 
     def _dismiss(self, worker: Worker) -> None:
         self._kill(worker)

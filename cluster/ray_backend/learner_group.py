@@ -51,9 +51,9 @@ class LearnerGroup:
         address = self._ask(first.open_rendezvous.remote(host, size), 0)
         self._together([h.join.remote(rank, size, address) for rank, h in enumerate(self._handles)])
 
-    def snapshot(self, on_device: bool = False) -> Any:
+    def snapshot(self) -> Any:
         """The first one's, like the others below; all give it their parts of the weights."""
-        return self._all("snapshot", on_device)[0]
+        return self._all("snapshot")[0]
 
     def base_snapshot(self) -> Any:
         return self._all("base_snapshot")[0]

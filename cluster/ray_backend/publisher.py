@@ -2,155 +2,201 @@
 
 The learner returns it from a method, so that the driver owns it and it outlives the learner (with
 `ray.put` it would be lost with the learner). It is stored once on the learner's node, and copied
-once to each other node.
+once to each other node that asks for it: by the object store, or before that by a broadcast group
+(`collective.py`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
-from cluster.errors import TesseraError
-from cluster.ray_backend.transports import OBJECT_STORE, Surroundings, why_not
-from cluster.ray_session.private import form_device_group
+from cluster.ray_backend import collective, heartbeat
+from cluster.ray_backend.collective import RECEIVE, Ticket
+from cluster.ray_backend.transports import COLLECTIVE, OBJECT_STORE, over_nccl, why_not
+from cluster.ray_session.private import call_inside
 from cluster.roles import FleetPlan
 
 logger = logging.getLogger(__name__)
+
+MOST_FAILURES = 2  # in succession, before the object store is used for good
 
 
 @dataclass(frozen=True)
 class Published:
     """References to one version of the weights."""
 
-    snapshot: ray.ObjectRef | None
-    """In the object store; None where they stay on the learner's device."""
+    snapshot: ray.ObjectRef
+    """In the object store."""
     base: ray.ObjectRef | None = None
     """Full snapshot that `snapshot` builds upon."""
-    on_device: ray.ObjectRef | None = None
+    number: int = 0
+    """Of the broadcast that brings it to `members`; 0: none does."""
+    members: tuple[Any, ...] = ()
 
 
 class Publisher:
     """Has the learner publish its weights, and samplers load them.
 
     Args:
-        transport: one that can run here: "object-store", or Ray's name of one between devices.
+        transport: "object-store" or "collective".
+        nccl: the broadcast group sends from GPU to GPU.
         adapters_alone: the learner trains adapters: the frozen weights travel once, and then the
             adapters of each version.
-        timeout_s: longest wait for workers to form a group.
+        timeout_s: longest wait of a sampler for a broadcast that is under way.
     """
 
     def __init__(
         self,
         transport: str,
         *,
+        nccl: bool = False,
         adapters_alone: bool = False,
         timeout_s: float = 600.0,
     ) -> None:
-        self._name, self._timeout_s = transport, timeout_s
-        self._device = "" if transport == OBJECT_STORE else transport
-        self._adapters_alone = adapters_alone
-        self._members: set[Any] = set()
+        self._collective, self._nccl = transport == COLLECTIVE, nccl
+        self._adapters_alone, self._timeout_s = adapters_alone, timeout_s
         self._learners: Sequence[Any] = ()
+        self._members: tuple[Any, ...] = ()  # samplers of the present group
+        self._group = self._number = self._failures = 0
+        self._address: ray.ObjectRef | None = None
+        self._pending: list[ray.ObjectRef] = []  # answers to the last broadcasts
         self._base: ray.ObjectRef | None = None
 
-    @property
-    def on_device(self) -> bool:
-        """Whether weights stay on the learner's device until samplers take them."""
-        return bool(self._device)
-
     def actor_class(self, factory: Callable[..., Any], groups: Mapping[str, int]) -> Any:
-        """Ray's actor class of a learner or sampler.
+        """Ray's actor class of a sampler.
 
         Args:
             groups: its concurrency groups, and the threads of each.
         """
-        options: dict[str, Any] = {"concurrency_groups": dict(groups)}
-        if self._device:  # an option of the class: `.options` ignores it
-            options["enable_tensor_transport"] = True
+        receiving = {RECEIVE: 1} if self._collective else {}
+        options: dict[str, Any] = {"concurrency_groups": {**groups, **receiving}}
         return ray.remote(**options)(factory)
 
     def forget(self) -> None:
         """The learner was replaced: drop its base and group."""
-        self._base, self._members, self._learners = None, set(), ()
+        self._base, self._members, self._pending = None, (), []
 
     def publish(self, learners: Sequence[Any], samplers: Sequence[Any] = ()) -> Published:
         """Request the learners' weights, without waiting.
 
         Args:
             learners: actor handles; the first one's answer is the snapshot.
-            samplers: that exist now, for transports that need a group.
+            samplers: that serve now, for the broadcast group.
         """
         self._learners = learners
         if self._adapters_alone:
             self._base = self._base or self._asked("base_snapshot")
             return Published(self._asked("adapter_snapshot"), self._base)
-        if self._device and self._gathered(learners[0], samplers):
-            call = learners[0].snapshot.options(tensor_transport=self._device)
-            return Published(None, on_device=call.remote(on_device=True))
+        self.look()
+        if self._collective and samplers:
+            return self._broadcast(tuple(samplers))
         return Published(self._asked("snapshot"))
+
+    def load(self, sampler: Any, weights: Published) -> ray.ObjectRef:
+        """Have a sampler (an actor handle) load weights, with their base if there is one."""
+        if weights.number and sampler in weights.members:
+            wait_s = self._timeout_s / 2  # it then has time for the object store
+            return call_inside(sampler, collective.load, weights.number, wait_s, [weights.snapshot])
+        base = [] if weights.base is None else [weights.base]
+        return sampler.load_weights.remote(weights.snapshot, *base)
+
+    def look(self) -> None:
+        """Take the answers that are there to the last broadcasts. After a failure the others leave
+        the group at once, and the next broadcast forms a new one."""
+        if not self._pending:
+            return
+        ready, self._pending = ray.wait(
+            self._pending, num_returns=len(self._pending), timeout=0, fetch_local=False
+        )
+        reasons = [reason for reason in map(_failure, ready) if reason]
+        if reasons:
+            self._disband(reasons[0])
+        elif not self._pending:
+            self._failures = 0
 
     def _asked(self, method: str) -> ray.ObjectRef:
         """Call all learners, since each may have a shard; the first returns the whole."""
         answers = [getattr(learner, method).remote() for learner in self._learners]
         return answers[0]
 
-    def load(self, sampler: Any, weights: Published) -> ray.ObjectRef:
-        """Have a sampler (an actor handle) load weights, with their base if there is one. A sampler
-        outside the device group gets the learner's present weights through the object store: they
-        are the same while the learner waits for rollouts (device transports need max_staleness 0).
-        """
-        if weights.on_device is not None and sampler in self._members:
-            return sampler.load_weights.remote(weights.on_device)
-        snapshot = weights.snapshot or self._asked("snapshot")
-        base = [] if weights.base is None else [weights.base]
-        return sampler.load_weights.remote(snapshot, *base)
-
-    def fall_back(self, error: TesseraError) -> bool:
-        """After a failed load: log it, and use the object store from now on. False if that is what
-        failed."""
-        if not self._device:
-            return False
-        self._give_up(str(error).partition("\n")[0])
-        return True
-
-    def _give_up(self, reason: str) -> None:
-        logger.warning(
-            "weights.transport %s failed, going on with %s: %s", self._name, OBJECT_STORE, reason
+    def _broadcast(self, samplers: tuple[Any, ...]) -> Published:
+        """Have learner and samplers take part in a broadcast, without waiting."""
+        first, *others = self._learners
+        if samplers != self._members:
+            self._members = samplers
+            self._group += 1
+            self._address = call_inside(first, collective.open_rendezvous)
+            logger.info(
+                "weights: a broadcast group of the learner and %d sampler%s, over %s",
+                len(samplers),
+                "s" * (len(samplers) != 1),
+                "NCCL" if self._nccl else "gloo",
+            )
+        self._number += 1
+        tickets = [
+            Ticket(self._group, self._number, rank, len(samplers) + 1, self._nccl)
+            for rank in range(len(samplers) + 1)
+        ]
+        snapshot, sent = call_inside(
+            first, collective.send, tickets[0], self._address, num_returns=2
         )
-        self._device = ""
+        for learner in others:
+            learner.snapshot.remote()
+        self._pending += [
+            sent,
+            *(
+                call_inside(sampler, collective.receive, ticket, self._address, group=RECEIVE)
+                for sampler, ticket in zip(samplers, tickets[1:])
+            ),
+        ]
+        return Published(snapshot, number=self._number, members=samplers)
 
-    def _gathered(self, learner: Any, samplers: Sequence[Any]) -> bool:
-        """Form the group of sender and receivers, which no worker can join later; false if it
-        cannot be formed."""
-        if self._members:
-            return True
-        pool = ThreadPoolExecutor(1)  # Ray's own wait has no bound
-        members = [learner, *samplers]
-        forming = pool.submit(form_device_group, members, self._device)
-        try:
-            forming.result(timeout=self._timeout_s)
-        except (TimeoutError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            self._give_up(f"no group: {type(error).__name__} {error}".partition("\n")[0])
-            return False
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        self._members = set(samplers)
-        return True
+    def _disband(self, reason: str) -> None:
+        self._failures += 1
+        self._collective = self._failures < MOST_FAILURES
+        for handle in (self._learners[0], *self._members):
+            call_inside(handle, collective.leave, self._group, group=heartbeat.GROUP)
+        self._members, self._pending = (), []
+        then = "and the next one forms a new group"
+        if not self._collective:
+            then = f"as all later ones: that was {self._failures} times in succession"
+        logger.warning(
+            "weights: broadcast %d failed (%s): samplers load these weights from the object store, "
+            "%s",
+            self._number,
+            reason,
+            then,
+        )
+
+
+def _failure(answered: ray.ObjectRef) -> str:
+    """Why a member's part in a broadcast failed; empty: it did not."""
+    try:
+        return str(ray.get(answered))
+    except RayError as error:
+        return f"a member was lost: {type(error).__name__}"
 
 
 def publisher_of(plan: FleetPlan) -> Publisher:
     """A publisher with the plan's transport, or the object store if that cannot run (logged)."""
     transport = plan.transport
-    here = Surroundings.of(plan.learner, plan.sampler)
-    reason = why_not(transport, here, plan.adapters_alone, plan.max_staleness)
-    if reason:
+    if transport == "nccl":
+        logger.warning("weights.transport nccl is called %s now", COLLECTIVE)
+        transport = COLLECTIVE
+    if transport == COLLECTIVE and (reason := why_not(plan)):
         logger.warning(
             "weights.transport %s cannot run, going on with %s: %s", transport, OBJECT_STORE, reason
         )
         transport = OBJECT_STORE
-    return Publisher(transport, adapters_alone=plan.adapters_alone, timeout_s=plan.timeout_s)
+    return Publisher(
+        transport,
+        nccl=over_nccl(plan),
+        adapters_alone=plan.adapters_alone,
+        timeout_s=plan.timeout_s,
+    )

@@ -1,19 +1,17 @@
-"""How weights reach the samplers: the options, and whether a transport can run on this cluster.
+"""How weights reach the samplers: the options, and whether a transport can run.
 
-The object store is the default and the fallback: it needs nothing and survives any worker's death.
-NCCL leaves the weights on the learner's GPU and sends them from there (Ray Direct Transport, alpha
-in Ray 2.60). It is experimental: no machine with several GPUs has run it yet.
+The object store is the default: on one node it is the fastest. With many nodes, each fetches a
+snapshot from the learner's; a broadcast group passes it on from member to member instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.roles import Role
+from cluster.roles import FleetPlan
 
-OBJECT_STORE = "object-store"
+OBJECT_STORE, COLLECTIVE = "object-store", "collective"
 WireDtype = Literal["float32", "bfloat16"]
 
 
@@ -21,10 +19,11 @@ WireDtype = Literal["float32", "bfloat16"]
 class WeightsConfig:
     """How new weights travel from the learner to the samplers."""
 
-    transport: Literal["object-store", "nccl", "nixl", "cuda-ipc"] = "object-store"
-    """How weights travel. object-store works everywhere and survives any sampler's death. nccl is
-    experimental: between GPUs, one for each worker. If it cannot run, object-store is used, with a
-    message. (nixl and cuda-ipc were removed.)"""
+    transport: Literal["object-store", "collective", "nccl", "nixl", "cuda-ipc"] = "object-store"
+    """How weights travel. object-store is best on one node. collective, for many nodes, also sends
+    them through a torch.distributed broadcast group: over NCCL (not yet run on GPUs) if learner and
+    samplers have whole GPUs, else gloo; what does not arrive comes from the object store. nccl is
+    its old name, dropped in the next release. (nixl and cuda-ipc were removed.)"""
     dtype: Literal["sampler", "float32", "bfloat16"] = "sampler"
     """Dtype in which weights are sent. sampler: the samplers' dtype (sampler.dtype). bfloat16
     halves the bytes, and rounds the weights of float32 samplers."""
@@ -36,7 +35,7 @@ class WeightsConfig:
         if self.transport in ("nixl", "cuda-ipc"):
             raise ValueError(
                 f"weights.transport {self.transport} was removed (it never ran on a GPU): leave it "
-                f"out for {OBJECT_STORE}, or set nccl"
+                f"out for {OBJECT_STORE}, or set {COLLECTIVE}"
             )
         if self.take_up == "token":
             raise ValueError(
@@ -49,49 +48,13 @@ class WeightsConfig:
         return sampler if self.dtype == "sampler" else self.dtype
 
 
-@dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What the choice of a transport depends on."""
-
-    learner_gpus: float
-    """Of one learner; 0 computes on the CPU."""
-    sampler_gpus: float
-    num_learners: int = 1
-
-    @classmethod
-    def of(cls, learner: Role, sampler: Role) -> Surroundings:
-        return cls(
-            num_learners=learner.count,
-            learner_gpus=learner.resources.num_gpus,
-            sampler_gpus=sampler.resources.num_gpus,
-        )
-
-
-def why_not(
-    transport: str, here: Surroundings, adapters_alone: bool = False, max_staleness: int = 0
-) -> str:
-    """Why a transport cannot run; empty if it can."""
-    if transport == OBJECT_STORE:
-        return ""
-    if adapters_alone:
+def why_not(plan: FleetPlan) -> str:
+    """Why a broadcast group is of no use to a run; empty if it is."""
+    if plan.adapters_alone:
         return "adapters travel alone, and are too small for it to matter"
-    if max_staleness:
-        return f"it sends the newest weights alone, and max_staleness {max_staleness} needs older"
-    return "; ".join(_obstacles(here))
+    return ""
 
 
-def _obstacles(here: Surroundings) -> Sequence[str]:
-    found = []
-    for who, gpus in (("the learner", here.learner_gpus), ("samplers", here.sampler_gpus)):
-        if gpus <= 0:
-            found.append(f"{who} must have a GPU (num_gpus is 0)")
-    if found:
-        return found
-    if here.num_learners > 1:
-        found.append(f"the weights are sharded over {here.num_learners} learners")
-    if min(here.learner_gpus, here.sampler_gpus) < 1:
-        found.append(
-            f"learner and samplers need a GPU each, found shares of {here.learner_gpus:g} and "
-            f"{here.sampler_gpus:g}"
-        )
-    return found
+def over_nccl(plan: FleetPlan) -> bool:
+    """Whether the group sends from GPU to GPU: NCCL wants one of its own for every member."""
+    return min(plan.learner.resources.num_gpus, plan.sampler.resources.num_gpus) >= 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,25 +156,26 @@ def started(handle: Any) -> Any:
     return handle.__ray_ready__.remote()
 
 
-def call_inside(handle: Any, function: Callable[[Any], Any], group: str = "") -> Any:
+def call_inside(
+    handle: Any,
+    function: Callable[..., Any],
+    *arguments: Any,
+    group: str = "",
+    num_returns: int = 1,
+) -> Any:
     """Call a function with an actor's instance, in the actor's process.
 
     Args:
+        arguments: after the instance; references are replaced by their values.
         group: concurrency group whose thread runs it; empty: the default one.
+        num_returns: how many values it returns, each with a reference of its own.
 
     Returns:
-        A reference to the result.
+        A reference to the result, or several.
     """
-    method = handle.__ray_call__
-    return (method.options(concurrency_group=group) if group else method).remote(function)
-
-
-def form_device_group(handles: Sequence[Any], backend: str) -> None:
-    """Make a group of actors that pass tensors from GPU to GPU (Ray Direct Transport, alpha);
-    without a bound on its wait."""
-    from ray.experimental.collective import create_collective_group
-
-    create_collective_group(list(handles), backend=backend)
+    options: dict[str, Any] = {"concurrency_group": group} if group else {}
+    method = handle.__ray_call__.options(num_returns=num_returns, **options)
+    return method.remote(function, *arguments)
 
 
 def worker_paths(started: Invocation) -> dict[str, Any]:

@@ -38,10 +38,6 @@ class WeightVersions:
         self.newest = version
         self._snapshots[version] = snapshot
 
-    def amend(self, snapshot: Any) -> None:
-        """Replace the newest version's snapshot by one with the same weights."""
-        self._snapshots[self.newest] = snapshot
-
     def oldest(self, needed: Iterable[int]) -> int:
         """The oldest version that pending groups need. Drops older snapshots, which lets the object
         store free them."""

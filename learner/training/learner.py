@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +115,17 @@ class Learner:
             self._base_entropy = base_entropy
         # Else (guidance 'distil') the first step measures it: samples are of another policy.
 
-    def snapshot(self, on_device: bool = False) -> WeightSnapshot:
+    def snapshot(self, send: Callable[[WeightSnapshot], object] | None = None) -> WeightSnapshot:
         """The current weights, packed for samplers, adapters merged in. All snapshots are
         collective: the first learner's has the weights, the others' are empty.
 
         Args:
-            on_device: return the buffer as a tensor on the learner's device.
+            send: called with the snapshot while its buffer is a tensor on the learner's device.
         """
         torch.set_num_threads(self._config.optimizer.num_threads)
         weights, config = self._policy.weights(), self._policy.module.config.to_dict()
-        device = self._policy.device if on_device else ""
         with self._clock("pack"):
-            return self._pack(weights, self.version, config=config, device=device)
+            return self._pack(weights, self.version, config=config, send=send)
 
     def base_snapshot(self) -> WeightSnapshot:
         """The frozen weights under the adapters, in full precision; version 0."""

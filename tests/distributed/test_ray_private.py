@@ -156,14 +156,13 @@ def test_a_function_is_called_with_the_instance(counter: Any) -> None:
 def test_a_function_is_called_beside_work(counter: Any) -> None:
     """Before the work that it was sent after is done: in the thread of its own group."""
     working = counter.busy.remote(3.0)
-    asked = private.call_inside(counter, lambda _: time.monotonic(), GROUP)
+    asked = private.call_inside(counter, lambda _: time.monotonic(), group=GROUP)
     in_order = private.call_inside(counter, lambda _: time.monotonic())
     beside, ended, after = ray.get([asked, working, in_order], timeout=WAIT_S)
     assert beside < ended <= after
 
 
-def test_a_device_group_is_formed_as_it_was() -> None:
-    """Its working is `test_sampler_threads`' affair."""
-    from ray.experimental.collective import create_collective_group
-
-    inspect.signature(create_collective_group).bind([], backend="nccl")
+def test_a_function_inside_takes_arguments_and_returns_several(counter: Any) -> None:
+    given = ray.put(2)
+    pair = private.call_inside(counter, lambda c, n: (c.value, n), given, num_returns=2)
+    assert ray.get(list(pair), timeout=WAIT_S) == [7, 2]

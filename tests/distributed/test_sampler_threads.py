@@ -13,7 +13,7 @@ import ray
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_backend.group_calls import IMAGES, SAMPLER_THREADS, spans_of
 from cluster.ray_backend.publisher import Publisher
-from cluster.ray_backend.transports import OBJECT_STORE
+from cluster.ray_backend.transports import COLLECTIVE, OBJECT_STORE
 from cluster.ray_session.private import started
 from cluster.ray_session.session import RaySession
 from cluster.spans import Span
@@ -29,7 +29,7 @@ from tests.stand_ins import drawn
 WAIT_S = 60.0
 
 
-@pytest.mark.parametrize("transport", [OBJECT_STORE, "gloo"])
+@pytest.mark.parametrize("transport", [OBJECT_STORE, COLLECTIVE])
 def test_the_thread_beside_leaves_the_order_of_the_others(
     ray_session: RaySession, transport: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,25 +14,25 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.errors import CheckpointError
-from cluster.ray_backend import fleet as ray_fleet
-from cluster.ray_backend import publisher as publishing
+from cluster.errors import LearnerLostError
+from cluster.ray_backend import collective, heartbeat
+from cluster.ray_backend.collective import PART_S, RECEIVE
 from cluster.ray_backend.fleet import RayFleet
-from cluster.ray_backend.publisher import Published, Publisher
-from cluster.ray_backend.transports import OBJECT_STORE
+from cluster.ray_backend.publisher import Published, Publisher, publisher_of
+from cluster.ray_backend.transports import COLLECTIVE, OBJECT_STORE
 from cluster.ray_session.calls import answer
+from cluster.ray_session.private import call_inside
 from cluster.ray_session.session import RaySession
-from learner.fleet_plan import fleet_plan
 from tests.distributed.stubs import requests
-from tests.distributed.weight_stubs import Picky, SmallLearner, SmallSampler, small_plan
-from tests.small_run import small_config
+from tests.distributed.weight_stubs import Mortal, SmallLearner, SmallSampler, small_plan
 
 WAIT_S = 120.0
 
 
 @contextmanager
 def actors(publisher: Publisher, *kinds: type) -> Iterator[list[Any]]:
-    handles = [publisher.actor_class(k, {}).options(num_cpus=0.1).remote() for k in kinds]
+    threads = {heartbeat.GROUP: 1}
+    handles = [publisher.actor_class(k, threads).options(num_cpus=0.1).remote() for k in kinds]
     try:
         yield handles
     finally:
@@ -77,55 +78,103 @@ def test_a_sampler_that_dies_in_its_load_harms_nobody(
         assert [image.tolist() for image in images] == [[2.0]] * 6
 
 
-def test_a_transport_that_cannot_run_is_replaced_and_said(
-    ray_session: RaySession, logged: list[str]
+def came(sampler: Any) -> list[str]:
+    return answer(sampler.came.remote(), "came", WAIT_S)
+
+
+def settled(publisher: Publisher) -> None:
+    """Until all members have answered for the last broadcast."""
+    deadline = time.monotonic() + WAIT_S
+    while publisher._pending and time.monotonic() < deadline:
+        publisher.look()
+        time.sleep(0.05)
+    assert not publisher._pending
+
+
+def test_a_broadcast_group_follows_its_members(ray_session: RaySession, logged: list[str]) -> None:
+    """Rebuilt when one joins, or dies in the middle of a broadcast: the others then take the same
+    weights from the object store."""
+    publisher = Publisher(COLLECTIVE, timeout_s=WAIT_S)
+    kinds = [SmallLearner, SmallSampler, SmallSampler, Mortal]
+    with actors(publisher, *kinds) as (learner, first, second, mortal):
+
+        def broadcast(members: list[Any], receivers: list[Any]) -> None:
+            weights = publisher.publish([learner], members)
+            assert loaded(publisher, weights, *receivers) == [publisher._number] * len(receivers)
+
+        broadcast([first], [first, second])  # the second came too late for this one
+        broadcast([first, mortal], [first, mortal])
+        settled(publisher)
+        assert not [line for line in logged if "failed" in line]
+        began = time.monotonic()
+        broadcast_refs = publisher.publish([learner], [first, mortal])
+        refs = [publisher.load(sampler, broadcast_refs) for sampler in (first, mortal)]
+        settled(publisher)
+        assert answer(refs[0], "load", WAIT_S) == 3
+        assert time.monotonic() - began < PART_S  # nobody waits for a timeout
+        with pytest.raises(ray.exceptions.RayActorError):
+            answer(refs[1], "load", WAIT_S)
+        assert values(first) == [3.0]
+        broadcast([first, second], [first, second])
+        settled(publisher)
+        assert values(first) == values(second) == [4.0]
+        assert came(first) == ["Tensor", "Tensor", came(first)[2], "Tensor"]
+        assert came(second) == ["ndarray", "Tensor"]
+    groups = [line for line in logged if line.startswith("weights: a broadcast group of")]
+    (failed,) = (line for line in logged if line not in groups)
+    assert len(groups) == 3
+    assert failed.startswith("weights: broadcast 3 failed (")
+    assert failed.endswith("object store, and the next one forms a new group")
+
+
+def test_a_fleet_that_broadcasts_draws_the_same(
+    ray_session: RaySession, tmp_path: Path, logged: list[str]
 ) -> None:
-    plan = fleet_plan(small_config(weights={"transport": "nccl"}))
-    publishing.publisher_of(plan)
-    assert logged == [
-        "weights.transport nccl cannot run, going on with object-store: the learner must have a "
-        "GPU (num_gpus is 0); samplers must have a GPU (num_gpus is 0)"
-    ]
-
-
-def test_a_group_transport_brings_the_weights_and_falls_back_once(
-    ray_session: RaySession, logged: list[str]
-) -> None:
-    publisher = Publisher("gloo", timeout_s=WAIT_S)
-    with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, first, second, late):
-        for version in (1, 2):
-            weights = publisher.publish([learner], [first, second])
-            assert loaded(publisher, weights, first, second) == [version] * 2
-            assert values(first) == values(second) == [float(version)]
-        # Who came later, and the group cannot take in, is served by the object store. The stand-in
-        # counts every snapshot as a version.
-        assert loaded(publisher, weights, late) == [3]
-        weights = publisher.publish([learner], [first, second, late])
-        assert loaded(publisher, weights, first, second) == [4, 4]
-        assert loaded(publisher, weights, late) == [5]
-        assert not logged
-        assert publisher.fall_back(CheckpointError("snapshot 4 is damaged"))
-        assert not publisher.fall_back(CheckpointError("snapshot 4 is damaged"))
-        assert len(logged) == 1
-        assert loaded(publisher, publisher.publish([learner], [first]), first) == [6]
-
-
-def test_a_fleet_over_a_group_transport(
-    ray_session: RaySession, monkeypatch: pytest.MonkeyPatch, logged: list[str]
-) -> None:
-    """It draws with the newest weights, and goes on when the transport fails."""
-    publisher = Publisher("gloo", timeout_s=WAIT_S)
-    monkeypatch.setattr(ray_fleet, "publisher_of", lambda *_: publisher)
-    plan = small_plan(Path())
-    sampler = dataclasses.replace(plan.sampler, factory=Picky, config="")
-    with RayFleet(dataclasses.replace(plan, sampler=sampler), ray_session) as fleet:
+    """A sampler dies in the middle of a broadcast; and at last the learner's weights are lost."""
+    plan = small_plan(tmp_path)
+    sampler = dataclasses.replace(plan.sampler, factory=Mortal, config="")
+    plan = dataclasses.replace(plan, sampler=sampler, transport=COLLECTIVE, max_restarts=3)
+    with RayFleet(plan, ray_session) as fleet:
         drawn = []
-        for version in (1, 2):
-            assert not logged
+        for version in range(1, 4):
             fleet.broadcast(version)
             drawn += [image.tolist() for image in fleet.sample_images(requests(4))]
-        assert fleet.restarts == 0
+        assert drawn == [[float(version)] for version in range(1, 4) for _ in range(4)]
+        assert fleet.restarts >= 1
+        (learner,) = fleet._stateful.learners
+        os.kill(answer(learner.handle.pid.remote(), "pid", WAIT_S), signal.SIGKILL)
+        fleet.broadcast(4)
+        with pytest.raises(LearnerLostError):
+            fleet.sample_images(requests(4))
+    assert any(line.startswith("weights: broadcast 2 failed") for line in logged)
+
+
+def test_a_transport_that_is_of_no_use_is_replaced_and_said(
+    ray_session: RaySession, logged: list[str]
+) -> None:
+    plan = dataclasses.replace(small_plan(Path()), transport="nccl", adapters_alone=True)
+    assert not publisher_of(plan)._collective
     assert logged == [
-        "weights.transport gloo failed, going on with object-store: snapshot 2 is damaged"
+        "weights.transport nccl is called collective now",
+        "weights.transport collective cannot run, going on with object-store: adapters travel "
+        "alone, and are too small for it to matter",
     ]
-    assert drawn == [[1.0]] * 4 + [[3.0]] * 4  # the stand-in's every snapshot is a version
+
+
+def test_a_group_that_fails_twice_in_succession_is_given_up(
+    ray_session: RaySession, logged: list[str]
+) -> None:
+    publisher = Publisher(COLLECTIVE, timeout_s=WAIT_S)
+    with actors(publisher, SmallLearner, SmallSampler) as (learner, sampler):
+        for version in (1, 2, 3):
+            weights = publisher.publish([learner], [sampler])
+            if weights.number:
+                call_inside(sampler, collective.leave, 0, group=RECEIVE)
+                publisher._pending.append(ray.put("somebody pulled the cable"))
+            assert loaded(publisher, weights, sampler) == [version]
+            settled(publisher)
+        assert weights.number == 0
+    assert [line.rpartition("store, ")[2] for line in logged if "failed" in line] == [
+        "and the next one forms a new group",
+        "as all later ones: that was 2 times in succession",
+    ]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cluster.errors import CheckpointError
 from cluster.messages import RolloutGroup, SampleRequest, WeightSnapshot
+from cluster.ray_backend.collective import Member
 from cluster.roles import FleetPlan, Resources, Role
 from cluster.spans import Span
 from cluster.weights import Packer, load_weights
@@ -33,10 +34,9 @@ class SmallLearner:
     def __init__(self, config: object = None, name: str = "learner") -> None:
         self._pack, self.version = Packer(), 0
 
-    def snapshot(self, on_device: bool = False) -> WeightSnapshot:
+    def snapshot(self, send: Callable[[WeightSnapshot], object] | None = None) -> WeightSnapshot:
         self.version += 1
-        state = layers(self.version).state_dict()
-        return self._pack(state, self.version, device="cpu" if on_device else "")
+        return self._pack(layers(self.version).state_dict(), self.version, send=send)
 
     def pid(self) -> int:
         return os.getpid()
@@ -48,6 +48,7 @@ class SmallSampler:
 
     def __init__(self, config: str = "", name: str = "sampler") -> None:
         self._module, self._config, self._name = layers(-1), config, name
+        self._came: list[str] = []
 
     def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
         if self._config and self._name == "sampler-0" and not Path(self._config).exists():
@@ -56,7 +57,13 @@ class SmallSampler:
             self._module.load_state_dict(half, strict=False)
             os.kill(os.getpid(), signal.SIGKILL)
         load_weights(self._module, snapshot)
+        self._came.append(type(snapshot.buffer).__name__)
         return snapshot.version
+
+    def came(self) -> list[str]:
+        """What held each of the weights it loaded: an ndarray of the object store, or a Tensor of a
+        broadcast."""
+        return self._came
 
     def write_in_place(self) -> None:
         with torch.no_grad():
@@ -76,13 +83,20 @@ class SmallSampler:
         return np.array([float(group.version)]), Span(self._name, "decode", 0.0, 0.0)
 
 
-class Picky(SmallSampler):
-    """Refuses the second weights that come over a GPU transport, as if they were torn."""
+class Mortal(SmallSampler):
+    """Dies in the middle of its second broadcast."""
 
-    def load_weights(self, snapshot: WeightSnapshot, base: WeightSnapshot | None = None) -> int:
-        if isinstance(snapshot.buffer, torch.Tensor) and snapshot.version > 1:
-            raise CheckpointError(f"snapshot {snapshot.version} is damaged")
-        return super().load_weights(snapshot, base)
+    def __init__(self, config: str = "", name: str = "sampler") -> None:
+        super().__init__(config, name)
+        exchange, seen = Member._exchange, []
+
+        def dying(member: Member, flat: torch.Tensor) -> None:
+            seen.append(len(flat))
+            if len(seen) == 3:  # the first one connects the group
+                os.kill(os.getpid(), signal.SIGKILL)
+            exchange(member, flat)
+
+        Member._exchange = dying  # type: ignore[method-assign]
 
 
 def small_plan(folder: Path) -> FleetPlan:

@@ -18,7 +18,9 @@ from cluster.scheduling.pool import Worker
 
 def pid_of(worker: Worker) -> int:
     """The process id of a worker, busy or not: its heartbeat thread answers."""
-    return ray.get(call_inside(worker.handle, lambda _: os.getpid(), heartbeat.GROUP), timeout=60)
+    return ray.get(
+        call_inside(worker.handle, lambda _: os.getpid(), group=heartbeat.GROUP), timeout=60
+    )
 
 
 def once(act: Callable[[], None]) -> Callable[[], None]:

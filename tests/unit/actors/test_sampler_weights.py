@@ -200,10 +200,10 @@ def test_bf16_on_the_wire_is_what_bf16_samplers_would_round_to(tmp_path: Path) -
     assert same(held(one), held(other))
 
 
-def test_a_buffer_left_on_the_device_loads_alike(tmp_path: Path) -> None:
-    learner, policy = make(tiny_policy_file(tmp_path)), tiny_policy(1)
-    snapshot = learner.snapshot(on_device=True)
-    assert isinstance(snapshot.buffer, torch.Tensor)
-    assert snapshot.manifest == learner.snapshot().manifest
-    load_weights(policy, snapshot)
+def test_what_is_sent_from_the_device_loads_alike(tmp_path: Path) -> None:
+    learner, policy, sent = make(tiny_policy_file(tmp_path)), tiny_policy(1), []
+    snapshot = learner.snapshot(send=sent.append)
+    assert isinstance(sent[0].buffer, torch.Tensor)
+    assert sent[0].manifest == snapshot.manifest
+    load_weights(policy, sent[0])
     assert same(dict(policy.state_dict()), dict(tiny_policy().state_dict()))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import msgpack
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cluster import weights
 from cluster.errors import CheckpointError
 from cluster.messages import WeightSnapshot
 from cluster.weights import (
@@ -214,6 +216,57 @@ def test_a_buffer_is_used_again_only_when_nobody_holds_it() -> None:
     assert third.buffer.ctypes.data == place
     assert not np.shares_memory(third.buffer, part)
     assert bits(unpack_weights(third)["matrix"]) == bits(state()["matrix"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_gpu_packs_and_verifies_the_same_bytes(dtype: torch.dtype | None) -> None:
+    """Packed there, copied to pinned memory that is used again, verified and written there."""
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 7, bias=False))
+    tensors = dict(source.state_dict())
+    there = {name: tensor.cuda() for name, tensor in tensors.items()}
+    pack, sent = Packer(dtype), []
+    for version in (1, 2):
+        expected = Packer(dtype)(tensors, version)
+        found = pack(there, version, send=sent.append)
+        assert found.manifest == expected.manifest  # with the checksum
+        assert np.array_equal(found.buffer, expected.buffer)
+        assert sent[-1].buffer.is_cuda
+        receiver, same = (nn.Sequential(*map(copy.deepcopy, source)) for _ in range(2))
+        receiver.cuda()
+        load_weights(receiver, read_only(found))
+        load_weights(same, expected)
+        assert all(
+            torch.equal(a.cpu(), b) for a, b in zip(receiver.parameters(), same.parameters())
+        )
+        damaged = found.buffer.copy()
+        damaged[5] ^= 1
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load_weights(receiver, dataclasses.replace(found, buffer=damaged))
+        del found
+    assert len(pack._buffers) == 1
+    assert torch.from_numpy(pack._buffers[0]).is_pinned()
+
+
+def test_what_is_packed_on_a_device_is_copied_to_the_host_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The path of a GPU, with memory of this machine: sent before it is copied, into a buffer that
+    is used again."""
+    expected = Packer()(state(), 1)
+    monkeypatch.setattr(weights, "device_of", lambda _: torch.device("cpu", 0))  # not the CPU's
+    monkeypatch.setattr(weights, "_host_zeros", lambda nbytes, pinned: np.zeros(nbytes, np.uint8))
+    pack, sent = Packer(), []
+    places = set()
+    for version in (1, 2):
+        found = pack(state(), version, send=sent.append)
+        assert np.array_equal(found.buffer, expected.buffer)
+        assert not np.shares_memory(found.buffer, sent[-1].buffer.numpy())
+        places.add(found.buffer.ctypes.data)
+        del found
+    assert len(places) == 1
+    assert sent[0].manifest == expected.manifest
 
 
 def test_equal_shapes_of_another_architecture_are_refused() -> None:

@@ -1,37 +1,27 @@
-"""Which transports can run where, and what is said of those that cannot."""
+"""Which transport a run gets, and over what."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.ray_backend.transports import Surroundings, WeightsConfig, why_not
+from cluster.ray_backend.transports import WeightsConfig, over_nccl, why_not
+from cluster.roles import FleetPlan
 from learner.config import load_preset, merge, to_dict, validate
 from learner.fleet_plan import fleet_plan
 
-BIG = Surroundings(learner_gpus=1, sampler_gpus=1)
-ONE_GPU = Surroundings(learner_gpus=0.5, sampler_gpus=0.25)
-LAPTOP = Surroundings(learner_gpus=0, sampler_gpus=0)
+
+def plan(**changes: object) -> FleetPlan:
+    return fleet_plan(validate(merge(to_dict(load_preset("miniature")), changes), "test"))
 
 
-def test_the_object_store_runs_everywhere() -> None:
-    for here in (BIG, ONE_GPU, LAPTOP):
-        assert why_not("object-store", here) == ""
-
-
-def test_without_gpus_nothing_else_does() -> None:
-    assert why_not("nccl", LAPTOP) == (
-        "the learner must have a GPU (num_gpus is 0); samplers must have a GPU (num_gpus is 0)"
-    )
-    half = dataclasses.replace(BIG, sampler_gpus=0)
-    assert why_not("nccl", half) == "samplers must have a GPU (num_gpus is 0)"
-
-
-def test_nccl_wants_a_gpu_for_each() -> None:
-    assert why_not("nccl", BIG) == ""
-    assert "a GPU each, found shares of 0.5 and 0.25" in why_not("nccl", ONE_GPU)
+@pytest.mark.parametrize(
+    ("learner", "sampler", "nccl"),
+    [(1, 1, True), (2, 1, True), (1, 0.5, False), (0.5, 0.25, False), (1, 0, False)],
+)
+def test_nccl_wants_a_gpu_for_each(learner: float, sampler: float, nccl: bool) -> None:
+    found = plan(learner={"num_gpus": learner}, sampler={"num_gpus": sampler})
+    assert over_nccl(found) is nccl
 
 
 @pytest.mark.parametrize(
@@ -54,8 +44,9 @@ def test_older_configurations_are_read() -> None:
     )
 
 
-def test_adapters_need_none_of_them() -> None:
-    assert "adapters travel alone" in why_not("nccl", BIG, adapters_alone=True)
+def test_adapters_need_no_group() -> None:
+    assert why_not(plan(learner={"lora": {"rank": 2}})).startswith("adapters travel alone")
+    assert why_not(plan()) == why_not(plan(max_staleness=2)) == ""
 
 
 def test_the_wire_has_the_samplers_dtype_unless_set() -> None:
@@ -64,14 +55,11 @@ def test_the_wire_has_the_samplers_dtype_unless_set() -> None:
 
 
 def test_a_run_carries_the_choice_to_its_roles() -> None:
-    def plan(**changes: object):
-        return fleet_plan(validate(merge(to_dict(load_preset("miniature")), changes), "test"))
-
     default = plan()
     assert (default.transport, default.adapters_alone) == ("object-store", False)
     assert default.learner.config.wire_dtype == "float32"
     assert plan(sampler={"dtype": "bfloat16"}).learner.config.wire_dtype == "bfloat16"
-    changed = plan(weights={"transport": "nccl", "dtype": "bfloat16"})
-    assert (changed.transport, changed.learner.config.wire_dtype) == ("nccl", "bfloat16")
+    changed = plan(weights={"transport": "collective", "dtype": "bfloat16"})
+    assert (changed.transport, changed.learner.config.wire_dtype) == ("collective", "bfloat16")
     with pytest.raises(ConfigError, match="transport"):
         plan(weights={"transport": "carrier pigeon"})

@@ -15,6 +15,7 @@ import torch
 from actors.checkpoints.loading import PolicyConfig, TokenizerConfig, load_decoder, load_policy
 from actors.decoding.decode import decode_tokens, rollout_uniforms
 from actors.decoding.steps import Workspace
+from actors.kernels import plain
 from cluster.errors import CheckpointError, FleetError
 from cluster.messages import TRAIN, RolloutGroup, SampleRequest, WeightSnapshot
 from cluster.program.precision import refusals_explained, start_computing
@@ -41,6 +42,9 @@ class SamplerResources(Resources):
     """Most groups of an iteration that a sampler decodes as one batch: 1, 2, 4, ... fill a GPU when
     groups are small. With more than 1, other batch sizes round differently, so that results depend
     on timing: first in their last bits, later in whole tokens."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """What decoding computes with between its matrix products. auto: on CUDA Triton's kernels, or,
+    with a message that says why, plain PyTorch. torch: plain PyTorch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +79,8 @@ class Sampler:
         self._policy = load_policy(config.policy, weights=False, device=self._device, dtype=dtype)
         image_dtype = getattr(torch, resources.image_dtype)
         self._decoder = load_decoder(config.tokenizer, device=self._device, dtype=image_dtype)
-        self._workspace = Workspace(self._policy)
+        kernels = plain if resources.kernels == "torch" else None
+        self._workspace = Workspace(self._policy, kernels=kernels)
         self._loads: deque[Span] = deque(maxlen=KEPT_LOADS)  # not yet reported with a group
         self._stream: torch.cuda.Stream | None = None
         if torch.device(self._device).type == "cuda":

@@ -1,8 +1,9 @@
 """One decoding step: static KV cache, and CUDA graphs of the step on a GPU.
 
 A step is policy, guidance, filters, draw. On a CPU it reads the filled slots of the cache. On a
-GPU, where launching kernels costs more than running them, it is captured as a CUDA graph for each
-window of `WINDOW` slots, with tokens, uniforms and slot in static buffers.
+GPU, where launching kernels costs more than running them, it is captured as a CUDA graph, with
+tokens, uniforms and slot in static buffers: one for all positions where the kernels read the filled
+slots alone, else one for each window of `WINDOW` slots.
 
 Shapes: B batch, V vocabulary, S slots of the cache.
 """
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from actors.kernels import plain
+from actors.kernels.choice import best_kernels
 from actors.kernels.interface import Kernels
 from actors.models.base import Conditions, DecodeState, Policy, Window
 from cluster.messages import SamplingSpec
@@ -121,24 +122,31 @@ class Workspace:
     batch larger than all before replaces the memory and drops the steps. Of pairs (rows, spec) at
     most `KEPT` have steps; the least recently used are dropped. All graphs share one pool.
 
-    Weights may be written in place between steps, but not replaced.
+    Weights may be written in place between steps, and replaced between decodings.
     """
 
     def __init__(
-        self, policy: Policy, *, static: bool | None = None, kernels: Kernels = plain
+        self, policy: Policy, *, static: bool | None = None, kernels: Kernels | None = None
     ) -> None:
-        """static: use `StaticStep`; None is on a GPU only."""
+        """
+        Args:
+            static: use `StaticStep`; None is on a GPU only.
+            kernels: None is `best_kernels`.
+        """
         self._policy, self._kernels = policy, kernels
         self._static = static
         self._largest: DecodeState | None = None
         self._states: dict[int, DecodeState] = {}  # by rows; their caches are parts of the largest
         self._state: DecodeState | None = None  # of the present decoding
         self._steps: dict[tuple[int, SamplingSpec], dict[int, StaticStep]] = {}  # by size of window
+        self._addresses: list[int] = []  # of the weights that the steps read
         self._pool: Any = None
 
     def prefill(self, conditions: Conditions, uniforms: Tensor, spec: SamplingSpec) -> Sampled:
         """Draw the first token of each rollout; conditions from `with_null_conditions`."""
         state = self._state = self._state_of(len(conditions))
+        if self._steps and self._addresses != addresses(self._policy):
+            self._steps, self._pool = {}, None  # a pool whose graphs are gone is of no use
         before = state.bias
         logits = self._policy.prefill(state, conditions)
         if before is not None and state.bias is not None and before.shape == state.bias.shape:
@@ -154,11 +162,12 @@ class Workspace:
         if not (state.cache.is_cuda if self._static is None else self._static):
             return decode_one_token(self._policy, state, tokens, uniforms, spec)
         slots = state.cache.shape[4]
-        size = min(-(-(state.position + 1) // WINDOW) * WINDOW, slots)
-        if state.kernels.live_slots:
-            size = slots
+        size = slots
+        if not state.kernels.live_slots:
+            size = min(-(-(state.position + 1) // WINDOW) * WINDOW, slots)
         steps = self._steps_of(state, spec)
         static = steps.get(size)
+        known = static is not None
         if static is None:
             static = steps[size] = StaticStep(self._policy, state, spec, size, len(tokens))
             if state.cache.is_cuda:
@@ -166,6 +175,8 @@ class Workspace:
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
                 static.capture(self._pool)
         sampled = static(tokens, uniforms, state.position)
+        if not known:  # kernels may merge weights when they first run
+            self._addresses = addresses(self._policy)
         state.position += 1
         return sampled
 
@@ -184,7 +195,8 @@ class Workspace:
             layers, halves, _, *rest = self._largest.cache.shape
             shape = (layers, halves, rows, *rest)
             cache = self._largest.cache.view(-1)[: math.prod(shape)].view(shape)
-            self._states[rows] = DecodeState(cache, kernels=self._kernels)
+            kernels = self._kernels or best_kernels(cache)
+            self._states[rows] = DecodeState(cache, kernels=kernels)
         return self._states[rows]
 
     def _drop(self) -> None:
@@ -201,3 +213,8 @@ class Workspace:
         while len(self._steps) > KEPT:
             del self._steps[next(iter(self._steps))]
         return self._steps[key]
+
+
+def addresses(policy: Policy) -> list[int]:
+    """Where the weights lie: a captured step reads them there, whatever becomes of the module."""
+    return [tensor.data_ptr() for tensor in policy.state_dict().values()]

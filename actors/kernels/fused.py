@@ -41,14 +41,15 @@ def attention(
     if isinstance(place, int):
         place = torch.full((1,), place, dtype=torch.int64, device=query.device)
     mixed = torch.empty((batch, 1, heads, width), dtype=query.dtype, device=query.device)
-    block = triton.next_power_of_2(width)
     keys, values = cache.unbind()
+    stride = keys.shape[3]
+    block = triton.next_power_of_2(stride)
     cos, sin = rope or (query, query)  # not read
     _attention[(batch * heads,)](
         query, key, value, keys, values, place, cos, sin, query if bias is None else bias, mixed,
         query.stride(0), query.stride(1), keys.shape[2],
         0 if bias is None or bias.shape[0] == 1 else bias.stride(0), width**-0.5,
-        HEADS=heads, WIDTH=width, BLOCK=block, SLOTS=max(CACHE_TILE // block, 16),
+        HEADS=heads, WIDTH=width, STRIDE=stride, BLOCK=block, SLOTS=max(CACHE_TILE // block, 16),
         ROTATE=rope is not None, BIAS=bias is not None, num_warps=4,
     )  # fmt: skip
     return mixed.transpose(1, 2)
@@ -64,10 +65,9 @@ def _alike(*tensors: Tensor) -> Sequence[Tensor]:
 
 @triton.jit
 def _attention(
-    query, key, value, keys, values, place, cos, sin,
-    bias, mixed, row_stride, head_stride, slots, bias_stride,
-    scale, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
-    ROTATE: tl.constexpr, BIAS: tl.constexpr,
+    query, key, value, keys, values, place, cos, sin, bias, mixed, row_stride, head_stride, slots,
+    bias_stride, scale, HEADS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, ROTATE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """One program a row and head. Each of SLOTS lanes has a running maximum of its own (online
     softmax), so that the loop has no barrier; they are merged after it, with the new token's score,
@@ -92,10 +92,10 @@ def _attention(
     q, k, v = q.to(kind).to(tl.float32), k.to(kind), v.to(kind)
 
     slot = tl.load(place)
-    keys += program * slots * WIDTH
-    values += program * slots * WIDTH
-    tl.store(keys + slot * WIDTH + column, k, mask=inside)
-    tl.store(values + slot * WIDTH + column, v, mask=inside)
+    keys += program * slots * STRIDE
+    values += program * slots * STRIDE
+    tl.store(keys + slot * STRIDE + column, k, mask=inside)
+    tl.store(values + slot * STRIDE + column, v, mask=inside)
     now = tl.sum(q * k.to(tl.float32), 0) * scale
     if BIAS:
         bias += row * bias_stride
@@ -108,8 +108,8 @@ def _attention(
     for first in range(0, slot.to(tl.int32), SLOTS):
         at = first + lane
         live = at < slot
-        offsets = at[:, None] * WIDTH + column[None, :]
-        both = live[:, None] & inside[None, :]
+        offsets = at[:, None] * STRIDE + column[None, :]
+        both = live[:, None] & (column < STRIDE)[None, :]  # padding is zeros, and aligned
         k_tile = tl.load(keys + offsets, mask=both, other=0.0).to(tl.float32)
         v_tile = tl.load(values + offsets, mask=both, other=0.0).to(tl.float32)
         score = tl.sum(q[None, :] * k_tile, 1) * scale

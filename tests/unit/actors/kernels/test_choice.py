@@ -1,0 +1,76 @@
+"""Which kernels are chosen, and what is said where Triton's cannot be."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from actors.kernels import choice, plain
+from actors.sampler import SamplerResources
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_tried() -> Iterator[None]:
+    choice._tried.cache_clear()
+    yield
+    choice._tried.cache_clear()
+
+
+def test_a_cpu_computes_in_plain_pytorch_and_says_nothing(logged: list[str]) -> None:
+    assert choice.best_kernels(torch.zeros(2, 64)) is plain
+    assert logged == []
+
+
+def test_the_trial_passes_and_finds_kernels_that_deviate() -> None:
+    """On a CPU through the interpreter, as the tests of the kernels."""
+    pytest.importorskip("triton", reason="Triton exists on Linux only")
+    from actors.kernels import fused
+
+    assert choice._tried(DEVICE, torch.float32, 8) is fused
+
+    def doubled(*inputs: object) -> torch.Tensor:
+        return 2 * plain.attention(*inputs)  # type: ignore[arg-type]
+
+    broken = SimpleNamespace(**vars(plain) | {"attention": doubled})
+    found = choice.trial(broken, DEVICE, torch.float32, 8)  # type: ignore[arg-type]
+    assert found.startswith("attention deviates by ")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "failure", "reason"),
+    [
+        (torch.float64, 64, None, "in float64, expected one of float32, bfloat16, float16"),
+        (torch.float32, 300, None, "head dimension is 300, expected at most 256"),
+        (torch.float32, 8, None, "Triton cannot be imported"),
+        (torch.float32, 8, RuntimeError("no such arch"), "RuntimeError: no such arch"),
+    ],
+)
+def test_one_message_says_why_triton_is_not_used(
+    dtype: torch.dtype,
+    head_dim: int,
+    failure: Exception | None,
+    reason: str,
+    logged: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object) -> str:
+        raise failure or ImportError
+
+    module = SimpleNamespace() if failure else None  # None: importing it raises
+    monkeypatch.setitem(sys.modules, "actors.kernels.fused", module)  # type: ignore[arg-type]
+    monkeypatch.setattr(choice, "trial", fails)
+    for _ in range(2):
+        assert choice._tried(DEVICE, dtype, head_dim) is plain
+    assert len(logged) == 1
+    assert logged[0].startswith("note: decoding without Triton's kernels, which is slower: ")
+    assert reason in logged[0]
+
+
+def test_the_option_is_one_of_two() -> None:
+    assert SamplerResources().kernels == "auto"

@@ -64,6 +64,19 @@ def _alike(*tensors: Tensor) -> Sequence[Tensor]:
 
 
 @triton.jit
+def _rotated(pointer, column, inside, cos, sin, ROTATE: tl.constexpr):
+    """A head's query or key, in its dtype."""
+    x = tl.load(pointer + column, mask=inside, other=0.0)
+    if ROTATE:
+        other = tl.load(pointer + (column ^ 1), mask=inside, other=0.0)  # of its pair
+        across = tl.load(cos + column, mask=inside, other=0.0)
+        along = tl.load(sin + column, mask=inside, other=0.0)
+        turned = x.to(tl.float32) * across + other.to(tl.float32) * along
+        x = turned.to(pointer.dtype.element_ty)
+    return x
+
+
+@triton.jit
 def _attention(
     query, key, value, keys, values, place, cos, sin, bias, mixed, row_stride, head_stride, slots,
     bias_stride, scale, HEADS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
@@ -77,17 +90,9 @@ def _attention(
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     start = row * row_stride + head * head_stride
-    q = tl.load(query + start + column, mask=inside, other=0.0)
-    k = tl.load(key + start + column, mask=inside, other=0.0)
+    q = _rotated(query + start, column, inside, cos, sin, ROTATE)
+    k = _rotated(key + start, column, inside, cos, sin, ROTATE)
     v = tl.load(value + start + column, mask=inside, other=0.0)
-    if ROTATE:
-        across = tl.load(cos + column, mask=inside, other=0.0)
-        along = tl.load(sin + column, mask=inside, other=0.0)
-        other = start + (column ^ 1)  # the other one of its pair
-        q_other = tl.load(query + other, mask=inside, other=0.0).to(tl.float32)
-        k_other = tl.load(key + other, mask=inside, other=0.0).to(tl.float32)
-        q = (q.to(tl.float32) * across + q_other * along).to(query.dtype.element_ty)
-        k = (k.to(tl.float32) * across + k_other * along).to(key.dtype.element_ty)
     kind = keys.dtype.element_ty
     q, k, v = q.to(kind).to(tl.float32), k.to(kind), v.to(kind)
 
@@ -219,7 +224,7 @@ def _mixed(
     logits = tl.load(conditional + at, mask=inside, other=float("-inf"))
     if GUIDED:
         free = tl.load(unconditional + at, mask=inside, other=0.0)
-        logits = tl.where(inside, free + (logits - free) * scale, float("-inf"))
+        logits = tl.where(inside, free + (logits - free) * scale, float("-inf"))  # 0 * inf
     if TEMPERED:
         logits = logits / temperature
     return logits

@@ -1,0 +1,45 @@
+"""The checks, in the order in which they run: what shows most comes first.
+
+Imports nothing beyond the standard library: the checks themselves are imported by a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: a function of a `Scene`, on its own."""
+
+    name: str
+    function: str
+    """module:function within this package."""
+    limit_s: float
+    """Longest time; then it is stopped. About three times what it should take."""
+    quick: bool = False
+    """Also with `--quick`."""
+    alone: bool = False
+    """In a process of its own: it sets what holds for a whole process."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Set before its process starts."""
+
+
+CHECKS = (
+    Check("card", "card:card", 40, quick=True),
+    Check("backends", "attention:backends", 40, quick=True),
+    Check("logprobs", "decoding:logprobs", 75, quick=True),
+    Check("decode", "speed:decode", 75, quick=True),
+    Check("repeat", "decoding:repeat", 45),
+    Check("beside", "decoding:beside", 60),
+    Check("tests", "units:marked_tests", 90),
+    Check("step", "learning:step", 100, quick=True),
+    Check("weights", "transfer:weights", 45, quick=True),
+    Check("scorers", "scoring:scorers", 75),
+    Check("images", "imaging:images", 40, quick=True),
+    Check("loo_fid", "scoring:loo_fid", 45),
+    Check("iteration", "whole:iteration", 90),
+    Check("miniature", "whole:miniature", 60),
+)
+BY_NAME = {check.name: check for check in CHECKS}

@@ -1,0 +1,106 @@
+"""What a check is given: the device, sizes, models with random weights, and a place for figures."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.models.llamagen import LlamaGen, LlamaGenConfig
+from cluster.program.precision import exact_fp32
+from tests.bench.measuring import random_llamagen, size_config
+
+
+class SkippedError(Exception):
+    """A check cannot run here; the message says why."""
+
+
+class Scene:
+    """See the module.
+
+    Args:
+        tell: sends an event to the supervisor.
+        device: "cuda" or "cpu".
+        tiny: sizes that take no time, to try the checks' code.
+        quick: fewer variants.
+        official: a checkout of FoundationVision/LlamaGen; empty is none.
+    """
+
+    def __init__(
+        self, tell: Callable[..., None], device: str, tiny: bool, quick: bool, official: str
+    ) -> None:
+        self.device, self.tiny, self.quick, self.official = device, tiny, quick, official
+        self.check = ""
+        self._tell = tell
+        self._folder: tempfile.TemporaryDirectory | None = None
+
+    def begin(self) -> None:
+        """Start as every process that computes does, and name what computes."""
+        exact_fp32()
+        if self.tiny:
+            torch.set_num_threads(2)
+        name = "cpu"
+        if self.on_gpu:
+            torch.zeros(1, device=self.device)
+            name = torch.cuda.get_device_name()
+        self._tell("device", name=name)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def small(self) -> str:
+        """The size that stands for LlamaGen-L."""
+        return "tiny" if self.tiny else "L"
+
+    @property
+    def grid(self) -> int:
+        return 3 if self.tiny else 16
+
+    def figure(self, name: str, value: float) -> None:
+        """A figure of `expected.EXPECTED`, printed at once."""
+        self._tell("figure", check=self.check, name=name, value=float(value))
+
+    def note(self, text: str) -> None:
+        """A line for people."""
+        self._tell("note", check=self.check, text=text)
+
+    def size(self, full: int, tiny: int) -> int:
+        return tiny if self.tiny else full
+
+    def config(self, **changes: Any) -> LlamaGenConfig:
+        """LlamaGen-L's architecture, class-conditional unless changed."""
+        if self.tiny:
+            changes = {"vocab_size": 64, "num_classes": 10, **changes}
+        return size_config(self.small, self.grid, **changes)
+
+    @functools.cache  # noqa: B019
+    def policy(self, dtype: torch.dtype) -> LlamaGen:
+        """LlamaGen-L; in bf16 the fp32 weights rounded. Checks that write into it restore it."""
+        policy = random_llamagen(self.config(), self.device, dtype)
+        if dtype != torch.float32:
+            policy.load_state_dict(self.policy(torch.float32).state_dict())
+        return policy
+
+    def folder(self) -> Path:
+        """A temporary folder of this process."""
+        self._folder = self._folder or tempfile.TemporaryDirectory()
+        return Path(self._folder.name)
+
+    def clean_up(self) -> bool:
+        """Free what a check left; returns whether the device still works."""
+        gc.collect()
+        if not self.on_gpu:
+            return True
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            return bool(torch.ones(1, device=self.device).item() == 1)
+        except RuntimeError:
+            return False

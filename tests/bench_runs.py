@@ -14,12 +14,13 @@ import pytest
 
 from rewards.scorers.isolation import Isolation
 
-RESULT = re.compile(r"^RESULT (\w+)\.(\w+)=(\S+)$", re.MULTILINE)
+RESULT = re.compile(r"^RESULT (\w+)\.(\w+)=(\S+)(?: expected=\S+)?$", re.MULTILINE)
 SMALLEST = {
     "checkpoint": "--parameters 200000 --mib-per-s 1000",
     "commits": "--dim 64 --counts 4 16 --iterations 4 --seed-images 300 --window 900 --plain 1",
     "decode": "--size tiny --batch 1 --grid 2 --repeats 1 --cfg-scales 1 2",
     "dispatch": "--waiting 32 --workers 4",
+    "gpu": "--device cpu --tiny",
     "hpsv2": "--small --images 1 --rounds 1 --calls 1 --size 32",
     "iteration": "--iterations 1 --groups 1 --rollouts 2",
     "loo_fid": "--dim 16 --count 4 --history 32 --timed 1 --repeats 1 --checked 1",
@@ -48,6 +49,31 @@ def run_bench(
     return {figure: value for _, figure, value in found}
 
 
+BLOCK = """
+import sys
+
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def python_path_without(folder: Path, *packages: str) -> str:
+    """A PYTHONPATH under which Python finds none of the packages.
+
+    Args:
+        folder: for the file that sees to it.
+    """
+    (folder / "sitecustomize.py").write_text(BLOCK.format(names=packages))
+    return str(folder)
+
+
 def all_benches() -> set[str]:
-    files = (Path(__file__).parent / "bench").glob("*.py")
-    return {file.stem for file in files} - {"__init__", "measuring"}
+    folder = Path(__file__).parent / "bench"
+    folders = {file.parent.name for file in folder.glob("*/__main__.py")}
+    return {file.stem for file in folder.glob("*.py")} - {"__init__", "measuring"} | folders

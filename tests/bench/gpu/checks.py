@@ -28,13 +28,19 @@ class Check:
 
 CHECKS = (
     Check("card", "card:card", 40, quick=True),
-    Check("backends", "attention:backends", 40, quick=True),
     Check("logprobs", "decoding:logprobs", 75, quick=True),
-    Check("decode", "speed:decode", 75, quick=True),
+    Check("decode", "speed:decode_speed", 75, quick=True),
     Check("repeat", "decoding:repeat", 45),
     Check("beside", "decoding:beside", 60),
     Check("tests", "units:marked_tests", 90),
     Check("step", "learning:step", 100, quick=True),
+    Check(
+        "reproducible",
+        "learning:reproducible",
+        60,
+        alone=True,
+        environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+    ),
     Check("weights", "transfer:weights", 45, quick=True),
     Check("scorers", "scoring:scorers", 75),
     Check("images", "imaging:images", 40, quick=True),

@@ -82,3 +82,96 @@ def expectation(figure: str, card: str, table: dict[str, dict[str, Expected]]) -
     """
     entry = table[figure]
     return entry.get(card) or entry.get("")
+
+
+GAP, K3 = 0.03, 1e-3
+"""Mean |logprob| between sampler and learner, nats, and the KL of mismatch: steps of GRPO stay
+on-policy within them."""
+
+EXPECTED: dict[str, dict[str, Expected]] = {
+    # card
+    "copy_tb_s": reaches(4.0, 3.0),
+    "product_tflop_s": reaches(750, 650),
+    # logprobs
+    **{f"{rows}_logprob_gap": at_most(GAP) for rows in ("rows_24", "rows_512", "no_cudnn")},
+    **{f"{rows}_k3": at_most(K3) for rows in ("rows_24", "rows_512", "no_cudnn", "captions")},
+    "captions_logprob_gap": at_most(GAP),
+    "fp32_logprob_gap": at_most(GAP),
+    # decode
+    "decode_12_s": within(0.45, 0.5),
+    "decode_128_s": within(0.5, 0.7),
+    "decode_256_s": within(0.75, 1.0),
+    "decode_12_roofline": RECORDED,
+    "decode_128_roofline": reaches(0.6, 0.6),
+    "decode_256_roofline": reaches(0.7, 0.7),
+    "official_generate_s": RECORDED,
+    "generate_speedup": reaches(3, 3),
+    # repeat
+    "repeat_same": exactly(1),
+    "new_weights_same": exactly(1),
+    "new_weights_differ": exactly(1),
+    "mid_weights_same": exactly(1),
+    "mid_weights_differ": exactly(1),
+    "fewer_rows_same": exactly(1),
+    "rows_again_same": exactly(1),
+    # beside
+    "beside_tokens_same": exactly(1),
+    "beside_levels_apart": exactly(0),
+    # tests
+    "tests_passed": RECORDED,
+    "tests_failed": exactly(0),
+    # step
+    "step_mismatch_kl": at_most(K3),
+    "step_preset_s": within(1.0, 1.1),
+    "step_plain_s": within(1.2, 1.3),
+    "step_compiled_s": within(0.9, 1.0),
+    "step_recomputed_s": within(1.8, 1.9),
+    "step_default_same": RECORDED,
+    "step_reproducible_same": exactly(1),
+    "step_reproducible_s": RECORDED,
+    # weights
+    "snapshot_mib": RECORDED,
+    "loaded_same": exactly(1),
+    "loaded_on_device_same": exactly(1),
+    "manifests_same": exactly(1),
+    "pack_s": within(0.3, 0.3),
+    "pack_on_device_s": within(0.01, 0.01),
+    "load_s": within(0.25, 0.25),
+    # scorers
+    "hps_pixels_apart": at_most(1e-5),
+    "hps_fp32_apart": at_most(1e-5),
+    "hps_bf16_apart": at_most(2e-3),
+    "hps_scores_vary": RECORDED,
+    "hps_fp32_images_per_s": reaches(140, 140),
+    "hps_bf16_images_per_s": reaches(900, 900),
+    "clip_pixels_same": exactly(1),
+    "clip_bf16_images_per_s": reaches(1500, 1500),
+    "inception_pixels_apart": exactly(0),
+    "inception_apart": at_most(1e-4),
+    "inception_images_per_s": RECORDED,
+    # images
+    "images_fp32_s": RECORDED,
+    "images_tf32_s": RECORDED,
+    "images_tf32_levels": at_most(1),
+    "images_bf16_s": within(0.12, 0.13),
+    "images_bf16_mean_levels": at_most(1),
+    "images_bf16_levels": RECORDED,
+    # loo_fid
+    "loo_fid_apart": at_most(1e-6),
+    "loo_fid_cpu_s": RECORDED,
+    "loo_fid_device_s": RECORDED,
+    # iteration
+    "iteration_sample_s": within(1.3, 1.6),
+    "iteration_images_s": within(0.15, 0.16),
+    "iteration_score_s": RECORDED,
+    "iteration_moments_s": RECORDED,
+    "iteration_learn_s": within(1.0, 1.1),
+    "iteration_publish_s": within(0.15, 0.15),
+    "iteration_s": within(2.7, 3.1),
+    "iteration_images_per_s": RECORDED,
+    "iteration_peak_gb": RECORDED,
+    # miniature
+    **{f"miniature_{way}_tokens_same": {"": Expected(low=0.98)} for way in ("inline", "ray")},
+    **{f"miniature_{way}_entropy_gap": at_most(1e-3) for way in ("inline", "ray")},
+}
+"""Figure -> card -> what is expected of it; "" is any device."""

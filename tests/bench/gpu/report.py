@@ -68,7 +68,7 @@ class Report:
 
     def summary(self, seconds: float) -> None:
         """A line a check: its outcome, and the figures that missed or the reason."""
-        print(f"\n{'check':<11}{'outcome':<22}{'s':>6}  figures")
+        print(f"\n{'check':<13}{'outcome':<22}{'s':>6}  figures")
         for ended in self._ended:
             mine = [f for f in self._figures if f["check"] == ended.check.name]
             held = sum(f["verdict"] is Verdict.PASSED for f in mine)
@@ -77,7 +77,7 @@ class Report:
             reason = ended.reason.splitlines()[-1] if ended.reason else ""
             note = "; ".join(filter(None, [f"{held} as expected" if held else "", text, reason]))
             outcome = self.outcome(ended)
-            print(f"{ended.check.name:<11}{outcome:<22}{ended.seconds:>6.1f}  {note}")
+            print(f"{ended.check.name:<13}{outcome:<22}{ended.seconds:>6.1f}  {note}")
         counts = [self.outcome(ended) for ended in self._ended]
         kinds = {kind: counts.count(kind) for kind in sorted(set(counts))}
         told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())

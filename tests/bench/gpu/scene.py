@@ -43,7 +43,7 @@ class Scene:
         """Start as every process that computes does, and name what computes."""
         exact_fp32()
         if self.tiny:
-            torch.set_num_threads(2)
+            torch.set_num_threads(1)
         name = "cpu"
         if self.on_gpu:
             torch.zeros(1, device=self.device)
@@ -53,6 +53,11 @@ class Scene:
     @property
     def on_gpu(self) -> bool:
         return self.device.startswith("cuda")
+
+    @property
+    def threads(self) -> int:
+        """Of a role."""
+        return self.size(2, 1)
 
     @property
     def small(self) -> str:

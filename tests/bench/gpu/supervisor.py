@@ -25,6 +25,7 @@ from typing import IO, Any
 from tests.bench.gpu.checks import Check
 
 ROOT = Path(__file__).parents[3]
+WORKER = ("-m", "tests.bench.gpu.worker")
 START_S = 120.0  # longest start of a worker: imports, CUDA's context
 TAIL = 12  # lines of a dead worker's output that are shown
 
@@ -42,6 +43,10 @@ class Ended:
     seconds: float = 0.0
 
 
+class StartError(Exception):
+    """The first worker did not start: no check can run here."""
+
+
 class Supervisor:
     """See the module.
 
@@ -49,19 +54,30 @@ class Supervisor:
         options: of the worker, as JSON has them.
         deadline: on `time.monotonic`'s clock; what has not begun by then is skipped.
         tell: called with every event that is no check's start or end.
+        program: arguments of Python that start a worker.
     """
 
-    def __init__(self, options: Event, deadline: float, tell: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        options: Event,
+        deadline: float,
+        tell: Callable[[Event], None],
+        program: Sequence[str] = WORKER,
+    ) -> None:
         self._options, self._deadline, self._tell = options, deadline, tell
+        self._program, self._started = program, False
 
     def run(self, checks: Sequence[Check]) -> Iterator[Ended]:
-        """How each check ended, in order, as they end."""
+        """How each check ended, in order, as they end.
+
+        Raises:
+            StartError: with the worker's last words.
+        """
         left = list(checks)
         while left:
-            together = 1
-            while not left[0].alone and together < len(left) and not left[together].alone:
-                together += 1
-            done = 0
+            first, done = left[0], 0
+            apart = [index for index, check in enumerate(left) if check.alone] or [len(left)]
+            together = 1 if first.alone else apart[0]
             if time.monotonic() < self._deadline:
                 for ended in self._run_worker(left[:together]):
                     done += 1
@@ -74,13 +90,17 @@ class Supervisor:
 
     def _run_worker(self, checks: Sequence[Check]) -> Iterator[Ended]:
         """The checks that one worker ends; one of them at least."""
-        with tempfile.TemporaryFile("w+") as output, _Worker(self._options, checks, output) as it:
+        with (
+            tempfile.TemporaryFile("w+") as output,
+            _Worker(self._program, self._options, checks, output) as it,
+        ):
             running, began = None, time.monotonic()
             limit = min(began + START_S, self._deadline)
             while True:
                 event = it.next_event(limit)
                 if event is None:
                     break
+                self._started = True
                 if event["kind"] == "start":
                     running, began = checks[event["index"]], time.monotonic()
                     limit = min(began + running.limit_s, self._deadline)
@@ -96,8 +116,10 @@ class Supervisor:
                     self._tell(event)
             spent = time.monotonic() - began
             reason = it.obituary(spent, late=time.monotonic() >= limit)
+        if not self._started:
+            raise StartError(reason)
         if running is None and it.ended_checks == 0:
-            running = checks[0]  # the worker did not start
+            running = checks[0]  # this worker did not start
         if running is not None:
             yield Ended(running, "failed", reason, spent)
 
@@ -105,17 +127,21 @@ class Supervisor:
 class _Worker:
     """A process in a group of its own, and the pipe of its events."""
 
-    def __init__(self, options: Event, checks: Sequence[Check], output: IO[str]) -> None:
+    def __init__(
+        self, program: Sequence[str], options: Event, checks: Sequence[Check], output: IO[str]
+    ) -> None:
         self._output, self._buffer, self.ended_checks = output, b"", 0
         self._read, write = os.pipe()
         names = [check.name for check in checks]
         given = json.dumps({**options, "checks": names, "events": write})
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        if options["tiny"]:  # several threads would wait for each other by spinning
+            environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         for check in checks:
             environment |= check.environment
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.gpu.worker", given],
+            [sys.executable, *program, given],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import sys
-import time
 import traceback
 from typing import Any
 
@@ -67,5 +66,4 @@ def last_lines(error: BaseException) -> str:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    time.sleep(0)
     os._exit(status)  # threads of libraries must not keep it

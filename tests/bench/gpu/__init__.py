@@ -1,0 +1,29 @@
+"""Ten minutes on a GPU: is it right, is it as fast as expected, and what to do if not.
+
+    python -m tests.bench.gpu                            everything, at most 7 minutes
+    python -m tests.bench.gpu --quick                    the most telling checks, 2 minutes
+    python -m tests.bench.gpu --only decode,step         some checks
+    python -m tests.bench.gpu --device cpu --tiny        the checks' code, without a GPU
+
+Each check prints its figures at once, as lines `RESULT gpu.NAME=VALUE expected=RANGE`. One that
+fails, hangs or ends the process does not stop the next. A table of what passed, was slower than
+expected or wrong, failed or was skipped comes last; the exit status is 1 if something was wrong or
+failed. tests/bench/README.md says what each check means, and what to do when it fails.
+
+Runs from a plain checkout, with torch >= 2.11 and Python >= 3.11, and without Ray. It needs numpy,
+msgpack, pyarrow, safetensors, pyyaml, pydantic and tyro; some checks need pillow, scipy,
+threadpoolctl, huggingface_hub and rich (iteration, miniature), open_clip_torch with torchvision,
+timm, ftfy and regex (scorers), or pytest (tests), and say so where they are skipped. What a machine
+lacks it can be given as wheels, which this line downloads elsewhere for Python 3.12:
+
+    pip download -d wheels --no-deps --only-binary=:all: --python-version 3.12 \\
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \\
+        --platform manylinux2014_x86_64 \\
+        pydantic pydantic-core==VERSION annotated-types typing-inspection typing-extensions \\
+        tyro typeguard docstring-parser tenacity open-clip-torch ftfy wcwidth timm
+
+and which this line, in the checkout on that machine, runs with:
+
+    pip install -q --no-index --no-deps --target /tmp/site wheels/*.whl &&
+        PYTHONPATH=/tmp/site python -m tests.bench.gpu
+"""

@@ -1,0 +1,133 @@
+"""Check 7: a learner's step, as the preset has it and in variants; and the same step twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.checkpoints.loading import PolicyConfig
+from actors.decoding.decode import decode_tokens
+from actors.decoding.steps import Workspace
+from cluster.messages import Condition
+from cluster.model_files.tensors import write_tensors
+from learner.config import load_preset
+from learner.training.batch import TrainingBatch
+from learner.training.config import LearnerConfig
+from learner.training.learner import Learner
+from tests.bench.gpu.decoding import classes, uniforms
+from tests.bench.gpu.scene import Scene
+from tests.bench.measuring import timed
+
+PRESET = load_preset("paper-fixed")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "preset": {},
+    "plain": {"checkpointing": False, "microbatch": 48},
+    "compiled": {"checkpointing": False, "microbatch": 48},
+    "recomputed": {"checkpointing": True, "microbatch": 12},
+}
+"""Changes to the preset's learner."""
+
+
+def step(scene: Scene) -> None:
+    """Seconds of a step on 144 rollouts of LlamaGen-L, two updates; the sampler's logprobs against
+    the learner's; and whether the default step repeats bit for bit (nothing promises it)."""
+    file, batch = policy_file(scene), rollouts(scene)
+    first = None
+    for name in ["preset", "compiled"] if scene.quick else VARIANTS:
+        weights = variant(scene, name, file, batch)
+        first = weights if first is None else first
+        free(scene)
+    again = make(scene, file)
+    again.step(batch)
+    scene.figure("step_default_same", float(torch.equal(flat(again), first)))
+
+
+def variant(scene: Scene, name: str, file: Path, batch: TrainingBatch) -> Tensor:
+    """Seconds of a second step; returns all weights after the first."""
+    if scene.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    learner = make(scene, file, **VARIANTS[name])
+    report = learner.step(batch)
+    if name == "preset":
+        scene.figure("step_mismatch_kl", report.metrics["policy/mismatch_kl"])
+    weights = flat(learner)
+    scene.figure(f"step_{name}_s", timed(lambda: learner.step(batch), scene.device))
+    if scene.on_gpu:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        scene.note(f"{name}: peak memory {peak:.1f} GiB")
+    return weights
+
+
+def reproducible(scene: Scene) -> None:
+    """With `--reproducible`, the same step gives the same weights, bit for bit."""
+    file = policy_file(scene)
+    first, second = make(scene, file, reproducible=True), make(scene, file, reproducible=True)
+    batch = rollouts(scene)
+    for learner in (first, second):
+        learner.step(batch)
+    scene.figure("step_reproducible_same", float(torch.equal(flat(first), flat(second))))
+    del second
+    free(scene)
+    scene.figure("step_reproducible_s", timed(lambda: first.step(batch), scene.device))
+
+
+def make(scene: Scene, file: Path, *, reproducible: bool = False, **changes: Any) -> Learner:
+    """A learner as `paper-fixed` has it, with changes to its optimizer's options."""
+    if scene.tiny:
+        changes = {**changes, "microbatch": min(changes.get("microbatch", 2), 2)}
+    options = dataclasses.replace(
+        PRESET.learner, num_gpus=1 if scene.on_gpu else 0, num_threads=scene.threads, **changes
+    )
+    return Learner(
+        LearnerConfig(
+            policy=PolicyConfig(checkpoint=str(file)),
+            optimizer=options,
+            loss=PRESET.loss,
+            spec=PRESET.sampling,
+            iterations=PRESET.iterations,
+            max_staleness=64,
+            reproducible=reproducible,
+            wire_dtype="bfloat16",
+        )
+    )
+
+
+def policy_file(scene: Scene) -> Path:
+    policy, file = scene.policy(torch.float32), scene.folder() / "policy.safetensors"
+    if not file.exists():
+        write_tensors(file, policy.state_dict(), policy.config.to_dict())
+    return file
+
+
+def rollouts(scene: Scene) -> TrainingBatch:
+    """144 rollouts that the policy has just drawn, in bf16, with made-up advantages."""
+    count, policy = scene.size(144, 4), scene.policy(torch.bfloat16)
+    conditions, draws = classes(scene, count), uniforms(scene, count, policy.num_tokens)
+    drawn = decode_tokens(policy, conditions, draws, PRESET.sampling, Workspace(policy))
+    asked = (Condition(text="", class_index=int(c)) for c in conditions.values.cpu())
+    return TrainingBatch(
+        iteration=0,
+        tokens=drawn.tokens.cpu().numpy().astype(np.int32),
+        behaviour=drawn.logprobs.cpu().numpy(),
+        conditions=tuple(asked),
+        advantages=np.linspace(-1, 1, count).astype(np.float32),
+        versions=np.zeros(count, np.int64),
+        specs=(PRESET.sampling,),
+    )
+
+
+def flat(learner: Learner) -> Tensor:
+    """All weights in a row, on the host."""
+    return torch.from_numpy(np.array(learner.snapshot().buffer))
+
+
+def free(scene: Scene) -> None:
+    gc.collect()
+    if scene.on_gpu:
+        torch.cuda.empty_cache()

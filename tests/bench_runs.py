@@ -49,17 +49,17 @@ def run_bench(
     return {figure: value for _, figure, value in found}
 
 
-BLOCK = """
-import sys
+WITHOUT = """
+from importlib.machinery import PathFinder
+
+found = PathFinder.find_spec
 
 
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in {names} else found(name, path, target)
 
 
-sys.meta_path.insert(0, Blocked())
+PathFinder.find_spec = find_spec
 """
 
 
@@ -69,7 +69,7 @@ def python_path_without(folder: Path, *packages: str) -> str:
     Args:
         folder: for the file that sees to it.
     """
-    (folder / "sitecustomize.py").write_text(BLOCK.format(names=packages))
+    (folder / "sitecustomize.py").write_text(WITHOUT.format(names=packages))
     return str(folder)
 
 

@@ -39,10 +39,15 @@ def iteration(scene: Scene) -> None:
 def miniature(scene: Scene) -> None:
     """The miniature on the device against the CPU, in one process; and, where Ray is installed, on
     the one card under Ray with fractional roles."""
-    on_cpu = small_config(iterations=2, output={"gallery_every": 0})
+    less = {
+        "iterations": 1,
+        "groups_per_iteration": scene.size(4, 1),
+        "rewards": {"loo_fid": {"seed_images": scene.size(40, 8)}},
+    }
+    on_cpu = small_config(**less)
     num_gpus = GPUS if scene.on_gpu else dict.fromkeys(GPUS, 0)
     shares = {role: {"num_gpus": share} for role, share in num_gpus.items()}
-    config = small_config(iterations=2, output={"gallery_every": 0}, **shares)
+    config = small_config(**less, **shares)
     here = run_training(on_cpu, InlineFleet(fleet_plan(on_cpu)))
     inline = run_training(config, InlineFleet(fleet_plan(config)))
     compare(scene, "inline", inline, here)

@@ -30,13 +30,11 @@ CAPTION_DIM = 2048
 
 def logprobs(scene: Scene) -> None:
     """Logprobs of the sampler (bf16, captured) against the learner's pass (fp32 weights under
-    autocast) and fp32, at 24 and 512 rows, with captions, and without cuDNN's attention."""
+    autocast) and fp32, at 24 and 512 rows, and with captions."""
     few, many = scene.size(12, 2), scene.size(256, 4)
     compare(scene, "rows_24", few)
     if not scene.quick:
         compare(scene, "rows_512", many)
-        with without_cudnn():
-            compare(scene, "no_cudnn", few)
         captions(scene, few)
 
 
@@ -247,14 +245,3 @@ def same(a: Decoded, b: Decoded) -> float:
 
 def astuple(decoded: Decoded) -> tuple[Tensor, Tensor, Tensor]:
     return decoded.tokens, decoded.logprobs, decoded.entropies
-
-
-@contextmanager
-def without_cudnn() -> Iterator[None]:
-    """Without cuDNN's attention."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)

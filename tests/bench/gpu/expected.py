@@ -93,9 +93,8 @@ EXPECTED: dict[str, dict[str, Expected]] = {
     "copy_tb_s": reaches(4.0, 3.0),
     "product_tflop_s": reaches(750, 650),
     # logprobs
-    **{f"{rows}_logprob_gap": at_most(GAP) for rows in ("rows_24", "rows_512", "no_cudnn")},
-    **{f"{rows}_k3": at_most(K3) for rows in ("rows_24", "rows_512", "no_cudnn", "captions")},
-    "captions_logprob_gap": at_most(GAP),
+    **{f"{rows}_logprob_gap": at_most(GAP) for rows in ("rows_24", "rows_512", "captions")},
+    **{f"{rows}_k3": at_most(K3) for rows in ("rows_24", "rows_512", "captions")},
     "fp32_logprob_gap": at_most(GAP),
     # decode
     "decode_12_s": within(0.45, 0.5),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
-from cluster.program.precision import exact_fp32
+from cluster.program.precision import start_computing
 from tests.bench.measuring import random_llamagen, size_config
 
 
@@ -41,7 +41,7 @@ class Scene:
 
     def begin(self) -> None:
         """Start as every process that computes does, and name what computes."""
-        exact_fp32()
+        start_computing()
         if self.tiny:
             torch.set_num_threads(1)
         name = "cpu"

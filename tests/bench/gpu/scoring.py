@@ -1,4 +1,5 @@
-"""Checks 8 and 11: scorers and feature networks against the CPU, and leave-one-out FID there."""
+"""Checks 8, 9 and 11: scorers and feature networks against the CPU, decoded images in three
+precisions, and leave-one-out FID on the device."""
 
 from __future__ import annotations
 
@@ -10,10 +11,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from actors.models.vq import VQDecoder
 from cluster.messages import Condition
 from cluster.model_files.torchvision_ops import ensure_torchvision
+from cluster.program.precision import fp32_flags
 from rewards.networks import open_clip_models
 from rewards.networks.extractor import NetworkFeatures
 from rewards.networks.inception import fid_inception, fid_pixels
@@ -21,6 +24,7 @@ from rewards.networks.open_clip_sources import Source
 from rewards.networks.preprocessing import to_device
 from rewards.scorers.clip import ClipConfig, ClipReward
 from rewards.scorers.hpsv2 import HpsConfig, HpsReward
+from tests.bench.gpu.decoding import vq_config
 from tests.bench.gpu.scene import Scene
 from tests.bench.measuring import fastest
 from tests.parity import text_image
@@ -28,6 +32,7 @@ from tests.unit.leave_one_out_oracle import scene as features_of
 
 HPS, HPS_TAG = "ViT-H-14", "laion2b_s32b_b79k"
 CLIP, CLIP_TAG = "ViT-L-14-quickgelu", "openai"
+CONTRAST = 0.5  # deviation of pixels in [-1, 1]
 PROMPT = "a photograph of a lighthouse in the evening"
 
 
@@ -158,3 +163,51 @@ def loo_fid(scene: Scene) -> None:
     scene.figure("loo_fid_apart", np.abs(there - here).max() / here.std())
     scene.figure("loo_fid_cpu_s", fastest([lambda: rewards("cpu")], "cpu", 1)[0])
     scene.figure("loo_fid_device_s", fastest([lambda: rewards(scene.device)], scene.device, 1)[0])
+
+
+@torch.inference_mode()
+def images(scene: Scene) -> None:
+    """144 images of VQ-16: seconds, and how many of 256 levels apart."""
+    config = vq_config(scene)
+    torch.manual_seed(0)
+    decoder = VQDecoder(config).to(scene.device).eval().requires_grad_(False)
+    shape = scene.size(144, 2), scene.grid, scene.grid
+    codes = torch.randint(config.codebook_size, shape, device=scene.device)
+    last = decoder.decoder.conv_out  # random weights give grey images
+    last.weight *= CONTRAST / decoder(codes[:2]).float().std()
+
+    exact = decoder.pixels(codes)
+    scene.figure("images_fp32_s", fastest([lambda: decoder.pixels(codes)], scene.device, 2)[0])
+    with tf32():
+        mean, largest = levels(decoder.pixels(codes), exact)
+        scene.figure("images_tf32_s", fastest([lambda: decoder.pixels(codes)], scene.device, 2)[0])
+    scene.figure("images_tf32_levels", largest)
+    half = bf16(decoder)
+    mean, largest = levels(half.pixels(codes), exact)
+    scene.figure("images_bf16_s", fastest([lambda: half.pixels(codes)], scene.device, 2)[0])
+    scene.figure("images_bf16_mean_levels", mean)
+    scene.figure("images_bf16_levels", largest)
+
+
+def levels(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Mean and largest difference of uint8 images."""
+    apart = (found.int() - exact.int()).abs()
+    return apart.double().mean().item(), float(apart.max())
+
+
+def bf16(decoder: VQDecoder) -> VQDecoder:
+    return decoder.to(torch.bfloat16)
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """TF32 in convolutions and products."""
+    places = fp32_flags().values()
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before):
+            place.fp32_precision = value

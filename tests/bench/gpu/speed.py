@@ -22,17 +22,18 @@ def decode_speed(scene: Scene) -> None:
     machine = measure_machine(scene.device, torch.bfloat16, small=scene.tiny)
     many = scene.size(128 if scene.quick else 256, 4)
     sizes = {12: scene.size(12, 1), 128: scene.size(128, 2), 256: many}
+    workspace = Workspace(policy)
     for name, images in sizes.items():
         if scene.quick and name == 256:
             continue
-        seconds = fastest([run_of(scene, images)], scene.device, 2)[0]
+        seconds = fastest([run_of(scene, images, workspace)], scene.device, 2)[0]
         share = machine.seconds(policy, 2 * images) / seconds
         scene.figure(f"decode_{name}_s", seconds)
         scene.figure(f"decode_{name}_roofline", share)
     if scene.official:
         theirs = Official(Path(scene.official), scene.small, policy)
         rows = torch.arange(many, device=scene.device)
-        run = run_of(scene, many)
+        run = run_of(scene, many, workspace)
         ours, official = fastest(
             [run, lambda: theirs.decode(rows, GUIDED.cfg_scale)], scene.device, 1
         )
@@ -40,23 +41,23 @@ def decode_speed(scene: Scene) -> None:
         scene.figure("generate_speedup", official / ours)
     else:
         scene.note("not compared with the official generate: no --official DIR")
-    profile(scene, many)
+    profile(scene, many, workspace)
 
 
-def run_of(scene: Scene, images: int) -> Run:
-    policy, workspace = scene.policy(torch.bfloat16), Workspace(scene.policy(torch.bfloat16))
+def run_of(scene: Scene, images: int, workspace: Workspace) -> Run:
+    policy = scene.policy(torch.bfloat16)
     conditions = classes(scene, images)
     draws = uniforms(scene, images, policy.num_tokens)
     return lambda: decode_tokens(policy, conditions, draws, GUIDED, workspace)
 
 
-def profile(scene: Scene, images: int) -> None:
+def profile(scene: Scene, images: int, workspace: Workspace) -> None:
     """Name the kernels that take most of a decoding."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
     policy = scene.policy(torch.bfloat16)
-    workspace, conditions = Workspace(policy), classes(scene, images)
+    conditions = classes(scene, images)
     decode(scene, policy, conditions, workspace)
     activity = ProfilerActivity.CUDA if scene.on_gpu else ProfilerActivity.CPU
     with profiled(activities=[activity]) as found:

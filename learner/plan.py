@@ -37,7 +37,7 @@ from learner.capacity.budget import (
     proposals,
     together,
 )
-from learner.capacity.cards import DEFAULT_CARD, Card, card_named, detected_card
+from learner.capacity.cards import DEFAULT_CARD, Card, card_named, recognised, this_gpu
 from learner.capacity.gpus import SPARE, memory_of, of_sampler, rollouts_of
 from learner.capacity.workload import Models
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
@@ -115,7 +115,12 @@ def card_of(command: Command) -> Card:
     Raises:
         ConfigError: its name is not known.
     """
-    card = card_named(command.gpu) if command.gpu else detected_card() or card_named(DEFAULT_CARD)
+    name, memory = this_gpu()
+    card = card_named(command.gpu or DEFAULT_CARD)
+    if name and not command.gpu:
+        card = recognised(name, memory) or dataclasses.replace(card, memory=memory)
+        if name != card.name:
+            print(f"{name} is in no table of figures: seconds are those of one {card.name} (--gpu)")
     return dataclasses.replace(card, memory=command.gpu_memory_gb * GB or card.memory)
 
 

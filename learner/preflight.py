@@ -22,7 +22,7 @@ from cluster.program.invocation import command_of
 from cluster.ray_session.runtime_env import check_runtime_env
 from cluster.roles import FEATURE_BATCH
 from cluster.scheduling.placement import Node, Placement, place
-from learner.capacity.cards import gpu_memory
+from learner.capacity.cards import this_gpu
 from learner.capacity.gpus import processes, share_notes
 from learner.config import RunConfig
 from learner.data.captions import Peeked, check_encoder, peek_captions
@@ -77,7 +77,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
         if config.output.gallery_rows and not config.conditions.captions:  # which may be many
             gallery_rows(config)
     findings.notes += notes(config)
-    if policy and tokenizer and not findings.problems and (size := gpu_memory()):
+    if policy and tokenizer and not findings.problems and (size := this_gpu()[1]):
         findings.notes += share_notes(processes(config, policy, tokenizer), size)
     return findings
 

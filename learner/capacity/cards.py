@@ -54,26 +54,17 @@ def card_named(name: str) -> Card:
     return CARDS[name.lower()]
 
 
-def gpu_memory() -> float:
-    """Bytes of this machine's first GPU; 0 without one."""
+def this_gpu() -> tuple[str, float]:
+    """Name and bytes of memory of this machine's first GPU; nothing without one."""
     import torch
 
     if not torch.cuda.is_available():
-        return 0.0
-    return float(torch.cuda.get_device_properties(0).total_memory)
-
-
-def detected_card() -> Card | None:
-    """This machine's first GPU, with the memory that it reports; None if there is none, or none of
-    a kind that the table has."""
-    import torch
-
-    if not (size := gpu_memory()):
-        return None
-    return recognised(torch.cuda.get_device_name(0), size)
+        return "", 0.0
+    return torch.cuda.get_device_name(0), float(torch.cuda.get_device_properties(0).total_memory)
 
 
 def recognised(device: str, memory: float) -> Card | None:
-    """The card of a device name as CUDA tells it ("NVIDIA H100 80GB HBM3")."""
+    """The card of a device name as CUDA tells it ("NVIDIA H100 80GB HBM3"); None if the table has
+    none of its kind."""
     card = next((card for key, card in CARDS.items() if key in device.lower()), None)
     return None if card is None else replace(card, name=device, memory=memory)

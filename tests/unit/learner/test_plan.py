@@ -6,9 +6,18 @@ import pytest
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig
+from learner import plan
 from learner.capacity.gpus import UNITS, Process, pack, processes
 from learner.config import dump, load_preset, merge, to_dict, validate
-from learner.plan import REFUSED, largest_microbatch, main, memory_of, rollouts_of
+from learner.plan import (
+    REFUSED,
+    card_of,
+    largest_microbatch,
+    main,
+    memory_of,
+    parse,
+    rollouts_of,
+)
 from tests.reduced import random_run
 
 ARCHITECTURE = LlamaGenConfig(
@@ -54,6 +63,36 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "largest learner.microbatch that does: 160" in text
     assert main(["--preset", "miniatur"]) != 0
     assert "did you mean 'miniature'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "seconds_of", "size"),
+    [
+        ("", [], "H100", 80),
+        ("NVIDIA H200", [], "NVIDIA H200", 140),
+        ("Tesla T4", [], "H100", 16),
+        ("Tesla T4", ["--gpu", "A100"], "A100", 80),
+        ("NVIDIA H200", ["--gpu-memory-gb", "40"], "NVIDIA H200", 40),
+    ],
+)
+def test_the_kind_of_gpu_is_named_or_found(
+    device: str,
+    options: list[str],
+    seconds_of: str,
+    size: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(plan, "this_gpu", lambda: (device, 140e9 if "H200" in device else 16e9))
+    card = card_of(parse(options)[0])
+    assert (card.name, card.memory) == (seconds_of, size * 1e9)
+    told = "Tesla T4 is in no table of figures" in capsys.readouterr().out
+    assert told == (device == "Tesla T4" and not options)
+
+
+def test_an_unknown_kind_of_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--gpu", "h1000"]) == REFUSED
+    assert "did you mean 'h100'" in capsys.readouterr().err
 
 
 # Every process on each GPU.

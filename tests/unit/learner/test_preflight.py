@@ -723,3 +723,14 @@ def test_an_environment_of_a_pool_that_ray_takes(monkeypatch: pytest.MonkeyPatch
     rewards = {"extra": ["nowhere.here:Brightness=1,pool=apart"]}
     pools = {"apart": {"runtime_env": environment}}
     assert not preflight(small_config(rewards=rewards, reward_pools=pools)).problems
+
+
+def test_a_share_of_the_gpu_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.preflight.this_gpu", lambda: ("any", 4e9))
+    shares = {"learner": {"num_gpus": 0.1}, "sampler": {"num_gpus": 0.8}}
+    notes = [note for note in found(**shares).notes if "its share" in note]
+    assert [note.split()[0] for note in notes] == ["learner"]
+    assert "0.1 of a GPU of 4 GB, is 0.4: it will probably run out of memory" in notes[0]
+    assert not [note for note in found().notes if "its share" in note]  # on the CPU
+    monkeypatch.setattr("learner.preflight.this_gpu", lambda: ("any", 80e9))
+    assert not [note for note in found(**shares).notes if "its share" in note]

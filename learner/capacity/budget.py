@@ -208,7 +208,7 @@ def candidates(config: RunConfig) -> Iterator[dict[str, Any]]:
         yield exact
     if learner.precision != "bf16":
         yield {"learner.precision": "bf16"}
-    if getattr(learner, "compile", "auto") == "never":
+    if learner.compile == "never":
         yield {"learner.compile": "auto"}
     rollouts = -(-config.groups_per_iteration * config.rollouts_per_group // config.num_learners)
     sizes = [-(-rollouts // split) for split in SPLITS]

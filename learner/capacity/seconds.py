@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from learner.capacity.cards import Card
+from learner.training.data_parallel import GATHERED_BELOW
 from rewards.base import ImageWork
 
 Bound = Literal["memory", "compute", "launches", "copies", "CPU"]
@@ -252,8 +253,9 @@ def learn(model: Transformer, work: Learning, card: Card, role: str = "learner")
     of_update = 3 + work.checkpointing  # in units of a forward pass
     kernels = passes * each * (work.passes_before + work.updates * of_update)
     parts: dict[Bound, float] = {"compute": compute}
-    if work.learners > 1:  # all-gather of bf16 weights, reduce-scatter of fp32 gradients
-        sent = passes * 2 * 2 + 4
+    if work.learners > 1:  # all-gathers of weights, and of an update fp32 gradients once
+        gathers = 1 if model.parameters < GATHERED_BELOW else 2 * passes
+        sent = gathers * (2 if work.bf16 else 4) + 4
         parts["copies"] = work.updates * sent * model.parameters / card.link
     costs = _Costs()
     costs.kernels(math.ceil(kernels), EAGER_LAUNCH, parts)

@@ -87,7 +87,7 @@ def learning_of(config: RunConfig) -> Learning:
         updates=options.updates_per_iteration,
         checkpointing=options.checkpointing,
         bf16=options.precision == "bf16",
-        compiled=getattr(options, "compile", "auto") != "never",
+        compiled=options.compile != "never",
         learners=config.num_learners,
     )
 

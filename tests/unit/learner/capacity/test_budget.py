@@ -52,15 +52,12 @@ MODELS = policy_models()
 def slow() -> RunConfig:
     """The paper's sizes with settings that a GPU does not like."""
     config = load_preset("paper-fixed")
-    here = {
-        name: value
-        for name, value in (("sampler.kernels", "torch"), ("learner.compile", "never"))
-        if hasattr(getattr(config, name.split(".")[0]), name.split(".")[1])
-    }
+    kernels = {"sampler.kernels": "torch"} if hasattr(config.sampler, "kernels") else {}
     return changed(
         config,
-        here
+        kernels
         | {
+            "learner.compile": "never",
             "sampler.max_groups": 1,
             "sampler.dtype": "float32",
             "sampler.image_dtype": "float32",

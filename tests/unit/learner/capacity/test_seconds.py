@@ -104,7 +104,11 @@ def test_two_learners_take_half_and_send_gradients() -> None:
     alone = seconds.learn(L, dataclasses.replace(LEARNING, rollouts=72), CARD).seconds
     assert seconds.learn(L, half, CARD).seconds <= alone  # sent meanwhile
     slow = dataclasses.replace(CARD, link=1e9)
-    assert seconds.learn(L, half, slow).bound == "copies"
+    found = seconds.learn(L, half, slow)
+    assert found.bound == "copies"
+    assert found.seconds == pytest.approx(2 * (2 + 4) * L.parameters / 1e9, rel=0.01)
+    large = dataclasses.replace(L, parameters=2_000_000_000)  # gathered in every pass
+    assert seconds.learn(large, half, slow).seconds > 5 * found.seconds
 
 
 def test_weights() -> None:

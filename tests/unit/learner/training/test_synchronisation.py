@@ -19,13 +19,13 @@ from actors.models.base import Policy
 from cluster.messages import Condition, SamplingSpec
 from cluster.model_files.tensors import write_tensors
 from learner.grpo.loss import LossConfig
-from learner.training.batch import TrainingBatch
 from learner.training.learner import Learner
 from learner.training.optimizer import OptimizerConfig
 from learner.training.preparation import StatsAccumulator
 from learner.training.real_tokens import RealTokensConfig
 from learner.training.transfers import StepConditions
 from tests.unit.helpers import TINY
+from tests.unit.learner.training.test_determinism import random_batch
 from tests.unit.learner.training.test_policy import FAMILIES, family, trained  # noqa: F401
 from tests.unit.learner.training.test_real_tokens import CLASSES, TOKENS
 from tests.unit.learner_cases import batch_of, make, tiny_policy_file
@@ -160,8 +160,9 @@ def test_a_microbatch_waits_for_nothing_on_a_gpu(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA itself refuses synchronisation between the first microbatch and the last."""
-    learner, batch = gpu_learner(name, tmp_path)
-    learner.step(batch)  # lazy initialisation may wait
+    learner = gpu_learner(name, tmp_path)
+    # compilation and lazy initialisation may wait
+    learner.step(random_batch(FAMILIES[name], 0, SamplingSpec()))
 
     @contextmanager
     def refused() -> Iterator[None]:
@@ -178,18 +179,12 @@ def test_a_microbatch_waits_for_nothing_on_a_gpu(
             return accumulate(*arguments)
 
     monkeypatch.setattr(learner, "_accumulate", watched)
-    assert learner.step(dataclasses.replace(batch, iteration=1)).version == 2
+    assert learner.step(random_batch(FAMILIES[name], 1, SamplingSpec())).version == 2
 
 
-def gpu_learner(name: str, folder: Path) -> tuple[Learner, TrainingBatch]:
+def gpu_learner(name: str, folder: Path) -> Learner:
     torch.manual_seed(0)
     file = folder / "policy.safetensors"
     write_tensors(file, init_policy(FAMILIES[name]).state_dict(), FAMILIES[name].to_dict())
-    learner = make(
-        str(file),
-        optimizer=OptimizerConfig(num_gpus=1, microbatch=2, precision="bf16"),
-    )
-    features = np.random.default_rng(0).normal(size=(4, 5, 8)).astype(np.float32)
-    batch = batch_of(make(tiny_policy_file(folder)))
-    asked = [Condition(text="", class_index=at, features=features[at]) for at in range(4)]
-    return learner, dataclasses.replace(batch, conditions=tuple(asked[at // 2] for at in range(8)))
+    options = OptimizerConfig(num_gpus=1, microbatch=2, precision="bf16")
+    return make(str(file), optimizer=options)

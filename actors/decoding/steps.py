@@ -79,9 +79,15 @@ class StaticStep:
         self._graph.replay()
         return Sampled(*(output.clone() for output in self._sampled))
 
-    def capture(self, pool: Any) -> None:
-        """Record the step as a CUDA graph. It runs on the current contents of the buffers."""
-        stream = torch.cuda.Stream()
+    def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
+        """Record the step as a CUDA graph. It runs on the current contents of the buffers.
+
+        Args:
+            pool: memory that all graphs share.
+            stream: to warm up and to record on, one for all captures. The allocator keeps memory
+                for each stream; and torch has 32, so that a new one is at last an old one, such as
+                that of the images.
+        """
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
@@ -89,7 +95,7 @@ class StaticStep:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread may decode images meanwhile, which is no error here
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._sampled = self._run()
         self._graph = graph
 
@@ -141,6 +147,7 @@ class Workspace:
         self._steps: dict[tuple[int, SamplingSpec], dict[int, StaticStep]] = {}  # by size of window
         self._addresses: list[int] = []  # of the weights that the steps read
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None  # of captures
 
     def prefill(self, conditions: Conditions, uniforms: Tensor, spec: SamplingSpec) -> Sampled:
         """Draw the first token of each rollout; conditions from `with_null_conditions`."""
@@ -173,7 +180,8 @@ class Workspace:
             if state.cache.is_cuda:
                 static.load(tokens, uniforms, state.position)
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
-                static.capture(self._pool)
+                self._stream = self._stream or torch.cuda.Stream()
+                static.capture(self._pool, self._stream)
         sampled = static(tokens, uniforms, state.position)
         if not known:  # kernels may merge weights when they first run
             self._addresses = addresses(self._policy)

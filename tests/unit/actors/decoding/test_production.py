@@ -223,9 +223,7 @@ def test_attention_in_bf16_has_the_gradients_of_fp32(
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_a_fused_kernel_takes_every_shape(
-    head_dim: int, masked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fused_kernel_takes_every_shape(head_dim: int, masked: bool, dtype: torch.dtype) -> None:
     """torch's plain products are switched off: it raises where no other backend is left."""
     torch.backends.cuda.enable_math_sdp(False)
     try:

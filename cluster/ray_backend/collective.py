@@ -15,6 +15,7 @@ Over NCCL not yet run on a GPU. Names of torch that it does not promise to keep 
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -199,14 +200,17 @@ def _process_group(store: Any, ticket: Ticket) -> Any:
 
 @contextmanager
 def _stream_beside(tensor: Tensor) -> Iterator[None]:
-    """A CUDA stream beside the one that decodes; the block ends when its work is done."""
+    """A CUDA stream beside the one that decodes. The block ends when its work is done, failed or
+    not: until then nobody else gets the tensor's memory."""
     if tensor.device.type != "cuda":
         yield
         return
     stream = torch.cuda.Stream(tensor.device)
     with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
+        try:
+            yield
+        finally:
+            stream.synchronize()
 
 
 _members: WeakKeyDictionary[Any, Member] = WeakKeyDictionary()
@@ -276,5 +280,6 @@ def _failure(work: Callable[[], None]) -> str:
     try:
         work()
     except FAILURES as error:
-        return f"{error or type(error).__name__}".splitlines()[0]
+        words = (str(error) or type(error).__name__).splitlines()[0]
+        return re.sub(r"^\[\S+\] ", "", words).partition(". ")[0]  # without torch's source file
     return ""

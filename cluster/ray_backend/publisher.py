@@ -24,7 +24,7 @@ from cluster.roles import FleetPlan
 
 logger = logging.getLogger(__name__)
 
-MOST_FAILURES = 2  # in succession, before the object store is used for good
+MOST_FAILURES = 2  # in succession of the same members, before the object store is used for good
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Publisher:
         self._adapters_alone, self._timeout_s = adapters_alone, timeout_s
         self._learners: Sequence[Any] = ()
         self._members: tuple[Any, ...] = ()  # samplers of the present group
+        self._failed: tuple[Any, ...] = ()  # of the group that failed last
         self._group = self._number = self._failures = 0
         self._address: ray.ObjectRef | None = None
         self._pending: list[ray.ObjectRef] = []  # answers to the last broadcasts
@@ -158,7 +159,10 @@ class Publisher:
         return Published(snapshot, number=self._number, members=samplers)
 
     def _disband(self, reason: str) -> None:
+        if self._members != self._failed:  # without the one that was lost, it may well go on
+            self._failures = 0
         self._failures += 1
+        self._failed = self._members
         self._collective = self._failures < MOST_FAILURES
         for handle in (self._learners[0], *self._members):
             call_inside(handle, collective.leave, self._group, group=heartbeat.GROUP)

@@ -99,10 +99,12 @@ def assert_ends_the_step_and_is_named(fleet: RayFleet, batch: TrainingBatch) -> 
 
 @pytest.mark.slow  # the test above has the numbers; two learners that publish on Ray: only here
 def test_two_learners_beside_samplers_and_servers(ray_session: RaySession, alone: tuple) -> None:
-    config = config_of(num_learners=2)
+    config = config_of(num_learners=2, weights={"transport": "collective"})
     with RayFleet(fleet_plan(config), ray_session) as fleet:
         run_training(config, fleet)
         assert_equal(published(fleet), alone[1])
+        assert fleet._weights._number
+        assert fleet._weights._failures == 0
 
 
 def test_in_one_process_there_is_one_learner() -> None:

@@ -18,6 +18,7 @@ from tests.small_run import fingerprint, run_training, small_config
 JOINT = {"loo_fid": {"joint": True, "joint_dim": 4, "seed_images": 200}}
 """The joint space, whose history has full rank only with enough seed images: moments are prepared
 off the critical path."""
+GROUP = {"transport": "collective"}
 SLOW = pytest.mark.slow  # the same with one more, or with none to choose from
 
 
@@ -27,8 +28,9 @@ SLOW = pytest.mark.slow  # the same with one more, or with none to choose from
         (2, 2, {"rewards": JOINT, "max_staleness": 1}),
         pytest.param(1, 1, {}, marks=SLOW),
         pytest.param(3, 2, {}, marks=SLOW),
+        pytest.param(2, 1, {"weights": GROUP, "max_staleness": 1}, marks=SLOW),
     ],
-    ids=["2-2-joint-ahead", "1-1", "3-2"],
+    ids=["2-2-joint-ahead", "1-1", "3-2", "2-1-broadcast-ahead"],
 )
 def test_equals_inline_bit_for_bit(
     ray_session: RaySession, samplers: int, servers: int, options: dict[str, Any]
@@ -38,6 +40,8 @@ def test_equals_inline_bit_for_bit(
         expected = fingerprint(run_training(config, fleet))
     with RayFleet(fleet_plan(config), ray_session) as fleet:
         assert fingerprint(run_training(config, fleet)) == expected
+        assert (fleet._weights._number >= 3) is ("weights" in options)  # what went by the group
+        assert fleet._weights._failures == 0
 
 
 def test_answers_keep_the_order_of_the_requests(ray_session: RaySession) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -120,6 +121,10 @@ def test_a_broadcast_group_follows_its_members(ray_session: RaySession, logged: 
         assert values(first) == values(second) == [4.0]
         assert came(first) == ["Tensor", "Tensor", came(first)[2], "Tensor"]
         assert came(second) == ["ndarray", "Tensor"]
+        for pid in (answer(actor.pid.remote(), "pid", WAIT_S) for actor in (learner, first)):
+            sockets = psutil.Process(pid).net_connections()
+            listen = [each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN]
+            assert set(listen) == {"127.0.0.1"}
     groups = [line for line in logged if line.startswith("weights: a broadcast group of")]
     (failed,) = (line for line in logged if line not in groups)
     assert len(groups) == 3

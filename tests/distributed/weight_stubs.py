@@ -60,6 +60,9 @@ class SmallSampler:
         self._came.append(type(snapshot.buffer).__name__)
         return snapshot.version
 
+    def pid(self) -> int:
+        return os.getpid()
+
     def came(self) -> list[str]:
         """What held each of the weights it loaded: an ndarray of the object store, or a Tensor of a
         broadcast."""

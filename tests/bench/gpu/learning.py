@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from actors.checkpoints.loading import PolicyConfig
 from actors.decoding.decode import decode_tokens
 from actors.decoding.steps import Workspace
-from cluster.messages import Condition
+from cluster.messages import Condition, WeightSnapshot
 from cluster.model_files.tensors import write_tensors
 from cluster.weights import Packer, load_weights
 from learner.config import load_preset
@@ -141,24 +142,33 @@ def weights(scene: Scene) -> None:
     config = learner.config.to_dict()
     kept = {name: tensor.clone() for name, tensor in sampler.state_dict().items()}
     pack, state = Packer(torch.bfloat16), learner.state_dict()
-    host = pack(state, 1, config=config)
+    sent: list[WeightSnapshot] = []  # as it lies on the device
+    host = pack(state, 1, config=config, send=sent.append)
     scene.figure("snapshot_mib", host.nbytes / 2**20)
     for parameter in sampler.parameters():
         parameter.zero_()
     load_weights(sampler, host)
     scene.figure("loaded_same", same(sampler.state_dict(), kept))
-    on_device = pack(state, 1, config=config, device=scene.device)
-    scene.figure("manifests_same", float(on_device.manifest == host.manifest))
+    there = {name: tensor.cpu() for name, tensor in state.items()}
+    alike = Packer(torch.bfloat16)(there, 1, config=config)  # checksum included
+    scene.figure("manifests_same", float(alike.manifest == host.manifest))
     for parameter in sampler.parameters():
         parameter.zero_()
-    load_weights(sampler, on_device)
+    load_weights(sampler, sent.pop())
     scene.figure("loaded_on_device_same", same(sampler.state_dict(), kept))
 
-    del host, on_device  # buffers are reused once nobody holds them
-    runs = [
-        lambda: pack(state, 2, config=config),
-        lambda: pack(state, 2, config=config, device=scene.device),
-    ]
+    class Packed(Exception):  # noqa: N818  (ends the packing before the copy to the host)
+        pass
+
+    def stop(snapshot: WeightSnapshot) -> None:
+        raise Packed
+
+    def on_device() -> None:
+        with suppress(Packed):
+            pack(state, 2, config=config, send=stop)
+
+    del host, alike  # buffers are reused once nobody holds them
+    runs = [lambda: pack(state, 2, config=config), on_device]
     packed, on_device_s = fastest(runs, scene.device, 3)
     snapshot = pack(state, 2, config=config)
     loaded = fastest([lambda: load_weights(sampler, snapshot)], scene.device, 3)[0]

@@ -107,6 +107,8 @@ class Role:
     """Of reward servers: panel -> names of the scores in an answer; unchecked for other panels."""
     runtime_env: Mapping[str, Any] | None = None
     """Ray runtime environment of its workers, if not the driver's."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables that its workers set before anything else."""
 
     @property
     def max_count(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from actors.sampler import Sampler, SamplerConfig
+from cluster.program.precision import DETERMINISTIC
 from cluster.roles import FleetPlan, Resources, Role
 from learner.config import RunConfig
 from learner.training.config import LearnerConfig
@@ -48,6 +49,7 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
             factory=Sampler,
             config=sampler,
             resources=config.sampler,
+            environment=_environment(config),
             count=config.num_samplers,
             max_groups=config.sampler.max_groups,
         ),
@@ -67,6 +69,7 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
             factory=Learner,
             config=learner,
             resources=config.learner,
+            environment=_environment(config),
             count=config.num_learners,
         ),
         timeout_s=config.timeout_s,
@@ -111,4 +114,10 @@ def _reward_role(
         scorers=server.scorer_names(),
         feature_panels=(REWARDS,) if pool and pool == config.rewards.features_pool else (),
         runtime_env=runtime_env,
+        environment=_environment(config),
     )
+
+
+def _environment(config: RunConfig) -> Mapping[str, str]:
+    """Variables that CUDA's libraries read when they start."""
+    return DETERMINISTIC if config.reproducible else {}

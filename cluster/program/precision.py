@@ -18,6 +18,8 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 FIXED_WORKSPACES = (":4096:8", ":16:8")
 """Values with which cuBLAS gives equal results; torch refuses to compute with others."""
 NCCL_ALGORITHM = "NCCL_ALGO"
+DETERMINISTIC = {CUBLAS_WORKSPACE: FIXED_WORKSPACES[0], NCCL_ALGORITHM: "Ring"}
+"""Environment of reproducible processes. NCCL's sums in switches (NVLS) have no fixed order."""
 
 
 def exact_fp32() -> None:
@@ -88,8 +90,8 @@ def deterministic_algorithms() -> None:
             f"reproducible needs {CUBLAS_WORKSPACE} before CUDA starts, and this process has "
             f"started it: set {CUBLAS_WORKSPACE}={FIXED_WORKSPACES[0]} in its environment"
         )
-    os.environ.setdefault(CUBLAS_WORKSPACE, FIXED_WORKSPACES[0])
-    os.environ.setdefault(NCCL_ALGORITHM, "Ring")  # sums in switches (NVLS) have no fixed order
+    for name, value in DETERMINISTIC.items():
+        os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
     # Each `torch.empty` would be filled with NaN, in captured steps too; none is read unwritten.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

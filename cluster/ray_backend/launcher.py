@@ -85,8 +85,9 @@ class Launcher:
         environment, secrets = secret_variables(role.runtime_env or {})
         if environment:
             options["runtime_env"] = environment
+        variables = {**role.environment, **secrets}
         limited = limited_to_share(role.factory, placement.num_gpus)
-        factory = ignoring_signals(with_environment(limited, secrets, current(), self._directory))
+        factory = ignoring_signals(with_environment(limited, variables, current(), self._directory))
         actor = wrap(factory, {heartbeat.GROUP: 1, **threads}).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         return Worker(role, index, handle, started(handle), addition)

@@ -67,9 +67,9 @@ class LearnerPolicy:
             return token_likelihoods(self.module, tokens, conditions, spec)
 
     def rehearse(self, spec: SamplingSpec) -> None:
-        """A backward pass of one rollout without effect, so that an operation without a
-        deterministic algorithm is refused before the run."""
-        tokens = torch.zeros(1, self.module.num_tokens, dtype=torch.long, device=self.device)
+        """A backward pass without effect, so that an operation without a deterministic algorithm is
+        refused before the run. Two rollouts, since one may have code of its own."""
+        tokens = torch.zeros(2, self.module.num_tokens, dtype=torch.long, device=self.device)
         found = self.logprobs(tokens, any_conditions(self.module), spec)
         loss = torch.stack([values.sum() for values in found]).sum()
         # The first parameters suffice, since the way to them leads through all blocks.
@@ -170,10 +170,10 @@ class LearnerPolicy:
 
 
 def any_conditions(policy: PolicyModule) -> Conditions:
-    """A condition that the policy takes, of no meaning."""
+    """Two conditions that the policy takes, of no meaning."""
     config = policy.config
     if config.conditioning != "caption":
-        return policy.encode([Condition(text="", class_index=0)])
-    shape = 1, config.caption_tokens, config.caption_dim
+        return policy.encode([Condition(text="", class_index=0)] * 2)
+    shape = 2, config.caption_tokens, config.caption_dim
     features = torch.zeros(shape, device=next(iter(policy.state_dict().values())).device)
     return Conditions(features, torch.ones_like(features[..., 0], dtype=torch.bool))

@@ -159,9 +159,17 @@ MOMENTS = RayFleet.moments
 def test_pools_with_an_environment_of_their_own_give_the_same_scores(
     ray_session: RaySession, tmp_path: Path
 ) -> None:
-    """A scorer whose module only one pool can import."""
+    """A scorer whose module only one pool can import. Reproducible, as that pool tells."""
     (tmp_path / "only_there.py").write_text(
+        "import os\n"
         "import numpy as np\n"
+        "import torch\n"
+        "class Workspaces:\n"
+        "    def __init__(self, device): pass\n"
+        "    def __call__(self, images, conditions):\n"
+        "        found = os.environ.get('CUBLAS_WORKSPACE_CONFIG')\n"
+        "        on = torch.are_deterministic_algorithms_enabled()\n"
+        "        return np.full(len(images), on and found == ':4096:8', np.float32)\n"
         "class Redness:\n"
         "    def __init__(self, device): self.device = device\n"
         "    def __call__(self, images, conditions):\n"
@@ -175,8 +183,10 @@ def test_pools_with_an_environment_of_their_own_give_the_same_scores(
             "extra": [
                 "only_there:Redness=0.1,pool=apart",
                 "tests.stand_ins:Environment=0,variable=WHO,pool=apart",
+                "only_there:Workspaces=0,pool=apart",
             ],
         },
+        reproducible=True,
         reward_pools={"apart": {"runtime_env": environment}},
     )
     asked = requests(4)
@@ -186,8 +196,9 @@ def test_pools_with_an_environment_of_their_own_give_the_same_scores(
     images = instant_images(asked[0].num_rollouts)
     plain = RewardServer(fleet_plan(small_config(rewards=PIXELS)).reward_server.config)
     for request, scores in zip(asked, found, strict=True):
-        assert {*scores.scores} == {"clip", "hps", "redness", "environment"}
+        assert {*scores.scores} == {"clip", "hps", "redness", "environment", "workspaces"}
         assert (scores.scores["environment"] == 7).all()
+        assert (scores.scores["workspaces"] == 1).all()
         expected = plain.score(request, images)
         for name, values in {**expected.scores, **expected.features}.items():
             ours = {**scores.scores, **scores.features}[name]

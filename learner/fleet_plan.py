@@ -21,12 +21,6 @@ DEPTH = 2  # requests of a reward server that scores one at a time: the running 
 
 def fleet_plan(config: RunConfig) -> FleetPlan:
     """Put together the roles of a run."""
-    sampler = SamplerConfig(
-        policy=config.policy,
-        tokenizer=config.tokenizer,
-        resources=config.sampler,
-        reproducible=config.reproducible,
-    )
     learner = LearnerConfig(
         policy=config.policy,
         tokenizer=config.tokenizer,
@@ -44,15 +38,7 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
         wire_dtype=config.weights.wire(config.sampler.dtype),
     )
     return FleetPlan(
-        sampler=Role(
-            name="sampler",
-            factory=Sampler,
-            config=sampler,
-            resources=config.sampler,
-            environment=_environment(config),
-            count=config.num_samplers,
-            max_groups=config.sampler.max_groups,
-        ),
+        sampler=_sampler_role(config),
         reward_server=_reward_role(config, "", config.reward, config.num_reward_servers),
         reward_pools=tuple(
             _reward_role(config, name, pool, pool.num_servers, pool.runtime_env)
@@ -79,6 +65,23 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
         max_staleness=config.max_staleness,
         transport=config.weights.transport,
         adapters_alone=config.learner.lora.rank > 0,
+    )
+
+
+def _sampler_role(config: RunConfig) -> Role:
+    return Role(
+        name="sampler",
+        factory=Sampler,
+        config=SamplerConfig(
+            policy=config.policy,
+            tokenizer=config.tokenizer,
+            resources=config.sampler,
+            reproducible=config.reproducible,
+        ),
+        resources=config.sampler,
+        environment=_environment(config),
+        count=config.num_samplers,
+        max_groups=config.sampler.max_groups,
     )
 
 

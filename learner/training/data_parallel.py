@@ -104,14 +104,14 @@ class DataParallelGroup:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # all that gloo has
 
-    def announce_pass(self, policy: nn.Module, *, last: bool) -> None:
+    def announce_pass(self, policy: nn.Module, *, last: bool, gathered: bool) -> None:
         """Before each pass with gradients: they are exchanged in the last one of an update. Until
-        then every learner sums its own, and keeps weights of small policies gathered."""
+        then every learner sums its own, and keeps weights as they are if `gathered`."""
         if self.size == 1:
             return
         sharded = cast("FSDPModule", policy)
         sharded.set_requires_gradient_sync(last)
-        sharded.set_reshard_after_backward(last or not stays_gathered(policy))
+        sharded.set_reshard_after_backward(last or not gathered)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Full tensors from the shards, copies in host memory. A collective: all learners call it,

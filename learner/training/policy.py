@@ -16,7 +16,7 @@ from cluster.io.run_layout import POLICY_FILE
 from cluster.messages import Condition, SamplingSpec
 from cluster.model_files.tensors import load_strict, read_tensors
 from learner.training.compilation import compile_blocks
-from learner.training.data_parallel import DataParallelGroup
+from learner.training.data_parallel import DataParallelGroup, stays_gathered
 from learner.training.lora import Adapters
 from learner.training.optimizer import OptimizerConfig
 from learner.training.state_files import TensorFile
@@ -44,6 +44,7 @@ class LearnerPolicy:
         self.module = load_policy(config, device=self.device).requires_grad_(True)
         self.module.checkpointing = options.checkpointing
         self._passes_left = 0  # of an update
+        self._gathered = False
         self._adapters: Adapters | None = None
         if options.lora.rank:
             self._adapters = Adapters(self.module, options.lora, seed)
@@ -62,7 +63,8 @@ class LearnerPolicy:
         `token_likelihoods`."""
         if torch.is_grad_enabled():
             self._passes_left = max(self._passes_left - 1, 0)
-            self._dp_group.announce_pass(self.module, last=not self._passes_left)
+            last = not self._passes_left
+            self._dp_group.announce_pass(self.module, last=last, gathered=self._gathered)
         with self._precision():
             return token_likelihoods(self.module, tokens, conditions, spec)
 
@@ -78,6 +80,7 @@ class LearnerPolicy:
 
     def join(self, dp_group: DataParallelGroup) -> None:
         """Shard the weights over the group; a reference that is a copy stays unsharded."""
+        self._gathered = stays_gathered(self.module)
         dp_group.shard_module(self.module, self._options.precision)
         self._dp_group = dp_group
 

@@ -19,7 +19,7 @@ from tests.bench.gpu.scene import Scene, SkippedError
 from tests.bench.gpu.supervisor import ROOT
 from tests.small_run import run_training, small_config
 
-MARK = "pytest.mark.gpu"
+MARKS = ("pytest.mark.gpu", "helpers import DEVICES")
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
 FIRST = "tests/unit/actors/decoding/test_steps.py"
 GPUS = {"learner": 0.4, "sampler": 0.3, "reward": 0.3}
@@ -114,4 +114,5 @@ def marked_tests(scene: Scene) -> None:
 def marked_files() -> list[str]:
     """Files of the unit tests that hold a test marked gpu."""
     found = (ROOT / "tests" / "unit").rglob("test_*.py")
-    return sorted(str(file.relative_to(ROOT)) for file in found if MARK in file.read_text())
+    marked = (file for file in found if any(mark in file.read_text() for mark in MARKS))
+    return sorted(str(file.relative_to(ROOT)) for file in marked)

@@ -35,7 +35,7 @@ from cluster.program.help import answer_help, asks_help
 from cluster.program.invocation import command_of
 from cluster.program.signals import StopFlag, deferred_signals, signal_handler
 from cluster.program.streams import safe_streams
-from cluster.ray_session.session import check_ray, local_node
+from cluster.ray_session.session import check_ray, free_nodes, local_node
 from learner.capacity.storage import store_need
 from learner.checkpoints.resume import check_resume
 from learner.checkpoints.store import CheckpointStore
@@ -193,7 +193,7 @@ def _main(arguments: list[str] | None, console: Console) -> int:
                 with found.of("ray"):
                     check_ray(config.ray)
             if command.dry_run:
-                return dry_run(config, found)
+                return dry_run(config, found, command.inline)
             found.enforce()
             stop = StopFlag()
             owned.enter_context(signal_handler(stop.handle))
@@ -307,15 +307,19 @@ def open_fleet(
             yield fleet
 
 
-def dry_run(config: RunConfig, found: Findings) -> int:
+def dry_run(config: RunConfig, found: Findings, inline: bool) -> int:
     """Print problems, configuration and placement; returns the exit status, which does not depend
     on the resources of this machine."""
-    node = local_node()
+    try:
+        nodes = [local_node()] if inline else free_nodes(config.ray)
+    except TesseraError:  # is among the problems
+        nodes = [local_node()]
     for line in listed(found):
         print(f"# {line}")
     print(dump(config))
-    print(f"# placement on {node}")
-    for line in placement_lines(config, [node]):
+    where = str(nodes[0]) if len(nodes) == 1 else f"the {len(nodes)} nodes of the cluster"
+    print(f"# placement on {where}")
+    for line in placement_lines(config, nodes):
         print(f"#   {line}")
     try:
         found.enforce()

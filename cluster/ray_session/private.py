@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cluster.errors import FleetError
 from cluster.io.processes import in_environment
 from cluster.program.invocation import Invocation
 from cluster.ray_session.address import GcsAnswer
@@ -62,28 +63,14 @@ def ask_gcs(address: str, token: str, wait_s: float) -> GcsAnswer:
     """
     import grpc
 
-    messages: Any = importlib.import_module("ray.core.generated.gcs_service_pb2")
-
-    def call(method: str, request: Any, reply: Any) -> Any:
-        ask = channel.unary_unary(
-            f"/ray.rpc.{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=reply.FromString,
-        )
-        shown = [("authorization", f"Bearer {token}")] if token else None
-        return ask(request, timeout=wait_s, metadata=shown)
-
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with _control_service(address, token, wait_s) as call:
         try:
-            alive = call(
-                "NodeInfoGcsService/CheckAlive",
-                messages.CheckAliveRequest(),
-                messages.CheckAliveReply,
-            )
+            alive = call("NodeInfoGcsService", "CheckAlive")
             found = call(
-                "InternalKVGcsService/InternalKVGet",
-                messages.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster"),
-                messages.InternalKVGetReply,
+                "InternalKVGcsService",
+                "InternalKVGet",
+                key=b"CLUSTER_METADATA",
+                namespace=b"cluster",
             )
         except grpc.RpcError as error:
             return GcsAnswer(error.code().name, str(error.details()))
@@ -94,6 +81,46 @@ def ask_gcs(address: str, token: str, wait_s: float) -> GcsAnswer:
         python=str(about.get("python_version", "")),
         private=bool(about.get("ray_init_cluster")),
     )
+
+
+def ask_free(address: str, token: str, wait_s: float) -> list[tuple[str, dict[str, float]]]:
+    """IP address and free resources of a cluster's live nodes, asked for without joining it.
+
+    Raises:
+        FleetError: no answer.
+    """
+    import grpc
+
+    with _control_service(address, token, wait_s) as call:
+        try:
+            nodes = call("NodeInfoGcsService", "GetAllNodeInfo").node_info_list
+            free = call("NodeResourceInfoGcsService", "GetAllAvailableResources").resources_list
+        except grpc.RpcError as error:
+            raise FleetError(f"the nodes of {address} are not told: {error.details()}") from None
+    names = {node.node_id: node.node_manager_address for node in nodes}
+    known = (has for has in free if has.node_id in names)
+    return [(names[has.node_id], dict(has.resources_available)) for has in known]
+
+
+@contextmanager
+def _control_service(address: str, token: str, wait_s: float) -> Iterator[Callable[..., Any]]:
+    """Calls of a cluster's control service: (service, method, fields of the request) -> reply."""
+    import grpc
+
+    messages: Any = importlib.import_module("ray.core.generated.gcs_service_pb2")
+
+    def call(service: str, method: str, **fields: Any) -> Any:
+        request = getattr(messages, f"{method}Request")(**fields)
+        ask = channel.unary_unary(
+            f"/ray.rpc.{service}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=getattr(messages, f"{method}Reply").FromString,
+        )
+        shown = [("authorization", f"Bearer {token}")] if token else None
+        return ask(request, timeout=wait_s, metadata=shown)
+
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        yield call
 
 
 def nodes_here() -> frozenset[str]:

@@ -97,6 +97,21 @@ def local_node() -> Node:
     return Node("this machine", float(cpus), float(gpus))
 
 
+def free_nodes(config: RayConfig) -> list[Node]:
+    """Where a run would place its workers: the nodes of the cluster that it would join, with what
+    is free, or this machine. Joins and starts nothing.
+
+    Raises:
+        ConfigError, FleetError: the cluster does not answer.
+    """
+    cluster = find_cluster(config)
+    if cluster is None:
+        return [local_node()]
+    shown = token(os.environ) if shows_token(os.environ) else ""
+    found = private.ask_free(str(cluster), shown, ANSWER_S)
+    return [Node(name, has.get("CPU", 0.0), has.get("GPU", 0.0)) for name, has in found]
+
+
 def _private(config: RayConfig) -> dict[str, Any]:
     """Options of `ray.init` for a private Ray."""
     options: dict[str, Any] = {

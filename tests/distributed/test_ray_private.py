@@ -14,6 +14,7 @@ import pytest
 import ray
 from packaging.requirements import Requirement
 
+from cluster.errors import FleetError
 from cluster.ray_session import private
 from cluster.ray_session.address import GcsAnswer
 from cluster.ray_session.session import RaySession
@@ -95,6 +96,20 @@ def test_the_control_service_says_its_versions(ray_session: RaySession) -> None:
     assert answer == GcsAnswer("OK", "", ray.__version__, platform.python_version(), True)
     for shown in ("", "wrong"):
         assert private.ask_gcs(address, shown, WAIT_S).code == "UNAUTHENTICATED"
+
+
+def test_what_is_free_of_each_node_is_told_alike_before_and_after_joining(
+    ray_session: RaySession,
+) -> None:
+    (node,) = ray.nodes()
+    asked = private.ask_free(ray_session.address, token(os.environ), WAIT_S)
+    (free,) = private.free_per_node().items()
+    assert free[0] == node["NodeID"]
+    assert set(asked[0][1]) == set(free[1])
+    assert asked[0][0] == node["NodeManagerAddress"]
+    assert 0 <= asked[0][1].get("CPU", 0) <= node["Resources"]["CPU"]
+    with pytest.raises(FleetError, match="are not told"):
+        private.ask_free(ray_session.address, "wrong", WAIT_S)
 
 
 def test_nodes_and_clusters_of_this_machine_are_found(ray_session: RaySession) -> None:

@@ -194,7 +194,7 @@ def candidates(config: RunConfig) -> Iterator[dict[str, Any]]:
     while groups <= most and not config.reproducible:  # which takes groups one by one
         yield {"sampler.max_groups": groups}
         groups *= 2
-    if getattr(sampler, "kernels", "auto") != "auto":
+    if sampler.kernels != "auto":
         yield {"sampler.kernels": "auto"}
     for name in ("dtype", "image_dtype"):
         if getattr(sampler, name) != "bfloat16":

@@ -29,19 +29,18 @@ PRODUCTS = 0.8  # of the bf16 peak: products of 8192 x 8192 on an H100 or H200 r
 PRODUCTS_FP32 = 0.75  # of the fp32 peak: cuBLAS without tensor cores
 LAUNCH = 2.5e-6  # s a kernel of a replayed CUDA graph
 EAGER_LAUNCH = 6e-6  # s a kernel that Python launches
-FUSED_KERNELS, PLAIN_KERNELS = 9, 27  # of a layer in a decoding step: own kernels, and PyTorch's
+FUSED_KERNELS, PLAIN_KERNELS = 8, 27  # of LlamaGen's layer in a step (actors/DESIGN.md)
 FUSED_PRODUCTS, PLAIN_PRODUCTS = 4, 5  # of those, products with weights (w1 and w3 merged, or not)
 FUSED_ATTENTION, PLAIN_ATTENTION = 0.85, 0.55  # of MEMORY: one query a row; PyTorch's takes a mask
-WINDOW = (
-    64  # slots: PyTorch's attention reads whole windows of the cache, the own kernel live slots
-)
+WINDOW = 64  # slots that PyTorch's attention reads whole; the own kernel reads filled ones alone
 FUSED_DRAW, PLAIN_DRAW = 4, 30  # passes over a step's fp32 logits: guidance, filters, sums, draw
-FUSED_DRAW_KERNELS, PLAIN_DRAW_KERNELS = 3, 30
+FUSED_DRAW_KERNELS, PLAIN_DRAW_KERNELS = 1, 20
 VIT_BF16 = 0.35  # of the bf16 peak: 900 images/s of ViT-H-14 on an H100, batches of 64
 CONVOLUTION_BF16 = 0.3  # of the bf16 peak: a VQ decoder, half of whose kernels move memory
 CONVOLUTION_FP32 = 1.2  # of the fp32 peak: Winograd's algorithm saves products of 3 x 3
 PREPROCESSING = 1e-4  # s an image and network: resizing, normalising, host to device
-LEARN_EAGER, LEARN_COMPILED = 0.345, 0.41  # of the bf16 peak, in large microbatches
+LEARN_EAGER, LEARN_COMPILED = 0.345, 0.41  # of the bf16 peak in large microbatches: passes under
+# autocast are about half products; compiled, their pointwise kernels are fused
 LEARN_FP32 = 0.7  # of the fp32 peak
 FILLS = 2048  # tokens of a microbatch at which a card reaches half of those shares
 LEARN_KERNELS = 30  # of a layer's forward pass; the backward pass has twice as many

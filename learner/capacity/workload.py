@@ -69,7 +69,7 @@ def sampling_of(config: RunConfig, models: Models) -> Sampling:
         drawn=rollouts,
         max_groups=config.sampler.max_groups,
         width=WIDTH[config.sampler.dtype],
-        fused=getattr(config.sampler, "kernels", "auto") == "auto",
+        fused=config.sampler.kernels == "auto",
         image_flops=image_flops(models.tokenizer, models.policy.grid),
         image_bf16=config.sampler.image_dtype == "bfloat16",
     )

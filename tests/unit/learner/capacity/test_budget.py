@@ -51,12 +51,10 @@ MODELS = policy_models()
 
 def slow() -> RunConfig:
     """The paper's sizes with settings that a GPU does not like."""
-    config = load_preset("paper-fixed")
-    kernels = {"sampler.kernels": "torch"} if hasattr(config.sampler, "kernels") else {}
     return changed(
-        config,
-        kernels
-        | {
+        load_preset("paper-fixed"),
+        {
+            "sampler.kernels": "torch",
             "learner.compile": "never",
             "sampler.max_groups": 1,
             "sampler.dtype": "float32",
@@ -95,13 +93,17 @@ def test_two_samplers_on_one_gpu_share_it() -> None:
 def test_the_paper_as_it_stood_and_as_it_can_be() -> None:
     """8 to 10 s, and 2.3 s, on an H200."""
     h200 = CARDS["h200"]
-    if hasattr(load_preset("paper-fixed").sampler, "kernels"):
-        assert budget_of(slow(), MODELS, h200).seconds == pytest.approx(9.0, rel=0.2)
+    assert budget_of(slow(), MODELS, h200).seconds == pytest.approx(9.0, rel=0.2)
     best = together(slow(), MODELS, h200)
     assert best is not None
     assert best.budget.seconds < 4
     assert best.budget.fits
-    for name in ("sampler.max_groups", "rewards.hps.precision", "learner.checkpointing"):
+    for name in (
+        "sampler.kernels",
+        "sampler.max_groups",
+        "rewards.hps.precision",
+        "learner.checkpointing",
+    ):
         assert name in best.changes
     assert not proposals(changed(slow(), best.changes), MODELS, h200)[0].gain > 0.6
 

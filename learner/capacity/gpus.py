@@ -107,8 +107,8 @@ def rollouts_of(config: RunConfig) -> int:
 
 
 def of_sampler(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfig) -> float:
-    """Bytes of a sampler: policy, caches, tokenizer, and a group's images while they are
-    decoded."""
+    """Bytes of a sampler: policy, caches, tokenizer, a group's images while they are decoded, and a
+    snapshot while it is verified (with LoRA the base's, in full precision)."""
     decoding = sampler_memory(
         policy,
         rollouts=config.rollouts_per_group,
@@ -119,7 +119,9 @@ def of_sampler(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfi
     widest = tokenizer.channels * tokenizer.multipliers[0] * image_side(policy, tokenizer) ** 2
     width = WIDTH[config.sampler.image_dtype]
     images = MAPS * config.rollouts_per_group * widest
-    return decoding + width * (count_parameters(tokenizer) + images)
+    wire = "float32" if config.learner.lora.rank else config.weights.wire(config.sampler.dtype)
+    snapshot = WIDTH[wire] * count_parameters(policy)
+    return decoding + snapshot + width * (count_parameters(tokenizer) + images)
 
 
 def fits(gpus: Sequence[Gpu], size: float) -> bool:

@@ -28,6 +28,8 @@ class Check:
 
 CHECKS = (
     Check("card", "card:card", 40, quick=True),
+    Check("kernels", "kernels:kernels", 60, quick=True),
+    Check("backends", "kernels:backends", 40, quick=True),
     Check("logprobs", "decoding:logprobs", 75, quick=True),
     Check("decode", "speed:decode_speed", 75, quick=True),
     Check("repeat", "decoding:repeat", 45),

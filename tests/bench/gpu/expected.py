@@ -92,6 +92,18 @@ EXPECTED: dict[str, dict[str, Expected]] = {
     # card
     "copy_tb_s": reaches(4.0, 3.0),
     "product_tflop_s": reaches(750, 650),
+    # kernels
+    "kernels_chosen": exactly(1),
+    **{f"kernel_{kernel}_fp32_apart": at_most(2e-5) for kernel in ("attention", "norm", "gate")},
+    **{f"kernel_{kernel}_bf16_apart": at_most(2**-6) for kernel in ("attention", "norm", "gate")},
+    "kernel_draw_tokens_same": {"": Expected(low=0.999)},
+    "kernel_draw_apart": at_most(1e-4),
+    "kernel_attention_roofline": reaches(0.7, 0.7),
+    # backends
+    "cudnn_preferred": RECORDED,
+    "attention_in_math": {card: Expected(high=0, miss=Verdict.SLOWER) for card in CARDS},
+    "attention_apart": at_most(2**-6),
+    "attention_gradient_apart": at_most(2**-5),
     # logprobs
     **{f"{rows}_logprob_gap": at_most(GAP) for rows in ("rows_24", "rows_512", "captions")},
     **{f"{rows}_k3": at_most(K3) for rows in ("rows_24", "rows_512", "captions")},

@@ -68,6 +68,15 @@ class Scene:
     def grid(self) -> int:
         return 3 if self.tiny else 16
 
+    @property
+    def num_tokens(self) -> int:
+        return self.grid**2
+
+    @property
+    def rows(self) -> int:
+        """Of a full decoding batch: 256 images with guidance."""
+        return self.size(512, 3)
+
     def figure(self, name: str, value: float) -> None:
         """A figure of `expected.EXPECTED`, printed at once."""
         self._tell("figure", check=self.check, name=name, value=float(value))

@@ -30,7 +30,7 @@ def decode_speed(scene: Scene) -> None:
         share = machine.seconds(policy, 2 * images) / seconds
         scene.figure(f"decode_{name}_s", seconds)
         scene.figure(f"decode_{name}_roofline", share)
-    if scene.official:
+    if scene.official and not scene.tiny:
         theirs = Official(Path(scene.official), scene.small, policy)
         rows = torch.arange(many, device=scene.device)
         run = run_of(scene, many, workspace)

@@ -138,6 +138,8 @@ class _Worker:
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         if options["tiny"]:  # several threads would wait for each other by spinning
             environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        if options.get("device") == "cpu":
+            environment["TRITON_INTERPRET"] = "1"
         for check in checks:
             environment |= check.environment
         self._process = subprocess.Popen(

@@ -40,6 +40,9 @@ MAY_CHANGE = (
 """Prefixes of fields that a resumed run may change: they do not change what it computes (but for
 more iterations, which stretch the learning rate's schedule)."""
 
+OF_ROUNDING = ("num_learners", "learner.microbatch", "learner.compile")
+"""Fields that may change the last bits: a reproducible run keeps them."""
+
 LATER_ASKED = (".tag",)
 """Suffixes of fields that a resumed run may set if they are empty, as earlier versions left
 them."""
@@ -57,7 +60,7 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
         f"{name} ({before[name]} in the run, {value} now)"
         for name, value in after.items()
         if value != before[name]
-        and not name.startswith(MAY_CHANGE)
+        and (not name.startswith(MAY_CHANGE) or (saved.reproducible and name in OF_ROUNDING))
         and not (name.endswith(LATER_ASKED) and before[name] == "")
     ]
     if changed:

@@ -188,6 +188,15 @@ def test_it_belongs_to_the_run() -> None:
     check_resume(validate(older, "config.yaml"), run)
 
 
+def test_a_resumed_run_keeps_what_changes_rounding() -> None:
+    run = replace(RunConfig(), reproducible=True)
+    check_resume(run, replace(run, num_samplers=5))
+    for change in ({"num_learners": 2}, {"learner": replace(run.learner, microbatch=3)}):
+        check_resume(RunConfig(), replace(RunConfig(), **change))  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="cannot change (num_learners|learner.microbatch)"):
+            check_resume(run, replace(run, **change))  # type: ignore[arg-type]
+
+
 def test_on_a_cpu_it_changes_no_number() -> None:
     def found(**changes: object) -> list[tuple]:
         config = small_config(iterations=1, real={"weight": 0.1}, **changes)

@@ -6,7 +6,8 @@
     learner, moments                    the two roles that exist once
 
 A group is sampled with the weights of the last broadcast before it was submitted. The same requests
-give the same groups, whichever sampler draws them and in whatever order they finish.
+give the same groups, whichever sampler draws them and in whatever order they finish: bit for bit on
+CPUs, and by design on GPUs with `reproducible`.
 """
 
 from __future__ import annotations

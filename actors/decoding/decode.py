@@ -45,7 +45,7 @@ def rollout_uniforms(seed: int, key: RequestKey, num_rollouts: int, num_tokens: 
     """The uniforms (K, T) of a group, float64 in [0, 1).
 
     A counter-based function (Philox) of (seed, stream, iteration, group, k) alone: a retry, another
-    sampler or another number of samplers draws the same tokens.
+    sampler or another number of samplers draws with the same numbers.
     """
     stream = zlib.crc32(key.stream.encode())
     rows = [

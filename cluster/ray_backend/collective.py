@@ -201,7 +201,7 @@ def _process_group(store: Any, ticket: Ticket) -> Any:
 @contextmanager
 def _stream_beside(tensor: Tensor) -> Iterator[None]:
     """A CUDA stream beside the one that decodes. The block ends when its work is done, failed or
-    not: until then nobody else gets the tensor's memory."""
+    not: until then no other stream gets the tensor's memory."""
     if tensor.device.type != "cuda":
         yield
         return

@@ -2,7 +2,8 @@
 
 Iteration i is sampled with the weights of max(i - S, 0) updates, never others. S = 0 is on-policy;
 with S = 1 samplers and reward servers work on the next iteration while the learner steps. The rule
-does not depend on time, so results are a function of the seed on any fleet.
+does not depend on time, so results are a function of the seed on any fleet (on GPUs: if the run is
+`reproducible`).
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def test_a_resumed_run_keeps_what_changes_rounding() -> None:
     check_resume(run, replace(run, num_samplers=5))
     for change in ({"num_learners": 2}, {"learner": replace(run.learner, microbatch=3)}):
         check_resume(RunConfig(), replace(RunConfig(), **change))  # type: ignore[arg-type]
-        with pytest.raises(ConfigError, match="cannot change (num_learners|learner.microbatch)"):
+        with pytest.raises(ConfigError, match=r"cannot change (num_learners|learner\.microbatch)"):
             check_resume(run, replace(run, **change))  # type: ignore[arg-type]
 
 

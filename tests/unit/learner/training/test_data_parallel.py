@@ -6,7 +6,10 @@ import dataclasses
 import json
 import multiprocessing
 import socket
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from cluster.messages import SamplingSpec, WeightSnapshot
 from cluster.model_files.tensors import write_tensors
 from cluster.weights import open_snapshot
 from learner.grpo.loss import LossConfig
-from learner.training import compilation, data_parallel
+from learner.training import compilation, data_parallel, state_files
 from learner.training.data_parallel import DataParallelGroup, join, open_rendezvous
 from learner.training.learner import Learner
 from learner.training.lora import LoraConfig
@@ -207,6 +210,24 @@ def exchanges(learner: Learner, rows: int) -> list[tuple[str, str, int]]:
     return sorted((*key, count) for key, count in counts.items())
 
 
+@contextmanager
+def written_later(learner: Learner, folder: Path) -> Iterator[None]:
+    """A checkpoint in the background, whose thread writes at the end of the block."""
+    held, write = threading.Event(), state_files.write_tensors
+
+    def slow(*given: Any, **more: Any) -> None:
+        assert held.wait(60)
+        write(*given, **more)
+
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state_files, "write_tensors", slow)
+        learner.save(folder, background=True)
+        yield
+        held.set()
+        assert learner.saved(60)
+
+
 def kept_by(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Numbers that this learner has of the weights, their gradients and averages of these."""
     own, states = parameters(optimizer), optimizer.state.values()
@@ -235,7 +256,10 @@ def member(rank: int, size: int, addresses: list[str], folder: Path) -> None:
         results["norm"] = learner.step(off_policy(learner)).metrics["loss/grad_norm"]
     torch.save(torch.cat([part.flatten() for part in parts]), folder / f"{size}-{rank}-gradient.pt")
     learner.restore(folder / "saved-1-plain")
-    with optimizer_steps(lambda of: results.update(kept=kept_by(of))):
+    with (
+        written_later(learner, folder / f"later-{size}"),
+        optimizer_steps(lambda of: results.update(kept=kept_by(of))),
+    ):
         learner.step(batch_of(learner, STEPS, 8))
     torch.save(weights(learner), folder / f"{size}-{rank}-resumed.pt")
     adapted = place.learner(folder, CASES["adapters"])
@@ -395,8 +419,10 @@ def test_checkpoints_do_not_depend_on_the_number_of_learners(folder: Path, size:
     alone.step(batch_of(alone, STEPS, 8))
     found = torch.load(folder / f"{size}-0-resumed.pt", weights_only=True)
     torch.testing.assert_close(found, weights(alone), rtol=0, atol=1e-6)
-    names = {file.name for file in (folder / f"saved-{size}-plain").iterdir()}
-    assert names == {file.name for file in (folder / "saved-1-plain").iterdir()}
+    of_one = {file.name: file.read_bytes() for file in (folder / "saved-1-plain").iterdir()}
+    assert of_one.keys() == {file.name for file in (folder / f"saved-{size}-plain").iterdir()}
+    for name, content in of_one.items():  # as restored, not as the next step left it
+        assert (folder / f"later-{size}" / name).read_bytes() == content, name
     back = learner_of(folder, CASES["plain"])
     assert back.restore(folder / f"saved-{size}-plain") == STEPS
     back.step(batch_of(back, STEPS, 8))

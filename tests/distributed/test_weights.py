@@ -16,13 +16,12 @@ import pytest
 import ray
 
 from cluster.errors import LearnerLostError
-from cluster.ray_backend import collective, heartbeat
-from cluster.ray_backend.collective import PART_S, RECEIVE
+from cluster.ray_backend import heartbeat
+from cluster.ray_backend.collective import PART_S
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_backend.publisher import Published, Publisher, publisher_of
 from cluster.ray_backend.transports import COLLECTIVE, OBJECT_STORE
 from cluster.ray_session.calls import answer
-from cluster.ray_session.private import call_inside
 from cluster.ray_session.session import RaySession
 from tests.distributed.stubs import requests
 from tests.distributed.weight_stubs import Mortal, SmallLearner, SmallSampler, small_plan
@@ -163,23 +162,4 @@ def test_a_transport_that_is_of_no_use_is_replaced_and_said(
         "weights.transport nccl is called collective now",
         "weights.transport collective cannot run, going on with object-store: adapters travel "
         "alone, and are too small for it to matter",
-    ]
-
-
-def test_a_group_that_fails_twice_in_succession_is_given_up(
-    ray_session: RaySession, logged: list[str]
-) -> None:
-    publisher = Publisher(COLLECTIVE, timeout_s=WAIT_S)
-    with actors(publisher, SmallLearner, SmallSampler) as (learner, sampler):
-        for version in (1, 2, 3):
-            weights = publisher.publish([learner], [sampler])
-            if weights.number:
-                call_inside(sampler, collective.leave, 0, group=RECEIVE)
-                publisher._pending.append(ray.put("somebody pulled the cable"))
-            assert loaded(publisher, weights, sampler) == [version]
-            settled(publisher)
-        assert weights.number == 0
-    assert [line.rpartition("store, ")[2] for line in logged if "failed" in line] == [
-        "and the next one forms a new group",
-        "as all later ones: that was 2 times in succession",
     ]

@@ -10,15 +10,17 @@ import torch
 from cluster.errors import CheckpointError
 from cluster.messages import WeightSnapshot
 from cluster.ray_backend import collective
-from cluster.ray_backend.collective import PART, Ticket, load, open_rendezvous, receive, send
+from cluster.ray_backend.collective import Ticket, load, open_rendezvous, receive, send
 from cluster.weights import Packer, load_weights
+
+SMALL_PART = 1 << 16
 
 
 class Role:
     """A learner or sampler that holds one tensor of a little more than one part."""
 
     def __init__(self) -> None:
-        self.module = torch.nn.ParameterList([torch.zeros(PART // 4 + 100)])
+        self.module = torch.nn.ParameterList([torch.zeros(SMALL_PART // 4 + 100)])
         self.version, self._pack = 0, Packer()
 
     def snapshot(self, send: object) -> WeightSnapshot:
@@ -36,6 +38,7 @@ class Role:
 @pytest.fixture(autouse=True)
 def one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collective.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(collective, "PART", SMALL_PART)
     monkeypatch.setattr(collective.ray, "get", lambda stored: stored)
 
 
@@ -97,3 +100,13 @@ def test_who_does_not_come_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatc
     snapshot, failure = send(learner, Ticket(1, 1, 0, 2, False), address)
     assert snapshot.version == 1
     assert failure
+
+
+@pytest.mark.gpu
+def test_nccls_process_group_is_made_as_torch_has_it() -> None:
+    """A group of one: NCCL wants a GPU for each of several."""
+    learner = Role()
+    learner.module.cuda()
+    snapshot, failure = send(learner, Ticket(1, 1, 0, 1, True), open_rendezvous(learner))
+    assert failure == ""
+    assert snapshot.version == 1

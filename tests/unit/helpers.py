@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors.checkpoints.loading import build_policy
 from actors.models.base import PolicyModule
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
 from actors.models.taming import TamingConfig, TamingGPT
@@ -57,6 +58,14 @@ def balanced_policy(config: LlamaGenConfig | TamingConfig, gain: float = 4) -> P
                 head = name in ("output.weight", "head.weight")
                 weight.normal_(std=(gain if head else 1) * weight.shape[1] ** -0.5)
     return policy.eval().requires_grad_(False)
+
+
+def in_bf16(policy: PolicyModule) -> PolicyModule:
+    """A sampler's copy: bf16 weights, fp32 tables of RoPE."""
+    device = next(policy.parameters()).device
+    copy = build_policy(policy.config, device=device, dtype=torch.bfloat16)
+    copy.load_state_dict(policy.state_dict())
+    return copy.eval().requires_grad_(False)
 
 
 def tiny_policy(seed: int = 0) -> LlamaGen:

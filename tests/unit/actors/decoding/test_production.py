@@ -3,7 +3,6 @@ bodies run small, and eagerly."""
 
 from __future__ import annotations
 
-import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,7 +21,7 @@ from actors.sampler import Sampler, SamplerConfig, SamplerResources
 from cluster.messages import Condition, SampleRequest, SamplingSpec
 from cluster.program.precision import start_computing
 from cluster.weights import load_weights, pack_weights
-from tests.unit.helpers import DEVICES, balanced_policy
+from tests.unit.helpers import DEVICES, balanced_policy, in_bf16
 
 BF16 = torch.bfloat16
 PLAIN, GUIDED = SamplingSpec(), SamplingSpec(cfg_scale=1.5, guidance="guided")
@@ -84,7 +83,7 @@ def test_a_bf16_sampler_and_the_learner_agree(
     head_dim: int, spec: SamplingSpec, captions: bool, device: str
 ) -> None:
     policy = balanced_policy(config(device, head_dim, captions), gain=2).to(device)
-    sampler = copy.deepcopy(policy).to(BF16)
+    sampler = in_bf16(policy)
     rows = 8 if device == "cpu" else 24
     decoded = decode(sampler, device, Workspace(sampler, static=True), spec, rows)
     policy.requires_grad_(True)
@@ -102,7 +101,7 @@ def test_a_bf16_sampler_and_the_learner_agree(
 @pytest.mark.parametrize("captions", [False, True], ids=["classes", "captions"])
 def test_decoding_repeats_bit_for_bit(captions: bool, device: str) -> None:
     """Captured, replayed, and captured elsewhere; after other sizes in the same workspace."""
-    policy = balanced_policy(config(device, captions=captions)).to(device, BF16)
+    policy = in_bf16(balanced_policy(config(device, captions=captions)).to(device))
     workspace = Workspace(policy, static=True)
     first = {rows: decode(policy, device, workspace, GUIDED, rows) for rows in (24, 12)}
     for rows in (24, 12, 24):

@@ -33,16 +33,12 @@ from learner.training.preparation import (
     minibatch_indices,
 )
 from learner.training.real_tokens import RealTokens, cross_entropy
-from learner.training.skips import not_finite_because, too_many_skipped
+from learner.training.skips import applied, is_applied, not_finite_because, too_many_skipped
 from learner.training.state_files import OPTIMIZER_FILE, LearnerFiles, LearnerState, TensorFile
 from learner.training.transfers import StepConditions, to_device
 
 BEHAVIOUR_STATS = ("entropy", "mismatch_kl", "logprob_gap", "reference_kl")
 """Statistics of the behaviour policy: taken in the first pass, before its first update."""
-
-MUST_BE_FINITE = ("surrogate", "entropy", "reference_kl", "real_ce", "grad_norm")
-"""Statistics that must be finite for a step. The others compare with the sampler, and may be
-infinite: with other rounding, a top-k filter gives a sampled token probability 0 here."""
 
 
 class Learner:
@@ -164,11 +160,11 @@ class Learner:
         self.version += 1
         # The first pass sees the behaviour policy, or nearly so.
         names = [name for name in BEHAVIOUR_STATS if name in steps[0]]
-        behaviour = _mean(_applied(steps[: options.minibatches]), names) | before
+        behaviour = _mean(applied(steps[: options.minibatches]), names) | before
         others = [name for name in steps[0] if name not in behaviour]
-        metrics = self._metrics(behaviour | _mean(_applied(steps), others))
+        metrics = self._metrics(behaviour | _mean(applied(steps), others))
         metrics |= {"policy/staleness": float(staleness), "loss/lr": lr}
-        metrics["guards/skipped_updates"] = sum(not _finite(step) for step in steps)
+        metrics["guards/skipped_updates"] = sum(not is_applied(step) for step in steps)
         if math.isfinite(behaviour["entropy"]):
             self._update_entropy_coefficient(batch.iteration, behaviour["entropy"])
         if self._base_entropy is not None:
@@ -281,7 +277,7 @@ class Learner:
         if real is not None:
             stats["real_ce"] = self._dp_group.all_sum([sum(torch.stack(real).tolist())])[0]
         stats["grad_norm"] = float(norm)
-        skipped = not _finite(stats)
+        skipped = not is_applied(stats)
         if skipped:
             self._optimizer.zero_grad()
         else:
@@ -380,16 +376,6 @@ class Learner:
             progress=(iteration + 1) / max(config.iterations, 1),
         )
         self._entropy = next_state(config.entropy, self._entropy, found)
-
-
-def _finite(stats: dict[str, float]) -> bool:
-    """Whether an update with these statistics is applied."""
-    return all(math.isfinite(stats[name]) for name in MUST_BE_FINITE if name in stats)
-
-
-def _applied(steps: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
-    """Statistics of the updates that were not skipped; of all, if all were."""
-    return [step for step in steps if _finite(step)] or steps
 
 
 def _mean(steps: Sequence[dict[str, float]], names: Sequence[str]) -> dict[str, float]:

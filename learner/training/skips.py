@@ -13,6 +13,10 @@ from typing import Literal
 
 Action = Literal["off", "warn", "stop"]
 
+MUST_BE_FINITE = ("surrogate", "entropy", "reference_kl", "real_ce", "grad_norm")
+"""Statistics that must be finite for an update. The others compare with the sampler, and may be
+infinite: with other rounding, a top-k filter gives a sampled token probability 0 here."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
@@ -66,6 +70,16 @@ class GuardsConfig:
         for name in ("reward", "entropy", "kl"):
             if getattr(self, name) not in ("off", "warn", "stop"):
                 raise ValueError(f"{name} must be off, warn or stop, found {getattr(self, name)!r}")
+
+
+def is_applied(stats: Mapping[str, float]) -> bool:
+    """Whether an update with these statistics is applied."""
+    return all(math.isfinite(stats[name]) for name in MUST_BE_FINITE if name in stats)
+
+
+def applied(updates: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
+    """Statistics of the updates that were not skipped; of all, if all were."""
+    return [stats for stats in updates if is_applied(stats)] or updates
 
 
 def too_many_skipped(config: GuardsConfig, updates: Sequence[bool]) -> bool:

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from cluster.ray_backend import collective, heartbeat
 from cluster.ray_backend.collective import RECEIVE, Ticket
 from cluster.ray_backend.transports import COLLECTIVE, OBJECT_STORE, over_nccl, why_not
-from cluster.ray_session.private import call_inside
+from cluster.ray_session.private import actor_id, call_inside, living_actors
 from cluster.roles import FleetPlan
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class Publisher:
         self._adapters_alone, self._timeout_s = adapters_alone, timeout_s
         self._learners: Sequence[Any] = ()
         self._members: tuple[Any, ...] = ()  # samplers of the present group
+        self._ranked: Sequence[Any] = ()  # the same, by rank
         self._failed: tuple[Any, ...] = ()  # of the group that failed last
         self._group = self._number = self._failures = 0
         self._address: ray.ObjectRef | None = None
@@ -130,7 +131,7 @@ class Publisher:
         """Have learner and samplers take part in a broadcast, without waiting."""
         first, *others = self._learners
         if samplers != self._members:
-            self._members = samplers
+            self._members, self._ranked = samplers, _by_node(first, samplers)
             self._group += 1
             self._address = call_inside(first, collective.open_rendezvous)
             logger.info(
@@ -153,7 +154,7 @@ class Publisher:
             sent,
             *(
                 call_inside(sampler, collective.receive, ticket, self._address, group=RECEIVE)
-                for sampler, ticket in zip(samplers, tickets[1:])
+                for sampler, ticket in zip(self._ranked, tickets[1:])
             ),
         ]
         return Published(snapshot, number=self._number, members=samplers)
@@ -177,6 +178,16 @@ class Publisher:
             reason,
             then,
         )
+
+
+def _by_node(learner: Any, samplers: Sequence[Any]) -> Sequence[Any]:
+    """Samplers of the learner's node first, then node by node: most of gloo's tree, whose far
+    edges come first, then stays within nodes."""
+    found = {actor: about["node"] for actor, about in living_actors().items()}
+    home = found.get(actor_id(learner), "")
+    nodes = [found.get(actor_id(sampler), "") for sampler in samplers]
+    order = sorted(range(len(samplers)), key=lambda i: (nodes[i] != home, nodes[i]))
+    return [samplers[index] for index in order]
 
 
 def _failure(answered: ray.ObjectRef) -> str:

@@ -122,8 +122,8 @@ def test_a_broadcast_group_follows_its_members(ray_session: RaySession, logged: 
         assert came(second) == ["ndarray", "Tensor"]
         for pid in (answer(actor.pid.remote(), "pid", WAIT_S) for actor in (learner, first)):
             sockets = psutil.Process(pid).net_connections()
-            listen = [each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN]
-            assert set(listen) == {"127.0.0.1"}
+            listen = {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
+            assert {ip.removeprefix("::ffff:") for ip in listen} == {"127.0.0.1"}
     groups = [line for line in logged if line.startswith("weights: a broadcast group of")]
     (failed,) = (line for line in logged if line not in groups)
     assert len(groups) == 3

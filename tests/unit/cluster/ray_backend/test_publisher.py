@@ -12,6 +12,12 @@ from cluster.ray_backend.publisher import Publisher
 from cluster.ray_backend.transports import COLLECTIVE
 
 
+class Handle(str):
+    """Of the learner: its name, with the method that is called by itself."""
+
+    snapshot = SimpleNamespace(remote=lambda: "snapshot")
+
+
 class Actors:
     """Records what actors are asked; `answers` are there at once."""
 
@@ -22,15 +28,17 @@ class Actors:
         fake = SimpleNamespace(wait=lambda refs, **_: (refs, []), get=self.answers.__getitem__)
         monkeypatch.setattr(publisher, "ray", fake)
         monkeypatch.setattr(publisher, "call_inside", self.call_inside)
-        self.learner = SimpleNamespace(snapshot=SimpleNamespace(remote=lambda: "snapshot"))
+        monkeypatch.setattr(publisher, "actor_id", lambda handle: handle)
+        monkeypatch.setattr(publisher, "living_actors", lambda: self.nodes)
+        self.nodes: dict[str, dict[str, str]] = {}
+        self.learner = Handle("learner")
 
     def call_inside(
         self, handle: Any, function: Any, *_: Any, group: str = "", num_returns: int = 1
     ) -> Any:
-        who = handle if isinstance(handle, str) else "learner"
-        self.asked.append((who, function.__name__))
-        ref = object()
-        self.answers[ref] = self.failure if who == "two" and function is collective.receive else ""
+        self.asked.append((handle, function.__name__))
+        ref, fails = object(), handle == "two" and function is collective.receive
+        self.answers[ref] = self.failure if fails else ""
         return ref if num_returns == 1 else ("snapshot", ref)
 
     def formed(self) -> int:
@@ -46,7 +54,17 @@ def test_a_group_is_formed_anew_when_its_members_change(monkeypatch: pytest.Monk
     publishing.forget()  # another learner
     assert publishing.publish([actors.learner], ["two"]).number == 5
     assert actors.formed() == 4
-    assert publishing.publish([actors.learner], []).number == 0  # nobody serves yet
+    assert publishing.publish([actors.learner], []).number == 0  # none serves yet
+
+
+def test_members_of_a_node_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    actors = Actors(monkeypatch)
+    on = {"learner": "b", "one": "c", "two": "a", "three": "b", "four": "c", "five": "a"}
+    actors.nodes = {name: {"node": node} for name, node in on.items()}
+    samplers = [*list(on)[1:], "unknown"]
+    Publisher(COLLECTIVE).publish([actors.learner], samplers)
+    received = [who for who, what in actors.asked if what == "receive"]
+    assert received == ["three", "unknown", "two", "five", "one", "four"]
 
 
 def test_one_that_fails_twice_with_the_same_members_is_given_up(

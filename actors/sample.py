@@ -1,9 +1,9 @@
 """Sample images of a policy: `python -m actors.sample --classes 0,1,2`.
 
 Image i shows condition i mod C of C conditions; its uniforms are a function of (seed, i). So more
-images leave the first ones unchanged, and --batch changes at most the last bits of logits.
-Conditions alternate, so that any range of the .npz has all of them in equal shares, as evaluators
-that score ranges (Inception Score) assume.
+images leave the first ones unchanged (on a GPU, up to rounding), and --batch changes at most the
+last bits of logits. Conditions alternate, so that any range of the .npz has all of them in equal
+shares, as evaluators that score ranges (Inception Score) assume.
 
 Shapes: N images, B batch, T tokens, H and W pixels.
 """

@@ -63,8 +63,8 @@ class RunConfig:
     """Seed of all random numbers of the run."""
     reproducible: bool = False
     """Results that depend on settings and seed alone on GPUs too, of one kind: deterministic
-    algorithms, and each request scored alone. Slower. Needs sampler.max_groups 1. On CPUs results
-    are reproducible without it."""
+    algorithms, and each request scored alone. Slower; not run on a GPU. Needs sampler.max_groups 1.
+    On CPUs results are reproducible without it."""
     groups_per_iteration: Annotated[int, Field(ge=1)] = 10
     """Conditions an iteration draws (P)."""
     rollouts_per_group: Annotated[int, Field(ge=2)] = 16

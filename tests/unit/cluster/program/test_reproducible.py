@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from actors.decoding.decode import token_logprobs
+from actors.models.taming import TamingConfig, TamingGPT
 from cluster.errors import ConfigError
 from cluster.fleet import InlineFleet
-from cluster.messages import Condition
+from cluster.messages import Condition, SamplingSpec
 from cluster.program.precision import (
     CUBLAS_WORKSPACE,
     FIXED_WORKSPACES,
@@ -26,12 +28,12 @@ from cluster.program.precision import (
 from learner.checkpoints.resume import check_resume
 from learner.config import RunConfig, to_dict, validate
 from learner.fleet_plan import fleet_plan
-from learner.training.policy import LearnerPolicy
+from learner.training.policy import LearnerPolicy, any_conditions
 from rewards.config import BatchingConfig, RewardsConfig, RewardServerConfig
 from rewards.servers.panel import Panel
 from rewards.servers.reward_server import RewardServer
 from tests.small_run import fingerprint, run_training, small_config
-from tests.unit.helpers import request
+from tests.unit.helpers import TINY, random_policy, request
 from tests.unit.learner_cases import make, tiny_policy_file
 
 REFUSED = r"\(put_ does not have a deterministic implementation\): leave out --reproducible"
@@ -156,6 +158,21 @@ def test_a_backward_pass_that_is_refused_is_found_when_the_learner_starts(
         make(file, reproducible=True)
 
 
+@pytest.mark.parametrize("kind", ["captions", "classes", "coordinates"])
+def test_every_policy_takes_the_conditions_of_that_pass(kind: str) -> None:
+    if kind == "captions":
+        policy = random_policy(replace(TINY, caption_dim=6, caption_tokens=5))
+    elif kind == "classes":
+        policy = random_policy(TINY)
+    else:
+        sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 64, "grid": 2}
+        grid = {"image_size": 32, "coordinate_levels": 16, "coordinate_stride": 16}
+        policy = TamingGPT(TamingConfig(**sizes, **grid, block_size=8, condition="coordinates"))  # type: ignore[arg-type]
+    tokens = torch.zeros(2, policy.num_tokens, dtype=torch.int64)
+    logprobs, _ = token_logprobs(policy, tokens, any_conditions(policy), SamplingSpec())
+    assert logprobs.isfinite().all()
+
+
 def test_requests_at_once_are_scored_alone() -> None:
     options = {"judge": None, "batching": BatchingConfig(max_batch=32, max_wait_ms=100.0)}
     server = RewardServer(RewardServerConfig(**options, reproducible=True))  # type: ignore[arg-type]
@@ -198,12 +215,16 @@ def test_a_resumed_run_keeps_what_changes_rounding() -> None:
 
 
 def test_on_a_cpu_it_changes_no_number() -> None:
+    """Nor do NaN in memory that was not written: none is read, so that it need not be filled."""
+
     def found(**changes: object) -> list[tuple]:
         config = small_config(iterations=1, real={"weight": 0.1}, **changes)
         with InlineFleet(fleet_plan(config)) as fleet:
+            torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
             return fingerprint(run_training(config, fleet))
 
     plain = found()
     assert not torch.are_deterministic_algorithms_enabled()
     assert found(reproducible=True) == plain
     assert is_deterministic()
+    assert torch.empty(3).isnan().all()

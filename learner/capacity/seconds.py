@@ -22,10 +22,10 @@ from rewards.base import ImageWork
 
 Bound = Literal["memory", "compute", "launches", "copies", "CPU"]
 
-# Shares of a card's peaks that are reached, and times of what has no peak. A measurement on a GPU
-# replaces each of them.
-MEMORY = 0.9  # of the bandwidth: large copies on an H200 reach 4.3 of 4.8 TB/s
-PRODUCTS = 0.8  # of the bf16 peak: products of 8192 x 8192 on an H100 or H200 reach 790 of 989
+# Assumed shares of a card's peaks, and assumed times of what has no peak: expectations, with their
+# reasons. A measurement on a GPU replaces each of them.
+MEMORY = 0.9  # of the bandwidth: 4.3 of 4.8 TB/s are expected of large copies on an H200
+PRODUCTS = 0.8  # of the bf16 peak: 790 of 989 are expected of products of 8192 x 8192
 PRODUCTS_FP32 = 0.75  # of the fp32 peak: cuBLAS without tensor cores
 LAUNCH = 2.5e-6  # s a kernel of a replayed CUDA graph
 EAGER_LAUNCH = 6e-6  # s a kernel that Python launches
@@ -35,7 +35,7 @@ FUSED_ATTENTION, PLAIN_ATTENTION = 0.85, 0.55  # of MEMORY: one query a row; PyT
 WINDOW = 64  # slots that PyTorch's attention reads whole; the own kernel reads filled ones alone
 FUSED_DRAW, PLAIN_DRAW = 4, 30  # passes over a step's fp32 logits: guidance, filters, sums, draw
 FUSED_DRAW_KERNELS, PLAIN_DRAW_KERNELS = 1, 20
-VIT_BF16 = 0.35  # of the bf16 peak: 900 images/s of ViT-H-14 on an H100, batches of 64
+VIT_BF16 = 0.35  # of the bf16 peak: 1,000 images/s of ViT-H-14, in batches of 64
 CONVOLUTION_BF16 = 0.3  # of the bf16 peak: a VQ decoder, half of whose kernels move memory
 CONVOLUTION_FP32 = 1.2  # of the fp32 peak: Winograd's algorithm saves products of 3 x 3
 PREPROCESSING = 1e-4  # s an image and network: resizing, normalising, host to device

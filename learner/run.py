@@ -33,6 +33,7 @@ from cluster.program import logs
 from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.program.help import answer_help, asks_help
 from cluster.program.invocation import command_of
+from cluster.program.precision import deterministic_environment
 from cluster.program.signals import StopFlag, deferred_signals, signal_handler
 from cluster.program.streams import safe_streams
 from cluster.ray_session.session import check_ray, free_nodes, local_node
@@ -188,6 +189,8 @@ def _main(arguments: list[str] | None, console: Console) -> int:
     with ExitStack() as owned:
         try:
             command, config, target = parse(arguments)
+            if config.reproducible:  # before the checks, which may look at the GPU
+                deterministic_environment()
             found = preflight(config, begun=target.begun)
             if not command.inline:
                 with found.of("ray"):

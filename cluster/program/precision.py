@@ -69,12 +69,9 @@ def without_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def deterministic_algorithms() -> None:
-    """Choose algorithms whose results do not depend on the order in which threads of a GPU finish.
-
-    Covers cuBLAS, cuDNN, attention (torch then passes over cuDNN's, whose backward pass has none),
-    Inductor and NCCL. An operation without such an algorithm raises: see `refusals_explained`.
-    On a CPU the default operations are deterministic, and results do not change.
+def deterministic_environment() -> None:
+    """Set the variables that CUDA's libraries read when they start, for `deterministic_algorithms`.
+    A program that looks at the GPU before it builds roles calls this first.
 
     Raises:
         ConfigError: the environment asks cuBLAS for other workspaces, or CUDA has started without.
@@ -92,6 +89,19 @@ def deterministic_algorithms() -> None:
         )
     for name, value in DETERMINISTIC.items():
         os.environ.setdefault(name, value)
+
+
+def deterministic_algorithms() -> None:
+    """Choose algorithms whose results do not depend on the order in which threads of a GPU finish.
+
+    Covers cuBLAS, cuDNN, attention, Inductor and NCCL. An operation without such an algorithm
+    raises: see `refusals_explained`. On a CPU the default operations are deterministic, and results
+    do not change.
+
+    Raises:
+        ConfigError: as `deterministic_environment`.
+    """
+    deterministic_environment()
     torch.use_deterministic_algorithms(True)
     # Each `torch.empty` would be filled with NaN, in captured steps too; none is read unwritten.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from actors.models.taming import TamingConfig, TamingGPT
 from cluster.errors import ConfigError
 from cluster.fleet import InlineFleet
 from cluster.messages import Condition, SamplingSpec
+from cluster.program.console import REFUSED as STATUS
 from cluster.program.precision import (
     CUBLAS_WORKSPACE,
     FIXED_WORKSPACES,
@@ -28,6 +29,7 @@ from cluster.program.precision import (
 from learner.checkpoints.resume import check_resume
 from learner.config import RunConfig, to_dict, validate
 from learner.fleet_plan import fleet_plan
+from learner.run import main
 from learner.training.policy import LearnerPolicy, any_conditions
 from rewards.config import BatchingConfig, RewardsConfig, RewardServerConfig
 from rewards.servers.panel import Panel
@@ -93,6 +95,24 @@ def test_cuda_must_not_have_started_without(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(CUBLAS_WORKSPACE, ":4096:8")
     start_computing(reproducible=True)
     assert is_deterministic()
+
+
+def test_the_command_sets_its_environment_before_it_looks_at_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which starts CUDA in the process that `--inline` computes in."""
+    seen = []
+
+    def looked() -> tuple[str, float]:
+        seen.append(os.environ.get(CUBLAS_WORKSPACE))
+        return "", 0.0
+
+    monkeypatch.setattr("learner.preflight.this_gpu", looked)
+    assert main(["--dry-run", "--inline", "--reproducible"]) == 0
+    assert seen == [":4096:8"]
+    monkeypatch.setenv(CUBLAS_WORKSPACE, ":0:0")
+    assert main(["--dry-run", "--inline", "--reproducible"]) == STATUS
+    assert "found ':0:0' in the environment: remove the variable" in capsys.readouterr().err
 
 
 def test_a_refused_operation_is_explained_and_other_errors_pass() -> None:

@@ -280,8 +280,9 @@ def test_at_the_size_of_real_features(
 
 
 @pytest.mark.gpu
-def test_the_gpu_agrees() -> None:
-    s = scene(64, 100, history=300, condition=1e6)
+@pytest.mark.parametrize("dim", [64, 540])
+def test_the_gpu_agrees(dim: int) -> None:
+    s = scene(dim, 100, history=5 * dim, condition=1e6)
     basis = HistoryBasis.of(s.moments, s.reference, "cuda")
     for decay in (0.5, 0.99):
         here, _ = leave_one_out_fid(s.x, s.moments, s.reference, decay)

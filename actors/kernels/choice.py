@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 
 import torch
@@ -30,10 +29,11 @@ def best_kernels(cache: Tensor) -> Kernels:
 
 @functools.cache
 def _tried(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
-    reason = unsupported(dtype, head_dim)
+    reason = unsupported(device, dtype, head_dim)
     if not reason:
         try:
-            fused: Kernels = importlib.import_module("actors.kernels.fused")
+            from actors.kernels import fused
+
             reason = trial(fused, device, dtype, head_dim)
         except ImportError as error:
             reason = f"Triton cannot be imported ({error})"
@@ -45,8 +45,10 @@ def _tried(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
     return plain
 
 
-def unsupported(dtype: torch.dtype, head_dim: int) -> str:
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why the fused kernels cannot decode such a cache; empty if they can."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return f"the cache is on {device}, not on the current device, where Triton launches"
     if dtype not in DTYPES:
         return f"the cache is in {str(dtype).removeprefix('torch.')}, expected one of " + ", ".join(
             str(each).removeprefix("torch.") for each in DTYPES
@@ -56,6 +58,7 @@ def unsupported(dtype: torch.dtype, head_dim: int) -> str:
     return ""
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Launch each kernel on small inputs of this dtype; what deviates from the plain ones, or

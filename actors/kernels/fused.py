@@ -208,7 +208,7 @@ def draw(logits: Tensor, uniforms: Tensor, spec: SamplingSpec) -> tuple[Tensor, 
     entropies = torch.empty_like(logprobs)
     _draw[(rows,)](
         logits, logits[rows:] if guided else logits, uniforms.contiguous(), tokens, logprobs,
-        entropies, vocabulary, spec.cfg_scale, spec.temperature, GUIDED=guided,
+        entropies, vocabulary, float(spec.cfg_scale), float(spec.temperature), GUIDED=guided,
         TEMPERED=spec.temperature != 1, BLOCK=min(DRAW_BLOCK, triton.next_power_of_2(vocabulary)),
         num_warps=8,
     )  # fmt: skip

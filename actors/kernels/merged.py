@@ -15,7 +15,8 @@ def merged_weight(first: nn.Module, second: nn.Module) -> Tensor | None:
     which merges them anew.
 
     Returns:
-        None unless both are plain linear maps without a bias: not those of an adapter, not sharded.
+        None unless both are plain linear maps without a bias: not those of an adapter, not sharded,
+        not made in inference mode.
     """
     if not (_is_plain(first) and _is_plain(second)):
         return None
@@ -33,7 +34,7 @@ def merged_weight(first: nn.Module, second: nn.Module) -> Tensor | None:
 
 def _is_plain(module: nn.Module) -> bool:
     linear = isinstance(module, nn.Linear) and module.bias is None
-    return linear and type(module.weight) is nn.Parameter
+    return linear and type(module.weight) is nn.Parameter and not module.weight.is_inference()
 
 
 def _adjacent(a: Tensor, b: Tensor) -> bool:

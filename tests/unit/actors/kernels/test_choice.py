@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import actors.kernels
 from actors.kernels import choice, plain
 from actors.sampler import SamplerResources
 
@@ -32,7 +33,8 @@ def test_the_trial_passes_and_finds_kernels_that_deviate() -> None:
     pytest.importorskip("triton", reason="Triton exists on Linux only")
     from actors.kernels import fused
 
-    assert choice._tried(DEVICE, torch.float32, 8) is fused
+    with torch.inference_mode():  # as decoding is
+        assert choice._tried(DEVICE, torch.float32, 8) is fused
 
     def doubled(*inputs: object) -> torch.Tensor:
         return 2 * plain.attention(*inputs)  # type: ignore[arg-type]
@@ -64,6 +66,9 @@ def test_one_message_says_why_triton_is_not_used(
 
     module = SimpleNamespace() if failure else None  # None: importing it raises
     monkeypatch.setitem(sys.modules, "actors.kernels.fused", module)  # type: ignore[arg-type]
+    monkeypatch.delattr(actors.kernels, "fused", raising=False)
+    if failure:
+        monkeypatch.setattr(actors.kernels, "fused", module, raising=False)
     monkeypatch.setattr(choice, "trial", fails)
     for _ in range(2):
         assert choice._tried(DEVICE, dtype, head_dim) is plain

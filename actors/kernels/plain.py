@@ -39,7 +39,7 @@ def cached_attention(
         (B, H, 1, E) in the query's dtype.
     """
     write_cache(cache, key, value, window.slot)
-    keys, values = cache[0, :, :, : window.size], cache[1, :, :, : window.size]
+    keys, values = cache[:, :, :, : window.size].unbind()
     wide = query.to(cache.dtype)
     bias = None if window.bias is None else window.bias.to(cache.dtype)
     if query.device.type != "cpu" or cache.shape[-1] != query.shape[-1]:
@@ -54,11 +54,11 @@ def cached_attention(
 
 def write_cache(cache: Tensor, key: Tensor, value: Tensor, place: int | Tensor) -> None:
     """Copy keys and values (B, H, n, E) to slots `place`, place + 1, ... of (2, B, H, S, W)."""
-    for half, new in zip(cache[..., : key.shape[-1]], (key, value)):
+    for half, new in zip(cache.unbind(), (key, value)):
         if isinstance(place, int):
-            half[:, :, place : place + new.shape[2]] = new
+            half[:, :, place : place + new.shape[2], : new.shape[3]] = new
         else:
-            half.index_copy_(2, place, new.to(half.dtype))
+            half[..., : new.shape[3]].index_copy_(2, place, new.to(half.dtype))
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -168,8 +168,8 @@ def _cpu_share(plan: FleetPlan, cpus: float) -> float:
 
 
 def _check_gpus(plan: FleetPlan, gpus: float) -> None:
-    wanted = sum(role.count * role.resources.num_gpus for role in plan.roles)
-    if round(wanted * UNITS) > round(gpus * UNITS):
+    wanted = round(sum(role.count * role.resources.num_gpus for role in plan.roles), 4)  # UNITS
+    if wanted > round(gpus, 4):
         raise ConfigError(
             f"the fleet asks for {wanted:g} GPU{'s' * (wanted != 1)}, but there are "
             f"{gpus:g}: lower num_gpus "

@@ -61,6 +61,15 @@ def test_gpus_choose_the_device() -> None:
         ),
         (plan(samplers=500), "ask for fewer workers"),
         (plan(sampler=Resources(num_gpus=1)), "asks for 2 GPUs, but there are 0"),
+        (
+            plan(
+                samplers=1,
+                learner=Resources(num_gpus=0.7),
+                sampler=Resources(num_gpus=0.2),
+                server=Resources(num_gpus=0.1),
+            ),
+            "asks for 1 GPU, but there are 0",
+        ),
     ],
 )
 def test_what_cannot_fit_is_refused(asked: FleetPlan, message: str) -> None:

@@ -11,10 +11,12 @@ expected or wrong, failed or was skipped comes last; the exit status is 1 if som
 failed. tests/bench/README.md says what each check means, and what to do when it fails.
 
 Runs from a plain checkout, with torch >= 2.11 and Python >= 3.11, and without Ray. It needs numpy,
-msgpack, pyarrow, safetensors, pyyaml, pydantic and tyro; some checks need pillow, scipy,
-threadpoolctl, huggingface_hub and rich (iteration, miniature), open_clip_torch with torchvision,
-timm, ftfy and regex (scorers), or pytest (tests), and say so where they are skipped. What a machine
-lacks it can be given as wheels, which this line downloads elsewhere for Python 3.12:
+msgpack, pyarrow, safetensors, pyyaml and pydantic. Some checks need more, and are skipped with the
+name of what lacks: triton (kernels); tyro, rich, pillow, scipy, huggingface_hub (step, weights,
+reproducible); open_clip_torch with torchvision, timm, ftfy and regex (scorers, public, iteration,
+miniature); threadpoolctl and scikit-learn (iteration, miniature); pytest and hypothesis (tests).
+Images with PyTorch for GPUs mostly have all but these, which this line, elsewhere, downloads as
+wheels for Python 3.12 (the version of pydantic-core is the one that its pydantic asks for):
 
     pip download -d wheels --no-deps --only-binary=:all: --python-version 3.12 \\
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \\

@@ -30,11 +30,10 @@ from tests.bench.measuring import fastest, synchronise, timed
 PRESET = load_preset("paper-fixed")
 VARIANTS: dict[str, dict[str, Any]] = {
     "preset": {},
-    "plain": {"checkpointing": False, "microbatch": 48, "compile": "never"},
-    "compiled": {"checkpointing": False, "microbatch": 48, "compile": "always"},
-    "recomputed": {"checkpointing": True, "microbatch": 12, "compile": "never"},
+    "plain": {"compile": "never"},
+    "recomputed": {"compile": "never", "checkpointing": True, "microbatch": 12},
 }
-"""Changes to the preset's learner."""
+"""Changes to the preset's learner, whose blocks are compiled on a GPU."""
 
 
 def step(scene: Scene) -> None:
@@ -42,10 +41,7 @@ def step(scene: Scene) -> None:
     the learner's; and whether the default step repeats bit for bit (nothing promises it)."""
     file, batch = policy_file(scene), rollouts(scene)
     first = None
-    names = ["preset"] if scene.quick else list(VARIANTS)
-    if scene.tiny:  # compiling takes longer than all checks; tests of the learner do it
-        names.remove("compiled")
-    for name in names:
+    for name in ["preset"] if scene.quick else VARIANTS:
         weights = variant(scene, name, file, batch)
         first = weights if first is None else first
         free(scene)

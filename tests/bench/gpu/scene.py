@@ -36,6 +36,8 @@ class Scene:
     ) -> None:
         self.device, self.tiny, self.quick, self.official = device, tiny, quick, official
         self.check = ""
+        self.figures: dict[str, float] = {}
+        """Of this process so far."""
         self._tell = tell
         self._folder: tempfile.TemporaryDirectory | None = None
 
@@ -79,6 +81,7 @@ class Scene:
 
     def figure(self, name: str, value: float) -> None:
         """A figure of `expected.EXPECTED`, printed at once."""
+        self.figures[name] = float(value)
         self._tell("figure", check=self.check, name=name, value=float(value))
 
     def note(self, text: str) -> None:

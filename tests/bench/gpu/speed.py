@@ -8,6 +8,7 @@ import torch
 
 from actors.decoding.decode import decode_tokens
 from actors.decoding.steps import Workspace
+from actors.kernels import plain
 from tests.bench.gpu.decoding import GUIDED, classes, decode, uniforms
 from tests.bench.gpu.scene import Scene
 from tests.bench.measuring import Official, Run, fastest, measure_machine
@@ -30,6 +31,9 @@ def decode_speed(scene: Scene) -> None:
         share = machine.seconds(policy, 2 * images) / seconds
         scene.figure(f"decode_{name}_s", seconds)
         scene.figure(f"decode_{name}_roofline", share)
+    if not scene.quick:
+        without = run_of(scene, sizes[128], Workspace(policy, kernels=plain))
+        scene.figure("decode_128_torch_s", fastest([without], scene.device, 1)[0])
     if scene.official and not scene.tiny:
         theirs = Official(Path(scene.official), scene.small, policy)
         rows = torch.arange(many, device=scene.device)

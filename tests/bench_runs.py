@@ -55,11 +55,11 @@ from importlib.machinery import PathFinder
 found = PathFinder.find_spec
 
 
-def find_spec(name, path=None, target=None):
+def find_spec(cls, name, path=None, target=None):
     return None if name.partition(".")[0] in {names} else found(name, path, target)
 
 
-PathFinder.find_spec = find_spec
+PathFinder.find_spec = classmethod(find_spec)
 """
 
 

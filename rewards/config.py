@@ -152,8 +152,9 @@ class BatchingConfig:
     """Batches and queue of a reward server."""
 
     max_batch: int = 0
-    """Largest batch across requests, images. 0 is 64 on a GPU, and single requests on a CPU, where
-    larger batches are no faster and would change the last bits of scores."""
+    """Largest batch, images; across requests unless the run is reproducible. 0 is 64 on a GPU, and
+    single requests on a CPU, where larger batches are no faster and would change the last bits of
+    scores."""
     max_wait_ms: float = 2.0
     """Longest wait of a request for others in its batch, milliseconds."""
     max_queued: int = 1024

@@ -83,7 +83,7 @@ def under_ray(config: Any) -> list[Iteration]:
     from cluster.ray_backend.fleet import RayFleet
     from cluster.ray_session.session import RaySession
 
-    with RaySession(config.ray), RayFleet(fleet_plan(config)) as fleet:
+    with RaySession(config.ray) as session, RayFleet(fleet_plan(config), session) as fleet:
         return run_training(config, fleet)
 
 

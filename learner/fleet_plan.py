@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,5 +123,7 @@ def _reward_role(
 
 
 def _environment(config: RunConfig) -> Mapping[str, str]:
-    """Variables that CUDA's libraries read when they start."""
-    return DETERMINISTIC if config.reproducible else {}
+    """Variables that CUDA's libraries read when they start; values that are set already stay."""
+    if not config.reproducible:
+        return {}
+    return {name: os.environ.get(name, value) for name, value in DETERMINISTIC.items()}

@@ -7,7 +7,7 @@ returns to the object store, which is where a sampler takes it from if it did no
 The functions at the end run inside the actors. A sampler receives in a thread of its own, beside
 its work, into a buffer that is verified before it is used; it loads it when its turn comes. gloo
 does not notice a member that dies in the middle of a large transfer, and NCCL may not: every
-exchange is bounded, and `leave` ends it at once.
+wait is bounded, and `leave` ends it at once.
 
 Over NCCL not yet run on a GPU. Names of torch that it does not promise to keep are used in
 `_process_group` alone.
@@ -66,7 +66,7 @@ class Member:
     def __init__(self) -> None:
         self.store: Any = None
         """Of the rendezvous that the learner opened last."""
-        self._group = 0
+        self._group = self._left = 0  # numbers of groups rise
         self._backend: Any = None
         self._buffer: Tensor | None = None
         self._changed = threading.Condition()
@@ -131,27 +131,39 @@ class Member:
             yield found[1] if found and found[0] == number else None
 
     def leave(self, group: int = 0) -> None:
-        """Leave the group, if it is this one (0: any). A member that is in the middle of an
-        exchange fails."""
+        """Leave the group (0: the present one), or never join it. A member that waits for the
+        others, or is in the middle of an exchange, fails."""
+        self._left = max(self._left, group or self._group)
         if group in (0, self._group):
             backend, self._backend = self._backend, None
             if backend is not None:
                 backend.abort()
 
     def _join(self, ticket: Ticket, address: str) -> None:
+        if ticket.group <= self._left:
+            raise FleetError("the group was left")
         if ticket.group == self._group:
-            if self._backend is None:
-                raise FleetError("the group was left after a failure")
             return
         self.leave()
-        self._group, wait = ticket.group, timedelta(seconds=JOIN_S)
+        self._group = ticket.group
         if ticket.rank:
             host, _, port = address.rpartition(":")
+            wait = timedelta(seconds=JOIN_S)
             self.store = dist.TCPStore(host, int(port), is_master=False, timeout=wait)
+        self._meet(ticket)
         self._backend = _process_group(self.store, ticket)
-        self.store.set(f"joined {ticket.rank}", "")
-        self.store.wait([f"joined {rank}" for rank in range(ticket.size)], wait)
         self._exchange(torch.zeros(1, dtype=torch.uint8, device="cuda" if ticket.nccl else "cpu"))
+
+    def _meet(self, ticket: Ticket) -> None:
+        """Wait until all members are there: gloo then connects at once, or in its `PART_S` not."""
+        self.store.set(f"joined {ticket.rank}", "")
+        names, until = [f"joined {rank}" for rank in range(ticket.size)], time.monotonic() + JOIN_S
+        while not self.store.check(names):
+            if ticket.group <= self._left:
+                raise FleetError("the group was left before all had joined")
+            if time.monotonic() > until:
+                raise FleetError(f"not all {ticket.size} members joined within {JOIN_S:g} s")
+            time.sleep(LOOK_S)
 
     def _exchange(self, flat: Tensor) -> None:
         """Broadcast a flat tensor from rank 0, in place.
@@ -168,7 +180,7 @@ class Member:
                     parts.append(len(part))
 
         if backend is None:
-            raise FleetError("the group was left after a failure")
+            raise FleetError("the group was left")
         task, sent, since = Background("a broadcast", broadcast), 0, time.monotonic()
         bound = JOIN_S if flat.nbytes == 1 else 2 * PART_S  # NCCL connects at the first
         while not task.done(LOOK_S):
@@ -206,6 +218,8 @@ def _stream_beside(tensor: Tensor) -> Iterator[None]:
         yield
         return
     stream = torch.cuda.Stream(tensor.device)
+    # The tensor's memory may be that of a freed one, which queued kernels still use.
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
         try:
             yield

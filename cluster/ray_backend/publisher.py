@@ -82,7 +82,8 @@ class Publisher:
 
     def forget(self) -> None:
         """The learner was replaced: drop its base and group."""
-        self._base, self._members, self._pending = None, (), []
+        self._leave(*self._members)
+        self._base = None
 
     def publish(self, learners: Sequence[Any], samplers: Sequence[Any] = ()) -> Published:
         """Request the learners' weights, without waiting.
@@ -131,6 +132,8 @@ class Publisher:
         """Have learner and samplers take part in a broadcast, without waiting."""
         first, *others = self._learners
         if samplers != self._members:
+            if self._members:
+                self._leave(first, *self._members)
             self._members, self._ranked = samplers, _by_node(first, samplers)
             self._group += 1
             self._address = call_inside(first, collective.open_rendezvous)
@@ -165,9 +168,7 @@ class Publisher:
         self._failures += 1
         self._failed = self._members
         self._collective = self._failures < MOST_FAILURES
-        for handle in (self._learners[0], *self._members):
-            call_inside(handle, collective.leave, self._group, group=heartbeat.GROUP)
-        self._members, self._pending = (), []
+        self._leave(self._learners[0], *self._members)
         then = "and the next one forms a new group"
         if not self._collective:
             then = f"as all later ones: that was {self._failures} times in succession"
@@ -178,6 +179,13 @@ class Publisher:
             reason,
             then,
         )
+
+    def _leave(self, *handles: Any) -> None:
+        """Disband the present group. What its members still wait for ends now, so that they are
+        free for the next one, and is not counted against that."""
+        for handle in handles:
+            call_inside(handle, collective.leave, self._group, group=heartbeat.GROUP)
+        self._members, self._pending = (), []
 
 
 def _by_node(learner: Any, samplers: Sequence[Any]) -> Sequence[Any]:

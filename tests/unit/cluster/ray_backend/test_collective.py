@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_what_is_not_loaded_in_time_comes_from_the_object_store(
     for role in (learner, other):
         collective.leave(role, 2)
     sixth, failures = broadcast(2, 6, address, learner, other)
-    assert failures == ["the group was left after a failure"] * 2
+    assert failures == ["the group was left"] * 2
     assert load(other, 6, 1.0, [sixth]) == ("ndarray", 6.0, 6.0)
     assert load(other, 7, 0.0, [sixth]) == ("ndarray", 6.0, 6.0)  # of which nothing is known
 
@@ -100,6 +100,32 @@ def test_who_does_not_come_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatc
     snapshot, failure = send(learner, Ticket(1, 1, 0, 2, False), address)
     assert snapshot.version == 1
     assert failure
+
+
+def test_a_member_may_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later than gloo alone would wait."""
+    monkeypatch.setattr(collective, "PART_S", 0.5)
+    learner, late = Role(), Role()
+    address = open_rendezvous(learner)
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(send, learner, Ticket(1, 1, 0, 2, False), address)
+        assert not wait([sent], 1.0).done
+        assert receive(late, Ticket(1, 1, 1, 2, False), address) == ""
+        assert sent.result()[1] == ""
+
+
+def test_leaving_ends_the_wait_for_the_others() -> None:
+    learner = Role()
+    address = open_rendezvous(learner)
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(send, learner, Ticket(1, 1, 0, 2, False), address)
+        assert not wait([sent], 0.3).done
+        collective.leave(learner, 1)
+        assert sent.result(5)[1] == "the group was left before all had joined"
+    collective.leave(learner, 2)  # before it was told to join that
+    assert send(learner, Ticket(2, 2, 0, 2, False), open_rendezvous(learner))[1] == (
+        "the group was left"
+    )
 
 
 @pytest.mark.gpu

@@ -25,13 +25,20 @@ class Actors:
         self.asked: list[tuple[str, str]] = []
         self.answers: dict[object, str] = {}
         self.failure = ""
-        fake = SimpleNamespace(wait=lambda refs, **_: (refs, []), get=self.answers.__getitem__)
+        self.answered = True
+        fake = SimpleNamespace(wait=self.wait, get=self.answers.__getitem__)
         monkeypatch.setattr(publisher, "ray", fake)
         monkeypatch.setattr(publisher, "call_inside", self.call_inside)
         monkeypatch.setattr(publisher, "actor_id", lambda handle: handle)
         monkeypatch.setattr(publisher, "living_actors", lambda: self.nodes)
         self.nodes: dict[str, dict[str, str]] = {}
         self.learner = Handle("learner")
+
+    def wait(self, refs: list[object], **_: Any) -> tuple[list[object], list[object]]:
+        return (refs, []) if self.answered else ([], refs)
+
+    def left(self) -> list[str]:
+        return [who for who, what in self.asked if what == "leave"]
 
     def call_inside(
         self, handle: Any, function: Any, *_: Any, group: str = "", num_returns: int = 1
@@ -57,6 +64,21 @@ def test_a_group_is_formed_anew_when_its_members_change(monkeypatch: pytest.Monk
     assert publishing.publish([actors.learner], []).number == 0  # none serves yet
 
 
+def test_who_was_in_a_group_leaves_it_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the end of a broadcast that goes on would be taken for a failure of the next group."""
+    actors, publishing = Actors(monkeypatch), Publisher(COLLECTIVE)
+    actors.answered, actors.failure = False, "too late"
+    publishing.publish([actors.learner], ["one", "two"])
+    assert actors.left() == []
+    publishing.publish([actors.learner], ["one"])
+    assert actors.left() == ["learner", "one", "two"]
+    actors.answered = True
+    publishing.look()
+    assert actors.left() == ["learner", "one", "two"]  # what "two" answers is of no concern
+    publishing.forget()  # another learner
+    assert actors.left() == ["learner", "one", "two", "one"]
+
+
 def test_members_of_a_node_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     actors = Actors(monkeypatch)
     on = {"learner": "b", "one": "c", "two": "a", "three": "b", "four": "c", "five": "a"}
@@ -79,7 +101,7 @@ def test_one_that_fails_twice_with_the_same_members_is_given_up(
         return number
 
     assert publish("one", "two", failure="no route to host") == 1
-    assert [who for who, what in actors.asked if what == "leave"] == ["learner", "one", "two"]
+    assert actors.left() == ["learner", "one", "two"]
     assert publish("one", "two") == 2  # it succeeds: that was no habit
     assert publish("one", "two", failure="no route to host") == 3
     assert publish("one", "two", "three", failure="no route to host") == 4

@@ -27,7 +27,7 @@ class Node:
     name: str
     cpus: float
     gpus: float = 0.0
-    """The fraction is one GPU that is partly in use."""
+    """The fraction is taken for one GPU that is partly in use; Ray tells the sum alone."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.cpus:g} CPUs, {self.gpus:g} GPU{'s' * (self.gpus != 1)})"
@@ -149,7 +149,7 @@ def place(plan: FleetPlan, nodes: Sequence[Node]) -> FleetPlacement:
     if isinstance(by_ray, _Request):
         note = _warning(by_ray, nodes)
     else:
-        found = by_ray
+        found, note = by_ray, _others_note(asked, nodes)
     return FleetPlacement(tuple(_reserved(role, share) for role in plan.roles), tuple(found), note)
 
 
@@ -253,4 +253,16 @@ def _warning(waits: _Request, nodes: Sequence[Node]) -> str:
         f"may leave no room for {waits}, which would then not start. Free: "
         f"{', '.join(map(str, nodes[:8]))}{', ...' * (len(nodes) > 8)}. Fewer or smaller shares "
         "(num_gpus) leave it room"
+    )
+
+
+def _others_note(requests: Sequence[_Request], nodes: Sequence[Node]) -> str:
+    """Empty where no GPU is partly in use by others, or none is asked for."""
+    partly = [node for node in nodes if round(node.gpus * UNITS) % UNITS]
+    if not partly or not any(request.gpus for request in requests):
+        return ""
+    return (
+        "others use parts of GPUs, and which parts Ray does not tell: free are "
+        f"{', '.join(map(str, partly[:8]))}{', ...' * (len(partly) > 8)}. If that is of several "
+        "GPUs, a worker that needs more than is left of each would not start"
     )

@@ -76,6 +76,13 @@ def test_every_role_starts_so_if_asked(role: str) -> None:
     assert is_deterministic()
 
 
+def test_workers_on_ray_keep_what_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CUBLAS_WORKSPACE, ":16:8")
+    monkeypatch.setenv(NCCL_ALGORITHM, "Tree")
+    found = fleet_plan(RunConfig(reproducible=True)).sampler.environment
+    assert found == {CUBLAS_WORKSPACE: ":16:8", NCCL_ALGORITHM: "Tree"}
+
+
 def test_what_the_environment_asks_for_is_kept_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CUBLAS_WORKSPACE, ":16:8")
     monkeypatch.setenv(NCCL_ALGORITHM, "Tree")

@@ -142,6 +142,16 @@ def test_a_fleet_that_ray_may_fail_to_place_has_a_note() -> None:
     assert place(asked, nodes(2)).note == ""  # within a node a fraction goes to the fullest GPU
 
 
+def test_gpus_that_others_use_in_part_have_a_note() -> None:
+    """1.5 free GPUs may be two of which .75 are left: no worker gets a whole one."""
+    asked = plan(samplers=1, learner=gpu(1), sampler=gpu(0.5), server=gpu(0))
+    assert "which parts Ray does not tell: free are node-0 (8 CPUs, 1.5 GPUs)" in (
+        place(asked, nodes(1.5)).note
+    )
+    on_cpus = plan(samplers=1, learner=gpu(0), sampler=gpu(0), server=gpu(0))
+    assert place(on_cpus, nodes(1.5)).note == ""
+
+
 def test_largest_first_is_tried_too() -> None:
     asked = plan(samplers=2, learner=gpu(0.4), sampler=gpu(0.3), server=gpu(1))
     assert place(asked, nodes(1, 1)).seats  # .4 + .3 + .3, and 1

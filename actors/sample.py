@@ -34,6 +34,8 @@ from actors.captions import DTYPES, resolve_device
 from actors.checkpoints.loading import load_decoder, load_policy
 from actors.decoding.decode import decode_tokens, rollout_uniforms
 from actors.decoding.steps import Workspace
+from actors.kernels import plain
+from actors.kernels.interface import Kernels
 from actors.models.base import Policy
 from actors.models.vq import VQDecoder
 from actors.sample_files import ContactSheet, NpzWriter, PngWriter
@@ -96,14 +98,16 @@ def sample_images(
     seed: int,
     batch: int,
     size: int = 0,
+    kernels: Kernels | None = None,
 ) -> Iterator[np.ndarray]:
     """Images of the conditions, in batches.
 
     Args:
         conditions: image i shows number i mod len(conditions).
         seed: with the image's number it determines its uniforms.
-        batch: images decoded at once; does not change the result.
+        batch: images decoded at once; changes at most rounding.
         size: pixels a side that images are resized to; 0: not resized.
+        kernels: of decoding; None is `best_kernels`.
 
     Yields:
         (B, H, W, 3) uint8; B = batch, except for the last.
@@ -112,7 +116,7 @@ def sample_images(
         DataError: a condition does not fit the policy.
         ConfigError: guidance with a policy that has no unconditional branch.
     """
-    workspace = Workspace(policy)
+    workspace = Workspace(policy, kernels=kernels)
     for first in range(0, num_images, batch):
         numbers = range(first, min(first + batch, num_images))
         uniforms = [
@@ -253,6 +257,7 @@ def _write(plan: Plan) -> None:
             seed=config.seed,
             batch=config.batch,
             size=config.size,
+            kernels=plain if config.kernels == "torch" else None,
         )
         for images in batches:
             for writer in writers:
@@ -278,6 +283,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "size": config.size or None,
         "device": plan.device,
         "dtype": str(_dtype(config.dtype, plan.device)).removeprefix("torch."),
+        "kernels": config.kernels,
         "num_images": plan.num_images,
         "order": "image i shows condition i modulo the number of conditions",
         "conditions": [

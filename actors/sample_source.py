@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from actors.captions import DType
 from actors.checkpoints.loading import PolicyConfig, TokenizerConfig
@@ -104,6 +104,9 @@ class SampleConfig:
     """Device to sample on: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     dtype: DType = "auto"
     """Dtype of policy and text encoder; auto is bfloat16 on a GPU and float32 on a CPU."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """What decoding computes with between its matrix products. auto: on CUDA Triton's kernels, or,
+    with a message that says why, plain PyTorch. torch: plain PyTorch."""
     npz: Path | None = None
     """Write all images to one .npz, too, as the ADM evaluator reads them: arr_0 (N, H, W, 3) uint8,
     and arr_1 (N,) the classes."""

@@ -176,12 +176,13 @@ class Workspace:
         static = steps.get(size)
         known = static is not None
         if static is None:
-            static = steps[size] = StaticStep(self._policy, state, spec, size, len(tokens))
+            static = StaticStep(self._policy, state, spec, size, len(tokens))
             if state.cache.is_cuda:
                 static.load(tokens, uniforms, state.position)
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
                 self._stream = self._stream or torch.cuda.Stream()
                 static.capture(self._pool, self._stream)
+            steps[size] = static  # not before: a capture that failed is tried again, not left out
         sampled = static(tokens, uniforms, state.position)
         if not known:  # kernels may merge weights when they first run
             self._addresses = addresses(self._policy)

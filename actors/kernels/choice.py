@@ -38,6 +38,8 @@ def _tried(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
         except ImportError as error:
             reason = f"Triton cannot be imported ({error})"
         except Exception as error:  # of its compiler, of the driver: their types are not documented
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises if CUDA is lost: then nothing can be computed
             reason = f"a trial launch failed with {type(error).__name__}: {error}"
     if not reason:
         return fused
@@ -47,7 +49,7 @@ def _tried(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why the fused kernels cannot decode such a cache; empty if they can."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         return f"the cache is on {device}, not on the current device, where Triton launches"
     if dtype not in DTYPES:
         return f"the cache is in {str(dtype).removeprefix('torch.')}, expected one of " + ", ".join(
@@ -73,6 +75,8 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype, head_dim: 
     turn = torch.randn(1, head_dim, generator=generator).to(device)
     place = torch.full((1,), slot, dtype=torch.int64, device=device)
     live = Window(place, slot + 1)
+    biased = Window(place, slot + 1, normal(2, 1, 1, slot + 1).float())
+    narrow = tuple(normal(3, 2, 2, 1, head_dim - 4)) if head_dim > 4 else qkv
     x, weight = normal(2, 1, head_dim), normal(head_dim)
     w1, w3 = (nn.Linear(head_dim, 24, bias=False).to(device, dtype) for _ in range(2))
     logits = torch.randn(4, 5000, generator=generator).to(device) * 3
@@ -80,9 +84,10 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype, head_dim: 
     spec = SamplingSpec(cfg_scale=1.5, temperature=0.9, guidance="guided")
 
     def results(of: Kernels) -> dict[str, tuple[Tensor, ...]]:
-        own = cache.clone()
+        own, other = cache.clone(), cache.clone()
         return {
             "attention": (of.attention(qkv, own, live, (turn, turn)), own),
+            "attention with a bias": (of.attention(narrow, other, biased), other),
             "add_rms_norm": of.add_rms_norm(x, x, weight, 1e-5),
             "gated_silu": (of.gated_silu(x, w1, w3),),
             "draw": of.draw(logits, uniforms, spec),

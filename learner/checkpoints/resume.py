@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "heartbeat_s",
     "max_restarts",
     "max_failed_share",
+    "sampler.kernels",
     "sampler.num_",
     "reward.num_",
     "reward.min",
@@ -40,7 +41,7 @@ MAY_CHANGE = (
 """Prefixes of fields that a resumed run may change: they do not change what it computes (but for
 more iterations, which stretch the learning rate's schedule)."""
 
-OF_ROUNDING = ("num_learners", "learner.microbatch", "learner.compile")
+OF_ROUNDING = ("num_learners", "learner.microbatch", "learner.compile", "sampler.kernels")
 """Fields that may change the last bits: a reproducible run keeps them."""
 
 LATER_ASKED = (".tag",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from PIL import Image
 
 from actors import sample
 from actors.checkpoints.loading import PolicyConfig, TokenizerConfig, load_decoder, load_policy
+from actors.decoding.steps import Workspace
+from actors.kernels import plain
 from actors.models.llamagen import LlamaGen, LlamaGenConfig
 from actors.models.taming import TamingConfig, TamingGPT
 from actors.sample import main, sample_images
@@ -91,6 +94,21 @@ def test_npz_holds_the_same_images(tmp_path: Path) -> None:
         assert np.array_equal(image, png)
     bare = run_sample(tmp_path / "bare", "--num-images", 3, "--no-png")
     assert sorted(file.name for file in bare.iterdir()) == ["grid.png", "samples.json"]
+
+
+def test_kernels_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a way around Triton's on a GPU."""
+    given: list[object] = []
+
+    def recorded(*inputs: Any, kernels: Any) -> Workspace:
+        given.append(kernels)
+        return Workspace(*inputs, kernels=kernels)
+
+    monkeypatch.setattr(sample, "Workspace", recorded)
+    for name in ("auto", "torch"):
+        out = run_sample(tmp_path / name, "--num-images", 1, "--no-png", "--kernels", name)
+        assert record(out)["kernels"] == name
+    assert given == [None, plain]
 
 
 @pytest.mark.parametrize("size", [5, 8, 12])

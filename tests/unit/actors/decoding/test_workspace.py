@@ -88,6 +88,42 @@ def test_the_least_recently_used_steps_are_dropped(
     assert [rows for rows, _ in made] == [6, 4, 2, 4]
 
 
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it is on a GPU, as its views do."""
+
+    is_cuda = True
+
+
+def test_a_capture_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step would else be run, uncaptured, without a word."""
+    captures: list[int] = []
+
+    def capture(*_: object) -> None:
+        captures.append(1)
+        if len(captures) < 3:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(StaticStep, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    policy = tiny_policy()
+    allocate = policy.allocate
+
+    def on_cuda(*inputs: Any) -> Any:
+        state = allocate(*inputs)
+        state.cache = state.cache.as_subclass(OnCuda)
+        return state
+
+    policy.allocate = on_cuda  # type: ignore[method-assign]
+    workspace = Workspace(policy)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            decode(policy, 4, workspace)
+    decode(policy, 4, workspace)
+    decode(policy, 4, workspace)
+    assert len(captures) == 3
+
+
 def test_what_was_not_finite_does_not_stay_in_the_cache() -> None:
     policy = tiny_policy()
     workspace = Workspace(policy, static=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 
 import actors.kernels
 from actors.kernels import choice, plain
+from actors.kernels.interface import Window
 from actors.sampler import SamplerResources
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +41,13 @@ def test_the_trial_passes_and_finds_kernels_that_deviate() -> None:
     def doubled(*inputs: object) -> torch.Tensor:
         return 2 * plain.attention(*inputs)  # type: ignore[arg-type]
 
-    broken = SimpleNamespace(**vars(plain) | {"attention": doubled})
-    found = choice.trial(broken, DEVICE, torch.float32, 8)  # type: ignore[arg-type]
-    assert found.startswith("attention deviates by ")
+    def without_bias(qkv: object, cache: object, window: Window, *rope: object) -> torch.Tensor:
+        return plain.attention(qkv, cache, replace(window, bias=None), *rope)  # type: ignore[arg-type]
+
+    for attention, name in ((doubled, "attention"), (without_bias, "attention with a bias")):
+        broken = SimpleNamespace(**vars(plain) | {"attention": attention})
+        found = choice.trial(broken, DEVICE, torch.float32, 8)  # type: ignore[arg-type]
+        assert found.startswith(f"{name} deviates by ")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,32 @@ def test_one_message_says_why_triton_is_not_used(
     assert len(logged) == 1
     assert logged[0].startswith("note: decoding without Triton's kernels, which is slower: ")
     assert reason in logged[0]
+
+
+def test_a_cache_that_others_hold_is_of_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name, reason in (("cuda", ""), ("cuda:0", ""), ("cuda:1", "the cache is on cuda:1, not on")):
+        found = choice.unsupported(torch.device(name), torch.bfloat16, 64)
+        assert found.startswith(reason)
+        assert bool(found) == bool(reason)
+
+
+def test_a_lost_context_is_no_reason_to_go_on(
+    logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an illegal access every launch fails, the plain ones too."""
+
+    def lost(*_: object) -> str:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(sys.modules, "actors.kernels.fused", SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setattr(actors.kernels, "fused", SimpleNamespace(), raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(choice, "trial", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        choice._tried(torch.device("cuda", 0), torch.float32, 64)
+    assert logged == []
 
 
 def test_the_option_is_one_of_two() -> None:

@@ -235,9 +235,14 @@ def test_it_belongs_to_the_run() -> None:
 def test_a_resumed_run_keeps_what_changes_rounding() -> None:
     run = replace(RunConfig(), reproducible=True)
     check_resume(run, replace(run, num_samplers=5))
-    for change in ({"num_learners": 2}, {"learner": replace(run.learner, microbatch=3)}):
+    for name, change in {
+        "num_learners": {"num_learners": 2},
+        "learner.microbatch": {"learner": replace(run.learner, microbatch=3)},
+        "learner.compile": {"learner": replace(run.learner, compile="never")},
+        "sampler.kernels": {"sampler": replace(run.sampler, kernels="torch")},
+    }.items():
         check_resume(RunConfig(), replace(RunConfig(), **change))  # type: ignore[arg-type]
-        with pytest.raises(ConfigError, match=r"cannot change (num_learners|learner\.microbatch)"):
+        with pytest.raises(ConfigError, match=rf"cannot change {name} "):
             check_resume(run, replace(run, **change))  # type: ignore[arg-type]
 
 

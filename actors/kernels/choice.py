@@ -39,7 +39,7 @@ def _tried(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
             reason = f"Triton cannot be imported ({error})"
         except Exception as error:  # of its compiler, of the driver: their types are not documented
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # raises if CUDA is lost: then nothing can be computed
+                torch.cuda.synchronize(device)  # raises if nothing can be computed any more
             reason = f"a trial launch failed with {type(error).__name__}: {error}"
     if not reason:
         return fused

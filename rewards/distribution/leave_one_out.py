@@ -242,7 +242,7 @@ def _decompose(problem: _Problem) -> tuple[Tensor, Tensor]:
 
 
 def _decompose_large(problem: _Problem) -> tuple[Tensor, Tensor]:
-    """As `_decompose`, in less time than one `eigh`: LAPACK's routines behind `eigh`, in place, on
+    """As `_decompose`, in about the time of one `eigh`: LAPACK's routines behind it, in place, on
     lower triangles alone.
 
     L' C L with a triangular L takes D^3 operations, a quarter of two plain products (`dsygst`). Of
@@ -262,7 +262,8 @@ def _decompose_large(problem: _Problem) -> tuple[Tensor, Tensor]:
     reduced, diagonal, beside, scales, _ = lapack.dsytrd(
         squares, lower=1, lwork=BLOCK * rank, overwrite_a=1
     )
-    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside, lapack_driver="stevd")
+    # by divide and conquer, from scipy 1.16 on
+    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside)
     turned = projected.numpy().copy(order="F")
     turned[:, 1:], _, _ = lapack.dormqr(
         "R", "N", reduced[1:, :-1], scales, turned[:, 1:], BLOCK * (count + BLOCK + 1)

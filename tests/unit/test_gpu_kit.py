@@ -11,13 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.bench.gpu.__main__ import chosen, parse
+import tests.bench.gpu.__main__ as kit
+from tests.bench.gpu import whole
+from tests.bench.gpu.__main__ import MINUTES, chosen, parse
 from tests.bench.gpu.checks import CHECKS, Check
 from tests.bench.gpu.expected import EXPECTED, Expected, Verdict, card_of, expectation
 from tests.bench.gpu.report import Report
+from tests.bench.gpu.scene import Scene
 from tests.bench.gpu.supervisor import ROOT, Ended, StartError, Supervisor
 from tests.bench_runs import python_path_without
 
@@ -81,8 +85,13 @@ def test_a_check_that_hangs_is_stopped() -> None:
 
 
 def test_what_the_time_does_not_suffice_for_is_skipped() -> None:
-    ended, _ = run("one", "hangs", "last", seconds=2)
-    assert [e.status for e in ended] == ["done", "failed", "skipped"]
+    ended, _ = run("one", "hangs", "last", seconds=1)
+    assert [e.status for e in ended] == ["done", "skipped", "skipped"]
+    assert "to finish it" in ended[1].reason
+    report = Report(checks("one", "hangs", "last"))
+    for each in ended:
+        report.end(each)
+    assert report.exit_status == 0
 
 
 def test_a_check_that_sets_what_holds_for_a_process_has_its_own() -> None:
@@ -95,7 +104,74 @@ def test_nothing_runs_without_a_device() -> None:
         run("broken")
 
 
+def test_a_hang_leaves_time_for_the_rest() -> None:
+    """Where checks take a third of their limits."""
+    limits = [check.limit_s for check in chosen(parse([]))]
+    longest = max(limits[:-1])
+    assert sum(limits) / 3 + longest * 2 / 3 <= 60 * MINUTES
+
+
+def test_a_tool_that_hangs_or_does_not_start_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(kit, "SMI_S", 0.1)
+    (line,) = kit.card_lines()
+    assert "timed out" in line
+    tool.write_bytes(b"\x7fELF")
+    (line,) = kit.card_lines()
+    assert "Exec format error" in line
+
+
+def scene(folder: Path, figures: dict[str, float]) -> Scene:
+    def tell(kind: str, **event: Any) -> None:
+        if kind == "figure":
+            figures[event["name"]] = event["value"]
+
+    return Scene(tell, "cpu", tiny=True, quick=True, official="", folder=str(folder))
+
+
+def test_tests_that_take_too_long_tell_how_far_they_came(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(whole, "TESTS_S", 0.1)
+    with pytest.raises(RuntimeError, match="longer than"):
+        whole.marked_tests(scene(tmp_path, {}))
+
+
+def test_marked_tests_run_without_ray_and_hypothesis(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Files that need them are left out; a file that cannot be read stops no other."""
+    path = python_path_without(tmp_path, "ray", "hypothesis")
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # hypothesis has one
+    (broken := tmp_path / "test_broken.py").write_text("import no_such_package\n")
+    needy = ["cluster/ray_backend/test_collective.py", "cluster/test_weights.py"]
+    files = [f"tests/unit/{name}" for name in needy]
+    monkeypatch.setattr(whole, "marked_files", lambda: [*files, str(broken)])
+    figures = dict[str, float]()
+    all_files = scene(tmp_path, figures)
+    all_files.tiny = False
+    whole.marked_tests(all_files)
+    assert figures["tests_failed"] == 1
+
+
+def test_workers_leave_nothing_behind(tmp_path: Path) -> None:
+    place = scene(tmp_path, {}).folder()
+    assert place.parent == tmp_path
+
+
 def test_verdicts() -> None:
+    assert card_of("NVIDIA GH200 480GB") == ""
+    assert card_of("NVIDIA H100 80GB HBM3") == "H100"
+    for figure in ("tests_passed", "hps_scores_vary"):  # nothing ran, or nothing was compared
+        wanted = expectation(figure, "H200", EXPECTED)
+        assert wanted is not None
+        assert wanted.judge(0) is Verdict.WRONG
     assert expectation("copy_tb_s", card_of("NVIDIA H200"), EXPECTED) == Expected(
         low=4.0, miss=Verdict.SLOWER
     )
@@ -116,6 +192,8 @@ def test_verdicts() -> None:
 def test_checks_are_chosen_by_name_or_for_two_minutes() -> None:
     quick = chosen(parse(["--quick"]))
     assert 0 < len(quick) < len(CHECKS)
+    assert "public" not in {check.name for check in chosen(parse([]))}
+    assert "public" in {check.name for check in chosen(parse(["--official", "DIR"]))}
     assert [check.name for check in chosen(parse(["--only", "decode,card"]))] == ["card", "decode"]
     with pytest.raises(SystemExit, match="no check nothing"):
         chosen(parse(["--only", "nothing"]))

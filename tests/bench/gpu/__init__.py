@@ -1,6 +1,6 @@
 """Ten minutes on a GPU: is it right, is it as fast as expected, and what to do if not.
 
-    python -m tests.bench.gpu                            everything, at most 7 minutes
+    python -m tests.bench.gpu                            what fits in 7 minutes
     python -m tests.bench.gpu --quick                    the most telling checks, 2 minutes
     python -m tests.bench.gpu --only decode,step         some checks
     python -m tests.bench.gpu --device cpu --tiny        the checks' code, without a GPU
@@ -13,8 +13,10 @@ failed. tests/bench/README.md says what each check means, and what to do when it
 Runs from a plain checkout, with torch >= 2.11 and Python >= 3.11, and without Ray. It needs numpy,
 msgpack, pyarrow, safetensors, pyyaml and pydantic. Some checks need more, and are skipped with the
 name of what lacks: triton (kernels); tyro, rich, pillow, scipy, huggingface_hub (step, weights,
-reproducible); open_clip_torch with torchvision, timm, ftfy and regex (scorers, public, iteration,
-miniature); threadpoolctl and scikit-learn (iteration, miniature); pytest and hypothesis (tests).
+reproducible, iteration, miniature); pillow and scipy (images, scorers, loo_fid, public);
+open_clip_torch with torchvision, timm, ftfy and regex (scorers, public, iteration, miniature);
+threadpoolctl (public, iteration, miniature) and tyro (public); scikit-learn (miniature); pytest
+(tests; without hypothesis or triton it leaves out files that need them).
 Images with PyTorch for GPUs mostly have all but these, which this line, elsewhere, downloads as
 wheels for Python 3.12 (the version of pydantic-core is the one that its pydantic asks for):
 
@@ -22,7 +24,8 @@ wheels for Python 3.12 (the version of pydantic-core is the one that its pydanti
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \\
         --platform manylinux2014_x86_64 \\
         pydantic pydantic-core==VERSION annotated-types typing-inspection typing-extensions \\
-        tyro typeguard docstring-parser tenacity open-clip-torch ftfy wcwidth timm
+        msgpack pyarrow safetensors scipy pytest iniconfig pluggy hypothesis sortedcontainers \\
+        threadpoolctl tyro typeguard docstring-parser tenacity open-clip-torch ftfy wcwidth timm
 
 and which this line, in the checkout on that machine, runs with:
 

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.bench.gpu.report import Report
 from tests.bench.gpu.supervisor import StartError, Supervisor
 
 MINUTES, QUICK_MINUTES = 7.0, 2.0
+SMI_S = 20.0  # longest time of nvidia-smi
 QUERY = "name,driver_version,memory.total,power.limit,clocks.sm,clocks.max.sm,clocks.mem"
 
 
@@ -33,15 +35,16 @@ def main(arguments: list[str] | None = None) -> int:
     for line in card_lines():
         print(line, flush=True)
     given = {name: getattr(options, name) for name in ("device", "tiny", "quick", "official")}
-    supervisor = Supervisor(given, deadline, report.hear)
-    try:
-        for ended in supervisor.run(checks):
-            report.end(ended)
-    except StartError as error:
-        print(f"no check can run here: {error}", flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
+    with tempfile.TemporaryDirectory() as folder:  # workers are killed, and leave theirs behind
+        supervisor = Supervisor({**given, "folder": folder}, deadline, report.hear)
+        try:
+            for ended in supervisor.run(checks):
+                report.end(ended)
+        except StartError as error:
+            print(f"no check can run here: {error}", flush=True)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
     report.summary(time.monotonic() - began)
     if options.out:
         options.out.write_text(json.dumps(report.as_json(), indent=1) + "\n")
@@ -68,7 +71,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def chosen(options: argparse.Namespace) -> list[Check]:
     if not options.only:
-        return [check for check in CHECKS if check.quick or not options.quick]
+        extra = bool(options.official) or options.tiny
+        listed = [check for check in CHECKS if extra or not check.extra]
+        return [check for check in listed if check.quick or not options.quick]
     names = options.only.split(",")
     if unknown := [name for name in names if name not in BY_NAME]:
         raise SystemExit(f"no check {', '.join(unknown)}: there are {', '.join(BY_NAME)}")
@@ -81,7 +86,10 @@ def card_lines() -> list[str]:
     if tool is None:
         return ["nvidia-smi: not found"]
     call = [tool, f"--query-gpu={QUERY}", "--format=csv"]
-    found = subprocess.run(call, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        found = subprocess.run(call, capture_output=True, text=True, timeout=SMI_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:  # a driver in trouble hangs it
+        return [f"nvidia-smi: {error}"]
     return (found.stdout or found.stderr).splitlines()
 
 

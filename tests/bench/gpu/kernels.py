@@ -193,7 +193,8 @@ def choices(
 ) -> tuple[SDPBackend, SDPBackend]:
     """The backend that torch takes as the product calls it, and with cuDNN's on."""
     missing = padded_head_dim(inputs[0].shape[-1], inputs[0].device.type) - inputs[0].shape[-1]
-    padded = [nn.functional.pad(each, (0, missing)).to(dtype) for each in inputs]
+    # with gradients, as the learner's: torch's choice depends on it
+    padded = [nn.functional.pad(e, (0, missing)).to(dtype).requires_grad_() for e in inputs]
 
     def choice() -> SDPBackend:
         number = torch._fused_sdp_choice(*padded, attn_mask=mask, is_causal=mask is None)

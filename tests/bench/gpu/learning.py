@@ -20,7 +20,7 @@ from cluster.messages import Condition, WeightSnapshot
 from cluster.model_files.tensors import write_tensors
 from cluster.weights import Packer, load_weights
 from learner.config import load_preset
-from learner.training.batch import TrainingBatch
+from learner.training.batch import StepReport, TrainingBatch
 from learner.training.config import LearnerConfig
 from learner.training.learner import Learner
 from tests.bench.gpu.decoding import classes, uniforms
@@ -56,6 +56,8 @@ def variant(scene: Scene, name: str, file: Path, batch: TrainingBatch) -> Tensor
         torch.cuda.reset_peak_memory_stats()
     learner = make(scene, file, **VARIANTS[name])
     report = learner.step(batch)
+    if not took_updates(report):
+        raise RuntimeError(f"{name}: updates were skipped, since they were not finite")
     if name == "preset":
         scene.figure("step_mismatch_kl", report.metrics["policy/mismatch_kl"])
     weights = flat(learner)
@@ -71,12 +73,17 @@ def reproducible(scene: Scene) -> None:
     file = policy_file(scene)
     first, second = make(scene, file, reproducible=True), make(scene, file, reproducible=True)
     batch = rollouts(scene)
-    for learner in (first, second):
-        learner.step(batch)
-    scene.figure("step_reproducible_same", float(torch.equal(flat(first), flat(second))))
+    updated = [took_updates(learner.step(batch)) for learner in (first, second)]
+    same = torch.equal(flat(first), flat(second)) and all(updated)
+    scene.figure("step_reproducible_same", float(same))
     del second
     free(scene)
     scene.figure("step_reproducible_s", timed(lambda: first.step(batch), scene.device))
+
+
+def took_updates(report: StepReport) -> bool:
+    """Whether no update was skipped: weights that nothing changed are equal, too."""
+    return report.metrics["guards/skipped_updates"] == 0
 
 
 def make(scene: Scene, file: Path, *, reproducible: bool = False, **changes: Any) -> Learner:

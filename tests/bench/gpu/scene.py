@@ -29,17 +29,24 @@ class Scene:
         tiny: sizes that take no time, to try the checks' code.
         quick: fewer variants.
         official: a checkout of FoundationVision/LlamaGen; empty is none.
+        folder: holds this process's own; the supervisor removes it.
     """
 
     def __init__(
-        self, tell: Callable[..., None], device: str, tiny: bool, quick: bool, official: str
+        self,
+        tell: Callable[..., None],
+        device: str,
+        tiny: bool,
+        quick: bool,
+        official: str,
+        folder: str,
     ) -> None:
         self.device, self.tiny, self.quick, self.official = device, tiny, quick, official
         self.check = ""
         self.figures: dict[str, float] = {}
         """Of this process so far."""
         self._tell = tell
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._parent, self._folder = folder, ""
 
     def begin(self) -> None:
         """Start as every process that computes does, and name what computes."""
@@ -107,8 +114,8 @@ class Scene:
 
     def folder(self) -> Path:
         """A temporary folder of this process."""
-        self._folder = self._folder or tempfile.TemporaryDirectory()
-        return Path(self._folder.name)
+        self._folder = self._folder or tempfile.mkdtemp(dir=self._parent)
+        return Path(self._folder)
 
     def clean_up(self) -> bool:
         """Free what a check left; returns whether the device still works."""

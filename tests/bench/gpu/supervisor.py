@@ -52,7 +52,7 @@ class Supervisor:
 
     Args:
         options: of the worker, as JSON has them.
-        deadline: on `time.monotonic`'s clock; what has not begun by then is skipped.
+        deadline: on `time.monotonic`'s clock; what has not ended by then is skipped.
         tell: called with every event that is no check's start or end.
         program: arguments of Python that start a worker.
     """
@@ -115,12 +115,16 @@ class Supervisor:
                 else:
                     self._tell(event)
             spent = time.monotonic() - began
-            reason = it.obituary(spent, late=time.monotonic() >= limit)
+            late = time.monotonic() >= limit
+            cut = late and limit >= self._deadline
+            reason = it.obituary(spent, late=late)
         if not self._started:
             raise StartError(reason)
         if running is None and it.ended_checks == 0:
             running = checks[0]  # this worker did not start
-        if running is not None:
+        if running is not None and cut:
+            yield Ended(running, "skipped", "no time was left to finish it", spent)
+        elif running is not None:
             yield Ended(running, "failed", reason, spent)
 
 

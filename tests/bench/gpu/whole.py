@@ -7,20 +7,19 @@ import os
 import re
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cluster.fleet import InlineFleet
-from learner.fleet_plan import fleet_plan
-from learner.loop import Iteration
-from tests.bench import iteration as bench
 from tests.bench.gpu.scene import Scene, SkippedError
 from tests.bench.gpu.supervisor import ROOT
-from tests.small_run import run_training, small_config
+
+if TYPE_CHECKING:  # a run's packages may be missing, which the tests do not need
+    from learner.loop import Iteration
 
 MARKS = ("pytest.mark.gpu", "helpers import DEVICES")
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
+TESTS_S = 120.0  # longest time of the tests, below the check's limit
 FIRST = "tests/unit/actors/decoding/test_steps.py"
 GPUS = {"learner": 0.4, "sampler": 0.3, "reward": 0.3}
 """Fractions of one card."""
@@ -28,6 +27,8 @@ GPUS = {"learner": 0.4, "sampler": 0.3, "reward": 0.3}
 
 def iteration(scene: Scene) -> None:
     """`paper-fixed` with random weights and small scorers: seconds of each phase, images/s."""
+    from tests.bench import iteration as bench
+
     device = "cuda" if scene.on_gpu else "cpu"
     small = {"width": 32, "grid": 4, "groups": 1, "rollouts": 2, "microbatch": 2}
     changes: dict[str, Any] = small if scene.tiny else {}
@@ -47,6 +48,10 @@ def iteration(scene: Scene) -> None:
 def miniature(scene: Scene) -> None:
     """The miniature on the device against the CPU, in one process; and, where Ray is installed, on
     the one card under Ray with fractional roles."""
+    from cluster.fleet import InlineFleet
+    from learner.fleet_plan import fleet_plan
+    from tests.small_run import run_training, small_config
+
     less = {
         "iterations": 1,
         "groups_per_iteration": scene.size(4, 1),
@@ -82,23 +87,31 @@ def compare(scene: Scene, name: str, found: list[Iteration], expected: list[Iter
 def under_ray(config: Any) -> list[Iteration]:
     from cluster.ray_backend.fleet import RayFleet
     from cluster.ray_session.session import RaySession
+    from learner.fleet_plan import fleet_plan
+    from tests.small_run import run_training
 
     with RaySession(config.ray) as session, RayFleet(fleet_plan(config), session) as fleet:
         return run_training(config, fleet)
 
 
 def marked_tests(scene: Scene) -> None:
-    """Run every file with such a test in a process of its own."""
+    """Run the files with such a test, all in one process beside the worker."""
     if importlib.util.find_spec("pytest") is None:
         raise SkippedError("the package pytest is not installed")
-    files = [str(file) for file in marked_files()]
-    if scene.tiny:
-        files = [FIRST]
-    options = ["-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    files = [FIRST] if scene.tiny else marked_files()
+    options = ["-m", "gpu", "-v", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options.append("--continue-on-collection-errors")  # of a file that needs a missing package
     # Not the project's settings: they name plugins that a borrowed machine may lack.
     settings = ["-c", os.devnull, "--rootdir", str(ROOT)]
     call = [sys.executable, "-m", "pytest", *settings, *options, "--tb=short", *files]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, check=False)
+    try:
+        done = subprocess.run(
+            call, capture_output=True, text=True, cwd=ROOT, check=False, timeout=TESTS_S
+        )
+    except subprocess.TimeoutExpired as late:
+        told = late.stdout or b""
+        told = told if isinstance(told, str) else told.decode(errors="replace")
+        raise RuntimeError(f"longer than {TESTS_S:g} s; so far:\n{told[-1800:]}") from None
     lines = done.stdout.splitlines()
     counts = {kind: int(number) for number, kind in COUNT.findall(lines[-1] if lines else "")}
     if not counts:

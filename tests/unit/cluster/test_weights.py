@@ -7,8 +7,6 @@ import msgpack
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from cluster import weights
@@ -28,6 +26,10 @@ from cluster.weights import (
     unpack_weights,
 )
 from tests.unit.helpers import TINY, tiny_policy
+
+pytest.importorskip("hypothesis")  # a machine that is borrowed for its GPU may lack it
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def state() -> dict[str, torch.Tensor]:

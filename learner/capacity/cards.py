@@ -9,6 +9,7 @@ is, half of the figure "with sparsity"). RTX 4090: NVIDIA's Ada architecture whi
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from cluster.errors import ConfigError, did_you_mean
@@ -65,6 +66,8 @@ def this_gpu() -> tuple[str, float]:
 
 def recognised(device: str, memory: float) -> Card | None:
     """The card of a device name as CUDA tells it ("NVIDIA H100 80GB HBM3"); None if the table has
-    none of its kind."""
-    card = next((card for key, card in CARDS.items() if key in device.lower()), None)
+    none of its kind. Other forms (PCIe, NVL) get the table's figures, with their own memory."""
+    words = (rf"\b{key}\b" for key in CARDS)  # a GH200 is no H200
+    found = (card for word, card in zip(words, CARDS.values()) if re.search(word, device.lower()))
+    card = next(found, None)
     return None if card is None else replace(card, name=device, memory=memory)

@@ -56,6 +56,8 @@ class Transformer:
 
     layers: int
     dim: int
+    cached: int
+    """Numbers of a token's keys in a layer's cache: `dim`, or more where heads are padded."""
     tokens: int
     """T of an image."""
     vocabulary: int
@@ -182,7 +184,7 @@ def _decode_step(
     products = FUSED_PRODUCTS if work.fused else PLAIN_PRODUCTS
     costs.kernels(products, LAUNCH, product(model.block), layers)
     slots = filled if work.fused else min(-(-filled // WINDOW) * WINDOW, model.tokens)
-    cache = 2 * rows * slots * model.dim * work.width
+    cache = 2 * rows * slots * model.cached * work.width
     reached = FUSED_ATTENTION if work.fused else PLAIN_ATTENTION
     costs.kernels(1, LAUNCH, {"memory": cache / (bandwidth * reached)}, layers)
     others = (FUSED_KERNELS if work.fused else PLAIN_KERNELS) - products - 1

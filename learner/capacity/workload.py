@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from actors.checkpoints.loading import count_parameters
+from actors.kernels.attention import padded_head_dim
 from actors.models.base import PolicyArchitecture
 from actors.models.vq import VQConfig, VQDecoder
 from cluster.roles import Role
@@ -42,6 +43,7 @@ def transformer(policy: PolicyArchitecture) -> Transformer:
     return Transformer(
         layers=policy.num_layers,
         dim=policy.dim,
+        cached=policy.num_heads * padded_head_dim(policy.head_dim, "cuda"),
         tokens=policy.num_tokens,
         vocabulary=policy.vocab_size,
         block=parameters - count_parameters(one_less),

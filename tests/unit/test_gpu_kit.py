@@ -16,15 +16,21 @@ from typing import Any
 import pytest
 
 import tests.bench.gpu.__main__ as kit
+from actors.checkpoints.sources import planned_policy, planned_tokenizer
+from learner.capacity.budget import budget_of
+from learner.capacity.cards import CARDS as KINDS
+from learner.capacity.workload import Models
+from learner.config import load_preset
 from tests.bench.gpu import whole
 from tests.bench.gpu.__main__ import MINUTES, chosen, parse
 from tests.bench.gpu.checks import CHECKS, Check
-from tests.bench.gpu.expected import EXPECTED, Expected, Verdict, card_of, expectation
+from tests.bench.gpu.expected import CARDS, EXPECTED, Expected, Verdict, card_of, expectation
 from tests.bench.gpu.report import Report
 from tests.bench.gpu.scene import Scene
 from tests.bench.gpu.supervisor import ROOT, Ended, StartError, Supervisor
 from tests.bench_runs import python_path_without
 
+PHASES = ("sample", "images", "learn", "publish")
 WORKER = """
 import json, os, signal, sys, time
 given = json.loads(sys.argv[1])
@@ -187,6 +193,22 @@ def test_verdicts() -> None:
     report.hear({"kind": "figure", "check": "b", "name": "rows_24_k3", "value": 1.0})
     report.end(Ended(Check("b", "", 1), "done"))
     assert (report.outcome(report._ended[2]), report.exit_status) == ("wrong", 1)
+
+
+def test_times_of_an_iteration_are_the_planners() -> None:
+    config = load_preset("paper-fixed")
+    models = Models(
+        planned_policy(config.policy.source()), planned_tokenizer(config.tokenizer.source())
+    )
+    for card in CARDS:
+        budget = budget_of(config, models, KINDS[card.lower()])
+        planned = {phase.name: phase.seconds for phase in budget.phases}
+        planned["publish"] += planned["load"]  # in one process
+        found = {f"iteration_{name}_s": planned[name] for name in PHASES}
+        for figure, seconds in {**found, "iteration_s": budget.seconds}.items():
+            expected = expectation(figure, card, EXPECTED)
+            assert expected is not None
+            assert expected.high == pytest.approx(1.3 * seconds, rel=0.03), figure
 
 
 def test_checks_are_chosen_by_name_or_for_two_minutes() -> None:

@@ -154,11 +154,14 @@ def weights(scene: Scene) -> None:
     expected = Packer(torch.bfloat16)(on_cpu, 1, config=config)
     scene.figure("snapshot_mib", host.nbytes / 2**20)
     scene.figure("manifests_same", float(host.manifest == expected.manifest))
-    for name, snapshot in {"loaded": host, "loaded_on_device": sent[0]}.items():
-        for parameter in sampler.parameters():
-            parameter.zero_()
-        load_weights(sampler, snapshot)
-        scene.figure(f"{name}_same", same(sampler.state_dict(), kept))
+    try:
+        for name, snapshot in {"loaded": host, "loaded_on_device": sent[0]}.items():
+            for parameter in sampler.parameters():
+                parameter.zero_()
+            load_weights(sampler, snapshot)
+            scene.figure(f"{name}_same", same(sampler.state_dict(), kept))
+    finally:
+        sampler.load_state_dict(kept)  # later checks decode with it
 
     del host, expected, snapshot  # buffers are reused once no one holds them
     sent.clear()

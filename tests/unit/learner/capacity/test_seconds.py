@@ -7,20 +7,21 @@ import dataclasses
 
 import pytest
 
+from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig
 from cluster.errors import ConfigError
 from learner.capacity import seconds
 from learner.capacity.cards import CARDS, card_named, recognised
 from learner.capacity.seconds import Learning, Sampling, Transformer
-from learner.capacity.workload import image_flops
+from learner.capacity.workload import image_flops, transformer
 from rewards.base import ImageWork
 from rewards.networks.open_clip_check import clip_work
 
 CARD = CARDS["h200"]
 DIM, HIDDEN = 1024, 2816
 L = Transformer(
-    layers=24, dim=DIM, tokens=256, vocabulary=16384, block=4 * DIM**2 + 3 * DIM * HIDDEN,
-    parameters=343_000_000,
+    layers=24, dim=DIM, cached=DIM, tokens=256, vocabulary=16384,
+    block=4 * DIM**2 + 3 * DIM * HIDDEN, parameters=343_000_000,
 )  # fmt: skip
 SAMPLING = Sampling(
     groups=12, rows=24, drawn=12, max_groups=1, width=2, fused=False, image_flops=253e9,
@@ -134,6 +135,11 @@ def test_operations_are_counted() -> None:
     assert large.flops == pytest.approx(334e9, rel=0.01)
 
 
+def test_cached_keys_are_padded() -> None:
+    large = LlamaGenConfig(grid=16, dim=3200, num_layers=24, num_heads=32)  # 100 numbers a head
+    assert transformer(large).cached == 104 * 32
+
+
 def test_cards() -> None:
     assert card_named("H200").memory == 141e9
     with pytest.raises(ConfigError, match=r"--gpu: expected one of h200, .* found 'h300'.*'h"):
@@ -141,7 +147,10 @@ def test_cards() -> None:
     found = recognised("NVIDIA H100 80GB HBM3", 79e9)
     assert found is not None
     assert (found.memory, found.bandwidth) == (79e9, CARDS["h100"].bandwidth)
-    assert recognised("NVIDIA GeForce GTX 1080", 8e9) is None
+    for other in ("NVIDIA GeForce GTX 1080", "NVIDIA GH200 480GB"):
+        assert recognised(other, 8e9) is None
+    for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA GeForce RTX 4090"):
+        assert recognised(name, 8e9) is not None
 
 
 def test_a_faster_card_is_faster() -> None:

@@ -110,8 +110,8 @@ class RunConfig:
         if self.reproducible and self.sampler.max_groups > 1:
             raise ValueError(
                 "reproducible needs sampler.max_groups 1, since which groups are decoded together "
-                f"depends on the clock, found {self.sampler.max_groups}: set it to 1, or leave out "
-                "--reproducible"
+                f"depends on the clock, found {self.sampler.max_groups}: add "
+                "--sampler.max-groups 1, or leave out --reproducible"
             )
         if self.rewards.loo_fid.seed_images < 2 * self.rollouts_per_group:
             raise ValueError(

@@ -38,7 +38,7 @@ from learner.capacity.budget import (
     together,
 )
 from learner.capacity.cards import DEFAULT_CARD, Card, card_named, recognised, this_gpu
-from learner.capacity.gpus import SPARE, memory_of, of_sampler, rollouts_of
+from learner.capacity.gpus import SPARE, Process, memory_of, of_sampler, rollouts_of
 from learner.capacity.workload import Models
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
 
@@ -199,13 +199,24 @@ def show_gpus(budget: Budget, card: Card, shares: Mapping[str, float]) -> None:
         print(f"Not counted, since their sizes are not known: {', '.join(sorted(unknown))}")
     if budget.fits:
         return
-    crowded = [process.name for gpu in gpus for process in gpu.processes if not process.fits(size)]
+    crowded = [process for gpu in gpus for process in gpu.processes if not process.fits(size)]
     remedy = ", ".join(f"--{name.replace('_', '-')} {share:g}" for name, share in shares.items())
+    found = {process.name: remedy or advice(process) for process in crowded}
     print(
-        f"{', '.join(dict.fromkeys(crowded))}: does not fit (a share of a GPU is that part of its "
-        f"memory, {SPARE:.0%} of it kept free): "
-        + (remedy or "give it a larger share (num_gpus), or lower learner.microbatch")
+        f"Does not fit (a share of a GPU is that part of its memory, {SPARE:.0%} of it kept free): "
+        + "; ".join(f"{name}: {what}" for name, what in found.items())
     )
+
+
+def advice(process: Process) -> str:
+    """What makes a process smaller, or its part of a GPU larger."""
+    smaller = {
+        "learner": "--learner.checkpointing, a lower --learner.microbatch, --learner.lora.rank",
+        "sampler": "a lower --sampler.max-groups, --sampler.dtype bfloat16",
+    }
+    ways = ["a larger share (num_gpus)"] if process.share < 1 else []
+    ways += [smaller[process.role]] if process.role in smaller else []
+    return ", ".join([*ways, "or a card with more memory"])
 
 
 def show_seconds(config: RunConfig, budget: Budget, card: Card) -> None:
@@ -221,7 +232,11 @@ def show_seconds(config: RunConfig, budget: Budget, card: Card) -> None:
     make_console().print(table)
     if budget.unknown:
         print(f"Not counted, since their work is not known: {', '.join(budget.unknown)}")
+    if config.reproducible:
+        print("Not counted: what deterministic algorithms cost (--reproducible)")
     whole = config.iterations * budget.seconds / 3600
+    if not budget.fits:
+        print("These settings do not fit: the times are what they would be.")
     print(
         f"An iteration {budget.seconds:.1f} s, {images / budget.seconds:.0f} images/s; "
         f"{config.iterations} iterations {whole:.1f} h ({ESTIMATE})"
@@ -235,7 +250,11 @@ def show_seconds(config: RunConfig, budget: Budget, card: Card) -> None:
 def show_proposals(budget: Budget, found: Sequence[Proposal], best: Proposal | None) -> None:
     """Print which settings would be faster."""
     if not found:
-        print("No other setting that fits is faster by more than 2 %.")
+        print(
+            "No setting fits."
+            if not budget.fits
+            else "No other setting that fits is faster by more than 2 %."
+        )
         return
     table = Table(title=f"one change at a time: {ESTIMATE}")
     table.add_column("setting")
@@ -247,8 +266,8 @@ def show_proposals(budget: Budget, found: Sequence[Proposal], best: Proposal | N
     make_console().print(table)
     if best is not None:
         print(
-            f"Without another GPU, together: {best}. An iteration {best.budget.seconds:.1f} s "
-            f"instead of {budget.seconds:.1f}"
+            f"Without another GPU, together: {best}. An iteration {best.budget.seconds:.2f} s "
+            f"instead of {budget.seconds:.2f}"
         )
     for name, what in CONSEQUENCES.items():
         if any(name in each.changes for each in found):

@@ -73,8 +73,6 @@ COMMON = {
     "rewards": ("--rewards.clip.weight", "--rewards.hps.weight", "--rewards.loo-fid.weight",
                 "--rewards.loo-fid.reference", "--rewards.extra"),
     "learning": ("--learner.lr", "--loss.kl-coef"),
-    "on GPUs": ("--reproducible", "--sampler.kernels", "--sampler.max-groups",
-                "--learner.precision", "--learner.compile", "--weights.transport"),
     "what is kept": ("--evaluation.num-images", "--evaluation.every",
                      "--output.checkpoint-every"),
 }  # fmt: skip

@@ -217,8 +217,22 @@ def test_checks_are_chosen_by_name_or_for_two_minutes() -> None:
     assert "public" not in {check.name for check in chosen(parse([]))}
     assert "public" in {check.name for check in chosen(parse(["--official", "DIR"]))}
     assert [check.name for check in chosen(parse(["--only", "decode,card"]))] == ["card", "decode"]
-    with pytest.raises(SystemExit, match="no check nothing"):
-        chosen(parse(["--only", "nothing"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--only", "card,nothing"], "no check nothing: there are card, "),
+        (["--device", "cpu", "--quick"], "--device cpu needs --tiny"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], error: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2
+    assert error in capsys.readouterr().err
 
 
 def test_a_package_that_lacks_is_named_and_learning_needs_none_of_these(tmp_path: Path) -> None:

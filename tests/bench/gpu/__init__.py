@@ -1,4 +1,4 @@
-"""Ten minutes on a GPU: is it right, is it as fast as expected, and what to do if not.
+"""The first minutes on a GPU: is it right, is it as fast as expected, and what to do if not.
 
     python -m tests.bench.gpu                            what fits in 7 minutes
     python -m tests.bench.gpu --quick                    the most telling checks, 2 minutes
@@ -7,8 +7,9 @@
 
 Each check prints its figures at once, as lines `RESULT gpu.NAME=VALUE expected=RANGE`. One that
 fails, hangs or ends the process does not stop the next. A table of what passed, was slower than
-expected or wrong, failed or was skipped comes last; the exit status is 1 if something was wrong or
-failed. tests/bench/README.md says what each check means, and what to do when it fails.
+expected or wrong, failed or was skipped comes last. Exit status: 1 if something was wrong or
+failed, 2 if nothing could run, else 0. tests/bench/README.md says what each check means, and what
+to do when it fails.
 
 Runs from a plain checkout, with torch >= 2.11 and Python >= 3.11, and without Ray. It needs numpy,
 msgpack, pyarrow, safetensors, pyyaml and pydantic. Some checks need more, and are skipped with the

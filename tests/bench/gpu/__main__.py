@@ -18,12 +18,13 @@ from tests.bench.gpu.report import Report
 from tests.bench.gpu.supervisor import StartError, Supervisor
 
 MINUTES, QUICK_MINUTES = 7.0, 2.0
+REFUSED = 2  # exit status, as argparse has it
 SMI_S = 20.0  # longest time of nvidia-smi
 QUERY = "name,driver_version,memory.total,power.limit,clocks.sm,clocks.max.sm,clocks.mem"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 unless something was wrong or failed, or nothing could run."""
+    """Exit status: 1 if something was wrong or failed, 2 if nothing could run, else 0."""
     options = parse(arguments)
     checks = chosen(options)
     if options.tiny:  # a process more takes longer than the checks
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
                 report.end(ended)
         except StartError as error:
             print(f"no check can run here: {error}", flush=True)
-            return 1
+            return REFUSED
         except KeyboardInterrupt:
             print("interrupted", flush=True)
     report.summary(time.monotonic() - began)
@@ -66,7 +67,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--official", default="", metavar="DIR", help="checkout of FoundationVision/LlamaGen"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.device == "cpu" and not options.tiny:
+        parser.error("--device cpu needs --tiny: whole sizes take hours on a CPU")
+    names = list(filter(None, options.only.split(",")))
+    if unknown := [name for name in names if name not in BY_NAME]:
+        parser.error(f"no check {', '.join(unknown)}: there are {', '.join(BY_NAME)}")
+    return options
 
 
 def chosen(options: argparse.Namespace) -> list[Check]:
@@ -74,10 +81,7 @@ def chosen(options: argparse.Namespace) -> list[Check]:
         extra = bool(options.official) or options.tiny
         listed = [check for check in CHECKS if extra or not check.extra]
         return [check for check in listed if check.quick or not options.quick]
-    names = options.only.split(",")
-    if unknown := [name for name in names if name not in BY_NAME]:
-        raise SystemExit(f"no check {', '.join(unknown)}: there are {', '.join(BY_NAME)}")
-    return [check for check in CHECKS if check.name in names]
+    return [check for check in CHECKS if check.name in options.only.split(",")]
 
 
 def card_lines() -> list[str]:

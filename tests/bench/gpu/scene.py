@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,12 @@ class Scene:
             torch.set_num_threads(1)
         name = "cpu"
         if self.on_gpu:
+            if not torch.cuda.is_available():
+                sys.exit(
+                    f"torch {torch.__version__} sees no CUDA device: run this on a machine with a "
+                    "GPU and torch built for CUDA (nvidia-smi lists the GPUs), or try the checks' "
+                    "code with --device cpu --tiny"
+                )
             torch.zeros(1, device=self.device)
             name = torch.cuda.get_device_name()
         self._tell("device", name=name)

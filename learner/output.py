@@ -54,7 +54,8 @@ class OutputConfig:
     (the most); best.json names it. Empty: none."""
     background: bool = True
     """Write checkpoints in the background, from a copy of policy and optimizer in the learner's
-    host memory (12 bytes a parameter). False: the learner waits, without a copy."""
+    host memory (12 bytes a parameter; from a GPU up to 21). False: the learner waits, without a
+    copy."""
     checkpoint_url: str = ""
     """Copy checkpoints to this URL (s3://, gs://, file://, or any that pyarrow or fsspec opens), a
     directory for this run only; credentials come from the environment. --resume takes the newest of

@@ -85,8 +85,8 @@ class StaticStep:
         Args:
             pool: memory that all graphs share.
             stream: to warm up and to record on, one for all captures. The allocator keeps memory
-                for each stream; and torch has 32, so that a new one is at last an old one, such as
-                that of the images.
+                for each stream; and torch hands out 32 streams in turn, so a new one per capture
+                could be the images' stream.
         """
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from actors.kernels import plain
 from actors.kernels.interface import Kernels, Window
+from cluster.errors import ConfigError
 from cluster.messages import SamplingSpec
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,11 @@ TOLERANCE = 0.05  # of the trial: tells wrong results, not rounding
 
 def best_kernels(cache: Tensor) -> Kernels:
     """Kernels for a cache (..., E): the fused ones on CUDA, after a trial launch. If they cannot be
-    used, one message says why, and plain ones are."""
+    used, one message says why, and plain ones are.
+
+    Raises:
+        ConfigError: they cannot be used in a reproducible run, whose other samplers may use them.
+    """
     if cache.device.type != "cuda":
         return plain
     return _tried(cache.device, cache.dtype, cache.shape[-1])
@@ -43,6 +48,11 @@ def _tried(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
             reason = f"a trial launch failed with {type(error).__name__}: {error}"
     if not reason:
         return fused
+    if torch.are_deterministic_algorithms_enabled():  # the switch of `start_computing`
+        raise ConfigError(
+            "reproducible: this sampler cannot use Triton's kernels, with which others may round "
+            f"differently ({reason}): set --sampler.kernels torch"
+        )
     logger.warning("note: decoding without Triton's kernels, which is slower: %s", reason)
     return plain
 

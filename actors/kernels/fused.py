@@ -2,7 +2,8 @@
 interpreter and compile them for one.
 
 No kernel uses atomics or the order of programs: each output is a function of its own row's inputs,
-so a row's result does not depend on the others in its batch, and repeats bit for bit.
+so a row's result does not depend on the others in its batch, and repeats bit for bit. Only a draw
+with top-k or top-p, which is the plain one, does not, unless the run is reproducible.
 
 Importing this module imports Triton; `choice` decides whether to.
 """

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cluster.errors import ConfigError
 from learner.training.data_parallel import blocks_of
 
 BACKEND = "inductor"
@@ -23,6 +24,9 @@ def compile_blocks(policy: nn.Module) -> None:
     hooks (FSDP2's) and activation checkpointing stay outside. Blocks share what is compiled.
 
     If compilation fails, the blocks run without it, after one warning.
+
+    Raises:
+        ConfigError: at that point, in a reproducible run: a resumed one might round differently.
     """
     import torch._dynamo  # takes a second, which runs that compile nothing save
     import torch._functorch.config
@@ -42,9 +46,19 @@ class Fallback:
         self.failed = False
 
     def record(self, error: Exception) -> None:
-        """Warn, and run without compilation from now on."""
+        """Warn, and run without compilation from now on.
+
+        Raises:
+            ConfigError: in a reproducible run.
+        """
         self.failed = True
         reason = " ".join(str(error).strip().partition("\n\n")[0].split())  # its first paragraph
+        if torch.are_deterministic_algorithms_enabled():  # the switch of `start_computing`
+            raise ConfigError(
+                "reproducible: torch.compile of the policy's blocks failed, and without it others "
+                f"or a resumed run may round differently ({type(error).__name__}: {reason}): set "
+                "--learner.compile never"
+            ) from error
         logger.warning(
             "torch.compile of the policy's blocks failed (%s: %s). They run without it: slower, "
             "and with the same results up to rounding. --learner.compile never does not try it",

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 GATHERED_BELOW = 1_000_000_000
-"""Parameters of a policy below which its weights stay gathered during an update: 2 bytes each, for
-one exchange of weights an update instead of two a pass."""
+"""Parameters of a policy below which its weights stay gathered during an update: 2 bytes each in
+blocks under bf16, else 4, for one exchange of weights an update instead of two a pass. Every
+learner also holds the whole fp32 gradient until the last pass, whatever the size."""
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,8 @@ class Learner:
         Args:
             directory: exists.
             background: copy policy and optimizer (12 bytes a parameter of host memory until
-                `saved`; page-locked from a GPU, and kept for the next time), return, and write in a
-                thread.
+                `saved`; from a GPU up to 21, page-locked in powers of two, and kept for the next
+                time), return, and write in a thread.
 
         Raises:
             StorageError: they could not be written.
@@ -273,7 +273,7 @@ class Learner:
         totals = self._accumulate(part, len(indices), max_local)
         real = self._learn_from_real(batch.iteration, update)
         norm = self._optimizer.limit()
-        stats = totals.total(self._dp_group)  # the first wait for the device
+        stats = totals.total(self._dp_group)  # waits for the device
         if real is not None:
             stats["real_ce"] = self._dp_group.all_sum([sum(torch.stack(real).tolist())])[0]
         stats["grad_norm"] = float(norm)

@@ -49,8 +49,9 @@ class OptimizerConfig(Resources):
     checkpointing: bool = False
     """Activation checkpointing: recompute activations in the backward pass."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Compile the policy's transformer blocks with torch.compile. auto: on a GPU. It takes a minute
-    at the first step; if it fails, one warning says so, and the blocks run without it."""
+    """Compile the policy's transformer blocks with torch.compile. auto: on a GPU. Compiles
+    when rows, gradients or adapters are first seen, mostly in the first step; if it fails, one
+    warning says so, and the blocks run without it."""
     reference_device: Literal["learner", "cpu"] = "learner"
     """Where the frozen reference is kept between its passes. With LoRA there is no copy: the
     reference is the policy without its adapters."""

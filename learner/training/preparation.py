@@ -66,7 +66,7 @@ class PreparedBatch:
 
 
 class ForwardPasses:
-    """ForwardPasses over an iteration's rollouts that take no step."""
+    """Passes over an iteration's rollouts that take no step."""
 
     def __init__(
         self,

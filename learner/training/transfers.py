@@ -22,8 +22,8 @@ def to_device(array: np.ndarray, device: str | torch.device) -> Tensor:
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory, which later steps do not change. From a GPU: into page-locked memory,
-    which torch keeps for the next copies, with one wait for all."""
+    """Copies in host memory, which later steps do not change. From a GPU: with one wait for all,
+    into page-locked memory, which torch takes in powers of two and keeps for the next copies."""
     copies: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)

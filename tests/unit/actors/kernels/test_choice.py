@@ -14,6 +14,7 @@ import actors.kernels
 from actors.kernels import choice, plain
 from actors.kernels.interface import Window
 from actors.sampler import SamplerResources
+from cluster.errors import ConfigError
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -111,3 +112,13 @@ def test_a_lost_context_is_no_reason_to_go_on(
 
 def test_the_option_is_one_of_two() -> None:
     assert SamplerResources().kernels == "auto"
+
+
+def test_a_reproducible_run_stops_instead() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="is 300, expected .*: set --sampler.kernels tor"):
+                choice._tried(DEVICE, torch.float32, 300)
+    finally:
+        torch.use_deterministic_algorithms(False)

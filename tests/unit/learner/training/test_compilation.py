@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from actors.checkpoints.loading import init_policy
+from cluster.errors import ConfigError
 from cluster.messages import SamplingSpec
 from cluster.model_files.tensors import write_tensors
 from learner.training import compilation
@@ -92,6 +93,24 @@ def test_a_failure_is_said_once_and_changes_nothing(
     assert "--learner.compile never" in message
     for name, gradient in gradients(plain).items():
         assert torch.equal(found[name], gradient), name
+
+
+def test_a_failure_stops_a_reproducible_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its samples would differ in rounding from those of a run that compiles."""
+
+    def no_compiler(*_: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(compilation, "BACKEND", no_compiler)
+    _, compiled = policies(tmp_path, "classes", {})
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(ConfigError, match=r"no C\+\+ compiler.*: set --learner.compile never"):
+            gradients(compiled)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_errors_of_the_computation_are_no_failures_of_compilation(

@@ -118,7 +118,7 @@ def test_a_reproducible_run_stops_instead() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(2):
-            with pytest.raises(ConfigError, match="is 300, expected .*: set --sampler.kernels tor"):
+            with pytest.raises(ConfigError, match=r"is 300, .*: set --sampler.kernels torch"):
                 choice._tried(DEVICE, torch.float32, 300)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -218,7 +218,9 @@ def test_requests_at_once_are_scored_alone() -> None:
 
 def test_groups_that_are_decoded_together_are_refused() -> None:
     config = RunConfig()
-    with pytest.raises(ValueError, match=r"needs sampler.max_groups 1.*found 4: set it to 1"):
+    with pytest.raises(
+        ValueError, match=r"needs sampler.max_groups 1.*found 4: add --sampler.max-groups 1"
+    ):
         replace(config, sampler=replace(config.sampler, max_groups=4), reproducible=True)
 
 

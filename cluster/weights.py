@@ -4,8 +4,9 @@ One contiguous buffer goes through an object store zero-copy, whatever the dtype
 bfloat16), and needs no pickle of tensors. `load_weights` copies *into* the receiving module's own
 tensors: the shared buffer is never aliased, so that no in-place update reaches another process.
 
-Weights on a GPU are packed there and copied to pinned host memory once; a module on a GPU gets the
-buffer in one copy, and it is verified and taken apart there (not yet run on a GPU).
+Weights on a GPU are packed there and copied to pinned host memory once (a group of learners gathers
+and packs them in host memory); a module on a GPU gets the buffer in one copy, and it is verified
+and taken apart there (not yet run on a GPU).
 
 A snapshot is full, or holds low-rank adapters alone: then it names the full snapshot (its base)
 whose weights W become W + scale B A.

@@ -211,7 +211,7 @@ class Workspace:
     def _drop(self) -> None:
         """Free all memory, before a larger cache is allocated."""
         self._largest, self._state, self._states = None, None, {}
-        self._steps, self._pool = {}, None  # a pool whose graphs are gone cannot be used again
+        self._steps, self._pool = {}, None  # as in prefill
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # the old cache's memory is of no use to the new one
 

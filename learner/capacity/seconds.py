@@ -266,7 +266,8 @@ def learn(model: Transformer, work: Learning, card: Card, role: str = "learner")
 
 
 def publish(model: Transformer, width: int, card: Card, role: str = "learner") -> Phase:
-    """Weights from the learner into the object store, through one pinned buffer."""
+    """Weights of one learner into the object store, through one pinned buffer; a group's copy to
+    host memory, in fp32, is not counted."""
     size = width * model.parameters
     return Phase("publish", role, size / card.pcie + size / HOST_COPY, "copies")
 

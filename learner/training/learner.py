@@ -116,7 +116,8 @@ class Learner:
         collective: the first learner's has the weights, the others' are empty.
 
         Args:
-            send: called with the snapshot while its buffer is a tensor on the learner's device.
+            send: called with the snapshot while its buffer is a tensor on the learner's device; in
+                a group on the CPU, where `gather` puts weights.
         """
         torch.set_num_threads(self._config.optimizer.num_threads)
         weights, config = self._policy.weights(), self._policy.module.config.to_dict()

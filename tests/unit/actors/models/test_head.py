@@ -82,7 +82,7 @@ def test_a_pass_under_autocast_has_exact_gradients_of_rounded_operands(device: s
     of_weight = rounded.flatten(0, 1).t() @ x.to(BF16).double().flatten(0, 1)
     assert x.grad is not None
     assert head.weight.grad is not None
-    assert (x.grad - rounded @ head.weight.to(BF16).double()).abs().max() < 1e-4
+    assert (x.grad - rounded @ head.weight.to(BF16).double()).abs().max() < 3e-4  # sums up to 83
     assert (head.weight.grad - of_weight).abs().max() < 1e-4
 
 

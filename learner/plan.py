@@ -251,7 +251,7 @@ def show_proposals(budget: Budget, found: Sequence[Proposal], best: Proposal | N
     """Print which settings would be faster."""
     if not found:
         print(
-            "No setting fits."
+            "No single change makes these settings fit."
             if not budget.fits
             else "No other setting that fits is faster by more than 2 %."
         )

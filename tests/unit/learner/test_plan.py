@@ -179,14 +179,18 @@ def test_presets_fit_what_they_say_without_any_file(
     for process in ("learner", "sampler", "reward-server"):
         assert f": {process} " in text
     assert "of 80 GB" in text
-    assert "does not fit" not in text
+    assert "not fit" not in text
     assert "estimate by arithmetic, not measured on a GPU" in text
     for phase in ("sample", "images", "score", "features", "moments", "learn", "publish", "load"):
         assert f"│ {phase} " in text
     assert main(["--preset", preset, "--gpu-memory-gb", "8"]) == 0
     text = capsys.readouterr().out
     assert "The learner does not fit" in text
-    assert "does not fit (a share of a GPU is that part of its memory, 10% of it kept free)" in text
+    assert (
+        "Does not fit (a share of a GPU is that part of its memory, 10% of it kept free): " in text
+    )
+    assert "--learner.checkpointing, a lower --learner.microbatch" in text
+    assert "These settings do not fit: the times are what they would be." in text
 
 
 def test_vqgan_imagenet_has_its_published_size(

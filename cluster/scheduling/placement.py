@@ -17,6 +17,7 @@ from cluster.roles import FleetPlan, Role
 SMALLEST_SHARE = 0.01  # CPUs
 UNITS = 10_000  # of a CPU or GPU: how finely Ray counts them
 SPREAD = 0.5  # share in use from which Ray prefers another node
+SHOWN = 8  # nodes or workers that a message names
 SMALLER = 0.8  # factor of a CPU share that does not fit the nodes
 
 
@@ -236,12 +237,12 @@ def _packed(requests: Sequence[_Request], nodes: Sequence[Node]) -> list[Seat] |
 def _refusal(without: _Request, requests: Sequence[_Request], nodes: Sequence[Node]) -> str:
     without = next(each for each in requests if each.worker == without.worker)
     beside = [each for each in requests if each is not without and each.gpus]
-    shares = ", ".join(f"{each.worker} {each.gpus / UNITS:g}" for each in beside[:8])
-    others = f" beside the others with a GPU ({shares}{', ...' * (len(beside) > 8)})"
+    shares = _listed([f"{each.worker} {each.gpus / UNITS:g}" for each in beside])
+    others = f" beside the others with a GPU ({shares})"
     return (
         f"the fleet fits the CPUs and GPUs of all nodes together, but no node has room for "
         f"{without}{others if without.gpus and beside else ''}. Free: "
-        f"{', '.join(map(str, nodes[:8]))}{', ...' * (len(nodes) > 8)}. A worker is on one node; "
+        f"{_listed(nodes)}. A worker is on one node; "
         "fractions of one GPU add up to 1 at most, and whole GPUs are not shared: change num_gpus, "
         "num_cpus or the number of workers"
     )
@@ -250,8 +251,8 @@ def _refusal(without: _Request, requests: Sequence[_Request], nodes: Sequence[No
 def _warning(waits: _Request, nodes: Sequence[Node]) -> str:
     return (
         "the fleet fits, but Ray places workers one after another, on nodes of its own choice, and "
-        f"may leave no room for {waits}, which would then not start. Free: "
-        f"{', '.join(map(str, nodes[:8]))}{', ...' * (len(nodes) > 8)}. Fewer or smaller shares "
+        f"may leave no room for {waits}, which would then not start. Free: {_listed(nodes)}. Fewer "
+        "or smaller shares "
         "(num_gpus) leave it room"
     )
 
@@ -263,6 +264,10 @@ def _others_note(requests: Sequence[_Request], nodes: Sequence[Node]) -> str:
         return ""
     return (
         "others use parts of GPUs, and which parts Ray does not tell: free are "
-        f"{', '.join(map(str, partly[:8]))}{', ...' * (len(partly) > 8)}. If that is of several "
+        f"{_listed(partly)}. If that is of several "
         "GPUs, a worker that needs more than is left of each would not start"
     )
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join([*map(str, items[:SHOWN]), *["..."] * (len(items) > SHOWN)])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from learner.capacity.cards import Card
-from learner.capacity.gpus import Gpu, fits, pack, processes
+from learner.capacity.gpus import Gpu, fits, pack, processes, rollouts_of
 from learner.capacity.seconds import Phase
 from learner.capacity.workload import Models, phases_of, sampling_of
 from learner.config import RunConfig, merge, to_dict, validate
@@ -210,7 +210,7 @@ def candidates(config: RunConfig) -> Iterator[dict[str, Any]]:
         yield {"learner.precision": "bf16"}
     if learner.compile == "never":
         yield {"learner.compile": "auto"}
-    rollouts = -(-config.groups_per_iteration * config.rollouts_per_group // config.num_learners)
+    rollouts = rollouts_of(config)
     sizes = [-(-rollouts // split) for split in SPLITS]
     if learner.checkpointing:
         yield {"learner.checkpointing": False}

@@ -73,7 +73,7 @@ RECORDED: dict[str, Expected] = {}
 
 def card_of(device_name: str) -> str:
     """The card of `CARDS` that a device's name holds as a word, or an empty string: a GH200 has
-    none. An H100 of another form than SXM (PCIe, NVL) is judged as one, and slower."""
+    none. An H100 of another form than SXM (PCIe, NVL) is expected to be as fast, and is slower."""
     return next((card for card in CARDS if re.search(rf"\b{card}\b", device_name)), "")
 
 

@@ -20,12 +20,12 @@ from cluster.errors import (
 )
 from cluster.fleet import Fleet, InlineFleet
 from cluster.io.run_layout import BEFORE_AFTER, CAPTIONS, step_name
-from learner import evaluate
 from learner.capacity.storage import DiskWatch, checkpoint_bytes, free_bytes
 from learner.checkpoints.checkpoint import Checkpoint, restore
 from learner.checkpoints.store import CheckpointStore
 from learner.config import RunConfig
 from learner.data.conditions import ConditionsConfig
+from learner.evaluation import held_out
 from learner.loop import Iteration, failures, prepare, train
 from learner.monitoring.console import RunConsole
 from learner.monitoring.gallery import (
@@ -188,7 +188,7 @@ class Experiment:
         if some := shown_note(self._config):
             logger.info(f"note: galleries show {some}; --output.gallery-rows names others")
         self._gallery(BASE_GALLERY)
-        for row in evaluate.base_rows(self._config):
+        for row in held_out.base_rows(self._config):
             self._fill_table_row(row)
         return 0
 
@@ -298,8 +298,8 @@ class Experiment:
         Raises:
             StopRequestedError: a stop was requested meanwhile.
         """
-        spec = evaluate.tuned_row(self._config).spec
-        return evaluate.evaluate_policy(self._config, self._fleet, spec, self._real_features())
+        spec = held_out.tuned_row(self._config).spec
+        return held_out.evaluate_policy(self._config, self._fleet, spec, self._real_features())
 
     def _evaluate_if_missed(self, found: Checkpoint) -> None:
         """Repeat the evaluation of a checkpoint's step that a stop interrupted."""
@@ -311,19 +311,19 @@ class Experiment:
             append_evaluation(self._run, found.step, figures)
             self._checkpoints.add_figures(found, figures)
 
-    def _fill_table_row(self, row: evaluate.TableRow) -> None:
+    def _fill_table_row(self, row: held_out.TableRow) -> None:
         """Evaluate one row of the table, unless it is there."""
         if not self._config.evaluation.num_images or row.name in self._table:
             return
         logger.info(f"evaluating: {row.name}")
-        self._table[row.name] = evaluate.evaluate_policy(
+        self._table[row.name] = held_out.evaluate_policy(
             self._config, self._fleet, row.spec, self._real_features()
         )
         self._run.write_evaluation(self._table)
 
     def _real_features(self) -> dict[str, np.ndarray]:
         if self._real is None:
-            self._real = evaluate.real_features(self._config, self._fleet)
+            self._real = held_out.real_features(self._config, self._fleet)
         return self._real
 
     def _gallery(self, name: str) -> None:
@@ -352,7 +352,7 @@ class Experiment:
         """After the last iteration: evaluation of the tuned policy, galleries, report."""
         self._report_progress("after training, in the last evaluation")
         self._table.pop(TUNED, None)  # of an earlier, shorter run
-        self._fill_table_row(evaluate.tuned_row(self._config))
+        self._fill_table_row(held_out.tuned_row(self._config))
         gallery = self._run.gallery
         self._gallery(TUNED_GALLERY)
         sheets = {"base policy": gallery / BASE_GALLERY, "tuned policy": gallery / TUNED_GALLERY}

@@ -13,7 +13,7 @@ from cluster.io.run_layout import step_name, steps_in
 from cluster.ray_session.object_store import StoreNeed
 from cluster.roles import FEATURE_BATCH
 from learner.config import RunConfig
-from learner.evaluate import GROUP as EVALUATION_GROUP
+from learner.evaluation.held_out import GROUP as EVALUATION_GROUP
 
 logger = logging.getLogger(__name__)
 

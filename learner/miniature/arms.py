@@ -43,8 +43,8 @@ from cluster.io.paths import output_path
 from cluster.io.strict_json import dumps, number
 from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.program.streams import safe_streams
-from learner import evaluate
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, merge, validate
+from learner.evaluation import held_out
 from learner.fleet_plan import fleet_plan
 from learner.loop import prepare, train
 from learner.miniature.build import BuildConfig, Builder, with_networks
@@ -199,18 +199,18 @@ def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
     run = arm_config(config, seed, (ARMS | FURTHER).get(arm, {}))
     with InlineFleet(fleet_plan(run)) as fleet:
         fleet.broadcast(0)
-        real = evaluate.real_features(run, fleet)
+        real = held_out.real_features(run, fleet)
         if arm == BASE:
             rows = {
-                row.name: evaluate.evaluate_policy(run, fleet, row.spec, real)
-                for row in evaluate.base_rows(run)
+                row.name: held_out.evaluate_policy(run, fleet, row.spec, real)
+                for row in held_out.base_rows(run)
             }
         else:
             space = set_reference(run, fleet)
             prepare(run, fleet, space)
             train(run, fleet, space, 0, lambda _: None, lambda: False)
-            row = evaluate.tuned_row(run)
-            rows = {arm: evaluate.evaluate_policy(run, fleet, row.spec, real)}
+            row = held_out.tuned_row(run)
+            rows = {arm: held_out.evaluate_policy(run, fleet, row.spec, real)}
     with replacing(result) as partial:
         partial.write_text(dumps(rows))
 

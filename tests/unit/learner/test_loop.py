@@ -18,7 +18,7 @@ from cluster.messages import (
     SampleRequest,
     ScoredGroup,
 )
-from learner.evaluate import compare, evaluate_policy
+from learner.evaluation.held_out import compare, evaluate_policy
 from learner.loop import concatenate_features, prepare, spread
 from learner.rollouts.feature_space import RewardSpace
 from learner.rollouts.prefetch import requests_for

@@ -17,8 +17,8 @@ from learner.data.datasets import iterate_images
 from learner.loop import failures
 from learner.runs.records import TUNED
 from rewards.distribution.fid import frechet_distance
-from rewards.distribution.fidelity import fidelity
 from rewards.distribution.moments import Moments
+from rewards.metrics.neighbours import fidelity
 
 GROUP = 50  # images of one request
 PANEL = "judge"

@@ -1,0 +1,51 @@
+"""What evaluations compare: images as features and scores, in a fixed order.
+
+Spaces: `cluster.messages.MAIN_SPACE` is the judge's first feature space, `SECOND_SPACE` its second.
+A judge with the FID literature's Inception also has `SPATIAL`, for sFID, and `LOGITS`, for the
+Inception Score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rewards.distribution.reference import Reference
+
+SPATIAL = "spatial"
+"""Features (N, 2023): the first 7 channels of Inception's mixed_6/conv, 17 x 17 x 7, channels last,
+as the ADM evaluator takes them."""
+LOGITS = "logits"
+"""(N, 1008) logits of the FID literature's Inception, without biases."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N evaluated images. Image i has the same condition and the same random numbers in every set
+    that was sampled with the same settings, so two sets can be compared image by image."""
+
+    features: Mapping[str, np.ndarray]
+    """Space -> (N, D) float32."""
+    scores: Mapping[str, np.ndarray]
+    """Scorer -> (N,) float32."""
+    entropies: np.ndarray | None = None
+    """(N,) float64 mean token entropy in nats; None for images of unknown origin."""
+    classes: np.ndarray | None = None
+    """(N,) int64; None: captions, or unknown."""
+
+    def __len__(self) -> int:
+        sets = (*self.features.values(), *self.scores.values())
+        return len(sets[0]) if sets else 0
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The real images that samples are compared with."""
+
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Space -> (M, D) float32, for nearest neighbours."""
+    moments: Mapping[str, Reference] = field(default_factory=dict)
+    """Space -> moments of a larger set than the features, as ADM's files hold; where a space has
+    none, the moments are those of the features."""

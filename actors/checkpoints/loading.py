@@ -139,6 +139,13 @@ def init_policy(architecture: PolicyArchitecture) -> PolicyModule:
     return family_of(architecture).module(architecture)
 
 
+def weightless_policy(architecture: PolicyArchitecture) -> PolicyModule:
+    """A policy whose weights are on the meta device, and whose tables (token orders) are real: for
+    `Policy.codes`, which reads no weights."""
+    with _MetaWeights():
+        return init_policy(architecture).eval()
+
+
 def check_fit(tensors: Mapping[str, Tensor], architecture: Architecture, source: Source) -> None:
     """Compare names and shapes with an architecture, on the meta device.
 
@@ -188,10 +195,10 @@ def file_shapes(source: Source, architecture: Architecture) -> dict[str, Tensor]
 
 
 def _on_meta(architecture: Architecture) -> nn.Module:
+    if not isinstance(architecture, VQConfig):
+        return weightless_policy(architecture)
     with _MetaWeights():
-        if isinstance(architecture, VQConfig):
-            return VQTokenizer(architecture)
-        return init_policy(architecture)
+        return VQTokenizer(architecture)
 
 
 def _fill(

@@ -6,13 +6,14 @@ other rewards differ in `reward_*` columns: `pa.concat_tables(tables, promote_op
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.errors import DataError
 from cluster.io.files import replacing, writing
 from cluster.messages import ScoredGroup
 from learner.grpo.advantage import Advantages
@@ -103,3 +104,36 @@ def write_rollouts(file: Path, table: pa.Table) -> None:
     """
     with writing(file), replacing(file) as partial:
         pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+
+
+def read_file(file: Path, columns: Collection[str] | None = None) -> pa.Table:
+    """A file of any version, with the columns and types of today's schema: a column that it lacks
+    is missing in all rows.
+
+    Args:
+        columns: None: all.
+
+    Raises:
+        DataError: damaged, or none of rollouts.
+    """
+    try:
+        there = pq.read_schema(file).names
+        known = rollout_schema(reward_names(there))
+        wanted = known.names if columns is None else [n for n in known.names if n in columns]
+        found = pq.read_table(file, columns=[name for name in wanted if name in there])
+        arrays = [
+            found[name].cast(known.field(name).type)
+            if name in there
+            else pa.nulls(found.num_rows, known.field(name).type)
+            for name in wanted
+        ]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{file} is no readable file of rollouts ({error})") from error
+    if lacking := [name for name in ("iteration", "group", "tokens") if name not in there]:
+        raise DataError(f"{file} is none of rollouts: it has no column {lacking[0]!r}")
+    return pa.table(arrays, schema=pa.schema([known.field(name) for name in wanted]))
+
+
+def reward_names(columns: Iterable[str]) -> list[str]:
+    """The rewards among the columns of a file."""
+    return [name.removeprefix(REWARD) for name in columns if name.startswith(REWARD)]

@@ -1,0 +1,116 @@
+"""Stored rollouts read back: their rows, and their images from the tokens alone.
+
+Shapes: N rollouts, T tokens, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actors.captions import resolve_device
+from actors.checkpoints.loading import load_decoder, weightless_policy
+from actors.checkpoints.sources import planned_policy
+from cluster.errors import DataError
+from cluster.io.run_layout import iteration_of
+from cluster.program.precision import start_computing
+from learner.config import RunConfig
+from learner.rollouts.parquet import read_file
+from learner.runs.run_dir import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def decode_images(config: RunConfig, tokens: np.ndarray, device: str = "auto") -> np.ndarray:
+    """Tokens (N, T) of rollouts -> images (N, H, W, 3) uint8, by the run's tokenizer; no weights of
+    a policy are read. On a CPU they are the sampler's images bit for bit, where the run's were made
+    on one.
+
+    Args:
+        device: "auto" is a GPU if there is one.
+
+    Raises:
+        CheckpointError: the tokenizer is not there, or not readable.
+        ConfigError: no such device.
+        DataError: tokens that are none of this policy.
+    """
+    device = resolve_device(device)
+    start_computing()
+    policy = weightless_policy(planned_policy(config.policy.source()))
+    dtype = getattr(torch, config.sampler.image_dtype)
+    decoder = load_decoder(config.tokenizer, device=device, dtype=dtype)
+    codes = decoder.config.codebook_size
+    if tokens.ndim != 2 or tokens.shape[1] != policy.num_tokens:
+        raise DataError(
+            f"tokens of shape {tokens.shape}, expected (N, {policy.num_tokens}): are they of "
+            "another run?"
+        )
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < codes):
+        raise DataError(
+            f"tokens from {tokens.min()} to {tokens.max()}, expected 0 to {codes - 1}: are they of "
+            "another run?"
+        )
+    size = config.rollouts_per_group  # a sampler decodes as many at once: equal rounding
+    parts = [
+        decoder.pixels(policy.codes(part).to(device)).cpu()
+        for part in torch.from_numpy(tokens.astype(np.int64)).split(size)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def read_rollouts(
+    run: RunDirectory,
+    iterations: Collection[int] | None = None,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """Rows of a run's rollouts, in the order of iterations, groups and rollouts; also of a run that
+    is active. Files that cannot be read are left out, with a warning that names them.
+
+    Args:
+        iterations: by their numbers in the records; None: all.
+        columns: None: all. Those that a file lacks are missing in its rows.
+
+    Raises:
+        DataError: no rollouts are there, or none of them can be read.
+    """
+    files = rollout_files(run)
+    chosen = {n: f for n, f in files.items() if iterations is None or n in iterations}
+    if not chosen:
+        raise DataError(_nothing_kept(run, files, iterations))
+    tables: list[pa.Table] = []
+    for file in chosen.values():
+        try:
+            tables.append(read_file(file, columns))
+        except DataError as error:
+            logger.warning(f"note: left out: {error}")
+    if not tables:
+        raise DataError(f"none of the {len(chosen)} files of rollouts in {run.rollouts} is whole")
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def rollout_files(run: RunDirectory) -> dict[int, Path]:
+    """Number of an iteration in the records -> its file, in order."""
+    there = run.rollouts.iterdir() if run.rollouts.is_dir() else ()
+    found = {number: file for file in there if (number := iteration_of(file.name)) is not None}
+    return dict(sorted(found.items()))
+
+
+def _nothing_kept(
+    run: RunDirectory, files: Collection[int], iterations: Collection[int] | None
+) -> str:
+    if files and iterations is not None:
+        asked = ", ".join(map(str, sorted(iterations)[:3]))
+        return (
+            f"{run.path} keeps rollouts of {len(files)} iterations, {min(files)} to {max(files)}, "
+            f"but none that were asked for ({asked}{', ...' if len(iterations) > 3 else ''})"
+        )
+    return (
+        f"{run.path} keeps no rollouts: {run.rollouts} has no iteration_*.parquet. A run writes "
+        "one an iteration, unless --output.rollouts is off"
+    )

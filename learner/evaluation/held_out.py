@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -102,7 +101,7 @@ def compare(generated: np.ndarray, real: np.ndarray, neighbours: int) -> dict[st
     ours, theirs = Moments.from_features(generated), Moments.from_features(real)
     near = fidelity(real, generated, neighbours)
     fid = frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov)
-    return {"fid": fid, **dataclasses.asdict(near)}
+    return {"fid": fid, **near}
 
 
 def _requests(config: RunConfig, spec: SamplingSpec) -> Iterator[SampleRequest]:

@@ -21,21 +21,46 @@ PRECISION = 1e-12  # of a squared distance by a matrix product, relative to the 
 
 
 @dataclass(frozen=True)
-class Fidelity:
-    """Shares in [0, 1], except density, which can exceed 1."""
+class Neighbourhoods:
+    """Which images lie in balls around images of the other set; balls reach to the k-th nearest
+    other image of their own set, and are open."""
 
-    precision: float
-    """Share of generated images inside some real image's ball."""
-    recall: float
-    """Share of real images inside some generated image's ball."""
-    density: float
-    """Mean number of real balls around a generated image, over k."""
-    coverage: float
-    """Share of real images with a generated image in their ball."""
+    around: np.ndarray
+    """(M,) int64, number of real balls around each generated image."""
+    near: np.ndarray
+    """(N,) bool, whether a real image is inside some generated image's ball."""
+    covered: np.ndarray
+    """(N,) bool, whether some generated image is inside a real image's ball."""
+    k: int
+
+    @property
+    def precision(self) -> float:
+        """Share of generated images inside some real image's ball."""
+        return float((self.around > 0).mean())
+
+    @property
+    def recall(self) -> float:
+        """Share of real images inside some generated image's ball."""
+        return int(self.near.sum()) / len(self.near)
+
+    @property
+    def density(self) -> float:
+        """Mean number of real balls around a generated image, over k; can exceed 1."""
+        return float(self.around.mean() / self.k)
+
+    @property
+    def coverage(self) -> float:
+        """Share of real images with a generated image in their ball."""
+        return int(self.covered.sum()) / len(self.covered)
 
 
-def fidelity(real: np.ndarray, generated: np.ndarray, k: int = 5) -> Fidelity:
-    """Compare (N, D) real with (M, D) generated features; balls reach to the k-th neighbour.
+def neighbourhoods(
+    real: np.ndarray, generated: np.ndarray, k: int = 5, real_radius: np.ndarray | None = None
+) -> Neighbourhoods:
+    """Compare (N, D) real with (M, D) generated features.
+
+    Args:
+        real_radius: `kth_distances(real, k)`, where several sets are compared with the same.
 
     Raises:
         DataError: a set has no more than k images.
@@ -45,26 +70,33 @@ def fidelity(real: np.ndarray, generated: np.ndarray, k: int = 5) -> Fidelity:
             f"nearest neighbours with k = {k} need more than {k} images, found {len(real)} real "
             f"and {len(generated)} generated"
         )
-    real_radius = _kth_distances(real, k)
-    generated_radius = _kth_distances(generated, k)
+    real_radius = kth_distances(real, k) if real_radius is None else real_radius
+    generated_radius = kth_distances(generated, k)
     centre = real.mean(0, dtype=np.float64)
-    covered, near, around = 0, 0, np.zeros(len(generated), np.int64)
+    around = np.zeros(len(generated), np.int64)
+    near, covered = np.zeros((2, len(real)), bool)
     for rows, squares, slack in _squared_distances(real, generated, centre):
         reach = real_radius[rows, None]
         inside = _below(squares, reach, slack, real[rows], generated)
         around += inside.sum(0)
-        covered += int(inside.any(1).sum())
+        covered[rows] = inside.any(1)
         inside = _below(squares, generated_radius[None], slack, real[rows], generated)
-        near += int(inside.any(1).sum())
-    return Fidelity(
-        precision=float((around > 0).mean()),
-        recall=near / len(real),
-        density=float(around.mean() / k),
-        coverage=covered / len(real),
-    )
+        near[rows] = inside.any(1)
+    return Neighbourhoods(around, near, covered, k)
 
 
-def _kth_distances(features: np.ndarray, k: int) -> np.ndarray:
+def fidelity(real: np.ndarray, generated: np.ndarray, k: int = 5) -> dict[str, float]:
+    """precision, recall, density and coverage of `neighbourhoods`."""
+    found = neighbourhoods(real, generated, k)
+    return {
+        "precision": found.precision,
+        "recall": found.recall,
+        "density": found.density,
+        "coverage": found.coverage,
+    }
+
+
+def kth_distances(features: np.ndarray, k: int) -> np.ndarray:
     """(N,) distance of each row to its k-th nearest other row."""
     radius = np.empty(len(features))
     centre = features.mean(0, dtype=np.float64)

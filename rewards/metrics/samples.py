@@ -1,6 +1,7 @@
 """What evaluations compare: images as features and scores, in a fixed order.
 
-Spaces: `cluster.messages.MAIN_SPACE` is the judge's first feature space, `SECOND_SPACE` its second.
+Spaces: `cluster.messages.MAIN_SPACE` is the judge's first feature space,
+`rewards.config.SECOND_SPACE` its second.
 A judge with the FID literature's Inception also has `SPATIAL`, for sFID, and `LOGITS`, for the
 Inception Score.
 """
@@ -9,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from rewards.distribution.reference import Reference
+from rewards.metrics.frechet import moments_of
+from rewards.metrics.neighbours import kth_distances
 
 SPATIAL = "spatial"
 """Features (N, 2023): the first 7 channels of Inception's mixed_6/conv, 17 x 17 x 7, channels last,
@@ -34,10 +38,18 @@ class Samples:
     """(N,) float64 mean token entropy in nats; None for images of unknown origin."""
     classes: np.ndarray | None = None
     """(N,) int64; None: captions, or unknown."""
+    conditions: np.ndarray | None = None
+    """(N,) integers, equal for images of one condition: of captions, their place in the list; None:
+    the classes, or unknown."""
 
     def __len__(self) -> int:
         sets = (*self.features.values(), *self.scores.values())
         return len(sets[0]) if sets else 0
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """(N,) integers, equal for images of one condition; None: unknown."""
+        return self.classes if self.conditions is None else self.conditions
 
 
 @dataclass(frozen=True)
@@ -48,4 +60,27 @@ class RealImages:
     """Space -> (M, D) float32, for nearest neighbours."""
     moments: Mapping[str, Reference] = field(default_factory=dict)
     """Space -> moments of a larger set than the features, as ADM's files hold; where a space has
-    none, the moments are those of the features."""
+    none, the moments are those of the features. Sigma is divided by N - 1, as FID tools do."""
+    _kept: dict[tuple[str, int], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def reference(self, space: str) -> Reference | None:
+        """Moments of a space, given or of the features (divided by N); None where it has neither.
+
+        Computed once: many sets are compared with the same images.
+        """
+        if space in self.moments or space not in self.features:
+            return self.moments.get(space)
+        if (space, 0) not in self._kept:
+            moments = moments_of(self.features[space])
+            self._kept[space, 0] = Reference(moments.mean, moments.cov)
+        found: Reference = self._kept[space, 0]
+        return found
+
+    def radii(self, space: str, neighbours: int) -> np.ndarray:
+        """(M,) distances of the features to the `neighbours`-th nearest other; computed once."""
+        if (space, neighbours) not in self._kept:
+            self._kept[space, neighbours] = kth_distances(self.features[space], neighbours)
+        found: np.ndarray = self._kept[space, neighbours]
+        return found

@@ -60,6 +60,8 @@ class SamplerConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     resources: SamplerResources = field(default_factory=SamplerResources)
     reproducible: bool = False
+    own_weights: bool = False
+    """Load the weights of `policy`, as version 0: no learner will send any."""
 
 
 class Sampler:
@@ -72,11 +74,13 @@ class Sampler:
     def __init__(self, config: SamplerConfig, name: str = "sampler") -> None:
         start_computing(reproducible=config.reproducible)
         self.name = name
-        self.version = -1  # no weights yet
+        self.version = 0 if config.own_weights else -1  # -1: no weights yet
         resources = config.resources
         self._device, self._threads = resources.device, resources.num_threads
         dtype = getattr(torch, resources.dtype)
-        self._policy = load_policy(config.policy, weights=False, device=self._device, dtype=dtype)
+        self._policy = load_policy(
+            config.policy, weights=config.own_weights, device=self._device, dtype=dtype
+        )
         image_dtype = getattr(torch, resources.image_dtype)
         self._decoder = load_decoder(config.tokenizer, device=self._device, dtype=image_dtype)
         kernels = plain if resources.kernels == "torch" else None

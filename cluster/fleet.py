@@ -4,6 +4,8 @@
     collect(batch) ->  [ScoredGroup]    wait for them, in the order of the requests
     broadcast(version)                  the learner's weights to every sampler
     learner, moments                    the two roles that exist once
+    stream(requests), score_images(...) groups in order, as slots become free: for evaluations,
+                                        whose fleets may have no learner and no moments server
 
 A group is sampled with the weights of the last broadcast before it was submitted. The same requests
 give the same groups, whichever sampler draws them and in whatever order they finish: bit for bit on
@@ -25,7 +27,7 @@ from cluster.errors import ConfigError, FleetError, LearnerLostError, StopReques
 from cluster.messages import GroupScores, SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, Role, SamplerRole
 from cluster.scheduling.in_flight import STOPPED, PendingBatch
-from cluster.scheduling.validation import ScoreChecks, check_rollouts
+from cluster.scheduling.validation import ScoreChecks, check_images, check_rollouts
 
 Result = TypeVar("Result")
 
@@ -59,6 +61,22 @@ class Fleet(Protocol):
         when a slot is free (`FleetPlan.slots`).
 
         Raises:
+            StopRequestedError: a stop was requested meanwhile.
+        """
+        ...
+
+    def score_images(
+        self, batches: Iterable[tuple[SampleRequest, np.ndarray]]
+    ) -> Iterator[GroupScores]:
+        """Scores of given images by the request's panel, in order. Batches are read as slots become
+        free.
+
+        Args:
+            batches: a request, of which key, condition and panel count, and its K images
+                (K, H, W, 3) uint8.
+
+        Raises:
+            DataError: images that do not fit their request.
             StopRequestedError: a stop was requested meanwhile.
         """
         ...
@@ -131,15 +149,14 @@ class InlineFleet:
 
     def __init__(self, plan: FleetPlan, should_stop: Callable[[], bool] = lambda: False) -> None:
         def build(role: Role) -> Any:
-            return role.factory(role.config, name=role.worker_name(0))
+            return role.factory(role.config, name=role.worker_name(0)) if role.count else None
 
         if plan.learner.count > 1:
             raise ConfigError(
                 f"{plan.learner.count} learners compute in processes of their own: leave --inline "
                 "out, or set --num-learners 1"
             )
-        roles = (plan.learner, plan.sampler, *plan.servers)
-        on_gpus = [role.name for role in roles if role.resources.num_gpus]
+        on_gpus = [role.name for role in plan.roles if role.resources.num_gpus]
         if on_gpus and not torch.cuda.is_available():
             raise ConfigError(
                 f"{', '.join(on_gpus)}: num_gpus asks for a GPU, and none is usable here: "
@@ -148,8 +165,8 @@ class InlineFleet:
             )
         self._should_stop = should_stop
         self._base: WeightSnapshot | None = None
-        self.learner: LearnerRole = build(plan.learner)
-        self.moments: MomentsRole = build(plan.moments_server)
+        self._learner: LearnerRole = build(plan.learner)
+        self._moments: MomentsRole = build(plan.moments_server)
         self._sampler: SamplerRole = build(plan.sampler)
         self._plan = plan
         self._servers: dict[str, RewardServerRole] = {r.name: build(r) for r in plan.servers}
@@ -162,10 +179,21 @@ class InlineFleet:
     def __exit__(self, *_: object) -> None:
         self._submitted.clear()
 
+    @property
+    def learner(self) -> LearnerRole:
+        self._plan.need(self._plan.learner)
+        return self._learner
+
+    @property
+    def moments(self) -> MomentsRole:
+        self._plan.need(self._plan.moments_server)
+        return self._moments
+
     def report_progress(self, progress: Progress) -> None:
         """Does nothing: no other process can ask for it."""
 
     def submit(self, requests: Sequence[SampleRequest]) -> PendingBatch:
+        self._plan.need(self._plan.sampler)
         batch = PendingBatch([None] * len(requests))
         self._submitted[batch] = list(requests)
         return batch
@@ -195,11 +223,23 @@ class InlineFleet:
         for request, rollouts in zip(requests, self._sampler.sample(requests), strict=True):
             check_rollouts(rollouts, request, self._plan.sampler.worker_name(0))
             images, span = self._sampler.images(rollouts)
-            pools = self._plan.scoring_pools(request.panel)
-            scores = merge_scores([self._score(role, request, images) for role in pools])
+            scores = self._scores(request, images)
             yield ScoredGroup(rollouts=rollouts.with_span(span), scores=scores)
 
+    def _scores(self, request: SampleRequest, images: np.ndarray) -> GroupScores:
+        pools = self._plan.scoring_pools(request.panel)
+        return merge_scores([self._score(role, request, images) for role in pools])
+
+    def score_images(
+        self, batches: Iterable[tuple[SampleRequest, np.ndarray]]
+    ) -> Iterator[GroupScores]:
+        for request, images in batches:
+            self._stop_if_asked()
+            check_images(images, request)
+            yield self._scores(request, images)
+
     def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
+        self._plan.need(self._plan.sampler)
         for request in requests:
             self._stop_if_asked()
             yield from self._groups([request])
@@ -211,6 +251,7 @@ class InlineFleet:
         return scores
 
     def sample_images(self, requests: Iterable[SampleRequest]) -> list[np.ndarray]:
+        self._plan.need(self._plan.sampler)
         images = []
         for request in requests:
             self._stop_if_asked()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cluster.errors import FleetError
 from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ServerStats, WeightSnapshot
 from cluster.spans import Span
 
@@ -91,6 +92,7 @@ class Role:
     config: Any
     resources: Resources
     count: int = 1
+    """Workers at the start; 0: the fleet has none."""
     depth: int = 2
     """Requests that one worker has at a time: with 2, the next is there when one ends; more let it
     work on several together."""
@@ -121,13 +123,15 @@ class Role:
 
 @dataclass(frozen=True, kw_only=True)
 class FleetPlan:
-    """All roles of a run."""
+    """All roles of a run; of an evaluation, too, where those that learn have no workers."""
 
     sampler: Role
+    """No workers: images are given (`Fleet.score_images`)."""
     reward_server: Role
     """The main pool, which scores for every panel."""
     moments_server: Role
     learner: Role
+    """No workers: samplers load the policy by themselves, as version 0."""
     reward_pools: tuple[Role, ...] = ()
     """Further reward servers, with other scorers."""
     slots: int = 64
@@ -147,7 +151,23 @@ class FleetPlan:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        return (self.learner, self.moments_server, self.sampler, *self.servers)
+        """Those with workers, in the order in which they start."""
+        every = (self.learner, self.moments_server, self.sampler, *self.servers)
+        return tuple(role for role in every if role.count)
+
+    @property
+    def own_weights(self) -> bool:
+        """Whether samplers load the policy by themselves, since no learner publishes it."""
+        return not self.learner.count
+
+    def need(self, role: Role) -> None:
+        """
+        Raises:
+            FleetError: the fleet has no such workers.
+        """
+        if not role.count:
+            there = ", ".join(role.name for role in self.roles)
+            raise FleetError(f"this fleet has no {role.name}: it was started to evaluate ({there})")
 
     @property
     def servers(self) -> tuple[Role, ...]:

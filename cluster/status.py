@@ -100,6 +100,7 @@ def as_dict(run: str, status: FleetStatus, actors: Mapping[str, Mapping[str, Any
         "said_s_ago": status.age_s,
         "iteration": progress.done,
         "iterations": progress.iterations or None,
+        "unit": progress.unit,
         "iterations_per_h": 3600 / progress.seconds if progress.seconds else None,
         "images_per_s": metrics.get("time/images_per_s"),
         "eta_s": progress.eta_s,
@@ -203,7 +204,7 @@ def headlines(found: Mapping[str, Any]) -> list[str]:
     lines = [f"run {found['run']}: {found['stage']}  {found['directory']}"]
     if not found["roles"]:
         return [*lines, "its workers are not there yet"]
-    parts = [f"iteration {found['iteration']} of {found['iterations'] or '?'}"]
+    parts = [f"{found['unit']} {found['iteration']} of {found['iterations'] or '?'}"]
     if found["iterations_per_h"]:
         parts.append(f"{found['iterations_per_h']:.4g} an hour")
         parts.append(f"{timedelta(seconds=round(found['eta_s']))} left")

@@ -1,9 +1,10 @@
-"""The fleet plan of a run: its roles and their configurations."""
+"""The fleet plans of runs and of evaluations: their roles and configurations."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from actors.sampler import Sampler, SamplerConfig
@@ -67,6 +68,35 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
         transport=config.weights.transport,
         adapters_alone=config.learner.lora.rank > 0,
     )
+
+
+def sampling_plan(config: RunConfig) -> FleetPlan:
+    """The plan of an evaluation: samplers that hold `config.policy` as version 0, and reward
+    servers with the panels of judge and rewards; no learner, no moments server.
+
+    As many groups are in flight as keep all workers busy.
+    """
+    run, judge = fleet_plan(config), config.judge
+    server = replace(run.reward_server, config=replace(run.reward_server.config, judge=judge))
+    sampler = replace(run.sampler, config=replace(run.sampler.config, own_weights=True))
+    calls = sampler.max_groups * sampler.depth * sampler.max_count
+    calls += sum(role.depth * role.max_count for role in (server, *run.reward_pools))
+    return replace(
+        run,
+        sampler=sampler,
+        reward_server=server,
+        moments_server=replace(run.moments_server, count=0),
+        learner=replace(run.learner, count=0),
+        slots=max(config.slots, calls),
+        max_staleness=0,
+        adapters_alone=False,
+    )
+
+
+def scoring_plan(config: RunConfig) -> FleetPlan:
+    """The plan of an evaluation of given images: reward servers alone."""
+    plan = sampling_plan(config)
+    return replace(plan, sampler=replace(plan.sampler, count=0))
 
 
 def _sampler_role(config: RunConfig) -> Role:

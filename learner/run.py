@@ -15,19 +15,16 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from cluster.control.discovery import discovery_file
 from cluster.errors import ConfigError, LockLostError, TesseraError
-from cluster.fleet import Fleet, InlineFleet
-from cluster.io.run_layout import DISCOVERY_FILE
-from cluster.io.user_files import record_run
+from cluster.open_fleet import open_fleet
 from cluster.preflight import Findings
 from cluster.program import logs
 from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
@@ -239,7 +236,8 @@ def carry_out(
             logger.info(starting(command, config))
             for line in changed_since(config.rewards.files):
                 logger.warning(f"note: {line}")
-            with open_fleet(command, config, run, stop) as fleet:
+            ray = None if command.inline else config.ray
+            with open_fleet(fleet_plan(config), store_need(config), run.path, stop, ray) as fleet:
                 started()
                 experiment = Experiment(
                     config, run, fleet, shown, stop, command.from_step, lambda: stop.checkpoint
@@ -273,41 +271,6 @@ def starting(command: Command, config: RunConfig) -> str:
         f"server{'s' * (servers > 1)}, a moments server and "
         f"{f'{learners} learners' if learners > 1 else 'a learner'}, on Ray"
     )
-
-
-@contextmanager
-def open_fleet(
-    command: Command, config: RunConfig, run: RunDirectory, should_stop: StopFlag
-) -> Iterator[Fleet]:
-    """The fleet of the run, closed at the end. On Ray, a file in the run directory tells other
-    commands (`cluster.status`, `cluster.scale`) how to reach it."""
-    if command.inline:
-        (run.path / DISCOVERY_FILE).unlink(missing_ok=True)  # of a run on Ray that was killed
-        record_run(run.path)
-        with InlineFleet(fleet_plan(config), should_stop) as inline:
-            yield inline
-        return
-    from cluster.ray_backend.fleet import RayFleet
-    from cluster.ray_session.object_store import check_store, explain_store_full
-    from cluster.ray_session.session import RaySession
-
-    need = store_need(config)
-    with (
-        discovery_file(run.path) as announce,
-        RaySession(config.ray) as session,
-        explain_store_full(need, session.object_store),
-    ):
-        if session.joined and not session.guarded:
-            logger.warning(
-                "note: the cluster asks for no token: anyone who reaches it can run code "
-                "on it (start its nodes with RAY_AUTH_MODE=token)"
-            )
-        if note := check_store(need, session.object_store):
-            logger.warning(f"note: {note}")
-        plan, name = fleet_plan(config), run.path.name
-        with RayFleet(plan, session, should_stop, run=name, ask_to_stop=should_stop.ask) as fleet:
-            announce(session.address)
-            yield fleet
 
 
 def dry_run(config: RunConfig, found: Findings, inline: bool) -> int:

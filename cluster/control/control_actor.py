@@ -62,16 +62,18 @@ class PoolStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a run is."""
+    """How far a run or an evaluation is."""
 
     stage: str = "starting"
     directory: str = ""
     done: int = 0
-    """Finished iterations."""
+    """Finished iterations; of an evaluation, images."""
     iterations: int = 0
-    """Iterations of the run; 0: not known yet."""
+    """Of the whole run; 0: not known yet."""
+    unit: str = "iteration"
+    """What is counted: "iteration" or "image"."""
     seconds: float = 0.0
-    """Of an iteration, a recent average; 0: not known yet."""
+    """Of one of them, a recent average; 0: not known yet."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Newest line of metrics."""
     free_bytes: int | None = None

@@ -16,7 +16,7 @@ from cluster.ray_backend.publisher import Publisher
 from cluster.ray_session.calls import answer
 from cluster.roles import FleetPlan
 from cluster.scheduling.pool import State, Worker, WorkerPool
-from cluster.scheduling.weight_versions import NO_WEIGHTS, WeightVersions
+from cluster.scheduling.weight_versions import NO_WEIGHTS, OWN_WEIGHTS, WeightVersions
 
 
 class Broadcaster:
@@ -37,6 +37,8 @@ class Broadcaster:
         self._plan, self._publisher = plan, publisher
         self._assigned, self._lost = assigned, lost
         self._weight_versions = WeightVersions()
+        if plan.own_weights:
+            self._weight_versions.publish(OWN_WEIGHTS, None)
         self.under_way: dict[ray.ObjectRef, Worker] = {}
         """Pending answers of `load_weights`, for `updated`."""
 

@@ -19,18 +19,19 @@ from ray.exceptions import RayActorError
 
 from cluster.control.control_actor import Progress
 from cluster.errors import FleetError, LearnerLostError, TesseraError
-from cluster.fleet import Result, join_features
+from cluster.fleet import Result
 from cluster.io.background import Background
-from cluster.messages import SampleRequest, ScoredGroup
+from cluster.messages import GroupScores, SampleRequest, ScoredGroup
 from cluster.ray_backend.autoscaler import Autoscaler
 from cluster.ray_backend.broadcast import Broadcaster
+from cluster.ray_backend.feature_calls import FeatureCalls
 from cluster.ray_backend.group_calls import SAMPLER_THREADS, GroupCalls, queue_for_tokens
 from cluster.ray_backend.heartbeat import Heartbeat
 from cluster.ray_backend.launcher import Launcher, actor_class
 from cluster.ray_backend.publisher import publisher_of
 from cluster.ray_backend.stateful_roles import StatefulRoles
 from cluster.ray_backend.supervisor import Supervisor
-from cluster.ray_session.calls import RemoteRole, answer, how_ended, ready_of, too_late
+from cluster.ray_session.calls import answer, how_ended, put, ready_of, too_late
 from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.scheduling.in_flight import PendingBatch, PendingBatches, PendingGroup
@@ -38,7 +39,8 @@ from cluster.scheduling.listening import LOOK_S, Listening
 from cluster.scheduling.placement import Placement
 from cluster.scheduling.pool import State, Worker, WorkerPool
 from cluster.scheduling.restarts import RestartBudget
-from cluster.scheduling.weight_versions import NO_WEIGHTS
+from cluster.scheduling.validation import check_images
+from cluster.scheduling.weight_versions import NO_WEIGHTS, OWN_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +105,15 @@ class RayFleet:
             self._describe_workers,
             lambda: next((pool.role.name for pool in self.pools if not pool.workers), ""),
         )
+        self._networks = FeatureCalls(
+            plan,
+            self._servers,
+            self._supervisor,
+            self._listening,
+            self._answer,
+            self._poll,
+            self._batches.stop_if_requested,
+        )
 
     def __enter__(self) -> Self:
         who = "the fleet's control actor"
@@ -134,7 +145,7 @@ class RayFleet:
     @property
     def pools(self) -> list[WorkerPool]:
         """What can be scaled."""
-        return [self._samplers, *self._servers.values()]
+        return [pool for pool in (self._samplers, *self._servers.values()) if pool.role.count]
 
     @property
     def restarts(self) -> int:
@@ -176,23 +187,25 @@ class RayFleet:
         return self._collect(batch, finish=finish)
 
     def stream(self, requests: Iterable[SampleRequest]) -> Iterator[ScoredGroup]:
-        return self._stream(requests, scored=True)
+        return self._stream(partial(self._queue, [request], scored=True) for request in requests)
 
     def sample_images(self, requests: Iterable[SampleRequest]) -> list[np.ndarray]:
-        return [*self._stream(requests, scored=False)]
+        submits = (partial(self._queue, [request], scored=False) for request in requests)
+        return [*self._stream(submits)]
+
+    def score_images(
+        self, batches: Iterable[tuple[SampleRequest, np.ndarray]]
+    ) -> Iterator[GroupScores]:
+        return self._stream(partial(self._queue_images, *batch) for batch in batches)
 
     def features(self, batches: Iterable[np.ndarray], panel: str) -> dict[str, np.ndarray]:
-        parts = []
-        for batch in batches:
-            self._batches.stop_if_requested()
-            parts.append(self._ask_server(panel, "features", batch, panel))
-        return join_features(parts)
+        return self._networks.features(batches, panel)
 
     def fingerprint(self, panel: str) -> str:
-        return self._ask_server(panel, "fingerprint", panel)
+        return self._networks.ask(panel, "fingerprint", panel)
 
     def feature_dim(self, panel: str) -> int:
-        return self._ask_server(panel, "feature_dim", panel)
+        return self._networks.ask(panel, "feature_dim", panel)
 
     def refresh_moments(self) -> None:
         self._stateful.refresh_moments()
@@ -209,6 +222,7 @@ class RayFleet:
         return found[0]
 
     def broadcast(self, version: int) -> None:
+        self._plan.need(self._plan.learner)
         self._broadcaster.broadcast(version, self._stateful.learners, self._samplers)
         self._stateful.broadcast_made()
 
@@ -217,7 +231,9 @@ class RayFleet:
         wrap = self._weights.actor_class if sampler else actor_class
         threads = SAMPLER_THREADS if sampler else {}
         worker = self._launcher(role, index, wrap, threads, addition=addition, late=late)
-        if sampler and self._broadcaster.newest > NO_WEIGHTS:
+        if sampler and self._plan.own_weights:
+            worker.weight_version = OWN_WEIGHTS
+        elif sampler and self._broadcaster.newest > NO_WEIGHTS:
             self._broadcaster.begin(worker, self._samplers)
         return worker
 
@@ -247,6 +263,7 @@ class RayFleet:
         return batch
 
     def _queue(self, requests: Sequence[SampleRequest], *, scored: bool) -> PendingBatch:
+        self._plan.need(self._plan.sampler)
         batch, version = self._batches.add(len(requests)), self._broadcaster.newest
         for position, request in enumerate(requests):
             pools = self._plan.scoring_pools(request.panel) if scored else ()
@@ -255,9 +272,17 @@ class RayFleet:
             queue_for_tokens(self._samplers, group)
         return batch
 
-    def _stream(self, requests: Iterable[SampleRequest], *, scored: bool) -> Iterator[Any]:
-        # handed out by the next turn, all that are asked for by then: some may go together
-        submits = (partial(self._queue, [request], scored=scored) for request in requests)
+    def _queue_images(self, request: SampleRequest, images: np.ndarray) -> PendingBatch:
+        check_images(images, request)
+        servers = tuple(role.name for role in self._plan.scoring_pools(request.panel))
+        stored, batch = put(images, "images to be scored"), self._batches.add(1)
+        group = PendingGroup(batch, 0, request, servers, images=stored, given=True)
+        for name in servers:
+            self._servers[name].add(group)
+        return batch
+
+    def _stream(self, submits: Iterable[Callable[[], PendingBatch]]) -> Iterator[Any]:
+        # queued, and handed out by the next turn with all that are asked for by then
         try:
             yield from self._batches.stream(submits)
         finally:
@@ -371,27 +396,3 @@ class RayFleet:
                 self._group_calls.send(pool, *picked)
         self._samplers.recycle()
         self._broadcaster.catch_up(self._samplers)
-
-    def _ask_server(self, panel: str, method: str, *args: Any) -> Any:
-        """Ask any server that has a panel's feature network; another one, if it is lost."""
-        pool = self._servers[self._plan.feature_server(panel).name]
-        while True:
-            worker = self._someone(pool)
-            remote = RemoteRole(worker.handle, worker.name, self._plan.timeout_s, self._answer)
-            try:
-                return getattr(remote, method)(*args)
-            except RayActorError:
-                self._supervisor.lost(pool, worker)
-
-    def _someone(self, pool: WorkerPool) -> Worker:
-        """One that serves, once there is one."""
-        began = time.monotonic()
-        while not pool.of(State.SERVING):
-            self._batches.stop_if_requested()
-            if self._listening.silence(began) > self._plan.timeout_s:
-                raise FleetError(
-                    f"no {pool.role.name} was ready within {self._plan.timeout_s:g} s: is the "
-                    "cluster short of CPUs or GPUs? (--timeout-s sets the bound)"
-                )
-            self._poll()
-        return pool.of(State.SERVING)[0]

@@ -213,6 +213,8 @@ class GroupCalls:
             self._supervisor.lost(pool, worker, why_lost(error))
             return
         except InputLostError:  # the images were lost with their node
+            if group.given:
+                raise
             call.sample_again(self._samplers, self._servers.values(), self._plan.max_restarts)
             return
         self._budget.worked(worker.name)

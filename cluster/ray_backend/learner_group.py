@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from cluster.errors import FleetError, LearnerLostError
-from cluster.ray_session.object_store import store_full
+from cluster.ray_session.calls import put
 from cluster.ray_session.private import call_inside
 from cluster.scheduling.listening import LOOK_S, Listening
 
@@ -66,11 +66,7 @@ class LearnerGroup:
 
     def step(self, batch: Any) -> Any:
         """Each learner takes its shard of the batch, which is stored once on each node."""
-        try:
-            shared = ray.put(batch)
-        except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
-            raise store_full("the batch for the learners", error) from None
-        reports = self._all("step", shared)
+        reports = self._all("step", put(batch, "the batch for the learners"))
         spans = tuple(span for report in reports for span in report.spans)
         return dataclasses.replace(reports[0], spans=spans)
 

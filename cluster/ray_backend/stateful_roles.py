@@ -53,7 +53,8 @@ class StatefulRoles:
         self._plan, self._launch, self._budget = plan, launch, budget
         self._wait, self._attend, self._listening = wait, attend, listening
         self.learners = [launch(plan.learner, i, False) for i in range(plan.learner.count)]
-        self.moments_worker = launch(plan.moments_server, 0, False)
+        count = plan.moments_server.count  # one, or none in an evaluation
+        self._moments_workers = [launch(plan.moments_server, i, False) for i in range(count)]
         self._journal = Journal(
             lasting=["set_reference"], beginning=["seed"], changing=["commit", "refresh"]
         )
@@ -63,11 +64,21 @@ class StatefulRoles:
 
     @property
     def workers(self) -> list[Worker]:
-        return [*self.learners, self.moments_worker]
+        return [*self.learners, *self._moments_workers]
+
+    @property
+    def moments_worker(self) -> Worker:
+        self._plan.need(self._plan.moments_server)
+        return self._moments_workers[0]
 
     @property
     def learner(self) -> LearnerRole:
-        """All learners as one. Its calls raise LearnerLostError where one is gone."""
+        """All learners as one. Its calls raise LearnerLostError where one is gone.
+
+        Raises:
+            FleetError: the fleet has none.
+        """
+        self._plan.need(self._plan.learner)
         if len(self.learners) > 1:
             return self._group()
         worker = self.learners[0]
@@ -78,7 +89,12 @@ class StatefulRoles:
 
     @property
     def moments(self) -> MomentsRole:
-        """The moments server, whose process may be replaced between two calls."""
+        """The moments server, whose process may be replaced between two calls.
+
+        Raises:
+            FleetError: the fleet has none.
+        """
+        self._plan.need(self._plan.moments_server)
         return cast(MomentsRole, _Restorable(self._ask_moments))
 
     def started(self, worker: Worker) -> None:
@@ -191,9 +207,9 @@ class StatefulRoles:
                         self._plan.timeout_s,
                     )
             except RayActorError:
-                self.moments_worker = worker
+                self._moments_workers = [worker]
                 continue
-            self.moments_worker = worker
+            self._moments_workers = [worker]
             return
 
     def _group(self) -> LearnerGroup:

@@ -50,6 +50,8 @@ class WeightsConfig:
 
 def why_not(plan: FleetPlan) -> str:
     """Why a broadcast group is of no use to a run; empty if it is."""
+    if plan.own_weights:
+        return "no learner publishes weights"
     if plan.adapters_alone:
         return "adapters travel alone, and are too small for it to matter"
     return ""

@@ -66,6 +66,18 @@ class RemoteRole:
         return call
 
 
+def put(value: Any, what: str) -> ray.ObjectRef:
+    """Put a value into the object store, once for all who will read it.
+
+    Raises:
+        StoreFullError: there is no room for it; `what` says what it is.
+    """
+    try:
+        return ray.put(value)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise store_full(what, error) from None
+
+
 def why_lost(error: Exception) -> str:
     """Why a worker will not answer, for messages."""
     if isinstance(error, StuckError):

@@ -30,11 +30,11 @@ class StoreNeed:
     """Peak use of the object store by a run, bytes."""
 
     snapshot: int
-    """Weights of one version."""
+    """Weights of one version; 0: none travel."""
     group: int
     """Images of the largest group (training, evaluation or gallery)."""
     groups: int
-    """Groups in flight: (S + 1) P."""
+    """Groups in flight; of a run (S + 1) P."""
     batch: int = 0
     """Real images sent to a reward server at a time."""
 
@@ -43,12 +43,18 @@ class StoreNeed:
         return SNAPSHOTS * self.snapshot + self.groups * self.group + self.batch
 
     def __str__(self) -> str:
-        real = f"{format_bytes(self.batch)} of real images " if self.batch else ""
-        return (
-            f"{self.groups} groups in flight, (S + 1) P, with {format_bytes(self.group)} of images "
-            f"each, {real}and {SNAPSHOTS} snapshots of weights of {format_bytes(self.snapshot)}: "
-            f"{format_bytes(self.total)}"
-        )
+        parts = [
+            f"{self.groups} groups in flight{', (S + 1) P,' if self.snapshot else ''} with "
+            f"{format_bytes(self.group)} of images each"
+        ]
+        if self.batch:
+            parts.append(f"{format_bytes(self.batch)} of real images")
+        if self.snapshot:
+            weights = format_bytes(self.snapshot)
+            parts.append(f"{SNAPSHOTS} snapshots of weights of {weights}")
+        *first, last = parts
+        listed = f"{', '.join(first)} and {last}" if first else last
+        return f"{listed}: {format_bytes(self.total)}"
 
 
 CHANGES = (
@@ -73,9 +79,10 @@ def check_store(need: StoreNeed, store: int) -> str:
         FleetError: not even one version of the weights and the images of one group fit.
     """
     if need.snapshot + need.group > store:
+        weights = f"one snapshot of the weights has {format_bytes(need.snapshot)} and "
         raise FleetError(
-            f"the object store has {format_bytes(store)}, but one snapshot of the weights has "
-            f"{format_bytes(need.snapshot)} and the images of one group "
+            f"the object store has {format_bytes(store)}, but {weights if need.snapshot else ''}"
+            f"the images of one group {'' if need.snapshot else 'have '}"
             f"{format_bytes(need.group)}: {CHANGES}"
         )
     if need.total <= store:

@@ -50,6 +50,8 @@ class PendingGroup:
     rollouts: RolloutGroup | None = None
     images: Any = None
     """Reference to the images, which stay in the object store."""
+    given: bool = False
+    """The images are the caller's: there are no rollouts, and the result is the scores alone."""
     losses: list[str] = field(default_factory=list)
     """Workers that were lost while they had it, and why."""
     attempt: int = 0
@@ -88,9 +90,12 @@ class PendingGroup:
         self.parts[pool] = scores
         if len(self.parts) < len(self.servers):
             return
-        assert self.rollouts is not None
         merged = merge_scores([self.parts[name] for name in self.servers])
         self.images = None  # the object store may drop them
+        if self.given:
+            self.batch.put(self.position, merged)
+            return
+        assert self.rollouts is not None
         self.batch.put(self.position, ScoredGroup(rollouts=self.rollouts, scores=merged))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.errors import FleetError
+from cluster.errors import DataError, FleetError
 from cluster.messages import GroupScores, RolloutGroup, SampleRequest
 
 SLACK = 1e-4  # rounding: a logprob may exceed 0 by this, an entropy fall below it
@@ -82,6 +82,20 @@ def check_scores(
         _finite(values[valid], worker, what)
         if valid.any() and not values.shape[1]:
             raise _wrong(worker, what, "at least one column", values)
+
+
+def check_images(images: np.ndarray, request: SampleRequest) -> None:
+    """Check images that are to be scored.
+
+    Raises:
+        DataError: they do not fit the request.
+    """
+    shape = images.shape
+    if images.dtype != np.uint8 or len(shape) != 4 or shape[0] != request.num_rollouts:
+        raise DataError(
+            f"group {request.group} of {request.stream}: expected images "
+            f"({request.num_rollouts}, H, W, 3) uint8, found {shape} {images.dtype}"
+        )
 
 
 def check_rollouts(group: RolloutGroup, request: SampleRequest, worker: str) -> None:

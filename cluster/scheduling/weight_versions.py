@@ -12,6 +12,7 @@ from typing import Any
 from cluster.errors import FleetError
 
 NO_WEIGHTS = -1  # version of a fleet or sampler before the first broadcast
+OWN_WEIGHTS = 0  # of samplers that load the policy by themselves (`FleetPlan.own_weights`)
 
 
 class WeightVersions:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from actors.checkpoints.loading import count_parameters
 from actors.checkpoints.sources import planned_policy, planned_tokenizer
 from cluster.io.run_layout import step_name, steps_in
 from cluster.ray_session.object_store import StoreNeed
-from cluster.roles import FEATURE_BATCH
+from cluster.roles import FEATURE_BATCH, FleetPlan
 from learner.config import RunConfig
 from learner.evaluation.held_out import GROUP as EVALUATION_GROUP
 
@@ -40,6 +41,11 @@ def store_need(config: RunConfig) -> StoreNeed:
         groups=config.slots,
         batch=FEATURE_BATCH * image,
     )
+
+
+def sampling_need(config: RunConfig, plan: FleetPlan) -> StoreNeed:
+    """The same of an evaluation's plan: no weights travel."""
+    return replace(store_need(config), snapshot=0, groups=plan.slots)
 
 
 def largest_group(config: RunConfig) -> int:

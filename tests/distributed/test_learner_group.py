@@ -57,7 +57,7 @@ class Together(InlineFleet):
 
     def __init__(self, plan: FleetPlan, learners: RayFleet) -> None:
         super().__init__(plan)
-        self.learner = learners.learner
+        self._learner = learners.learner
 
 
 def test_two_learners_of_eight_are_one_of_sixteen(

@@ -210,7 +210,7 @@ def test_everything_can_be_brought_back_several_times_within_a_run(
                 break
             except KilledError:
                 plan = fleet_plan(config)
-                fleet.learner = plan.learner.factory(plan.learner.config, name="learner")
+                fleet._learner = plan.learner.factory(plan.learner.config, name="learner")
                 # what was asked for is forgotten; and a sampler that has newer weights would
                 # refuse older ones
                 fleet._submitted.clear()

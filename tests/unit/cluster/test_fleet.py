@@ -1,4 +1,4 @@
-"""Groups that the fleet of one process decodes together."""
+"""The fleet of one process: groups decoded together, fleets of evaluations."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from actors.sampler import Sampler
+from cluster.errors import DataError, FleetError
 from cluster.fleet import InlineFleet, decoded_together
 from cluster.messages import SamplingSpec
-from learner.fleet_plan import fleet_plan
+from learner.fleet_plan import fleet_plan, sampling_plan, scoring_plan
 from tests.small_run import small_config
 from tests.unit.helpers import request
 
@@ -41,3 +42,42 @@ def test_groups_decoded_together_are_those_decoded_apart(monkeypatch: pytest.Mon
         assert apart.rollouts.request == together.rollouts.request
         np.testing.assert_array_equal(apart.rollouts.tokens, together.rollouts.tokens)
         np.testing.assert_allclose(apart.scores.scores["clip"], together.scores.scores["clip"])
+
+
+def test_a_fleet_without_a_learner_samples_as_one_with_it_does() -> None:
+    config = small_config()
+    asked = [request(group, 4, panel="judge") for group in range(3)]
+    with InlineFleet(fleet_plan(config)) as fleet:
+        fleet.broadcast(0)
+        expected = list(fleet.stream(asked))
+    with InlineFleet(sampling_plan(config)) as fleet:
+        found = list(fleet.stream(asked))
+        for touch in (lambda: fleet.learner, lambda: fleet.moments, lambda: fleet.broadcast(0)):
+            with pytest.raises(FleetError, match=r"no (learner|moments-server): it was started to"):
+                touch()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.rollouts.version == 0
+        np.testing.assert_array_equal(ours.rollouts.tokens, theirs.rollouts.tokens)
+        for name, values in {**theirs.scores.scores, **theirs.scores.features}.items():
+            np.testing.assert_array_equal(
+                {**ours.scores.scores, **ours.scores.features}[name], values
+            )
+
+
+def test_given_images_are_scored_as_sampled_ones_are() -> None:
+    config = small_config()
+    asked = [request(group, 4, panel="judge") for group in range(3)]
+    with InlineFleet(sampling_plan(config)) as fleet:
+        expected, images = list(fleet.stream(asked)), fleet.sample_images(asked)
+    with InlineFleet(scoring_plan(config)) as fleet:
+        found = list(fleet.score_images(zip(asked, images, strict=True)))
+        assert [scores.key for scores in found] == [one.key for one in asked]
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(
+                ours.features["features"], theirs.scores.features["features"]
+            )
+            np.testing.assert_array_equal(ours.scores["clip"], theirs.scores.scores["clip"])
+        with pytest.raises(DataError, match=r"expected images \(4, H, W, 3\) uint8, found \(3, "):
+            list(fleet.score_images([(asked[0], images[0][:3])]))
+        with pytest.raises(FleetError, match="this fleet has no sampler: it was started to"):
+            list(fleet.stream(asked))

@@ -6,7 +6,7 @@ Shapes: N rollouts, T tokens, H and W pixels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,14 +42,13 @@ def decode_images(config: RunConfig, tokens: np.ndarray, device: str = "auto") -
     """
     device = resolve_device(device)
     start_computing()
-    policy = weightless_policy(planned_policy(config.policy.source()))
+    places = token_grid(config)
     dtype = getattr(torch, config.sampler.image_dtype)
     decoder = load_decoder(config.tokenizer, device=device, dtype=dtype)
     codes = decoder.config.codebook_size
-    if tokens.ndim != 2 or tokens.shape[1] != policy.num_tokens:
+    if tokens.ndim != 2 or tokens.shape[1] != places.size:
         raise DataError(
-            f"tokens of shape {tokens.shape}, expected (N, {policy.num_tokens}): are they of "
-            "another run?"
+            f"tokens of shape {tokens.shape}, expected (N, {places.size}): are they of another run?"
         )
     if tokens.size and not (tokens.min() >= 0 and tokens.max() < codes):
         raise DataError(
@@ -57,11 +56,19 @@ def decode_images(config: RunConfig, tokens: np.ndarray, device: str = "auto") -
             "another run?"
         )
     size = config.rollouts_per_group  # a sampler decodes as many at once: equal rounding
-    parts = [
-        decoder.pixels(policy.codes(part).to(device)).cpu()
-        for part in torch.from_numpy(tokens.astype(np.int64)).split(size)
-    ]
-    return torch.cat(parts).numpy()
+    grids = torch.from_numpy(tokens[:, places].astype(np.int64)).split(size)
+    return torch.cat([decoder.pixels(grid.to(device)).cpu() for grid in grids]).numpy()
+
+
+def token_grid(config: RunConfig) -> np.ndarray:
+    """(h, w) int64: which of a rollout's T tokens is at each place of the image.
+
+    Raises:
+        CheckpointError: the policy's architecture is not known without its file, which is not
+            there.
+    """
+    policy = weightless_policy(planned_policy(config.policy.source()))
+    return policy.codes(torch.arange(policy.num_tokens).unsqueeze(0))[0].numpy()
 
 
 def read_rollouts(
@@ -79,19 +86,31 @@ def read_rollouts(
     Raises:
         DataError: no rollouts are there, or none of them can be read.
     """
+    tables = list(read_files(run, iterations, columns))
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def read_files(
+    run: RunDirectory,
+    iterations: Collection[int] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Iterator[pa.Table]:
+    """As `read_rollouts`, one iteration after the other, so that not all of them are in memory."""
     files = rollout_files(run)
     chosen = {n: f for n, f in files.items() if iterations is None or n in iterations}
     if not chosen:
         raise DataError(_nothing_kept(run, files, iterations))
-    tables: list[pa.Table] = []
+    damaged = 0
     for file in chosen.values():
         try:
-            tables.append(read_file(file, columns))
+            table = read_file(file, columns)
         except DataError as error:
+            damaged += 1
             logger.warning(f"note: left out: {error}")
-    if not tables:
-        raise DataError(f"none of the {len(chosen)} files of rollouts in {run.rollouts} is whole")
-    return pa.concat_tables(tables, promote_options="default")
+            continue
+        yield table
+    if damaged == len(chosen):
+        raise DataError(f"none of the {damaged} files of rollouts in {run.rollouts} is whole")
 
 
 def rollout_files(run: RunDirectory) -> dict[int, Path]:

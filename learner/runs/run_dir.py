@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from cluster.control.discovery import resume_command
-from cluster.errors import ConfigError, DataError, LockLostError
+from cluster.control.discovery import holds_run, resume_command
+from cluster.errors import ConfigError, DataError, LockLostError, did_you_mean
 from cluster.io.files import AGAIN, RESUME, replacing, writing
 from cluster.io.locks import Lock
 from cluster.io.paths import default_root, expand_user
@@ -95,6 +95,29 @@ class RunDirectory:
         """As `check_owned`, for `output.checkpoint_url`."""
         if self.remote is not None:
             self.remote.check()
+
+    @classmethod
+    def existing(cls, given: str | Path) -> RunDirectory:
+        """The directory of a run, for commands that read it; nothing of it is read here.
+
+        Args:
+            given: its path, or its name under `default_root`.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        path = expand_user(given)
+        named = default_root() / path
+        if not path.is_dir() and len(path.parts) == 1 and named.is_dir():
+            path = named
+        if not holds_run(path):
+            there = "holds no run" if path.is_dir() else "is not there"
+            known = [folder.name for folder in default_root().glob("*/") if holds_run(folder)]
+            raise ConfigError(
+                f"{path} {there}: {did_you_mean(path.name, known)}name a run's directory, or one "
+                f"under {default_root()} by its name"
+            )
+        return cls(path)
 
     @classmethod
     def create(cls, run_dir: str, config: RunConfig) -> RunDirectory:

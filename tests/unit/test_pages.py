@@ -33,6 +33,7 @@ FOREIGN = "learner/coming-from-the-public-code.md"  # names another repository's
 HELP = {  # command -> arguments that list all of its options
     "learner.run": [["--help-all"]],
     "learner.plan": [["--help-all"]],
+    "learner.rollouts": [["--help-all"]],
     "learner.miniature.arms": [["--help"]],
     "learner.miniature.build": [["--help"]],
     "actors.sample": [["--help-all"]],

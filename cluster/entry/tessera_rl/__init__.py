@@ -24,6 +24,7 @@ COMMANDS = {
     "weights": ("actors.weights", "list, fetch, convert and export official checkpoints"),
     "captions": ("actors.captions", "text features of captions"),
     "reference": ("rewards.reference", "reference moments of a set of images"),
+    "rollouts": ("learner.rollouts", "a run's rollouts by their rewards: images, tokens, logprobs"),
     "plan": ("learner.plan", "memory of learner and sampler, before renting a GPU"),
 }
 REFUSED = 2

@@ -12,6 +12,9 @@ from actors.sample import COMMON as OF_SAMPLE
 from actors.sample_source import SampleConfig
 from cluster.program.help import Groups, _first_sentence, options_of, short_help
 from learner.config import load_preset
+from learner.rollouts.command import COMMON as OF_ROLLOUTS
+from learner.rollouts.command import Output
+from learner.rollouts.selection import Selection
 from learner.run import COMMON, Command
 from rewards.reference.build import COMMON as OF_REFERENCE
 from rewards.reference.build import ReferenceConfig
@@ -20,6 +23,7 @@ LONGEST = 60  # lines, at 80 columns
 COMMANDS = {
     "learner.run": (COMMON, [Command(), load_preset("miniature")]),
     "actors.sample": (OF_SAMPLE, [SampleConfig()]),
+    "learner.rollouts": (OF_ROLLOUTS, [Selection(), Output()]),
     "rewards.reference": (OF_REFERENCE, [ReferenceConfig(images="", out=Path())]),
 }
 

@@ -21,7 +21,12 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def open_fleet(
-    plan: FleetPlan, need: StoreNeed, directory: Path, should_stop: StopFlag, ray: RayConfig | None
+    plan: FleetPlan,
+    need: StoreNeed,
+    directory: Path,
+    should_stop: StopFlag,
+    ray: RayConfig | None,
+    again: str = "",
 ) -> Iterator[Fleet]:
     """A fleet, closed at the end of the block.
 
@@ -31,6 +36,8 @@ def open_fleet(
             tells other commands (`cluster.status`, `cluster.scale`, `cluster.stop`) how to reach
             the fleet while the block runs.
         ray: None: every role in this process.
+        again: shell command that continues the job after a stop or a kill, where that is not
+            `learner.run --resume`.
 
     Raises:
         ConfigError: the fleet does not fit the cluster.
@@ -45,7 +52,7 @@ def open_fleet(
     from cluster.ray_backend.fleet import RayFleet
 
     with (
-        discovery_file(directory) as announce,
+        discovery_file(directory, again) as announce,
         RaySession(ray) as session,
         explain_store_full(need, session.object_store),
     ):

@@ -107,6 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
             print("stopped; what it kept is in its run directory, where --resume goes on")
             return
         await_end(lambda: driver_ended(run.location, directory), deadline)
+        if run.location.again:
+            print(f"stopped; go on with\n  {run.location.again}")
+            return
         left = left_behind(directory)
         newest = left["checkpoint"] or "none: it will begin anew"
         print(f"stopped; newest checkpoint: {newest}\ngo on with\n  {left['resume']}")

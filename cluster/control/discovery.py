@@ -59,6 +59,8 @@ class RunLocation:
     """Host and process of the driver, from the discovery file."""
     source: str = "--address"
     """Option, variable or file that the address comes from; for messages."""
+    again: str = ""
+    """Shell command that continues the job after its end, where that is not `learner.run`."""
 
     @property
     def on_this_host(self) -> bool:
@@ -67,9 +69,13 @@ class RunLocation:
 
 
 @contextmanager
-def discovery_file(directory: Path) -> Iterator[Callable[[str], None]]:
+def discovery_file(directory: Path, again: str = "") -> Iterator[Callable[[str], None]]:
     """Keep a discovery file in a run directory while the block runs. It says that the run is
-    starting, until the function that this yields is called with the cluster's address."""
+    starting, until the function that this yields is called with the cluster's address.
+
+    Args:
+        again: see `RunLocation`.
+    """
     file = directory / DISCOVERY_FILE
 
     def write(address: str) -> None:
@@ -79,6 +85,7 @@ def discovery_file(directory: Path) -> Iterator[Callable[[str], None]]:
             "token_authentication": shows_token(os.environ),  # known once Ray has started
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "again": again,
         }
         with writing(file), replacing(file) as partial:
             partial.write_text(dumps(content) + "\n")
@@ -108,7 +115,8 @@ def read_discovery_file(directory: Path) -> RunLocation:
         host, pid = str(found.get("host", "")), int(found.get("pid", 0))
         run, address = str(found["run"]), str(found["address"])
         check_run_name(run)
-        return RunLocation(run, address, directory, host, pid, str(file))
+        again = str(found.get("again", ""))
+        return RunLocation(run, address, directory, host, pid, str(file), again)
     except (OSError, *MALFORMED) as error:
         # Without an owner, a missing or damaged file (a power cut) is that of an ended run.
         if isinstance(error, FileNotFoundError) or not owner_of(directory):
@@ -262,9 +270,16 @@ def _ended_error(directory: Path) -> FleetError:
 def killed_error(directory: Path) -> FleetError:
     return LastRunError(
         f"the run in {directory} is not running any more: it was killed. {RESUME_LINE}"
-        f"{resume_command(directory)}",
+        f"{_again(directory)}",
         directory,
     )
+
+
+def _again(directory: Path) -> str:
+    """The command that continues what was killed in a directory."""
+    with suppress(TesseraError):
+        return read_discovery_file(directory).again or resume_command(directory)
+    return resume_command(directory)
 
 
 def not_active_error(directory: Path) -> FleetError:
@@ -353,5 +368,5 @@ def left_behind(directory: Path) -> dict[str, str]:
         "stage": "killed" if killed else "finished" if finished else "ended",
         "checkpoint": str(steps[-1]) if steps else "",
         "report": str(report) if finished else "",
-        "resume": resume_command(directory),
+        "resume": _again(directory) if killed else resume_command(directory),
     }

@@ -106,6 +106,12 @@ def test_a_run_that_was_killed_is_known_by_its_process(tmp_path: Path, gone: int
     assert str(e.value).endswith(f"--resume --run-dir {directory}")
 
 
+def test_an_evaluation_that_was_killed_says_how_to_continue_it(tmp_path: Path, gone: int) -> None:
+    directory = write(tmp_path / "figures", pid=gone, again="python -m learner.evaluate runs/a")
+    with pytest.raises(FleetError, match="Go on with\n  python -m learner.evaluate runs/a$"):
+        check_alive(find_run(str(directory), ""))
+
+
 def test_or_by_its_cluster(tmp_path: Path, closed: int) -> None:
     """Its process number may belong to another program by now, or to another machine."""
     for changes in ({}, {"host": "elsewhere"}):

@@ -277,9 +277,10 @@ def killed_error(directory: Path) -> FleetError:
 
 def _again(directory: Path) -> str:
     """The command that continues what was killed in a directory."""
-    with suppress(TesseraError):
-        return read_discovery_file(directory).again or resume_command(directory)
-    return resume_command(directory)
+    again = ""
+    with suppress(OSError, *MALFORMED):
+        again = str(json.loads((directory / DISCOVERY_FILE).read_text())["again"])
+    return again or resume_command(directory)
 
 
 def not_active_error(directory: Path) -> FleetError:

@@ -107,8 +107,8 @@ def test_a_run_that_was_killed_is_known_by_its_process(tmp_path: Path, gone: int
 
 
 def test_an_evaluation_that_was_killed_says_how_to_continue_it(tmp_path: Path, gone: int) -> None:
-    directory = write(tmp_path / "figures", pid=gone, again="python -m learner.evaluate runs/a")
-    with pytest.raises(FleetError, match="Go on with\n  python -m learner.evaluate runs/a$"):
+    directory = write(tmp_path / "figures", pid=gone, again="python -m learner.evaluate a")
+    with pytest.raises(FleetError, match=r"Go on with\n  python -m learner\.evaluate a$"):
         check_alive(find_run(str(directory), ""))
 
 

@@ -25,7 +25,15 @@ import torch
 from cluster.control.control_actor import Progress
 from cluster.errors import ConfigError, FleetError, LearnerLostError, StopRequestedError
 from cluster.messages import GroupScores, SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
-from cluster.roles import FleetPlan, LearnerRole, MomentsRole, RewardServerRole, Role, SamplerRole
+from cluster.roles import (
+    FleetPlan,
+    LearnerRole,
+    MomentsRole,
+    Pictures,
+    RewardServerRole,
+    Role,
+    SamplerRole,
+)
 from cluster.scheduling.in_flight import STOPPED, PendingBatch
 from cluster.scheduling.validation import ScoreChecks, check_images, check_rollouts
 
@@ -90,11 +98,11 @@ class Fleet(Protocol):
         """
         ...
 
-    def features(self, batches: Iterable[np.ndarray], panel: str) -> dict[str, np.ndarray]:
+    def features(self, batches: Iterable[Pictures], panel: str) -> dict[str, np.ndarray]:
         """Features of real images in a panel's spaces: (N, D) float32 each.
 
         Args:
-            batches: (B, H, W, 3) uint8; N images in all.
+            batches: (B, H, W, 3) uint8, or lists of (H, W, 3) of any sizes; N images in all.
 
         Raises:
             StopRequestedError: a stop was requested meanwhile.
@@ -259,7 +267,7 @@ class InlineFleet:
             images.append(self._sampler.images(rollouts)[0])
         return images
 
-    def features(self, batches: Iterable[np.ndarray], panel: str) -> dict[str, np.ndarray]:
+    def features(self, batches: Iterable[Pictures], panel: str) -> dict[str, np.ndarray]:
         server, parts = self._feature_server(panel), []
         for batch in batches:
             self._stop_if_asked()

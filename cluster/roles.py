@@ -19,6 +19,8 @@ from cluster.spans import Span
 
 FEATURE_BATCH = 256
 """Real images in one call of `RewardServerRole.features`."""
+Pictures = np.ndarray | Sequence[np.ndarray]
+"""(N, H, W, 3) uint8, or N arrays (H, W, 3) uint8 of any sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +203,7 @@ class RewardServerRole(Protocol):
 
     def score(self, request: SampleRequest, images: np.ndarray) -> GroupScores: ...
 
-    def features(self, images: np.ndarray, panel: str) -> dict[str, np.ndarray]: ...
+    def features(self, images: Pictures, panel: str) -> dict[str, np.ndarray]: ...
 
     def stats(self) -> ServerStats: ...
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from cluster.control.control_actor import Progress
 from cluster.control.discovery import resume_command
 from cluster.errors import (
@@ -45,6 +43,7 @@ from learner.runs import records
 from learner.runs.records import TUNED
 from learner.runs.run_dir import RunDirectory
 from rewards.combine import Combiner
+from rewards.metrics.samples import RealImages
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class Experiment:
         self._console, self._should_stop = console, should_stop
         self._from_step, self._last_checkpoint = from_step, last_checkpoint
         self._table = run.read_evaluation()
-        self._real: dict[str, np.ndarray] | None = None
+        self._real: RealImages | None = None
         self._space = RewardSpace()
         self._shares: list[RoleUse] = []
         self._checkpoints = CheckpointStore(run, config)
@@ -299,7 +298,7 @@ class Experiment:
             StopRequestedError: a stop was requested meanwhile.
         """
         spec = held_out.tuned_row(self._config).spec
-        return held_out.evaluate_policy(self._config, self._fleet, spec, self._real_features())
+        return held_out.evaluate_policy(self._config, self._fleet, spec, self._real_images())
 
     def _evaluate_if_missed(self, found: Checkpoint) -> None:
         """Repeat the evaluation of a checkpoint's step that a stop interrupted."""
@@ -317,13 +316,13 @@ class Experiment:
             return
         logger.info(f"evaluating: {row.name}")
         self._table[row.name] = held_out.evaluate_policy(
-            self._config, self._fleet, row.spec, self._real_features()
+            self._config, self._fleet, row.spec, self._real_images()
         )
         self._run.write_evaluation(self._table)
 
-    def _real_features(self) -> dict[str, np.ndarray]:
+    def _real_images(self) -> RealImages:
         if self._real is None:
-            self._real = held_out.real_features(self._config, self._fleet)
+            self._real = held_out.real_images(self._config, self._fleet)
         return self._real
 
     def _gallery(self, name: str) -> None:

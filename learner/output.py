@@ -29,7 +29,9 @@ class EvaluationConfig:
     """Iterations between evaluations while training (evaluations.jsonl, TensorBoard); each has a
     checkpoint. 0: only before and after training."""
     images: str = "digits:held-out"
-    """Real images to compare with: "digits:held-out", or an .npz file with uint8 images arr_0."""
+    """Real images to compare with: "digits:held-out"; imagenet256 (64, 128, 512), ADM's, after
+    `python -m rewards.reference fetch imagenet256`; or a folder of images, Parquet files, or an
+    .npz file with uint8 images arr_0, moments mu and sigma, or both."""
     image_size: Annotated[int, Field(ge=0, le=4096)] = 0
     """Side in pixels to which samples are resized before rounding to 8 bits, as LlamaGen's
     --image-size-eval (256 for policies of 384 pixels); 0: not resized."""

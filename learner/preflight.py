@@ -13,14 +13,12 @@ from dataclasses import replace
 
 from actors.models.base import PolicyArchitecture
 from actors.preflight import check_models, image_side
-from cluster.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from cluster.errors import ConfigError, DataError
 from cluster.io.paths import expand_user
 from cluster.messages import Condition
-from cluster.model_files.tensors import locate
-from cluster.preflight import Download, Findings, size_of
+from cluster.preflight import Findings, size_of
 from cluster.program.invocation import command_of
 from cluster.ray_session.runtime_env import check_runtime_env
-from cluster.roles import FEATURE_BATCH
 from cluster.scheduling.placement import Node, Placement, place
 from learner.capacity.cards import this_gpu
 from learner.capacity.gpus import processes, share_notes
@@ -28,7 +26,8 @@ from learner.config import RunConfig
 from learner.data.captions import Peeked, check_encoder, peek_captions
 from learner.data.conditions import DIGITS as DIGIT_NAMES
 from learner.data.conditions import ConditionsConfig
-from learner.data.datasets import DIGITS, iterate_images
+from learner.data.image_checks import check_fit, check_images, fetched
+from learner.evaluation.preflight import check_evaluation
 from learner.fleet_plan import fleet_plan
 from learner.monitoring.gallery import gallery_rows
 from learner.rollouts.feature_space import (
@@ -39,11 +38,10 @@ from learner.rollouts.feature_space import (
 )
 from learner.training.real_tokens import check_source
 from rewards.config import NETWORKS
-from rewards.distribution.diagnostics import few_images, few_images_warning
+from rewards.distribution.diagnostics import few_images_warning
 from rewards.distribution.reference import Reference, build_command, read_stored
-from rewards.networks.features import FeaturesConfig
 from rewards.networks.features_check import feature_dim, fits_fingerprint
-from rewards.preflight import check_judge, check_rewards, check_texts
+from rewards.preflight import check_rewards, check_texts
 from rewards.reference.fetch import PUBLISHED, by_file, fetch_command, reference_file
 
 
@@ -65,7 +63,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
     _reference(config, side, findings)
     if not begun:
         _seed(config, side, findings)
-    _evaluation(config, side, findings)
+    check_evaluation(config, side, findings)
     if config.real.weight:
         with findings.of("real.source"):
             check_source(config.real.source)
@@ -176,28 +174,13 @@ def _captions(
 def _reference(config: RunConfig, side: int, findings: Findings) -> None:
     field, term = "rewards.loo_fid.reference", config.rewards.loo_fid
     published = PUBLISHED.get(term.reference)
-    if published is not None and not published.place().is_file():
-        command = f"{fetch_command()} {published.name}"
-        findings.problem(
-            field,
-            f"{published.name} at {published.place()}",
-            "nothing there",
-            f"{command} ({published.url})",
-        )
-        findings.downloads.append(
-            Download(
-                field=field,
-                name=published.file,
-                url=published.url,
-                size=published.size,
-                command=command,
-            )
-        )
+    if not fetched(field, term.reference, findings):
         return
     with findings.of(field):
         if not stored_reference(term.reference):
-            shape, features = _images(field, term.reference, config), config.rewards.features
-            _suit(features, field, term.reference, shape, side, term.covariance, findings)
+            shape = check_images(field, term.reference, config.conditions)
+            features, covariance = config.rewards.features, term.covariance
+            check_fit(features, field, term.reference, shape, side, covariance, findings)
             if term.joint:
                 reference_labels(config, shape[0])
             return
@@ -255,80 +238,6 @@ def _fits_features(config: RunConfig, side: int, space: RewardSpace, reference: 
             f"expected moments of the features of {features.network!r}, found those of "
             f"{fingerprint!r}: {again}"
         )
-
-
-def _images(field: str, source: str, config: RunConfig) -> tuple[int, int, int]:
-    """Check that real images exist, and show the run's classes; returns their N, H, W.
-
-    Raises:
-        DataError: they do not.
-    """
-    if not source.startswith(DIGITS):
-        moments = field.startswith("rewards")
-        names = [f"{DIGITS}train", f"{DIGITS}held-out", *(PUBLISHED if moments else ())]
-        try:
-            if expand_user(source).is_dir():
-                raise DataError(
-                    f"{source}: expected an .npz or .npy file of uint8 images, found a folder: "
-                    "write its images as one array (N, H, W, 3), arr_0"
-                )
-            locate(source)
-        except CheckpointError as error:
-            hint = did_you_mean(source, names).strip() or f"there are {', '.join(names)}, or a file"
-            raise CheckpointError(f"{error}: {hint}") from error
-    count, height, width = 0, 0, 0
-    for images in iterate_images(source, FEATURE_BATCH):
-        count, (height, width) = count + len(images), images.shape[1:3]
-    conditions = config.conditions
-    if source.startswith(DIGITS) and not conditions.captions:
-        ours = len(conditions.class_names)
-        if ours != len(DIGIT_NAMES):
-            what = "rewards.loo_fid.reference" if field.startswith("rewards") else field
-            raise DataError(
-                f"expected real images of the {ours} classes of conditions.names, found the ten "
-                f"digits ({source}): set {what} to images or moments of these classes"
-                + ("" if field.startswith("rewards") else ", or evaluation.num_images to 0")
-            )
-    return count, height, width
-
-
-def _suit(
-    features: FeaturesConfig,
-    field: str,
-    source: str,
-    shape: tuple[int, int, int],
-    side: int,
-    covariance: str,
-    findings: Findings,
-) -> None:
-    """Check that real images and the policy's fit one feature space, and warn if there are few.
-
-    Raises:
-        DataError: pixels are compared, and the images have another size.
-    """
-    count, height, width = shape
-    if features.network == "pixels" and side and (height, width) != (side, side):
-        raise DataError(
-            f"{source}: expected images of {side} x {side}, as the policy's, since pixels are "
-            f"compared ({side * side} dimensions), found {height} x {width} ({height * width}): "
-            "resize them, or choose a network"
-        )
-    dim = feature_dim(features, side)
-    if dim and covariance == "full" and (few := few_images(source, count, dim)):
-        findings.notes.append(f"{field}: {few}")
-
-
-def _evaluation(config: RunConfig, side: int, findings: Findings) -> None:
-    evaluation, conditions = config.evaluation, config.conditions
-    if not evaluation.num_images:
-        return
-    asked = conditions.classes or range(len(conditions.class_names))
-    pixels = evaluation.image_size or side
-    check_judge(config.judge, pixels, None if conditions.captions else asked, findings)
-    with findings.of("evaluation.images"):
-        shape = _images("evaluation.images", evaluation.images, config)
-        for space in (config.judge.features, config.judge.second):
-            _suit(space, "evaluation.images", evaluation.images, shape, pixels, "full", findings)
 
 
 def notes(config: RunConfig) -> list[str]:

@@ -13,9 +13,10 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.messages import Condition
+from cluster.roles import Pictures
 
 MIN_SIDE = 2  # pixels
-Images = np.ndarray | Sequence[np.ndarray]
+Images = Pictures
 """(N, H, W, 3) uint8, or N arrays (H, W, 3) uint8 of any sizes."""
 
 
@@ -45,8 +46,9 @@ class Scorer(Protocol):
 class FeatureExtractor(Protocol):
     """One vector an image: the space in which distributions are compared.
 
-    Optional: a method `warm() -> None`, called once before the server serves, and an attribute
-    `dim`: D, or 0 while unknown.
+    Optional: a method `warm() -> None`, called once before the server serves, an attribute
+    `dim`: D, or 0 while unknown, and an attribute `further`: names and dimensions of further spaces
+    of the same pass, in the columns after the first D (`split_spaces`).
     """
 
     @property
@@ -76,6 +78,19 @@ class ImageErrors(DataError):  # noqa: N818 - it carries several
 
 
 RowErrors = ImageErrors  # the former name, kept for one release
+
+
+def split_spaces(
+    space: str, extractor: FeatureExtractor, values: np.ndarray
+) -> dict[str, np.ndarray]:
+    """An extractor's values (N, D + ...) by space: its own, and its `further` ones."""
+    further: Mapping[str, int] = getattr(extractor, "further", {})
+    at = max(values.shape[1] - sum(further.values()), 0)
+    found = {space: values[:, :at]}
+    for name, width in further.items():
+        found[name] = values[:, at : at + width]
+        at += width
+    return found
 
 
 def by_size(images: Images) -> Iterator[tuple[np.ndarray, np.ndarray]]:

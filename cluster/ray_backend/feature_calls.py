@@ -16,7 +16,7 @@ from cluster.errors import FleetError
 from cluster.fleet import join_features
 from cluster.ray_backend.supervisor import Supervisor
 from cluster.ray_session.calls import RemoteRole
-from cluster.roles import FleetPlan
+from cluster.roles import FleetPlan, Pictures
 from cluster.scheduling.listening import Listening
 from cluster.scheduling.pool import State, Worker, WorkerPool
 
@@ -46,7 +46,7 @@ class FeatureCalls:
         self._listening, self._wait, self._poll = listening, wait, poll
         self._stop_if_requested = stop_if_requested
 
-    def features(self, batches: Iterable[np.ndarray], panel: str) -> dict[str, np.ndarray]:
+    def features(self, batches: Iterable[Pictures], panel: str) -> dict[str, np.ndarray]:
         """See `cluster.fleet.Fleet`."""
         parts = []
         for batch in batches:

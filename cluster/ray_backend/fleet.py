@@ -33,7 +33,7 @@ from cluster.ray_backend.stateful_roles import StatefulRoles
 from cluster.ray_backend.supervisor import Supervisor
 from cluster.ray_session.calls import answer, how_ended, put, ready_of, too_late
 from cluster.ray_session.session import RaySession
-from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
+from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Pictures, Role
 from cluster.scheduling.in_flight import PendingBatch, PendingBatches, PendingGroup
 from cluster.scheduling.listening import LOOK_S, Listening
 from cluster.scheduling.placement import Placement
@@ -198,7 +198,7 @@ class RayFleet:
     ) -> Iterator[GroupScores]:
         return self._stream(partial(self._queue_images, *batch) for batch in batches)
 
-    def features(self, batches: Iterable[np.ndarray], panel: str) -> dict[str, np.ndarray]:
+    def features(self, batches: Iterable[Pictures], panel: str) -> dict[str, np.ndarray]:
         return self._networks.features(batches, panel)
 
     def fingerprint(self, panel: str) -> str:

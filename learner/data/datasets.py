@@ -1,8 +1,9 @@
-"""Real images by name: "digits:train", "digits:held-out", or an .npz file of samples."""
+"""Real images by name: "digits:train", "digits:held-out", a published reference, or a path."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,10 +12,14 @@ from cluster.io.paths import expand_user
 from cluster.model_files.file_kinds import described
 from cluster.model_files.tensors import locate
 from cluster.program.streams import printable
+from rewards.base import Images
+from rewards.images.decoding import ImageSource
 from rewards.images.sources import SampleImages, open_source
+from rewards.reference.fetch import PUBLISHED
 
 DIGITS = "digits:"
 AT_ONCE = 1024  # images
+MOST_BYTES = 1 << 26  # of the images of a batch: photographs in full size are many
 
 
 def load_images(source: str) -> np.ndarray:
@@ -47,6 +52,72 @@ def iterate_images(source: str, batch: int) -> Iterator[np.ndarray]:
     for at in range(0, len(samples), batch):
         read = samples.read(at, at + batch)
         yield np.stack([image.pixels for image in read if image.pixels is not None])
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Real images of any sizes, read where they are needed."""
+
+    name: str
+    images: ImageSource | np.ndarray
+    """A source, or (N, H, W, 3) uint8."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the first image, pixels."""
+        height, width = next(self._each()).shape[:2]
+        return height, width
+
+    def batches(self, batch: int) -> Iterator[Images]:
+        """The images in order, at most `batch` at a time: an array, or a list of several sizes.
+
+        Raises:
+            DataError: names an image that cannot be read.
+        """
+        if isinstance(self.images, np.ndarray):
+            yield from (self.images[at : at + batch] for at in range(0, len(self), batch))
+            return
+        held, size = list[np.ndarray](), 0
+        for image in self._each():
+            if held and (len(held) == batch or size + image.nbytes > MOST_BYTES):
+                yield _together(held)
+                held, size = [], 0
+            held.append(image)
+            size += image.nbytes
+        if held:
+            yield _together(held)
+
+    def _each(self) -> Iterator[np.ndarray]:
+        if isinstance(self.images, np.ndarray):
+            yield from self.images
+            return
+        for loaded in self.images.read(0, len(self.images)):
+            if loaded.pixels is None:
+                raise DataError(
+                    f"{loaded.name}: cannot be read ({loaded.error}): replace it, or move it away"
+                )
+            yield loaded.pixels
+
+
+def open_images(source: str) -> ImageSet:
+    """Real images by the name of a set or of a published reference, or a path: a folder, Parquet
+    files, an .npz or .npy file.
+
+    Raises:
+        CheckpointError, DataError: no such set, or no images in it.
+    """
+    if source.startswith(DIGITS):
+        return ImageSet(source, load_images(source))
+    if source in PUBLISHED:  # its digest was compared when it was fetched
+        return ImageSet(source, SampleImages(locate(str(PUBLISHED[source].place()))))
+    return ImageSet(source, open_source(source))
+
+
+def _together(images: list[np.ndarray]) -> Images:
+    return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 def load_labels(source: str) -> np.ndarray:

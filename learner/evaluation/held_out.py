@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,15 +10,16 @@ import numpy as np
 from cluster.errors import DataError
 from cluster.fleet import Fleet
 from cluster.messages import MAIN_SPACE, GroupScores, SampleRequest, SamplingSpec
-from cluster.roles import FEATURE_BATCH
 from learner.config import RunConfig
-from learner.data.datasets import iterate_images
+from learner.evaluation.real_images import real_images
 from learner.loop import failures
 from learner.runs.records import TUNED
 from rewards.distribution.fid import frechet_distance
 from rewards.distribution.moments import Moments
 from rewards.metrics.neighbours import fidelity
+from rewards.metrics.samples import RealImages
 
+__all__ = ["TableRow", "base_rows", "evaluate_policy", "real_images", "tuned_row"]
 GROUP = 50  # images of one request
 PANEL = "judge"
 
@@ -48,13 +49,8 @@ def tuned_row(config: RunConfig) -> TableRow:
     return TableRow(TUNED, config.sampling.learned())
 
 
-def real_features(config: RunConfig, fleet: Fleet) -> dict[str, np.ndarray]:
-    """Feature space of the judge -> features (N, D) of the held-out images."""
-    return fleet.features(iterate_images(config.evaluation.images, FEATURE_BATCH), PANEL)
-
-
 def evaluate_policy(
-    config: RunConfig, fleet: Fleet, spec: SamplingSpec, real: Mapping[str, np.ndarray]
+    config: RunConfig, fleet: Fleet, spec: SamplingSpec, real: RealImages
 ) -> dict[str, float]:
     """Sample the current policy, and evaluate its images.
 
@@ -77,7 +73,7 @@ def evaluate_policy(
 
     def compare_all() -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for space, theirs in real.items():
+        for space, theirs in real.features.items():
             prefix = "" if space == MAIN_SPACE else f"{space}/"
             ours = np.concatenate([scores.features[space] for scores in scored])
             found = compare(ours, theirs, config.evaluation.neighbours)

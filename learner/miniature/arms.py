@@ -199,7 +199,7 @@ def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
     run = arm_config(config, seed, (ARMS | FURTHER).get(arm, {}))
     with InlineFleet(fleet_plan(run)) as fleet:
         fleet.broadcast(0)
-        real = held_out.real_features(run, fleet)
+        real = held_out.real_images(run, fleet)
         if arm == BASE:
             rows = {
                 row.name: held_out.evaluate_policy(run, fleet, row.spec, real)

@@ -27,6 +27,7 @@ from rewards.statistics.advice import build_command
 from rewards.statistics.files import open_arrays, read_statistics
 
 UNKNOWN = -1
+SPATIAL_SUFFIX = "_s"  # of the arrays of ADM's files for sFID
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,20 @@ def read_stored(
         class_table=table,
         weight=weight,
     )
+
+
+def read_spatial(path: str | os.PathLike[str]) -> Reference | None:
+    """The moments `mu_s`, `sigma_s` of spatial features, for sFID; None where a file has none.
+
+    Raises:
+        CheckpointError: no such file.
+        DataError: an invalid file.
+    """
+    with open_arrays(path) as file:
+        if f"mu{SPATIAL_SUFFIX}" not in file:
+            return None
+        found = read_statistics(file, suffix=SPATIAL_SUFFIX)
+    return Reference(found.mu, found.sigma, source=str(path))
 
 
 def write_reference(

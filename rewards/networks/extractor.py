@@ -5,7 +5,7 @@ Shapes: N images, H W pixels, S the side the network takes, D feature dimensions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -28,6 +28,7 @@ class NetworkFeatures:
         batch: images in a forward pass.
         precision: bf16 is autocast with fp32 weights; fp32 excludes TF32 after
             `cluster.program.precision.start_computing`.
+        further: names and dimensions of further spaces, the last columns of `embed`'s values.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class NetworkFeatures:
         device: str = "cpu",
         batch: int = 32,
         precision: Precision = "fp32",
+        further: Mapping[str, int] | None = None,
     ) -> None:
         network.to(device).eval().requires_grad_(False)
         self._embed, self._preprocess = embed, preprocess
         self._device, self._batch, self._precision = torch.device(device), batch, precision
         self.fingerprint = fingerprint if precision == "fp32" else f"{fingerprint}-{precision}"
         self.dim = 0  # unknown before the first image
+        self.further = dict(further or {})
 
     def warm(self) -> None:
         """Run one image: libraries load and memory is reserved before the first request."""
@@ -53,11 +56,11 @@ class NetworkFeatures:
 
     @torch.inference_mode()
     def __call__(self, images: Images) -> np.ndarray:
-        """N uint8 images -> (N, D) float32."""
+        """N uint8 images -> (N, D) float32, D with the further spaces."""
         starts = range(0, len(images), self._batch)
         # one download, so that a batch is prepared while a GPU computes the one before
         found = torch.cat([self._extract(images[at : at + self._batch]) for at in starts])
-        self.dim = found.shape[1]
+        self.dim = found.shape[1] - sum(self.further.values())
         return found.cpu().numpy()
 
     def _extract(self, images: Images) -> Tensor:

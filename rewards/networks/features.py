@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from cluster.errors import ConfigError, DataError
 from cluster.program.precision import start_computing
 from rewards.base import FeatureExtractor, ImageErrors, Images
+from rewards.metrics.samples import LOGITS, SPATIAL
 from rewards.networks.convnet import convnet_fingerprint, load_convnet
 from rewards.networks.extractor import NetworkFeatures, each_size
 from rewards.networks.inception import (
+    CLASSES,
+    SPATIAL_DIM,
+    EvaluationSpaces,
     fid_pixels,
     load_fid_inception,
     load_torchvision_inception,
@@ -152,8 +156,13 @@ def convnet_file(config: FeaturesConfig) -> str:
     return config.checkpoint if is_user_file(config.checkpoint) else MINIATURE
 
 
-def load_features(config: FeaturesConfig, device: str = "cpu") -> FeatureExtractor:
+def load_features(
+    config: FeaturesConfig, device: str = "cpu", *, judge: bool = False
+) -> FeatureExtractor:
     """The extractor that a configuration names.
+
+    Args:
+        judge: with all spaces that evaluations take of the network.
 
     Raises:
         CheckpointError: missing weights, not reachable, or of another network.
@@ -164,17 +173,21 @@ def load_features(config: FeaturesConfig, device: str = "cpu") -> FeatureExtract
         return PixelFeatures()
     if config.network == "convnet":
         return ConvNetFeatures(convnet_file(config), device)
-    return _load_network(config, device)
+    return _load_network(config, device, judge)
 
 
-def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
+def _load_network(config: FeaturesConfig, device: str, judge: bool) -> NetworkFeatures:
     """Fingerprints name the preprocessing; change both together."""
     network: nn.Module
     embed: Callable[[Tensor], Tensor]
+    further: dict[str, int] = {}
     if config.network == "inception":
         network = inception = load_fid_inception(config.checkpoint)
         digest, prepared = weights_digest(network), "tensorflow299"
         embed, prepare = lambda pixels: inception(pixels)[0], _on(device, fid_pixels)
+        if judge:
+            network = embed = EvaluationSpaces(inception)
+            further = {SPATIAL: SPATIAL_DIM, LOGITS: CLASSES}
     elif config.network == "torchvision-inception":
         network = embed = load_torchvision_inception(config.checkpoint)
         digest, prepared = weights_digest(network), "antialias299-imagenet"
@@ -194,6 +207,7 @@ def _load_network(config: FeaturesConfig, device: str) -> NetworkFeatures:
         device=device,
         batch=config.batch,
         precision=config.precision,
+        further=further,
     )
 
 

@@ -26,6 +26,8 @@ from rewards.networks.weight_files import load_network, weights_file
 SIZE = 299
 FEATURES = 2048
 CLASSES = 1008
+SPATIAL_CHANNELS = 7
+SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 FID_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
@@ -71,6 +73,37 @@ def fid_inception() -> nn.Module:
     network.avgpool = GlobalMean()
     network.fc = FeaturesAndLogits(FEATURES, CLASSES)
     return network
+
+
+class EvaluationSpaces(nn.Module):
+    """FID's network with all that evaluations take of it, from one pass: (N, 3, 299, 299) from
+    `fid_pixels` -> (N, 2048 + 2023 + 1008), these parts side by side:
+
+    - the pool3 features;
+    - the first 7 channels of the graph's `mixed_6/conv`, (17, 17, 7) flattened, channels last, as
+      in the sFID of ADM's evaluator (Nash et al. 2021, 2103.03841): the 1 x 1 branch of the third
+      of four blocks of 17 x 17, after batch norm and ReLU. In this port it is `Mixed_6d.branch1x1`
+      (torch-fidelity's table of weights names it so);
+    - the logits without biases, of which ADM and torch-fidelity compute the Inception Score.
+
+    Args:
+        network: of `fid_inception`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._spatial = torch.empty(0)
+        network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features, _ = self.network(pixels)
+        spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
+        weight = self.network.get_parameter("fc.weight")
+        return torch.cat([features, spatial, features @ weight.T], dim=1)
 
 
 def _replace_pool(block: Any, pool: Callable[[Tensor], Tensor]) -> None:

@@ -10,7 +10,14 @@ import numpy as np
 from cluster.errors import DataError
 from cluster.messages import Condition
 from cluster.program.precision import is_refusal, refusal, refusals_explained
-from rewards.base import FeatureExtractor, ImageErrors, Images, Scorer, image_fault
+from rewards.base import (
+    FeatureExtractor,
+    ImageErrors,
+    Images,
+    Scorer,
+    image_fault,
+    split_spaces,
+)
 from rewards.scorers.isolation import describe, of_the_user, one_line
 
 
@@ -98,10 +105,10 @@ class Panel:
             return full.astype(np.float32)
 
         scores = {name: column(name, scorer, ()) for name, scorer in self._scorers.items()}
-        features = {
-            space: column(space, _as_score(extract), (0,))
-            for space, extract in self.extractors.items()
-        }
+        features: dict[str, np.ndarray] = {}
+        for space, extract in self.extractors.items():
+            values = column(space, _as_score(extract), (0,))
+            features |= split_spaces(space, extract, values)
         self.running = ""
         failed = np.array([error is not None for error in errors], dtype=bool)
         for values in (*scores.values(), *features.values()):

@@ -22,7 +22,7 @@ from cluster.messages import (
 from cluster.program.precision import start_computing
 from cluster.roles import FEATURE_BATCH
 from cluster.spans import QUEUE, Span
-from rewards.base import FeatureExtractor, Images, Scorer
+from rewards.base import FeatureExtractor, Images, Scorer, split_spaces
 from rewards.config import (
     ACCURACY,
     JUDGE,
@@ -111,20 +111,21 @@ class RewardServer:
         )
 
     def features(
-        self, images: np.ndarray, panel: str, batch: int = FEATURE_BATCH
+        self, images: Images, panel: str, batch: int = FEATURE_BATCH
     ) -> dict[str, np.ndarray]:
-        """Features of real images (N, H, W, 3) uint8: space -> (N, D) float32."""
+        """Features of N real images: space -> (N, D) float32."""
         torch.set_num_threads(self._threads)
         batches = [images[at : at + batch] for at in range(0, len(images), batch)]
 
-        def run(extract: FeatureExtractor, part: np.ndarray) -> np.ndarray:
+        def run(extract: FeatureExtractor, part: Images) -> np.ndarray:
             with self._computing:
                 return extract(part)
 
-        return {
-            space: np.concatenate([run(extract, part) for part in batches])
-            for space, extract in self._extractors(panel).items()
-        }
+        found: dict[str, np.ndarray] = {}
+        for space, extract in self._extractors(panel).items():
+            values = np.concatenate([run(extract, part) for part in batches])
+            found |= split_spaces(space, extract, values)
+        return found
 
     def stats(self) -> ServerStats:
         """Counters so far."""
@@ -195,7 +196,7 @@ def _judge_panel(config: JudgeConfig, device: str, max_batch: int | None) -> Pan
     if config.classifier.checkpoint:
         scorers[ACCURACY] = ClassifierAccuracy(config.classifier, device)
     extractors = {
-        MAIN_SPACE: load_features(config.features, device),
-        SECOND_SPACE: load_features(config.second, device),
+        MAIN_SPACE: load_features(config.features, device, judge=True),
+        SECOND_SPACE: load_features(config.second, device, judge=True),
     }
     return Panel(scorers, extractors, max_batch)

@@ -184,17 +184,19 @@ def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
     raise DataError(f"{path}: {reason}")
 
 
-def read_statistics(file: ArrayFile, prefix: str = "", *, diagonal: bool = False) -> Statistics:
+def read_statistics(
+    file: ArrayFile, prefix: str = "", *, suffix: str = "", diagonal: bool = False
+) -> Statistics:
     """Mean and covariance of a file.
 
     Args:
-        prefix: of the arrays' names.
+        prefix, suffix: of the arrays' names.
         diagonal: accept variances only (`sigma_diagonal`).
 
     Raises:
         DataError: missing or invalid arrays.
     """
-    mu_key, sigma_key, diagonal_key = (prefix + key for key in (MU, SIGMA, VARIANCES))
+    mu_key, sigma_key, diagonal_key = (prefix + key + suffix for key in (MU, SIGMA, VARIANCES))
     if mu_key not in file or not {sigma_key, diagonal_key} & set(file.names):
         raise DataError(
             f"{file.path}: {no_moments(file.path, file.names, file.shape, file.loader)}"
@@ -220,7 +222,7 @@ def read_statistics(file: ArrayFile, prefix: str = "", *, diagonal: bool = False
         if variances is not None:
             variances = checks.variances(diagonal_key, variances, mu.size)
             checks.same(diagonal_key, variances, sigma_key, sigma)
-    dims = file.count("dims", mu.size) if not prefix else mu.size
+    dims = file.count("dims", mu.size) if not prefix + suffix else mu.size
     if dims != mu.size:
         raise checks.refuse("dims", f"{mu.size}, as {mu_key} has", str(dims))
     return Statistics(mu, sigma, alone)

@@ -22,6 +22,7 @@ from learner.evaluation.held_out import compare, evaluate_policy
 from learner.loop import concatenate_features, prepare, spread
 from learner.rollouts.feature_space import RewardSpace
 from learner.rollouts.prefetch import requests_for
+from rewards.metrics.samples import RealImages
 from tests.small_run import small_config
 
 
@@ -108,7 +109,7 @@ def test_of_ten_thousand_seed_images_the_features_are_kept() -> None:
 
 def test_of_an_evaluations_images_the_features_are_kept() -> None:
     config, fleet = small_config(evaluation={"num_images": 2_000}), Drawing()
-    real = {MAIN_SPACE: np.random.default_rng(1).random((300, 2), np.float32)}
+    real = RealImages({MAIN_SPACE: np.random.default_rng(1).random((300, 2), np.float32)})
     figures = evaluate_policy(config, fleet, config.sampling, real)  # type: ignore[arg-type]
     assert figures["images"] == fleet.asked == 2_000
     assert fleet.sizes == {0}
@@ -119,7 +120,7 @@ def test_of_an_evaluations_images_the_features_are_kept() -> None:
 def test_images_of_an_evaluation_are_resized_and_no_others() -> None:
     """384 pixels to 256, as published figures of LlamaGen are measured."""
     config, fleet = small_config(evaluation={"num_images": 20, "image_size": 256}), Drawing()
-    real = {MAIN_SPACE: np.random.default_rng(1).random((300, 2), np.float32)}
+    real = RealImages({MAIN_SPACE: np.random.default_rng(1).random((300, 2), np.float32)})
     evaluate_policy(config, fleet, config.sampling, real)  # type: ignore[arg-type]
     assert fleet.sizes == {256}
     trained = requests_for(config, config.conditions.conditions(), "train", 0)

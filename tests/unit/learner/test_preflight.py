@@ -529,7 +529,8 @@ def test_a_reference_of_no_known_name() -> None:
     (problem,) = problems(rewards={"loo_fid": {"reference": "xyz"}})
     assert "there are digits:train, digits:held-out, imagenet256" in problem
     (problem,) = problems(evaluation={"images": "xyz"})
-    assert problem.endswith("there are digits:train, digits:held-out, or a file")
+    assert "there are digits:train, digits:held-out, imagenet256" in problem
+    assert problem.endswith("or a path")
 
 
 def test_a_file_that_is_needed_twice_is_missing_once() -> None:

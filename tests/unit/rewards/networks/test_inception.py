@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.messages import MAIN_SPACE, Condition
 from cluster.model_files.torchvision_ops import ensure_torchvision
 from rewards.distribution.fid import frechet_distance
+from rewards.metrics.samples import LOGITS, SPATIAL
 from rewards.networks import inception
 from rewards.networks.extractor import NetworkFeatures
 from rewards.networks.features import FeaturesConfig, load_features
 from rewards.networks.inception import fid_inception, fid_pixels, resize_tensorflow
+from rewards.servers.panel import Panel
 from tests.file_rows import reads
 
 TOLERANCE = 1e-4
@@ -89,7 +92,7 @@ def oracle(weights: str) -> nn.Module:
     inception.load_network(network, inception.read_checkpoint(weights), weights)
     torch.save(network.state_dict(), file)
     return FeatureExtractorInceptionV3(
-        "oracle", ["2048", "logits"], feature_extractor_weights_path=str(file)
+        "oracle", ["2048", "logits_unbiased", "logits"], feature_extractor_weights_path=str(file)
     )
 
 
@@ -126,9 +129,31 @@ def test_logits_equal_torch_fidelity(weights: str, oracle: nn.Module) -> None:
     images = torch.from_numpy(pictures((64, 64)).transpose(0, 3, 1, 2).copy())
     network = inception.load_fid_inception(weights).eval()
     with torch.no_grad():
-        ours, expected = network(fid_pixels(images))[1], oracle(images)[1]
+        ours, expected = network(fid_pixels(images))[1], oracle(images)[2]
     assert ours.shape == (2, 1008)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_judges_spaces_equal_torch_fidelity(weights: str, oracle: nn.Module) -> None:
+    """Of one pass: features, logits without biases, and the branch of ADM's mixed_6/conv."""
+    seen: list[Tensor] = []
+    branch = oracle.get_submodule("Mixed_6d.branch1x1")
+    hook = branch.register_forward_hook(lambda module, x, y: seen.append(y))
+    images = pictures((64, 64), 3)
+    with torch.no_grad():
+        features, logits, _ = oracle(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    hook.remove()
+    spatial = seen[0].permute(0, 2, 3, 1)[..., :7].reshape(3, -1)
+    assert spatial.shape == (3, 2023)
+    config = FeaturesConfig(network="inception", checkpoint=weights, batch=2)
+    panel = Panel({}, {MAIN_SPACE: load_features(config, judge=True)})
+    scores = panel.score(images, [Condition(text="")] * 3)
+    assert [*scores.features] == [MAIN_SPACE, SPATIAL, LOGITS]
+    assert_close(scores.features[MAIN_SPACE], features.numpy())
+    assert_close(scores.features[SPATIAL], spatial.numpy())
+    assert (scores.features[SPATIAL] >= 0).all()  # after ReLU
+    np.testing.assert_allclose(scores.features[LOGITS], logits.numpy(), rtol=1e-4, atol=1e-4)
+    assert np.array_equal(scores.features[MAIN_SPACE], load_features(config)(images))
 
 
 def ordinary_resize(images: Tensor, size: int) -> Tensor:

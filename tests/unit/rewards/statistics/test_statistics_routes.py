@@ -109,12 +109,14 @@ def test_statistics_where_images_belong(name: str, capsys: pytest.CaptureFixture
     STATISTICS[name](name)
     problem = told(HELD, name)
     status = main(["--images", name, "--out", "o.npz", "--features.network", "pixels"])
-    for text in (problem, capsys.readouterr().err):
-        if name.startswith(("s.pt", "S.PT", "pt-")):
-            assert "found a PyTorch file" in text
-        else:
-            assert "these are moments of features, not images" in text
-            assert "rewards.loo_fid.reference" in text
+    text = capsys.readouterr().err
+    if name.startswith(("s.pt", "S.PT", "pt-")):
+        assert "found a PyTorch file" in problem
+        assert "found a PyTorch file" in text
+    else:
+        assert "and no images, and the judge's networks are convnet and pixels" in problem
+        assert "these are moments of features, not images" in text
+        assert "rewards.loo_fid.reference" in text
     assert status == 2
 
 
@@ -132,7 +134,7 @@ def test_others_are_refused_everywhere(
         "edm.pkl": "pickle",
         "page.npz": "a web page; the download went to a page about the file",
         "pointer.pt": "git lfs pull",
-        "folder": "found a folder",
+        "folder": "no images in it or below" if option == HELD else "found a folder",
         "empty.npz": "an empty file",
     }[name]
     assert expected in problem

@@ -1,0 +1,98 @@
+"""Checks of real images before a run: that they are there, and fit the policy's and a network."""
+
+from __future__ import annotations
+
+from cluster.errors import CheckpointError, DataError, did_you_mean
+from cluster.io.paths import expand_user
+from cluster.model_files.tensors import locate
+from cluster.preflight import Download, Findings
+from learner.data.conditions import DIGITS as DIGIT_NAMES
+from learner.data.conditions import ConditionsConfig
+from learner.data.datasets import DIGITS, open_images
+from rewards.distribution.diagnostics import few_images
+from rewards.networks.features import FeaturesConfig
+from rewards.networks.features_check import feature_dim
+from rewards.reference.fetch import PUBLISHED, fetch_command, reference_file
+
+
+def fetched(field: str, reference: str, findings: Findings) -> bool:
+    """Whether a published reference is on this machine; True for other references."""
+    published = PUBLISHED.get(reference)
+    if published is None or published.place().is_file():
+        return True
+    command = f"{fetch_command()} {published.name}"
+    remedy = f"{command} ({published.url})"
+    findings.problem(field, f"{published.name} at {published.place()}", "nothing there", remedy)
+    if published.url not in (download.url for download in findings.downloads):
+        findings.downloads.append(
+            Download(
+                field=field,
+                name=published.file,
+                url=published.url,
+                size=published.size,
+                command=command,
+            )
+        )
+    return False
+
+
+def check_there(source: str) -> None:
+    """
+    Raises:
+        CheckpointError: neither a set or a published reference by that name, nor a path.
+    """
+    if source.startswith(DIGITS) or expand_user(source).is_dir():
+        return
+    names = [f"{DIGITS}train", f"{DIGITS}held-out", *PUBLISHED]
+    try:
+        locate(reference_file(source))
+    except CheckpointError as error:
+        hint = did_you_mean(source, names).strip() or f"there are {', '.join(names)}, or a path"
+        raise CheckpointError(f"{error}: {hint}") from error
+
+
+def check_images(field: str, source: str, conditions: ConditionsConfig) -> tuple[int, int, int]:
+    """Check that real images exist, and show the run's classes; returns their N, H, W.
+
+    Raises:
+        DataError: they do not.
+    """
+    check_there(source)
+    images = open_images(source)
+    height, width = images.size
+    if source.startswith(DIGITS) and not conditions.captions:
+        ours = len(conditions.class_names)
+        if ours != len(DIGIT_NAMES):
+            what = "rewards.loo_fid.reference" if field.startswith("rewards") else field
+            raise DataError(
+                f"expected real images of the {ours} classes of conditions.names, found the ten "
+                f"digits ({source}): set {what} to images or moments of these classes"
+                + ("" if field.startswith("rewards") else ", or evaluation.num_images to 0")
+            )
+    return len(images), height, width
+
+
+def check_fit(
+    features: FeaturesConfig,
+    field: str,
+    source: str,
+    shape: tuple[int, int, int],
+    side: int,
+    covariance: str,
+    findings: Findings,
+) -> None:
+    """Check that real images and the policy's fit one feature space, and warn if there are few.
+
+    Raises:
+        DataError: pixels are compared, and the images have another size.
+    """
+    count, height, width = shape
+    if features.network == "pixels" and side and (height, width) != (side, side):
+        raise DataError(
+            f"{source}: expected images of {side} x {side}, as the policy's, since pixels are "
+            f"compared ({side * side} dimensions), found {height} x {width} ({height * width}): "
+            "resize them, or choose a network"
+        )
+    dim = feature_dim(features, side)
+    if dim and covariance == "full" and (few := few_images(source, count, dim)):
+        findings.notes.append(f"{field}: {few}")

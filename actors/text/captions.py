@@ -144,7 +144,7 @@ def _cells(path: Path, place: Path, column: str) -> Cells:
         return parquet(path, place, column)
     if kind not in (FileKind.TEXT, FileKind.EMPTY, FileKind.BINARY):
         raise DataError(f"captions {path}: {described(place)}; captions are text or tables")
-    text, suffix = _decoded(path, place), place.suffix.lower()
+    text, suffix = decode_text(path, place), place.suffix.lower()
     if not text.strip():
         raise DataError(f"captions {path}: the file holds no caption (one a line is expected)")
     if suffix in DELIMITED:
@@ -177,8 +177,12 @@ def _kind_of(path: Path, place: Path) -> FileKind:
         raise DataError(f"captions {path}: not a readable {noun} file ({error})") from error
 
 
-def _decoded(path: Path, place: Path) -> str:
-    """The file's text.
+def decode_text(path: Path, place: Path) -> str:
+    """A file's text, without a byte order mark.
+
+    Args:
+        path: as the user named it, for messages.
+        place: the same file, with `~` expanded.
 
     Raises:
         DataError: it is not UTF-8, or holds NUL bytes; names the line.

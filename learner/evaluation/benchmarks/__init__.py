@@ -1,0 +1,1 @@
+"""Text-to-image benchmarks: prompts from their own files, images in their own layouts."""

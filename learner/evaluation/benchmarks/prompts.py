@@ -250,8 +250,8 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     for at, line in enumerate(lines, 1):
         if not line.strip():
             raise DataError(
-                f"{path}: line {at} is blank; the benchmark's scripts find prompts by the number of "
-                "their line: remove it, or fill it in"
+                f"{path}: line {at} is blank; the benchmark's scripts find prompts by the number "
+                "of their line: remove it, or fill it in"
             )
     return list(enumerate(lines, 1))
 

@@ -63,7 +63,8 @@ def test_hpsv2(tmp_path: Path) -> None:
     assert [(each.part, each.number) for each in found] == [
         (style, at) for style in ("anime", "concept-art", "paintings", "photo") for at in (0, 1)
     ]
-    assert found[2].text == "concept-art of a/b" and found[2].tags == (("style", "concept-art"),)
+    assert found[2].text == "concept-art of a/b"
+    assert found[2].tags == (("style", "concept-art"),)
     assert read("hpsv2", folder / "photo.json") == found[6:]
 
 

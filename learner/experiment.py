@@ -17,13 +17,14 @@ from cluster.errors import (
     StopRequestedError,
 )
 from cluster.fleet import Fleet, InlineFleet
-from cluster.io.run_layout import BEFORE_AFTER, CAPTIONS, step_name
+from cluster.io.run_layout import BASE_GALLERY, BEFORE_AFTER, CAPTIONS, GALLERY, step_name
 from learner.capacity.storage import DiskWatch, checkpoint_bytes, free_bytes
 from learner.checkpoints.checkpoint import Checkpoint, restore
 from learner.checkpoints.store import CheckpointStore
 from learner.config import RunConfig
 from learner.data.conditions import ConditionsConfig
 from learner.evaluation import held_out
+from learner.loggers.logger import Loggers
 from learner.loop import Iteration, failures, prepare, train
 from learner.monitoring.console import RunConsole
 from learner.monitoring.gallery import (
@@ -47,7 +48,6 @@ from rewards.metrics.samples import RealImages
 
 logger = logging.getLogger(__name__)
 
-BASE_GALLERY = "base.png"
 TUNED_GALLERY = "tuned.png"
 
 
@@ -63,11 +63,13 @@ class Experiment:
         should_stop: Callable[[], bool],
         from_step: int | None = None,
         last_checkpoint: Callable[[], bool] = lambda: True,
+        loggers: Loggers | None = None,
     ) -> None:
         """
         Args:
             from_step: resume this checkpoint; None is the newest.
             last_checkpoint: whether a stop is to write a checkpoint.
+            loggers: for metrics and images; the caller closes them. None by default.
         """
         self._requested = self._config = config
         self._run, self._fleet = run, fleet
@@ -78,6 +80,7 @@ class Experiment:
         self._space = RewardSpace()
         self._shares: list[RoleUse] = []
         self._checkpoints = CheckpointStore(run, config)
+        self._loggers = loggers or Loggers()
         self._recorder: Recorder | None = None
         self._saved_step = 0
         self._progress = Progress()
@@ -186,7 +189,7 @@ class Experiment:
         )
         if some := shown_note(self._config):
             logger.info(f"note: galleries show {some}; --output.gallery-rows names others")
-        self._gallery(BASE_GALLERY)
+        self._gallery(BASE_GALLERY, 0)
         for row in held_out.base_rows(self._config):
             self._fill_table_row(row)
         return 0
@@ -194,7 +197,9 @@ class Experiment:
     def _train(self, first: int) -> int:
         """The main loop, with records, guards and checkpoints; returns the iterations done."""
         config, run = self._config, self._run
-        recorder = self._recorder = Recorder(run, first, rollouts=config.output.rollouts)
+        rollouts = config.output.rollouts
+        recorder = Recorder(run, first, rollouts=rollouts, loggers=self._loggers)
+        self._recorder = recorder
         self._console.start(first)
         self._progress = replace(self._progress, done=first)
         self._report_progress("training")
@@ -254,7 +259,7 @@ class Experiment:
             self._checkpoint(done, figures)
         if output.gallery_every and done % output.gallery_every == 0:
             with contextlib.suppress(StopRequestedError):
-                self._gallery(f"{step_name(done)}.png")
+                self._gallery(f"{step_name(done)}.png", done)
 
     def _checkpoint(self, done: int, figures: dict[str, float] | None = None) -> None:
         if self._saved_step == done:
@@ -325,13 +330,14 @@ class Experiment:
             self._real = held_out.real_images(self._config, self._fleet)
         return self._real
 
-    def _gallery(self, name: str) -> None:
-        """Sample and write a contact sheet of the current policy."""
+    def _gallery(self, name: str, done: int) -> None:
+        """Sample and write a contact sheet of the current policy, after `done` iterations."""
         rows = sample_gallery(self._config, self._fleet)
         file = self._run.gallery / name
         self._run.check_owned()
-        config = self._config
-        self._fleet.serve_while(lambda: save_sheet(gallery_sheet(config, rows), file))
+        sheet = gallery_sheet(self._config, rows)
+        self._fleet.serve_while(lambda: save_sheet(sheet, file))
+        self._loggers.images(GALLERY, sheet, done)
 
     def _report_progress(self, stage: str, metrics: Mapping[str, Any] | None = None) -> None:
         """Update the progress that `cluster.status` shows."""
@@ -353,12 +359,14 @@ class Experiment:
         self._table.pop(TUNED, None)  # of an earlier, shorter run
         self._fill_table_row(held_out.tuned_row(self._config))
         gallery = self._run.gallery
-        self._gallery(TUNED_GALLERY)
+        self._gallery(TUNED_GALLERY, self._config.iterations)
         sheets = {"base policy": gallery / BASE_GALLERY, "tuned policy": gallery / TUNED_GALLERY}
         # a run directory that was restored from a URL has no images of the base policy
         there = {name: file for name, file in sheets.items() if file.is_file()}
         save_side_by_side(there, gallery / BEFORE_AFTER)
         self._fleet.serve_while(lambda: write_report(self._run, self._config, self._table))
+        files = (self._run.report, self._run.config, self._run.evaluation, gallery / BEFORE_AFTER)
+        self._loggers.finish(self._table, files)
         if self._table:
             self._console.table(self._table)
         if self._shares:

@@ -47,6 +47,7 @@ from learner.config import (
 )
 from learner.experiment import Experiment
 from learner.fleet_plan import fleet_plan
+from learner.loggers.opening import open_loggers
 from learner.monitoring.console import RunConsole
 from learner.output import OutputConfig
 from learner.preflight import listed, placement_lines, preflight
@@ -237,10 +238,18 @@ def carry_out(
             for line in changed_since(config.rewards.files):
                 logger.warning(f"note: {line}")
             ray = None if command.inline else config.ray
-            with open_fleet(fleet_plan(config), store_need(config), run.path, stop, ray) as fleet:
+            plan, need = fleet_plan(config), store_need(config)
+            with open_loggers(run) as loggers, open_fleet(plan, need, run.path, stop, ray) as fleet:
                 started()
                 experiment = Experiment(
-                    config, run, fleet, shown, stop, command.from_step, lambda: stop.checkpoint
+                    config,
+                    run,
+                    fleet,
+                    shown,
+                    stop,
+                    command.from_step,
+                    lambda: stop.checkpoint,
+                    loggers,
                 )
                 if experiment.run():
                     return 0

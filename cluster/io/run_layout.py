@@ -34,6 +34,7 @@ CHECKPOINTS = "checkpoints"
 ROLLOUTS = "rollouts"
 GALLERY = "gallery"
 TENSORBOARD = "tensorboard"
+BASE_GALLERY = "base.png"
 BEFORE_AFTER = "before_after.png"
 """In the gallery: images of the base policy and of the tuned one, side by side."""
 

@@ -1,12 +1,11 @@
 """Metrics of an iteration under the names of metrics.jsonl, and the recorder that writes them.
 
 To add a metric: one line in `iteration_metrics` (of the learner: in `Learner._metrics`). It then
-appears in metrics.jsonl and TensorBoard; `learner.report.PANELS` draws it in the report.
+appears in metrics.jsonl and all loggers; `learner.report.PANELS` draws it in the report.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from cluster.io.strict_json import dumps
 from cluster.messages import ScoredGroup
 from cluster.spans import Span
 from learner.grpo.advantage import Advantages
+from learner.loggers.logger import Loggers
 from learner.monitoring.guards import scoring_times
 from learner.monitoring.timeline import Trace, Usage
 from learner.rollouts.parquet import rollout_table, write_rollouts
@@ -31,8 +31,6 @@ from rewards.distribution.distribution_reward import DistributionReward
 QUANTILES = {"p05": 0.05, "p95": 0.95}
 UNREPEATABLE = ("time/", "fleet/")
 """Prefixes of metrics that differ between equal runs."""
-EVALUATION_TAGS = ("evaluation", "exam")
-"""TensorBoard prefixes of evaluations; "exam", the old name, is written until version 0.3."""
 
 
 def iteration_metrics(
@@ -124,25 +122,25 @@ def staleness_of(groups: Sequence[ScoredGroup], version: int) -> np.ndarray:
 
 
 class Recorder:
-    """Writes metrics, TensorBoard events, rollouts and the trace of a run. Raises StorageError when
-    no space is left.
+    """Writes metrics, rollouts and the trace of a run, and gives loggers their part. Raises
+    StorageError when no space is left.
 
     Args:
         done: iterations of the run so far; records after them, of an interrupted run, are removed.
         rollouts: write rollouts, too.
+        loggers: none by default.
     """
 
-    def __init__(self, run: RunDirectory, done: int, *, rollouts: bool) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self, run: RunDirectory, done: int, *, rollouts: bool, loggers: Loggers | None = None
+    ) -> None:
         self._run, self._rollouts = run, rollouts
+        self._loggers = loggers or Loggers()
         self._base = counted_from(run)  # before records are truncated
         truncate(run, done, rollouts=rollouts)
+        self._loggers.begin(run, done + self._base)
         with writing(run.metrics):
             self._metrics = run.metrics.open("a", buffering=1)
-        with writing(run.tensorboard):
-            purge = done + self._base if any(run.tensorboard.iterdir()) else None
-            self._events = SummaryWriter(str(run.tensorboard), purge_step=purge)
         self._trace = Trace(run.trace, resume=done > 0)
         self.usage = Usage(time.time())
         """Working time of each role from now on."""
@@ -163,18 +161,15 @@ class Recorder:
     ) -> None:
         """Write everything of one iteration."""
         iteration = metrics[ITERATION] - 1 + self._base
+        row = {**metrics, ITERATION: iteration}
         if self._rollouts:  # first: every line of metrics has its rollouts
             table = rollout_table(iteration, groups, advantages, metrics.get("moments/version", 0))
             self._run.check_owned()
             write_rollouts(rollout_file(self._run, iteration), table)
         with self._writing(self._run.metrics):
-            self._metrics.write(dumps({**metrics, ITERATION: iteration}) + "\n")
-        with self._writing(self._run.tensorboard):
-            self._scalars({**metrics, ITERATION: iteration}, iteration)
-            self._histograms(advantages, iteration)
-            if "version" in metrics:
-                ages = staleness_of(groups, metrics["version"] - 1)
-                self._events.add_histogram("staleness/groups", ages, iteration)
+            self._metrics.write(dumps(row) + "\n")
+        self._loggers.scalars(row, iteration)
+        self._loggers.histograms(distributions(metrics, groups, advantages), iteration)
         spans = tuple(spans)
         self.usage.add(spans)
         with self._writing(self._run.trace):
@@ -185,34 +180,29 @@ class Recorder:
     def record_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Write an evaluation while training, after `step` iterations."""
         append_evaluation(self._run, step, figures)
-        with self._writing(self._run.tensorboard):
-            for prefix in EVALUATION_TAGS:
-                self._scalars({f"{prefix}/{k}": value for k, value in figures.items()}, step)
-
-    def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
-        """TensorBoard scalars; values that are not finite are left out."""
-        for key, value in values.items():
-            if value is not None and math.isfinite(value):
-                self._events.add_scalar(key, value, step)
-
-    def _histograms(self, advantages: Advantages, iteration: int) -> None:
-        """Raw and normalised rewards, and advantages, of scored images."""
-        valid = advantages.valid
-        if not valid.any():
-            return
-        for name, values in advantages.rewards.items():
-            self._events.add_histogram(f"rewards/{name}", values[valid], iteration)
-            normalised = advantages.normalised[name][valid]
-            self._events.add_histogram(f"rewards_normalised/{name}", normalised, iteration)
-        self._events.add_histogram("rewards/advantage", advantages.values[valid], iteration)
+        self._loggers.evaluation(figures, step)
 
     def close(self) -> None:
         with writing(self._run.metrics):
             self._metrics.close()
-        with writing(self._run.tensorboard):
-            self._events.close()
         with writing(self._run.trace):
             self._trace.close(complete=self._run.owned)
+
+
+def distributions(
+    metrics: Mapping[str, Any], groups: Sequence[ScoredGroup], advantages: Advantages
+) -> dict[str, np.ndarray]:
+    """What loggers show as histograms: raw and normalised rewards and advantages of scored images,
+    and the staleness of groups."""
+    valid, found = advantages.valid, dict[str, np.ndarray]()
+    if valid.any():
+        for name, values in advantages.rewards.items():
+            found[f"rewards/{name}"] = values[valid]
+            found[f"rewards_normalised/{name}"] = advantages.normalised[name][valid]
+        found["rewards/advantage"] = advantages.values[valid]
+    if "version" in metrics:
+        found["staleness/groups"] = staleness_of(groups, metrics["version"] - 1)
+    return found
 
 
 def append_evaluation(run: RunDirectory, step: int, figures: Mapping[str, float]) -> None:

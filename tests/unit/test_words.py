@@ -48,7 +48,7 @@ ALLOWED = {
     ("CHANGELOG.md", "exam"): "the old prefix of TensorBoard's evaluations",
     ("CHANGELOG.md", "exams"): "the old name of evaluations.jsonl",
     ("cluster/io/run_layout.py", "exams"): "the old name of evaluations.jsonl",
-    ("learner/monitoring/metrics.py", "exam"): "the old prefix of TensorBoard's evaluations",
+    ("learner/loggers/tensorboard.py", "exam"): "the old prefix of TensorBoard's evaluations",
     ("CHANGELOG.md", "edition"): "the entry that renames it",
     ("cluster/status.py", "edition"): "a key of --json in 0.1, kept for one release",
 }

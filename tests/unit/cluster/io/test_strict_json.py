@@ -21,6 +21,8 @@ from cluster.spans import Span
 from learner.checkpoints.manifest import Manifest
 from learner.checkpoints.store import best_step
 from learner.grpo.advantage import group_advantages
+from learner.loggers.logger import Loggers
+from learner.loggers.tensorboard import TensorBoard
 from learner.miniature import arms
 from learner.monitoring.guards import Guards
 from learner.monitoring.metrics import Recorder, read_metrics
@@ -78,12 +80,14 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def test_a_runs_files_are_strict_and_can_be_read_again(run: RunDirectory) -> None:
-    recorder = Recorder(run, 0, rollouts=True)
+    loggers = Loggers({"TensorBoard": TensorBoard(run.tensorboard)})
+    recorder = Recorder(run, 0, rollouts=True, loggers=loggers)
     groups = [scored_group({"clip": [0.1, np.nan]}, errors=[None, "clip: boom"])]
     advantages = group_advantages(groups, {}, Combiner({"clip": RewardTerm()}))
     recorder.record(dict(ODD), groups, advantages, [Span("learner", "learn", 1.0, 1.5)])
     recorder.record_evaluation(1, {"fid": math.nan, "accuracy": 0.5})
     recorder.close()
+    loggers.close()
     run.write_evaluation({"base": {"fid": math.inf, "density": 1.0}})
     (row,) = [strict(line) for line in run.metrics.read_text().splitlines()]
     assert row == {"iteration": 0, "a": None, "b": None, "c": None, "d": 1.5}

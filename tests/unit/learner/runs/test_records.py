@@ -18,6 +18,8 @@ from cluster.errors import ConfigError, DataError, StorageError
 from cluster.spans import Span
 from learner.config import RunConfig
 from learner.grpo.advantage import group_advantages
+from learner.loggers.logger import Loggers
+from learner.loggers.tensorboard import TensorBoard
 from learner.monitoring.gallery import contact_sheet
 from learner.monitoring.metrics import Recorder, read_metrics, repeatable
 from learner.monitoring.timeline import Trace
@@ -100,10 +102,12 @@ def test_a_resumed_run_has_every_row_once(tmp_path: Path) -> None:
 
 def test_row_rollouts_and_checkpoint_of_a_moment_have_one_number(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
-    recorder = Recorder(run, 0, rollouts=True)
+    loggers = Loggers({"TensorBoard": TensorBoard(run.tensorboard)})
+    recorder = Recorder(run, 0, rollouts=True, loggers=loggers)
     for iteration in range(1, 4):
         record(recorder, iteration)
     recorder.close()
+    loggers.close()
     names = sorted(file.name for file in run.rollouts.iterdir())
     assert names == [f"iteration_{number:06d}.parquet" for number in (1, 2, 3)]
     assert pq.read_table(run.rollouts / names[2])["iteration"].to_pylist() == [3, 3]

@@ -1,0 +1,235 @@
+"""What a logger is, and the loggers of a run together.
+
+The run's own files are complete without any logger, so none of them can end or hold up a run: each
+works in a thread of its own, behind a bounded queue, and its first failure is reported. What a tool
+lacks of earlier starts is given to it again from the run's files.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from cluster.io.run_layout import BASE_GALLERY, GALLERY, step_of
+from learner.runs.records import ITERATION, STEP, read_records
+from learner.runs.run_dir import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+Values = Mapping[str, float]
+Newest = Mapping[str, int]
+"""Kind of record -> the newest step of it that a tool has."""
+SCALARS, EVALUATION = "scalars", "evaluation"
+MOST_WAITING = 1000
+"""Records that a slow tool may be behind; further ones are left out."""
+CLOSE_S = 60.0
+"""Longest wait for a tool at the end of a run, seconds."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a step gives to every logger."""
+
+    kind: str
+    """Of one kind, a tool gets each step once."""
+    step: int
+    write: Callable[[Logger], None]
+
+
+class Logger(Protocol):
+    """A tool that shows curves and images. After `begin`, one thread calls it, with steps that do
+    not decrease."""
+
+    def begin(self, next_step: int) -> Newest | None:
+        """Continue a run, or begin one, whose next iteration has this number.
+
+        Returns:
+            What the tool has; None: the same steps as the run's files.
+        """
+        ...
+
+    def scalars(self, values: Values, step: int) -> None:
+        """Finite values of a step, by name; those of an evaluation start with "evaluation/"."""
+        ...
+
+    def histograms(self, values: Mapping[str, np.ndarray], step: int) -> None: ...
+
+    def images(self, name: str, image: np.ndarray, step: int) -> None:
+        """One image (H, W, 3) uint8."""
+        ...
+
+    def finish(self, table: Mapping[str, Values], files: Sequence[Path]) -> None:
+        """The table of evaluations, and the files with the results, of a run that has ended."""
+        ...
+
+    def close(self, *, failed: bool) -> None:
+        """
+        Args:
+            failed: the run ended before its last iteration, by an error or a stop.
+        """
+        ...
+
+
+class Loggers:
+    """The loggers of a run; what they are given reaches each of them, once they have begun.
+
+    Args:
+        tools: name of the tool, for messages -> logger.
+    """
+
+    def __init__(self, tools: Mapping[str, Logger] | None = None) -> None:
+        self._followers = [_Follower(name, tool) for name, tool in (tools or {}).items()]
+        self._finished = False
+
+    def begin(self, run: RunDirectory, next_step: int) -> None:
+        """Start, once the run's files hold the steps before `next_step` alone. Only the first call
+        counts: a learner that is lost within the run repeats steps that the tools have."""
+        waiting = [each for each in self._followers if not each.begun]
+        stored = list(_stored(run)) if waiting else []
+        for each in waiting:
+            each.begin(next_step, stored)
+
+    def scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        """Metrics of an iteration; those that are not finite are left out."""
+        self._give(_scalars(SCALARS, values, step))
+
+    def evaluation(self, figures: Mapping[str, float | None], step: int) -> None:
+        """Figures of an evaluation after `step` iterations, as scalars evaluation/NAME."""
+        self._give(_evaluation(figures, step))
+
+    def histograms(self, values: Mapping[str, np.ndarray], step: int) -> None:
+        self._give(Record("histograms", step, lambda tool: tool.histograms(values, step)))
+
+    def images(self, name: str, image: np.ndarray, step: int) -> None:
+        """One image (H, W, 3) uint8 after `step` iterations."""
+        self._give(Record(f"images/{name}", step, lambda tool: tool.images(name, image, step)))
+
+    def finish(self, table: Mapping[str, Values], files: Sequence[Path]) -> None:
+        """The table of evaluations, and the files with the results, of a run that has ended."""
+        self._finished = True
+        there = [file for file in files if file.is_file()]
+        for each in self._followers:
+            each.call(lambda tool: tool.finish(table, there))
+
+    def close(self) -> None:
+        """Complete the records; a tool that takes too long loses the rest."""
+        for each in self._followers:
+            each.close(failed=not self._finished)
+
+    def _give(self, record: Record) -> None:
+        for each in self._followers:
+            each.give(record)
+
+
+class _Follower:
+    """Gives records to a logger, in order, in a thread of its own."""
+
+    def __init__(self, name: str, tool: Logger) -> None:
+        self._name, self._tool = name, tool
+        self._newest: dict[str, int] = {}
+        self._queue: queue.Queue[Callable[[Logger], None] | None] = queue.Queue(MOST_WAITING)
+        self._thread = threading.Thread(target=self._work, name=f"logger {name}", daemon=True)
+        self._early: list[Record] = []
+        self._warned = False
+        self.begun = False
+
+    def begin(self, next_step: int, stored: Sequence[Record]) -> None:
+        """Start the thread, and give the tool what it lacks of the run's earlier records."""
+        self.begun = True
+        has = self._tool.begin(next_step)
+        if has is None:
+            has = {record.kind: record.step for record in stored}
+        self._newest = dict(has)
+        missing = [record for record in stored if self._is_new(record)]
+        self._queue = queue.Queue(MOST_WAITING + len(missing))
+        self._thread.start()
+        for record in missing:
+            self.call(record.write)
+        for record in self._early:
+            self.give(record)
+        self._early.clear()
+
+    def give(self, record: Record) -> None:
+        """Write a record, unless the tool has it: the steps between the checkpoint and the end of
+        an interrupted run are done twice."""
+        if not self.begun:
+            self._early.append(record)
+        elif self._is_new(record):
+            self.call(record.write)
+
+    def call(self, write: Callable[[Logger], None] | None) -> None:
+        try:
+            self._queue.put_nowait(write)
+        except queue.Full:
+            self._warn(f"it is {MOST_WAITING} records behind")
+
+    def close(self, *, failed: bool) -> None:
+        if not self.begun:
+            self.begun = True
+            self._thread.start()
+        with suppress(queue.Full):
+            self._queue.put(lambda tool: tool.close(failed=failed), timeout=CLOSE_S)
+            self._queue.put(None, timeout=CLOSE_S)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self._warn(f"it did not take the last records within {CLOSE_S:.0f} s")
+
+    def _is_new(self, record: Record) -> bool:
+        if record.step <= self._newest.get(record.kind, -1):
+            return False
+        self._newest[record.kind] = record.step
+        return True
+
+    def _work(self) -> None:
+        while (write := self._queue.get()) is not None:
+            try:
+                write(self._tool)
+            except Exception as error:  # of any tool, of any kind: the run goes on
+                self._warn(f"{type(error).__name__}: {error}")
+
+    def _warn(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                f"note: {self._name} lacks a part of the records, the run goes on, and its own "
+                f"files are complete: {why}"
+            )
+
+
+def _scalars(kind: str, values: Mapping[str, float | None], step: int) -> Record:
+    finite = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
+    return Record(kind, step, lambda tool: tool.scalars(finite, step))
+
+
+def _evaluation(figures: Mapping[str, float | None], step: int) -> Record:
+    return _scalars(EVALUATION, {f"{EVALUATION}/{k}": v for k, v in figures.items()}, step)
+
+
+def _stored(run: RunDirectory) -> list[Record]:
+    """Records in the run's files, in order of their steps."""
+    found = [_scalars(SCALARS, row, row[ITERATION]) for row in read_records(run.metrics, ITERATION)]
+    evaluations = read_records(run.evaluations, STEP)
+    found += [_evaluation({k: v for k, v in e.items() if k != STEP}, e[STEP]) for e in evaluations]
+    for file in run.gallery.glob("*.png"):
+        step = 0 if file.name == BASE_GALLERY else step_of(file.stem)
+        if step is not None:
+            found.append(_gallery(file, step))
+    return sorted(found, key=lambda record: record.step)
+
+
+def _gallery(file: Path, step: int) -> Record:
+    def write(tool: Logger) -> None:
+        with Image.open(file) as image:
+            tool.images(GALLERY, np.asarray(image.convert("RGB")), step)
+
+    return Record(f"images/{GALLERY}", step, write)

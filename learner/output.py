@@ -9,7 +9,9 @@ from pydantic import Field
 
 from cluster.messages import MOST_CFG_SCALE
 
-FIGURES = ("fid", "density", "coverage", "precision", "recall", "accuracy", "clip", "entropy")
+COMPARED = ("fid", "density", "coverage", "precision", "recall")
+"""Figures that compare with real images."""
+FIGURES = (*COMPARED, "accuracy", "clip", "entropy")
 """What `output.keep_best` may name."""
 
 LOCAL = ("file", "local")
@@ -31,7 +33,7 @@ class EvaluationConfig:
     images: str = "digits:held-out"
     """Real images to compare with: "digits:held-out"; imagenet256 (64, 128, 512), ADM's, after
     `python -m rewards.reference fetch imagenet256`; or a folder of images, Parquet files, or an
-    .npz file with uint8 images arr_0, moments mu and sigma, or both."""
+    .npz file with uint8 images arr_0, moments mu and sigma, or both. Empty: none, scores alone."""
     image_size: Annotated[int, Field(ge=0, le=4096)] = 0
     """Side in pixels to which samples are resized before rounding to 8 bits, as LlamaGen's
     --image-size-eval (256 for policies of 384 pixels); 0: not resized."""
@@ -94,6 +96,11 @@ def check_output(output: OutputConfig, evaluation: EvaluationConfig) -> None:
         raise ValueError(
             f"output.keep_best: expected a figure of the evaluation ({', '.join(FIGURES)}; "
             f"second/ before it for the second features), found {output.keep_best!r}"
+        )
+    if figure in COMPARED and not evaluation.images:
+        raise ValueError(
+            f"output.keep_best {output.keep_best!r} compares with real images: name them by "
+            f"evaluation.images, or choose one of {', '.join(FIGURES[len(COMPARED) :])}"
         )
     if output.keep_every % output.checkpoint_every:
         raise ValueError(

@@ -22,6 +22,8 @@ def check_evaluation(config: RunConfig, side: int, findings: Findings) -> None:
     pixels = evaluation.image_size or side
     check_judge(config.judge, pixels, None if conditions.captions else asked, findings)
     field = "evaluation.images"
+    if not evaluation.images:
+        return
     if fetched(field, evaluation.images, findings):
         with findings.of(field):
             _real_images(config, pixels, findings)

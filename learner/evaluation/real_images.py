@@ -42,7 +42,8 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def real_images(config: RunConfig, fleet: Fleet) -> RealImages:
-    """Features and moments of `evaluation.images`, by the panel "judge" of a fleet.
+    """Features and moments of `evaluation.images`, by the panel "judge" of a fleet; none if that is
+    empty.
 
     Raises:
         CheckpointError, DataError: no such images, or none of their moments is of the judge's
@@ -50,6 +51,8 @@ def real_images(config: RunConfig, fleet: Fleet) -> RealImages:
         StopRequestedError: a stop was requested meanwhile.
     """
     source = config.evaluation.images
+    if not source:
+        return RealImages()
     moments = fleet.serve_while(lambda: moments_of(source, config.judge))
     main = moments.get(MAIN_SPACE)
     if main and main.fingerprint and main.fingerprint != (ours := fleet.fingerprint(JUDGE)):

@@ -1,11 +1,11 @@
-"""Writes a policy's images for a benchmark, and averages their scores by its categories."""
+"""Writes a policy's images in the layout of a benchmark."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -107,29 +107,3 @@ class BenchmarkImages:
                 kind = Image.registered_extensions()[path.suffix]
                 Image.fromarray(picture(images, content)).save(partial, kind, compress_level=1)
             os.replace(partial, path)
-
-
-def means_by_tag(
-    prompts: Sequence[Prompt], count: int, scores: Mapping[str, np.ndarray]
-) -> dict[str, dict[str, float]]:
-    """Mean scores of each category.
-
-    Args:
-        count: images of each prompt.
-        scores: scorer -> (N,), prompt by prompt.
-
-    Returns:
-        "kind: value" in order of appearance -> number of images and mean of each scorer.
-    """
-    members: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        for kind, value in prompt.tags:
-            members.setdefault(f"{kind}: {value}", []).append(index)
-    found = {}
-    for tag, indices in members.items():
-        rows = {
-            name: values.reshape(len(prompts), count)[indices] for name, values in scores.items()
-        }
-        means = {name: float(each.mean(dtype=np.float64)) for name, each in rows.items()}
-        found[tag] = {"images": float(len(indices) * count), **means}
-    return found

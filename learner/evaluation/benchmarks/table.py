@@ -28,7 +28,7 @@ class Written:
     """What a benchmark's commands need to know of the images."""
 
     images: Path
-    """Folder of a policy's images, in the benchmark's layout."""
+    """Folder of a policy's images, in the benchmark's layout; beside it are those of others."""
     texts: Path
     """JSON list of the prompts."""
     size: int
@@ -57,7 +57,7 @@ class Benchmark:
 
 
 def _geneval(made: Written) -> list[str]:
-    results = shlex.quote(str(made.images.parents[1] / "geneval" / f"{made.images.name}.jsonl"))
+    results = shlex.quote(f"geneval-{made.images.name}.jsonl")
     return [
         f"python evaluation/evaluate_images.py {_quoted(made.images)} --outfile {results} "
         "--model-path OBJECT_DETECTOR_FOLDER",

@@ -372,6 +372,10 @@ def test_the_best_one_stays_and_is_pointed_to(tmp_path: Path) -> None:
     [
         ({"output": {"keep_best": "fid"}}, "set evaluation.every to the number of iterations"),
         ({"output": {"keep_best": "fed"}, "evaluation": {"every": 2}}, "found 'fed'"),
+        (
+            {"output": {"keep_best": "fid"}, "evaluation": {"every": 2, "images": ""}},
+            "compares with real images: name them by evaluation.images, or choose one of accuracy",
+        ),
         ({"evaluation": {"every": 2, "num_images": 0}}, "set how many images each has"),
         ({"output": {"keep_every": 3}}, r"must be a multiple of output.checkpoint_every \(2\)"),
         ({"output": {"checkpoint_url": "/tmp/x"}}, "must be a URL"),

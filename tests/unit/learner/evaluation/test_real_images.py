@@ -199,6 +199,15 @@ def test_moments_alone(tmp_path: Path) -> None:
         read(file)
 
 
+def test_no_real_images() -> None:
+    found = read("")
+    assert not found.features
+    assert not found.moments
+    findings = Findings()
+    check_evaluation(run_on(""), 8, findings)
+    assert findings.problems == []
+
+
 def test_moments_of_other_weights(tmp_path: Path) -> None:
     """A file that says what made it is compared with the judge's network as it is."""
     file = adm_file(tmp_path / "own.npz", fingerprint=np.array("inception-0123-tensorflow299"))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cluster.errors import DataError, StorageError
 from cluster.messages import Condition, SampleRequest, SamplingSpec
-from learner.evaluation.benchmarks.images import BenchmarkImages, means_by_tag
+from learner.evaluation.benchmarks.images import BenchmarkImages
 from learner.evaluation.benchmarks.prompts import CATEGORIES, LONGEST_NAME, Prompt
 from learner.evaluation.benchmarks.table import BENCHMARKS, Written
 from tests.unit.learner.evaluation.benchmarks.files import GENEVAL, MAKERS
@@ -218,40 +218,25 @@ def test_wrong_images_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "p").exists()
 
 
-def test_means_by_tag(tmp_path: Path) -> None:
-    prompts = [
-        Prompt("a", 0, tags=(("category", "x"), ("challenge", "u"))),
-        Prompt("b", 1, tags=(("category", "y"), ("challenge", "u"))),
-        Prompt("c", 2, tags=(("category", "x"), ("challenge", "v"))),
-    ]
-    scores = {"clip": np.array([1, 2, 10, 20, 100, 200], np.float32)}
-    assert means_by_tag(prompts, 2, scores) == {
-        "category: x": {"images": 4, "clip": 303 / 4},
-        "challenge: u": {"images": 4, "clip": 33 / 4},
-        "category: y": {"images": 2, "clip": 15},
-        "challenge: v": {"images": 2, "clip": 150},
-    }
-
-
-IMAGES = "'/o/images/base, CFG 2'"
+IMAGES = "/o/images/base-cfg-2"
 COMMANDS = {
     "geneval": [
         f"python evaluation/evaluate_images.py {IMAGES} --outfile "
-        "'/o/geneval/base, CFG 2.jsonl' --model-path OBJECT_DETECTOR_FOLDER",
-        "python evaluation/summary_scores.py '/o/geneval/base, CFG 2.jsonl'",
+        "geneval-base-cfg-2.jsonl --model-path OBJECT_DETECTOR_FOLDER",
+        "python evaluation/summary_scores.py geneval-base-cfg-2.jsonl",
     ],
     "dpg": [f"PIC_NUM=4 bash dpg_bench/dist_eval.sh {IMAGES} 256"],
     "t2i-compbench": [
-        "(cd BLIPvqa_eval && python BLIP_vqa.py --out_dir='/o/images/base, CFG 2/color')",
-        "(cd BLIPvqa_eval && python BLIP_vqa.py --out_dir='/o/images/base, CFG 2/complex')",
-        "(cd UniDet_eval && python 2D_spatial_eval.py --outpath='/o/images/base, CFG 2/complex' "
+        "(cd BLIPvqa_eval && python BLIP_vqa.py --out_dir=/o/images/base-cfg-2/color)",
+        "(cd BLIPvqa_eval && python BLIP_vqa.py --out_dir=/o/images/base-cfg-2/complex)",
+        "(cd UniDet_eval && python 2D_spatial_eval.py --outpath=/o/images/base-cfg-2/complex "
         "--complex True)",
-        "python CLIPScore_eval/CLIP_similarity.py --outpath='/o/images/base, CFG 2/complex' "
+        "python CLIPScore_eval/CLIP_similarity.py --outpath=/o/images/base-cfg-2/complex "
         "--complex True",
-        "(cd 3_in_1_eval && python 3_in_1.py --outpath='/o/images/base, CFG 2/complex')",
+        "(cd 3_in_1_eval && python 3_in_1.py --outpath=/o/images/base-cfg-2/complex)",
     ],
     "hpsv2": [
-        'python -c \'import hpsv2; hpsv2.evaluate("/o/images/base, CFG 2", hps_version="v2.1")\''
+        'python -c \'import hpsv2; hpsv2.evaluate("/o/images/base-cfg-2", hps_version="v2.1")\''
     ],
     "partiprompts": [],
     "drawbench": [
@@ -265,7 +250,7 @@ COMMANDS = {
 def test_what_comes_next(name: str) -> None:
     benchmark = BENCHMARKS[name]
     made = Written(
-        images=Path("/o/images/base, CFG 2"),
+        images=Path("/o/images/base-cfg-2"),
         texts=Path(f"/o/prompts/{name}.json"),
         size=256,
         count=benchmark.images,

@@ -1,0 +1,180 @@
+"""A benchmark in an evaluation: its prompts as conditions, its images, figures by category."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from actors.models.base import PolicyArchitecture
+from actors.text.encoder import DEFAULT_ENCODER
+from cluster.errors import ConfigError, did_you_mean
+from cluster.io.files import replacing, writing
+from cluster.io.strict_json import dumps
+from learner.config import RunConfig
+from learner.evaluation.benchmarks.images import BenchmarkImages
+from learner.evaluation.benchmarks.prompts import Prompt
+from learner.evaluation.benchmarks.table import BENCHMARKS, Benchmark, Written
+from learner.evaluation.held_out import GROUP
+from rewards.metrics.evaluation import Figure, MetricSettings, evaluate
+from rewards.metrics.samples import RealImages, Samples
+
+PROMPTS, NEXT = "prompts", "next.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """A text-to-image benchmark."""
+
+    benchmark: str = ""
+    """Sample the prompts of a text-to-image benchmark, and write the images where its scripts look
+    for them: geneval, dpg, t2i-compbench, hpsv2, partiprompts or drawbench
+    (learner/benchmarks.md)."""
+    prompts: str = ""
+    """The benchmark's own file or folder of prompts."""
+    images_per_prompt: int = 0
+    """Images of each prompt of a benchmark; 0: as many as it asks for."""
+
+
+@dataclass(frozen=True)
+class BenchmarkRun:
+    """A benchmark with its prompts."""
+
+    name: str
+    benchmark: Benchmark
+    source: Path
+    prompts: Sequence[Prompt]
+    count: int
+    """Images of each prompt."""
+
+    @classmethod
+    def of(cls, options: BenchmarkOptions) -> BenchmarkRun | None:
+        """None where no benchmark is asked for.
+
+        Raises:
+            ConfigError: no such benchmark, no file, or a number of images that it cannot have.
+            DataError: the file is not the benchmark's.
+        """
+        name, count = options.benchmark, options.images_per_prompt
+        if not name:
+            if options.prompts or count:
+                given = "--prompts" if options.prompts else "--images-per-prompt"
+                raise ConfigError(f"{given} is of --benchmark: say which ({', '.join(BENCHMARKS)})")
+            return None
+        benchmark = BENCHMARKS.get(name)
+        if benchmark is None:
+            raise ConfigError(
+                f"--benchmark {name!r}: {did_you_mean(name, list(BENCHMARKS))}there are "
+                f"{', '.join(BENCHMARKS)}"
+            )
+        if not options.prompts:
+            raise ConfigError(
+                f"--benchmark {name} needs --prompts, its own file of prompts "
+                "(learner/benchmarks.md says where it is)"
+            )
+        count = count or benchmark.images
+        if not 1 <= count <= GROUP:
+            raise ConfigError(f"--images-per-prompt: expected 1 to {GROUP}, found {count}")
+        if benchmark.counts and count not in benchmark.counts:
+            several = " or ".join(map(str, benchmark.counts))
+            raise ConfigError(
+                f"--images-per-prompt: {benchmark.title} takes {several}, found {count}"
+            )
+        source = Path(options.prompts)
+        return cls(name, benchmark, source, benchmark.read(source), count)
+
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.text for prompt in self.prompts]
+
+    def texts_file(self, out: Path) -> Path:
+        return out / PROMPTS / f"{self.name}.json"
+
+    def write_texts(self, path: Path) -> None:
+        """Write the prompts as a JSON list, which captions are read from, and HPSv2's DrawBench.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with writing(path), replacing(path) as partial:
+            partial.write_text(dumps(self.texts, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def configured(self, config: RunConfig, captions: Path) -> RunConfig:
+        """A configuration that samples the prompts, and compares with no real images.
+
+        Args:
+            captions: file of `write_texts`.
+        """
+        conditions = replace(
+            config.conditions,
+            captions=str(captions),
+            column="",
+            classes=(),
+            encoder=config.conditions.encoder or DEFAULT_ENCODER,
+        )
+        images = self.count * len(self.prompts)
+        evaluation = replace(config.evaluation, num_images=images, images="", every=0)
+        return replace(config, conditions=conditions, evaluation=evaluation)
+
+    def check_policy(self, policy: PolicyArchitecture, row: str) -> None:
+        """Refuse a policy of classes. Raises ConfigError."""
+        if policy.conditioning != "caption":
+            raise ConfigError(
+                f"--benchmark {self.name} has prompts: expected a policy of captions, as that of "
+                f"--preset llamagen-t2i, but {row!r} takes classes"
+            )
+
+    def folder(self, out: Path, row: str) -> Path:
+        """Of a row's images."""
+        return out / self.name / row
+
+    def images(self, out: Path, row: str) -> BenchmarkImages:
+        """A writer of a row's images.
+
+        Args:
+            row: name of the row's folder.
+        """
+        partial = out / f".{self.name}-{row}.partial"
+        folder = self.folder(out, row)
+        return BenchmarkImages(folder, partial, self.benchmark, self.prompts, self.count)
+
+    def figures(
+        self, scores: Mapping[str, np.ndarray], settings: MetricSettings
+    ) -> dict[str, Figure]:
+        """Mean scores of each category, with intervals: "clip, category: Animals".
+
+        Args:
+            scores: scorer -> (N,), prompt by prompt.
+        """
+        found: dict[str, Figure] = {}
+        for tag, indices in self._members().items():
+            some = {
+                name: values.reshape(len(self.prompts), self.count)[indices].ravel()
+                for name, values in scores.items()
+            }
+            means = evaluate(Samples(features={}, scores=some), RealImages(), settings)
+            found |= {f"{name}, {tag}": means[name] for name in some}
+        return found
+
+    def _members(self) -> dict[str, list[int]]:
+        members: dict[str, list[int]] = {}
+        for index, prompt in enumerate(self.prompts):
+            for kind, value in prompt.tags:
+                members.setdefault(f"{kind}: {value}", []).append(index)
+        return dict(sorted(members.items()))
+
+    def commands(self, out: Path, rows: Sequence[str], size: int) -> list[str]:
+        """What comes next, for all rows.
+
+        Args:
+            size: side of an image, pixels.
+        """
+        parts = tuple(dict.fromkeys(prompt.part for prompt in self.prompts if prompt.part))
+        place = out.resolve()
+        made = [
+            Written(self.folder(place, row), self.texts_file(place), size, self.count, parts)
+            for row in rows
+        ]
+        return list(dict.fromkeys(each for one in made for each in self.benchmark.commands(one)))

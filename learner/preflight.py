@@ -256,12 +256,16 @@ def notes(config: RunConfig) -> list[str]:
         found.append(
             f"all weights of rewards are 0 (rewards.*.weight): rewards are logged, and {what}"
         )
-    for name, term in (("clip", config.rewards.clip), ("hps", config.rewards.hps)):
-        ours = term.model.startswith(NETWORKS)
-        digits = tuple(config.conditions.class_names) == DIGIT_NAMES
-        if term.enabled and ours and not (digits and not config.conditions.captions):
+    terms = {f"rewards.{name}": getattr(config.rewards, name) for name in ("clip", "hps")}
+    networks = {name: term for name, term in terms.items() if term.enabled}
+    if config.evaluation.num_images:
+        networks |= {f"judge.{name}": each for name, each in config.judge.scorers().items()}
+    digits = tuple(config.conditions.class_names) == DIGIT_NAMES
+    for name, network in networks.items():
+        ours = network.model.startswith(NETWORKS)
+        if ours and not (digits and not config.conditions.captions):
             found.append(
-                f"rewards.{name}.model is the miniature's, which knows the ten digits alone: name "
+                f"{name}.model is the miniature's, which knows the ten digits alone: name "
                 "a model for these conditions"
             )
     if config.learner.warmup > config.iterations:

@@ -10,6 +10,7 @@ import tyro
 from pydantic import Field
 
 from cluster.bounds import check_at_most
+from cluster.messages import MAIN_SPACE
 from cluster.program.secrets import check_environment
 from cluster.roles import AutoscaleConfig, Resources
 from rewards.combine import Normalisation, RewardTerm
@@ -17,8 +18,8 @@ from rewards.distribution.config import MomentsConfig
 from rewards.networks.features import FeaturesConfig
 from rewards.scorers.classifier import ClassifierConfig
 from rewards.scorers.clip import ClipConfig, ClipTerm
-from rewards.scorers.config import ScorerTerm
-from rewards.scorers.hpsv2 import HpsTerm
+from rewards.scorers.config import ScorerConfig, ScorerTerm
+from rewards.scorers.hpsv2 import ARCHITECTURE, HpsConfig, HpsTerm
 from rewards.scorers.user_reward_files import RewardFile, read_file
 from rewards.scorers.user_rewards import UserReward, parse_user_reward
 
@@ -135,16 +136,43 @@ class RewardsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeHps(HpsConfig):
+    """HPSv2 as a figure of evaluations."""
+
+    enabled: bool = False
+    """Whether evaluations have it. As a reward of the same checkpoint it is no judge."""
+    model: str = ARCHITECTURE
+    """ViT-H-14 for the published checkpoints, or a directory in open_clip's layout."""
+    pretrained: str = "v2.1"
+    """Published checkpoint v2.0 or v2.1, from the Hugging Face hub or its cache, or a checkpoint
+    file of that layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """The networks of the evaluation, which no reward uses."""
+    """The networks of evaluations. A figure of a network that a reward uses, too, is what the
+    policy was tuned for: it judges nothing."""
 
     clip: ClipConfig = field(default_factory=lambda: ClipConfig(model=f"{NETWORKS}/judge_clip"))
+    hps: JudgeHps = field(default_factory=JudgeHps)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     features: FeaturesConfig = field(
         default_factory=lambda: FeaturesConfig(checkpoint=f"{NETWORKS}/judge.safetensors")
     )
     second: FeaturesConfig = field(default_factory=lambda: FeaturesConfig(network="pixels"))
     """A second feature space, since FIDs of two networks can rank differently."""
+
+    def scorers(self) -> dict[str, ScorerConfig]:
+        """Name -> text-image scorer."""
+        return {"clip": self.clip} | ({"hps": self.hps} if self.hps.enabled else {})
+
+    def spaces(self) -> dict[str, FeaturesConfig]:
+        """Space -> feature network."""
+        return {MAIN_SPACE: self.features, SECOND_SPACE: self.second}
+
+    def score_names(self) -> tuple[str, ...]:
+        """Names of all scores."""
+        return (*self.scorers(), *((ACCURACY,) if self.classifier.enabled else ()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +259,5 @@ class RewardServerConfig:
         own = (name for name, term in self.rewards.scorers().items() if term.pool == self.pool)
         panels = {REWARDS: tuple(own)}
         if self.judge is not None:
-            accuracy = (ACCURACY,) if self.judge.classifier.checkpoint else ()
-            panels[JUDGE] = ("clip", *accuracy)
+            panels[JUDGE] = self.judge.score_names()
         return panels

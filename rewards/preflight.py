@@ -12,6 +12,7 @@ from cluster.messages import Condition
 from cluster.preflight import Findings
 from rewards.base import ImageWork
 from rewards.config import NETWORKS, JudgeConfig, RewardsConfig, RewardServerConfig
+from rewards.networks.features import FeaturesConfig
 from rewards.networks.features_check import check_features, features_memory, features_work
 from rewards.scorers.config import ScorerConfig
 from rewards.scorers.prompts import PromptConfig
@@ -50,7 +51,8 @@ def check_judge(
     Args:
         classes: of the conditions; None if conditions are captions.
     """
-    judge.clip.check("judge.clip", findings)
+    for name, scorer in judge.scorers().items():
+        scorer.check(f"judge.{name}", findings)
     judge.classifier.check(side, classes, findings)
     check_features("judge.features", judge.features, side, findings, judge=True)
     check_features("judge.second", judge.second, side, findings, judge=True)
@@ -78,7 +80,7 @@ def check_texts(
         if scorer.pool not in skipped_pools
     }
     if judge is not None:
-        scorers["judge.clip"] = judge.clip
+        scorers |= {f"judge.{name}": scorer for name, scorer in judge.scorers().items()}
     for option, scorer in scorers.items():
         if not (shipped and _is_miniature(scorer)):
             with findings.of(f"{option}.prompts"):
@@ -127,7 +129,10 @@ def server_memory(config: RewardServerConfig, *, features: bool) -> ServerMemory
     judge = config.judge
     spaces = {"rewards.features": config.rewards.features} if features else {}
     if judge is not None:
-        found.add("judge.clip", judge.clip.memory())
+        for name, scorer in judge.scorers().items():
+            found.add(f"judge.{name}", scorer.memory())
+        if judge.classifier.enabled:
+            found.add("judge.classifier", judge.classifier.memory())
         spaces |= {"judge.features": judge.features, "judge.second": judge.second}
     for name, space in spaces.items():
         if space.network != "pixels":
@@ -141,6 +146,49 @@ def server_work(config: RewardServerConfig, *, features: bool) -> dict[str, Imag
     if features:
         found["rewards.features"] = features_work(config.rewards.features)
     return found
+
+
+def judge_work(judge: JudgeConfig) -> dict[str, ImageWork | None]:
+    """What the judge's networks compute for an evaluated image, by option; None: unknown."""
+    found = {f"judge.{name}": scorer.work() for name, scorer in judge.scorers().items()}
+    if judge.classifier.enabled:
+        found["judge.classifier"] = judge.classifier.work()
+    spaces = {"judge.features": judge.features, "judge.second": judge.second}
+    return found | {name: features_work(space) for name, space in spaces.items()}
+
+
+def same_networks(rewards: RewardsConfig, judge: JudgeConfig) -> list[str]:
+    """Notes on networks of the judge that rewards with a weight use, too."""
+    found, scorers = [], rewards.scorers()
+    for name, ours in judge.scorers().items():
+        theirs = scorers.get(name)
+        if theirs is not None and theirs.weight and model_of(ours) == model_of(theirs):
+            found.append(
+                f"judge.{name} is the model of rewards.{name} ({model_of(ours)[0]}): its figure "
+                "says how far the reward was raised, not whether images are better. Name another "
+                f"model (judge.{name}.model, judge.{name}.pretrained)"
+            )
+    if rewards.loo_fid.weight and same_space(rewards.features, judge.features):
+        second = f"second/fid, in {judge.second.network}, is of another network"
+        if same_space(rewards.features, judge.second):
+            second = "judge.second is the same network, too: name another"
+        found.append(
+            f"judge.features is the network of rewards.features ({judge.features.network}): the "
+            f"figure fid is what rewards.loo_fid lowers; {second}"
+        )
+    return found
+
+
+def model_of(scorer: ScorerConfig) -> tuple[str, str]:
+    """Model and weights of a text-image scorer."""
+    assert isinstance(scorer, TextImageConfig)
+    return scorer.model, scorer.pretrained
+
+
+def same_space(first: FeaturesConfig, second: FeaturesConfig) -> bool:
+    """Whether two configurations name one network."""
+    names = [(each.network, each.model, each.checkpoint) for each in (first, second)]
+    return names[0] == names[1]
 
 
 def _scorers(config: RewardServerConfig) -> dict[str, ScorerConfig]:

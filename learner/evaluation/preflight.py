@@ -5,8 +5,8 @@ from __future__ import annotations
 from cluster.preflight import Findings
 from learner.config import RunConfig
 from learner.data.image_checks import check_fit, check_images, check_there, fetched
-from learner.evaluation.real_images import has_images, moments_of, spaces_of
-from rewards.preflight import check_judge
+from learner.evaluation.real_images import has_images, moments_of
+from rewards.preflight import check_judge, same_networks
 
 
 def check_evaluation(config: RunConfig, side: int, findings: Findings) -> None:
@@ -21,6 +21,7 @@ def check_evaluation(config: RunConfig, side: int, findings: Findings) -> None:
     asked = conditions.classes or range(len(conditions.class_names))
     pixels = evaluation.image_size or side
     check_judge(config.judge, pixels, None if conditions.captions else asked, findings)
+    findings.notes += same_networks(config.rewards, config.judge)
     field = "evaluation.images"
     if not evaluation.images:
         return
@@ -45,6 +46,6 @@ def _real_images(config: RunConfig, side: int, findings: Findings) -> None:
         )
         return
     shape = check_images(field, source, config.conditions)
-    for space, features in spaces_of(config.judge).items():
+    for space, features in config.judge.spaces().items():
         covariance = "known" if space in moments else "full"
         check_fit(features, field, source, shape, side, covariance, findings)

@@ -21,7 +21,7 @@ from cluster.model_files.tensors import locate
 from cluster.roles import FEATURE_BATCH
 from learner.config import RunConfig
 from learner.data.datasets import DIGITS, open_images
-from rewards.config import JUDGE, SECOND_SPACE, JudgeConfig
+from rewards.config import JUDGE, JudgeConfig
 from rewards.distribution.moments import MomentSums
 from rewards.distribution.reference import Reference, read_reference, read_spatial
 from rewards.images.sources import SAMPLES
@@ -87,7 +87,7 @@ def moments_of(source: str, judge: JudgeConfig) -> dict[str, Reference]:
     path = reference_file(source)
     stored, spatial = read_reference(path), read_spatial(path)
     found: dict[str, Reference] = {}
-    for space, features in spaces_of(judge).items():
+    for space, features in judge.spaces().items():
         if not _is_of(features, stored):
             continue
         found[space] = stored
@@ -106,11 +106,6 @@ def moments_of(source: str, judge: JudgeConfig) -> dict[str, Reference]:
             "images, or set judge.features to the network of the moments"
         )
     return found
-
-
-def spaces_of(judge: JudgeConfig) -> dict[str, FeaturesConfig]:
-    """Space -> feature network of the judge."""
-    return {MAIN_SPACE: judge.features, SECOND_SPACE: judge.second}
 
 
 def arrays_of(source: str) -> Sequence[str]:

@@ -27,13 +27,11 @@ from rewards.config import (
     ACCURACY,
     JUDGE,
     REWARDS,
-    SECOND_SPACE,
     JudgeConfig,
     RewardsConfig,
     RewardServerConfig,
 )
 from rewards.networks.features import load_features
-from rewards.scorers.classifier import ClassifierAccuracy
 from rewards.servers.batcher import Batcher
 from rewards.servers.panel import Panel, PanelScores
 
@@ -192,11 +190,13 @@ def _rewards_panel(config: RewardsConfig, pool: str, device: str, max_batch: int
 
 
 def _judge_panel(config: JudgeConfig, device: str, max_batch: int | None) -> Panel:
-    scorers: dict[str, Scorer] = {"clip": config.clip.load(device)}
-    if config.classifier.checkpoint:
-        scorers[ACCURACY] = ClassifierAccuracy(config.classifier, device)
+    scorers: dict[str, Scorer] = {
+        name: scorer.load(device) for name, scorer in config.scorers().items()
+    }
+    if config.classifier.enabled:
+        scorers[ACCURACY] = config.classifier.load(device)
     extractors = {
-        MAIN_SPACE: load_features(config.features, device, judge=True),
-        SECOND_SPACE: load_features(config.second, device, judge=True),
+        space: load_features(features, device, judge=True)
+        for space, features in config.spaces().items()
     }
     return Panel(scorers, extractors, max_batch)

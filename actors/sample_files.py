@@ -138,6 +138,12 @@ class Grid:
         shape = (rows * (self._height + GAP) + GAP, columns * (self._width + GAP) + GAP, 3)
         self.pixels = np.full(shape, BACKGROUND, np.uint8)
 
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Width and height of an image with half of the gaps around it, pixels. The first one
+        begins at (GAP / 2, GAP / 2)."""
+        return self._width + GAP, self._height + GAP
+
     def put(self, row: int, column: int, image: np.ndarray) -> None:
         """Show an image (H, W, 3) uint8."""
         top = GAP + row * (self._height + GAP)

@@ -30,7 +30,7 @@ from learner.monitoring.console import RunConsole
 from learner.monitoring.gallery import (
     gallery_sheet,
     sample_gallery,
-    save_sheet,
+    save_gallery,
     save_side_by_side,
     shown_note,
 )
@@ -331,13 +331,13 @@ class Experiment:
         return self._real
 
     def _gallery(self, name: str, done: int) -> None:
-        """Sample and write a contact sheet of the current policy, after `done` iterations."""
-        rows = sample_gallery(self._config, self._fleet)
+        """Sample, score and write a contact sheet of the current policy, after `done` iterations."""
+        gallery = sample_gallery(self._config, self._fleet)
         file = self._run.gallery / name
         self._run.check_owned()
-        sheet = gallery_sheet(self._config, rows)
-        self._fleet.serve_while(lambda: save_sheet(sheet, file))
-        self._loggers.images(GALLERY, sheet, done)
+        sheet = gallery_sheet(self._config, gallery)
+        self._fleet.serve_while(lambda: save_gallery(gallery, sheet, done, file))
+        self._loggers.images(GALLERY, sheet.pixels, done)
 
     def _report_progress(self, stage: str, metrics: Mapping[str, Any] | None = None) -> None:
         """Update the progress that `cluster.status` shows."""

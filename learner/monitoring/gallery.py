@@ -1,19 +1,24 @@
 """Galleries: contact sheets with one row a class or caption, always from the same random numbers.
 
-With more conditions than rows, a sheet says how many it shows, and labels its rows.
+With more conditions than rows, a sheet says how many it shows, and labels its rows. Beside each
+sheet, NAME.json says where its images are, what they show, and their rewards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from actors.sample_files import Grid
+from actors.sample_files import GAP, Grid
 from cluster.errors import ConfigError
 from cluster.fleet import Fleet
+from cluster.io.files import replacing
+from cluster.io.strict_json import dumps
 from cluster.messages import Condition, SampleRequest
 from learner.config import RunConfig
 
@@ -26,6 +31,30 @@ MARGIN = 12
 TITLE = 20
 LABEL = 180  # pixels, of a row's label
 LETTERS = 26  # of it
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """R rows of K images of one policy."""
+
+    rows: Sequence[Row]
+    images: Sequence[np.ndarray]
+    """Of each row: (K, H, W, 3) uint8."""
+    scores: Mapping[str, np.ndarray]
+    """Scorer of the rewards -> (R, K) float32; NaN for an image that could not be scored."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A contact sheet, and where its images are."""
+
+    pixels: np.ndarray
+    """(height, width, 3) uint8."""
+    left: float
+    top: float
+    """Of the first cell, pixels."""
+    cell: tuple[float, float]
+    """Width and height of a cell, an image with half of the gaps around it, pixels."""
 
 
 def gallery_rows(config: RunConfig) -> list[Row]:
@@ -57,10 +86,9 @@ def shown_note(config: RunConfig) -> str:
     return f"{shown} of {there} {what}" if shown < there else ""
 
 
-def sample_gallery(config: RunConfig, fleet: Fleet) -> list[np.ndarray]:
-    """Rows of images (K, H, W, 3) uint8 of the current policy."""
-    rows = gallery_rows(config)
-    requests = [
+def gallery_requests(config: RunConfig) -> list[SampleRequest]:
+    """One request a row, always with the same random numbers."""
+    return [
         SampleRequest(
             stream="gallery",
             iteration=0,
@@ -70,15 +98,24 @@ def sample_gallery(config: RunConfig, fleet: Fleet) -> list[np.ndarray]:
             seed=config.seed,
             spec=config.sampling,
         )
-        for group, (_, condition) in enumerate(rows)
+        for group, (_, condition) in enumerate(gallery_rows(config))
     ]
-    return fleet.sample_images(requests)
 
 
-def gallery_sheet(config: RunConfig, images: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of `sample_gallery` as one image (R, C, 3) uint8, labelled if some are not shown."""
-    sheet, note = contact_sheet(images), shown_note(config)
-    return labelled(sheet, note, [label(*row) for row in gallery_rows(config)]) if note else sheet
+def sample_gallery(config: RunConfig, fleet: Fleet) -> Gallery:
+    """Images of the current policy, and their rewards."""
+    requests = gallery_requests(config)
+    images, scores = fleet.sample_images(requests), dict[str, np.ndarray]()
+    if config.rewards.scorers():
+        scored = [*fleet.score_images(zip(requests, images, strict=True))]
+        scores = {name: np.stack([row.scores[name] for row in scored]) for name in scored[0].scores}
+    return Gallery(gallery_rows(config), images, scores)
+
+
+def gallery_sheet(config: RunConfig, gallery: Gallery) -> Sheet:
+    """A gallery as one image, labelled if some conditions are not shown."""
+    sheet, note = contact_sheet(gallery.images), shown_note(config)
+    return labelled(sheet, note, [label(*row) for row in gallery.rows]) if note else sheet
 
 
 def label(number: int, condition: Condition) -> str:
@@ -87,34 +124,61 @@ def label(number: int, condition: Condition) -> str:
     return text if len(text) <= LETTERS else f"{text[: LETTERS - 3]}..."
 
 
-def labelled(sheet: np.ndarray, title: str, labels: Sequence[str]) -> np.ndarray:
+def labelled(sheet: Sheet, title: str, labels: Sequence[str]) -> Sheet:
     """A contact sheet with a title, and a label at the left of each row."""
-    height, width, _ = sheet.shape
+    height, width, _ = sheet.pixels.shape
     canvas = Image.new("RGB", (width + LABEL, height + TITLE), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     draw.text((4, 3), title, fill="black", font=font)
     for row, text in enumerate(labels):
         middle = TITLE + (row + 0.5) * height / len(labels)
         draw.text((4, middle), text, fill="black", font=font, anchor="lm")
-    canvas.paste(Image.fromarray(sheet), (LABEL, TITLE))
-    return np.asarray(canvas)
+    canvas.paste(Image.fromarray(sheet.pixels), (LABEL, TITLE))
+    return Sheet(np.asarray(canvas), sheet.left + LABEL, sheet.top + TITLE, sheet.cell)
 
 
-def contact_sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of images (K, H, W, 3) uint8 -> one image (R, C, 3) uint8."""
+def contact_sheet(rows: Sequence[np.ndarray]) -> Sheet:
+    """Rows of images (K, H, W, 3) uint8 as one image."""
     columns, height, width, _ = rows[0].shape
     grid = Grid(len(rows), columns, height, width, SMALLEST_CELL)
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
             grid.put(row, column, image)
-    return grid.pixels
+    return Sheet(grid.pixels, GAP / 2, GAP / 2, grid.cell)
 
 
-def save_sheet(sheet: np.ndarray, path: Path) -> None:
-    """Write a contact sheet, downscaled if it is very large."""
-    image = Image.fromarray(sheet)
+def save_gallery(gallery: Gallery, sheet: Sheet, step: int, path: Path) -> None:
+    """Write the sheet of a gallery after `step` iterations, and the .json beside it."""
+    rows = [{"number": number, "text": condition.text} for number, condition in gallery.rows]
+    columns = len(gallery.images[0])
+    save_sheet(
+        sheet,
+        path,
+        {"step": step, "columns": columns, "rows": rows, "scores": listed(gallery.scores)},
+    )
+
+
+def listed(scores: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
+    """Arrays as lists, ready for JSON."""
+    return {name: values.tolist() for name, values in scores.items()}
+
+
+def save_sheet(sheet: Sheet, path: Path, about: Mapping[str, Any]) -> None:
+    """Write a contact sheet, downscaled if it is very large, and beside it as .json `about` with
+    the place of the images in the sheet as it is saved."""
+    image = Image.fromarray(sheet.pixels)
     image.thumbnail((LARGEST_SHEET, LARGEST_SHEET))
-    image.save(path)
+    height, width, _ = sheet.pixels.shape
+    across, down = image.width / width, image.height / height
+    place = {
+        "left": sheet.left * across,
+        "top": sheet.top * down,
+        "cell": [sheet.cell[0] * across, sheet.cell[1] * down],
+    }
+    with replacing(path) as partial:
+        image.save(partial, format="PNG")
+    with replacing(path.with_suffix(".json")) as partial:
+        partial.write_text(dumps({**about, **place}), encoding="utf-8")
 
 
 def save_side_by_side(sheets: Mapping[str, Path], path: Path) -> None:

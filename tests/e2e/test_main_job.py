@@ -44,9 +44,11 @@ def test_the_run_directory_has_everything(finished: Path) -> None:
     assert len(recorded(finished)) == 4
     checkpoints = sorted(path.name for path in (finished / "checkpoints").iterdir())
     assert checkpoints == ["step_000002", "step_000004"]
+    sheets = ("base", "step_000002", "step_000004", "tuned")
     galleries = {path.name for path in (finished / "gallery").iterdir()}
     assert galleries == {
-        "base.png", "step_000002.png", "step_000004.png", "tuned.png", "before_after.png"
+        "before_after.png", "nearest.png", "nearest.json",
+        *(f"{sheet}.{kind}" for sheet in sheets for kind in ("png", "json")),
     }  # fmt: skip
     assert Image.open(finished / "gallery" / "before_after.png").width > 200
     assert any((finished / "tensorboard").iterdir())

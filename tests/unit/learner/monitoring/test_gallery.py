@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cluster.errors import ConfigError
-from cluster.messages import SampleRequest
+from cluster.messages import GroupScores, SampleRequest
 from learner.checkpoints.resume import check_resume
 from learner.config import RunConfig, load_preset, merge, to_dict, validate
 from learner.monitoring import gallery
@@ -20,6 +23,7 @@ from learner.monitoring.gallery import (
     label,
     labelled,
     sample_gallery,
+    save_gallery,
     shown_note,
 )
 from learner.preflight import preflight
@@ -44,6 +48,18 @@ class Painter:
         self.asked = requests
         shape = (requests[0].num_rollouts, 8, 8, 3)
         return [np.full(shape, 10 * at, np.uint8) for at in range(len(requests))]
+
+    def score_images(
+        self, batches: Iterable[tuple[SampleRequest, np.ndarray]]
+    ) -> Iterator[GroupScores]:
+        """The grey as the reward; the last image of each row cannot be scored."""
+        for request, images in batches:
+            grey = images.mean((1, 2, 3), dtype=np.float32)
+            grey[-1] = np.nan
+            errors = (*[None] * (len(images) - 1), "cannot be scored")
+            yield GroupScores(
+                key=request.key, scores={"clip": grey, "hps": -grey}, features={}, errors=errors
+            )
 
 
 def test_up_to_sixteen_all_are_shown_without_a_word() -> None:
@@ -94,16 +110,17 @@ def test_captions_are_numbered_as_in_their_file(tmp_path: Path) -> None:
 
 def test_a_sheet_of_all_is_the_images_alone() -> None:
     painter, config = Painter(), config_of()
-    sheet = gallery_sheet(config, sample_gallery(config, painter))  # type: ignore[arg-type]
+    sheet = gallery_sheet(config, sample_gallery(config, painter)).pixels  # type: ignore[arg-type]
     assert [request.group for request in painter.asked] == list(range(10))
-    plain = contact_sheet(painter.sample_images(painter.asked))
+    plain = contact_sheet(painter.sample_images(painter.asked)).pixels
     assert np.array_equal(sheet, plain)
 
 
 def test_a_sheet_of_some_says_so_and_names_its_rows() -> None:
     painter, config = Painter(), of_classes(1000)
-    sheet = gallery_sheet(config, sample_gallery(config, painter))  # type: ignore[arg-type]
-    plain = contact_sheet(painter.sample_images(painter.asked))
+    sheet = gallery_sheet(config, sample_gallery(config, painter)).pixels  # type: ignore[arg-type]
+    alone = contact_sheet(painter.sample_images(painter.asked))
+    plain = alone.pixels
     height, width, _ = plain.shape
     assert sheet.shape == (height + gallery.TITLE, width + gallery.LABEL, 3)
     assert np.array_equal(sheet[gallery.TITLE :, gallery.LABEL :], plain)
@@ -111,8 +128,33 @@ def test_a_sheet_of_some_says_so_and_names_its_rows() -> None:
     labels = sheet[gallery.TITLE :, : gallery.LABEL]
     for row in np.array_split(labels, 16):
         assert (row < 128).any()
-    blank = labelled(plain, "", [""] * 16)
+    blank = labelled(alone, "", [""] * 16).pixels
     assert (blank[:, : gallery.LABEL] == 255).all()
+
+
+@pytest.mark.parametrize(("classes", "columns"), [(1000, 12), (10, 64)])
+def test_the_file_beside_a_sheet_finds_every_image(
+    tmp_path: Path, classes: int, columns: int
+) -> None:
+    """Also of a sheet that is downscaled: 64 columns are 2178 pixels wide."""
+    config = of_classes(classes, gallery_columns=columns)
+    shown = sample_gallery(config, Painter())  # type: ignore[arg-type]
+    file = tmp_path / "step_000050.png"
+    save_gallery(shown, gallery_sheet(config, shown), 50, file)
+    about, pixels = json.loads(file.with_suffix(".json").read_text()), np.asarray(Image.open(file))
+    assert (about["step"], about["columns"]) == (50, columns)
+    assert [row["number"] for row in about["rows"]] == [
+        number for number, _ in gallery_rows(config)
+    ]
+    assert about["rows"][1]["text"] == gallery_rows(config)[1][1].text
+    width, height = about["cell"]
+    for row, column in ((0, 0), (3, 5), (len(about["rows"]) - 1, columns - 1)):
+        middle = about["left"] + (column + 0.5) * width, about["top"] + (row + 0.5) * height
+        assert pixels[int(middle[1]), int(middle[0]), 0] == 10 * row
+    assert about["left"] + columns * width <= pixels.shape[1]
+    for name, sign in (("clip", 1), ("hps", -1)):
+        expected = [[*[sign * 10.0 * row] * (columns - 1), None] for row in range(len(shown.rows))]
+        assert about["scores"][name] == expected
 
 
 def test_labels_are_short() -> None:

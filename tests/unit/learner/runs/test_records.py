@@ -253,7 +253,7 @@ def test_an_empty_timeline_is_valid(tmp_path: Path) -> None:
 
 def test_contact_sheet_places_every_image() -> None:
     rows = [np.full((3, 8, 8, 3), 50 * row + 50, np.uint8) for row in range(2)]
-    sheet = contact_sheet(rows)
+    sheet = contact_sheet(rows).pixels
     assert sheet.shape == (2 * 34 + 2, 3 * 34 + 2, 3)  # 8 pixels enlarged to 32, gaps of 2
     assert (sheet[2:34, 2:34] == 50).all()
     assert (sheet[36:68, 70:102] == 100).all()

@@ -74,14 +74,14 @@ class Fleet(Protocol):
         ...
 
     def score_images(
-        self, batches: Iterable[tuple[SampleRequest, np.ndarray]]
+        self, batches: Iterable[tuple[SampleRequest, Pictures]]
     ) -> Iterator[GroupScores]:
         """Scores of given images by the request's panel, in order. Batches are read as slots become
         free.
 
         Args:
-            batches: a request, of which key, condition and panel count, and its K images
-                (K, H, W, 3) uint8.
+            batches: a request, of which key, condition and panel count, and its K images: (K, H,
+                W, 3) uint8, or a list of (H, W, 3) of any sizes.
 
         Raises:
             DataError: images that do not fit their request.
@@ -234,12 +234,12 @@ class InlineFleet:
             scores = self._scores(request, images)
             yield ScoredGroup(rollouts=rollouts.with_span(span), scores=scores)
 
-    def _scores(self, request: SampleRequest, images: np.ndarray) -> GroupScores:
+    def _scores(self, request: SampleRequest, images: Pictures) -> GroupScores:
         pools = self._plan.scoring_pools(request.panel)
         return merge_scores([self._score(role, request, images) for role in pools])
 
     def score_images(
-        self, batches: Iterable[tuple[SampleRequest, np.ndarray]]
+        self, batches: Iterable[tuple[SampleRequest, Pictures]]
     ) -> Iterator[GroupScores]:
         for request, images in batches:
             self._stop_if_asked()
@@ -252,7 +252,7 @@ class InlineFleet:
             self._stop_if_asked()
             yield from self._groups([request])
 
-    def _score(self, role: Role, request: SampleRequest, images: np.ndarray) -> GroupScores:
+    def _score(self, role: Role, request: SampleRequest, images: Pictures) -> GroupScores:
         scores = self._servers[role.name].score(request, images)
         name, scorers = role.worker_name(0), role.scorers.get(request.panel)
         self._check(scores, request, pool=role.name, worker=name, scorers=scorers)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from cluster.control.control_actor import Progress
@@ -24,6 +25,7 @@ from learner.checkpoints.store import CheckpointStore
 from learner.config import RunConfig
 from learner.data.conditions import ConditionsConfig
 from learner.evaluation import held_out
+from learner.evaluation.nearest import no_neighbours, write_nearest
 from learner.loggers.logger import Loggers
 from learner.loop import Iteration, failures, prepare, train
 from learner.monitoring.console import RunConsole
@@ -49,6 +51,7 @@ from rewards.metrics.samples import RealImages
 logger = logging.getLogger(__name__)
 
 TUNED_GALLERY = "tuned.png"
+NEAREST = "nearest.png"
 
 
 class Experiment:
@@ -331,13 +334,24 @@ class Experiment:
         return self._real
 
     def _gallery(self, name: str, done: int) -> None:
-        """Sample, score and write a contact sheet of the current policy, after `done` iterations."""
+        """Write a contact sheet of the current policy after `done` iterations, with rewards."""
         gallery = sample_gallery(self._config, self._fleet)
         file = self._run.gallery / name
         self._run.check_owned()
         sheet = gallery_sheet(self._config, gallery)
         self._fleet.serve_while(lambda: save_gallery(gallery, sheet, done, file))
         self._loggers.images(GALLERY, sheet.pixels, done)
+
+    def _nearest(self, file: Path) -> None:
+        """Write the real images that are nearest to some of the tuned policy's."""
+        config = self._config
+        real = self._real_images() if config.evaluation.num_images else None
+        if why := no_neighbours(config, real):
+            logger.info(f"note: no {file.name} of the nearest real images: {why}")
+            return
+        assert real is not None
+        self._run.check_owned()
+        write_nearest(config, self._fleet, real, config.iterations, file)
 
     def _report_progress(self, stage: str, metrics: Mapping[str, Any] | None = None) -> None:
         """Update the progress that `cluster.status` shows."""
@@ -359,6 +373,7 @@ class Experiment:
         self._table.pop(TUNED, None)  # of an earlier, shorter run
         self._fill_table_row(held_out.tuned_row(self._config))
         gallery = self._run.gallery
+        self._nearest(gallery / NEAREST)
         self._gallery(TUNED_GALLERY, self._config.iterations)
         sheets = {"base policy": gallery / BASE_GALLERY, "tuned policy": gallery / TUNED_GALLERY}
         # a run directory that was restored from a URL has no images of the base policy

@@ -9,7 +9,8 @@ run/
   owner.lock  fleet.json           the process that writes here; how to reach its fleet
   checkpoints/step_000050/         see `learner.checkpoints.checkpoint`
   rollouts/iteration_000001.parquet
-  gallery/  tensorboard/
+  gallery/step_000050.png .json    a sheet of images; where each is, what it shows, its rewards
+  tensorboard/
 """
 
 from __future__ import annotations

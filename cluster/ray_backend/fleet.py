@@ -194,7 +194,7 @@ class RayFleet:
         return [*self._stream(submits)]
 
     def score_images(
-        self, batches: Iterable[tuple[SampleRequest, np.ndarray]]
+        self, batches: Iterable[tuple[SampleRequest, Pictures]]
     ) -> Iterator[GroupScores]:
         return self._stream(partial(self._queue_images, *batch) for batch in batches)
 
@@ -272,7 +272,7 @@ class RayFleet:
             queue_for_tokens(self._samplers, group)
         return batch
 
-    def _queue_images(self, request: SampleRequest, images: np.ndarray) -> PendingBatch:
+    def _queue_images(self, request: SampleRequest, images: Pictures) -> PendingBatch:
         check_images(images, request)
         servers = tuple(role.name for role in self._plan.scoring_pools(request.panel))
         stored, batch = put(images, "images to be scored"), self._batches.add(1)

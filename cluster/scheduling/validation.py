@@ -13,6 +13,7 @@ import numpy as np
 
 from cluster.errors import DataError, FleetError
 from cluster.messages import GroupScores, RolloutGroup, SampleRequest
+from cluster.roles import Pictures
 
 SLACK = 1e-4  # rounding: a logprob may exceed 0 by this, an entropy fall below it
 
@@ -84,18 +85,21 @@ def check_scores(
             raise _wrong(worker, what, "at least one column", values)
 
 
-def check_images(images: np.ndarray, request: SampleRequest) -> None:
+def check_images(images: Pictures, request: SampleRequest) -> None:
     """Check images that are to be scored.
 
     Raises:
         DataError: they do not fit the request.
     """
-    shape = images.shape
-    if images.dtype != np.uint8 or len(shape) != 4 or shape[0] != request.num_rollouts:
-        raise DataError(
-            f"group {request.group} of {request.stream}: expected images "
-            f"({request.num_rollouts}, H, W, 3) uint8, found {shape} {images.dtype}"
-        )
+    if len(images) == request.num_rollouts and all(
+        image.dtype == np.uint8 and image.ndim == 3 for image in images
+    ):
+        return
+    found = f"{images.shape} {images.dtype}" if isinstance(images, np.ndarray) else len(images)
+    raise DataError(
+        f"group {request.group} of {request.stream}: expected images "
+        f"({request.num_rollouts}, H, W, 3) uint8, or as many of several sizes, found {found}"
+    )
 
 
 def check_rollouts(group: RolloutGroup, request: SampleRequest, worker: str) -> None:

@@ -13,7 +13,7 @@ from cluster.model_files.file_kinds import described
 from cluster.model_files.tensors import locate
 from cluster.program.streams import printable
 from rewards.base import Images
-from rewards.images.decoding import ImageSource
+from rewards.images.decoding import ImageSource, Loaded
 from rewards.images.sources import SampleImages, open_source
 from rewards.reference.fetch import PUBLISHED
 
@@ -71,6 +71,16 @@ class ImageSet:
         height, width = next(self._each()).shape[:2]
         return height, width
 
+    def image(self, index: int) -> np.ndarray:
+        """One image (H, W, 3) uint8; the others are not read.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        if isinstance(self.images, np.ndarray):
+            return self.images[index]
+        return _pixels(next(iter(self.images.read(index, index + 1))))
+
     def batches(self, batch: int) -> Iterator[Images]:
         """The images in order, at most `batch` at a time: an array, or a list of several sizes.
 
@@ -95,11 +105,7 @@ class ImageSet:
             yield from self.images
             return
         for loaded in self.images.read(0, len(self.images)):
-            if loaded.pixels is None:
-                raise DataError(
-                    f"{loaded.name}: cannot be read ({loaded.error}): replace it, or move it away"
-                )
-            yield loaded.pixels
+            yield _pixels(loaded)
 
 
 def open_images(source: str) -> ImageSet:
@@ -114,6 +120,14 @@ def open_images(source: str) -> ImageSet:
     if source in PUBLISHED:  # its digest was compared when it was fetched
         return ImageSet(source, SampleImages(locate(str(PUBLISHED[source].place()))))
     return ImageSet(source, open_source(source))
+
+
+def _pixels(loaded: Loaded) -> np.ndarray:
+    if loaded.pixels is None:
+        raise DataError(
+            f"{loaded.name}: cannot be read ({loaded.error}): replace it, or move it away"
+        )
+    return loaded.pixels
 
 
 def _together(images: list[np.ndarray]) -> Images:

@@ -135,6 +135,11 @@ def _is_of(features: FeaturesConfig, stored: Reference) -> bool:
     return features.network == FID_NETWORK and stored.dim == FEATURES
 
 
+def kept_images(count: int) -> np.ndarray:
+    """Numbers of the images whose features are kept, of `count` images."""
+    return np.unique(np.linspace(0, count - 1, min(count, MOST)).round().astype(int))
+
+
 class _Spaces:
     """Features of some of the images, and moments of all where these are more.
 
@@ -144,7 +149,7 @@ class _Spaces:
     """
 
     def __init__(self, count: int, moments: Mapping[str, Reference]) -> None:
-        self._kept = np.unique(np.linspace(0, count - 1, min(count, MOST)).round().astype(int))
+        self._kept = kept_images(count)
         self._all = len(self._kept) == count
         self._known, self._at = dict(moments), 0
         self._parts: dict[str, list[np.ndarray]] = {}

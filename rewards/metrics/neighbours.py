@@ -111,6 +111,25 @@ def kth_distances(features: np.ndarray, k: int) -> np.ndarray:
     return radius
 
 
+def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k of (N, D) features that are nearest to each of (M, D) queries.
+
+    Returns:
+        (M, k) their rows, nearest first, and (M, k) float64 distances.
+    """
+    k = min(k, len(features))
+    rows, distances = np.empty((len(queries), k), np.int64), np.empty((len(queries), k))
+    centre = features.mean(0, dtype=np.float64)
+    for at, squares, _ in _squared_distances(queries, features, centre):
+        chosen = np.argsort(squares, axis=1, kind="stable")[:, :k]
+        query = np.repeat(np.arange(len(squares)), k)
+        exact = _distances(queries[at], query, features, chosen.ravel()).reshape(chosen.shape)
+        order = np.argsort(exact, axis=1, kind="stable")
+        rows[at] = np.take_along_axis(chosen, order, axis=1)
+        distances[at] = np.take_along_axis(exact, order, axis=1)
+    return rows, distances
+
+
 def _squared_distances(
     left: np.ndarray, right: np.ndarray, centre: np.ndarray
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:

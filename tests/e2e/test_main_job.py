@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -51,6 +52,11 @@ def test_the_run_directory_has_everything(finished: Path) -> None:
         *(f"{sheet}.{kind}" for sheet in sheets for kind in ("png", "json")),
     }  # fmt: skip
     assert Image.open(finished / "gallery" / "before_after.png").width > 200
+    sheet = json.loads((finished / "gallery" / "step_000002.json").read_text())
+    assert (sheet["step"], sheet["columns"], len(sheet["rows"])) == (2, 3, 10)
+    assert {name: np.shape(rows) for name, rows in sheet["scores"].items()} == {
+        "clip": (10, 3), "hps": (10, 3)
+    }  # fmt: skip
     assert any((finished / "tensorboard").iterdir())
     phases = {event["name"] for event in json.loads((finished / "trace.json").read_text())}
     works = {"load", "sample", "decode", "score", "moments", "learn", "pack"}
@@ -230,7 +236,7 @@ def test_a_worker_lost_while_stopping_is_reported_and_not_replaced(
         return len(seen) >= 3
 
     with Counting(9) as console, InlineFleet(fleet_plan(config), stop) as fleet:
-        setattr(fleet, role, Gone(getattr(fleet, role), stop))
+        setattr(fleet, f"_{role}", Gone(getattr(fleet, role), stop))
         assert Experiment(config, run, fleet, console, stop).run() is False
     (told,) = [line for line in logged if "stopped" in line]
     assert told == (

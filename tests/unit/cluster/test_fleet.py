@@ -77,7 +77,10 @@ def test_given_images_are_scored_as_sampled_ones_are() -> None:
                 ours.features["features"], theirs.scores.features["features"]
             )
             np.testing.assert_array_equal(ours.scores["clip"], theirs.scores.scores["clip"])
-        with pytest.raises(DataError, match=r"expected images \(4, H, W, 3\) uint8, found \(3, "):
+        with pytest.raises(
+            DataError,
+            match=r"expected images \(4, H, W, 3\) uint8, or as many of several sizes, found \(3, ",
+        ):
             list(fleet.score_images([(asked[0], images[0][:3])]))
         with pytest.raises(FleetError, match="this fleet has no sampler: it was started to"):
             list(fleet.stream(asked))

@@ -56,7 +56,7 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
     Raises:
         ConfigError: names the fields, with both values.
     """
-    before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
+    before, after = fields_of(saved), fields_of(wanted)
     changed = [
         f"{name} ({before[name]} in the run, {value} now)"
         for name, value in after.items()
@@ -70,6 +70,11 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
             f"--resume continues the same run, and cannot change {', '.join(changed[:SHOWN])}"
             f"{more}: leave the option (or --preset) out, or start a new run"
         )
+
+
+def fields_of(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its name with dots, as options name it: loss.kl_coef."""
+    return _flat(to_dict(config))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

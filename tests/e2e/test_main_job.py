@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from cluster.control.discovery import resume_command
 from cluster.errors import LearnerLostError
 from cluster.fleet import InlineFleet
 from cluster.model_files.tensors import read_tensors, write_tensors
+from learner import replay
 from learner.experiment import Experiment
 from learner.fleet_plan import fleet_plan
 from learner.monitoring.console import COLUMNS, RunConsole
@@ -81,6 +83,17 @@ def test_sampler_and_learner_agree_before_every_update(finished: Path) -> None:
         assert row["policy/logprob_gap"] <= 1e-4
         assert abs(row["policy/mismatch_kl"]) < 1e-6
         assert row["policy/staleness"] == 0
+
+
+def test_its_learner_is_replayed_bit_for_bit(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, outcome in (
+        ([], "4 iterations, .* weights after 2 of them: equal bit for bit"),
+        (["--from-step", "2"], "2 iterations, .* weights after 1 of them: equal bit for bit"),
+    ):
+        assert replay.main([str(finished), "--check", *options]) == 0
+        assert re.search(outcome, capsys.readouterr().out)
 
 
 def test_a_used_run_directory_is_refused(

@@ -34,6 +34,7 @@ HELP = {  # command -> arguments that list all of its options
     "learner.run": [["--help-all"]],
     "learner.plan": [["--help-all"]],
     "learner.rollouts": [["--help-all"]],
+    "learner.replay": [["--help-all"]],
     "learner.miniature.arms": [["--help"]],
     "learner.miniature.build": [["--help"]],
     "actors.sample": [["--help-all"]],

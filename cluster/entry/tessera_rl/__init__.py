@@ -25,6 +25,7 @@ COMMANDS = {
     "captions": ("actors.captions", "text features of captions"),
     "reference": ("rewards.reference", "reference moments of a set of images"),
     "rollouts": ("learner.rollouts", "a run's rollouts by their rewards: images, tokens, logprobs"),
+    "replay": ("learner.replay", "the learner on stored rollouts, to debug it without samplers"),
     "plan": ("learner.plan", "memory of learner and sampler, before renting a GPU"),
 }
 REFUSED = 2

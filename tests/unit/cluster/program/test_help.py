@@ -12,6 +12,9 @@ from actors.sample import COMMON as OF_SAMPLE
 from actors.sample_source import SampleConfig
 from cluster.program.help import Groups, _first_sentence, options_of, short_help
 from learner.config import load_preset
+from learner.replay import COMMON as OF_REPLAY
+from learner.replay import Command as ReplayCommand
+from learner.replayed import Settings
 from learner.rollouts.command import COMMON as OF_ROLLOUTS
 from learner.rollouts.command import Output
 from learner.rollouts.selection import Selection
@@ -24,6 +27,7 @@ COMMANDS = {
     "learner.run": (COMMON, [Command(), load_preset("miniature")]),
     "actors.sample": (OF_SAMPLE, [SampleConfig()]),
     "learner.rollouts": (OF_ROLLOUTS, [Selection(), Output()]),
+    "learner.replay": (OF_REPLAY, [ReplayCommand(), Settings.of(load_preset("miniature"))]),
     "rewards.reference": (OF_REFERENCE, [ReferenceConfig(images="", out=Path())]),
 }
 

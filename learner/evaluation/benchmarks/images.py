@@ -69,6 +69,11 @@ class BenchmarkImages:
         self._pool.shutdown()
         shutil.rmtree(self._partial, ignore_errors=True)
 
+    @property
+    def all_complete(self) -> bool:
+        """Whether nothing is left to write."""
+        return all(map(self.complete, range(len(self._contents))))
+
     def complete(self, index: int) -> bool:
         """Whether all files of a prompt, by its position among the prompts, are there."""
         return all((self._folder / name).is_file() for name in self._contents[index])

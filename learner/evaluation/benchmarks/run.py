@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from actors.models.base import PolicyArchitecture
 from actors.text.encoder import DEFAULT_ENCODER
 from cluster.errors import ConfigError, did_you_mean
 from cluster.io.files import replacing, writing
 from cluster.io.strict_json import dumps
 from learner.config import RunConfig
 from learner.evaluation.benchmarks.images import BenchmarkImages
+from learner.evaluation.benchmarks.layouts import COLUMNS
 from learner.evaluation.benchmarks.prompts import Prompt
 from learner.evaluation.benchmarks.table import BENCHMARKS, Benchmark, Written
 from learner.evaluation.held_out import GROUP
@@ -22,6 +26,8 @@ from rewards.metrics.evaluation import Figure, MetricSettings, evaluate
 from rewards.metrics.samples import RealImages, Samples
 
 PROMPTS, NEXT = "prompts", "next.txt"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +95,12 @@ class BenchmarkRun:
     def texts(self) -> list[str]:
         return [prompt.text for prompt in self.prompts]
 
+    @property
+    def about(self) -> dict[str, str]:
+        """For the results."""
+        number = f"{len(self.prompts):,} prompts of {self.source}"
+        return {"benchmark": f"{self.benchmark.title}, {number}, {self.count} images of each"}
+
     def texts_file(self, out: Path) -> Path:
         return out / PROMPTS / f"{self.name}.json"
 
@@ -118,13 +130,15 @@ class BenchmarkRun:
         evaluation = replace(config.evaluation, num_images=images, images="", every=0)
         return replace(config, conditions=conditions, evaluation=evaluation)
 
-    def check_policy(self, policy: PolicyArchitecture, row: str) -> None:
-        """Refuse a policy of classes. Raises ConfigError."""
-        if policy.conditioning != "caption":
-            raise ConfigError(
-                f"--benchmark {self.name} has prompts: expected a policy of captions, as that of "
-                f"--preset llamagen-t2i, but {row!r} takes classes"
-            )
+    @contextmanager
+    def written(self, config: RunConfig) -> Iterator[RunConfig]:
+        """The configuration of `configured` with its captions in a temporary file, to be checked
+        before there is a directory of results."""
+        with tempfile.TemporaryDirectory() as folder:
+            captions = Path(folder) / "prompts.json"
+            self.write_texts(captions)
+            conditions = replace(config.conditions, captions=str(captions))
+            yield replace(config, conditions=conditions)
 
     def folder(self, out: Path, row: str) -> Path:
         """Of a row's images."""
@@ -165,16 +179,38 @@ class BenchmarkRun:
                 members.setdefault(f"{kind}: {value}", []).append(index)
         return dict(sorted(members.items()))
 
-    def commands(self, out: Path, rows: Sequence[str], size: int) -> list[str]:
-        """What comes next, for all rows.
+    def write_next(self, out: Path, rows: Sequence[str]) -> None:
+        """Write the commands that come next, and log them.
 
-        Args:
-            size: side of an image, pixels.
+        Raises:
+            StorageError: they cannot be written.
         """
+        commands = self.commands(out, rows)
+        if commands:
+            about = f"# {self.benchmark.title}, in a checkout of {self.benchmark.repository}"
+            text = "\n".join([about, *commands])
+        else:
+            text = f"# {self.benchmark.title}: people judge the images, there is no script"
+        path = out / NEXT
+        with writing(path), replacing(path) as partial:
+            partial.write_text(f"{text}\n", encoding="utf-8")
+        logger.info(f"what comes next ({path}):\n{text}")
+
+    def commands(self, out: Path, rows: Sequence[str]) -> list[str]:
+        """What comes next, for all rows, whose images are there."""
         parts = tuple(dict.fromkeys(prompt.part for prompt in self.prompts if prompt.part))
-        place = out.resolve()
-        made = [
-            Written(self.folder(place, row), self.texts_file(place), size, self.count, parts)
-            for row in rows
-        ]
-        return list(dict.fromkeys(each for one in made for each in self.benchmark.commands(one)))
+        place, found = out.resolve(), dict[str, None]()
+        for row in rows:
+            folder = self.folder(place, row)
+            made = Written(folder, self.texts_file(place), self._side(folder), self.count, parts)
+            found |= dict.fromkeys(self.benchmark.commands(made))
+        return list(found)
+
+    def _side(self, folder: Path) -> int:
+        """Of an image, pixels."""
+        layout = self.benchmark.layout(self.prompts[0], self.count)
+        for name, content in layout.items():
+            if not isinstance(content, str):
+                with Image.open(folder / name) as image:
+                    return image.width // min(len(content), COLUMNS)
+        raise AssertionError("a layout without images")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.models.llamagen import LlamaGenConfig
 from actors.text.captions import read_captions
 from actors.text.encoder import DEFAULT_ENCODER
 from cluster.errors import ConfigError
@@ -18,6 +17,7 @@ from learner.evaluation.benchmarks.run import BenchmarkOptions, BenchmarkRun
 from learner.evaluation.benchmarks.table import BENCHMARKS
 from rewards.metrics.evaluation import MetricSettings
 from tests.unit.learner.evaluation.benchmarks.files import MAKERS
+from tests.unit.learner.evaluation.benchmarks.test_layouts import images_of, request
 
 
 def made(name: str, folder: Path, count: int = 0) -> BenchmarkRun:
@@ -63,12 +63,11 @@ def test_prompts_become_the_captions_of_a_configuration(name: str, tmp_path: Pat
     assert json.loads(file.read_text()) == run.texts  # what HPSv2's module reads of DrawBench
 
 
-def test_a_policy_of_classes_is_refused(tmp_path: Path) -> None:
-    run = made("geneval", tmp_path)
-    small = {"dim": 32, "num_layers": 1, "num_heads": 2, "grid": 2, "vocab_size": 8}
-    run.check_policy(LlamaGenConfig(**small, caption_dim=16, caption_tokens=8), "base")
-    with pytest.raises(ConfigError, match=r"expected a policy of captions.* 'base' takes classes"):
-        run.check_policy(LlamaGenConfig(**small, num_classes=10), "base")
+def test_a_configuration_can_be_checked_before_there_are_results(tmp_path: Path) -> None:
+    run, out = made("geneval", tmp_path), tmp_path / "out"
+    with run.written(run.configured(RunConfig(), run.texts_file(out))) as config:
+        assert [each.text for each in config.conditions.conditions()] == run.texts
+    assert not out.exists()
 
 
 def test_figures_by_category(tmp_path: Path) -> None:
@@ -90,13 +89,32 @@ def test_figures_by_category(tmp_path: Path) -> None:
     assert 1 <= inside.low < inside.value < inside.high <= 200
 
 
-def test_commands_of_several_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths are absolute, since the commands run in another directory; one that takes all rows is
-    named once."""
+@pytest.mark.parametrize(
+    ("name", "count", "commands"),
+    [("geneval", 0, 4), ("dpg", 0, 2), ("dpg", 1, 2), ("t2i-compbench", 0, 10), ("hpsv2", 0, 2),
+     ("drawbench", 0, 1), ("partiprompts", 0, 0)],
+)  # fmt: skip
+def test_what_comes_next_for_two_rows(
+    name: str, count: int, commands: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths are absolute, since the commands run in another directory; a command that takes all
+    rows is there once."""
     monkeypatch.chdir(tmp_path)
-    for name, count in {"hpsv2": 2, "drawbench": 1, "partiprompts": 0}.items():
-        place = tmp_path / name
-        place.mkdir()
-        found = made(name, place).commands(Path("out"), ["base", "tuned"], 256)
-        assert len(found) == count
-        assert all(str(tmp_path / "out" / name) in command for command in found)
+    run, out = made(name, tmp_path, count), Path("out")
+    for row in ("base", "tuned"):
+        with run.images(out, row) as writer:
+            for index, prompt in enumerate(run.prompts):
+                sent = request(index, prompt, run.count)
+                writer.write(index, sent, images_of(index, run.count))
+        assert run.images(out, row).all_complete
+    run.write_next(out, ["base", "tuned"])
+    about, *found = (out / "next.txt").read_text().splitlines()
+    assert about.startswith(f"# {BENCHMARKS[name].title}")
+    assert len(found) == commands
+    for command in found:
+        assert str(tmp_path / "out" / name) in command or "summary_scores" in command
+    if name == "dpg":
+        assert (
+            found[0]
+            == f"PIC_NUM={run.count} bash dpg_bench/dist_eval.sh {out.resolve()}/dpg/base 8"
+        )

@@ -19,6 +19,7 @@ from cluster.messages import Condition
 from cluster.preflight import Findings, size_of
 from cluster.program.invocation import command_of
 from cluster.ray_session.runtime_env import check_runtime_env
+from cluster.roles import FleetPlan
 from cluster.scheduling.placement import Node, Placement, place
 from learner.capacity.cards import this_gpu
 from learner.capacity.gpus import processes, share_notes
@@ -28,7 +29,6 @@ from learner.data.conditions import DIGITS as DIGIT_NAMES
 from learner.data.conditions import ConditionsConfig
 from learner.data.image_checks import check_fit, check_images, fetched
 from learner.evaluation.preflight import check_evaluation
-from learner.fleet_plan import fleet_plan
 from learner.monitoring.gallery import gallery_rows
 from learner.rollouts.feature_space import (
     RewardSpace,
@@ -54,7 +54,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
     findings = Findings()
     policy, tokenizer = check_models(config.policy, config.tokenizer, findings)
     side = image_side(policy, tokenizer)
-    _conditions(config, policy, findings)
+    check_conditions(config, policy, findings)
     skipped_pools = _skipped_pools(config)
     for name in sorted(skipped_pools):
         with findings.of(f"reward_pools.{name}"):
@@ -80,7 +80,9 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
     return findings
 
 
-def _conditions(config: RunConfig, policy: PolicyArchitecture | None, findings: Findings) -> None:
+def check_conditions(
+    config: RunConfig, policy: PolicyArchitecture | None, findings: Findings
+) -> None:
     conditions = config.conditions
     captions = policy is not None and policy.conditioning == "caption"
     if conditions.captions:
@@ -286,10 +288,10 @@ def listed(findings: Findings) -> list[str]:
     return lines + [f"note: {note}" for note in findings.notes]
 
 
-def placement_lines(config: RunConfig, nodes: Sequence[Node]) -> list[str]:
+def placement_lines(plan: FleetPlan, nodes: Sequence[Node]) -> list[str]:
     """Placement on some nodes: one line a role, then one a node with GPUs or of several."""
     try:
-        placement = place(fleet_plan(config), nodes)
+        placement = place(plan, nodes)
     except ConfigError as error:  # a dry run on a laptop, for a cluster
         return [f"does not fit here: {error}"]
     lines = [_placed(role) for role in placement.roles]

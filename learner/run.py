@@ -294,7 +294,7 @@ def dry_run(config: RunConfig, found: Findings, inline: bool) -> int:
     print(dump(config))
     where = str(nodes[0]) if len(nodes) == 1 else f"the {len(nodes)} nodes of the cluster"
     print(f"# placement on {where}")
-    for line in placement_lines(config, nodes):
+    for line in placement_lines(fleet_plan(config), nodes):
         print(f"#   {line}")
     try:
         found.enforce()

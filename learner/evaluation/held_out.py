@@ -62,7 +62,7 @@ def evaluate_policy(
     Raises:
         DataError: an image could not be scored.
     """
-    requests, scored = list(_requests(config, spec)), list[GroupScores]()
+    requests, scored = list(requests_of(config, spec)), list[GroupScores]()
     entropies = list[np.ndarray]()
     for group in fleet.stream(requests):  # images are not kept
         scored.append(group.scores)
@@ -100,7 +100,7 @@ def compare(generated: np.ndarray, real: np.ndarray, neighbours: int) -> dict[st
     return {"fid": fid, **near}
 
 
-def _requests(config: RunConfig, spec: SamplingSpec) -> Iterator[SampleRequest]:
+def requests_of(config: RunConfig, spec: SamplingSpec) -> Iterator[SampleRequest]:
     """Requests with the same random numbers for every policy and spec."""
     conditions = config.conditions.conditions()
     per_class = -(-config.evaluation.num_images // len(conditions))

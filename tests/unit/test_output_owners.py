@@ -13,6 +13,7 @@ from actors import captions, sample, weights
 from cluster.io.locks import locked, locked_file
 from cluster.io.run_layout import OWNER
 from cluster.model_files.tensors import locate
+from learner import evaluate
 from learner.checkpoints.remote import open_url
 from learner.miniature import arms, build
 from rewards.reference import build as reference
@@ -38,6 +39,7 @@ Main = Callable[[list[str]], int]
 DIRECTORIES: dict[str, tuple[Main, list[str]]] = {
     "arms": (arms.main, ["--arms", "--seeds", "1", "--iterations", "1"]),
     "build": (build.main, ["--scale", "0.001"]),
+    "evaluate": (evaluate.main, ["digits:held-out", "--preset", "miniature", "--inline"]),
     "sample": (sample.main, ["--classes", "0", "--num-images", "1", "--device", "cpu"]),
 }
 

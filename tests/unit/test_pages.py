@@ -33,6 +33,7 @@ FOREIGN = "learner/coming-from-the-public-code.md"  # names another repository's
 HELP = {  # command -> arguments that list all of its options
     "learner.run": [["--help-all"]],
     "learner.plan": [["--help-all"]],
+    "learner.evaluate": [["--help-all"]],
     "learner.rollouts": [["--help-all"]],
     "learner.replay": [["--help-all"]],
     "learner.miniature.arms": [["--help"]],

@@ -17,6 +17,7 @@ from typing import Any
 
 COMMANDS = {
     "run": ("learner.run", "tune a policy; without options, the miniature"),
+    "evaluate": ("learner.evaluate", "figures of a run, a checkpoint, a model or images"),
     "status": ("cluster.status", "how a running job is: workers, iteration, newest metrics"),
     "scale": ("cluster.scale", "more or fewer workers in a running job"),
     "stop": ("cluster.stop", "end a running job at the next safe point"),

@@ -12,6 +12,9 @@ from actors.sample import COMMON as OF_SAMPLE
 from actors.sample_source import SampleConfig
 from cluster.program.help import Groups, _first_sentence, options_of, short_help
 from learner.config import load_preset
+from learner.evaluation.options import COMMON as OF_EVALUATE
+from learner.evaluation.options import Command as EvaluateCommand
+from learner.evaluation.options import Settings as EvaluateSettings
 from learner.replay import COMMON as OF_REPLAY
 from learner.replay import Command as ReplayCommand
 from learner.replayed import Settings
@@ -28,6 +31,10 @@ COMMANDS = {
     "actors.sample": (OF_SAMPLE, [SampleConfig()]),
     "learner.rollouts": (OF_ROLLOUTS, [Selection(), Output()]),
     "learner.replay": (OF_REPLAY, [ReplayCommand(), Settings.of(load_preset("miniature"))]),
+    "learner.evaluate": (
+        OF_EVALUATE,
+        [EvaluateCommand(), EvaluateSettings.of(load_preset("miniature"))],
+    ),
     "rewards.reference": (OF_REFERENCE, [ReferenceConfig(images="", out=Path())]),
 }
 

@@ -1,0 +1,220 @@
+"""Evaluation of policies and images: `python -m learner.evaluate runs/NAME`.
+
+Samples base and tuned policy on the same random numbers on a fleet, keeps features and tokens, and
+computes the figures with intervals. `--compare A B` compares two rows.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program.start import run_command
+
+    sys.exit(run_command("learner.evaluate"))
+
+import logging
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from rich.console import Console
+
+from actors.preflight import check_models, image_side
+from cluster.errors import ConfigError, StopRequestedError, TesseraError
+from cluster.fleet import Fleet
+from cluster.io.locks import locked
+from cluster.io.paths import expand_user
+from cluster.io.run_layout import CAPTIONS
+from cluster.open_fleet import open_fleet
+from cluster.preflight import Findings
+from cluster.program import logs
+from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
+from cluster.program.invocation import command_of
+from cluster.program.precision import deterministic_environment
+from cluster.program.signals import StopFlag, deferred_signals, signal_handler
+from cluster.ray_session.session import check_ray, free_nodes, local_node
+from cluster.scheduling.placement import Node
+from learner.capacity.storage import sampling_need
+from learner.config import RunConfig
+from learner.evaluation.comparison import (
+    compare_sides,
+    find_side,
+    show_comparison,
+    write_comparison,
+)
+from learner.evaluation.evaluation import LOG, Evaluation, Outputs, check_out
+from learner.evaluation.options import MODULE, Command, Job, parse
+from learner.evaluation.preflight import check_evaluation
+from learner.evaluation.results import show
+from learner.evaluation.rows import Row
+from learner.fleet_plan import sampling_plan, scoring_plan
+from learner.preflight import check_conditions, listed, placement_lines
+from rewards.metrics.evaluation import MetricSettings
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    console = make_console()
+    with logs.to_console(console), ExitStack() as owned:
+        try:
+            job = parse(arguments)
+            if isinstance(job, Command):
+                return _compare(job, console)
+            if job.config.reproducible:
+                deterministic_environment()
+            found = findings_of(job)
+            if job.command.dry_run:
+                return dry_run(job, found)
+            found.enforce()
+            check_out(job.out)
+            owned.enter_context(locked(job.out, f"--out {job.out}"))
+            check_out(job.out)  # again, now that it is locked
+            evaluation = Evaluation(*_with_captions(job), job.out)
+        except (TesseraError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return REFUSED
+        owned.enter_context(logs.to_file(job.out / LOG))
+        for line in listed(found):
+            logger.info(line)
+        return carry_out(job, evaluation, console, arguments)
+
+
+def findings_of(job: Job) -> Findings:
+    """What is missing, of all rows."""
+    found = Findings()
+    side = 0
+    for config in {id(config.policy): config for config in job.configs.values()}.values():
+        policies = [row for row in job.rows if job.configs[row.name] is config and row.spec]
+        if not policies:
+            continue
+        policy, tokenizer = check_models(config.policy, config.tokenizer, found)
+        side = side or image_side(policy, tokenizer)
+        check_conditions(config, policy, found)
+    check_evaluation(job.config, side, found)
+    for name in dict.fromkeys(row.spec.guidance_note for row in job.rows if row.spec):
+        found.notes += [f"--cfg-scales: {name}"] if name else []
+    if not job.command.inline:
+        with found.of("ray"):
+            check_ray(job.config.ray)
+    found.problems = list(dict.fromkeys(found.problems))
+    return found
+
+
+def carry_out(
+    job: Job, evaluation: Evaluation, console: Console, arguments: list[str] | None
+) -> int:
+    """Sample what is missing, and show the results; returns the exit status."""
+    stop, about = StopFlag(), _about(job, arguments)
+    stop.begin()
+    try:
+        with signal_handler(stop.handle):
+            evaluation.sample(
+                lambda config, samples: _fleet(job, config, samples, stop, about["command"])
+            )
+        evaluation.write_images(Outputs(npz=job.command.npz, png=job.command.png))
+        show(evaluation.results(_settings(job), about), console)
+        logger.info(f"results: {job.out}")
+    except (StopRequestedError, KeyboardInterrupt):
+        logger.info(f"stopped; {evaluation.left} images are left, go on with\n  {about['command']}")
+        return INTERRUPTED
+    except (TesseraError, OSError) as error:
+        logger.error(f"error: {error}")
+        return FAILED
+    return 0
+
+
+def _with_captions(job: Job) -> tuple[RunConfig, Sequence[Row], Mapping[str, RunConfig]]:
+    """Configurations with captions encoded, where they need it."""
+    conditions = job.config.conditions.encoded(job.out / CAPTIONS)
+    configs = {name: replace(config, conditions=conditions) for name, config in job.configs.items()}
+    return replace(job.config, conditions=conditions), job.rows, configs
+
+
+@contextmanager
+def _fleet(
+    job: Job, config: RunConfig, samples: bool, stop: StopFlag, again: str
+) -> Iterator[Fleet]:
+    plan = sampling_plan(config) if samples else scoring_plan(config)
+    need = sampling_need(config, plan)
+    ray = None if job.command.inline else config.ray
+    with ExitStack() as opened:
+        with deferred_signals() if ray else ExitStack():
+            fleet = opened.enter_context(open_fleet(plan, need, job.out, stop, ray, again))
+        yield fleet
+
+
+def _settings(job: Job) -> MetricSettings:
+    return MetricSettings(
+        neighbours=job.config.evaluation.neighbours,
+        splits=job.command.splits,
+        bootstrap=job.command.bootstrap,
+        seed=job.config.seed,
+    )
+
+
+def _about(job: Job, arguments: list[str] | None) -> dict[str, Any]:
+    """What the results say of themselves, beside the figures."""
+    given = sys.argv[1:] if arguments is None else arguments
+    config = job.config
+    return {
+        "command": f"{command_of(MODULE)} {shlex.join(given)}",
+        "tessera": version("tessera-rl"),
+        "real images": config.evaluation.images,
+        "images of each policy": config.evaluation.num_images,
+        "neighbours": config.evaluation.neighbours,
+        "splits": job.command.splits,
+        "bootstrap": job.command.bootstrap,
+        "seed": config.seed,
+    }
+
+
+def dry_run(job: Job, found: Findings) -> int:
+    """Print rows, problems and placement; returns the exit status."""
+    config = job.config
+    print(f"results: {job.out}")
+    for row in job.rows:
+        checkpoint = job.configs[row.name].policy.checkpoint if row.spec else row.target.images
+        print(f"  {row.name}: {checkpoint}")
+    print(
+        f"images of each policy: {config.evaluation.num_images}, against {config.evaluation.images}"
+    )
+    for line in listed(found):
+        print(line)
+    for line in placement_lines(sampling_plan(config), _nodes(job)):
+        print(f"  {line}")
+    try:
+        found.enforce()
+        check_out(job.out)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+def _nodes(job: Job) -> list[Node]:
+    try:
+        return [local_node()] if job.command.inline else free_nodes(job.config.ray)
+    except TesseraError:  # is among the problems
+        return [local_node()]
+
+
+def _compare(command: Command, console: Console) -> int:
+    """--compare: from kept samples alone."""
+    if len(command.compare) != 2:
+        raise ConfigError(f"--compare takes two rows, found {len(command.compare)}")
+    out = expand_user(command.out) if command.out else None
+    first, second = (find_side(name, out) for name in command.compare)
+    settings = MetricSettings(splits=command.splits, bootstrap=command.bootstrap)
+    comparison = compare_sides(first, second, settings)
+    show_comparison(comparison, console)
+    if out is not None:
+        write_comparison(out, comparison)
+        console.print(f"comparison: {out}")
+    return 0

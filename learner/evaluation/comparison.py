@@ -1,0 +1,265 @@
+"""Comparison of two rows: paired differences with intervals and p-values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import ConfigError
+from cluster.io.paths import expand_user
+from learner.evaluation.identity import differences
+from learner.evaluation.kept import MANIFEST, SAMPLES, KeptSamples, read_manifest, write_json
+from learner.evaluation.kept_real import read_real
+from learner.evaluation.results import JSON, better, heading, number, write_text
+from rewards.metrics.evaluation import (
+    Difference,
+    Figure,
+    MetricSettings,
+    estimates,
+    pairing,
+)
+from rewards.metrics.intervals import differences as paired_differences
+from rewards.metrics.intervals import intervals
+from rewards.metrics.samples import RealImages, Samples
+
+LEVEL = 0.05  # of significance
+OF_POLICY = ("policy", "tokenizer", "sampling", "images")
+"""What two compared rows may differ in."""
+COMPARISON_JSON, COMPARISON_MARKDOWN = "comparison.json", "comparison.md"
+NOTE = (
+    "p: two-sided, of the paired bootstrap. p (Holm): corrected for the number of figures, so that "
+    "5 % is the chance of calling any difference significant where there is none."
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A compared row."""
+
+    name: str
+    kept: KeptSamples
+    folder: Path
+    """Of its evaluation, which holds the real images."""
+    identity: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A figure of both rows."""
+
+    first: Figure
+    second: Figure
+    difference: Difference
+    p_value: float
+    """Corrected by `holm`; NaN where there is none."""
+
+    @property
+    def significant(self) -> bool:
+        return self.p_value < LEVEL
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows compared."""
+
+    first: str
+    second: str
+    lines: Mapping[str, Line]
+    """By figure."""
+
+
+def find_side(given: str, out: Path | None) -> Side:
+    """A row: by its directory, by an evaluation's directory or results.json if it has one row, or
+    by its name in the evaluation `out`.
+
+    Raises:
+        ConfigError: there is none, or several; lists them.
+    """
+    path = expand_user(given)
+    if path.name == JSON:
+        path = path.parent
+    if (path / MANIFEST).is_file():
+        return _side(path)
+    if (path / SAMPLES).is_dir():
+        rows = rows_in(path)
+        if len(rows) == 1:
+            return _side(next(iter(rows.values())))
+        listed = "\n  ".join(str(folder) for folder in rows.values())
+        raise ConfigError(f"--compare {given}: which of its {len(rows)} rows is meant?\n  {listed}")
+    if out is not None and given in (rows := rows_in(out)):
+        return _side(rows[given])
+    there = "\n  ".join(rows_in(out)) if out is not None else ""
+    names = f" (in {out} there are\n  {there})" if there else ""
+    raise ConfigError(
+        f"--compare {given}: expected the directory of an evaluation or of one of its rows "
+        f"(DIR/{SAMPLES}/ROW), or the name of a row with --out DIR{names}"
+    )
+
+
+def rows_in(out: Path) -> dict[str, Path]:
+    """Name of each kept row of an evaluation -> its directory."""
+    folders = sorted(path.parent for path in (out / SAMPLES).glob(f"*/{MANIFEST}"))
+    return {read_manifest(folder)["name"]: folder for folder in folders}
+
+
+def _side(folder: Path) -> Side:
+    manifest = read_manifest(folder)
+    return Side(manifest["name"], KeptSamples.open(folder), folder.parents[1], manifest["identity"])
+
+
+def check_comparable(first: Side, second: Side) -> None:
+    """
+    Raises:
+        ConfigError: they differ in more than the policy and its sampling.
+    """
+    if first.kept.folder.resolve() == second.kept.folder.resolve():
+        raise ConfigError(f"--compare: both are {first.kept.folder}")
+    given = [side for side in (first, second) if "sampling" not in side.identity]
+    besides = list(OF_POLICY)
+    if given:  # images of unknown seed and conditions
+        besides = [name for name in {**first.identity, **second.identity} if name != "judge"]
+    if found := differences(first.identity, second.identity, besides):
+        raise ConfigError(
+            f"{first.kept.folder} and {second.kept.folder} cannot be compared: "
+            f"{'; '.join(found)}: evaluate both with the same settings"
+        )
+
+
+def compare_sides(first: Side, second: Side, settings: MetricSettings) -> Comparison:
+    """Compare two rows; loads both.
+
+    Raises:
+        ConfigError: they cannot be compared.
+        DataError: a file is damaged, or there are too few images.
+    """
+    check_comparable(first, second)
+    real = read_real(first.folder) or RealImages()
+    samples = [side.kept.read() for side in (first, second)]
+    return compared((first.name, second.name), samples, real, settings)
+
+
+def compared(
+    names: tuple[str, str], samples: Sequence[Samples], real: RealImages, settings: MetricSettings
+) -> Comparison:
+    """The comparison of two sets of samples."""
+    of_each = [estimates(each, real, settings) for each in samples]
+    resamples, seed = settings.bootstrap, settings.seed
+    figures = [intervals(each, resamples, seed) for each in of_each]
+    found = paired_differences(of_each[0], of_each[1], pairing(*samples), resamples, seed)
+    tested = {name: d for name, d in found.items() if better(name)}
+    corrected = holm({name: d.p_value for name, d in tested.items()})
+    lines = {
+        name: Line(figures[0][name], figures[1][name], d, corrected.get(name, math.nan))
+        for name, d in found.items()
+    }
+    lines.pop("images", None)
+    return Comparison(*names, lines)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values corrected for their number by Holm's method (1979); NaN stays, and does not count.
+
+    The k-th smallest of m is multiplied by m - k + 1 and raised to the ones before it.
+    """
+    known = sorted((p, name) for name, p in p_values.items() if not math.isnan(p))
+    found, least = dict.fromkeys(p_values, math.nan), 0.0
+    for rank, (p, name) in enumerate(known):
+        least = max(least, min(1.0, p * (len(known) - rank)))
+        found[name] = least
+    return found
+
+
+def verdict(comparison: Comparison) -> str:
+    """Which row is better in what, in a sentence or a few."""
+    wins: dict[str, list[str]] = {comparison.first: [], comparison.second: []}
+    open_, untested = list[str](), list[str]()
+    for name, line in comparison.lines.items():
+        direction = better(name)
+        if not direction:
+            continue
+        if math.isnan(line.p_value):
+            untested.append(heading(name, arrow=False))
+        elif not line.significant:
+            open_.append(heading(name, arrow=False))
+        else:
+            second = (line.difference.value < 0) == (direction == "lower")
+            winner = comparison.second if second else comparison.first
+            wins[winner].append(f"{heading(name, arrow=False)} (by {_gap(line)})")
+    parts = [f"{name} is better in {_listed(won)}." for name, won in wins.items() if won]
+    if not parts:
+        parts = [f"No figure tells {comparison.first} and {comparison.second} apart."]
+    elif open_:
+        parts.append(f"No significant difference in {_listed(open_)}.")
+    if untested:
+        parts.append(f"Not tested: {_listed(untested)}.")
+    return " ".join(parts)
+
+
+def _gap(line: Line) -> str:
+    p = "p < 0.001" if line.p_value < 0.001 else f"p = {line.p_value:.3f}"
+    return f"{number(abs(line.difference.value))}, {p}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words[:-1]) + f" and {words[-1]}" if len(words) > 1 else words[0]
+
+
+def _columns(name: str, line: Line) -> list[str]:
+    d = line.difference
+    interval = "-" if math.isnan(d.low) else f"[{number(d.low)}, {number(d.high)}]"
+    ps = ["-" if math.isnan(p) else f"{p:.3g}" for p in (d.p_value, line.p_value)]
+    return [heading(name), number(line.first.value), number(line.second.value),
+            f"{'+' if d.value > 0 else ''}{number(d.value)}", interval, *ps]  # fmt: skip
+
+
+def _headings(comparison: Comparison) -> list[str]:
+    return ["figure", comparison.first, comparison.second, "difference", "95 %", "p", "p (Holm)"]
+
+
+def show_comparison(comparison: Comparison, console: Console) -> None:
+    """Print table and verdict."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    first, *others = _headings(comparison)
+    table.add_column(first, no_wrap=True)
+    for heading_ in others:
+        table.add_column(heading_, justify="right")
+    for name, line in comparison.lines.items():
+        table.add_row(*_columns(name, line))
+    console.print(table)
+    console.print(f"{verdict(comparison)}\n\n{NOTE}", highlight=False)
+
+
+def write_comparison(out: Path, comparison: Comparison) -> None:
+    """Write comparison.json and comparison.md.
+
+    Raises:
+        StorageError: no space left.
+    """
+    heads = _headings(comparison)
+    rows = [_columns(name, line) for name, line in comparison.lines.items()]
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+    text = "\n".join(["# Comparison", "", *lines, "", verdict(comparison), "", NOTE, ""])
+    write_text(out / COMPARISON_MARKDOWN, text)
+    plain = {
+        "first": comparison.first,
+        "second": comparison.second,
+        "verdict": verdict(comparison),
+        "figures": {
+            name: {
+                "first": asdict(line.first),
+                "second": asdict(line.second),
+                "difference": asdict(line.difference),
+                "p_value_holm": line.p_value,
+                "better": better(name),
+            }
+            for name, line in comparison.lines.items()
+        },
+    }
+    write_json(out / COMPARISON_JSON, plain)

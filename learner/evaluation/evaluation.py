@@ -1,0 +1,209 @@
+"""An evaluation from start to end: real images, samples of every row, figures, results."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ConfigError
+from cluster.fleet import Fleet
+from cluster.io.locks import is_lock
+from cluster.io.run_layout import CAPTIONS, DISCOVERY_FILE
+from cluster.messages import SampleRequest
+from cluster.program.console import progress_bar
+from learner.config import RunConfig
+from learner.evaluation.held_out import real_images, requests_of
+from learner.evaluation.identity import identity_of
+from learner.evaluation.images import ImageSink, NpzSink, PngSink, write_images
+from learner.evaluation.kept import SAMPLES, KeptSamples
+from learner.evaluation.kept_real import REAL, read_real, real_identity, write_real
+from learner.evaluation.results import CSV, JSON, MARKDOWN, Results, write_results
+from learner.evaluation.rows import Row
+from learner.evaluation.sampling import GivenImages, sample_missing, score_missing
+from learner.evaluation.targets import Target
+from rewards.metrics.evaluation import Figure, MetricSettings, evaluate
+from rewards.metrics.samples import RealImages
+
+logger = logging.getLogger(__name__)
+
+LOG = "evaluate.log"
+IMAGES = "images"
+OURS = (SAMPLES, REAL, IMAGES, JSON, MARKDOWN, CSV, LOG, CAPTIONS, DISCOVERY_FILE)
+OpenFleet = Callable[[RunConfig, bool], AbstractContextManager[Fleet]]
+"""Opens a fleet; the flag says whether it samples, or scores given images alone."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Images that are written beside the figures."""
+
+    npz: bool = False
+    png: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a row needs."""
+
+    row: Row
+    config: RunConfig
+    """Of the row's policy."""
+    identity: Mapping[str, Any]
+    requests: Sequence[SampleRequest]
+    """None of given images."""
+    kept: KeptSamples
+
+
+def check_out(out: Path) -> None:
+    """Refuse a directory that holds anything else than an evaluation.
+
+    Raises:
+        ConfigError: names what is there.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: name a directory")
+    there = sorted(out.iterdir()) if out.is_dir() else []
+    ours = (*OURS, "comparison.json", "comparison.md")
+    others = [file.name for file in there if file.name not in ours and not is_lock(file)]
+    others = [name for name in others if not name.endswith(".partial")]
+    if others:
+        raise ConfigError(
+            f"--out {out} holds something else ({', '.join(others[:3])}): name another directory"
+        )
+
+
+def config_of(config: RunConfig, target: Target, *, own_tokenizer: bool = True) -> RunConfig:
+    """The configuration with the policy of a target.
+
+    Args:
+        own_tokenizer: and with its tokenizer, where it has one.
+    """
+    if target.policy is None:
+        return config
+    tokenizer = target.tokenizer if own_tokenizer else None
+    return replace(config, policy=target.policy, tokenizer=tokenizer or config.tokenizer)
+
+
+class Evaluation:
+    """Rows that are sampled, kept in a directory, and measured.
+
+    Args:
+        config: with conditions, judge and sampler of all rows.
+        configs: by name of the row, with its policy and tokenizer.
+        out: directory, which this process owns.
+    """
+
+    def __init__(
+        self, config: RunConfig, rows: Sequence[Row], configs: Mapping[str, RunConfig], out: Path
+    ) -> None:
+        self._config, self._out = config, out
+        self._identity = real_identity(config)
+        self._real: RealImages | None = read_real(out, self._identity)
+        self.work = [self._begin(row, configs[row.name]) for row in rows]
+
+    def _begin(self, row: Row, config: RunConfig) -> Work:
+        identity = identity_of(config, row)
+        if row.spec is None:
+            requests, sizes = list[SampleRequest](), GivenImages.open(row.target.images).sizes()
+        else:
+            requests = list(requests_of(config, row.spec))
+            sizes = [request.num_rollouts for request in requests]
+        folder = self._out / SAMPLES / row.folder
+        kept = KeptSamples.begin(folder, row.name, identity, sizes)
+        return Work(row, config, identity, requests, kept)
+
+    @property
+    def left(self) -> int:
+        """Images that are not sampled yet."""
+        return sum(len(work.kept) - work.kept.done for work in self.work)
+
+    def sample(self, open_fleet: OpenFleet) -> None:
+        """Sample and score what is missing, one fleet a policy.
+
+        Raises:
+            StopRequestedError: a stop was requested; complete parts are kept.
+        """
+        waiting = [work for work in self.work if work.kept.missing()]
+        if not waiting and self._real is None:
+            waiting = self.work[:1]  # its fleet has the judge
+        while waiting:
+            policy = waiting[0].config.policy if waiting[0].row.spec else None
+            together = [
+                work
+                for work in waiting
+                if (work.config.policy if work.row.spec else None) == policy
+            ]
+            waiting = [work for work in waiting if work not in together]
+            with open_fleet(together[0].config, policy is not None) as fleet:
+                self._see_real(fleet)
+                for work in together:
+                    if work.kept.missing():
+                        self._fill(fleet, work)
+
+    def _see_real(self, fleet: Fleet) -> None:
+        if self._real is not None:
+            return
+        logger.info(f"real images: {self._config.evaluation.images}")
+        self._real = real_images(self._config, fleet)
+        write_real(self._out, self._identity, self._real)
+
+    def _fill(self, fleet: Fleet, work: Work) -> None:
+        kept = work.kept
+        done = f", {kept.done} are there" if kept.done else ""
+        verb = "sampling" if work.row.spec else "scoring"
+        logger.info(f"{verb} {work.row.name}: {len(kept)} images{done}")
+        with progress_bar(work.row.name, len(kept), IMAGES, first=kept.done) as advance:
+            if work.row.spec is None:
+                given = GivenImages.open(work.row.target.images)
+                score_missing(work.config, fleet, given, kept, advance)
+            else:
+                sample_missing(fleet, work.requests, kept, advance)
+
+    def write_images(self, outputs: Outputs) -> None:
+        """Write the images that are asked for, of sampled rows.
+
+        Raises:
+            StorageError: no space left.
+        """
+        for work in self.work:
+            if work.row.spec is None:
+                continue
+            sinks = self._sinks(work, outputs)
+            if not sinks:
+                continue
+            task = f"images of {work.row.name}"
+            with (
+                ExitStack() as stack,
+                progress_bar(task, len(work.kept), IMAGES) as advance,
+            ):
+                entered = [stack.enter_context(sink) for sink in sinks]
+                write_images(work.config, work.kept, work.requests, entered, advance)
+
+    def _sinks(self, work: Work, outputs: Outputs) -> list[ImageSink]:
+        place = self._out / IMAGES / work.row.folder
+        sinks = list[ImageSink]()
+        if outputs.npz and not place.with_name(f"{place.name}.npz").is_file():
+            sinks.append(NpzSink(place.with_name(f"{place.name}.npz"), work.requests))
+        if outputs.png:
+            sinks.append(PngSink(place, work.requests))
+        return sinks
+
+    def results(self, settings: MetricSettings, about: Mapping[str, Any]) -> Results:
+        """Figures of all rows, from the kept samples; written to the directory.
+
+        Raises:
+            DataError: a file is damaged, or there are too few images.
+        """
+        real = self._real or RealImages()
+        figures = dict[str, Mapping[str, Figure]]()
+        for work in self.work:
+            logger.info(f"figures of {work.row.name}")
+            figures[work.row.name] = evaluate(work.kept.read(), real, settings)
+        identities = {work.row.name: work.identity for work in self.work}
+        results = Results(figures, identities, about)
+        write_results(self._out, results)
+        return results

@@ -1,0 +1,124 @@
+"""What kept samples are of: enough to decide whether they may be used again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.checkpoints.loading import CheckpointConfig
+from cluster.io.checksum import sha256_of
+from cluster.messages import Condition, FeatureRow
+from cluster.model_files.tensors import anywhere
+from learner.config import RunConfig, to_dict
+from learner.data.datasets import open_images
+from learner.evaluation.held_out import GROUP
+from learner.evaluation.rows import Row
+
+JUDGE = "judge"
+NAMES = ("policy.checkpoint", "tokenizer.checkpoint", "images.source")
+"""Fields for messages alone: a file that was moved is the same."""
+EVERY = 16  # hexadecimal digits of digests that are shown
+
+
+def identity_of(config: RunConfig, row: Row) -> dict[str, Any]:
+    """Everything that the samples of a row depend on, as plain values for JSON.
+
+    Reads the files of policy and tokenizer.
+
+    Raises:
+        CheckpointError, DataError: a file is missing.
+    """
+    judge = to_dict(config)[JUDGE]
+    if row.spec is None:
+        return {"images": _images(row.target.images), JUDGE: judge}
+    return {
+        "policy": _model(config.policy),
+        "tokenizer": _model(config.tokenizer),
+        "sampling": dataclasses.asdict(row.spec),
+        "seed": config.seed,
+        "num_images": config.evaluation.num_images,
+        "images_per_request": GROUP,
+        "image_size": config.evaluation.image_size,
+        "conditions": digest_of(config.conditions.conditions()),
+        "dtype": config.sampler.dtype,
+        "image_dtype": config.sampler.image_dtype,
+        JUDGE: judge,
+    }
+
+
+def _model(config: CheckpointConfig) -> dict[str, Any]:
+    return {
+        "checkpoint": config.checkpoint,
+        "architecture": config.architecture,
+        "ema": config.ema,
+        "sha256": file_digest(anywhere(config.source().file)),
+    }
+
+
+def _images(source: str) -> dict[str, Any]:
+    opened, path = open_images(source), Path(source).expanduser()
+    if isinstance(opened.images, np.ndarray):
+        digest = hashlib.sha256(opened.images.tobytes()).hexdigest()
+    else:
+        digest = file_digest(path) if path.is_file() else opened.images.fingerprint
+    return {"source": source, "count": len(opened), "digest": digest}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, or of all files directly in a directory, by name."""
+    if path.is_file():
+        return sha256_of(path)
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    text = "".join(f"{sha256_of(file)} {file.name}\n" for file in files)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def digest_of(conditions: Sequence[Condition]) -> str:
+    """SHA-256 of conditions: texts, classes and features, in order."""
+    found = hashlib.sha256()
+    for condition in conditions:
+        features, digest = condition.features, ""
+        if isinstance(features, FeatureRow):
+            digest = str(features.digest)
+        elif isinstance(features, np.ndarray):
+            digest = hashlib.sha256(np.ascontiguousarray(features).tobytes()).hexdigest()
+        found.update(repr((condition.text, condition.class_index, digest)).encode())
+    return found.hexdigest()
+
+
+def differences(
+    kept: Mapping[str, Any], wanted: Mapping[str, Any], besides: Sequence[str] = ()
+) -> list[str]:
+    """Fields in which two identities differ: "seed: 0, not 1".
+
+    Args:
+        besides: fields (or sections) that may differ.
+    """
+    left, right = _flat(kept), _flat(wanted)
+    found = []
+    for name in dict.fromkeys([*left, *right]):
+        part = any(name == each or name.startswith(f"{each}.") for each in (*NAMES, *besides))
+        if not part and left.get(name) != right.get(name):
+            found.append(f"{name}: {_short(left.get(name))}, not {_short(right.get(name))}")
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and len(value) == hashlib.sha256().digest_size * 2:
+        return f"{value[:EVERY]}..."
+    return "none" if value is None else repr(value)

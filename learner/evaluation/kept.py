@@ -1,0 +1,275 @@
+"""Kept samples: features, scores and tokens of a row's images, in parts on disk.
+
+    DIR/samples/ROW/manifest.json        what they are of (`learner.evaluation.identity`)
+    DIR/samples/ROW/part_000000.npz      the first images, about 1,000; then the next ones
+
+A part appears when it is complete, so that a command that was killed continues with the next one.
+Its arrays, of n images: `features/SPACE` (n, D) float32, `scores/SCORER` (n,) float32, and where
+the images were sampled `tokens` (n, T) int32, `entropies` (n,) float64 (mean over tokens, nats);
+they have classes, `classes` (n,) int64. Sampled images also have `conditions` (n,) int64, the place
+of each one's condition among all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import ConfigError, DataError
+from cluster.io.checksum import DAMAGED_ARRAYS
+from cluster.io.files import AGAIN, replacing, writing
+from cluster.io.strict_json import MALFORMED, dumps
+from learner.evaluation.identity import differences
+from rewards.metrics.samples import Samples
+
+PART = 1000
+"""Images of a part, at least, but for the last one."""
+FORMAT = 1
+MANIFEST = "manifest.json"
+SAMPLES = "samples"
+FEATURES, SCORES = "features/", "scores/"
+TOKENS, ENTROPIES = "tokens", "entropies"
+CLASSES, CONDITIONS = "classes", "conditions"
+CONTINUE = "give the same command again"
+Arrays = Mapping[str, np.ndarray]
+
+
+def parts_of(sizes: Sequence[int], least: int = PART) -> list[range]:
+    """Which requests each part holds.
+
+    Args:
+        sizes: images of each request.
+        least: images of a part, but for the last one.
+    """
+    parts, first, images = list[range](), 0, 0
+    for number, size in enumerate(sizes):
+        images += size
+        if images >= least or number == len(sizes) - 1:
+            parts.append(range(first, number + 1))
+            first, images = number + 1, 0
+    return parts
+
+
+class KeptSamples:
+    """The samples of a row on disk.
+
+    Args:
+        folder: of the row.
+        sizes: images of each request, in order.
+    """
+
+    def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
+        self.folder, self.parts = folder, parts_of(sizes)
+        self._images = [sum(sizes[number] for number in part) for part in self.parts]
+
+    @classmethod
+    def begin(
+        cls, folder: Path, name: str, identity: Mapping[str, Any], sizes: Sequence[int]
+    ) -> KeptSamples:
+        """New samples, or those that an earlier command kept.
+
+        Args:
+            name: of the row, for tables.
+
+        Raises:
+            ConfigError: the directory holds samples of something else; says what differs.
+        """
+        if (folder / MANIFEST).is_file():
+            check_identity(folder, identity)
+        else:
+            write_json(folder / MANIFEST, manifest(name, identity, sizes))
+        return cls(folder, sizes)
+
+    @classmethod
+    def open(cls, folder: Path) -> KeptSamples:
+        """Samples that are there.
+
+        Raises:
+            ConfigError: no samples are there, or not all yet.
+            DataError: the manifest is damaged.
+        """
+        kept = cls(folder, read_manifest(folder)["requests"])
+        if missing := kept.missing():
+            left = sum(kept._images[number] for number in missing)
+            raise ConfigError(
+                f"{folder}: {left} of {len(kept)} images are not sampled yet: give the command "
+                "that began them again"
+            )
+        return kept
+
+    def __len__(self) -> int:
+        """Images in all."""
+        return sum(self._images)
+
+    def file(self, number: int) -> Path:
+        return self.folder / f"part_{number:06d}.npz"
+
+    def missing(self) -> list[int]:
+        """Numbers of the parts that are not there."""
+        return [number for number in range(len(self.parts)) if not self.file(number).is_file()]
+
+    @property
+    def done(self) -> int:
+        """Images that are there."""
+        gone = set(self.missing())
+        return sum(images for number, images in enumerate(self._images) if number not in gone)
+
+    def write(self, number: int, arrays: Arrays) -> None:
+        """Write a part.
+
+        Raises:
+            StorageError: no space left.
+        """
+        path = self.file(number)
+        kept = f"The {self.done} images before it are kept"
+        with (
+            writing(path, kept=kept, then=CONTINUE),
+            replacing(path, durable=True) as partial,
+            partial.open("wb") as file,
+        ):
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    def read(self, wanted: Callable[[str], bool] = lambda name: name != TOKENS) -> Samples:
+        """All images, without tokens. Sampled ones alternate between the conditions, so that any
+        range has all of them in about equal shares: the splits of the Inception Score are ranges.
+
+        Args:
+            wanted: which arrays, by name; others are left on disk.
+
+        Raises:
+            DataError: a part is damaged.
+        """
+        arrays = self.arrays(wanted)
+        return Samples(
+            features=_under(arrays, FEATURES),
+            scores=_under(arrays, SCORES),
+            entropies=arrays.get(ENTROPIES),
+            classes=arrays.get(CLASSES),
+            conditions=arrays.get(CONDITIONS),
+        )
+
+    def arrays(self, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
+        """Arrays of all images in the order of `read`, each allocated once; read part by part.
+
+        Raises:
+            DataError: a part is damaged.
+        """
+        places = self._places()
+        whole: dict[str, np.ndarray] = {}
+        first = 0
+        for number, images in enumerate(self._images):
+            for name, values in self._read(number, wanted).items():
+                if number == 0:
+                    whole[name] = np.empty((len(self), *values.shape[1:]), values.dtype)
+                whole[name][places[first : first + images]] = values
+            first += images
+        return whole
+
+    def tokens(self) -> Iterator[np.ndarray]:
+        """Tokens (n, T) int32 of each part, in order.
+
+        Raises:
+            DataError: a part is damaged, or its images were given, not sampled.
+        """
+        for number in range(len(self.parts)):
+            found = self._read(number, lambda name: name == TOKENS)
+            if TOKENS not in found:
+                raise DataError(f"{self.file(number)}: no tokens: its images were not sampled")
+            yield found[TOKENS]
+
+    def _places(self) -> np.ndarray:
+        """(N,) the place of each sampled image among those that are read."""
+        numbers = range(len(self.parts))
+        found = [self._read(number, lambda name: name == CONDITIONS) for number in numbers]
+        if not all(CONDITIONS in arrays for arrays in found):
+            return np.arange(len(self))
+        return alternating([arrays[CONDITIONS] for arrays in found])
+
+    def _read(self, number: int, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
+        path, images = self.file(number), self._images[number]
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: file[name] for name in file.files if wanted(name)}
+        except DAMAGED_ARRAYS as error:
+            raise _damaged(path, str(error)) from error
+        for name, values in found.items():
+            if values.shape[:1] != (images,):
+                raise _damaged(path, f"{name}: expected {images} rows, found {values.shape[:1]}")
+        return found
+
+
+def alternating(conditions: Sequence[np.ndarray]) -> np.ndarray:
+    """(N,) places of images in an order that takes one image of each condition in turn.
+
+    Args:
+        conditions: of the images, in parts.
+    """
+    of_images = np.concatenate(conditions)
+    seen = dict[int, int]()
+    rounds = np.empty(len(of_images), np.int64)
+    for at, condition in enumerate(of_images.tolist()):
+        rounds[at] = seen[condition] = seen.get(condition, -1) + 1
+    places = np.empty(len(of_images), np.int64)
+    places[np.argsort(rounds, kind="stable")] = np.arange(len(of_images))
+    return places
+
+
+def _damaged(path: Path, why: str) -> DataError:
+    return DataError(f"{path}: damaged ({why}): remove it, and {CONTINUE}: it is sampled again")
+
+
+def _under(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def manifest(name: str, identity: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, Any]:
+    return {"format": FORMAT, "name": name, "identity": identity, "requests": list(sizes)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a row: its name, identity, and images of each request.
+
+    Raises:
+        ConfigError: there is none.
+        DataError: it is damaged, or of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']}, expected {FORMAT}")
+        if not (isinstance(found["name"], str) and isinstance(found["identity"], dict)):
+            raise ValueError("name and identity are expected")
+        if not all(type(size) is int and size > 0 for size in found["requests"]):
+            raise ValueError("requests must be numbers of images")
+    except OSError as error:
+        raise ConfigError(f"{folder}: no kept samples here ({error})") from error
+    except MALFORMED as error:
+        raise DataError(
+            f"{path}: not a readable manifest ({error}): remove {folder}, and its images are "
+            "sampled again"
+        ) from error
+    return dict(found)
+
+
+def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Compare the samples in a directory with what is wanted.
+
+    Raises:
+        ConfigError: says what differs.
+    """
+    if found := differences(read_manifest(folder)["identity"], identity):
+        raise ConfigError(
+            f"{folder} holds samples of something else ({'; '.join(found)}): name another --out, "
+            "or remove that directory to sample again"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Raises StorageError: it cannot be written."""
+    with writing(path, then=AGAIN), replacing(path, durable=True) as partial:
+        partial.write_text(dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

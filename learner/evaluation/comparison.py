@@ -14,9 +14,15 @@ from rich.table import Table
 
 from cluster.errors import ConfigError
 from cluster.io.paths import expand_user
-from learner.evaluation.identity import differences
-from learner.evaluation.kept import MANIFEST, SAMPLES, KeptSamples, read_manifest, write_json
-from learner.evaluation.kept_real import read_real
+from learner.evaluation.kept.identity import differences
+from learner.evaluation.kept.real import read_real
+from learner.evaluation.kept.samples import (
+    MANIFEST,
+    SAMPLES,
+    KeptSamples,
+    read_manifest,
+    write_json,
+)
 from learner.evaluation.results import JSON, better, heading, number, write_text
 from rewards.metrics.evaluation import (
     Difference,

@@ -17,10 +17,10 @@ from cluster.messages import SampleRequest
 from cluster.program.console import progress_bar
 from learner.config import RunConfig
 from learner.evaluation.held_out import real_images, requests_of
-from learner.evaluation.identity import identity_of
-from learner.evaluation.images import ImageSink, NpzSink, PngSink, write_images
-from learner.evaluation.kept import SAMPLES, KeptSamples
-from learner.evaluation.kept_real import REAL, read_real, real_identity, write_real
+from learner.evaluation.kept.identity import identity_of
+from learner.evaluation.kept.images import ImageSink, NpzSink, PngSink, write_images
+from learner.evaluation.kept.real import REAL, read_real, real_identity, write_real
+from learner.evaluation.kept.samples import SAMPLES, KeptSamples
 from learner.evaluation.results import CSV, JSON, MARKDOWN, Results, write_results
 from learner.evaluation.rows import Row
 from learner.evaluation.sampling import GivenImages, sample_missing, score_missing

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.io.files import replacing, writing
-from learner.evaluation.kept import CONTINUE, write_json
+from learner.evaluation.kept.samples import CONTINUE, write_json
 from rewards.metrics.evaluation import BETTER, Figure
 
 JSON, MARKDOWN, CSV = "results.json", "results.md", "results.csv"

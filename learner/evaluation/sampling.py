@@ -15,7 +15,7 @@ from cluster.messages import Condition, GroupScores, SampleRequest, SamplingSpec
 from learner.config import RunConfig
 from learner.data.datasets import ImageSet, load_labels, open_images
 from learner.evaluation.held_out import GROUP, PANEL
-from learner.evaluation.kept import (
+from learner.evaluation.kept.samples import (
     CLASSES,
     CONDITIONS,
     ENTROPIES,

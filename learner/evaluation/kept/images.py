@@ -25,7 +25,7 @@ from cluster.io.files import writing
 from cluster.messages import SampleRequest
 from cluster.program.precision import start_computing
 from learner.config import RunConfig
-from learner.evaluation.kept import CONTINUE, KeptSamples, alternating
+from learner.evaluation.kept.samples import CONTINUE, KeptSamples, alternating
 from learner.evaluation.sampling import condition_numbers
 from learner.rollouts.images import token_grid
 

@@ -1,6 +1,6 @@
 """Kept samples: features, scores and tokens of a row's images, in parts on disk.
 
-    DIR/samples/ROW/manifest.json        what they are of (`learner.evaluation.identity`)
+    DIR/samples/ROW/manifest.json        what they are of (`learner.evaluation.kept.identity`)
     DIR/samples/ROW/part_000000.npz      the first images, about 1,000; then the next ones
 
 A part appears when it is complete, so that a command that was killed continues with the next one.
@@ -23,7 +23,7 @@ from cluster.errors import ConfigError, DataError
 from cluster.io.checksum import DAMAGED_ARRAYS
 from cluster.io.files import AGAIN, replacing, writing
 from cluster.io.strict_json import MALFORMED, dumps
-from learner.evaluation.identity import differences
+from learner.evaluation.kept.identity import differences
 from rewards.metrics.samples import Samples
 
 PART = 1000

@@ -20,8 +20,8 @@ from cluster.io.paths import expand_user
 from cluster.io.strict_json import MALFORMED
 from learner.config import RunConfig, to_dict
 from learner.data.datasets import DIGITS
-from learner.evaluation.identity import JUDGE, differences, file_digest
-from learner.evaluation.kept import CONTINUE, FEATURES, MANIFEST, write_json
+from learner.evaluation.kept.identity import JUDGE, differences, file_digest
+from learner.evaluation.kept.samples import CONTINUE, FEATURES, MANIFEST, write_json
 from rewards.distribution.reference import Reference
 from rewards.metrics.samples import RealImages
 from rewards.reference.fetch import reference_file

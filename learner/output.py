@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
+from tyro.constructors import PrimitiveConstructorSpec
 
 from cluster.messages import MOST_CFG_SCALE
 
@@ -16,6 +17,32 @@ FIGURES = (*COMPARED, "accuracy", "clip", "entropy")
 
 LOCAL = ("file", "local")
 """URL schemes of local directories."""
+
+
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+def _names(words: list[str]) -> tuple[str, ...]:
+    """`wandb,mlflow` and `wandb mlflow` -> the names.
+
+    Raises:
+        ValueError: says which are known.
+    """
+    names = tuple(name for word in words for name in word.split(",") if name)
+    known = get_args(LoggerName)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"expected some of {', '.join(known)}, found {', '.join(unknown)}")
+    return tuple(dict.fromkeys(names))
+
+
+Names = PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[{" + ",".join(get_args(LoggerName)) + "} ...]",
+    instance_from_str=_names,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=list,
+)
+"""How the command line takes the names of loggers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +98,10 @@ class OutputConfig:
     gallery_rows: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Classes in galleries, by index (captions by their number in the file, from 0). Empty: all, or
     16 evenly spaced ones."""
+    loggers: Annotated[tuple[LoggerName, ...], Names] = ("tensorboard",)
+    """Tools that show curves and galleries: tensorboard, wandb (Weights & Biases), mlflow, by their
+    own settings (WANDB_MODE, MLFLOW_TRACKING_URI); --output.loggers wandb,mlflow. --resume
+    continues their runs."""
     rollouts: bool = True
     """Write every rollout with its scores to Parquet."""
 

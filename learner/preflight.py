@@ -29,6 +29,7 @@ from learner.data.conditions import DIGITS as DIGIT_NAMES
 from learner.data.conditions import ConditionsConfig
 from learner.data.image_checks import check_fit, check_images, fetched
 from learner.evaluation.preflight import check_evaluation
+from learner.loggers.opening import check_loggers
 from learner.monitoring.gallery import gallery_rows
 from learner.rollouts.feature_space import (
     RewardSpace,
@@ -71,6 +72,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
         findings.problem(
             "learner.lora", "peft to be installed", "none", "pip install 'tessera-rl[lora]'"
         )
+    check_loggers(config, findings)
     with findings.of("output.gallery_rows"):
         if config.output.gallery_rows and not config.conditions.captions:  # which may be many
             gallery_rows(config)

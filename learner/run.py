@@ -239,7 +239,10 @@ def carry_out(
                 logger.warning(f"note: {line}")
             ray = None if command.inline else config.ray
             plan, need = fleet_plan(config), store_need(config)
-            with open_loggers(run) as loggers, open_fleet(plan, need, run.path, stop, ray) as fleet:
+            with (
+                open_loggers(config, run, command.from_step) as loggers,
+                open_fleet(plan, need, run.path, stop, ray) as fleet,
+            ):
                 started()
                 experiment = Experiment(
                     config,

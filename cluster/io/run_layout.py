@@ -11,6 +11,7 @@ run/
   rollouts/iteration_000001.parquet
   gallery/step_000050.png .json    a sheet of images; where each is, what it shows, its rewards
   tensorboard/
+  loggers.json  wandb/             runs of other loggers; what Weights & Biases keeps here
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ CHECKPOINTS = "checkpoints"
 ROLLOUTS = "rollouts"
 GALLERY = "gallery"
 TENSORBOARD = "tensorboard"
+LOGGERS = "loggers.json"
 BASE_GALLERY = "base.png"
 BEFORE_AFTER = "before_after.png"
 """In the gallery: images of the base policy and of the tuned one, side by side."""

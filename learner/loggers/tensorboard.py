@@ -19,6 +19,8 @@ FLUSH_S = 10  # seconds: what a kill may take from the curves
 class TensorBoard:
     """Event files in a folder."""
 
+    run_id = ""
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: SummaryWriter | None = None
@@ -33,9 +35,10 @@ class TensorBoard:
     def scalars(self, values: Values, step: int) -> None:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-            if name.startswith(f"{EVALUATION}/"):
-                old = name.replace(EVALUATION, OLD_EVALUATION, 1)
-                self._events.add_scalar(old, value, step)
+
+    def evaluation(self, figures: Values, step: int) -> None:
+        for prefix in (EVALUATION, OLD_EVALUATION):
+            self.scalars({f"{prefix}/{name}": value for name, value in figures.items()}, step)
 
     def histograms(self, values: Mapping[str, np.ndarray], step: int) -> None:
         for name, array in values.items():

@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from cluster.errors import DataError
-
-HELD = 1 << 24  # distances in memory at a time: 128 MiB
-COLUMNS = 4096  # features in float64 at a time
-PRECISION = 1e-12  # of a squared distance by a matrix product, relative to the squared norms
+from rewards.metrics.pairs import Points, distances, scale_of
 
 
 @dataclass(frozen=True)
@@ -70,18 +68,19 @@ def neighbourhoods(
             f"nearest neighbours with k = {k} need more than {k} images, found {len(real)} real "
             f"and {len(generated)} generated"
         )
-    real_radius = kth_distances(real, k) if real_radius is None else real_radius
-    generated_radius = kth_distances(generated, k)
     centre = real.mean(0, dtype=np.float64)
+    scale = scale_of(centre, real, generated)
+    ours, theirs = (Points.of(each, centre, scale) for each in (generated, real))
+    real_radius = _kth_distances(theirs, k) if real_radius is None else real_radius
+    generated_radius = _kth_distances(ours, k)
     around = np.zeros(len(generated), np.int64)
     near, covered = np.zeros((2, len(real)), bool)
-    for rows, squares, slack in _squared_distances(real, generated, centre):
-        reach = real_radius[rows, None]
-        inside = _below(squares, reach, slack, real[rows], generated)
-        around += inside.sum(0)
-        covered[rows] = inside.any(1)
-        inside = _below(squares, generated_radius[None], slack, real[rows], generated)
-        near[rows] = inside.any(1)
+    for at, products in theirs.products(ours):
+        row, column = _closer(products, real_radius[at, None], theirs, at, ours)
+        around += np.bincount(column, minlength=len(generated))
+        covered[at.start + row] = True
+        row, _ = _closer(products, generated_radius[None], theirs, at, ours)
+        near[at.start + row] = True
     return Neighbourhoods(around, near, covered, k)
 
 
@@ -97,89 +96,74 @@ def fidelity(real: np.ndarray, generated: np.ndarray, k: int = 5) -> dict[str, f
 
 
 def kth_distances(features: np.ndarray, k: int) -> np.ndarray:
-    """(N,) distance of each row to its k-th nearest other row."""
-    radius = np.empty(len(features))
+    """(N,) float64 distance of each row of (N, D) to its k-th nearest other row."""
     centre = features.mean(0, dtype=np.float64)
-    for rows, squares, slack in _squared_distances(features, features, centre):
-        kth = np.partition(squares, k, axis=1)[:, k, None]
-        below = (squares < kth - slack).sum(1)  # certainly nearer; the next are computed exactly
-        row, column = np.nonzero(np.abs(squares - kth) <= slack)
-        exact = _distances(features[rows], row, features, column)
-        order = np.lexsort((exact, row))
-        firsts = np.searchsorted(row[order], np.arange(len(squares)))
-        radius[rows] = exact[order][firsts + k - below]
-    return radius
+    return _kth_distances(Points.of(features, centre, scale_of(centre, features)), k)
 
 
 def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k of (N, D) features that are nearest to each of (M, D) queries.
 
     Returns:
-        (M, k) their rows, nearest first, and (M, k) float64 distances.
+        (M, k) their rows, nearest first, and (M, k) float64 distances; fewer columns where there
+        are fewer features.
     """
     k = min(k, len(features))
-    rows, distances = np.empty((len(queries), k), np.int64), np.empty((len(queries), k))
     centre = features.mean(0, dtype=np.float64)
-    for at, squares, _ in _squared_distances(queries, features, centre):
-        chosen = np.argsort(squares, axis=1, kind="stable")[:, :k]
-        query = np.repeat(np.arange(len(squares)), k)
-        exact = _distances(queries[at], query, features, chosen.ravel()).reshape(chosen.shape)
-        order = np.argsort(exact, axis=1, kind="stable")
-        rows[at] = np.take_along_axis(chosen, order, axis=1)
-        distances[at] = np.take_along_axis(exact, order, axis=1)
-    return rows, distances
+    scale = scale_of(centre, features, queries)
+    ours, theirs = (Points.of(each, centre, scale) for each in (queries, features))
+    rows, found = np.empty((len(queries), k), np.int64), np.empty((len(queries), k))
+    for at, columns, apart in _nearest(ours, theirs, k):
+        rows[at], found[at] = columns, apart
+    return rows, found
 
 
-def _squared_distances(
-    left: np.ndarray, right: np.ndarray, centre: np.ndarray
+def _kth_distances(points: Points, k: int) -> np.ndarray:
+    radius = np.empty(len(points))
+    for at, _, apart in _nearest(points, points, k + 1):  # the first is the point itself, or equal
+        radius[at] = apart[:, k]
+    return radius
+
+
+def _nearest(
+    queries: Points, points: Points, k: int
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Squared distances of some rows of `left` (N, D) to all of `right` (M, D), as matrix products.
+    """Some queries, and (R, k) columns and distances of their nearest points, in order."""
+    for at, products in queries.products(points):
+        kth = torch.topk(torch.from_numpy(products), k).values[:, -1:].numpy()
+        # the error of the k-th largest is no more than the largest error, and so is a product's
+        low, _ = _fp32(kth - 2 * (queries.errors[at, None] + points.errors.max()), kth)
+        row, column = np.divmod(np.flatnonzero(products >= low), len(points))
+        exact = distances(queries.features[at], row, points.features, column)
+        order = np.lexsort((column, exact, row))
+        firsts = np.searchsorted(row[order], np.arange(len(products)))
+        taken = order[firsts[:, None] + np.arange(k)]
+        yield at, column[taken], exact[taken]
+
+
+def _closer(
+    products: np.ndarray, radius: np.ndarray, left: Points, at: slice, right: Points
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the pairs whose distance is less than a radius.
 
     Args:
-        centre: (D,) near the points, against cancellation.
-
-    Yields:
-        The rows, their squared distances (R, M) and error bounds (R, M); use `_distances` where an
-        error matters.
+        products: (R, M) of the points `at` of `left`, and all of `right`.
+        radius: broadcast to (R, M).
     """
-    norms = np.concatenate(
-        [np.square(right[at] - centre).sum(1) for at in _slices(len(right), COLUMNS)]
-    )
-    size = max(HELD // len(right), 1)
-    for rows in _slices(len(left), size):
-        ours = left[rows] - centre
-        sums = np.square(ours).sum(1)[:, None] + norms
-        squares = np.concatenate(
-            [ours @ (right[at] - centre).T for at in _slices(len(right), COLUMNS)], axis=1
-        )
-        squares *= -2
-        squares += sums
-        sums *= PRECISION
-        yield rows, squares, sums
+    bound = -np.square(radius * left.scale) / 2
+    low, _ = _fp32(bound - left.errors[at, None].max() - right.errors.max(), bound)
+    row, column = np.divmod(np.flatnonzero(products > low), products.shape[1])
+    gap = products[row, column] - np.broadcast_to(bound, products.shape)[row, column]
+    error = left.errors[at][row] + right.errors[column]
+    inside = gap > error
+    check = np.flatnonzero(np.abs(gap) <= error)
+    exact = distances(left.features[at], row[check], right.features, column[check])
+    reach = np.broadcast_to(radius, products.shape)[row[check], column[check]]
+    inside[check] = exact < reach
+    return row[inside], column[inside]
 
 
-def _below(
-    squares: np.ndarray, bound: np.ndarray, slack: np.ndarray, left: np.ndarray, right: np.ndarray
-) -> np.ndarray:
-    """(R, M) bool: whether distances are below a bound (broadcast to (R, M))."""
-    square_bound = np.square(bound)
-    inside = squares < square_bound
-    row, column = np.nonzero(np.abs(squares - square_bound) <= slack)
-    exact = _distances(left, row, right, column)
-    inside[row, column] = exact < np.broadcast_to(bound, squares.shape)[row, column]
-    return inside
-
-
-def _distances(
-    left: np.ndarray, row: np.ndarray, right: np.ndarray, column: np.ndarray
-) -> np.ndarray:
-    """(P,) exact distances of pairs of rows, reproducible for a pair."""
-    found = np.empty(len(row))
-    for at in _slices(len(row), COLUMNS):
-        gaps = np.subtract(left[row[at]], right[column[at]], dtype=np.float64)
-        found[at] = np.sqrt(np.square(gaps).sum(1))
-    return found
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(at, min(at + size, length)) for at in range(0, length, size))
+def _fp32(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds as float32, rounded outwards."""
+    below, above = low.astype(np.float32), high.astype(np.float32)
+    return np.nextafter(below, -np.inf), np.nextafter(above, np.inf)

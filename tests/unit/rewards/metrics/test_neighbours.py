@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import DataError
-from rewards.metrics import neighbours
+from rewards.metrics import pairs
 from rewards.metrics.neighbours import fidelity
 
 
@@ -47,9 +47,9 @@ def test_duplicates_and_ties_count_as_in_the_definitions(monkeypatch: pytest.Mon
         "the same": real,
         "one point": np.repeat(real[:1], 30, axis=0),
     }
-    for held in (neighbours.HELD, 100):
-        monkeypatch.setattr(neighbours, "HELD", held)
-        monkeypatch.setattr(neighbours, "COLUMNS", 7 if held == 100 else 4096)
+    for held in (pairs.HELD, 100):
+        monkeypatch.setattr(pairs, "HELD", held)
+        monkeypatch.setattr(pairs, "EXACT", 7 if held == 100 else 4096)
         for name, generated in sets.items():
             found = fidelity(real, generated, k=3)
             for figure, value in by_definition(real, generated, 3).items():

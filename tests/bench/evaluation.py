@@ -51,12 +51,12 @@ def main(options: Options) -> None:
     print(f"inputs: {sum(array.nbytes for array in sizes) / 2**30:.2f} GiB of features")
     result("peak_gib_before", peak())
     with threadpool_limits(options.threads), stages(options.threads):
-        start = time.perf_counter(), time.process_time()
+        start = clocks()
         settings = evaluation.MetricSettings(
             neighbours=options.neighbours, bootstrap=options.bootstrap
         )
         figures = evaluation.evaluate(samples, real, settings)
-        report("whole", start, options.threads)
+        report("whole", *start, options.threads)
     for name, figure in figures.items():
         print(f"{name:16} {figure.value:.6g}  [{figure.low:.6g}, {figure.high:.6g}]")
     result("peak_gib", peak())
@@ -76,10 +76,13 @@ def stages(threads: int) -> Iterator[None]:
 
     def timed(function: Callable[..., object], figure: str) -> Callable[..., object]:
         def run(*args: object) -> object:
-            start = time.perf_counter(), time.process_time()
+            start = clocks()
             found = function(*args)
-            space = "spatial_" if SPATIAL in args else ""
-            report(space + figure, start, threads)
+            report(
+                "sfid" if isinstance(args[0], str) and args[0] == "sfid" else figure,
+                *start,
+                threads,
+            )
             return found
 
         return run
@@ -124,10 +127,15 @@ def inputs(options: Options, generator: np.random.Generator) -> tuple[RealImages
     return RealImages({MAIN_SPACE: real}, references), samples
 
 
-def report(figure: str, start: tuple[float, float], threads: int) -> None:
-    wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-    result(f"{figure}_s", wall)
-    result(f"cpu_{figure}_s", cpu / threads)
+def clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def report(figure: str, wall: float, cpu: float, threads: int) -> None:
+    """Print the time since these clocks."""
+    now = clocks()
+    result(f"{figure}_s", now[0] - wall)
+    result(f"cpu_{figure}_s", (now[1] - cpu) / threads)
 
 
 def result(figure: str, value: float) -> None:

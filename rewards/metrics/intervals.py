@@ -27,6 +27,7 @@ import numpy as np
 import scipy.special
 
 Units = Literal["images", "real", "conditions", ""]
+HELD = 1 << 20  # units drawn at a time: 8 MiB
 TAIL = 0.025  # outside a 95 % interval, on either side
 
 
@@ -154,11 +155,12 @@ def _resampled(
     for (units, count), columns in of_units.items():
         generator = np.random.default_rng([*key, *units.encode()])
         influences = np.stack(list(columns.values()), axis=1)
-        means = np.empty((resamples, len(columns)))
-        for at in range(resamples):
-            taken = generator.integers(count, size=count)
-            means[at] = np.bincount(taken, minlength=count) @ influences
-        means /= count
+        means, size = np.empty((resamples, len(columns))), max(HELD // count, 1)
+        for at in range(0, resamples, size):
+            rows = np.arange(min(size, resamples - at))[:, None]
+            taken = generator.integers(count, size=(len(rows), count)) + rows * count
+            times = np.bincount(taken.ravel(), minlength=len(rows) * count)
+            means[at : at + size] = times.reshape(len(rows), count) @ influences / count
         found |= dict(zip(columns, means.T))
     return found
 

@@ -20,6 +20,7 @@ SMALLEST = {
     "commits": "--dim 64 --counts 4 16 --iterations 4 --seed-images 300 --window 900 --plain 1",
     "decode": "--size tiny --batch 1 --grid 2 --repeats 1 --cfg-scales 1 2",
     "dispatch": "--waiting 32 --workers 4",
+    "evaluation": "--images 60 --real 50 --dim 8 --spatial 6 --logits 5 --classes 6 --bootstrap 20",
     "gpu": "--device cpu --tiny",
     "hpsv2": "--small --images 1 --rounds 1 --calls 1 --size 32",
     "iteration": "--iterations 1 --groups 1 --rollouts 2",

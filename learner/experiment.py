@@ -24,7 +24,7 @@ from learner.checkpoints.checkpoint import Checkpoint, restore
 from learner.checkpoints.store import CheckpointStore
 from learner.config import RunConfig
 from learner.data.conditions import ConditionsConfig
-from learner.evaluation import held_out
+from learner.evaluation.in_run import RunEvaluations
 from learner.evaluation.nearest import no_neighbours, write_nearest
 from learner.loggers.logger import Loggers
 from learner.loop import Iteration, failures, prepare, train
@@ -37,16 +37,14 @@ from learner.monitoring.gallery import (
     shown_note,
 )
 from learner.monitoring.guards import Guards, SlowServers
-from learner.monitoring.metrics import Recorder, append_evaluation, read_metrics
+from learner.monitoring.metrics import Recorder, read_metrics
 from learner.monitoring.timeline import RoleUse, bottleneck
 from learner.report import write_report
 from learner.rollouts.feature_space import RewardSpace, set_reference
 from learner.rollouts.prefetch import Pipeline
 from learner.runs import records
-from learner.runs.records import TUNED
 from learner.runs.run_dir import RunDirectory
 from rewards.combine import Combiner
-from rewards.metrics.samples import RealImages
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +76,7 @@ class Experiment:
         self._run, self._fleet = run, fleet
         self._console, self._should_stop = console, should_stop
         self._from_step, self._last_checkpoint = from_step, last_checkpoint
-        self._table = run.read_evaluation()
-        self._real: RealImages | None = None
+        self._evaluations = RunEvaluations(config, run, fleet)
         self._space = RewardSpace()
         self._shares: list[RoleUse] = []
         self._checkpoints = CheckpointStore(run, config)
@@ -104,7 +101,7 @@ class Experiment:
         lost = ""
         try:
             done = self._train_with_recovery()
-            if done == self._config.iterations:
+            if self._ended(done):
                 return True
             stopped = f"after {done} of {self._config.iterations} iterations"
             lost = self._save_last_checkpoint(done if self._last_checkpoint() else None)
@@ -123,13 +120,17 @@ class Experiment:
             try:
                 done = self._train(self._prepare_fleet())
                 self._checkpoints.wait()  # the last one needs its learner
-                if done == self._config.iterations:
-                    self._finish()
+                if self._ended(done):
+                    self._finish(done)
                 return done
             except LearnerLostError as error:
                 if self._should_stop():
                     raise LostWhileStoppingError(f"{error} while the run stopped") from error
                 self._fleet.recover_learner(error)
+
+    def _ended(self, done: int) -> bool:
+        """Whether training is over, after its last iteration or before (`evaluation.patience`)."""
+        return done == self._config.iterations or bool(self._evaluations.ended)
 
     def _prepare_fleet(self) -> int:
         """Set conditions, reference and state of the fleet; returns the first iteration."""
@@ -137,6 +138,7 @@ class Experiment:
             self._run.write_config(self._requested)
         conditions = self._fleet.serve_while(self._read_conditions)
         self._config = replace(self._requested, conditions=conditions)
+        self._evaluations.config = self._config
         self._space = set_reference(self._config, self._fleet)
         return self.restore()
 
@@ -177,6 +179,7 @@ class Experiment:
                 "is done again; a larger --iterations trains on"
             )
         self._evaluate_if_missed(found)
+        self._evaluations.resume(found.step)
         return found.step
 
     def _start_new(self) -> int:
@@ -193,8 +196,7 @@ class Experiment:
         if some := shown_note(self._config):
             logger.info(f"note: galleries show {some}; --output.gallery-rows names others")
         self._gallery(BASE_GALLERY, 0)
-        for row in held_out.base_rows(self._config):
-            self._fill_table_row(row)
+        self._evaluations.base()
         return 0
 
     def _train(self, first: int) -> int:
@@ -235,13 +237,15 @@ class Experiment:
             self._save_what_is_due(done.metrics["iteration"])
 
         try:
+            if self._evaluations.ended:  # a resumed run that had ended early
+                return first
             return train(
                 config,
                 self._fleet,
                 self._space,
                 first,
                 after,
-                self._should_stop,
+                lambda: self._should_stop() or bool(self._evaluations.ended),
                 run.path.name,
                 self._combiner,
                 self._pipeline,
@@ -255,14 +259,25 @@ class Experiment:
         output, figures = self._config.output, dict[str, float]()
         self._checkpoints.poll()
         with contextlib.suppress(StopRequestedError):  # the main loop ends right after this
-            if self._evaluation_due(done) and self._recorder is not None:
-                figures = self._evaluate()
+            if self._evaluations.due(done) and self._recorder is not None:
+                figures = self._evaluations.current()
                 self._recorder.record_evaluation(done, figures)
         if figures or done % output.checkpoint_every == 0 or done == self._config.iterations:
             self._checkpoint(done, figures)
         if output.gallery_every and done % output.gallery_every == 0:
             with contextlib.suppress(StopRequestedError):
                 self._gallery(f"{step_name(done)}.png", done)
+        if figures:
+            found = self._evaluations.conclude(done)
+            if found.stop:
+                self._checkpoints.wait()  # the evaluation's own is kept
+            found.enforce()
+
+    def _evaluate_if_missed(self, found: Checkpoint) -> None:
+        """Repeat the evaluation of a checkpoint's step that a stop interrupted."""
+        self._evaluations.forget_tuned()
+        if self._evaluations.due(found.step) and not found.manifest.figures:
+            self._checkpoints.add_figures(found, self._evaluations.repeat(found.step))
 
     def _checkpoint(self, done: int, figures: dict[str, float] | None = None) -> None:
         if self._saved_step == done:
@@ -295,44 +310,6 @@ class Experiment:
             text += f"; go on with\n  {resume_command(self._run.path)}"
         (logger.warning if lost else logger.info)(text)
 
-    def _evaluation_due(self, done: int) -> bool:
-        every = self._config.evaluation.every
-        return bool(every) and done % every == 0
-
-    def _evaluate(self) -> dict[str, float]:
-        """Evaluate the current policy as the tuned one is evaluated at the end.
-
-        Raises:
-            StopRequestedError: a stop was requested meanwhile.
-        """
-        spec = held_out.tuned_row(self._config).spec
-        return held_out.evaluate_policy(self._config, self._fleet, spec, self._real_images())
-
-    def _evaluate_if_missed(self, found: Checkpoint) -> None:
-        """Repeat the evaluation of a checkpoint's step that a stop interrupted."""
-        if self._table.pop(TUNED, None):  # of an earlier, longer or shorter run
-            self._run.write_evaluation(self._table)
-        if self._evaluation_due(found.step) and not found.manifest.figures:
-            records.truncate(self._run, found.step, rollouts=False)
-            figures = self._evaluate()
-            append_evaluation(self._run, found.step, figures)
-            self._checkpoints.add_figures(found, figures)
-
-    def _fill_table_row(self, row: held_out.TableRow) -> None:
-        """Evaluate one row of the table, unless it is there."""
-        if not self._config.evaluation.num_images or row.name in self._table:
-            return
-        logger.info(f"evaluating: {row.name}")
-        self._table[row.name] = held_out.evaluate_policy(
-            self._config, self._fleet, row.spec, self._real_images()
-        )
-        self._run.write_evaluation(self._table)
-
-    def _real_images(self) -> RealImages:
-        if self._real is None:
-            self._real = held_out.real_images(self._config, self._fleet)
-        return self._real
-
     def _gallery(self, name: str, done: int) -> None:
         """Write a contact sheet of the current policy after `done` iterations, with rewards."""
         gallery = sample_gallery(self._config, self._fleet)
@@ -342,16 +319,16 @@ class Experiment:
         self._fleet.serve_while(lambda: save_gallery(gallery, sheet, done, file))
         self._loggers.images(GALLERY, sheet.pixels, done)
 
-    def _nearest(self, file: Path) -> None:
+    def _nearest(self, file: Path, done: int) -> None:
         """Write the real images that are nearest to some of the tuned policy's."""
         config = self._config
-        real = self._real_images() if config.evaluation.num_images else None
+        real = self._evaluations.real() if config.evaluation.num_images else None
         if why := no_neighbours(config, real):
             logger.info(f"note: no {file.name} of the nearest real images: {why}")
             return
         assert real is not None
         self._run.check_owned()
-        write_nearest(config, self._fleet, real, config.iterations, file)
+        write_nearest(config, self._fleet, real, done, file)
 
     def _report_progress(self, stage: str, metrics: Mapping[str, Any] | None = None) -> None:
         """Update the progress that `cluster.status` shows."""
@@ -367,23 +344,24 @@ class Experiment:
         )
         self._fleet.report_progress(self._progress)
 
-    def _finish(self) -> None:
-        """After the last iteration: evaluation of the tuned policy, galleries, report."""
+    def _finish(self, done: int) -> None:
+        """After `done` iterations of training: last evaluation, galleries, report."""
         self._report_progress("after training, in the last evaluation")
-        self._table.pop(TUNED, None)  # of an earlier, shorter run
-        self._fill_table_row(held_out.tuned_row(self._config))
+        self._evaluations.tuned()
         gallery = self._run.gallery
-        self._nearest(gallery / NEAREST)
-        self._gallery(TUNED_GALLERY, self._config.iterations)
+        self._nearest(gallery / NEAREST, done)
+        self._gallery(TUNED_GALLERY, done)
         sheets = {"base policy": gallery / BASE_GALLERY, "tuned policy": gallery / TUNED_GALLERY}
         # a run directory that was restored from a URL has no images of the base policy
         there = {name: file for name, file in sheets.items() if file.is_file()}
         save_side_by_side(there, gallery / BEFORE_AFTER)
-        self._fleet.serve_while(lambda: write_report(self._run, self._config, self._table))
+        self._fleet.serve_while(
+            lambda: write_report(self._run, self._config, self._evaluations.table)
+        )
         files = (self._run.report, self._run.config, self._run.evaluation, gallery / BEFORE_AFTER)
-        self._loggers.finish(self._table, files)
-        if self._table:
-            self._console.table(self._table)
+        self._loggers.finish(self._evaluations.table, files)
+        if self._evaluations.table:
+            self._console.table(self._evaluations.table)
         if self._shares:
             inline = isinstance(self._fleet, InlineFleet)
             advice = bottleneck(self._shares, self._config.max_staleness, inline=inline)

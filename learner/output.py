@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 from tyro.constructors import PrimitiveConstructorSpec
 
+from cluster.io.strict_json import number
 from cluster.messages import MOST_CFG_SCALE
+from learner.training.skips import Action
+from rewards.metrics.evaluation import BETTER
 
-COMPARED = ("fid", "density", "coverage", "precision", "recall")
-"""Figures that compare with real images."""
-FIGURES = (*COMPARED, "accuracy", "clip", "entropy")
+FIGURES = tuple(name for name in BETTER if name not in ("images", "vendi"))
 """What `output.keep_best` may name."""
+ALONE = ("accuracy", "clip", "hps", "inception_score", "entropy")
+"""Those that do not compare with real images."""
 
 LOCAL = ("file", "local")
 """URL schemes of local directories."""
@@ -66,6 +71,21 @@ class EvaluationConfig:
     --image-size-eval (256 for policies of 384 pixels); 0: not resized."""
     neighbours: Annotated[int, Field(ge=1)] = 5
     """Number of neighbours (k) of precision, recall, density and coverage."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Evaluations while training without a better value of output.keep_best's figure, after which
+    training ends as it does at its last iteration: the current policy is evaluated and reported.
+    With --resume, a larger value or 0 trains on. 0: never."""
+    hacking: Action = "warn"
+    """Guard against reward hacking: rewards rise while the judge's FID, in a space that no reward
+    uses, gets worse. off | warn | stop."""
+    max_fid_rise: Annotated[float, Field(gt=0)] = 0.1
+    """Share of its least value by which that FID may rise before evaluation.hacking acts."""
+    diversity: Action = "warn"
+    """Guard against lost diversity: coverage or recall far below the base policy's. off | warn |
+    stop."""
+    max_diversity_loss: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of the base policy's coverage and recall that may be lost before evaluation.diversity
+    acts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +101,9 @@ class OutputConfig:
     checkpoint_every; 0: none."""
     keep_best: str = ""
     """Also keep the checkpoint with the best evaluation while training (evaluation.every), by this
-    figure: fid (or second/fid; the least), accuracy, coverage, density, precision, recall, clip
-    (the most); best.json names it. Empty: none."""
+    figure: fid, sfid (the least), density, coverage, precision, recall, inception_score, clip, hps,
+    accuracy (the most), or second/fid and so on, in the judge's second space; best.json names it.
+    Empty: none."""
     background: bool = True
     """Write checkpoints in the background, from a copy of policy and optimizer in the learner's
     host memory (12 bytes a parameter; from a GPU up to 21). False: the learner waits, without a
@@ -122,16 +143,20 @@ def check_output(output: OutputConfig, evaluation: EvaluationConfig) -> None:
             f"output.keep_best {output.keep_best!r} needs evaluations while training: set "
             "evaluation.every to the number of iterations between them"
         )
-    figure = output.keep_best.removeprefix("second/")
-    if output.keep_best and figure not in FIGURES:
+    if output.keep_best and output.keep_best not in FIGURES:
         raise ValueError(
-            f"output.keep_best: expected a figure of the evaluation ({', '.join(FIGURES)}; "
-            f"second/ before it for the second features), found {output.keep_best!r}"
+            f"output.keep_best: expected a figure of the evaluation ({', '.join(FIGURES)}), found "
+            f"{output.keep_best!r}"
         )
-    if figure in COMPARED and not evaluation.images:
+    if output.keep_best not in ("", *ALONE) and not evaluation.images:
         raise ValueError(
             f"output.keep_best {output.keep_best!r} compares with real images: name them by "
-            f"evaluation.images, or choose one of {', '.join(FIGURES[len(COMPARED) :])}"
+            f"evaluation.images, or choose one of {', '.join(ALONE)}"
+        )
+    if evaluation.patience and not output.keep_best:
+        raise ValueError(
+            f"evaluation.patience {evaluation.patience} watches the figure of output.keep_best, "
+            "which also keeps the best checkpoint: set that, to fid for example"
         )
     if output.keep_every % output.checkpoint_every:
         raise ValueError(
@@ -139,6 +164,21 @@ def check_output(output: OutputConfig, evaluation: EvaluationConfig) -> None:
             f"({output.checkpoint_every}), found {output.keep_every}"
         )
     check_url(output.checkpoint_url)
+
+
+def best_step(figure: str, figures: Mapping[int, Mapping[str, float]]) -> int | None:
+    """The step with the best value of a figure, the earlier of equals; None if no step has one.
+
+    Args:
+        figures: step -> figures of its evaluation.
+    """
+    sign = 1 if BETTER.get(figure) == "lower" else -1
+    found = [
+        (sign * values[figure], step)
+        for step, values in figures.items()
+        if math.isfinite(number(values.get(figure)))
+    ]
+    return min(found)[1] if found else None
 
 
 def check_url(url: str) -> None:

@@ -8,7 +8,6 @@ iterations; failures are raised there.
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 import shutil
 import time
@@ -38,7 +37,7 @@ from learner.checkpoints.checkpoint import (
 from learner.checkpoints.manifest import Manifest
 from learner.checkpoints.remote import RemoteCheckpoints
 from learner.config import RunConfig
-from learner.output import OutputConfig
+from learner.output import OutputConfig, best_step
 from learner.runs import records
 from learner.runs.run_dir import RunDirectory
 from rewards.combine import Combiner
@@ -363,19 +362,3 @@ def retained_steps(steps: Iterable[int], output: OutputConfig, best: int | None)
     kept = {*ordered[-output.keep_checkpoints :]}
     kept |= {step for step in ordered if output.keep_every and step % output.keep_every == 0}
     return kept | ({best} & {*ordered} if best is not None else set())
-
-
-def best_step(figure: str, figures: Mapping[int, Mapping[str, float]]) -> int | None:
-    """The step with the best value of a figure: the lowest fid, the highest of the others, the
-    earlier of equals; None if no step has one.
-
-    Args:
-        figures: step -> figures of its evaluation.
-    """
-    sign = 1 if figure.rpartition("/")[2] == "fid" else -1
-    found = [
-        (sign * values[figure], step)
-        for step, values in figures.items()
-        if math.isfinite(values.get(figure, math.nan))
-    ]
-    return min(found)[1] if found else None

@@ -9,19 +9,18 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.fleet import Fleet
-from cluster.messages import MAIN_SPACE, GroupScores, SampleRequest, SamplingSpec
+from cluster.messages import GroupScores, SampleRequest, SamplingSpec
 from learner.config import RunConfig
 from learner.evaluation.real_images import real_images
-from learner.loop import failures
+from learner.loop import failures, spread
 from learner.runs.records import TUNED
-from rewards.distribution.fid import frechet_distance
-from rewards.distribution.moments import Moments
-from rewards.metrics.neighbours import fidelity
-from rewards.metrics.samples import RealImages
+from rewards.metrics.evaluation import MetricSettings, evaluate
+from rewards.metrics.samples import RealImages, Samples
 
 __all__ = ["TableRow", "base_rows", "evaluate_policy", "real_images", "tuned_row"]
 GROUP = 50  # images of one request
 PANEL = "judge"
+SPLITS = 10  # of the Inception Score
 
 
 @dataclass(frozen=True)
@@ -55,55 +54,52 @@ def evaluate_policy(
     """Sample the current policy, and evaluate its images.
 
     Returns:
-        fid, density, coverage, precision and recall against `real` (in the judge's second space
-        "second/fid" and so on), the mean of each scorer of the judge, mean token entropy in nats,
-        number of images.
+        The figures of `rewards.metrics.evaluation`, without intervals.
 
     Raises:
         DataError: an image could not be scored.
     """
-    requests, scored = list(requests_of(config, spec)), list[GroupScores]()
-    entropies = list[np.ndarray]()
-    for group in fleet.stream(requests):  # images are not kept
+    samples = fleet_samples(config, fleet, spec)
+    splits = SPLITS if len(samples) >= 2 * SPLITS else 1
+    settings = MetricSettings(neighbours=config.evaluation.neighbours, bootstrap=0, splits=splits)
+    found = fleet.serve_while(lambda: evaluate(samples, real, settings))
+    return {name: figure.value for name, figure in found.items()}
+
+
+def fleet_samples(config: RunConfig, fleet: Fleet, spec: SamplingSpec) -> Samples:
+    """Features and scores of the current policy's images, sampled now.
+
+    Raises:
+        DataError: an image could not be scored.
+    """
+    scored, entropies = list[GroupScores](), list[np.ndarray]()
+    for group in fleet.stream(requests_of(config, spec)):  # images are not kept
         scored.append(group.scores)
         entropies.append(group.rollouts.entropies.mean(1, dtype=np.float64))
     failed, images = failures(scored)
     if failed:
-        raise DataError(f"the judge failed on {len(failed)} images; the first: {failed[0]}")
-
-    def compare_all() -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for space, theirs in real.features.items():
-            prefix = "" if space == MAIN_SPACE else f"{space}/"
-            ours = np.concatenate([scores.features[space] for scores in scored])
-            found = compare(ours, theirs, config.evaluation.neighbours)
-            metrics |= {prefix + name: value for name, value in found.items()}
-        return metrics
-
-    metrics = fleet.serve_while(compare_all)
-    for name in scored[0].scores:
-        metrics[name] = float(np.concatenate([scores.scores[name] for scores in scored]).mean())
-    entropy = float(np.concatenate(entropies).mean())
-    return metrics | {"entropy": entropy, "images": float(images)}
-
-
-def compare(generated: np.ndarray, real: np.ndarray, neighbours: int) -> dict[str, float]:
-    """Metrics of generated features (M, D) against real ones (N, D)."""
-    if generated.shape[1] != real.shape[1]:
         raise DataError(
-            f"evaluation.images: its features have {real.shape[1]} dimensions, those of the "
-            f"policy's images {generated.shape[1]}: pixels are compared between images of one size"
+            f"the judge failed on {len(failed)} of {images} images; the first: {failed[0]}"
         )
-    ours, theirs = Moments.from_features(generated), Moments.from_features(real)
-    near = fidelity(real, generated, neighbours)
-    fid = frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov)
-    return {"fid": fid, **near}
+    return Samples(
+        features={
+            space: np.concatenate([group.features[space] for group in scored])
+            for space in scored[0].features
+        },
+        scores={
+            name: np.concatenate([group.scores[name] for group in scored])
+            for name in scored[0].scores
+        },
+        entropies=np.concatenate(entropies),
+    )
 
 
 def requests_of(config: RunConfig, spec: SamplingSpec) -> Iterator[SampleRequest]:
     """Requests with the same random numbers for every policy and spec."""
-    conditions = config.conditions.conditions()
-    per_class = -(-config.evaluation.num_images // len(conditions))
+    conditions, images = config.conditions.conditions(), config.evaluation.num_images
+    if config.conditions.captions:  # of which there may be more than images
+        conditions = spread(conditions, min(images, len(conditions)))
+    per_class = -(-images // len(conditions))
     group = 0
     for condition in conditions:
         for at in range(0, per_class, GROUP):

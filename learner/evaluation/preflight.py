@@ -5,6 +5,7 @@ from __future__ import annotations
 from cluster.preflight import Findings
 from learner.config import RunConfig
 from learner.data.image_checks import check_fit, check_images, check_there, fetched
+from learner.evaluation.in_run import figures_of
 from learner.evaluation.real_images import has_images, moments_of
 from rewards.preflight import check_judge, same_networks
 
@@ -22,12 +23,20 @@ def check_evaluation(config: RunConfig, side: int, findings: Findings) -> None:
     pixels = evaluation.image_size or side
     check_judge(config.judge, pixels, None if conditions.captions else asked, findings)
     findings.notes += same_networks(config.rewards, config.judge)
-    field = "evaluation.images"
-    if not evaluation.images:
-        return
-    if fetched(field, evaluation.images, findings):
+    field, source, moments_alone = "evaluation.images", evaluation.images, False
+    if source and fetched(field, source, findings):
         with findings.of(field):
+            check_there(source)
+            moments_alone = not has_images(source)
             _real_images(config, pixels, findings)
+    found = figures_of(config.judge, neighbours=not moments_alone)
+    if config.output.keep_best not in ("", *found):
+        findings.problem(
+            "output.keep_best",
+            f"a figure that these evaluations have ({', '.join(found)})",
+            repr(config.output.keep_best),
+            "choose one of them, or add to the judge what it needs (judge.*)",
+        )
 
 
 def _real_images(config: RunConfig, side: int, findings: Findings) -> None:
@@ -37,7 +46,6 @@ def _real_images(config: RunConfig, side: int, findings: Findings) -> None:
         TesseraError: they do not.
     """
     field, source = "evaluation.images", config.evaluation.images
-    check_there(source)
     moments = moments_of(source, config.judge)
     if not has_images(source):
         findings.notes.append(

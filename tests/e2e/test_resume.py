@@ -216,7 +216,7 @@ def test_everything_can_be_brought_back_several_times_within_a_run(
                 fleet._submitted.clear()
                 fleet._sampler = plan.sampler.factory(plan.sampler.config, name="sampler")
                 first = experiment.restore()
-        experiment._finish()
+        experiment._finish(STEPS)
         experiment._checkpoints.close()
     # what the learner wrote when it was lost, and nobody had heard of, is no checkpoint
     assert starts == [0, 0, 2, 3]

@@ -18,7 +18,7 @@ from cluster.messages import (
     SampleRequest,
     ScoredGroup,
 )
-from learner.evaluation.held_out import compare, evaluate_policy
+from learner.evaluation.held_out import evaluate_policy
 from learner.loop import concatenate_features, prepare, spread
 from learner.rollouts.feature_space import RewardSpace
 from learner.rollouts.prefetch import requests_for
@@ -128,5 +128,7 @@ def test_images_of_an_evaluation_are_resized_and_no_others() -> None:
 
 
 def test_features_of_two_dimensions_are_not_compared() -> None:
-    with pytest.raises(DataError, match="have 5 dimensions, those of the policy's images 4"):
-        compare(np.zeros((9, 4)), np.zeros((9, 5)), 3)
+    config, fleet = small_config(evaluation={"num_images": 20}), Drawing()
+    real = RealImages({MAIN_SPACE: np.zeros((9, 5), np.float32)})
+    with pytest.raises(DataError, match="have 5 dimensions, those of the evaluated images 2"):
+        evaluate_policy(config, fleet, config.sampling, real)  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
+from actors.models.base import PolicyArchitecture
 from actors.preflight import check_models, image_side
 from cluster.errors import ConfigError, StopRequestedError, TesseraError
 from cluster.fleet import Fleet
@@ -41,6 +42,7 @@ from cluster.ray_session.session import check_ray, free_nodes, local_node
 from cluster.scheduling.placement import Node
 from learner.capacity.storage import sampling_need
 from learner.config import RunConfig
+from learner.evaluation.benchmarks.run import BenchmarkRun
 from learner.evaluation.comparison import (
     compare_sides,
     find_side,
@@ -76,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_out(job.out)
             owned.enter_context(locked(job.out, f"--out {job.out}"))
             check_out(job.out)  # again, now that it is locked
-            evaluation = Evaluation(*_with_captions(job), job.out)
+            evaluation = Evaluation(*_with_captions(job), job.out, job.benchmark)
         except (TesseraError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return REFUSED
@@ -96,7 +98,10 @@ def findings_of(job: Job) -> Findings:
             continue
         policy, tokenizer = check_models(config.policy, config.tokenizer, found)
         side = side or image_side(policy, tokenizer)
-        check_conditions(config, policy, found)
+        if job.benchmark is not None:
+            _check_prompts(job.benchmark, config, policy, found)
+        else:
+            check_conditions(config, policy, found)
     check_evaluation(job.config, side, found)
     for name in dict.fromkeys(row.spec.guidance_note for row in job.rows if row.spec):
         found.notes += [f"--cfg-scales: {name}"] if name else []
@@ -105,6 +110,24 @@ def findings_of(job: Job) -> Findings:
             check_ray(job.config.ray)
     found.problems = list(dict.fromkeys(found.problems))
     return found
+
+
+def _check_prompts(
+    benchmark: BenchmarkRun,
+    config: RunConfig,
+    policy: PolicyArchitecture | None,
+    found: Findings,
+) -> None:
+    if policy is not None and policy.conditioning != "caption":
+        found.problem(
+            f"--benchmark {benchmark.name}",
+            "a policy of captions",
+            f"one of classes ({config.policy.checkpoint})",
+            "evaluate a policy like that of --preset llamagen-t2i",
+        )
+        return
+    with benchmark.written(config) as written:
+        check_conditions(written, policy, found)
 
 
 def carry_out(
@@ -120,6 +143,7 @@ def carry_out(
             )
         evaluation.write_images(Outputs(npz=job.command.npz, png=job.command.png))
         show(evaluation.results(_settings(job), about), console)
+        evaluation.write_next()
         logger.info(f"results: {job.out}")
     except (StopRequestedError, KeyboardInterrupt):
         logger.info(f"stopped; {evaluation.left} images are left, go on with\n  {about['command']}")
@@ -132,6 +156,8 @@ def carry_out(
 
 def _with_captions(job: Job) -> tuple[RunConfig, Sequence[Row], Mapping[str, RunConfig]]:
     """Configurations with captions encoded, where they need it."""
+    if job.benchmark is not None:
+        job.benchmark.write_texts(job.benchmark.texts_file(job.out))
     conditions = job.config.conditions.encoded(job.out / CAPTIONS)
     configs = {name: replace(config, conditions=conditions) for name, config in job.configs.items()}
     return replace(job.config, conditions=conditions), job.rows, configs
@@ -166,7 +192,8 @@ def _about(job: Job, arguments: list[str] | None) -> dict[str, Any]:
     return {
         "command": f"{command_of(MODULE)} {shlex.join(given)}",
         "tessera": version("tessera-rl"),
-        "real images": config.evaluation.images,
+        **(job.benchmark.about if job.benchmark else {}),
+        "real images": config.evaluation.images or "none",
         "images of each policy": config.evaluation.num_images,
         "neighbours": config.evaluation.neighbours,
         "splits": job.command.splits,
@@ -182,9 +209,8 @@ def dry_run(job: Job, found: Findings) -> int:
     for row in job.rows:
         checkpoint = job.configs[row.name].policy.checkpoint if row.spec else row.target.images
         print(f"  {row.name}: {checkpoint}")
-    print(
-        f"images of each policy: {config.evaluation.num_images}, against {config.evaluation.images}"
-    )
+    real = f", against {config.evaluation.images}" if config.evaluation.images else ""
+    print(f"images of each policy: {config.evaluation.num_images}{real}")
     for line in listed(found):
         print(line)
     for line in placement_lines(sampling_plan(config), _nodes(job)):

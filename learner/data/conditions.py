@@ -13,6 +13,7 @@ import numpy as np
 
 from actors.text.captions import caption_conditions
 from cluster.errors import DataError
+from cluster.io.paths import expand_user
 from cluster.messages import Condition
 from cluster.text_limits import LongCaptions
 from learner.data.captions import encode_captions
@@ -86,12 +87,27 @@ class ConditionsConfig:
         Raises:
             DataError: the file of captions cannot be read, or no such class.
         """
-        return list(_conditions(self))
+        return list(_conditions(self, _version(self.captions)))
+
+
+def _version(captions: str) -> tuple[int, ...]:
+    """Differs when a file was written anew; empty where there is none."""
+    if not captions:
+        return ()
+    try:
+        found = expand_user(captions).stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 @functools.lru_cache(maxsize=4)
-def _conditions(config: ConditionsConfig) -> Sequence[Condition]:
-    """Cached: a file may be long."""
+def _conditions(config: ConditionsConfig, version: tuple[int, ...]) -> Sequence[Condition]:
+    """Cached: a file may be long.
+
+    Args:
+        version: of the file, for the cache.
+    """
     if config.captions:
         return caption_conditions(Path(config.captions), config.column)
     names = config.class_names

@@ -16,6 +16,8 @@ from cluster.io.run_layout import CAPTIONS, DISCOVERY_FILE
 from cluster.messages import SampleRequest
 from cluster.program.console import progress_bar
 from learner.config import RunConfig
+from learner.evaluation.benchmarks.run import NEXT, PROMPTS, BenchmarkRun
+from learner.evaluation.benchmarks.table import BENCHMARKS
 from learner.evaluation.held_out import real_images, requests_of
 from learner.evaluation.kept.identity import identity_of
 from learner.evaluation.kept.images import ImageSink, NpzSink, PngSink, write_images
@@ -32,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 LOG = "evaluate.log"
 IMAGES = "images"
-OURS = (SAMPLES, REAL, IMAGES, JSON, MARKDOWN, CSV, LOG, CAPTIONS, DISCOVERY_FILE)
+OURS = (SAMPLES, REAL, IMAGES, JSON, MARKDOWN, CSV, LOG, CAPTIONS, DISCOVERY_FILE, PROMPTS, NEXT,
+        *BENCHMARKS)  # fmt: skip
 OpenFleet = Callable[[RunConfig, bool], AbstractContextManager[Fleet]]
 """Opens a fleet; the flag says whether it samples, or scores given images alone."""
 
@@ -95,12 +98,18 @@ class Evaluation:
         config: with conditions, judge and sampler of all rows.
         configs: by name of the row, with its policy and tokenizer.
         out: directory, which this process owns.
+        benchmark: whose prompts are sampled, if any.
     """
 
     def __init__(
-        self, config: RunConfig, rows: Sequence[Row], configs: Mapping[str, RunConfig], out: Path
+        self,
+        config: RunConfig,
+        rows: Sequence[Row],
+        configs: Mapping[str, RunConfig],
+        out: Path,
+        benchmark: BenchmarkRun | None = None,
     ) -> None:
-        self._config, self._out = config, out
+        self._config, self._out, self._benchmark = config, out, benchmark
         self._identity = real_identity(config)
         self._real: RealImages | None = read_real(out, self._identity)
         self.work = [self._begin(row, configs[row.name]) for row in rows]
@@ -128,7 +137,7 @@ class Evaluation:
             StopRequestedError: a stop was requested; complete parts are kept.
         """
         waiting = [work for work in self.work if work.kept.missing()]
-        if not waiting and self._real is None:
+        if not waiting and self._real is None and self._config.evaluation.images:
             waiting = self.work[:1]  # its fleet has the judge
         while waiting:
             policy = waiting[0].config.policy if waiting[0].row.spec else None
@@ -145,7 +154,7 @@ class Evaluation:
                         self._fill(fleet, work)
 
     def _see_real(self, fleet: Fleet) -> None:
-        if self._real is not None:
+        if self._real is not None or not self._config.evaluation.images:
             return
         logger.info(f"real images: {self._config.evaluation.images}")
         self._real = real_images(self._config, fleet)
@@ -190,6 +199,9 @@ class Evaluation:
             sinks.append(NpzSink(place.with_name(f"{place.name}.npz"), work.requests))
         if outputs.png:
             sinks.append(PngSink(place, work.requests))
+        if self._benchmark is not None:
+            images = self._benchmark.images(self._out, work.row.folder)
+            sinks += [] if images.all_complete else [images]
         return sinks
 
     def results(self, settings: MetricSettings, about: Mapping[str, Any]) -> Results:
@@ -202,8 +214,21 @@ class Evaluation:
         figures = dict[str, Mapping[str, Figure]]()
         for work in self.work:
             logger.info(f"figures of {work.row.name}")
-            figures[work.row.name] = evaluate(work.kept.read(), real, settings)
+            samples = work.kept.read()
+            found = evaluate(samples, real, settings)
+            if self._benchmark is not None:
+                found |= self._benchmark.figures(samples, settings)
+            figures[work.row.name] = found
         identities = {work.row.name: work.identity for work in self.work}
         results = Results(figures, identities, about)
         write_results(self._out, results)
         return results
+
+    def write_next(self) -> None:
+        """Write and log the benchmark's commands that come next, if there is a benchmark.
+
+        Raises:
+            StorageError: no space left.
+        """
+        if self._benchmark is not None:
+            self._benchmark.write_next(self._out, [work.row.folder for work in self.work])

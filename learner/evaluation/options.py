@@ -21,6 +21,7 @@ from cluster.program.invocation import command_of
 from cluster.ray_session.session import RayConfig
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
 from learner.data.conditions import ConditionsConfig
+from learner.evaluation.benchmarks.run import BenchmarkOptions, BenchmarkRun
 from learner.evaluation.evaluation import config_of
 from learner.evaluation.rows import Row, rows_of
 from learner.evaluation.targets import PolicyOptions, Target, find_targets
@@ -44,13 +45,14 @@ COMMON = {
                 "--reward.num-gpus", "--ray.address"),
     "what is measured": ("--evaluation.images", "--evaluation.neighbours", "--bootstrap",
                          "--judge.clip.model"),
+    "text to image": ("--benchmark", "--prompts"),
     "two rows": ("--compare",),
 }  # fmt: skip
 """What --help shows; --help-all shows every option."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command(PolicyOptions):
+class Command(PolicyOptions, BenchmarkOptions):
     """Options that are no settings of a run."""
 
     preset: str = ""
@@ -139,6 +141,7 @@ class Job:
     configs: Mapping[str, RunConfig]
     """By name of the row, with its policy."""
     out: Path
+    benchmark: BenchmarkRun | None = None
 
 
 def parse(arguments: list[str] | None) -> Command | Job:
@@ -163,11 +166,12 @@ def parse(arguments: list[str] | None) -> Command | Job:
         return _parsed(options, Arguments(command=command), prog).command
     base_config, targets = find_targets(what, command.preset, command)
     parsed = _parsed(options, Arguments(command=command, run=Settings.of(base_config)), prog)
-    config = _configured(base_config, parsed)
+    out, benchmark = _out(parsed.command, what, targets), BenchmarkRun.of(parsed.command)
+    config = _configured(base_config, parsed, benchmark, out)
     rows = rows_of(targets, config, parsed.command.cfg_scales, parsed.command.samplings)
     own = config.tokenizer == base_config.tokenizer  # else --tokenizer says another one
     configs = {row.name: config_of(config, row.target, own_tokenizer=own) for row in rows}
-    return Job(parsed.command, config, rows, configs, _out(parsed.command, what, targets))
+    return Job(parsed.command, config, rows, configs, out, benchmark)
 
 
 def _parsed(options: list[str], default: Arguments, prog: str) -> Arguments:
@@ -182,7 +186,9 @@ def _parsed(options: list[str], default: Arguments, prog: str) -> Arguments:
     return parsed
 
 
-def _configured(base: RunConfig, parsed: Arguments) -> RunConfig:
+def _configured(
+    base: RunConfig, parsed: Arguments, benchmark: BenchmarkRun | None, out: Path
+) -> RunConfig:
     """The configuration of an evaluation: without rewards and what learns."""
     settings = parsed.run
     shipped: dict[str, Any] = {
@@ -205,7 +211,14 @@ def _configured(base: RunConfig, parsed: Arguments) -> RunConfig:
         reward_pools={},
     )
     if (count := parsed.command.num_images) is not None:
+        if benchmark is not None:
+            raise ConfigError(
+                "--num-images: a benchmark has as many as its prompts times "
+                "--images-per-prompt: leave it out"
+            )
         changed = replace(changed, evaluation=replace(changed.evaluation, num_images=count))
+    if benchmark is not None:
+        changed = benchmark.configured(changed, benchmark.texts_file(out))
     config = validate(to_dict(changed), "command line")
     if config.evaluation.num_images < 1:
         raise ConfigError("evaluation.num_images is 0: say how many with --num-images")

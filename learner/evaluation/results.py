@@ -75,9 +75,9 @@ def better(figure: str) -> str:
 def heading(figure: str, *, arrow: bool = True) -> str:
     """A figure's name in tables."""
     space = " (2nd space)" if figure.startswith(SECOND) else ""
-    name = figure.removeprefix(SECOND)
+    name, comma, part = figure.removeprefix(SECOND).partition(", ")
     mark = ARROWS[better(figure)] if arrow else ""
-    return f"{HEADINGS.get(name, 'FID' if name == 'fid' else name)}{space} {mark}".rstrip()
+    return f"{HEADINGS.get(name, name)}{comma}{part}{space} {mark}".rstrip()
 
 
 def figures_of(rows: Mapping[str, Figures]) -> list[str]:

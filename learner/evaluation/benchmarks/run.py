@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,13 +35,13 @@ class BenchmarkOptions:
     """A text-to-image benchmark."""
 
     benchmark: str = ""
-    """Sample the prompts of a text-to-image benchmark, and write the images where its scripts look
-    for them: geneval, dpg, t2i-compbench, hpsv2, partiprompts or drawbench
+    """Text-to-image benchmark: geneval, dpg, t2i-compbench, hpsv2, partiprompts or drawbench. Its
+    prompts are sampled, and the images written where its scripts look for them
     (learner/benchmarks.md)."""
     prompts: str = ""
     """The benchmark's own file or folder of prompts."""
     images_per_prompt: int = 0
-    """Images of each prompt of a benchmark; 0: as many as it asks for."""
+    """Images of each prompt of a benchmark. 0: as many as it asks for."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,18 @@ class BenchmarkRun:
         """Write the prompts as a JSON list, which captions are read from, and HPSv2's DrawBench.
 
         Raises:
+            ConfigError: the file is there, with other prompts.
             StorageError: it cannot be written.
         """
+        text = dumps(self.texts, indent=1, ensure_ascii=False)
+        if path.is_file():
+            if path.read_text(encoding="utf-8") != text:
+                raise ConfigError(
+                    f"{path} holds other prompts than {self.source}: name another --out"
+                )
+            return
         with writing(path), replacing(path) as partial:
-            partial.write_text(dumps(self.texts, indent=1, ensure_ascii=False), encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
 
     def configured(self, config: RunConfig, captions: Path) -> RunConfig:
         """A configuration that samples the prompts, and compares with no real images.
@@ -154,20 +162,17 @@ class BenchmarkRun:
         folder = self.folder(out, row)
         return BenchmarkImages(folder, partial, self.benchmark, self.prompts, self.count)
 
-    def figures(
-        self, scores: Mapping[str, np.ndarray], settings: MetricSettings
-    ) -> dict[str, Figure]:
+    def figures(self, samples: Samples, settings: MetricSettings) -> dict[str, Figure]:
         """Mean scores of each category, with intervals: "clip, category: Animals".
 
         Args:
-            scores: scorer -> (N,), prompt by prompt.
+            samples: whose conditions are places among the prompts.
         """
+        assert samples.conditions is not None
         found: dict[str, Figure] = {}
         for tag, indices in self._members().items():
-            some = {
-                name: values.reshape(len(self.prompts), self.count)[indices].ravel()
-                for name, values in scores.items()
-            }
+            rows = np.isin(samples.conditions, indices)
+            some = {name: values[rows] for name, values in samples.scores.items()}
             means = evaluate(Samples(features={}, scores=some), RealImages(), settings)
             found |= {f"{name}, {tag}": means[name] for name in some}
         return found

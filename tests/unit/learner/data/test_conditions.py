@@ -11,6 +11,7 @@ import pytest
 
 from actors.text.features import features_of, write_caption_features
 from cluster.errors import DataError
+from cluster.io.files import replacing
 from cluster.messages import Condition
 from learner.data.conditions import ConditionsConfig, ConditionStream
 
@@ -77,6 +78,15 @@ def test_captions_of_a_text_file(tmp_path: Path) -> None:
     assert found == [Condition(text="a cat"), Condition(text="two dogs")]
     stream = ConditionStream(found, 3, seed=0)
     assert Counter(c.text for c in drawn(stream, 4)) == {"a cat": 6, "two dogs": 6}
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    file = tmp_path / "captions.txt"
+    config = ConditionsConfig(captions=str(file))
+    for text in ("a cat", "a dog"):
+        with replacing(file) as partial:
+            partial.write_text(text)
+        assert [each.text for each in config.conditions()] == [text]
 
 
 def test_captions_of_parquet_with_and_without_features(tmp_path: Path) -> None:

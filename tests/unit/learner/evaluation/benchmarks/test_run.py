@@ -16,6 +16,7 @@ from learner.evaluation.benchmarks.prompts import Prompt
 from learner.evaluation.benchmarks.run import BenchmarkOptions, BenchmarkRun
 from learner.evaluation.benchmarks.table import BENCHMARKS
 from rewards.metrics.evaluation import MetricSettings
+from rewards.metrics.samples import Samples
 from tests.unit.learner.evaluation.benchmarks.files import MAKERS
 from tests.unit.learner.evaluation.benchmarks.test_layouts import images_of, request
 
@@ -77,8 +78,9 @@ def test_figures_by_category(tmp_path: Path) -> None:
         Prompt("c", 2, tags=(("category", "x"), ("challenge", "v"))),
     ]
     run = BenchmarkRun("partiprompts", BENCHMARKS["partiprompts"], tmp_path, prompts, 2)
-    scores = {"clip": np.array([1, 2, 10, 20, 100, 200], np.float32)}
-    found = run.figures(scores, MetricSettings(bootstrap=200))
+    scores = {"clip": np.array([1, 10, 100, 2, 20, 200], np.float32)}
+    samples = Samples(features={}, scores=scores, conditions=np.array([0, 1, 2, 0, 1, 2]))
+    found = run.figures(samples, MetricSettings(bootstrap=200))
     assert {name: figure.value for name, figure in found.items()} == {
         "clip, category: x": 303 / 4,
         "clip, category: y": 15,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cluster.errors import ConfigError
 from cluster.io.paths import expand_user
-from learner.evaluation.kept.identity import differences
+from learner.evaluation.kept.identity import FILES, JUDGE, differences
 from learner.evaluation.kept.real import read_real
 from learner.evaluation.kept.samples import (
     MANIFEST,
@@ -40,8 +40,9 @@ OF_POLICY = ("policy", "tokenizer", "sampling", "images")
 """What two compared rows may differ in."""
 COMPARISON_JSON, COMPARISON_MARKDOWN = "comparison.json", "comparison.md"
 NOTE = (
-    "p: two-sided, of the paired bootstrap. p (Holm): corrected for the number of figures, so that "
-    "5 % is the chance of calling any difference significant where there is none."
+    "Difference: the second minus the first, with its 95 % interval. p: two-sided, of the paired "
+    "bootstrap. Holm: p corrected for the number of figures; below 0.05 is called significant, so "
+    "that 5 % is the chance of calling any figure different where none is."
 )
 
 
@@ -130,7 +131,8 @@ def check_comparable(first: Side, second: Side) -> None:
     given = [side for side in (first, second) if "sampling" not in side.identity]
     besides = list(OF_POLICY)
     if given:  # images of unknown seed and conditions
-        besides = [name for name in {**first.identity, **second.identity} if name != "judge"]
+        every = {**first.identity, **second.identity}
+        besides = [name for name in every if name not in (JUDGE, FILES)]
     if found := differences(first.identity, second.identity, besides):
         raise ConfigError(
             f"{first.kept.folder} and {second.kept.folder} cannot be compared: "
@@ -210,7 +212,7 @@ def verdict(comparison: Comparison) -> str:
 
 def _gap(line: Line) -> str:
     p = "p < 0.001" if line.p_value < 0.001 else f"p = {line.p_value:.3f}"
-    return f"{number(abs(line.difference.value))}, {p}"
+    return f"{number(abs(line.difference.value), 3)}, {p}"
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -219,14 +221,14 @@ def _listed(words: Sequence[str]) -> str:
 
 def _columns(name: str, line: Line) -> list[str]:
     d = line.difference
-    interval = "-" if math.isnan(d.low) else f"[{number(d.low)}, {number(d.high)}]"
-    ps = ["-" if math.isnan(p) else f"{p:.3g}" for p in (d.p_value, line.p_value)]
+    interval = "" if math.isnan(d.low) else f" [{number(d.low, 3)}, {number(d.high, 3)}]"
+    ps = ["-" if math.isnan(p) else f"{p:.2g}" for p in (d.p_value, line.p_value)]
     return [heading(name), number(line.first.value), number(line.second.value),
-            f"{'+' if d.value > 0 else ''}{number(d.value)}", interval, *ps]  # fmt: skip
+            f"{'+' if d.value > 0 else ''}{number(d.value, 3)}{interval}", *ps]  # fmt: skip
 
 
 def _headings(comparison: Comparison) -> list[str]:
-    return ["figure", comparison.first, comparison.second, "difference", "95 %", "p", "p (Holm)"]
+    return ["figure", comparison.first, comparison.second, "difference", "p", "Holm"]
 
 
 def show_comparison(comparison: Comparison, console: Console) -> None:

@@ -112,14 +112,14 @@ def shown(figure: Figure | None) -> str:
     return f"{number(figure.value)} [{number(figure.low)}, {number(figure.high)}]"
 
 
-def number(value: float) -> str:
-    """Four significant digits, without an exponent up to a million."""
+def number(value: float, digits: int = 4) -> str:
+    """So many significant digits, without an exponent."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value)}"
-    digits = max(0, 3 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(digits, 8)}f}"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(places, 8)}f}"
 
 
 def tables(results: Results, width: int) -> list[Table]:

@@ -30,7 +30,8 @@ class Row:
     def folder(self) -> str:
         """Name of the directory of its samples."""
         step = self.target.step
-        name = f"{self.name} step {step}" if self.target.tuned and step is not None else self.name
+        named = f"step {step}" in self.name or not self.target.tuned or step is None
+        name = self.name if named else f"{self.name} step {step}"
         return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.").lower() or "images"
 
 

@@ -91,20 +91,30 @@ def find_targets(
 def _of(name: str, options: PolicyOptions, *, alone: bool) -> tuple[Path | None, list[Target]]:
     """The run that a name belongs to, if any, and its targets."""
     path = expand_user(name)
+    if step_of(path.name) is not None and (path / POLICY_FILE).is_file():
+        return _of_checkpoint(path, alone=alone)
     if (path / CONFIG).is_file():
         return path, _of_run(path, options, "" if alone else f"{path.name} ")
-    if step_of(path.name) is not None and (path / POLICY_FILE).is_file():
-        step = step_of(path.name)
-        run = path.absolute().parents[1]
-        policy = PolicyConfig(checkpoint=str(path / POLICY_FILE))
-        label = f"step {step}" if alone else f"{run.name} step {step}"
-        target = Target(name=label, policy=policy, tuned=True, step=step)
-        return run if (run / CONFIG).is_file() else None, [target]
     if name.startswith(DIGITS):
         return None, [Target(name=name, images=name)]
     if name not in MODELS and path.exists() and _holds_images(path):
         return None, [Target(name=path.name, images=name)]
     return None, [_of_model(name, options)]
+
+
+def _of_checkpoint(path: Path, *, alone: bool) -> tuple[Path | None, list[Target]]:
+    """A run's checkpoint. It holds the run's configuration, too, in case it was moved."""
+    step, run = step_of(path.name), path.absolute().parents[1]
+    found = [place for place in (run, path) if (place / CONFIG).is_file()]
+    config = RunDirectory(found[0]).read_config() if found else None
+    target = Target(
+        name=f"step {step}" if alone else f"{run.name} step {step}",
+        policy=PolicyConfig(checkpoint=str(path / POLICY_FILE)),
+        tokenizer=config.tokenizer if config else None,
+        tuned=True,
+        step=step,
+    )
+    return found[0] if found else None, [target]
 
 
 def _of_run(run: Path, options: PolicyOptions, prefix: str) -> list[Target]:

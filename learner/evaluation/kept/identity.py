@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from actors.checkpoints.loading import CheckpointConfig
+from cluster.errors import CheckpointError
 from cluster.io.checksum import sha256_of
 from cluster.messages import Condition, FeatureRow
-from cluster.model_files.tensors import anywhere
+from cluster.model_files.tensors import PACKAGE, anywhere
 from learner.config import RunConfig, to_dict
 from learner.data.datasets import open_images
 from learner.evaluation.held_out import GROUP
 from learner.evaluation.rows import Row
 
-JUDGE = "judge"
+JUDGE, FILES = "judge", "judge_files"
 NAMES = ("policy.checkpoint", "tokenizer.checkpoint", "images.source")
 """Fields for messages alone: a file that was moved is the same."""
 EVERY = 16  # hexadecimal digits of digests that are shown
@@ -33,9 +35,9 @@ def identity_of(config: RunConfig, row: Row) -> dict[str, Any]:
     Raises:
         CheckpointError, DataError: a file is missing.
     """
-    judge = to_dict(config)[JUDGE]
+    judge = judge_identity(config)
     if row.spec is None:
-        return {"images": _images(row.target.images), JUDGE: judge}
+        return {"images": _images(row.target.images), **judge}
     return {
         "policy": _model(config.policy),
         "tokenizer": _model(config.tokenizer),
@@ -47,8 +49,29 @@ def identity_of(config: RunConfig, row: Row) -> dict[str, Any]:
         "conditions": digest_of(config.conditions.conditions()),
         "dtype": config.sampler.dtype,
         "image_dtype": config.sampler.image_dtype,
-        JUDGE: judge,
+        **judge,
     }
+
+
+def judge_identity(config: RunConfig) -> dict[str, Any]:
+    """The judge's settings, and digests of the files that they name.
+
+    Raises:
+        CheckpointError: a file is missing.
+    """
+    judge = to_dict(config)[JUDGE]
+    named = {name: value for name, value in _flat(judge).items() if isinstance(value, str)}
+    paths = {n: v for n, v in named.items() if v.startswith(PACKAGE) or "/" in v}
+    there = {name: place for name, value in paths.items() if (place := _place(value))}
+    return {JUDGE: judge, FILES: {name: file_digest(place) for name, place in there.items()}}
+
+
+def _place(value: str) -> Path | None:
+    """The file or directory that a setting names; None for names of a hub's models."""
+    try:
+        return anywhere(value)
+    except CheckpointError:
+        return None
 
 
 def _model(config: CheckpointConfig) -> dict[str, Any]:
@@ -72,10 +95,17 @@ def _images(source: str) -> dict[str, Any]:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, or of all files directly in a directory, by name."""
     if path.is_file():
-        return sha256_of(path)
+        state = path.stat()
+        return _digest(path, state.st_size, state.st_mtime_ns)
     files = sorted(file for file in path.iterdir() if file.is_file())
-    text = "".join(f"{sha256_of(file)} {file.name}\n" for file in files)
+    text = "".join(f"{file_digest(file)} {file.name}\n" for file in files)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: Path, size: int, changed_ns: int) -> str:
+    """Cached: several rows are of one policy."""
+    return sha256_of(path)
 
 
 def digest_of(conditions: Sequence[Condition]) -> str:

@@ -18,9 +18,9 @@ from cluster.io.checksum import DAMAGED_ARRAYS
 from cluster.io.files import replacing, writing
 from cluster.io.paths import expand_user
 from cluster.io.strict_json import MALFORMED
-from learner.config import RunConfig, to_dict
+from learner.config import RunConfig
 from learner.data.datasets import DIGITS
-from learner.evaluation.kept.identity import JUDGE, differences, file_digest
+from learner.evaluation.kept.identity import differences, file_digest, judge_identity
 from learner.evaluation.kept.samples import CONTINUE, FEATURES, MANIFEST, write_json
 from rewards.distribution.reference import Reference
 from rewards.metrics.samples import RealImages
@@ -40,7 +40,7 @@ def real_identity(config: RunConfig) -> dict[str, Any]:
     source = config.evaluation.images
     path = expand_user(reference_file(source))
     digest = file_digest(path) if not source.startswith(DIGITS) and path.is_file() else ""
-    return {"images": source, "sha256": digest, JUDGE: to_dict(config)[JUDGE]}
+    return {"images": source, "sha256": digest, **judge_identity(config)}
 
 
 def write_real(out: Path, identity: Mapping[str, Any], real: RealImages) -> None:

@@ -27,7 +27,7 @@ from learner.evaluation.kept.identity import differences
 from rewards.metrics.samples import Samples
 
 PART = 1000
-"""Images of a part, at least, but for the last one."""
+"""Images of a part, at least, but for the last one. Samples that are there keep theirs."""
 FORMAT = 1
 MANIFEST = "manifest.json"
 SAMPLES = "samples"
@@ -38,7 +38,7 @@ CONTINUE = "give the same command again"
 Arrays = Mapping[str, np.ndarray]
 
 
-def parts_of(sizes: Sequence[int], least: int = PART) -> list[range]:
+def parts_of(sizes: Sequence[int], least: int) -> list[range]:
     """Which requests each part holds.
 
     Args:
@@ -60,10 +60,11 @@ class KeptSamples:
     Args:
         folder: of the row.
         sizes: images of each request, in order.
+        part: least images of a part.
     """
 
-    def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
-        self.folder, self.parts = folder, parts_of(sizes)
+    def __init__(self, folder: Path, sizes: Sequence[int], part: int) -> None:
+        self.folder, self.parts = folder, parts_of(sizes, part)
         self._images = [sum(sizes[number] for number in part) for part in self.parts]
 
     @classmethod
@@ -80,9 +81,9 @@ class KeptSamples:
         """
         if (folder / MANIFEST).is_file():
             check_identity(folder, identity)
-        else:
-            write_json(folder / MANIFEST, manifest(name, identity, sizes))
-        return cls(folder, sizes)
+            return cls(folder, sizes, read_manifest(folder)["part"])
+        write_json(folder / MANIFEST, manifest(name, identity, sizes))
+        return cls(folder, sizes, PART)
 
     @classmethod
     def open(cls, folder: Path) -> KeptSamples:
@@ -92,7 +93,8 @@ class KeptSamples:
             ConfigError: no samples are there, or not all yet.
             DataError: the manifest is damaged.
         """
-        kept = cls(folder, read_manifest(folder)["requests"])
+        found = read_manifest(folder)
+        kept = cls(folder, found["requests"], found["part"])
         if missing := kept.missing():
             left = sum(kept._images[number] for number in missing)
             raise ConfigError(
@@ -227,7 +229,8 @@ def _under(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
 
 
 def manifest(name: str, identity: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, Any]:
-    return {"format": FORMAT, "name": name, "identity": identity, "requests": list(sizes)}
+    found = {"format": FORMAT, "name": name, "part": PART, "identity": identity}
+    return found | {"requests": list(sizes)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -244,8 +247,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"format {found['format']}, expected {FORMAT}")
         if not (isinstance(found["name"], str) and isinstance(found["identity"], dict)):
             raise ValueError("name and identity are expected")
-        if not all(type(size) is int and size > 0 for size in found["requests"]):
-            raise ValueError("requests must be numbers of images")
+        if not all(type(size) is int and size > 0 for size in (found["part"], *found["requests"])):
+            raise ValueError("part and requests must be numbers of images")
     except OSError as error:
         raise ConfigError(f"{folder}: no kept samples here ({error})") from error
     except MALFORMED as error:

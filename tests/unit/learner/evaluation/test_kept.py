@@ -1,0 +1,174 @@
+"""Kept samples: parts, their order, what they are of, and damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.errors import ConfigError, DataError
+from cluster.messages import Condition, FeatureRow
+from learner.evaluation.kept.identity import differences, digest_of, identity_of
+from learner.evaluation.kept.real import read_real, real_identity, write_real
+from learner.evaluation.kept.samples import KeptSamples, alternating, parts_of
+from learner.evaluation.rows import rows_of
+from learner.evaluation.targets import Target
+from rewards.distribution.reference import Reference
+from rewards.metrics.samples import RealImages
+from tests.small_run import small_config
+
+IDENTITY: dict[str, Any] = {"policy": {"checkpoint": "a.pt", "sha256": "0" * 64}, "seed": 0}
+
+
+def part(first: int, count: int) -> dict[str, np.ndarray]:
+    numbers = np.arange(first, first + count)
+    return {
+        "features/features": numbers[:, None].repeat(2, 1).astype(np.float32),
+        "scores/clip": numbers.astype(np.float32),
+        "entropies": numbers.astype(np.float64),
+        "conditions": numbers // 4,
+        "tokens": np.zeros((count, 3), np.int32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ([50, 50, 50], [range(2), range(2, 3)]),
+        ([100], [range(1)]),
+        ([150, 10, 90], [range(1), range(1, 3)]),
+        ([], []),
+    ],
+)
+def test_parts_are_whole_requests(sizes: list[int], parts: list[range]) -> None:
+    assert parts_of(sizes, 100) == parts
+
+
+def test_samples_continue_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.evaluation.kept.samples.PART", 4)
+    kept = KeptSamples.begin(tmp_path, "base", IDENTITY, [4, 4, 2])
+    assert (len(kept), kept.done, kept.missing()) == (10, 0, [0, 1, 2])
+    kept.write(1, part(4, 4))
+    monkeypatch.setattr("learner.evaluation.kept.samples.PART", 1000)  # of a later version
+    again = KeptSamples.begin(tmp_path, "base", IDENTITY, [4, 4, 2])
+    assert (again.done, again.missing()) == (4, [0, 2])
+    with pytest.raises(ConfigError, match="6 of 10 images are not sampled yet"):
+        KeptSamples.open(tmp_path)
+    again.write(0, part(0, 4))
+    again.write(2, part(8, 2))
+    samples = KeptSamples.open(tmp_path).read()
+    order = [0, 4, 8, 1, 5, 9, 2, 6, 3, 7]  # one of each condition in turn
+    assert samples.scores["clip"].tolist() == order
+    assert samples.features["features"][:, 1].tolist() == order
+    assert samples.conditions is not None
+    assert samples.conditions.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 0, 1]
+    assert [len(tokens) for tokens in again.tokens()] == [4, 4, 2]
+
+
+def test_given_images_stay_in_their_order(tmp_path: Path) -> None:
+    kept = KeptSamples.begin(tmp_path, "x.npz", IDENTITY, [3])
+    kept.write(0, {"features/features": np.arange(6.0).reshape(3, 2), "classes": np.arange(3)})
+    samples = kept.read()
+    assert samples.features["features"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert (samples.entropies, samples.conditions) == (None, None)
+    with pytest.raises(DataError, match="no tokens: its images were not sampled"):
+        list(kept.tokens())
+
+
+def test_conditions_alternate_also_where_they_have_different_numbers_of_images() -> None:
+    places = alternating([np.array([0, 0, 0]), np.array([1, 2, 2])])
+    assert places.tolist() == [0, 3, 5, 1, 2, 4]
+
+
+def test_samples_of_something_else_are_refused(tmp_path: Path) -> None:
+    KeptSamples.begin(tmp_path, "base", IDENTITY, [4])
+    moved = {"policy": {"checkpoint": "b.pt", "sha256": "0" * 64}, "seed": 0}
+    KeptSamples.begin(tmp_path, "base", moved, [4])
+    other = {"policy": {"checkpoint": "a.pt", "sha256": "1" * 64}, "seed": 7}
+    with pytest.raises(ConfigError) as error:
+        KeptSamples.begin(tmp_path, "base", other, [4])
+    assert "policy.sha256: 0000000000000000..., not 1111111111111111...; seed: 0, not 7" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("damage", ["cut", "another", "gone"])
+def test_damaged_parts_say_what_to_do(tmp_path: Path, damage: str) -> None:
+    kept = KeptSamples.begin(tmp_path, "base", IDENTITY, [4])
+    kept.write(0, part(0, 4))
+    file = kept.file(0)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:200])
+    elif damage == "another":
+        kept.write(0, part(0, 3))
+    else:
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"part_000000.npz: damaged .*remove it"):
+        kept.read()
+
+
+def test_a_damaged_manifest_says_what_to_do(tmp_path: Path) -> None:
+    KeptSamples.begin(tmp_path, "base", IDENTITY, [4])
+    for text in ("{", '{"format": 9}', '{"format": 1, "name": "a", "part": 0}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match="not a readable manifest"):
+            KeptSamples.open(tmp_path)
+    with pytest.raises(ConfigError, match="no kept samples here"):
+        KeptSamples.open(tmp_path / "none")
+
+
+def test_everything_that_samples_depend_on_is_in_their_identity() -> None:
+    config = small_config()
+    (row, guided, *_) = rows_of([Target(name="base", policy=config.policy)], config)
+    identity = identity_of(config, row)
+    assert differences(identity, identity_of(config, row)) == []
+    assert len(identity["policy"]["sha256"]) == 64
+    assert identity["judge_files"]["features.checkpoint"]
+    changes: dict[str, dict[str, Any]] = {
+        "seed": {"seed": 1},
+        "num_images": {"evaluation": {"num_images": 50}},
+        "image_size": {"evaluation": {"image_size": 4}},
+        "conditions": {"conditions": {"classes": [0, 1]}},
+        "dtype": {"sampler": {"dtype": "bfloat16"}},
+        "judge.clip.precision": {"judge": {"clip": {"precision": "bf16"}}},
+    }
+    for field, change in changes.items():
+        (found,) = differences(identity, identity_of(small_config(**change), row))
+        assert found.startswith(f"{field}: ")
+    assert differences(identity, identity_of(config, guided)) == [
+        "sampling.cfg_scale: 1.0, not 1.5", "sampling.guidance: 'none', not 'guided'",
+    ]  # fmt: skip
+
+
+def test_conditions_are_their_texts_classes_and_features() -> None:
+    one = Condition(text="a", class_index=0)
+    features = Condition(text="a", class_index=0, features=np.zeros((1, 2), np.float32))
+    row = Condition(text="a", class_index=0, features=FeatureRow(path="p", row=0, digest=1))
+    moved = Condition(text="a", class_index=0, features=FeatureRow(path="q", row=9, digest=1))
+    digests = [digest_of([each]) for each in (one, features, row, Condition(text="a"))]
+    assert len(set(digests)) == 4
+    assert digest_of([moved]) == digest_of([row])
+    assert digest_of([one, one]) != digest_of([one])
+
+
+def test_real_images_are_kept_and_compared(tmp_path: Path) -> None:
+    config = small_config()
+    identity = real_identity(config)
+    assert read_real(tmp_path, identity) is None
+    reference = Reference(np.zeros(2), np.eye(2), "print", "file.npz", 7)
+    real = RealImages({"features": np.ones((3, 2), np.float32)}, {"second": reference})
+    write_real(tmp_path, identity, real)
+    found = read_real(tmp_path, identity)
+    assert found is not None
+    assert found.features["features"].tolist() == [[1, 1]] * 3
+    again = found.moments["second"]
+    assert (again.fingerprint, again.source, again.images) == ("print", "file.npz", 7)
+    assert (again.sigma == np.eye(2)).all()
+    other = real_identity(small_config(evaluation={"images": "digits:train"}))
+    with pytest.raises(ConfigError, match="images: 'digits:held-out', not 'digits:train'"):
+        read_real(tmp_path, other)
+    (tmp_path / "real" / "real.npz").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"real: damaged .*remove"):
+        read_real(tmp_path, identity)

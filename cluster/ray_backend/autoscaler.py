@@ -17,6 +17,7 @@ from cluster.control.control_actor import (
     start_control_actor,
 )
 from cluster.errors import FleetError
+from cluster.ray_backend.prometheus import JobMetrics
 from cluster.ray_session.private import actor_id
 from cluster.scheduling.autoscaling import desired_workers
 from cluster.scheduling.pool import State, Worker, WorkerPool
@@ -49,6 +50,7 @@ class Autoscaler:
         self._others, self._stop = others, stop
         self.progress = Progress()
         """For the status."""
+        self._metrics = JobMetrics(run)
         self._control: Any = None
         self._exchange: Any = None
         self._spoken = 0.0
@@ -72,7 +74,7 @@ class Autoscaler:
 
     def tick(self, restarts: int, weight_version: int = NO_WEIGHTS, *, decide: bool = True) -> None:
         """End workers that have drained; scale by queue wait, if `decide`; send the status to the
-        control actor."""
+        control actor, and its figures to Prometheus."""
         now = time.monotonic()
         for pool in self._pools.values():
             pool.dismiss()
@@ -81,7 +83,9 @@ class Autoscaler:
         if self._control is None or self._exchange is not None or now - self._spoken < EXCHANGE_S:
             return
         self._spoken = now
-        self._exchange = self._control.exchange.remote(self.status(restarts, weight_version))
+        status = self.status(restarts, weight_version)
+        self._metrics.report(status)
+        self._exchange = self._control.exchange.remote(status)
 
     def restart(self) -> None:
         """Start a new observation: this process paused, so that waits were not the workers'."""

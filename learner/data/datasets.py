@@ -93,12 +93,12 @@ class ImageSet:
         held, size = list[np.ndarray](), 0
         for image in self._each():
             if held and (len(held) == batch or size + image.nbytes > MOST_BYTES):
-                yield _together(held)
+                yield together(held)
                 held, size = [], 0
             held.append(image)
             size += image.nbytes
         if held:
-            yield _together(held)
+            yield together(held)
 
     def _each(self) -> Iterator[np.ndarray]:
         if isinstance(self.images, np.ndarray):
@@ -130,7 +130,8 @@ def _pixels(loaded: Loaded) -> np.ndarray:
     return loaded.pixels
 
 
-def _together(images: list[np.ndarray]) -> Images:
+def together(images: list[np.ndarray]) -> Images:
+    """Images (H, W, 3) as one array, or as they are where their sizes differ."""
     return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.control.control_actor import Progress
 from cluster.errors import ConfigError
 from cluster.fleet import Fleet
 from cluster.io.locks import is_lock
@@ -25,7 +28,7 @@ from learner.evaluation.kept.real import REAL, read_real, real_identity, write_r
 from learner.evaluation.kept.samples import SAMPLES, KeptSamples
 from learner.evaluation.results import CSV, JSON, MARKDOWN, Results, write_results
 from learner.evaluation.rows import Row
-from learner.evaluation.sampling import GivenImages, sample_missing, score_missing
+from learner.evaluation.sampling import Advance, GivenImages, sample_missing, score_missing
 from learner.evaluation.targets import Target
 from rewards.metrics.evaluation import Figure, MetricSettings, evaluate
 from rewards.metrics.samples import RealImages
@@ -165,12 +168,39 @@ class Evaluation:
         done = f", {kept.done} are there" if kept.done else ""
         verb = "sampling" if work.row.spec else "scoring"
         logger.info(f"{verb} {work.row.name}: {len(kept)} images{done}")
-        with progress_bar(work.row.name, len(kept), IMAGES, first=kept.done) as advance:
+        stage = f"{verb} {work.row.name}"
+        with progress_bar(work.row.name, len(kept), IMAGES, first=kept.done) as bar:
+            advance = self._reported(fleet, stage, bar)
             if work.row.spec is None:
                 given = GivenImages.open(work.row.target.images)
                 score_missing(work.config, fleet, given, kept, advance)
             else:
                 sample_missing(fleet, work.requests, kept, advance)
+
+    def _reported(self, fleet: Fleet, stage: str, bar: Advance) -> Advance:
+        """`bar`, and what `cluster.status` and Prometheus show."""
+        began, here = time.monotonic(), 0
+        total = sum(len(work.kept) for work in self.work)
+
+        def advance(count: int) -> None:
+            nonlocal here
+            bar(count)
+            here += count
+            seconds = (time.monotonic() - began) / here if here else 0.0
+            progress = Progress(
+                stage=stage,
+                directory=str(self._out),
+                done=total - self.left,
+                iterations=total,
+                unit="image",
+                seconds=seconds,
+                metrics={"time/images_per_s": 1 / seconds} if seconds else {},
+                free_bytes=shutil.disk_usage(self._out).free,
+            )
+            fleet.report_progress(progress)
+
+        advance(0)
+        return advance
 
     def write_images(self, outputs: Outputs) -> None:
         """Write the images that are asked for, of sampled rows.

@@ -13,7 +13,7 @@ from cluster.errors import DataError
 from cluster.fleet import Fleet
 from cluster.messages import Condition, GroupScores, SampleRequest, SamplingSpec, ScoredGroup
 from learner.config import RunConfig
-from learner.data.datasets import ImageSet, load_labels, open_images
+from learner.data.datasets import ImageSet, load_labels, open_images, together
 from learner.evaluation.held_out import GROUP, PANEL
 from learner.evaluation.kept.samples import (
     CLASSES,
@@ -27,6 +27,7 @@ from learner.evaluation.kept.samples import (
     KeptSamples,
 )
 from learner.loop import failures
+from rewards.base import Images
 
 Advance = Callable[[int], None]
 
@@ -209,8 +210,8 @@ def score_missing(
         advance(count)
 
 
-def _in_groups(images: ImageSet, sizes: Sequence[int]) -> Iterator[np.ndarray]:
+def _in_groups(images: ImageSet, sizes: Sequence[int]) -> Iterator[Images]:
     """Images in groups of these sizes."""
     each = (image for batch in images.batches(GROUP) for image in batch)
     for size in sizes:
-        yield np.stack([next(each) for _ in range(size)])
+        yield together([next(each) for _ in range(size)])

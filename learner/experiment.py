@@ -39,7 +39,7 @@ from learner.monitoring.gallery import (
 from learner.monitoring.guards import Guards, SlowServers
 from learner.monitoring.metrics import Recorder, read_metrics
 from learner.monitoring.timeline import RoleUse, bottleneck
-from learner.report import write_report
+from learner.report import conclude
 from learner.rollouts.feature_space import RewardSpace, set_reference
 from learner.rollouts.prefetch import Pipeline
 from learner.runs import records
@@ -355,9 +355,7 @@ class Experiment:
         # a run directory that was restored from a URL has no images of the base policy
         there = {name: file for name, file in sheets.items() if file.is_file()}
         save_side_by_side(there, gallery / BEFORE_AFTER)
-        self._fleet.serve_while(
-            lambda: write_report(self._run, self._config, self._evaluations.table)
-        )
+        self._fleet.serve_while(lambda: conclude(self._run, "finished"))
         files = (self._run.report, self._run.config, self._run.evaluation, gallery / BEFORE_AFTER)
         self._loggers.finish(self._evaluations.table, files)
         if self._evaluations.table:

@@ -1,100 +1,176 @@
-"""The report of a run: `report.html` with table, galleries, curves and configuration."""
+"""The report of a run, or of several side by side: one HTML page without other files.
+
+python -m learner.report runs/NAME               writes runs/NAME/report.html
+python -m learner.report --compare runs/A runs/B     writes comparison.html
+
+A run writes its report itself when it ends, stops or fails; the command is for a killed run, for
+one of an earlier version, and for a look at an active one.
+"""
 
 from __future__ import annotations
 
-import base64
-import importlib.resources
-import io
-import math
-from collections.abc import Mapping, Sequence
+if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+
+    from cluster.program.start import run_command
+
+    sys.exit(run_command("learner.report"))
+
+import logging
+import shlex
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import jinja2
+import tyro
 
-from cluster.io.run_layout import BEFORE_AFTER
-from cluster.io.strict_json import number
+from cluster.errors import ConfigError, LockHeldError, LockLostError, TesseraError
+from cluster.io.files import AGAIN, replacing, writing
+from cluster.io.locks import acquire, locked_file, owner_of
+from cluster.io.paths import default_root, expand_user, output_path
+from cluster.io.run_layout import CONFIG, METRICS, OWNER, REPORT
+from cluster.io.starts import Ending
+from cluster.program import logs
+from cluster.program.console import FAILED, REFUSED, make_console
+from cluster.program.invocation import command_of
 from cluster.program.streams import printable
-from learner.config import RunConfig, dump
-from learner.monitoring.console import COLUMNS
-from learner.monitoring.metrics import QUANTILES, read_metrics
+from learner.reports.page import render
 from learner.runs.run_dir import RunDirectory
-from rewards.config import LOO_FID
+from learner.runs.starts import record_end
 
-REWARDS = "rewards of images (mean, 5th to 95th percentile)"
-PANELS: dict[str, dict[str, str]] = {
-    REWARDS: {},
-    "FID in the reward's features": {"moving average": "fid/ema", "batch": "fid/batch"},
-    "policy entropy (nats)": {"entropy": "policy/entropy"},
-    "gradient norm": {"gradient norm": "loss/grad_norm"},
-}
-PANEL_COLUMNS = 2
+logger = logging.getLogger(__name__)
+
+MODULE = "learner.report"
+COMPARISON = "comparison.html"
+AT_END_S, BY_COMMAND_S = 10.0, 120.0
+"""Longest time for decoding images, at a run's end and by the command."""
 
 
-def write_report(
-    run: RunDirectory, config: RunConfig, rows: Mapping[str, Mapping[str, float]]
-) -> None:
-    """Write `report.html`.
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Write the report of a run: one HTML page without other files.
+
+    A run writes its own when it ends, stops or fails. This command is for a killed run, for one of
+    an earlier version, and for a look at an active one.
+    """
+
+    run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]] = ""
+    """A run's directory, or its name under runs/; by default the newest there."""
+    compare: tuple[str, ...] = ()
+    """Runs side by side on one page: curves over each other, tables, differences of their
+    configurations."""
+    out: str = ""
+    """The page's file. By default RUN/report.html; of an active run NAME-report.html, and of
+    several comparison.html, in the working directory."""
+
+
+def write_report(run: RunDirectory) -> None:
+    """Write `report.html` from what is in the run's directory. For the process that owns it.
+
+    Raises:
+        LockLostError: another process took it over.
+        StorageError: the page cannot be written.
+    """
+    page = render([run], AT_END_S)
+    run.check_owned()
+    _write(page, run.report)
+
+
+def conclude(run: RunDirectory, how: Ending, detail: str = "", *, report: bool = True) -> None:
+    """Record how a run ended, and write its report if it kept anything. Neither hides the run's own
+    error: what fails here is a note.
 
     Args:
-        rows: table of evaluations.
+        detail: the error of a run that failed.
+
+    Raises:
+        LockLostError: the directory of a run that finished is another process's now.
     """
-    run.check_owned()
-    template = importlib.resources.files("learner").joinpath("templates", "report.html")
-    environment = jinja2.Environment(autoescape=True)
-    page = environment.from_string(template.read_text(encoding="utf-8")).render(
-        name=run.path.name,
-        iterations=config.iterations,
-        groups=config.groups_per_iteration,
-        rollouts=config.rollouts_per_group,
-        seed=config.seed,
-        rows=rows,
-        columns=COLUMNS,
-        plot=base64.b64encode(curves(read_metrics(run.metrics))).decode(),
-        gallery=_encoded(run.gallery / BEFORE_AFTER),
-        config=dump(config),
+    try:
+        record_end(run, how, detail)
+        if report and run.has_results():
+            write_report(run)
+            if how != "finished":
+                logger.info(f"report:  {run.report}")
+    except Exception as error:
+        if how == "finished" and isinstance(error, LockLostError):
+            raise
+        again = f"{command_of(MODULE)} {shlex.quote(str(run.path))}"
+        logger.warning(f"note: the report was not written ({error}); `{again}` writes it")
+
+
+def _write(page: str, path: Path) -> None:
+    with writing(path, then=AGAIN), replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    with logs.to_console(make_console()):
+        parsed = tyro.cli(Arguments, args=arguments, prog=command_of(MODULE))
+        try:
+            names = [*([parsed.run] if parsed.run else []), *parsed.compare]
+            runs = [find_directory(name) for name in names] or [newest()]
+            if parsed.compare and len(runs) < 2:
+                raise ConfigError("--compare needs two runs or more")
+            return _report(runs, parsed.out)
+        except (ConfigError, LockHeldError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return REFUSED
+        except (TesseraError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
+
+
+def _report(runs: list[RunDirectory], out: str) -> int:
+    run = runs[0]
+    if out:
+        file = output_path(out, "--out")
+    elif len(runs) > 1:
+        file = output_path(COMPARISON, "--out")
+    elif owner := owner_of(run.path):
+        file = output_path(f"{run.path.name}-{REPORT}", "--out")
+        logger.info(f"the run is active ({owner}), and writes its own report when it ends")
+    else:
+        file = run.report
+    if file.is_dir():
+        raise ConfigError(f"--out {file} is a directory: name a file")
+    inside = file == run.report and len(runs) == 1
+    what = f"the run directory {run.path}" if inside else f"--out {file}"
+    taken = acquire(run.path / OWNER, what) if inside else locked_file(file, what)
+    with taken:
+        _write(render(runs, BY_COMMAND_S), file)
+    logger.info(f"report:  {printable(file.absolute())}")
+    return 0
+
+
+def find_directory(name: str) -> RunDirectory:
+    """The directory of a run by its path, or by its name under runs/.
+
+    Raises:
+        ConfigError: there is none, or it holds no run.
+    """
+    for path in (expand_user(name), default_root() / name):
+        if path.is_dir():
+            if not any((path / file).is_file() for file in (CONFIG, METRICS)):
+                raise ConfigError(
+                    f"{path} holds no run: expected {CONFIG} or {METRICS} in it; name a run's "
+                    "directory"
+                )
+            return RunDirectory(path)
+    raise ConfigError(
+        f"there is no run {name}: expected a directory, or the name of one under {default_root()}"
     )
-    run.report.write_text(printable(page), encoding="utf-8")
 
 
-def image_rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the instance rewards."""
-    keys = dict.fromkeys(key for row in metrics for key in row)
-    names = [key.removeprefix("reward/") for key in keys if key.startswith("reward/")]
-    return [name for name in names if name != LOO_FID]
+def newest() -> RunDirectory:
+    """The newest run under runs/.
 
-
-def column(metrics: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """Values of a metric; NaN if not measured, or not finite."""
-    return [number(row.get(key)) for row in metrics]
-
-
-def _encoded(path: Path) -> str:
-    """A file as base64, so that the page needs no other file."""
-    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
-
-
-def curves(metrics: list[dict[str, Any]]) -> bytes:
-    """The curves of `PANELS`, as a PNG."""
-    from matplotlib.figure import Figure
-
-    steps = [row["iteration"] for row in metrics]
-    panels = {**PANELS, REWARDS: {name: f"reward/{name}" for name in image_rewards(metrics)}}
-    rows = math.ceil(len(panels) / PANEL_COLUMNS)
-    figure = Figure(figsize=(5 * PANEL_COLUMNS, 3 * rows), layout="constrained")
-    for place, (title, lines) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(rows, PANEL_COLUMNS, place)
-        for label, key in lines.items():
-            axes.plot(steps, column(metrics, key), label=label)
-            low, high = (key.replace("/", f"_{part}/", 1) for part in QUANTILES)
-            if any(low in row for row in metrics):
-                band = column(metrics, low), column(metrics, high)
-                axes.fill_between(steps, *band, color=axes.lines[-1].get_color(), alpha=0.15)
-        axes.set_title(title)
-        axes.set_xlabel("iteration")
-        axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    Raises:
+        ConfigError: there is none.
+    """
+    files = sorted(default_root().glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise ConfigError(f"name a run: there is none under {default_root()}")
+    return RunDirectory(files[-1].parent)

@@ -34,6 +34,7 @@ from cluster.program.precision import deterministic_environment
 from cluster.program.signals import StopFlag, deferred_signals, signal_handler
 from cluster.program.streams import safe_streams
 from cluster.ray_session.session import check_ray, free_nodes, local_node
+from cluster.scheduling.placement import Node
 from learner.capacity.storage import store_need
 from learner.checkpoints.resume import check_resume
 from learner.checkpoints.store import CheckpointStore
@@ -51,8 +52,10 @@ from learner.loggers.opening import open_loggers
 from learner.monitoring.console import RunConsole
 from learner.output import OutputConfig
 from learner.preflight import listed, placement_lines, preflight
+from learner.report import conclude
 from learner.run_target import RunTarget, choose_run
 from learner.runs.run_dir import RunDirectory
+from learner.runs.starts import record_start
 from rewards.scorers.user_reward_files import changed_since
 
 logger = logging.getLogger(__name__)
@@ -208,7 +211,8 @@ def _main(arguments: list[str] | None, console: Console) -> int:
         except (TesseraError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return REFUSED
-        return carry_out(command, config, run, console, stop, start.close, listed(found))
+        notes = listed(found)
+        return carry_out(command, config, run, console, stop, start.close, notes, arguments)
 
 
 def carry_out(
@@ -219,12 +223,14 @@ def carry_out(
     stop: StopFlag,
     started: Callable[[], None],
     notes: Sequence[str] = (),
+    arguments: Sequence[str] | None = None,
 ) -> int:
-    """Start the fleet and run the experiment; returns the exit status.
+    """Start the fleet, run the experiment and write the report; returns the exit status.
 
     Args:
         started: called when the fleet has started.
         notes: lines to log first.
+        arguments: of the command line, for the records; None: the process's.
     """
     with (
         safe_streams(output_is_all=False),
@@ -234,28 +240,11 @@ def carry_out(
         try:
             for line in notes:
                 logger.info(line)
-            logger.info(starting(command, config))
-            for line in changed_since(config.rewards.files):
-                logger.warning(f"note: {line}")
-            ray = None if command.inline else config.ray
-            plan, need = fleet_plan(config), store_need(config)
-            with (
-                open_loggers(config, run, command.from_step) as loggers,
-                open_fleet(plan, need, run.path, stop, ray) as fleet,
-            ):
-                started()
-                experiment = Experiment(
-                    config,
-                    run,
-                    fleet,
-                    shown,
-                    stop,
-                    command.from_step,
-                    lambda: stop.checkpoint,
-                    loggers,
-                )
-                if experiment.run():
-                    return 0
+            record(command, config, run, arguments)
+            finished = run_on_fleet(command, config, run, shown, stop, started)
+            if finished:
+                return 0
+            conclude(run, "stopped")
             if not run.has_results():
                 logger.info(run.exit_message())
             return INTERRUPTED
@@ -264,11 +253,64 @@ def carry_out(
             return FAILED
         except TesseraError as error:
             logger.error(f"error: {error}")
+            conclude(run, "failed", str(error))
             logger.info(run.exit_message())
             return FAILED
         except KeyboardInterrupt:
+            conclude(run, "stopped", "at once", report=False)
             logger.info(f"stopped at once; {run.exit_message()}")
             return INTERRUPTED
+        except Exception as error:
+            conclude(run, "failed", f"{type(error).__name__}: {error}")
+            raise
+
+
+def run_on_fleet(
+    command: Command,
+    config: RunConfig,
+    run: RunDirectory,
+    console: RunConsole,
+    stop: StopFlag,
+    started: Callable[[], None],
+) -> bool:
+    """Open loggers and fleet, and run the experiment; returns whether it came to its end."""
+    ray = None if command.inline else config.ray
+    plan, need = fleet_plan(config), store_need(config)
+    with (
+        open_loggers(config, run, command.from_step) as loggers,
+        open_fleet(plan, need, run.path, stop, ray) as fleet,
+    ):
+        started()
+        return Experiment(
+            config,
+            run,
+            fleet,
+            console,
+            stop,
+            command.from_step,
+            lambda: stop.checkpoint,
+            loggers,
+        ).run()
+
+
+def record(
+    command: Command, config: RunConfig, run: RunDirectory, arguments: Sequence[str] | None
+) -> None:
+    """Record a start, and log it."""
+    logger.info(starting(command, config))
+    for line in changed_since(config.rewards.files):
+        logger.warning(f"note: {line}")
+    nodes = [local_node()] if command.inline else nodes_of(config)
+    record_start(run, arguments, fleet_plan(config), nodes, inline=command.inline)
+
+
+def nodes_of(config: RunConfig) -> list[Node]:
+    """Nodes of the cluster that a run joins; none if it does not answer, which the fleet's start
+    explains."""
+    try:
+        return free_nodes(config.ray)
+    except TesseraError:
+        return []
 
 
 def starting(command: Command, config: RunConfig) -> str:

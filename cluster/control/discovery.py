@@ -18,6 +18,7 @@ from cluster.io.locks import owner_of, read_lock
 from cluster.io.paths import expand_user
 from cluster.io.processes import process_lives
 from cluster.io.run_layout import CHECKPOINTS, CONFIG, DISCOVERY_FILE, OWNER, REPORT, steps_in
+from cluster.io.starts import last_ending
 from cluster.io.strict_json import MALFORMED, dumps
 from cluster.io.user_files import record_run, recorded_runs
 from cluster.program.invocation import command_of
@@ -295,7 +296,7 @@ def not_active_error(directory: Path) -> FleetError:
             "that process"
         )
     start, left = f"no run is active in {directory}: it has ended", left_behind(directory)
-    if left["report"]:
+    if left["stage"] == "finished" and left["report"]:
         return LastRunError(f"{start}, and left {left['report']}", directory)
     newest = Path(left["checkpoint"]).name if left["checkpoint"] else "none yet"
     message = f"{start}; newest checkpoint: {newest}. {RESUME_LINE}{left['resume']}"
@@ -358,16 +359,18 @@ def resume_command(directory: Path) -> str:
 
 def left_behind(directory: Path) -> dict[str, str]:
     """What an ended run left: `stage` (finished, ended, killed), its newest `checkpoint`, the
-    `report` of one that finished, and the command to `resume` it; empty where there is none."""
+    `report`, and the command to `resume` it; empty where there is none."""
     checkpoints, report = directory / CHECKPOINTS, directory / REPORT
     steps = [checkpoints / run_layout.step_name(step) for step in steps_in(checkpoints)]
-    finished = report.is_file()
-    if finished and steps:  # a run resumed after its end has an older report
-        finished = report.stat().st_mtime >= steps[-1].stat().st_mtime
+    ending = last_ending(directory)
+    written = report.is_file()
+    if ending is None and written and steps:  # a run resumed after its end has an older report
+        written = report.stat().st_mtime >= steps[-1].stat().st_mtime
+    finished = written if ending is None else ending == "finished"
     killed = any(os.path.isfile(directory / name) for name in (DISCOVERY_FILE, OWNER))
     return {
-        "stage": "killed" if killed else "finished" if finished else "ended",
+        "stage": "killed" if killed or ending == "" else "finished" if finished else "ended",
         "checkpoint": str(steps[-1]) if steps else "",
-        "report": str(report) if finished else "",
+        "report": str(report) if written else "",
         "resume": _again(directory) if killed else resume_command(directory),
     }

@@ -5,7 +5,7 @@ run/
   run.log  metrics.jsonl           log; one line of metrics an iteration
   evaluations.jsonl  evaluation.json     evaluations while training; the table of the evaluations
   best.json  trace.json            the best checkpoint; a timeline for Perfetto
-  report.html                      written at the run's end
+  report.html  starts.jsonl        the report; every start, and how it ended
   owner.lock  fleet.json           the process that writes here; how to reach its fleet
   checkpoints/step_000050/         see `learner.checkpoints.checkpoint`
   rollouts/iteration_000001.parquet
@@ -30,6 +30,8 @@ EVALUATION = "evaluation.json"
 BEST = "best.json"
 TRACE = "trace.json"
 REPORT = "report.html"
+STARTS = "starts.jsonl"
+"""Command, versions and hardware of each start (`cluster.io.starts`)."""
 OWNER = "owner.lock"
 DISCOVERY_FILE = "fleet.json"
 CHECKPOINTS = "checkpoints"

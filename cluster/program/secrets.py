@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.
 IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 """user:password@ in a URL."""
 ENV_VARS = "env_vars"
+STARS = "***"
 
 
 def check_environment(runtime_env: Mapping[str, Any]) -> None:
@@ -55,6 +56,24 @@ def _has_password(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_has_password(part) for part in value)
     return isinstance(value, str) and bool(IN_URL.search(value)) and not REFERENCE.search(value)
+
+
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """A command line to be written into files: values of options with names like secrets, and
+    passwords in URLs, are replaced by stars."""
+    found: list[str] = []
+    hidden = False
+    for word in arguments:
+        flag, equals, _ = word.partition("=")
+        is_option = word.startswith("--")
+        secret = is_option and bool(SECRET.search(flag.replace("-", "_").replace(".", "_")))
+        if secret and equals:
+            word = f"{flag}={STARS}"
+        elif hidden and not is_option:
+            word = STARS
+        hidden = secret and not equals
+        found.append(IN_URL.sub(f"://{STARS}@", word))
+    return found
 
 
 def secret_variables(

@@ -1,7 +1,7 @@
 """Metrics of an iteration under the names of metrics.jsonl, and the recorder that writes them.
 
 To add a metric: one line in `iteration_metrics` (of the learner: in `Learner._metrics`). It then
-appears in metrics.jsonl and all loggers; `learner.report.PANELS` draws it in the report.
+appears in metrics.jsonl and all loggers; `learner.reports.panels.PANELS` draws it in the report.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from cluster.io.run_layout import (
     OWNER,
     REPORT,
     ROLLOUTS,
+    STARTS,
     TENSORBOARD,
     TRACE,
     steps_in,
@@ -38,7 +39,7 @@ from cluster.io.strict_json import dumps, number
 from learner.config import RunConfig, dump, parse_yaml
 from learner.runs.config_file import add_checksum, verify_checksum
 
-INITIAL_FILES = (CONFIG, OWNER, LOG)
+INITIAL_FILES = (CONFIG, OWNER, LOG, STARTS)
 """Files of a run that has just started."""
 CHECKPOINT_CONFIG = "the checkpoint's configuration"
 """The source of a configuration that a checkpoint holds, for errors."""

@@ -20,6 +20,7 @@ from actors.models.taming import TamingConfig, TamingGPT
 from cluster.control.discovery import resume_command
 from cluster.errors import LearnerLostError
 from cluster.fleet import InlineFleet
+from cluster.io.starts import read_events
 from cluster.model_files.tensors import read_tensors, write_tensors
 from learner import replay
 from learner.experiment import Experiment
@@ -63,7 +64,13 @@ def test_the_run_directory_has_everything(finished: Path) -> None:
     phases = {event["name"] for event in json.loads((finished / "trace.json").read_text())}
     works = {"load", "sample", "decode", "score", "moments", "learn", "pack"}
     assert phases >= {*works, "broadcast"}
-    assert (finished / "report.html").read_text().count("data:image/png;base64,iVBOR") == 2
+    page = (finished / "report.html").read_text()
+    assert '<span class="state finished">' in page
+    assert '"evaluation-judge-fid"' in page
+    assert 'class="level error"' not in page  # every file could be read
+    start, end = read_events(finished)
+    assert start["command"].endswith(f"--inline --run-dir {finished}")
+    assert end["how"] == "finished"
     log = (finished / "run.log").read_text()
     for said in ("base policy: FID", "iteration 4/4  ", "Held-out judge, 20", "everything is in"):
         assert said in log

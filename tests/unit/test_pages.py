@@ -34,6 +34,7 @@ HELP = {  # command -> arguments that list all of its options
     "learner.run": [["--help-all"]],
     "learner.plan": [["--help-all"]],
     "learner.evaluate": [["--help-all"]],
+    "learner.report": [["--help"]],
     "learner.rollouts": [["--help-all"]],
     "learner.replay": [["--help-all"]],
     "learner.miniature.arms": [["--help"]],

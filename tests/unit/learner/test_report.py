@@ -1,20 +1,120 @@
-"""Curves of the report."""
+"""The command learner.report, and what a run does at its end: files, owners, refusals."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from matplotlib.figure import Figure
 
+from cluster.errors import LockLostError, StorageError
+from cluster.io.locks import acquire, locked_file
+from cluster.io.run_layout import OWNER
+from cluster.io.starts import last_ending, read_events
 from learner import report
+from learner.report import conclude, main
+from learner.runs.run_dir import RunDirectory
+from tests.small_run import small_config
+from tests.unit.learner.reports.made_run import made_run
 
 
-@pytest.mark.parametrize("further", [0, 1, 2])
-def test_every_panel_is_drawn(further: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    added = {f"further {number}": {"rate": "loss/lr"} for number in range(further)}
-    monkeypatch.setattr(report, "PANELS", {**report.PANELS, **added})
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: drawn.append(self))
-    report.curves([{"iteration": 1, "loss/lr": 0.1}, {"iteration": 2, "loss/lr": 0.2}])
-    axes = drawn[0].axes
-    assert [each.get_title() for each in axes] == list(report.PANELS)
-    assert all(each.lines for each in axes[4:])
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return made_run(tmp_path / "run", 6)
+
+
+def test_the_page_of_an_ended_run_is_in_its_directory(run: RunDirectory) -> None:
+    assert main([str(run.path)]) == 0
+    assert "<!doctype html>" in run.report.read_text()
+    assert not (run.path / OWNER).exists()
+
+
+def test_an_active_run_keeps_its_directory(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with acquire(run.path / OWNER, "it"):
+        assert main([str(run.path)]) == 0
+    assert not run.report.exists()
+    assert Path("run-report.html").is_file()
+    assert "the run is active" in capsys.readouterr().out
+
+
+def test_a_page_elsewhere(run: RunDirectory, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "page.html"
+    assert main([str(run.path), "--out", str(target)]) == 0
+    assert target.is_file()
+    assert not run.report.exists()
+    with locked_file(target, "it"):
+        assert main([str(run.path), "--out", str(target)]) == 2
+
+
+def test_several_runs(run: RunDirectory, tmp_path: Path) -> None:
+    other = made_run(tmp_path / "other", 6, seed=1)
+    assert main(["--compare", str(run.path), str(other.path)]) == 0
+    page = Path("comparison.html").read_text()
+    assert "Differences in configuration" in page
+    assert "<code>seed</code>" in page
+
+
+def test_runs_by_name_and_the_newest(run: RunDirectory) -> None:
+    made = made_run(Path("runs") / "a", 6)
+    assert main(["a"]) == main([]) == 0
+    assert made.report.is_file()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["nothing"], "there is no run nothing"),
+        (["."], "holds no run: expected config.yaml or metrics.jsonl"),
+        ([], "name a run: there is none under"),
+        (["{run}", "--out", "."], "is a directory"),
+        (["--compare", "{run}"], "--compare needs two runs or more"),
+    ],
+)
+def test_refusals(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], line: list[str], said: str
+) -> None:
+    assert main([word.replace("{run}", str(run.path)) for word in line]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_how_a_run_ended_is_recorded_whatever_becomes_of_its_report(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(report, "render", lambda *_: 1 / 0)
+    conclude(run, "failed", "no GPU")
+    assert read_events(run.path)[-1]["detail"] == "no GPU"
+    assert "the report was not written (division by zero)" in caplog.text
+    assert f"learner.report {run.path}" in caplog.text
+
+
+def test_a_run_that_kept_nothing_has_no_report(tmp_path: Path) -> None:
+    run = RunDirectory.create(str(tmp_path / "run"), small_config())
+    conclude(run, "stopped")
+    assert last_ending(run.path) == "stopped"
+    assert not run.report.exists()
+    assert run.exit_message() == "nothing was kept"
+    assert not run.path.exists()
+
+
+@pytest.mark.parametrize("error", [LockLostError("another's"), StorageError("full")])
+def test_a_lost_directory_is_said(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(report, "record_end", fail)
+    conclude(run, "failed")  # its own error is said
+    if isinstance(error, LockLostError):
+        with pytest.raises(LockLostError):
+            conclude(run, "finished")
+    else:
+        conclude(run, "finished")

@@ -27,7 +27,6 @@ from learner.miniature import arms
 from learner.monitoring.guards import Guards
 from learner.monitoring.metrics import Recorder, read_metrics
 from learner.monitoring.timeline import Trace
-from learner.report import column, curves, image_rewards
 from learner.runs import records
 from learner.runs.run_dir import RunDirectory
 from learner.training.skips import GuardsConfig
@@ -130,18 +129,6 @@ def test_guards_see_the_same_live_and_after_a_resume() -> None:
     found = [live(row) for row in rows]
     assert [f.metrics["guards/kl_high"] for f in found] == [0, 1]
     assert [resumed(strict(dumps(row))) for row in rows] == found
-
-
-def test_the_report_has_gaps_where_nothing_was_measured() -> None:
-    rows = [
-        {"iteration": 0, "fid/ema": None, "fid/batch": 1.0, "policy/entropy": 2.0},
-        {"iteration": 1, "fid/ema": 2.0, "reward/clip": 0.5, "reward_p05/clip": 0.1,
-         "reward_p95/clip": None, "loss/grad_norm": 1.0},
-    ]  # fmt: skip
-    assert image_rewards(rows) == ["clip"]
-    assert np.isnan(column(rows, "fid/ema")).tolist() == [True, False]
-    assert curves(rows).startswith(b"\x89PNG")
-    assert curves([]).startswith(b"\x89PNG")
 
 
 def test_the_best_is_a_number() -> None:

@@ -1,0 +1,312 @@
+"""The page of one run, or of several side by side: sections as data, put into the template.
+
+One file without any other: the chart library (compressed), data and images are inside, and a
+content security policy forbids requests.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import gzip
+import importlib.resources
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from cluster.io.locks import owner_of
+from cluster.io.run_layout import CONFIG
+from cluster.io.starts import END, EVENT, HOW
+from cluster.io.strict_json import dumps
+from cluster.program.invocation import command_of
+from cluster.program.streams import printable
+from learner.monitoring.timeline import RoleUse, bottleneck
+from learner.reports import extremes, images, panels, summary, timeline
+from learner.reports.charts import MOST_POINTS, Chart, Figure, points_per_mean
+from learner.reports.reading import RunData, differing, read_run, state_of, times_of
+from learner.runs.run_dir import RunDirectory
+from rewards.metrics.evaluation import BETTER
+
+LARGEST = 10_000_000
+"""Bytes of a page."""
+TEXT = 1_500_000
+"""Bytes kept free for data and text, and as many again for every further run."""
+SHARES = {"sheets": 0.6, "extremes": 0.25, "nearest": 0.1}
+"""Of the bytes for images."""
+LONGEST_CONFIG = 60_000  # characters
+LONGEST_NOTE = 600
+FOLDER = "templates"
+SECOND_PART = "the same in the judge's second features"
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Figures of the page by key, collected while its sections are made."""
+
+    figures: dict[str, Figure]
+
+    def add(self, prefix: str, charts: Sequence[Chart]) -> list[dict[str, str]]:
+        """Cards of charts for the template."""
+        return [self.card(f"{prefix}-{chart.key}", chart) for chart in charts]
+
+    def card(self, key: str, chart: Chart) -> dict[str, str]:
+        self.figures[key] = chart.figure()
+        return {"key": key, "title": printable(chart.title), "unit": chart.unit,
+                "note": printable(chart.note)}  # fmt: skip
+
+
+def render(directories: Sequence[RunDirectory], decode_s: float) -> str:
+    """The HTML of a page about runs.
+
+    Args:
+        decode_s: longest time for decoding images of rollouts, seconds.
+    """
+    runs = [read_run(directory) for directory in directories]
+    plots = Plots({})
+    room = (LARGEST - len(library()) - TEXT * len(runs)) / len(runs)
+    several = len(runs) > 1
+    sections = [_run_section(run, plots, max(room, 0.0), decode_s, several) for run in runs]
+    first = sections[0]
+    topics = panels.topics(runs)
+    judged, second = panels.evaluation_charts(runs, BETTER)
+    shared = {
+        "topics": [
+            {"name": topic.name, "about": topic.about, "constant": topic.constant,
+             "missing": topic.missing, "cards": plots.add("curve", topic.charts)}
+            for topic in topics
+        ],
+        "averaged": points_per_mean(max(len(run.metrics) for run in runs), MOST_POINTS),
+        "evaluations": plots.add("evaluation", judged),
+        "second": plots.add("evaluation", second),
+        "table": _table(runs),
+        "differences": _differences(runs) if several else [],
+    }  # fmt: skip
+    galleries = [{"run": each["name"], "sheets": each.pop("sheets")} for each in sections]
+    return _fill(
+        title=" · ".join(each["name"] for each in sections),
+        several=several,
+        runs=sections,
+        run=first,
+        shared=shared,
+        galleries=any(gallery["sheets"] for gallery in galleries),
+        data=embedded({"figures": plots.figures, "galleries": galleries}),
+    )
+
+
+def _fill(**values: Any) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["printable"] = printable
+    template = environment.from_string(_file("report.html"))
+    inside = {
+        "style": markupsafe.Markup(_file("report.css")),
+        "script": markupsafe.Markup(_file("report.js")),
+        "library": markupsafe.Markup(library()),
+    }
+    return printable(template.render(**values, **inside))
+
+
+def _file(name: str) -> str:
+    place = importlib.resources.files("learner").joinpath(FOLDER, name)
+    return place.read_text(encoding="utf-8")
+
+
+@functools.cache
+def library() -> str:
+    """Plotly's script, gzip and base64: 2 MB instead of 5."""
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
+
+
+def embedded(value: Any) -> markupsafe.Markup:
+    """JSON inside a script element: no character that could end the element."""
+    text = dumps(value, separators=(",", ":"), ensure_ascii=True)
+    for letter in "<>&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return markupsafe.Markup(text)
+
+
+def _run_section(
+    run: RunData, plots: Plots, room: float, decode_s: float, several: bool
+) -> dict[str, Any]:
+    """What is shown of one run alone."""
+    problems = list(run.problems)
+    state, sentence = state_of(run, owner_of(run.run.path))
+    first, seconds = times_of(run)
+    sheets = images.gallery_sheets(run.run.gallery, run.done or run.planned, problems)
+    section: dict[str, Any] = {
+        "name": run.name,
+        "path": printable(run.run.path),
+        "state": state,
+        "sentence": sentence,
+        "started": first.strftime("%Y-%m-%d %H:%M UTC") if first else "",
+        "seconds": str(timedelta(seconds=round(seconds))) if seconds else "",
+        "facts": _facts(run),
+        "command": _command(run),
+        "starts": _starts(run),
+        "versions": _last(run, "versions"),
+        "hardware": _hardware(run),
+        "config": printable(run.config_text[:LONGEST_CONFIG]),
+        "verdict": summary.verdict(run, BETTER),
+        "indicators": summary.indicators(run),
+        "sheets": images.encoded_sheets(sheets, SHARES["sheets"] * room, problems),
+        "more_sheets": len(sheets),
+    }
+    section["timeline"] = None if several else _timeline(run, plots, problems)
+    section["extremes"], section["extremes_note"] = (
+        (None, "") if several else extremes.section(run, decode_s, SHARES["extremes"] * room)
+    )
+    section["nearest"] = (
+        None
+        if several
+        else images.nearest_sheet(run.run.gallery, SHARES["nearest"] * room, problems)
+    )
+    if not several and section["nearest"]:
+        section["sheets"].append(section["nearest"] | {"step": -1})
+    section["notes"] = _repeated(run.notes)
+    section["problems"] = [printable(problem) for problem in problems]
+    return section
+
+
+def _facts(run: RunData) -> list[str]:
+    groups, rollouts = run.setting("groups_per_iteration"), run.setting("rollouts_per_group")
+    facts = [f"{run.done} of {run.planned or '?'} iterations"]
+    if isinstance(groups, int) and isinstance(rollouts, int):
+        facts.append(f"{groups} × {rollouts} images an iteration")
+    seed = run.setting("seed")
+    return [*facts, f"seed {seed}"] if seed is not None else facts
+
+
+def _command(run: RunData) -> str:
+    """The command that repeats a run: its first one, or that with its configuration as preset."""
+    if run.starts and isinstance(run.starts[0].get("command"), str):
+        return printable(run.starts[0]["command"])
+    config = shlex.quote(printable(run.run.path / CONFIG))
+    return f"{command_of('learner.run')} --preset {config}"
+
+
+def _starts(run: RunData) -> list[dict[str, str]]:
+    """Every start and end, for a table."""
+    return [
+        {"time": printable(event.get("time", "")).replace("+00:00", " UTC").replace("T", " "),
+         "what": printable(event.get(HOW, "")) if event[EVENT] == END
+         else "resumed" if event.get("resumed") else "started",
+         "detail": printable(event.get("detail") or event.get("command") or "")[:LONGEST_NOTE]}
+        for event in run.events
+    ]  # fmt: skip
+
+
+def _last(run: RunData, key: str) -> dict[str, Any]:
+    found = run.starts[-1].get(key) if run.starts else None
+    return {printable(k): printable(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _hardware(run: RunData) -> list[str]:
+    found = run.starts[-1].get("hardware") if run.starts else None
+    fleet = run.starts[-1].get("fleet") if run.starts else None
+    lines = []
+    if isinstance(found, dict):
+        gpus = found.get("gpus") or []
+        kinds = ", ".join(f"{gpus.count(kind)} × {kind}" for kind in dict.fromkeys(gpus))
+        lines.append(
+            f"{found.get('host')}: {found.get('cpu')}, {found.get('cores')} cores, "
+            f"{found.get('memory_gb')} GB, {kinds or 'no GPU'}"
+        )
+        if isinstance(found.get("hosts"), int) and found["hosts"] > 1:
+            lines.append(
+                f"cluster of {found['hosts']} hosts: {found.get('cluster_cpus'):g} CPUs, "
+                f"{found.get('cluster_gpus'):g} GPUs"
+            )
+    if isinstance(fleet, dict):
+        if fleet.get("inline"):
+            lines.append("all roles in one process (--inline)")
+        else:
+            roles = [f"{count} × {role}" for role, count in fleet.items() if role != "inline"]
+            lines.append(", ".join(roles))
+    return [printable(line) for line in lines]
+
+
+def _table(runs: Sequence[RunData]) -> dict[str, Any]:
+    """Figures as rows, policies of every run as columns."""
+    tables = [run.table for run in runs]
+    shown = summary.columns(tables, BETTER)
+    together = {(at, name): row for at, run in enumerate(runs) for name, row in run.table.items()}
+    flat = {f"{at}/{name}": row for (at, name), row in together.items()}
+    cells = summary.table_cells(flat, shown)
+    second = next((at for at, column in enumerate(shown) if "/" in column.key), -1)
+    counts = {row["images"] for row in flat.values() if row.get("images", 0) > 0}
+    return {
+        "policies": [
+            {"run": runs[at].name, "at": at + 1, "name": name} for at, name in together
+        ],
+        "runs": [
+            {"name": run.name, "at": at + 1, "width": len(run.table)}
+            for at, run in enumerate(runs)
+            if run.table
+        ],
+        "rows": [
+            {"heading": column.heading, "arrow": column.arrow,
+             "meaning": "" if "/" in column.key else column.meaning,
+             "part": SECOND_PART if at == second else "",
+             "cells": [row[at] for row in cells.values()]}
+            for at, column in enumerate(shown)
+        ],
+        "images": ", ".join(f"{count:,.0f}" for count in sorted(counts)),
+    }  # fmt: skip
+
+
+def _differences(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    names = [f"{at}/{run.name}" for at, run in enumerate(runs)]
+    found = differing({name: run.config for name, run in zip(names, runs)})
+    return [
+        {"name": printable(setting),
+         "values": ["–" if values[name] is None else printable(values[name]) for name in names]}
+        for setting, values in found.items()
+    ]  # fmt: skip
+
+
+def _timeline(run: RunData, plots: Plots, problems: list[str]) -> dict[str, Any]:
+    trace = timeline.read_trace(run.run.trace, problems)
+    found: dict[str, Any] = {"map": "", "last": "", "count": 0, "idle": [], "cut": trace.cut}
+    if figure := timeline.busy_map(trace):
+        plots.figures["timeline-map"], found["map"] = figure, "timeline-map"
+    figure, found["count"] = timeline.last_iterations(trace)
+    if figure:
+        plots.figures["timeline-last"], found["last"] = figure, "timeline-last"
+    if chart := timeline.idle_chart(trace, run.iterations):
+        found["idle"] = [plots.card("timeline-idle", chart)]
+    found["bottleneck"] = _bottleneck(run, trace)
+    return found
+
+
+def _bottleneck(run: RunData, trace: timeline.Trace) -> str:
+    if not trace.idle:
+        return ""
+    workers = {timeline.worker_of(row) for row in trace.rows}
+    uses = [
+        RoleUse(role, max(sum(timeline.role_of(w) == role for w in workers), 1), 1 - idle)
+        for role, idle in trace.idle[-1][1].items()
+    ]
+    fleet = run.starts[-1].get("fleet") if run.starts else None
+    inline = isinstance(fleet, dict) and bool(fleet.get("inline"))
+    staleness = run.setting("max_staleness")
+    return bottleneck(uses, staleness if isinstance(staleness, int) else 0, inline=inline)
+
+
+def _repeated(notes: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    """Notes of the log, equal ones once with their number."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for time, level, text in notes:
+        text = printable(text)[:LONGEST_NOTE]
+        entry = found.setdefault(
+            (level, text), {"time": time, "level": level, "text": text, "count": 0}
+        )
+        entry["count"] += 1
+    return list(found.values())

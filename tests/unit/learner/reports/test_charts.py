@@ -1,0 +1,144 @@
+"""Charts as data: gaps, bands, labels, thinning; which panels are drawn; table, verdict, signs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from learner.reports import summary
+from learner.reports.charts import Chart, Level, Line, shown_text, spread, thinned
+from learner.reports.panels import PANELS, topics
+from learner.reports.reading import RunData, read_run
+from learner.runs.run_dir import RunDirectory
+from rewards.metrics.evaluation import BETTER
+from tests.unit.learner.reports.made_run import FIGURES, made_run
+
+NAN = math.nan
+
+
+def test_gaps_bands_and_labels() -> None:
+    line = Line("a <b>", [1, 2, 3], [0.5, NAN, 0.25], 2, [0, 0, 0], [1, 1, 1])
+    figure = Chart("k", "t", "", "", [line], [Level("base", 0.25)]).figure()
+    low, high, mean = figure["data"]
+    assert low["y"] == [0, 0, 0]
+    assert high["fillcolor"] == "var(--c2, .16)"
+    assert mean["y"] == [0.5, None, 0.25]
+    assert mean["line"]["color"] == "var(--c2)"
+    labels = figure["layout"]["annotations"]
+    assert {label["text"] for label in labels} == {"a &lt;b&gt;", "base"}
+    assert abs(labels[0]["yshift"] - labels[1]["yshift"]) == pytest.approx(13, abs=0.1)
+    assert shown_text("&<>") == "&amp;&lt;&gt;"
+
+
+def test_labels_are_moved_apart_only_where_they_overlap() -> None:
+    moved = spread([0, 1, 100])
+    assert moved == pytest.approx([-6, 6, 0], abs=1e-3)
+    assert spread([0, 50]) == [0, 0]
+
+
+def test_long_lines_are_averaged_and_keep_their_gaps() -> None:
+    y = np.arange(10.0)
+    y[4:6] = NAN
+    found = thinned(Line("a", list(range(10)), y.tolist(), low=y.tolist(), high=y.tolist()), 5)
+    assert found.x == [0.5, 2.5, 4.5, 6.5, 8.5]
+    assert found.y[:2] == [0.5, 2.5]
+    assert math.isnan(found.y[2])
+    assert found.low == pytest.approx(found.y, nan_ok=True)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> RunData:
+    return read_run(made_run(tmp_path / "run", 30))
+
+
+def test_every_metric_of_a_panel_is_drawn_or_said(data: RunData) -> None:
+    found = {topic.name: topic for topic in topics([data])}
+    drawn = {chart.title for topic in found.values() for chart in topic.charts}
+    said = "\n".join(line for topic in found.values() for line in topic.constant + topic.missing)
+    measured = {key for row in data.metrics for key in row}
+    for panel in PANELS:
+        if panel.missing or measured & set(panel.lines.values()):
+            assert panel.title in drawn or panel.title in said, panel.title
+    assert {"clip", "hps", "loo_fid", "Do reward and judge agree?"} <= drawn
+    assert "Flat groups: 0 in every iteration" in said
+
+
+def test_several_runs_share_a_chart(tmp_path: Path, data: RunData) -> None:
+    other = read_run(made_run(tmp_path / "other", 12))
+    charts = {chart.title: chart for topic in topics([data, other]) for chart in topic.charts}
+    lines = charts["clip"].lines
+    assert [(line.name, len(line.x), line.colour) for line in lines] == [
+        ("run", 30, 1), ("other", 12, 2),
+    ]  # fmt: skip
+    assert all(line.low is None for line in lines)
+    assert charts["clip"].figure()["layout"]["annotations"] == []
+
+
+def test_the_table_marks_the_best_by_its_direction() -> None:
+    rows = {"base": {"fid": 20.0, "recall": 0.5, "entropy": 2.0, "images": 9.0},
+            "tuned": {"fid": 10.0, "recall": 0.4, "entropy": NAN}}  # fmt: skip
+    shown = summary.columns([rows], BETTER)
+    assert [(c.key, c.arrow) for c in shown] == [("fid", "↓"), ("recall", "↑"), ("entropy", "")]
+    cells = summary.table_cells(rows, shown)
+    assert [(c.text, c.best) for c in cells["base"]] == [
+        ("20.00", False), ("0.500", True), ("2.00", False)
+    ]  # fmt: skip
+    assert [(c.text, c.best) for c in cells["tuned"]] == [
+        ("10.00", True), ("0.400", False), ("–", False)
+    ]  # fmt: skip
+    same = summary.table_cells({"a": {"fid": 1.0}, "b": {"fid": 1.0}}, shown[:1])
+    assert not any(cell.best for row in same.values() for cell in row)
+
+
+def test_users_scorers_have_columns_too() -> None:
+    (column,) = summary.columns([{"base": {"aesthetic": 1.0}}], BETTER)
+    assert (column.heading, column.arrow) == ("aesthetic", "↑")
+
+
+def test_the_verdict_is_the_judges(data: RunData) -> None:
+    found = summary.verdict(data, BETTER)
+    assert found.mark == "better"
+    assert found.headline.startswith("FID 25.00 → ")
+    assert any("Worse in recall" in line for line in found.details)
+    assert any("better than the base policy's with CFG 2 (17.50)" in line for line in found.details)
+
+
+def test_a_worse_policy_is_called_so(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", 6)
+    run.write_evaluation({"base": FIGURES, "tuned": FIGURES | {"fid": 30.0}})
+    found = summary.verdict(read_run(run), BETTER)
+    assert found.headline == "FID 25.00 → 30.00 (+20 %): tuning did harm"
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_without_the_last_evaluation(tmp_path: Path, evaluated: bool) -> None:
+    run: RunDirectory = made_run(tmp_path / "run", 30)
+    run.write_evaluation({"base": FIGURES} if evaluated else {})
+    if not evaluated:
+        run.evaluations.unlink()
+    found = summary.verdict(read_run(run), BETTER)
+    if evaluated:
+        assert "the policy after 30 iterations" in found.details[0]
+    else:
+        assert found.headline.startswith("Mean reward clip 0.4")
+        assert found.mark == ""
+
+
+def test_signs_of_collapse(data: RunData) -> None:
+    found = {sign.name: sign.state for sign in summary.indicators(data)}
+    assert found == {
+        "token entropy": "ok", "coverage": "ok", "recall": "watch", "coverage (2nd)": "ok",
+        "flat groups": "ok",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.12345, "0.123"), (7.5, "7.50"), (123.46, "123.5"), (12345.0, "12,345"), (NAN, "–"),
+     (1e-7, "1.0e-07"), (0.0, "0.000"), (-0.5, "-0.500")],
+)  # fmt: skip
+def test_figures(value: float, text: str) -> None:
+    assert summary.figure_text(value) == text

@@ -21,7 +21,14 @@ from cluster.ray_session.object_store import (
 )
 from cluster.ray_session.session import RayConfig
 from learner.capacity import storage
-from learner.capacity.storage import DiskWatch, checkpoint_bytes, room_note, store_need
+from learner.capacity.storage import (
+    DiskWatch,
+    checkpoint_bytes,
+    room_note,
+    sampling_need,
+    store_need,
+)
+from learner.fleet_plan import sampling_plan
 from tests.small_run import small_config
 
 NEED = StoreNeed(snapshot=1_000_000_000, group=50_000_000, groups=20)
@@ -36,6 +43,21 @@ def test_need_of_the_miniature() -> None:
     assert need.batch == 256 * 8 * 8 * 3
     assert need.snapshot == 4 * weights
     assert checkpoint_bytes(config) == 12 * weights
+
+
+def test_need_of_an_evaluation() -> None:
+    """No weights travel; as many groups are in flight as its workers can hold."""
+    config = small_config(num_samplers=8, num_reward_servers=2, evaluation={"num_images": 40})
+    plan = sampling_plan(config)
+    need = sampling_need(config, plan)
+    assert need.groups == plan.slots == 8 * 2 + 2 * plan.reward_server.depth
+    assert need.total == need.groups * 40 * 8 * 8 * 3 + need.batch
+    assert check_store(need, need.total) == ""
+    note = check_store(need, need.total - 1)
+    assert f"{need.groups} groups in flight with 0.00768 MB of images each and " in note
+    assert "weights" not in note
+    with pytest.raises(FleetError, match=r"but the images of one group have 0\.00768"):
+        check_store(need, 999)
 
 
 def test_store_by_hand() -> None:

@@ -206,7 +206,8 @@ def headlines(found: Mapping[str, Any]) -> list[str]:
         return [*lines, "its workers are not there yet"]
     parts = [f"{found['unit']} {found['iteration']} of {found['iterations'] or '?'}"]
     if found["iterations_per_h"]:
-        parts.append(f"{found['iterations_per_h']:.4g} an hour")
+        if found["unit"] == "iteration":  # of images, the rate is below
+            parts.append(f"{found['iterations_per_h']:.4g} an hour")
         parts.append(f"{timedelta(seconds=round(found['eta_s']))} left")
     if found["images_per_s"]:
         parts.append(f"{found['images_per_s']:.3g} images/s")

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +102,21 @@ def test_for_people() -> None:
     assert "10.0.0.2" in text
     assert "fid: ema 3.25" in text
     assert figures({"time/learn": 1.0, "reward/clip": 0.5}) == ["reward: clip 0.5"]
+
+
+def test_an_evaluation_counts_images() -> None:
+    said = Progress(
+        stage="sampling base",
+        done=500,
+        iterations=2000,
+        unit="image",
+        seconds=0.01,
+        metrics={"time/images_per_s": 100.0},
+    )
+    found = as_dict("night", replace(STATUS, progress=said), ACTORS)
+    assert (
+        headlines(found)[1] == "image 500 of 2000, 0:00:15 left, 100 images/s, 2 workers replaced"
+    )
 
 
 @pytest.mark.parametrize(

@@ -205,12 +205,13 @@ class Experiment:
         rollouts = config.output.rollouts
         recorder = Recorder(run, first, rollouts=rollouts, loggers=self._loggers)
         self._recorder = recorder
-        self._console.start(first)
+        rows = read_metrics(run.metrics)
+        self._console.start(first, rows)
         self._progress = replace(self._progress, done=first)
         self._report_progress("training")
         one_policy = config.sampling.learned() == config.sampling
         guards = Guards(config.guards, config.groups_per_iteration, one_policy)
-        guards.replay(read_metrics(run.metrics))
+        guards.replay(rows)
         slow_servers = SlowServers(config.guards.patience)
         disk = DiskWatch(run.checkpoints, checkpoint_bytes(config))
         disk()
@@ -230,6 +231,7 @@ class Experiment:
             )
             for line in (*done.warnings, *found.notes, *slow_servers(done.spans)):
                 logger.warning(f"note: {line}")
+            self._console.roles(recorder.usage.shares())
             self._console.update(metrics)
             self._report_progress("training", metrics)
             found.enforce()
@@ -251,6 +253,7 @@ class Experiment:
                 self._pipeline,
             )
         finally:
+            self._console.stop()
             recorder.close()
             self._shares = recorder.usage.shares()
 
@@ -262,6 +265,7 @@ class Experiment:
             if self._evaluations.due(done) and self._recorder is not None:
                 figures = self._evaluations.current()
                 self._recorder.record_evaluation(done, figures)
+                self._console.evaluated(done, figures)
         if figures or done % output.checkpoint_every == 0 or done == self._config.iterations:
             self._checkpoint(done, figures)
         if output.gallery_every and done % output.gallery_every == 0:

@@ -1,37 +1,29 @@
-"""Console output of a run: progress bar with the main metrics, timeline, table of evaluations."""
+"""Console output of a run: a live table on a terminal, else a line an iteration; timeline and table
+of evaluations at the end."""
 
 from __future__ import annotations
 
 import io
 import logging
-from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.live import Live
 from rich.table import Table
 
 from cluster.program.console import make_console
 from cluster.program.logs import FILE_ONLY, PLAIN_ONLY
+from learner.monitoring.live import REWARD, LiveTable, Pace
 from learner.monitoring.timeline import RoleUse
 from rewards.config import LOO_FID
 
 logger = logging.getLogger(__name__)
 
 FIGURES = {"FID": "fid/ema", "entropy": "policy/entropy"}
-"""Label in the progress bar -> metric; between the rewards and img/s."""
-REWARD = "reward/"
+"""Label in a line of an iteration -> metric; between the rewards and img/s."""
 COLUMNS = {
     "FID↓": "fid",
     "dens.↑": "density",
@@ -46,14 +38,13 @@ COLUMNS = {
 LEGEND = """  FID, density, coverage, precision, recall: against held-out images, in the judge's
   features; class: share that the judge's classifier puts in the requested class;
   CLIP: a second CLIP, never rewarded; entr.: mean token entropy, nats"""
-LINES_WITHOUT_TERMINAL = 20
-RATE_WINDOW = 20  # iterations
-NARROW = 110  # columns; below, the bar gives way to figures
-REST = 36  # columns of everything but bar and figures
+REDRAWS_PER_S = 2
+LOG_WIDTH = 110  # columns of tables in the log
 
 
 class RunConsole:
-    """Progress bar and tables. Without a terminal the bar becomes a few log lines.
+    """Live table while training, and tables at the end. Without a terminal the live table becomes a
+    line an iteration; the log has those lines in any case.
 
     Args:
         console: standard output by default.
@@ -62,22 +53,13 @@ class RunConsole:
     def __init__(self, iterations: int, console: Console | None = None) -> None:
         self._console = console or make_console()
         self._iterations = iterations
-        self._bar = 10 if self._console.width < NARROW else 24
-        self._recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW)
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=self._bar),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task: TaskID | None = None
+        self._pace = Pace(iterations)
+        self._table = LiveTable(iterations, self._pace)
+        self._live: Live | None = None
+        self._warnings = _Warnings(self._table)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        logging.getLogger().addHandler(self._warnings)
         return self
 
     def __exit__(
@@ -86,40 +68,60 @@ class RunConsole:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        self.stop()
+        logging.getLogger().removeHandler(self._warnings)
 
-    def start(self, done: int) -> None:
-        """Show the bar at `done` iterations, or set it back to them."""
-        if self._task is not None:
-            self._progress.update(self._task, completed=done)
-            return
-        self._task = self._progress.add_task(
-            "learning", total=self._iterations, completed=done, figures=""
-        )
+    def start(self, done: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Begin at `done` iterations, or go back to them.
+
+        Args:
+            rows: metrics of the run so far.
+        """
+        self._table.begin(done, rows)
+        if self._console.is_terminal and self._live is None:
+            self._live = Live(
+                self._table,
+                console=self._console,
+                refresh_per_second=REDRAWS_PER_S,
+                vertical_overflow="crop",
+            )
+            self._live.start()
+
+    def stop(self) -> None:
+        """Leave the live table as it is; what follows appears below it."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
 
     @property
     def seconds_per_iteration(self) -> float:
         """Mean over the last iterations; 0 before the first."""
-        return sum(s for s, _ in self._recent) / max(len(self._recent), 1)
+        return self._pace.seconds
+
+    def roles(self, shares: Sequence[RoleUse]) -> None:
+        """Show the working time of each role so far, from the next update on."""
+        self._table.shares = shares
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished iteration."""
         done = metrics["iteration"]
-        seconds = metrics["time/iteration"]
-        self._recent.append((seconds, metrics["time/images_per_s"] * seconds))
-        rate = sum(images for _, images in self._recent) / sum(s for s, _ in self._recent)
+        self._pace.add(metrics["time/iteration"], metrics["time/images_per_s"])
+        self._table.add(metrics)
         rewards = {k.removeprefix(REWARD): k for k in metrics if k.startswith(REWARD)}
         rewards.pop(LOO_FID, None)
         shown = {**rewards, **FIGURES}
-        parts = [f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics]
-        parts.append(f"img/s {rate:.3g}")
-        figures = "  ".join(parts)
-        if self._task is not None:
-            fitting = fit(parts, self._console.width - REST - self._bar)
-            self._progress.update(self._task, completed=done, figures=fitting)
-        every = max(1, self._iterations // LINES_WITHOUT_TERMINAL)
-        if done % every == 0 or done == self._iterations:
-            logger.info(f"iteration {done}/{self._iterations}  {figures}", extra=PLAIN_ONLY)
+        parts = [f"iteration {done}/{self._iterations}"]
+        parts += [f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics]
+        parts.append(f"img/s {self._pace.images_per_s:.3g}")
+        if done < self._iterations:
+            parts.append(f"{self._pace.left(done)} left")
+        logger.info("  ".join(parts), extra=PLAIN_ONLY)
+
+    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show an evaluation while training."""
+        parts = [f"{h} {figures[k]:.3g}" for h, k in COLUMNS.items() if k in figures]
+        self._table.evaluated(step, "  ".join(parts))
+        logger.info(f"evaluation after {step}: {'  '.join(parts)}", extra=PLAIN_ONLY)
 
     def timeline(self, shares: Sequence[RoleUse], bottleneck: str) -> None:
         """Show the working time of each role, and the bottleneck."""
@@ -149,19 +151,19 @@ class RunConsole:
     def _show(self, table: Table) -> None:
         """Print to the console in its width, and to the log in a fixed one."""
         text = io.StringIO()
-        Console(file=text, width=NARROW, force_terminal=False, markup=False, emoji=False).print(
+        Console(file=text, width=LOG_WIDTH, force_terminal=False, markup=False, emoji=False).print(
             table
         )
         logger.info(f"\n{text.getvalue().rstrip()}", extra=FILE_ONLY)
         self._console.print(table)
 
 
-def fit(parts: Sequence[str], columns: int) -> str:
-    """Join as many parts as fit into the columns."""
-    text = ""
-    for part in parts:
-        longer = f"{text}  {part}" if text else part
-        if len(longer) > columns:
-            break
-        text = longer
-    return text
+class _Warnings(logging.Handler):
+    """Counts warnings for the live table."""
+
+    def __init__(self, table: LiveTable) -> None:
+        super().__init__(logging.WARNING)
+        self._table = table
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._table.warnings += 1

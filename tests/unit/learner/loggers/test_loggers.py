@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import list_artifacts
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -23,7 +24,6 @@ from learner.config import RunConfig
 from learner.loggers import logger as module
 from learner.loggers.logger import Loggers
 from learner.loggers.opening import open_loggers
-from learner.monitoring.gallery import save_sheet
 from learner.monitoring.metrics import Recorder
 from learner.preflight import preflight
 from learner.runs.run_dir import RunDirectory
@@ -84,7 +84,7 @@ def one_start(
         if step % 2 == 0:
             recorder.record_evaluation(step, {"fid": 3.0, "recall": float("nan")})
             loggers.images("gallery", SHEET, step)
-            save_sheet(SHEET, run.gallery / f"step_{step:06d}.png")
+            Image.fromarray(SHEET).save(run.gallery / f"step_{step:06d}.png")
     recorder.close()
     if finished:
         run.write_evaluation({"tuned": {"fid": 2.0}})

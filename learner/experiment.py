@@ -351,7 +351,7 @@ class Experiment:
     def _finish(self, done: int) -> None:
         """After `done` iterations of training: last evaluation, galleries, report."""
         self._report_progress("after training, in the last evaluation")
-        self._evaluations.tuned()
+        self._evaluations.tuned(done)
         gallery = self._run.gallery
         self._nearest(gallery / NEAREST, done)
         self._gallery(TUNED_GALLERY, done)

@@ -55,8 +55,8 @@ class EvaluationConfig:
     """Evaluation by the judge, before, during and after training."""
 
     num_images: Annotated[int, Field(ge=0)] = 1000
-    """Images of each evaluated policy, equally many of each class (rounded up); 0: no
-    evaluation."""
+    """Images of each evaluated policy, equally many of each class (rounded up), or of as many
+    captions, evenly spaced; 0: no evaluation, whatever the options below and output.keep_best."""
     cfg_scales: tuple[Annotated[float, Field(gt=1, le=MOST_CFG_SCALE)], ...] = (1.5, 2.0)
     """Guidance scales at which the base policy is evaluated, too."""
     every: Annotated[int, Field(ge=0)] = 0
@@ -133,12 +133,7 @@ def check_output(output: OutputConfig, evaluation: EvaluationConfig) -> None:
     Raises:
         ValueError: says what to set.
     """
-    if evaluation.every and not evaluation.num_images:
-        raise ValueError(
-            "evaluation.every asks for evaluations while training, but evaluation.num_images is 0: "
-            "set how many images each has"
-        )
-    if output.keep_best and not evaluation.every:
+    if output.keep_best and evaluation.num_images and not evaluation.every:
         raise ValueError(
             f"output.keep_best {output.keep_best!r} needs evaluations while training: set "
             "evaluation.every to the number of iterations between them"

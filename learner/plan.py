@@ -38,6 +38,7 @@ from learner.capacity.budget import (
     together,
 )
 from learner.capacity.cards import DEFAULT_CARD, Card, card_named, recognised, this_gpu
+from learner.capacity.evaluation import EvaluationCost, evaluation_cost
 from learner.capacity.gpus import SPARE, Process, memory_of, of_sampler, rollouts_of
 from learner.capacity.workload import Models
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     show_learner(config, models, card)
     show_gpus(budget, card, fitting_shares(config, budget.gpus, card))
     if budget.gpus:
-        show_seconds(config, budget, card)
+        show_seconds(config, budget, evaluation_cost(config, models, card), card)
         show_proposals(budget, found, best)
     return 0
 
@@ -219,8 +220,10 @@ def advice(process: Process) -> str:
     return ", ".join([*ways, "or a card with more memory"])
 
 
-def show_seconds(config: RunConfig, budget: Budget, card: Card) -> None:
-    """Print the phases of an iteration and what bounds them."""
+def show_seconds(
+    config: RunConfig, budget: Budget, evaluations: EvaluationCost, card: Card
+) -> None:
+    """Print the phases of an iteration and what bounds them, and what evaluations take."""
     images = config.groups_per_iteration * config.rollouts_per_group
     table = Table(title=f"an iteration of {images} images on {card.name}: {ESTIMATE}")
     for heading in ("phase", "of each"):
@@ -241,6 +244,13 @@ def show_seconds(config: RunConfig, budget: Budget, card: Card) -> None:
         f"An iteration {budget.seconds:.1f} s, {images / budget.seconds:.0f} images/s; "
         f"{config.iterations} iterations {whole:.1f} h ({ESTIMATE})"
     )
+    if evaluations.count:
+        print(
+            f"{evaluations.count} evaluations of {config.evaluation.num_images:,} images: "
+            f"{evaluations.each:.0f} s each while training, {evaluations.total / 60:.1f} min in all"
+        )
+    if evaluations.unknown:
+        print(f"Not counted, since their work is not known: {', '.join(evaluations.unknown)}")
     if not config.rewards.loo_fid.seed_from:
         seed = config.rewards.loo_fid.seed_images
         minutes = seed / images * budget.sampling / 60

@@ -28,6 +28,7 @@ from learner.data.captions import Peeked, check_encoder, peek_captions
 from learner.data.conditions import DIGITS as DIGIT_NAMES
 from learner.data.conditions import ConditionsConfig
 from learner.data.image_checks import check_fit, check_images, fetched
+from learner.evaluation.held_out import base_rows
 from learner.evaluation.preflight import check_evaluation
 from learner.loggers.opening import check_loggers
 from learner.monitoring.gallery import gallery_rows
@@ -65,6 +66,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
     if not begun:
         _seed(config, side, findings)
     check_evaluation(config, side, findings)
+    _guided_rows(config, policy, findings)
     if config.real.weight:
         with findings.of("real.source"):
             check_source(config.real.source)
@@ -244,6 +246,20 @@ def _fits_features(config: RunConfig, side: int, space: RewardSpace, reference: 
         )
 
 
+def _guided_rows(config: RunConfig, policy: PolicyArchitecture | None, findings: Findings) -> None:
+    """Refuse guidance scales in evaluations of a policy that cannot be guided."""
+    guided = [row for row in base_rows(config) if row.spec.guided_sampling]
+    if policy is None or policy.guidable or not config.evaluation.num_images:
+        return
+    if guided and config.sampling.guidance == "none":
+        findings.problem(
+            "evaluation.cfg_scales",
+            f"none, since {config.policy.checkpoint} was trained without a null condition",
+            ", ".join(f"{scale:g}" for scale in config.evaluation.cfg_scales),
+            "leave them out: --evaluation.cfg-scales without a value, or cfg_scales: []",
+        )
+
+
 def notes(config: RunConfig) -> list[str]:
     """Notes on settings that are valid but most likely not intended."""
     found = []
@@ -272,6 +288,12 @@ def notes(config: RunConfig) -> list[str]:
                 f"{name}.model is the miniature's, which knows the ten digits alone: name "
                 "a model for these conditions"
             )
+    evaluation, best = config.evaluation, config.output.keep_best
+    if not evaluation.num_images and (evaluation.every or best):
+        found.append(
+            "evaluation.num_images is 0: there is no evaluation, and evaluation.every and "
+            "output.keep_best do nothing"
+        )
     if config.learner.warmup > config.iterations:
         found.append(
             f"learner.warmup {config.learner.warmup} is not over within {config.iterations} "

@@ -78,7 +78,7 @@ def random_run(
     values = values_of(preset)
     policy, tokenizer = architectures(values, reduction)
     torch.manual_seed(0)
-    files = {"policy": init_policy(policy), "tokenizer": VQTokenizer(tokenizer)}
+    files: dict[str, Any] = {"policy": init_policy(policy), "tokenizer": VQTokenizer(tokenizer)}
     for name, module in files.items():
         file = folder / f"{name}.safetensors"
         write_tensors(file, module.state_dict(), module.config.to_dict())
@@ -89,9 +89,13 @@ def random_run(
     if scorers:
         side = policy.grid * tokenizer.downsampling
         values["rewards"] = _small_scorers(values.get("rewards", {}), folder, side)
+        if preset != "miniature":
+            values |= _small_judge(values, folder, side)
         if values.get("conditions", {}).get("names") == IMAGENET:  # too long for the small scorers
             short = {"names": [str(index) for index in range(1000)], "template": "{}"}
             values["conditions"] |= short
+    else:
+        values |= {"evaluation": {"num_images": 0}, "output": {}, "judge": {}}
     return validate(merge(values, changes or {}), f"{preset}, reduced")
 
 
@@ -164,3 +168,20 @@ def _small_scorers(rewards: Mapping[str, Any], folder: Path, side: int) -> dict[
         found[name] |= {"model": scorer.model, "pretrained": scorer.pretrained}
     found["loo_fid"] |= {"reference": str(reference)}
     return {**found, "features": {"network": "convnet", "checkpoint": str(file)}}
+
+
+def _small_judge(values: Mapping[str, Any], folder: Path, side: int) -> dict[str, Any]:
+    """The preset's evaluations, with small networks, and real images of `side` pixels."""
+    config = ConvNetConfig(image_size=side, channels=(8, 16), num_classes=1000)
+    file, images = folder / "judge.safetensors", folder / "real.npz"
+    write_tensors(file, ConvNet(config).state_dict(), config.to_dict())
+    pixels = np.random.default_rng(0).integers(0, 256, (40, side, side, 3), np.uint8)
+    np.savez(images, arr_0=pixels)
+    captions = values.get("conditions", {}).get("captions")
+    judge = {
+        "features": {"network": "convnet", "checkpoint": str(file)},
+        "second": {"network": "pixels"},
+        "classifier": {"checkpoint": "" if captions else str(file)},
+    }
+    evaluation = {**values["evaluation"], "images": str(images), "image_size": 0}
+    return {"judge": judge, "evaluation": evaluation}

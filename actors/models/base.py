@@ -117,6 +117,11 @@ class PolicyArchitecture:
         return 0
 
     @property
+    def guidable(self) -> bool:
+        """Whether it was trained with a null condition, which classifier-free guidance needs."""
+        return True
+
+    @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 

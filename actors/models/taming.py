@@ -107,6 +107,10 @@ class TamingConfig(PolicyArchitecture):
         return "class" if self.condition == "class" else "none"
 
     @property
+    def guidable(self) -> bool:
+        return False
+
+    @property
     def num_conditions(self) -> int:
         """Condition tokens, C."""
         if self.condition != "coordinates":

@@ -13,6 +13,7 @@ from cluster.program.gpu_memory import CONTEXT
 from cluster.scheduling.placement import UNITS, choose_gpus
 from learner.capacity.memory import LearnerMemory, learner_memory, sampler_memory
 from learner.config import RunConfig
+from learner.evaluation.held_out import GROUP, base_rows
 from learner.fleet_plan import fleet_plan
 from rewards.config import RewardServerConfig
 from rewards.preflight import server_memory
@@ -106,19 +107,40 @@ def rollouts_of(config: RunConfig) -> int:
     return -(-config.groups_per_iteration * config.rollouts_per_group // config.num_learners)
 
 
+def evaluated_group(config: RunConfig) -> tuple[int, int]:
+    """Groups of an evaluation, and images of each; of captions, one image each is assumed."""
+    images, conditions = config.evaluation.num_images, config.conditions
+    if not images or conditions.captions:
+        return images, min(images, 1)
+    count = len(conditions.classes or conditions.class_names)
+    of_class = -(-images // count)
+    return count * -(-of_class // GROUP), min(of_class, GROUP)
+
+
 def of_sampler(config: RunConfig, policy: PolicyArchitecture, tokenizer: VQConfig) -> float:
     """Bytes of a sampler: policy, caches, tokenizer, a group's images while they are decoded, and a
-    snapshot while it is verified (with LoRA the base's, in full precision)."""
-    decoding = sampler_memory(
-        policy,
-        rollouts=config.rollouts_per_group,
-        dtype=config.sampler.dtype,
-        guided=config.sampling.guided_sampling,
-        max_groups=config.sampler.max_groups,
+    snapshot while it is verified (with LoRA the base's, in full precision). Caches are those of the
+    largest batch, of training or of an evaluation."""
+    _, evaluated = evaluated_group(config)
+    guided = config.evaluation.num_images and any(
+        row.spec.guided_sampling for row in base_rows(config)
+    )
+    decoding = max(
+        sampler_memory(
+            policy,
+            rollouts=rollouts,
+            dtype=config.sampler.dtype,
+            guided=with_guidance,
+            max_groups=config.sampler.max_groups,
+        )
+        for rollouts, with_guidance in (
+            (config.rollouts_per_group, config.sampling.guided_sampling),
+            (evaluated, bool(guided)),
+        )
     )
     widest = tokenizer.channels * tokenizer.multipliers[0] * image_side(policy, tokenizer) ** 2
     width = WIDTH[config.sampler.image_dtype]
-    images = MAPS * config.rollouts_per_group * widest
+    images = MAPS * max(config.rollouts_per_group, evaluated) * widest
     wire = "float32" if config.learner.lora.rank else config.weights.wire(config.sampler.dtype)
     snapshot = WIDTH[wire] * count_parameters(policy)
     return decoding + snapshot + width * (count_parameters(tokenizer) + images)

@@ -47,20 +47,26 @@ class RunEvaluations:
 
     def due(self, done: int) -> bool:
         """Whether the policy is evaluated after `done` iterations."""
-        every = self.config.evaluation.every
-        return bool(every) and done % every == 0
+        evaluation = self.config.evaluation
+        wanted = evaluation.num_images > 0 and evaluation.every > 0
+        return wanted and done % evaluation.every == 0
 
     def base(self) -> None:
         """Evaluate the base policy."""
         for row in held_out.base_rows(self.config):
             self._fill(row)
 
-    def tuned(self) -> None:
-        """Evaluate the tuned policy, and warn if it lost diversity."""
+    def tuned(self, done: int) -> None:
+        """Evaluate the tuned policy, unless it was after its last iteration, and warn if it lost
+        diversity."""
         self.table.pop(TUNED, None)  # of an earlier, shorter run
+        if known := self._history().get(done) if done else None:
+            self.table[TUNED] = known
+            self._run.write_evaluation(self.table)
+            return
         self._fill(held_out.tuned_row(self.config))
-        if TUNED in self.table and not self.due(self.config.iterations):
-            history = self._base() | {self.config.iterations: self.table[TUNED]}
+        if TUNED in self.table:
+            history = self._base() | {done: self.table[TUNED]}
             self._warn(self._trends(history, ()))
 
     def forget_tuned(self) -> None:

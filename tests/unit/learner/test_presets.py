@@ -16,9 +16,13 @@ from cluster.fleet import InlineFleet
 from cluster.weights import unpack_weights
 from learner.capacity.budget import budget_of, changed
 from learner.capacity.cards import CARDS
+from learner.capacity.evaluation import evaluation_cost
 from learner.capacity.workload import Models
 from learner.config import RunConfig, load_preset
+from learner.evaluation.held_out import base_rows, evaluate_policy, real_images
+from learner.evaluation.in_run import figures_of
 from learner.fleet_plan import fleet_plan
+from learner.preflight import preflight
 from learner.run import REFUSED, main
 from rewards.networks.open_clip_sources import check_activation
 from tests.reduced import SMALL, architectures, presets, random_run, values_of
@@ -81,15 +85,23 @@ def test_figures_of_headers_are_the_planners(
     found = {card: budget_of(config, models_of(config), CARDS[card]) for card in ("h100", "h200")}
     cost = re.search(
         r"Cost +(\d+) iterations of (\d+) rollouts.*not measured on a GPU: ([\d.]+) s an iteration "
-        r"on (\w+) H100, ([\d.]+) on \w+ H200; ([\d.]+) h",
+        r"on (\w+) H100, ([\d.]+) on \w+ H200; (\d+) evaluations of ([\d,]+) images, (\d+) s each "
+        r"while training on H100; ([\d.]+) h",
         header,
     )
     assert cost
+    evaluations = evaluation_cost(config, models_of(config), CARDS["h100"])
+    assert not evaluations.unknown
+    assert int(cost[6]) == evaluations.count
+    assert cost[7] == f"{config.evaluation.num_images:,}"
+    assert cost[8] == f"{evaluations.each:.0f}"
     images = config.groups_per_iteration * config.rollouts_per_group
     assert [int(each) for each in cost.groups()[:2]] == [config.iterations, images]
     assert cost[3] == f"{found['h100'].seconds:.1f}"
     assert cost[5] == f"{found['h200'].seconds:.1f}"
-    assert cost[6] == f"{config.iterations * found['h100'].seconds / 3600:.1f}"
+    whole = config.iterations * found["h100"].seconds + evaluations.total
+    assert cost[9] == f"{whole / 3600:.1f}"
+    assert evaluations.total < whole / 2
     assert NUMBERS[cost[4]] == len(found["h100"].gpus)
     assert found["h100"].fits
     for gpu in found["h100"].gpus:
@@ -139,6 +151,11 @@ def test_dry_run(
         assert "does not fit here: the fleet asks for" in text
         assert f"python -m actors.weights fetch {values_of(name)['policy']['checkpoint']}" in text
         assert "rewards.loo_fid.reference: expected" in text
+        assert re.search(
+            r"evaluation\.images: (expected imagenet256 at|captions-images: no such)", text
+        )
+        for network in ("judge.clip", "judge.features", "judge.second"):
+            assert f"  {network}: " in text, network  # downloads
     assert not any(tmp_path.iterdir())
 
 
@@ -158,6 +175,43 @@ def test_two_iterations_at_reduced_width(name: str, tmp_path: Path) -> None:
         check_ratio(config, iteration.metrics)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) > 0.8 * len(before)
+
+
+@pytest.mark.parametrize("name", ["llamagen-b-256", "llamagen-t2i", "vqgan-imagenet"])
+def test_evaluations_at_reduced_width(name: str, tmp_path: Path) -> None:
+    """Of classes with guidance scales, and of captions, which have no classes: the figures of a
+    preset's judge, the same again."""
+    changes = {**CPU, "evaluation": {"num_images": 8, "neighbours": 2}}
+    if name != "llamagen-t2i":
+        changes["conditions"] = {"classes": [0, 3, 7, 9]}
+    config = random_run(name, tmp_path, changes=changes)
+    rows = [row.name for row in base_rows(config)]
+    assert rows == {"llamagen-b-256": ["base", "base, CFG 1.5", "base, CFG 2"]}.get(name, ["base"])
+    with InlineFleet(fleet_plan(config)) as fleet:
+        fleet.broadcast(0)
+        real = real_images(config, fleet)
+        spec = base_rows(config)[-1].spec
+        found = [evaluate_policy(config, fleet, spec, real) for _ in range(2)]
+    assert found[0] == found[1]
+    captions = name == "llamagen-t2i"
+    assert found[0]["images"] == (9 if captions else 8)  # three captions, equally many of each
+    assert ("accuracy" in found[0]) == (not captions)
+    for figure in figures_of(config.judge):
+        assert math.isfinite(found[0][figure]), figure
+
+
+def test_a_policy_that_cannot_be_guided_has_no_guided_rows(
+    tmp_path: Path,
+) -> None:
+    config = random_run("vqgan-imagenet", tmp_path, changes=CPU)
+    assert not preflight(config).problems
+    guided = changed(config, {"evaluation.cfg_scales": [1.5, 2.0]})
+    (problem,) = preflight(guided).problems
+    assert problem.startswith("evaluation.cfg_scales: expected none, since")
+    assert problem.endswith("cfg_scales: []")
+    without = changed(guided, {"evaluation.num_images": 0})
+    assert not preflight(without).problems
+    assert "evaluation.every and output.keep_best do nothing" in "".join(preflight(without).notes)
 
 
 def check_ratio(config: RunConfig, row: dict[str, float]) -> None:

@@ -376,7 +376,7 @@ def test_the_best_one_stays_and_is_pointed_to(tmp_path: Path) -> None:
             {"output": {"keep_best": "fid"}, "evaluation": {"every": 2, "images": ""}},
             "compares with real images: name them by evaluation.images, or choose one of accuracy",
         ),
-        ({"evaluation": {"every": 2, "num_images": 0}}, "set how many images each has"),
+        ({"evaluation": {"every": 2, "patience": 1}}, "watches the figure of output.keep_best"),
         ({"output": {"keep_every": 3}}, r"must be a multiple of output.checkpoint_every \(2\)"),
         ({"output": {"checkpoint_url": "/tmp/x"}}, "must be a URL"),
         ({"output": {"checkpoint_url": "file://runs/x"}}, "by its whole path"),

@@ -29,7 +29,9 @@ SIDE = 192
 """Longest side of a single image on the page."""
 LEAST_SHEET = 40_000
 """Bytes of a gallery, below which fewer galleries are shown rather than worse ones."""
-QUALITIES = (85, 70, 55, 40)
+QUALITIES = (80, 50)
+SHEET_SIDE = 1200
+"""Longest side of a gallery on the page: a pane has 600 pixels, some screens two for each."""
 FLAT_BYTES = 0.4
 """A PNG of fewer bytes a pixel is pixel art."""
 MOST_PIXELS = 1 << 26
@@ -135,7 +137,8 @@ def encoded_sheets(
             continue
         found.append(
             {"step": sheet.step, "title": sheet.title, "src": source, "width": size[0],
-             "height": size[1], "art": art, "cells": sheet.cells}
+             "height": size[1], "cells": sheet.cells,
+             "art": art and sheet.cells.get("left", 0) < SMALL}  # letters are no pixel art
         )  # fmt: skip
     return found
 
@@ -150,14 +153,14 @@ def encode(image: Image.Image, limit: float, *, art: bool) -> str:
         data = _bytes(image, "WEBP", lossless=True)
         if len(data) <= limit:
             return _uri(data, "webp")
+    image.thumbnail((SHEET_SIDE, SHEET_SIDE))
     while True:
         for quality in QUALITIES:
             data = _bytes(image, "WEBP", quality=quality)
-            if len(data) <= limit:
+            if len(data) <= limit or min(image.size) <= SMALL:
                 return _uri(data, "webp")
-        if min(image.size) <= SMALL:
-            return _uri(data, "webp")
-        image = image.resize((max(image.width * 3 // 4, 1), max(image.height * 3 // 4, 1)))
+        scale = min(max(math.sqrt(limit / len(data)), 0.5), 0.9)
+        image = image.resize((int(image.width * scale), int(image.height * scale)))
 
 
 def encode_single(image: np.ndarray, limit: float) -> str:

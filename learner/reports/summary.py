@@ -29,8 +29,9 @@ MEANINGS = {
 }
 """Figure -> heading, what it means; in the order of the table."""
 SECOND = "second/"
-FELL = 0.9
-"""A figure of diversity below this share of the base policy's is pointed out."""
+MAX_LOSS = 0.3
+"""Share of the base policy's coverage and recall that may be lost before it is pointed out, in runs
+without `evaluation.max_diversity_loss`."""
 FLAT = 0.5
 """A share of flat groups above this is pointed out."""
 ENDS = 10  # iterations at each end that are compared
@@ -167,7 +168,7 @@ def verdict(run: RunData, better: Better) -> Verdict:
     main = next((change for change in changes if change.mark), None)
     if main is None:
         return Verdict("The evaluation has no figure to compare", [], changes, "")
-    details = [f"Compared with held-out real images by networks that no reward uses, {when}."]
+    details = [f"By the judge's networks: {when} against the base policy."]
     for mark, words in (("better", "Better in"), ("worse", "Worse in")):
         if named := [change.heading for change in changes if change.mark == mark]:
             details.append(f"{words} {', '.join(named)}.")
@@ -270,10 +271,12 @@ def _judged(run: RunData) -> list[Indicator]:
     before = run.table.get(BASE, {})
     after = run.table.get(TUNED) or (run.evaluations[-1] if run.evaluations else {})
     found = []
+    loss = plain_number(run.setting("evaluation.max_diversity_loss"))
+    kept = 1 - (loss if math.isfinite(loss) else MAX_LOSS)
     for name in ("coverage", "recall", "vendi", "second/coverage", "second/recall"):
         old, new = plain_number(before.get(name)), plain_number(after.get(name))
         if math.isfinite(old) and math.isfinite(new):
-            state = "watch" if new < FELL * old else "ok"
+            state = "watch" if new < kept * old else "ok"
             column = _column(name, {})
             found.append(
                 Indicator(column.heading, figure_text(old), figure_text(new), state, column.meaning)

@@ -80,7 +80,9 @@
 
   // --- tooltips: on hover, focus and tap -----------------------------------------------------
   const tip = document.getElementById("tip");
+  let owner = null;
   const show = (target) => {
+    owner = target;
     tip.textContent = target.dataset.tip;
     tip.hidden = false;
     const at = target.getBoundingClientRect(), own = tip.getBoundingClientRect();
@@ -95,7 +97,9 @@
     document.addEventListener(kind, (event) => { const target = tipped(event); if (target) show(target); else if (kind !== "focusin") hide() });
   for (const kind of ["pointerout", "focusout"])
     document.addEventListener(kind, (event) => { if (tipped(event) && !(kind === "pointerout" && event.pointerType === "touch")) hide() });
-  addEventListener("scroll", hide, { passive: true });
+  addEventListener("scroll", () => { // focus scrolls an image into view
+    if (!tip.hidden && (owner === document.activeElement || owner.matches(":hover"))) show(owner); else hide();
+  }, { passive: true });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide() });
 
   // --- galleries -----------------------------------------------------------------------------

@@ -3,8 +3,7 @@
 Image i shows condition i mod C of C conditions; its uniforms are a function of (seed, i). So more
 images leave the first ones unchanged (on a GPU, up to rounding), and --batch changes at most the
 last bits of logits. Conditions alternate, so that any range of the .npz has all of them in equal
-shares: the ADM evaluator's Inception Score, of ranges, is then up to 8 % above that of random
-classes, which `python -m learner.evaluate --npz` avoids.
+shares, as evaluators that score ranges (Inception Score) assume.
 
 Shapes: N images, B batch, T tokens, H and W pixels.
 """

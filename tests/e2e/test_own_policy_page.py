@@ -31,7 +31,7 @@ ITERATIONS = {"50-": "3-", "60.3.7": "4.3.2"}
 
 
 def commands(heading: str) -> Iterator[str]:
-    """The commands in the page's blocks under a heading, quoted text over several lines included."""
+    """The commands in the page's blocks under a heading, whatever lines they take."""
     blocks = re.findall(r"^```\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.M)
     for block in blocks:
         first, _, rest = block.partition("\n")
@@ -105,7 +105,7 @@ def test_every_command_of_llamagen_is_one(
             said = "".join(capsys.readouterr())
             assert "fetch llamagen-b-256" in said
             assert "fetch llamagen-vq-16" in said
-        else:  # of a run: the miniature's are the same; `tests/unit/test_pages.py` reads the options
+        else:  # of a run, as the miniature's; tests/unit/test_pages.py reads the options
             assert "own" in command
         seen.add(module)
     assert {"learner.plan", "learner.run", "learner.evaluate", "rewards.reference"} <= seen

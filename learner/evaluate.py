@@ -24,6 +24,8 @@ from typing import Any
 
 from rich.console import Console
 
+from actors.checkpoints.loading import weightless_policy
+from actors.checkpoints.sources import planned_policy, planned_tokenizer
 from actors.models.base import PolicyArchitecture
 from actors.preflight import check_models, image_side
 from cluster.errors import ConfigError, StopRequestedError, TesseraError
@@ -40,7 +42,10 @@ from cluster.program.precision import deterministic_environment
 from cluster.program.signals import StopFlag, deferred_signals, signal_handler
 from cluster.ray_session.session import check_ray, free_nodes, local_node
 from cluster.scheduling.placement import Node
+from learner.capacity.budget import budget_of
+from learner.capacity.cards import DEFAULT_CARD, card_named, recognised, this_gpu
 from learner.capacity.storage import sampling_need
+from learner.capacity.workload import Models
 from learner.config import RunConfig
 from learner.evaluation.benchmarks.run import BenchmarkRun
 from learner.evaluation.comparison import (
@@ -50,6 +55,7 @@ from learner.evaluation.comparison import (
     write_comparison,
 )
 from learner.evaluation.evaluation import LOG, Evaluation, Outputs, check_out
+from learner.evaluation.kept.samples import SAMPLES, kept_images
 from learner.evaluation.options import MODULE, Command, Job, parse
 from learner.evaluation.preflight import check_evaluation
 from learner.evaluation.results import show
@@ -102,7 +108,13 @@ def findings_of(job: Job) -> Findings:
             _check_prompts(job.benchmark, config, policy, found)
         else:
             check_conditions(config, policy, found)
+        guided = next((row for row in policies if row.spec and row.spec.guided_sampling), None)
+        if guided is not None and policy is not None and policy.conditioning == "class":
+            with found.of(f"{guided.name}"):
+                module = weightless_policy(policy)
+                module.null_conditions(module.encode(config.conditions.conditions()[:1]))
     check_evaluation(job.config, side, found)
+    _check_counts(job, found)
     for name in dict.fromkeys(row.spec.guidance_note for row in job.rows if row.spec):
         found.notes += [f"--cfg-scales: {name}"] if name else []
     if not job.command.inline:
@@ -110,6 +122,26 @@ def findings_of(job: Job) -> Findings:
             check_ray(job.config.ray)
     found.problems = list(dict.fromkeys(found.problems))
     return found
+
+
+def _check_counts(job: Job, found: Findings) -> None:
+    """Whether there are images enough for the metrics."""
+    evaluation, splits = job.config.evaluation, job.command.splits
+    images, k = evaluation.num_images, evaluation.neighbours
+    if evaluation.images and images <= k:
+        found.problem(
+            "evaluation.num_images",
+            f"more than {k} images, for {k} nearest neighbours",
+            f"{images}",
+            "set --num-images, or fewer --evaluation.neighbours",
+        )
+    if job.config.judge.features.network == "inception" and images < 2 * splits:
+        found.problem(
+            "evaluation.num_images",
+            f"at least {2 * splits} images, for an Inception Score of {splits} splits",
+            f"{images}",
+            "set --num-images, or fewer --splits",
+        )
 
 
 def _check_prompts(
@@ -208,11 +240,15 @@ def dry_run(job: Job, found: Findings) -> int:
     print(f"results: {job.out}")
     for row in job.rows:
         checkpoint = job.configs[row.name].policy.checkpoint if row.spec else row.target.images
-        print(f"  {row.name}: {checkpoint}")
+        done = kept_images(job.out / SAMPLES / row.folder)
+        print(f"  {row.name}: {checkpoint}{f', {done} images are there' if done else ''}")
     real = f", against {config.evaluation.images}" if config.evaluation.images else ""
-    print(f"images of each policy: {config.evaluation.num_images}{real}")
+    print(f"{config.evaluation.num_images} images of each policy{real}")
+    if estimate := sampling_estimate(job):
+        print(estimate)
     for line in listed(found):
         print(line)
+    print("workers:")
     for line in placement_lines(sampling_plan(config), _nodes(job)):
         print(f"  {line}")
     try:
@@ -222,6 +258,31 @@ def dry_run(job: Job, found: Findings) -> int:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     return 0
+
+
+def sampling_estimate(job: Job) -> str:
+    """Hours of sampling on GPUs, by arithmetic; empty if there is nothing to estimate."""
+    hours, card = 0.0, recognised(*this_gpu()) or card_named(DEFAULT_CARD)
+    for row in job.rows:
+        config = job.configs[row.name]
+        if row.spec is None or not config.sampler.num_gpus:
+            continue
+        alone = replace(config, sampling=row.spec, learner=replace(config.learner, num_gpus=0.0))
+        try:
+            models = Models(
+                planned_policy(config.policy.source()), planned_tokenizer(config.tokenizer.source())
+            )
+            budget = budget_of(alone, models, card)
+        except TesseraError:  # of models that are not here, which is among the problems
+            return ""
+        of_iteration = config.groups_per_iteration * config.rollouts_per_group
+        hours += config.evaluation.num_images / of_iteration * budget.sampling / 3600
+    if not hours:
+        return ""
+    return (
+        f"about {hours:.2g} h of sampling on {card.name}, by arithmetic, not measured; the judge's "
+        "networks are not counted"
+    )
 
 
 def _nodes(job: Job) -> list[Node]:

@@ -156,12 +156,22 @@ def compare_sides(first: Side, second: Side, settings: MetricSettings) -> Compar
 def compared(
     names: tuple[str, str], samples: Sequence[Samples], real: RealImages, settings: MetricSettings
 ) -> Comparison:
-    """The comparison of two sets of samples."""
+    """The comparison of two sets of samples.
+
+    Raises:
+        ConfigError: too few resamples for their p-values to be significant.
+    """
     of_each = [estimates(each, real, settings) for each in samples]
     resamples, seed = settings.bootstrap, settings.seed
     figures = [intervals(each, resamples, seed) for each in of_each]
     found = paired_differences(of_each[0], of_each[1], pairing(*samples), resamples, seed)
     tested = {name: d for name, d in found.items() if better(name)}
+    least = 2 * len(tested) / (resamples + 1)  # smallest p-value that can be found, corrected
+    if least >= LEVEL:
+        raise ConfigError(
+            f"--bootstrap: {len(tested)} figures are tested, and with {resamples} resamples none "
+            f"could be significant: set at least {math.ceil(2 * len(tested) / LEVEL)}"
+        )
     corrected = holm({name: d.p_value for name, d in tested.items()})
     lines = {
         name: Line(figures[0][name], figures[1][name], d, corrected.get(name, math.nan))

@@ -220,6 +220,14 @@ def alternating(conditions: Sequence[np.ndarray]) -> np.ndarray:
     return places
 
 
+def kept_images(folder: Path) -> int:
+    """How many images a directory of samples holds; 0 if it is none."""
+    if not (folder / MANIFEST).is_file():
+        return 0
+    found = read_manifest(folder)
+    return KeptSamples(folder, found["requests"], found["part"]).done
+
+
 def _damaged(path: Path, why: str) -> DataError:
     return DataError(f"{path}: damaged ({why}): remove it, and {CONTINUE}: it is sampled again")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import logging
+import textwrap
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -34,10 +35,24 @@ COLUMNS = {
     "CLIP↑": "clip",
     "entr.": "entropy",
 }
-"""Heading of the table -> metric of the evaluation."""
-LEGEND = """  FID, density, coverage, precision, recall: against held-out images, in the judge's
-  features; class: share that the judge's classifier puts in the requested class;
-  CLIP: a second CLIP, never rewarded; entr.: mean token entropy, nats"""
+"""Heading of the table -> figure of the evaluation."""
+FURTHER = {"sFID↓": "sfid", "IS↑": "inception_score", "Vendi↑": "vendi", "HPS↑": "hps"}
+"""The same, of figures that some judges have."""
+DECIMALS = {"hps": 4}
+"""Of a figure in the table; others have two."""
+LEGEND = {
+    "fid": "FID, density, coverage, precision, recall: against held-out images, in the judge's "
+    "features",
+    "accuracy": "class: share that the judge's classifier puts in the requested class",
+    "clip": "CLIP: a second CLIP, never rewarded",
+    "entropy": "entr.: mean token entropy, nats",
+    "sfid": "sFID: FID in Inception's spatial features",
+    "inception_score": "IS: Inception Score",
+    "vendi": "Vendi: effective number of different images in a class",
+    "hps": "HPS: HPSv2's score",
+}
+"""Figure -> what the line below the table says if it is there."""
+LEGEND_WIDTH = 85  # columns
 REDRAWS_PER_S = 2
 LOG_WIDTH = 110  # columns of tables in the log
 
@@ -119,7 +134,8 @@ class RunConsole:
 
     def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
         """Show an evaluation while training."""
-        parts = [f"{h} {figures[k]:.3g}" for h, k in COLUMNS.items() if k in figures]
+        columns = {**COLUMNS, **FURTHER}
+        parts = [f"{h} {figures[k]:.3g}" for h, k in columns.items() if k in figures]
         self._table.evaluated(step, "  ".join(parts))
         logger.info(f"evaluation after {step}: {'  '.join(parts)}", extra=PLAIN_ONLY)
 
@@ -140,13 +156,15 @@ class RunConsole:
         title = f"Held-out judge, {images:g} images of each policy" if images else "Held-out judge"
         table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("policy", no_wrap=True)
-        for heading in COLUMNS:
+        there = {name for figures in rows.values() for name in figures}
+        columns = {h: name for h, name in {**COLUMNS, **FURTHER}.items() if name in there}
+        for heading in columns:
             table.add_column(heading, justify="right", no_wrap=True)
         for name, metrics in rows.items():
-            cells = (f"{metrics[k]:.2f}" if k in metrics else "-" for k in COLUMNS.values())
-            table.add_row(name, *cells)
+            table.add_row(name, *(_cell(metrics, figure) for figure in columns.values()))
         self._show(table)
-        logger.info(LEGEND)
+        said = "; ".join(text for figure, text in LEGEND.items() if figure in there)
+        logger.info(textwrap.indent(textwrap.fill(said, LEGEND_WIDTH - 2), "  "))
 
     def _show(self, table: Table) -> None:
         """Print to the console in its width, and to the log in a fixed one."""
@@ -156,6 +174,10 @@ class RunConsole:
         )
         logger.info(f"\n{text.getvalue().rstrip()}", extra=FILE_ONLY)
         self._console.print(table)
+
+
+def _cell(figures: Mapping[str, float], name: str) -> str:
+    return f"{figures[name]:.{DECIMALS.get(name, 2)}f}" if name in figures else "-"
 
 
 class _Warnings(logging.Handler):

@@ -3,6 +3,8 @@
 python -m tests.bench.iteration --preset paper-llamagen-l-256            the preset's own size
 python -m tests.bench.iteration --preset llamagen-b-256 --width 64       reduced, for a CPU
 
+Beside the phases: what a run's records, TensorBoard and the live table cost an iteration.
+
 Every role runs in this process, one after another, so that each phase has the machine to itself.
 Scorers are small ones of random or the miniature's weights, unless --scorers preset, which needs
 the published weights of those that the preset names.
@@ -10,6 +12,7 @@ the published weights of those that the preset names.
 
 from __future__ import annotations
 
+import io
 import resource
 import sys
 import tempfile
@@ -28,6 +31,11 @@ from actors.checkpoints.loading import count_parameters
 from cluster.fleet import InlineFleet
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
+from learner.loggers.opening import open_loggers
+from learner.loop import Iteration
+from learner.monitoring.console import RunConsole
+from learner.monitoring.metrics import Recorder
+from learner.runs.run_dir import RunDirectory
 from tests.bench.measuring import synchronise
 from tests.reduced import FULL, Reduction, architectures, random_run, values_of
 from tests.small_run import run_training
@@ -100,12 +108,16 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         config = configured(options, Path(folder), device)
-        phases, whole = measure(config, device)
+        phases, whole, iterations = measure(config, device)
+        recording = recording_seconds(config, iterations[-1])
     report(options, config, phases, whole, device)
+    print(f"RESULT iteration.recording_ms={recording * 1000:.2f}")
+    print(f"RESULT iteration.recording_share={recording / whole:.4f}")
 
 
-def measure(config: RunConfig, device: str) -> tuple[dict[str, float], float]:
-    """Mean seconds of each phase and of a whole iteration, over all iterations but the first."""
+def measure(config: RunConfig, device: str) -> tuple[dict[str, float], float, list[Iteration]]:
+    """Mean seconds of each phase and of a whole iteration, over all iterations but the first; and
+    the iterations."""
     with InlineFleet(fleet_plan(config)) as fleet:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -117,11 +129,33 @@ def measure(config: RunConfig, device: str) -> tuple[dict[str, float], float]:
             marks.append((time.perf_counter(), dict(clock.seconds)))
             return False
 
-        run_training(config, fleet, mark)
+        iterations = run_training(config, fleet, mark)
     (first, before), (last, after) = marks[0], marks[config.iterations - 1]
     count = config.iterations - 1
     phases = {name: (after[name] - before[name]) / count for name in PHASES}
-    return phases, (last - first) / count
+    return phases, (last - first) / count, iterations
+
+
+def recording_seconds(config: RunConfig, done: Iteration, times: int = 10) -> float:
+    """Processor seconds in which all threads record and show an iteration: metrics, rollouts,
+    trace, TensorBoard, live table; the least of several passes of `times` iterations each."""
+    passes = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(4):  # the first imports TensorBoard
+            run = RunDirectory.create(f"{folder}/run{number}", config)
+            console = Console(file=io.StringIO(), force_terminal=True, width=120)
+            with open_loggers(config, run) as loggers, RunConsole(times, console) as shown:
+                recorder = Recorder(run, 0, rollouts=config.output.rollouts, loggers=loggers)
+                shown.start(0)
+                start = time.process_time()
+                for iteration in range(1, times + 1):
+                    metrics = {**done.metrics, "iteration": iteration}
+                    recorder.record(metrics, done.groups, done.advantages, done.spans)
+                    shown.roles(recorder.usage.shares())
+                    shown.update(metrics)
+                recorder.close()
+            passes.append((time.process_time() - start) / times)  # what threads were behind, too
+    return min(passes)
 
 
 def configured(options: Options, folder: Path, device: str) -> RunConfig:

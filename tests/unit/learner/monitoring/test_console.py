@@ -22,7 +22,7 @@ from rich.console import Console
 
 from cluster.program import logs
 from cluster.program.console import make_console
-from learner.monitoring.console import RunConsole
+from learner.monitoring.console import COLUMNS, RunConsole
 from learner.monitoring.live import POINTS, Curve, Pace, duration
 from learner.monitoring.timeline import RoleUse
 
@@ -140,7 +140,7 @@ def test_without_a_terminal_there_is_a_line_an_iteration(
 
 TERMINAL = """
 import signal, sys, time
-from learner.monitoring.console import RunConsole
+from learner.monitoring.console import COLUMNS, RunConsole
 from tests.unit.learner.monitoring.test_console import row
 try:
     with RunConsole(100) as run:
@@ -194,6 +194,31 @@ def read_until(descriptor: int, text: str, seconds: float) -> str:
         if select.select([descriptor], [], [], 0.1)[0]:
             found += os.read(descriptor, 65536).decode(errors="replace")
     return found
+
+
+def test_the_table_has_the_figures_that_the_judge_has() -> None:
+    """The miniature's is the same as ever."""
+    figures = dict.fromkeys(COLUMNS.values(), 1.0)
+    inception = {"fid": 3.0, "sfid": 5.0, "inception_score": 180.0, "hps": 0.27125}
+    told: list[str] = []
+    for rows in ({"base": figures}, {"base": inception, "tuned": {"fid": 2.0}}):
+        console = Console(file=io.StringIO(), width=80, force_terminal=False)
+        with RunConsole(1, console) as run, logs.to_console(console):
+            run.table(rows)
+        told.append(shown(console))
+    ours, theirs = told
+    assert [word for word in ours.splitlines()[2].split() if word != "policy"] == list(COLUMNS)
+    assert ours.endswith(
+        """
+  FID, density, coverage, precision, recall: against held-out images, in the judge's
+  features; class: share that the judge's classifier puts in the requested class;
+  CLIP: a second CLIP, never rewarded; entr.: mean token entropy, nats
+"""
+    )
+    assert theirs.splitlines()[2].split() == ["policy", "FID↓", "sFID↓", "IS↑", "HPS↑"]
+    assert "3.00   5.00  180.00  0.2712" in theirs
+    assert "2.00      -       -       -" in theirs
+    assert "spatial features; IS: Inception Score; HPS" in theirs
 
 
 def test_the_time_left_is_not_jolted_by_one_evaluation() -> None:

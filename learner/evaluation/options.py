@@ -71,8 +71,8 @@ class Command(PolicyOptions, BenchmarkOptions):
     """Directory of the results and of the kept samples. Default: evaluation/ in the run directory,
     else evaluations/NAME."""
     npz: bool = False
-    """Write images/ROW.npz for the ADM evaluator. arr_0 (N, H, W, 3) uint8 holds the images, which
-    alternate between the conditions, and arr_1 (N,) their classes."""
+    """Write images/ROW.npz for the ADM evaluator. arr_0 (N, H, W, 3) uint8 holds the images, in a
+    fixed random order, and arr_1 (N,) their classes."""
     png: bool = False
     """Write each image to images/ROW/."""
     bootstrap: int = MetricSettings().bootstrap

@@ -70,9 +70,9 @@ class MetricSettings:
     """Number of neighbours (k) of precision, recall, density and coverage; the ADM evaluator's is
     3."""
     splits: Annotated[int, Field(ge=1)] = 10
-    """Parts of the images, in order, whose Inception Scores are averaged; 10 of 50,000 images are
-    the ADM evaluator's."""
-    bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    """Parts of the shuffled images whose Inception Scores are averaged; 10 of 50,000 images are as
+    large as the ADM evaluator's."""
+    bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 5000
     """Resamples behind the 95 % intervals; 0: no intervals."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the resamples."""

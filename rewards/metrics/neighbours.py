@@ -53,7 +53,7 @@ class Neighbourhoods:
 
 
 def neighbourhoods(
-    real: np.ndarray, generated: np.ndarray, k: int = 5, real_radius: np.ndarray | None = None
+    real: np.ndarray, generated: np.ndarray, k: int, real_radius: np.ndarray | None = None
 ) -> Neighbourhoods:
     """Compare (N, D) real with (M, D) generated features.
 
@@ -82,17 +82,6 @@ def neighbourhoods(
         row, _ = _closer(products, generated_radius[None], theirs, at, ours)
         near[at.start + row] = True
     return Neighbourhoods(around, near, covered, k)
-
-
-def fidelity(real: np.ndarray, generated: np.ndarray, k: int = 5) -> dict[str, float]:
-    """precision, recall, density and coverage of `neighbourhoods`."""
-    found = neighbourhoods(real, generated, k)
-    return {
-        "precision": found.precision,
-        "recall": found.recall,
-        "density": found.density,
-        "coverage": found.coverage,
-    }
 
 
 def kth_distances(features: np.ndarray, k: int) -> np.ndarray:

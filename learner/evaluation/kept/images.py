@@ -25,7 +25,7 @@ from cluster.io.files import writing
 from cluster.messages import SampleRequest
 from cluster.program.precision import start_computing
 from learner.config import RunConfig
-from learner.evaluation.kept.samples import CONTINUE, KeptSamples, alternating
+from learner.evaluation.kept.samples import CONTINUE, KeptSamples, mixed
 from learner.evaluation.sampling import condition_numbers
 from learner.rollouts.images import token_grid
 
@@ -61,7 +61,7 @@ class ImageSink(Protocol):
 class NpzSink:
     """An .npz file for the ADM evaluator: `arr_0` (N, H, W, 3) uint8 and, of classes, `arr_1` (N,).
 
-    Conditions alternate, since that evaluator computes Inception Scores of ranges of 5,000 images.
+    In a fixed random order: that evaluator computes Inception Scores of ranges of 5,000 images.
     Images wait in a file beside it, as large, until all are there.
     """
 
@@ -71,7 +71,7 @@ class NpzSink:
         sizes = [request.num_rollouts for request in requests]
         self._firsts = np.cumsum([0, *sizes])
         conditions = np.repeat(condition_numbers(requests), sizes)
-        self._places = alternating([conditions])
+        self._places = mixed(len(conditions))
         classes = [request.condition.class_index for request in requests]
         self._labels: np.ndarray | None = None
         if None not in classes:

@@ -136,8 +136,7 @@ class KeptSamples:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     def read(self, wanted: Callable[[str], bool] = lambda name: name != TOKENS) -> Samples:
-        """All images, without tokens. Sampled ones alternate between the conditions, so that any
-        range has all of them in about equal shares: the splits of the Inception Score are ranges.
+        """All images, without tokens; sampled ones in the order of `mixed`, given ones in theirs.
 
         Args:
             wanted: which arrays, by name; others are left on disk.
@@ -189,7 +188,7 @@ class KeptSamples:
         found = [self._read(number, lambda name: name == CONDITIONS) for number in numbers]
         if not all(CONDITIONS in arrays for arrays in found):
             return np.arange(len(self))
-        return alternating([arrays[CONDITIONS] for arrays in found])
+        return mixed(len(self))
 
     def _read(self, number: int, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
         path, images = self.file(number), self._images[number]
@@ -204,20 +203,14 @@ class KeptSamples:
         return found
 
 
-def alternating(conditions: Sequence[np.ndarray]) -> np.ndarray:
-    """(N,) places of images in an order that takes one image of each condition in turn.
+def mixed(images: int) -> np.ndarray:
+    """(N,) places of images in a fixed random order.
 
-    Args:
-        conditions: of the images, in parts.
+    Evaluators score ranges of images (Inception Score). Ranges with equal shares of every class, as
+    images that alternate between them have, score higher than those of random classes that
+    published figures are of: 400 in place of 370 for 1,000 classes and 5,000 images a range.
     """
-    of_images = np.concatenate(conditions)
-    seen = dict[int, int]()
-    rounds = np.empty(len(of_images), np.int64)
-    for at, condition in enumerate(of_images.tolist()):
-        rounds[at] = seen[condition] = seen.get(condition, -1) + 1
-    places = np.empty(len(of_images), np.int64)
-    places[np.argsort(rounds, kind="stable")] = np.arange(len(of_images))
-    return places
+    return np.random.default_rng(0).permutation(images)
 
 
 def kept_images(folder: Path) -> int:

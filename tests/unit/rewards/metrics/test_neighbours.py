@@ -5,7 +5,7 @@ import pytest
 
 from cluster.errors import DataError
 from rewards.metrics import pairs
-from rewards.metrics.neighbours import fidelity
+from rewards.metrics.neighbours import neighbourhoods
 
 
 def by_definition(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, float]:
@@ -31,9 +31,9 @@ def by_definition(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, 
 def test_equals_the_definitions() -> None:
     generator = np.random.default_rng(0)
     real, generated = generator.normal(size=(30, 3)), generator.normal(0.5, 1.2, size=(25, 3))
-    found = fidelity(real, generated, k=3)
+    found = neighbourhoods(real, generated, 3)
     for name, value in by_definition(real, generated, 3).items():
-        assert found[name] == pytest.approx(value)
+        assert getattr(found, name) == pytest.approx(value)
 
 
 def test_duplicates_and_ties_count_as_in_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,21 +51,21 @@ def test_duplicates_and_ties_count_as_in_the_definitions(monkeypatch: pytest.Mon
         monkeypatch.setattr(pairs, "HELD", held)
         monkeypatch.setattr(pairs, "EXACT", 7 if held == 100 else 4096)
         for name, generated in sets.items():
-            found = fidelity(real, generated, k=3)
+            found = neighbourhoods(real, generated, 3)
             for figure, value in by_definition(real, generated, 3).items():
-                assert found[figure] == pytest.approx(value, abs=1e-12), (name, figure)
+                assert getattr(found, figure) == pytest.approx(value, abs=1e-12), (name, figure)
 
 
 def test_a_collapsed_sample_is_dense_and_covers_nothing() -> None:
     generator = np.random.default_rng(0)
     real = generator.normal(size=(200, 2))
     collapsed = real[:1] + 1e-3 * generator.normal(size=(200, 2))
-    found = fidelity(real, collapsed)
-    assert found["precision"] == 1
-    assert found["coverage"] < 0.1
-    assert found["recall"] < 0.02
+    found = neighbourhoods(real, collapsed, 5)
+    assert found.precision == 1
+    assert found.coverage < 0.1
+    assert found.recall < 0.02
 
 
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(DataError, match="more than 5 images, found 9 real and 5 generated"):
-        fidelity(np.zeros((9, 2)), np.zeros((5, 2)))
+        neighbourhoods(np.zeros((9, 2)), np.zeros((5, 2)), 5)

@@ -72,27 +72,39 @@ def test_fid_of_fewer_images_than_dimensions_is_that_of_fid_tools() -> None:
 
 
 @pytest.mark.parametrize(("images", "splits"), [(1000, 10), (503, 10), (200, 1)])
-def test_inception_score_is_torch_fidelitys_and_the_adm_evaluators(
-    images: int, splits: int
-) -> None:
-    """In order. The ADM evaluator's splits have 5,000 images; here 100, for 1,000 images."""
+def test_the_inception_score_is_torch_fidelitys(images: int, splits: int) -> None:
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     logits = 3 * np.random.default_rng(0).normal(size=(images, 1008)).astype(np.float32)
     found = inception_score(logits, splits).value
-    theirs = isc_features_to_metric(torch.from_numpy(logits), splits, shuffle=False)
+    theirs = isc_features_to_metric(torch.from_numpy(logits), splits)
     assert found == pytest.approx(theirs["inception_score_mean"], rel=1e-12)
-    if images % splits == 0:
-        chances = np.exp(logits.astype(np.float64))
-        chances /= chances.sum(1, keepdims=True)
-        scores = []
-        for start in range(0, images, images // splits):
-            part = chances[start : start + images // splits]
-            gaps = part * (np.log(part) - np.log(part.mean(0)))
-            scores.append(np.exp(gaps.sum(1).mean()))
-        assert found == pytest.approx(np.mean(scores), rel=1e-9)
-    shuffled = isc_features_to_metric(torch.from_numpy(logits), splits)["inception_score_mean"]
-    assert found == pytest.approx(shuffled, rel=0.02)
+
+
+def in_order(logits: np.ndarray, images: int) -> float:
+    """The ADM evaluator's Inception Score, whose splits are ranges of (5,000) images."""
+    chances = np.exp(logits.astype(np.float64))
+    chances /= chances.sum(1, keepdims=True)
+    scores = []
+    for start in range(0, len(logits), images):
+        part = chances[start : start + images]
+        gaps = part * (np.log(part) - np.log(part.mean(0)))
+        scores.append(np.exp(gaps.sum(1).mean()))
+    return float(np.mean(scores))
+
+
+def test_the_inception_score_is_the_adm_evaluators_in_one_split_and_in_random_order() -> None:
+    generator = np.random.default_rng(0)
+    classes = np.arange(4000) % 80
+    logits = generator.normal(size=(4000, 100)).astype(np.float32)
+    logits[np.arange(4000), classes] += 9
+    assert inception_score(logits, 1).value == pytest.approx(in_order(logits, 4000), rel=1e-9)
+    found = inception_score(logits, 10).value
+    shuffled, by_class = generator.permutation(4000), np.argsort(classes, kind="stable")
+    assert found == pytest.approx(in_order(logits[shuffled], 400), rel=0.01)
+    assert in_order(logits, 400) > 1.05 * found  # alternating classes
+    assert in_order(logits[by_class], 400) < 0.2 * found
+    assert inception_score(logits[by_class], 10).value == pytest.approx(found, rel=0.01)
 
 
 @pytest.mark.parametrize(("count", "dim", "k"), [(300, 64, 3), (260, 500, 5), (150, 4, 1)])

@@ -169,6 +169,11 @@ def parse(arguments: list[str] | None) -> Command | Job:
     out, benchmark = _out(parsed.command, what, targets), BenchmarkRun.of(parsed.command)
     config = _configured(base_config, parsed, benchmark, out)
     rows = rows_of(targets, config, parsed.command.cfg_scales, parsed.command.samplings)
+    if benchmark is not None and (given := [row.name for row in rows if row.spec is None]):
+        raise ConfigError(
+            f"--benchmark {benchmark.name} samples policies, and {', '.join(given)} holds images: "
+            "leave it out"
+        )
     own = config.tokenizer == base_config.tokenizer  # else --tokenizer says another one
     configs = {row.name: config_of(config, row.target, own_tokenizer=own) for row in rows}
     return Job(parsed.command, config, rows, configs, out, benchmark)
@@ -209,7 +214,9 @@ def _configured(
         **{item.name: getattr(settings, item.name) for item in fields(settings)},
         rewards=rewards,
         reward_pools={},
+        output=replace(base.output, keep_best=""),  # there is no training, and no best checkpoint
     )
+    changed = replace(changed, evaluation=replace(changed.evaluation, every=0, patience=0))
     if (count := parsed.command.num_images) is not None:
         if benchmark is not None:
             raise ConfigError(

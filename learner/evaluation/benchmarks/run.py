@@ -135,7 +135,7 @@ class BenchmarkRun:
             encoder=config.conditions.encoder or DEFAULT_ENCODER,
         )
         images = self.count * len(self.prompts)
-        evaluation = replace(config.evaluation, num_images=images, images="", every=0)
+        evaluation = replace(config.evaluation, num_images=images, images="")
         return replace(config, conditions=conditions, evaluation=evaluation)
 
     @contextmanager

@@ -79,6 +79,16 @@ def evaluate(place: Path, out: Path, *options: str, prompts: Path | None = None)
     )
 
 
+def test_given_images_are_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images.npz"
+    np.savez(images, arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    asked = ("--benchmark", "geneval", "--prompts", str(place / "evaluation_metadata.jsonl"))
+    assert main([str(images), "--preset", str(place / "small.yaml"), *asked]) == REFUSED
+    assert "--benchmark geneval samples policies, and" in capsys.readouterr().err
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -35,6 +35,7 @@ from cluster.program import logs
 from cluster.program.console import FAILED, REFUSED, make_console
 from cluster.program.invocation import command_of
 from cluster.program.streams import printable
+from learner.reports.extremes import AT_END, BY_COMMAND
 from learner.reports.page import render
 from learner.runs.run_dir import RunDirectory
 from learner.runs.starts import record_end
@@ -43,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 MODULE = "learner.report"
 COMPARISON = "comparison.html"
-AT_END_S, BY_COMMAND_S = 10.0, 120.0
-"""Longest time for decoding images, at a run's end and by the command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ def write_report(run: RunDirectory) -> None:
         LockLostError: another process took it over.
         StorageError: the page cannot be written.
     """
-    page = render([run], AT_END_S)
+    page = render([run], AT_END)
     run.check_owned()
     _write(page, run.report)
 
@@ -140,7 +139,7 @@ def _report(runs: list[RunDirectory], out: str) -> int:
     what = f"the run directory {run.path}" if inside else f"--out {file}"
     taken = acquire(run.path / OWNER, what) if inside else locked_file(file, what)
     with taken:
-        _write(render(runs, BY_COMMAND_S), file)
+        _write(render(runs, BY_COMMAND), file)
     logger.info(f"report:  {printable(file.absolute())}")
     return 0
 

@@ -39,6 +39,20 @@ Decoder = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How images are decoded."""
+
+    seconds: float
+    """Longest time for it."""
+    device: str = "auto"
+
+
+AT_END = Decoding(10.0, "cpu")
+"""At a run's end: learner and samplers still have the GPUs."""
+BY_COMMAND = Decoding(120.0)
+
+
+@dataclass(frozen=True)
 class Pick:
     """An image: which rollout it is, and its scores."""
 
@@ -112,7 +126,7 @@ def _pick(row: dict[str, Any], names: list[str]) -> Pick:
     return Pick((row["iteration"], row["group"], row["rollout"]), label, scores)
 
 
-def decoded(data: RunData, keys: list[Key], seconds: float) -> dict[Key, np.ndarray]:
+def decoded(data: RunData, keys: list[Key], how: Decoding) -> dict[Key, np.ndarray]:
     """Images (H, W, 3) uint8 of rollouts: of as many, in order, as the time limit allows.
 
     Raises:
@@ -132,7 +146,9 @@ def decoded(data: RunData, keys: list[Key], seconds: float) -> dict[Key, np.ndar
     }
     there = [key for key in keys if key in found]
     images = within(
-        lambda part: decode_images(settings, part), [found[key] for key in there], seconds
+        lambda part: decode_images(settings, part, how.device),
+        [found[key] for key in there],
+        how.seconds,
     )
     return dict(zip(there, images))
 
@@ -154,11 +170,10 @@ def within(decode: Decoder, tokens: list[list[int]], seconds: float) -> list[np.
     return images
 
 
-def section(data: RunData, seconds: float, budget: float) -> tuple[dict[str, Any] | None, str]:
+def section(data: RunData, how: Decoding, budget: float) -> tuple[dict[str, Any] | None, str]:
     """Rewards with their best and worst images for the page, and a line on what is missing.
 
     Args:
-        seconds: longest time for decoding.
         budget: bytes on the page.
     """
     try:
@@ -166,8 +181,8 @@ def section(data: RunData, seconds: float, budget: float) -> tuple[dict[str, Any
         if extremes is None:
             return None, "rollouts are recorded with --output.rollouts, which this run had off"
         keys = extremes.in_order()
-        images = decoded(data, keys, seconds)
-    except TesseraError as error:
+        images = decoded(data, keys, how)
+    except (TesseraError, RuntimeError, MemoryError, OSError) as error:  # torch's among them
         return None, str(error)
     limit = min(LARGEST, budget / max(len(images), 1) / 4 * 3)
     sources = {key: encode_single(image, limit) for key, image in images.items()}
@@ -181,7 +196,7 @@ def section(data: RunData, seconds: float, budget: float) -> tuple[dict[str, Any
     lacking = len(keys) - len(images)
     note = (
         f"{lacking} of {len(keys)} are not shown, since decoding them here would take more than "
-        f"{seconds:g} s (the command learner.report allows more than a run's end, and a GPU is "
+        f"{how.seconds:g} s (the command learner.report allows more than a run's end, and a GPU is "
         "faster)"
         if lacking
         else ""

@@ -60,17 +60,17 @@ class Plots:
                 "note": printable(chart.note)}  # fmt: skip
 
 
-def render(directories: Sequence[RunDirectory], decode_s: float) -> str:
+def render(directories: Sequence[RunDirectory], decoding: extremes.Decoding) -> str:
     """The HTML of a page about runs.
 
     Args:
-        decode_s: longest time for decoding images of rollouts, seconds.
+        decoding: of rollouts' images.
     """
     runs = [read_run(directory) for directory in directories]
     plots = Plots({})
     room = (LARGEST - len(library()) - TEXT * len(runs)) / len(runs)
     several = len(runs) > 1
-    sections = [_run_section(run, plots, max(room, 0.0), decode_s, several) for run in runs]
+    sections = [_run_section(run, plots, max(room, 0.0), decoding, several) for run in runs]
     first = sections[0]
     topics = panels.topics(runs)
     judged, second = panels.evaluation_charts(runs, BETTER)
@@ -134,7 +134,7 @@ def embedded(value: Any) -> markupsafe.Markup:
 
 
 def _run_section(
-    run: RunData, plots: Plots, room: float, decode_s: float, several: bool
+    run: RunData, plots: Plots, room: float, decoding: extremes.Decoding, several: bool
 ) -> dict[str, Any]:
     """What is shown of one run alone."""
     problems = list(run.problems)
@@ -161,7 +161,7 @@ def _run_section(
     }
     section["timeline"] = None if several else _timeline(run, plots, problems)
     section["extremes"], section["extremes_note"] = (
-        (None, "") if several else extremes.section(run, decode_s, SHARES["extremes"] * room)
+        (None, "") if several else extremes.section(run, decoding, SHARES["extremes"] * room)
     )
     section["nearest"] = (
         None

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from learner import report
 from learner.monitoring.metrics import read_metrics
 from learner.run import main
 from tests.small_run import flags, recorded
@@ -73,6 +74,9 @@ def test_kill_nine_of_everything_and_resume(
         if driver.poll() is None:
             killed = kill_all(driver)
     assert killed > 5
+
+    assert report.main([str(hit)]) == 0
+    assert '<span class="state killed">' in (hit / "report.html").read_text()
 
     iterations = ["--iterations", str(len(read_metrics(hit / "metrics.jsonl")) + 1)]
     assert main(["--resume", "--inline", "--run-dir", str(hit), *iterations]) == 0

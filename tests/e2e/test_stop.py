@@ -150,6 +150,7 @@ class Job(Program):
         assert f"stopped after {done} of 5000 iterations; go on with" in said
         assert f"{number.name}: stopping at the next safe point" in said
         assert (self.run / "checkpoints" / f"step_{done:06d}" / "manifest.msgpack").is_file()
+        assert '<span class="state stopped">' in (self.run / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")

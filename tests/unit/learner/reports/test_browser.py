@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.io.starts import END, HOW, START, append_event
+from learner.reports.extremes import Decoding
 from learner.reports.page import LARGEST, render
 from learner.runs.run_dir import RunDirectory
 from tests.unit.learner.reports.made_run import COLUMNS, ROWS, made_run, write_gallery
@@ -90,7 +91,7 @@ class Opened:
 @pytest.fixture(scope="module")
 def file(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "report.html"
-    file.write_text(render([run], 60.0), encoding="utf-8")
+    file.write_text(render([run], Decoding(60.0)), encoding="utf-8")
     assert file.stat().st_size <= LARGEST
     return file
 
@@ -178,7 +179,7 @@ def test_a_phone_scrolls_down_only(browser: Any, file: Path) -> None:
 def test_runs_side_by_side(browser: Any, run: RunDirectory, tmp_path: Path) -> None:
     other = made_run(tmp_path / "other <i>", 40, seed=5)
     file = tmp_path / "comparison.html"
-    file.write_text(render([run, other], 60.0), encoding="utf-8")
+    file.write_text(render([run, other], Decoding(60.0)), encoding="utf-8")
     opened = Opened(browser, file, width=390)
     page = opened.page
     opened.draw("curve-reward-clip")

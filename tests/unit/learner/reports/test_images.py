@@ -102,7 +102,7 @@ def test_best_and_worst_of_the_last_iterations(tmp_path: Path) -> None:
     assert [pick.scores["clip"] for pick in found.worst["clip"]] == values[: extremes.EACH]
     keys = found.in_order()
     assert len(keys) == len(set(keys))
-    images = extremes.decoded(data, keys, 600.0)
+    images = extremes.decoded(data, keys, extremes.Decoding(600.0))
     assert list(images) == keys
     assert {image.shape for image in images.values()} == {(8, 8, 3)}
 
@@ -126,7 +126,7 @@ def test_rollouts_that_were_not_kept(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", 6)
     for file in run.rollouts.iterdir():
         file.unlink()
-    assert extremes.section(read_run(run), 1.0, 1e6) == (
+    assert extremes.section(read_run(run), extremes.AT_END, 1e6) == (
         None, "rollouts are recorded with --output.rollouts, which this run had off"
     )  # fmt: skip
 
@@ -170,3 +170,14 @@ def test_a_long_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert end.cut
     assert len(end.idle) == 1
     assert set(end.rows) == {f"sampler-{at}" for at in range(7)}
+
+
+def test_a_gpu_that_is_full_costs_the_images_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(extremes, "decode_images", fail)
+    data = read_run(made_run(tmp_path / "run", 6))
+    assert extremes.section(data, extremes.AT_END, 1e6) == (None, "CUDA out of memory")

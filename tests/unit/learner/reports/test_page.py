@@ -11,6 +11,7 @@ import pytest
 
 from cluster.io.starts import END, HOW, START, append_event
 from learner.reports import page as page_module
+from learner.reports.extremes import Decoding
 from learner.reports.page import LARGEST, embedded, library, render
 from learner.reports.reading import differing, read_run, state_of, times_of
 from learner.runs.run_dir import RunDirectory
@@ -18,8 +19,8 @@ from tests.small_run import small_config
 from tests.unit.learner.reports.made_run import made_run, metrics
 
 
-def rendered(*runs: RunDirectory, decode_s: float = 60.0) -> str:
-    return render(list(runs), decode_s)
+def rendered(*runs: RunDirectory) -> str:
+    return render(list(runs), Decoding(60.0))
 
 
 def test_a_run_that_has_just_started_says_what_is_missing(tmp_path: Path) -> None:

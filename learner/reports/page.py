@@ -10,6 +10,7 @@ import base64
 import functools
 import gzip
 import importlib.resources
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,16 +20,17 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from cluster.control.discovery import resume_command
 from cluster.io.locks import owner_of
 from cluster.io.run_layout import CONFIG
 from cluster.io.starts import END, EVENT, HOW
-from cluster.io.strict_json import dumps
+from cluster.io.strict_json import MALFORMED, dumps
 from cluster.program.invocation import command_of
 from cluster.program.streams import printable
 from learner.monitoring.timeline import RoleUse, bottleneck
 from learner.reports import extremes, images, panels, summary, timeline
 from learner.reports.charts import MOST_POINTS, Chart, Figure, points_per_mean
-from learner.reports.reading import RunData, differing, read_run, state_of, times_of
+from learner.reports.reading import RunData, differing, plain_number, read_run, state_of, times_of
 from learner.runs.run_dir import RunDirectory
 from rewards.metrics.evaluation import BETTER
 
@@ -150,6 +152,8 @@ def _run_section(
         "seconds": str(timedelta(seconds=round(seconds))) if seconds else "",
         "facts": _facts(run),
         "command": _command(run),
+        "resume": "" if state in ("finished", "running") else resume_command(run.run.path),
+        "best": _best(run, problems),
         "starts": _starts(run),
         "versions": _last(run, "versions"),
         "hardware": _hardware(run),
@@ -190,6 +194,19 @@ def _command(run: RunData) -> str:
         return printable(run.starts[0]["command"])
     config = shlex.quote(printable(run.run.path / CONFIG))
     return f"{command_of('learner.run')} --preset {config}"
+
+
+def _best(run: RunData, problems: list[str]) -> str:
+    """The checkpoint that best.json names, and why; empty if there is none."""
+    try:
+        best = json.loads(run.run.best.read_bytes())
+        value = summary.figure_text(plain_number(best["value"]))
+        return printable(f"{best['checkpoint']}: {best['figure']} {value}")
+    except FileNotFoundError:
+        return ""
+    except (OSError, *MALFORMED) as error:
+        problems.append(f"{run.run.best.name} is damaged: {error}")
+        return ""
 
 
 def _starts(run: RunData) -> list[dict[str, str]]:

@@ -112,6 +112,21 @@ def test_a_long_run_of_large_galleries_stays_small(
     assert len(page.encode()) <= LARGEST
 
 
+def test_what_to_do_next(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", 6)
+    content = {"figure": "fid", "value": 8.5, "step": 4, "checkpoint": "checkpoints/step_000004"}
+    run.best.write_text(json.dumps(content))
+    page = rendered(run)
+    assert "checkpoints/step_000004: fid 8.50" in page
+    assert "--resume" not in page
+    append_event(run.path, START, {})
+    append_event(run.path, END, {HOW: "stopped"})
+    run.best.write_text("{}")
+    page = rendered(run)
+    assert f"--resume --run-dir {run.path}" in page
+    assert "best.json is damaged" in page
+
+
 @pytest.mark.parametrize(
     ("events", "owner", "state"),
     [

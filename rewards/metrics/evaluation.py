@@ -176,9 +176,11 @@ def _several(groups: np.ndarray) -> np.ndarray:
 def check(samples: Samples, real: RealImages) -> None:
     """
     Raises:
-        DataError: values that are not finite, numbers of images or dimensions that differ.
+        DataError: no images, values that are not finite, or counts or dimensions that differ.
     """
     count = len(samples)
+    if not count:
+        raise DataError("an evaluation needs images: expected features or scores, found none")
     for what, array, dims in _arrays(samples):
         if array.ndim != dims or len(array) != count:
             raise DataError(

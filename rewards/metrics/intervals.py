@@ -64,8 +64,8 @@ class Difference:
     p_value: float
     """Two-sided: below 0.05 where the interval excludes 0; NaN where the figure has no interval."""
     paired: bool
-    """Whether the same units of both sets were resampled together; else each set on its own, which
-    finds smaller differences less often."""
+    """Whether the same units of both sets were resampled together; else each set was on its own,
+    and the interval is wider."""
 
 
 def mean_estimate(values: np.ndarray, units: Units, value: float | None = None) -> Estimate:

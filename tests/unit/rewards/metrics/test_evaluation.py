@@ -128,6 +128,8 @@ def test_bad_input_is_refused() -> None:
     moments = RealImages(moments={SPATIAL: Reference(np.zeros(3), np.eye(3))})
     with pytest.raises(DataError, match="reference moments have 3 dimensions"):
         evaluate(ours, moments, SETTINGS)
+    with pytest.raises(DataError, match="needs images"):
+        evaluate(Samples({}, {}), theirs, SETTINGS)
     few = samples(5)
     with pytest.raises(DataError, match="more than 5 images, found 90 real and 5 generated"):
         evaluate(few, theirs, SETTINGS)

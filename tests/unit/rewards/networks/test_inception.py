@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from cluster.messages import MAIN_SPACE, Condition
 from cluster.model_files.torchvision_ops import ensure_torchvision
 from rewards.distribution.fid import frechet_distance
-from rewards.metrics.samples import LOGITS, SPATIAL
+from rewards.distribution.reference import read_reference, read_spatial
+from rewards.metrics.evaluation import MetricSettings, evaluate
+from rewards.metrics.samples import LOGITS, SPATIAL, RealImages, Samples
 from rewards.networks import inception
 from rewards.networks.extractor import NetworkFeatures
 from rewards.networks.features import FeaturesConfig, load_features
@@ -211,6 +213,45 @@ def test_fid_equals_torch_fidelity(dims: int, count: int, extract: NetworkFeatur
     )
     assert ours == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
     assert ours > 1e-3
+
+
+def test_figures_against_an_adm_file(weights: str, tmp_path: Path) -> None:
+    """FID and sFID of a judge's evaluation of images equal torch-fidelity's number, and the formula
+    of ADM's evaluator, against the moments of other images in a file as ADM's: to rounding, in a
+    few dimensions, where covariances of few images have full rank."""
+    ensure_torchvision()
+    from scipy import linalg
+    from torch_fidelity import metric_fid as metric
+
+    count, dims = 6, 4
+    config = FeaturesConfig(network="inception", checkpoint=weights)
+    panel = Panel({}, {MAIN_SPACE: load_features(config, judge=True)})
+    found = [
+        panel.score(pictures(size, count), [Condition(text="")] * count).features
+        for size in ((48, 48), (32, 56))
+    ]
+    ours, moments = dict[str, np.ndarray](), dict[str, tuple[np.ndarray, np.ndarray]]()
+    for space in (MAIN_SPACE, SPATIAL):
+        varied = np.argsort(found[0][space].std(0))[-dims:]  # others are 0 in all images
+        ours[space], theirs = found[1][space][:, varied], found[0][space][:, varied]
+        moments[space] = theirs.mean(0, dtype=np.float64), np.cov(theirs, rowvar=False)
+    file = tmp_path / "VIRTUAL.npz"
+    (mu, sigma), (mu_s, sigma_s) = moments[MAIN_SPACE], moments[SPATIAL]
+    np.savez(file, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    spatial = read_spatial(file)
+    assert spatial is not None
+    real = RealImages(moments={MAIN_SPACE: read_reference(file), SPATIAL: spatial})
+    figures = evaluate(Samples(ours, {}), real, MetricSettings(bootstrap=0))
+    for name, space in (("fid", MAIN_SPACE), ("sfid", SPATIAL)):
+        mine = metric.fid_features_to_statistics(torch.from_numpy(ours[space].astype(np.float64)))
+        other = {"mu": moments[space][0], "sigma": moments[space][1]}
+        expected = metric.fid_statistics_to_metric(mine, other, verbose=False)
+        value = figures[name].value
+        assert value == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+        gap, root = mine["mu"] - other["mu"], linalg.sqrtm(mine["sigma"] @ other["sigma"]).real
+        adm = gap @ gap + np.trace(mine["sigma"] + other["sigma"] - 2 * root)
+        assert value == pytest.approx(adm, rel=1e-6)
+        assert value > 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import wandb
 from mlflow import MlflowClient
 from mlflow.artifacts import list_artifacts
 from PIL import Image
@@ -30,6 +31,7 @@ from learner.runs.run_dir import RunDirectory
 from tests.small_run import small_config
 from tests.unit.learner.runs.test_records import record
 
+KEY = "0123456789abcdef0123456789abcdef01234567"
 SHEET = np.full((8, 12, 3), 200, dtype=np.uint8)
 
 
@@ -228,7 +230,8 @@ def history(file: Path) -> dict[str, list[int]]:
     return found
 
 
-def test_wandb_offline(offline: None, tmp_path: Path) -> None:
+def test_wandb_offline(offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     config = small_config(output={"loggers": ["wandb"]})
     run = new_run(tmp_path / "run", config)
     for first, last in ((1, 5), (4, 7)):
@@ -255,6 +258,58 @@ def test_wandb_offline(offline: None, tmp_path: Path) -> None:
     }
     assert summary["table/tuned, again/fid"] == "2.0"
     assert (file.parent / "files" / "evaluation.json").exists()
+    written = [path for path in run.path.rglob("*") if path.is_file()]
+    assert [path for path in written if KEY.encode() in path.read_bytes()] == []
+
+
+class OnlineRun:
+    """What `wandb.init` returns for a run whose server has steps 0 to 5."""
+
+    id, url, resumed, step = "7", "https://there/7", True, 6
+    summary: ClassVar[dict[str, Any]] = {"evaluation/step": 4}
+
+    def __init__(self, folder: Path) -> None:
+        self.dir = str(folder / "wandb" / "run-7" / "files")
+        self.logged: list[tuple[int, list[str]]] = []
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, sorted(values)))
+        self.step = max(self.step, step)
+
+    def finish(self, exit_code: int) -> None:
+        self.logged.append((exit_code, ["finish"]))
+
+
+def test_wandb_online_continues_after_what_its_server_has(
+    offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a stand-in for the library: no server can be reached here."""
+    monkeypatch.setenv("WANDB_MODE", "online")
+    wandb.teardown()
+    config = small_config(output={"loggers": ["wandb"]})
+    run, given = new_run(tmp_path / "run", config), dict[str, Any]()
+    online = OnlineRun(run.path)
+
+    def init(**options: Any) -> OnlineRun:
+        given.update(options)
+        return online
+
+    one_start(run, Loggers(), 1, 5)
+    monkeypatch.setattr(wandb, "init", init)
+    with open_loggers(config, run) as loggers:  # the checkpoint was of 3, the kill after 5
+        one_start(run, loggers, 4, 7)
+    assert (given["id"], given["resume"]) == (run.identity, "allow")
+    assert [step for step, names in online.logged if "reward/clip" in names] == [6, 7]
+    assert [step for step, names in online.logged if "evaluation/fid" in names] == [6]
+    assert online.logged[-1] == (1, ["finish"])
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match=r"could not begin the run \(no such entity\): log in"):
+        open_loggers(config, run).__enter__()
+    wandb.teardown()
+
+
+def refuse(**_: Any) -> None:
+    raise wandb.errors.CommError("no such entity")
 
 
 def test_mlflow_in_a_database(offline: None, tmp_path: Path) -> None:
@@ -303,8 +358,6 @@ def test_what_cannot_work_is_refused_before_a_run(
     assert preflight(config).problems == []
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
-    import wandb
-
     wandb.teardown()
     no_login, no_server = preflight(config).problems
     assert (

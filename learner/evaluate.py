@@ -109,7 +109,8 @@ def findings_of(job: Job) -> Findings:
         else:
             check_conditions(config, policy, found)
         guided = next((row for row in policies if row.spec and row.spec.guided_sampling), None)
-        if guided is not None and policy is not None and policy.conditioning == "class":
+        classes = policy is not None and policy.conditioning == "class" and not job.benchmark
+        if guided is not None and policy is not None and classes:
             with found.of(f"{guided.name}"):
                 module = weightless_policy(policy)
                 module.null_conditions(module.encode(config.conditions.conditions()[:1]))

@@ -24,7 +24,7 @@ from cluster.scheduling.placement import Node, Placement, place
 from learner.capacity.cards import this_gpu
 from learner.capacity.gpus import processes, share_notes
 from learner.config import RunConfig
-from learner.data.captions import Peeked, check_encoder, peek_captions
+from learner.data.captions import Peeked, check_encoder, encoder_is_here, peek_captions
 from learner.data.conditions import DIGITS as DIGIT_NAMES
 from learner.data.conditions import ConditionsConfig
 from learner.data.image_checks import check_fit, check_images, fetched
@@ -97,6 +97,11 @@ def check_conditions(
             findings.notes += found.captions.notes
             if conditions.encoder and not found.width:
                 check_encoder(conditions.encoder, texts, conditions.long_captions)
+                if not encoder_is_here(conditions.encoder):
+                    findings.notes.append(
+                        f"conditions.encoder: {conditions.encoder} is not on this machine: it is "
+                        "fetched when the captions are encoded, before anything is sampled"
+                    )
             _check_texts(config, [Condition(text=text) for text in texts], findings)
         return
     if captions:

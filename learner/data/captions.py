@@ -49,6 +49,12 @@ def encode_captions(
     return True
 
 
+def encoder_is_here(encoder: str) -> bool:
+    """Whether a text encoder is a directory, or was downloaded."""
+    cache = huggingface_hub.try_to_load_from_cache
+    return expand_user(encoder).is_dir() or isinstance(cache(encoder, "tokenizer_config.json"), str)
+
+
 def check_encoder(encoder: str, texts: Sequence[str], long_captions: LongCaptions) -> None:
     """Check by its tokenizer that a text encoder reads captions as written. Skips encoders that are
     not downloaded yet, and all if transformers is missing.
@@ -57,9 +63,7 @@ def check_encoder(encoder: str, texts: Sequence[str], long_captions: LongCaption
         DataError: it does not.
         ConfigError: its tokenizer cannot be loaded.
     """
-    cache = huggingface_hub.try_to_load_from_cache
-    here = expand_user(encoder).is_dir() or isinstance(cache(encoder, "tokenizer_config.json"), str)
-    if not here or importlib.util.find_spec("transformers") is None:
+    if not encoder_is_here(encoder) or importlib.util.find_spec("transformers") is None:
         return
     from actors.text.encoder import (
         MAX_TOKENS,

@@ -250,6 +250,15 @@ def test_captions_files(tmp_path: Path) -> None:
     assert "expected a file of captions, since the policy takes captions" in problem
 
 
+def test_an_encoder_that_is_not_here_yet() -> None:
+    policy = policy_file(Path("t2i.safetensors"), caption_dim=16, caption_tokens=8)
+    Path("texts.txt").write_text("a cat\n")
+    conditions = {"captions": "texts.txt", "encoder": "owner/t5"}
+    told = found(policy={"checkpoint": policy}, conditions=conditions, evaluation={"num_images": 0})
+    assert told.problems == []
+    assert any(note.startswith("conditions.encoder: owner/t5 is not on") for note in told.notes)
+
+
 def test_captions_for_a_policy_of_classes() -> None:
     Path("texts.txt").write_text("a cat\n")
     told = problems(conditions={"captions": "texts.txt"}, evaluation={"num_images": 0})

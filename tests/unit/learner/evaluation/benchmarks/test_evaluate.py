@@ -183,5 +183,7 @@ def test_refusals(
     prompts.write_text("\n".join(map(json.dumps, made)))
     out = tmp_path / "out"
     assert evaluate(place, out, *change.get("options", ()), prompts=prompts) == REFUSED
-    assert re.search(message, capsys.readouterr().err)
+    told = capsys.readouterr().err
+    assert re.search(message, told)
+    assert str(out) not in told  # it is not looked for there
     assert not out.exists()

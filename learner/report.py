@@ -135,11 +135,13 @@ def _report(runs: list[RunDirectory], out: str) -> int:
         file = run.report
     if file.is_dir():
         raise ConfigError(f"--out {file} is a directory: name a file")
-    inside = file == run.report and len(runs) == 1
-    what = f"the run directory {run.path}" if inside else f"--out {file}"
-    taken = acquire(run.path / OWNER, what) if inside else locked_file(file, what)
-    with taken:
-        _write(render(runs, BY_COMMAND), file)
+    if file == run.report:
+        page = render(runs, BY_COMMAND)  # before this process is the directory's owner
+        with acquire(run.path / OWNER, f"the run directory {run.path}"):
+            _write(page, file)
+    else:
+        with locked_file(file, f"--out {file}"):
+            _write(render(runs, BY_COMMAND), file)
     logger.info(f"report:  {printable(file.absolute())}")
     return 0
 

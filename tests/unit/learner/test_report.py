@@ -9,7 +9,7 @@ import pytest
 from cluster.errors import LockLostError, StorageError
 from cluster.io.locks import acquire, locked_file
 from cluster.io.run_layout import OWNER
-from cluster.io.starts import last_ending, read_events
+from cluster.io.starts import START, append_event, last_ending, read_events
 from learner import report
 from learner.report import conclude, main
 from learner.runs.run_dir import RunDirectory
@@ -33,6 +33,12 @@ def test_the_page_of_an_ended_run_is_in_its_directory(run: RunDirectory) -> None
     assert main([str(run.path)]) == 0
     assert "<!doctype html>" in run.report.read_text()
     assert not (run.path / OWNER).exists()
+
+
+def test_the_page_of_a_killed_run_says_so(run: RunDirectory) -> None:
+    append_event(run.path, START, {})
+    assert main([str(run.path)]) == 0
+    assert '<span class="state killed">' in run.report.read_text()
 
 
 def test_an_active_run_keeps_its_directory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,10 @@ def test_an_active_run_keeps_its_directory(
     assert not run.report.exists()
     assert Path("run-report.html").is_file()
     assert "the run is active" in capsys.readouterr().out
+    relative = os.path.relpath(run.report)
+    with acquire(run.path / OWNER, "it"):
+        assert main([str(run.path), "--out", relative]) == 2
+    assert f"the run directory {run.path} is in use" in capsys.readouterr().err
 
 
 def test_a_page_elsewhere(run: RunDirectory, tmp_path: Path) -> None:

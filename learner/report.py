@@ -135,7 +135,7 @@ def _report(runs: list[RunDirectory], out: str) -> int:
         file = run.report
     if file.is_dir():
         raise ConfigError(f"--out {file} is a directory: name a file")
-    if file.absolute() == run.report:
+    if file.resolve() == run.report.resolve():
         page = render(runs, BY_COMMAND)  # before this process is the directory's owner
         with acquire(run.path / OWNER, f"the run directory {run.path}"):
             _write(page, file)

@@ -50,7 +50,7 @@ HELP = {  # command -> arguments that list all of its options
 OTHERS = {"--signal", "--slow", "--parity-data", "--help-all", "--stats"}
 """Options on the pages that no help shows: of Slurm, pytest and the method's public code."""
 BENCHES = "tests/bench/README.md"  # their options are argparse's, and in no help above
-WRITTEN = ("gallery", "checkpoints", "rollouts", "runs", "train", "test", "snapshots")
+WRITTEN = ("gallery", "evaluation", "checkpoints", "rollouts", "runs", "train", "test", "snapshots")
 """Folders on the pages that are not the repository's: of runs, and of users' images."""
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
 

@@ -25,7 +25,7 @@ from learner.evaluation.benchmarks.run import BenchmarkOptions, BenchmarkRun
 from learner.evaluation.evaluation import config_of
 from learner.evaluation.rows import Row, rows_of
 from learner.evaluation.targets import PolicyOptions, Target, find_targets
-from learner.output import EvaluationConfig
+from learner.output import EvaluationConfig, OutputConfig
 from rewards.config import JudgeConfig, RewardServerResources
 from rewards.metrics.evaluation import MetricSettings
 from rewards.networks.features import FeaturesConfig
@@ -209,14 +209,9 @@ def _configured(
         features=FeaturesConfig(network="pixels"),  # no network, which no reward needs here
         features_pool="",
     )
-    changed = replace(
-        base,
-        **{item.name: getattr(settings, item.name) for item in fields(settings)},
-        rewards=rewards,
-        reward_pools={},
-        output=replace(base.output, keep_best=""),  # there is no training, and no best checkpoint
-    )
-    changed = replace(changed, evaluation=replace(changed.evaluation, every=0, patience=0))
+    taken = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    taken["evaluation"] = replace(settings.evaluation, every=0, patience=0)  # of training
+    changed = replace(base, **taken, rewards=rewards, reward_pools={}, output=OutputConfig())
     if (count := parsed.command.num_images) is not None:
         if benchmark is not None:
             raise ConfigError(

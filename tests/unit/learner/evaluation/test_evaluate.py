@@ -19,10 +19,11 @@ import pytest
 from cluster.errors import StopRequestedError
 from cluster.fleet import InlineFleet
 from cluster.program.console import INTERRUPTED, REFUSED
-from learner.config import load_preset
+from learner.config import dump, load_preset
 from learner.evaluate import main
 from learner.evaluation import held_out
 from learner.evaluation.kept import samples as kept_samples
+from learner.evaluation.options import Job, parse
 from learner.fleet_plan import sampling_plan
 from tests.small_run import small_config
 
@@ -248,6 +249,25 @@ def test_bad_command_lines_start_nothing(
     assert main(line) == REFUSED
     assert message in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_training_do_not_matter(tmp_path: Path) -> None:
+    """What a run needs for its own evaluations is no condition of this one."""
+    training = {
+        "evaluation": {"every": 2, "patience": 3},
+        "output": {"keep_best": "fid", "checkpoint_every": 2, "keep_every": 4},
+        "rewards": {"hps": {"pool": "large"}},
+        "reward_pools": {"large": {"num_servers": 2}},
+        "num_learners": 2,
+    }
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(dump(small_config(**training)))
+    job = parse(["--preset", str(preset), "--inline", "--num-images", "50"])
+    assert isinstance(job, Job)
+    config = job.configs["base"]
+    assert (config.evaluation.every, config.evaluation.num_images) == (0, 50)
+    assert [role.name for role in sampling_plan(config).roles] == ["sampler", "reward-server"]
+    assert sampling_plan(config).reward_server.scorers["rewards"] == ()
 
 
 def test_a_directory_of_something_else_is_refused(

@@ -55,6 +55,7 @@ from learner.evaluation.comparison import (
     write_comparison,
 )
 from learner.evaluation.evaluation import LOG, Evaluation, Outputs, check_out
+from learner.evaluation.held_out import GROUP
 from learner.evaluation.kept.samples import SAMPLES, kept_images
 from learner.evaluation.options import MODULE, Command, Job, parse
 from learner.evaluation.preflight import check_evaluation
@@ -196,10 +197,29 @@ def _with_captions(job: Job) -> tuple[RunConfig, Sequence[Row], Mapping[str, Run
     return replace(job.config, conditions=conditions), job.rows, configs
 
 
+def group_size(config: RunConfig) -> int:
+    """Images of the largest request."""
+    images, conditions = config.evaluation.num_images, len(config.conditions.conditions())
+    return min(GROUP, -(-images // min(images, conditions)))
+
+
+def with_groups(config: RunConfig, rows: Sequence[Row]) -> RunConfig:
+    """A configuration whose samplers decode at most as many rows at once as in training, for which
+    their memory was planned: groups of an evaluation are larger, and guided rollouts take two
+    rows."""
+    guided = any(row.spec is not None and row.spec.guided_sampling for row in rows)
+    planned = config.sampler.max_groups * config.rollouts_per_group
+    planned *= 2 if config.sampling.guided_sampling else 1
+    fitting = planned // (group_size(config) * (2 if guided else 1))
+    groups = min(config.sampler.max_groups, 1 << max(fitting.bit_length() - 1, 0))
+    return replace(config, sampler=replace(config.sampler, max_groups=groups))
+
+
 @contextmanager
 def _fleet(
     job: Job, config: RunConfig, samples: bool, stop: StopFlag, again: str
 ) -> Iterator[Fleet]:
+    config = with_groups(config, job.rows)
     plan = sampling_plan(config) if samples else scoring_plan(config)
     need = sampling_need(config, plan)
     ray = None if job.command.inline else config.ray
@@ -262,27 +282,32 @@ def dry_run(job: Job, found: Findings) -> int:
 
 
 def sampling_estimate(job: Job) -> str:
-    """Hours of sampling on GPUs, by arithmetic; empty if there is nothing to estimate."""
+    """Time of sampling on GPUs, by arithmetic; empty if there is nothing to estimate."""
     hours, card = 0.0, recognised(*this_gpu()) or card_named(DEFAULT_CARD)
     for row in job.rows:
         config = job.configs[row.name]
         if row.spec is None or not config.sampler.num_gpus:
             continue
-        alone = replace(config, sampling=row.spec, learner=replace(config.learner, num_gpus=0.0))
+        size, images = group_size(config), config.evaluation.num_images
         try:
+            alone = replace(  # one iteration of all images
+                with_groups(config, job.rows),
+                sampling=row.spec,
+                learner=replace(config.learner, num_gpus=0.0),
+                groups_per_iteration=-(-images // size),
+                rollouts_per_group=size,
+            )
             models = Models(
                 planned_policy(config.policy.source()), planned_tokenizer(config.tokenizer.source())
             )
-            budget = budget_of(alone, models, card)
-        except TesseraError:  # of models that are not here, which is among the problems
+            hours += budget_of(alone, models, card).sampling / 3600
+        except (TesseraError, ValueError):  # of models that are not here: among the problems
             return ""
-        of_iteration = config.groups_per_iteration * config.rollouts_per_group
-        hours += config.evaluation.num_images / of_iteration * budget.sampling / 3600
     if not hours:
         return ""
     return (
-        f"about {hours:.2g} h of sampling on {card.name}, by arithmetic, not measured; the judge's "
-        "networks are not counted"
+        f"about {60 * hours:.2g} minutes of sampling on {card.name}, by arithmetic, not measured; "
+        "the judge's networks are not counted, and may take longer"
     )
 
 

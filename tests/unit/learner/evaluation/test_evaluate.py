@@ -20,7 +20,7 @@ from cluster.errors import StopRequestedError
 from cluster.fleet import InlineFleet
 from cluster.program.console import INTERRUPTED, REFUSED
 from learner.config import dump, load_preset
-from learner.evaluate import main
+from learner.evaluate import main, with_groups
 from learner.evaluation import held_out
 from learner.evaluation.kept import samples as kept_samples
 from learner.evaluation.options import Job, parse
@@ -270,6 +270,22 @@ def test_settings_of_training_do_not_matter(tmp_path: Path) -> None:
     assert sampling_plan(config).reward_server.scorers["rewards"] == ()
 
 
+@pytest.mark.parametrize(
+    ("scales", "images", "groups"),
+    [(["1"], 50_000, 4), (["1", "2"], 50_000, 2), (["1"], 8_000, 32), (["1"], 1_000, 32)],
+)
+def test_samplers_decode_no_more_rows_at_once_than_planned(
+    scales: list[str], images: int, groups: int
+) -> None:
+    """256 rollouts in training: 32 groups of 8."""
+    line = ["llamagen-b-256", "--preset", "llamagen-b-256", "--num-images", str(images)]
+    job = parse([*line, "--cfg-scales", *scales])
+    assert isinstance(job, Job)
+    found = with_groups(job.configs[job.rows[0].name], job.rows)
+    assert found.sampler.max_groups == groups
+    assert with_groups(small_config(), job.rows).sampler.max_groups == 1  # as in training
+
+
 def test_a_directory_of_something_else_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,4 +308,4 @@ def test_a_dry_run_says_what_would_be_sampled(
     assert main(line) == REFUSED  # its weights are not here
     text = capsys.readouterr().out
     assert load_preset("llamagen-b-256").policy.checkpoint in text
-    assert re.search(r"about [\d.]+ h of sampling on \w+, by arithmetic", text)
+    assert re.search(r"about [\d.]+ minutes of sampling on \w+, by arithmetic", text)

@@ -152,7 +152,9 @@ class LiveTable:
             full, empty = ("#", "-") if plain else ("█", "░")
             filled = round(share * room)
             head.insert(1, full * filled + empty * (room - filled))
-        pace = [f"{self._pace.seconds:.3g} s/iteration", f"{self._pace.images_per_s:.3g} images/s"]
+        pace = []
+        if seconds := self._pace.seconds:
+            pace += [f"{seconds:.3g} s/iteration", f"{self._pace.images_per_s:.3g} images/s"]
         pace.append(f"{duration(time.monotonic() - self._begun)} so far")
         if self.warnings:
             pace.append(f"{self.warnings} warning{'s' * (self.warnings > 1)}")
@@ -160,6 +162,8 @@ class LiveTable:
 
     def _metrics(self, width: int, plain: bool) -> list[str]:
         """A line a metric; one that has been 0 so far has none."""
+        if not self._curves:
+            return []
         with_start, with_curve = width >= WITH_START, width >= WITH_CURVE and not plain
         lines = ["", f"{'':{NAME}}{'now':>{FIGURE}}"]
         if with_start:

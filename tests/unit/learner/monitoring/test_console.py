@@ -23,7 +23,7 @@ from rich.console import Console
 from cluster.program import logs
 from cluster.program.console import make_console
 from learner.monitoring.console import COLUMNS, RunConsole
-from learner.monitoring.live import POINTS, Curve, Pace, duration
+from learner.monitoring.live import POINTS, Curve, LiveTable, Pace, duration
 from learner.monitoring.timeline import RoleUse
 
 ROOT = Path(__file__).parents[4]
@@ -90,6 +90,11 @@ def test_the_live_table_says_how_the_run_goes() -> None:
     assert "idle: learner 10%  reward 75%  driver 90%" in text
     assert "evaluation after 10: FID↓ 3.21  recall↑ 0.4\n" in text + "\n"
     assert len(frame(80, height=6)) == 2  # a terminal of few lines
+    console = terminal(80)
+    console.print(LiveTable(200, Pace(200)))  # before the first iteration
+    first, second = filter(None, shown(console).splitlines())
+    assert re.fullmatch(r"iteration 0/200  ░+  0%  \? left", first)
+    assert second == "0:00:00 so far"
 
 
 def test_it_is_redrawn_a_few_times_a_second_whatever_happens() -> None:

@@ -51,6 +51,7 @@ COMMON = {
     "images": ("--out", "--png", "--device"),
 }  # fmt: skip
 """What --help shows; --help-all shows every option."""
+WIDTH = 120  # columns, where there is no terminal
 AT_ONCE = 20 * SHEET  # images in memory
 
 
@@ -117,7 +118,9 @@ def _browse(given: Arguments) -> None:
             raise DataError(f"none of {table.num_rows} rollouts matches")
         there = found.num_rows
         found = found.slice(0, chosen.limit or there)
-        make_console().print(table_of(found))
+        console = make_console()
+        wide = console if console.is_terminal else make_console(width=max(console.width, WIDTH))
+        wide.print(table_of(found))
         print(_summary(chosen, found.num_rows, there, table.num_rows))
     if output.out is not None:
         _write(of, found, output, output.out)

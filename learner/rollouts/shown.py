@@ -44,10 +44,10 @@ def table_of(rows: pa.Table) -> Table:
     figures = figure_names(rows)
     failed = rows["error"].null_count < rows.num_rows
     table = Table(box=SIMPLE_HEAD)
-    for heading in ("rollout", "condition"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("rollout", no_wrap=True)
+    table.add_column("condition", overflow="fold")  # the one that becomes narrower
     for heading in (*figures, "version"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     if failed:
         table.add_column("error", overflow="fold")
     columns = [column_of(rows, figure) for figure in figures]

@@ -26,13 +26,13 @@ TIME = "%Y-%m-%d %H:%M:%S%z"
 FILE_ONLY = {"file_only": True}
 """As `extra=`: not on the console, which shows it in another form or not at all."""
 PLAIN_ONLY = {"plain_only": True}
-"""As `extra=`: not on a terminal, which has a progress bar."""
+"""As `extra=`: not on a terminal, which has a live table."""
 
 logger = logging.getLogger(__name__)
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints messages without markup, above a live progress bar."""
+    """Prints messages without markup, above a live table or progress bar."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()

@@ -140,4 +140,5 @@ def test_the_command_is_one_that_the_program_takes(
     for file in ("c2i_L_256.pt", "vq_ds16_c2i.pt", "_original.npz", "pretrained_gen_stats.npz"):
         assert file in told
     assert told.count("no such file") + told.count("found none at") == 4
-    assert "the run cannot start, 4 problems" in told
+    assert "evaluation.images: expected imagenet256" in told
+    assert "the run cannot start, 5 problems" in told

@@ -214,7 +214,7 @@ class InlineFleet:
     def _work(self, batch: PendingBatch, finish: bool) -> None:
         requests = self._submitted[batch]
         position = len(requests) - batch.missing
-        for together in decoded_together(requests[position:], self._plan.sampler.max_groups):
+        for together in decoded_together(requests[position:], self._plan.sampler):
             if not finish:
                 self._stop_if_asked()
             for group in self._groups(together):
@@ -305,12 +305,13 @@ class InlineFleet:
 
 
 def decoded_together(
-    requests: Sequence[SampleRequest], most: int
+    requests: Sequence[SampleRequest], sampler: Role
 ) -> Iterator[Sequence[SampleRequest]]:
     """Requests in order, in parts that a sampler decodes as one batch: of one
-    `SampleRequest.batch`, of 1, 2, 4, ... up to `most` groups."""
+    `SampleRequest.batch`, of 1, 2, 4, ... groups."""
     for _, run in groupby(requests, lambda request: request.batch):
         alike = list(run)
+        most = sampler.groups_in_call(alike[0].rows)
         while alike:
             count = 1 << (min(len(alike), most).bit_length() - 1)
             yield alike[:count]

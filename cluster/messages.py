@@ -88,6 +88,11 @@ class SamplingSpec:
         return self.guidance != "none" and self.cfg_scale != 1
 
     @property
+    def rows(self) -> int:
+        """Rows of a decoding step for each rollout."""
+        return 2 if self.guided_sampling else 1
+
+    @property
     def guidance_note(self) -> str:
         """What a scale below 1 means, where it means another thing elsewhere; else empty."""
         if self.guidance == "none" or self.cfg_scale >= 1:
@@ -181,6 +186,11 @@ class SampleRequest:
     @property
     def key(self) -> RequestKey:
         return RequestKey(self.stream, self.iteration, self.group)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a decoding step; guided rollouts take two each."""
+        return self.num_rollouts * self.spec.rows
 
     @property
     def batch(self) -> tuple[Hashable, ...]:

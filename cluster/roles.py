@@ -99,7 +99,10 @@ class Role:
     """Requests that one worker has at a time: with 2, the next is there when one ends; more let it
     work on several together."""
     max_groups: int = 1
-    """Groups that one call may hold."""
+    """Groups that one call may hold, ..."""
+    max_rows: int = 0
+    """... and rows (`SampleRequest.rows`), for which memory was planned; 0: any number. A call of
+    one group may hold more."""
     concurrency: int = 1
     """Threads of one worker; with 1, it answers in order."""
     autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
@@ -118,6 +121,11 @@ class Role:
     def max_count(self) -> int:
         """The largest number of workers that autoscaling reaches."""
         return max(self.count, self.autoscale.max)
+
+    def groups_in_call(self, rows: int) -> int:
+        """The most groups of `rows` rows each that one call may hold."""
+        fitting = self.max_rows // rows if self.max_rows else self.max_groups
+        return max(min(self.max_groups, fitting), 1)
 
     def worker_name(self, index: int) -> str:
         return self.name if self.max_count == 1 and index == 0 else f"{self.name}-{index}"

@@ -61,7 +61,7 @@ from learner.evaluation.options import MODULE, Command, Job, parse
 from learner.evaluation.preflight import check_evaluation
 from learner.evaluation.results import show
 from learner.evaluation.rows import Row
-from learner.fleet_plan import sampling_plan, scoring_plan
+from learner.fleet_plan import fleet_plan, sampling_plan, scoring_plan
 from learner.preflight import check_conditions, listed, placement_lines
 from rewards.metrics.evaluation import MetricSettings
 
@@ -203,23 +203,10 @@ def group_size(config: RunConfig) -> int:
     return min(GROUP, -(-images // min(images, conditions)))
 
 
-def with_groups(config: RunConfig, rows: Sequence[Row]) -> RunConfig:
-    """A configuration whose samplers decode at most as many rows at once as in training, for which
-    their memory was planned: groups of an evaluation are larger, and guided rollouts take two
-    rows."""
-    guided = any(row.spec is not None and row.spec.guided_sampling for row in rows)
-    planned = config.sampler.max_groups * config.rollouts_per_group
-    planned *= 2 if config.sampling.guided_sampling else 1
-    fitting = planned // (group_size(config) * (2 if guided else 1))
-    groups = min(config.sampler.max_groups, 1 << max(fitting.bit_length() - 1, 0))
-    return replace(config, sampler=replace(config.sampler, max_groups=groups))
-
-
 @contextmanager
 def _fleet(
     job: Job, config: RunConfig, samples: bool, stop: StopFlag, again: str
 ) -> Iterator[Fleet]:
-    config = with_groups(config, job.rows)
     plan = sampling_plan(config) if samples else scoring_plan(config)
     need = sampling_need(config, plan)
     ray = None if job.command.inline else config.ray
@@ -289,10 +276,12 @@ def sampling_estimate(job: Job) -> str:
         if row.spec is None or not config.sampler.num_gpus:
             continue
         size, images = group_size(config), config.evaluation.num_images
+        groups = fleet_plan(config).sampler.groups_in_call(size * row.spec.rows)
         try:
             alone = replace(  # one iteration of all images
-                with_groups(config, job.rows),
+                config,
                 sampling=row.spec,
+                sampler=replace(config.sampler, max_groups=1 << (groups.bit_length() - 1)),
                 learner=replace(config.learner, num_gpus=0.0),
                 groups_per_iteration=-(-images // size),
                 rollouts_per_group=size,

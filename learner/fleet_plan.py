@@ -113,6 +113,8 @@ def _sampler_role(config: RunConfig) -> Role:
         environment=_environment(config),
         count=config.num_samplers,
         max_groups=config.sampler.max_groups,
+        # groups of evaluations and galleries may be larger than those of training
+        max_rows=config.sampler.max_groups * config.rollouts_per_group * config.sampling.rows,
     )
 
 

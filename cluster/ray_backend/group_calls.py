@@ -264,7 +264,13 @@ class GroupCalls:
 
 def queue_for_tokens(samplers: WorkerPool, group: PendingGroup, *, front: bool = False) -> None:
     """Queue a group for any sampler, perhaps in one call with others of its iteration."""
-    samplers.add(group, front=front, weight_version=group.weight_version, kind=group.request.batch)
+    samplers.add(
+        group,
+        front=front,
+        weight_version=group.weight_version,
+        kind=group.request.batch,
+        rows=group.request.rows,
+    )
 
 
 def spans_of(value: list[RolloutGroup] | GroupScores | Span) -> tuple[Span, ...]:

@@ -144,10 +144,16 @@ class WorkerPool:
         return [worker for worker in self.workers if worker.state is state]
 
     def add(
-        self, task: Any, *, front: bool = False, weight_version: int = 0, kind: Any = None
+        self,
+        task: Any,
+        *,
+        front: bool = False,
+        weight_version: int = 0,
+        kind: Any = None,
+        rows: int = 1,
     ) -> None:
         """Queue a task: at the end, or (`front`) before the others of its weight version."""
-        waiting = Waiting(task, weight_version, kind)
+        waiting = Waiting(task, weight_version, kind, rows)
         if front:
             self.waiting.add_first(waiting)
         else:
@@ -169,10 +175,10 @@ class WorkerPool:
         place, index = chosen
         count = 1
         if self.role.max_groups > 1:
-            weight_version = self.waiting.weight_version(place)
-            able = [each for each in candidates if each.weight_version <= weight_version]
+            first = self.waiting.at(place)
+            able = [each for each in candidates if each.weight_version <= first.weight_version]
             which, alike = able.index(candidates[index]), self.waiting.alike(place)
-            count = batch_size(self.role.max_groups, alike, able, which)
+            count = batch_size(self.role.groups_in_call(first.rows), alike, able, which)
         return self.waiting.take(place, count), serving[index]
 
     def scale(self, count: int) -> None:

@@ -17,6 +17,8 @@ class Waiting:
     """Policy version that it needs; of samplers' tasks."""
     kind: Any = None
     """Tasks of one kind and weight version may share a call."""
+    rows: int = 1
+    """Rows that it adds to a call; equal for all of a kind."""
     since: float = field(default_factory=time.monotonic)
 
     def goes_with(self, other: Waiting) -> bool:
@@ -73,8 +75,9 @@ class WorkQueue:
         number, offset = self._find(place)
         return len(self._batches[number]) - offset
 
-    def weight_version(self, place: int) -> int:
-        return self._batches[self._find(place)[0]][0].weight_version
+    def at(self, place: int) -> Waiting:
+        """The first task of the batch at a place."""
+        return self._batches[self._find(place)[0]][0]
 
     def take(self, place: int, count: int) -> list[Waiting]:
         """Remove and return `count` like tasks from a place on."""

@@ -9,6 +9,7 @@ from actors.sampler import Sampler
 from cluster.errors import DataError, FleetError
 from cluster.fleet import InlineFleet, decoded_together
 from cluster.messages import SamplingSpec
+from cluster.roles import Resources, Role
 from learner.fleet_plan import fleet_plan, sampling_plan, scoring_plan
 from tests.small_run import small_config
 from tests.unit.helpers import request
@@ -17,10 +18,24 @@ from tests.unit.helpers import request
 def test_parts_are_alike_and_of_the_sizes_that_a_sampler_keeps() -> None:
     cold = SamplingSpec(temperature=0.5)
     requests = [*(request(group) for group in range(12)), request(12, spec=cold), request(13)]
-    parts = list(decoded_together(requests, 8))
+    parts = list(decoded_together(requests, sampler_role(8)))
     assert [len(part) for part in parts] == [8, 4, 1, 1]
     assert [asked for part in parts for asked in part] == requests
-    assert [len(part) for part in decoded_together(requests, 1)] == [1] * 14
+    assert [len(part) for part in decoded_together(requests, sampler_role(1))] == [1] * 14
+
+
+def test_larger_groups_than_planned_go_together_in_smaller_numbers() -> None:
+    guided = SamplingSpec(cfg_scale=2.0, guidance="guided")
+    requests = [request(group, 10) for group in range(7)] + [request(7, 10, spec=guided)] * 3
+    requests += [request(8, 50)] * 2
+    parts = list(decoded_together(requests, sampler_role(8, max_rows=8 * 5)))
+    assert [(len(part), part[0].rows) for part in parts] == [
+        (4, 10), (2, 10), (1, 10), (2, 20), (1, 20), (1, 50), (1, 50)
+    ]  # fmt: skip
+
+
+def sampler_role(max_groups: int, max_rows: int = 0) -> Role:
+    return Role("sampler", Sampler, None, Resources(), max_groups=max_groups, max_rows=max_rows)
 
 
 def test_groups_decoded_together_are_those_decoded_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_batches_by_hand(
 Pick = Callable[[WorkerPool, float], tuple[list[Waiting], Worker] | None]
 
 
-def made(seconds: list[float], max_groups: int = 1) -> WorkerPool:
+def made(seconds: list[float], max_groups: int = 1, max_rows: int = 0) -> WorkerPool:
     role = Role(
         name="sampler",
         factory=object,
@@ -132,6 +132,7 @@ def made(seconds: list[float], max_groups: int = 1) -> WorkerPool:
         resources=Resources(),
         count=len(seconds),
         max_groups=max_groups,
+        max_rows=max_rows,
     )
     pool = WorkerPool(role, lambda r, i, *_: Worker(r, i, handle=None), lambda worker: None)
     for worker in pool.workers:
@@ -224,6 +225,17 @@ def test_batches_leave_nobody_without_work_at_the_end() -> None:
     assert took <= 1.1 * best_makespan(seconds, 64)
 
 
+def test_a_call_holds_no_more_rows_than_planned() -> None:
+    pool = made([1.0], max_groups=8, max_rows=40)
+    for kind, rows in ((1, 5), (2, 10), (3, 50)):
+        for task in range(8):
+            pool.add(task, kind=kind, rows=rows)
+    calls = []
+    while found := pool.next(0.0):
+        calls.append((found[0][0].rows, len(found[0])))
+    assert calls == [(5, 8), (10, 4), (10, 4), *[(50, 1)] * 8]
+
+
 def test_only_alike_pieces_go_together() -> None:
     pool = made([1.0], max_groups=8)
     for task, kind, weight_version in [
@@ -268,7 +280,7 @@ def test_a_queue_is_a_list_in_order_of_editions(operations: list[tuple[str, int]
             while value + same < len(model) and model[value].goes_with(model[value + same]):
                 same += 1
             assert queue.alike(value) == same
-            assert queue.weight_version(value) == model[value].weight_version
+            assert queue.at(value).weight_version == model[value].weight_version
             count = (same + 1) // 2
             assert queue.take(value, count) == model[value : value + count]
             del model[value : value + count]

@@ -18,14 +18,16 @@ import pytest
 
 from cluster.errors import StopRequestedError
 from cluster.fleet import InlineFleet
+from cluster.messages import SamplingSpec
 from cluster.program.console import INTERRUPTED, REFUSED
 from learner.config import dump, load_preset
-from learner.evaluate import main, with_groups
+from learner.evaluate import main
 from learner.evaluation import held_out
 from learner.evaluation.kept import samples as kept_samples
 from learner.evaluation.options import Job, parse
 from learner.fleet_plan import sampling_plan
 from tests.small_run import small_config
+from tests.unit.helpers import request
 
 PART = 40
 OPTIONS = ["--preset", "miniature", "--inline", "--bootstrap", "20", "--num-images", "120"]
@@ -270,20 +272,15 @@ def test_settings_of_training_do_not_matter(tmp_path: Path) -> None:
     assert sampling_plan(config).reward_server.scorers["rewards"] == ()
 
 
-@pytest.mark.parametrize(
-    ("scales", "images", "groups"),
-    [(["1"], 50_000, 4), (["1", "2"], 50_000, 2), (["1"], 8_000, 32), (["1"], 1_000, 32)],
-)
+@pytest.mark.parametrize(("scale", "images", "groups"), [(1.0, 50, 5), (2.0, 50, 2), (1.0, 8, 32)])
 def test_samplers_decode_no_more_rows_at_once_than_planned(
-    scales: list[str], images: int, groups: int
+    scale: float, images: int, groups: int
 ) -> None:
     """256 rollouts in training: 32 groups of 8."""
-    line = ["llamagen-b-256", "--preset", "llamagen-b-256", "--num-images", str(images)]
-    job = parse([*line, "--cfg-scales", *scales])
-    assert isinstance(job, Job)
-    found = with_groups(job.configs[job.rows[0].name], job.rows)
-    assert found.sampler.max_groups == groups
-    assert with_groups(small_config(), job.rows).sampler.max_groups == 1  # as in training
+    sampler = sampling_plan(load_preset("llamagen-b-256")).sampler
+    guidance = "none" if scale == 1 else "guided"
+    spec = SamplingSpec(cfg_scale=scale, guidance=guidance)
+    assert sampler.groups_in_call(request(0, images, spec=spec).rows) == groups
 
 
 def test_a_directory_of_something_else_is_refused(

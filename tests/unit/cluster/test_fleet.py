@@ -35,7 +35,8 @@ def test_larger_groups_than_planned_go_together_in_smaller_numbers() -> None:
 
 
 def sampler_role(max_groups: int, max_rows: int = 0) -> Role:
-    return Role("sampler", Sampler, None, Resources(), max_groups=max_groups, max_rows=max_rows)
+    sizes = {"max_groups": max_groups, "max_rows": max_rows}
+    return Role(name="sampler", factory=Sampler, config=None, resources=Resources(), **sizes)
 
 
 def test_groups_decoded_together_are_those_decoded_apart(monkeypatch: pytest.MonkeyPatch) -> None:

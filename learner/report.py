@@ -28,8 +28,8 @@ import tyro
 from cluster.errors import ConfigError, LockHeldError, LockLostError, TesseraError
 from cluster.io.files import AGAIN, replacing, writing
 from cluster.io.locks import acquire, locked_file, owner_of
-from cluster.io.paths import default_root, expand_user, output_path
-from cluster.io.run_layout import CONFIG, METRICS, OWNER, REPORT
+from cluster.io.paths import default_root, output_path
+from cluster.io.run_layout import CONFIG, OWNER, REPORT
 from cluster.io.starts import Ending
 from cluster.program import logs
 from cluster.program.console import FAILED, REFUSED, make_console
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         parsed = tyro.cli(Arguments, args=arguments, prog=command_of(MODULE))
         try:
             names = [*([parsed.run] if parsed.run else []), *parsed.compare]
-            runs = [find_directory(name) for name in names] or [newest()]
+            runs = [RunDirectory.existing(name) for name in names] or [newest()]
             if parsed.compare and len(runs) < 2:
                 raise ConfigError("--compare needs two runs or more")
             return _report(runs, parsed.out)
@@ -144,25 +144,6 @@ def _report(runs: list[RunDirectory], out: str) -> int:
             _write(render(runs, BY_COMMAND), file)
     logger.info(f"report:  {printable(file.absolute())}")
     return 0
-
-
-def find_directory(name: str) -> RunDirectory:
-    """The directory of a run by its path, or by its name under runs/.
-
-    Raises:
-        ConfigError: there is none, or it holds no run.
-    """
-    for path in (expand_user(name), default_root() / name):
-        if path.is_dir():
-            if not any((path / file).is_file() for file in (CONFIG, METRICS)):
-                raise ConfigError(
-                    f"{path} holds no run: expected {CONFIG} or {METRICS} in it; name a run's "
-                    "directory"
-                )
-            return RunDirectory(path)
-    raise ConfigError(
-        f"there is no run {name}: expected a directory, or the name of one under {default_root()}"
-    )
 
 
 def newest() -> RunDirectory:

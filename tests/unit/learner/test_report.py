@@ -82,8 +82,8 @@ def test_runs_by_name_and_the_newest(run: RunDirectory) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (["nothing"], "there is no run nothing"),
-        (["."], "holds no run: expected config.yaml or metrics.jsonl"),
+        (["nothing"], "nothing is not there: name a run's directory"),
+        (["."], "holds no run: name a run's directory"),
         ([], "name a run: there is none under"),
         (["{run}", "--out", "."], "is a directory"),
         (["--compare", "{run}"], "--compare needs two runs or more"),

@@ -84,8 +84,8 @@ class Command:
     metrics: tuple[str, ...] = ()
     """Metrics to show of every iteration; default: those that differ."""
     check: bool = False
-    """Exit with status 1 if a replayed number differs from the recorded one; refused where equality
-    is not promised."""
+    """Exit with status 1 if a replayed number differs from the recorded one, or an iteration has
+    neither recorded numbers nor weights; refused where equality is not promised."""
     out: Path | None = None
     """New file for all numbers, .json or .csv."""
 
@@ -195,14 +195,21 @@ def carry_out(plan: Replay, command: Command) -> int:
 
 def conclude(plan: Replay, done: list[Replayed], seconds: float) -> None:
     """Print the outcome."""
-    off = [each.number for each in done if not each.equal]
+    off = [each.number for each in done if each.comparable and not each.equal]
+    blank = [each.number for each in done if not each.comparable]
     weights = sum(each.weights is not None for each in done)
+    outcome = [f"{len(off)} iterations differ, from {off[0]} on"] if off else []
+    if blank:
+        outcome.append(f"{len(blank)} iterations not comparable, from {blank[0]} on")
+    elif not off:
+        outcome.append("equal bit for bit")
     print(
         f"{len(done)} iterations, {sum(len(each.values) for each in done)} numbers"
-        f"{f', weights after {weights} of them' if weights else ''}: "
-        + (f"{len(off)} iterations differ, from {off[0]} on" if off else "equal bit for bit")
-        + f" ({seconds / len(done):.2g} s an iteration)"
+        f"{f', weights after {weights} of them' if weights else ''}: {', '.join(outcome)}"
+        f" ({seconds / len(done):.2g} s an iteration)"
     )
+    if unrecorded := dict.fromkeys(name for each in done for name in each.unrecorded):
+        print(f"not compared, since the records lack them: {', '.join(unrecorded)}")
     if off and not plan.not_promised:
         print(CAUSES)
 
@@ -222,9 +229,7 @@ def show(each: Replayed, metrics: tuple[str, ...]) -> None:
     if each.weights is not None:
         off = f"differ by {each.weights:.3g} at most" if each.weights else "are equal"
         text += f"; weights after it {off}"
-    if each.unrecorded:
-        text += f"; not in the record: {', '.join(each.unrecorded)}"
-    print(text)
+    print(text if each.comparable else f"iteration {each.number}: not comparable")
     table = Table(box=SIMPLE_HEAD)
     table.add_column("metric")
     for heading in ("recorded", "replayed", "difference"):

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from cluster.errors import CheckpointError, ConfigError, DataError
 from cluster.io.run_layout import POLICY_FILE, step_name, steps_in
 from cluster.io.strict_json import number
@@ -170,9 +172,14 @@ class Replayed:
         return tuple(name for name, pair in self.values.items() if not _same(*pair))
 
     @property
+    def comparable(self) -> bool:
+        """Whether the run kept a number or the weights of this iteration."""
+        return bool(self.values) or self.weights is not None
+
+    @property
     def equal(self) -> bool:
-        """Whether everything that can be compared is equal, bit for bit."""
-        return not self.differing and not self.weights
+        """Whether something can be compared, and all of it is equal, bit for bit."""
+        return self.comparable and not self.differing and not self.weights
 
 
 def _same(recorded: float, replayed: float) -> bool:
@@ -229,4 +236,5 @@ def _weights_off(run: RunDirectory, step: int, learner: Learner) -> float | None
     if not kept:
         return None
     own = open_snapshot(learner.snapshot()).tensors
-    return max(float((own[name].double() - kept[name].double()).abs().max()) for name in own)
+    off = [(own[name].double() - kept[name].double()).abs().max() for name in own]
+    return float(torch.stack(off).max())  # NaN where one is, unlike Python's max

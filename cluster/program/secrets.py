@@ -21,6 +21,22 @@ SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.
 """Variables whose values count as secrets."""
 IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 """user:password@ in a URL."""
+USER = re.compile(r"://([^/\s'\"]+|[^/\s'\"]*:[^\s'\"]+)@")
+"""As IN_URL, and a user alone, which may be a token; a password may have a slash."""
+PARAMETER = re.compile(
+    r"([?&][\w.-]*(?:sig|signature|credential|token|key|keyid|secret|password|passwd)=)([^&#\s'\"]+)",
+    re.IGNORECASE,
+)
+"""A signature, or a key, among the parameters of a URL."""
+PAIR = re.compile(
+    r"([\w.-]*(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:[_.-][\w.-]*)?)(['\"]?\s*[:=]\s*)"
+    r"(\"[^\"]*\"|'[^']*'|\$\{\w+\}|[^\s,}\]'\"{\[][^\s,}\]'\"]*)",
+    re.IGNORECASE,
+)
+"""A name and its value, as in YAML, JSON, or a shell."""
+VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+FILE = re.compile(r"_(FILE|PATH|DIR|FOLDER)$", re.IGNORECASE)
+"""Names whose values are places of secrets."""
 ENV_VARS = "env_vars"
 STARS = "***"
 
@@ -59,21 +75,47 @@ def _has_password(value: Any) -> bool:
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """A command line to be written into files: values of options with names like secrets, and
-    passwords in URLs, are replaced by stars."""
+    """A command line to be written into files: values of options and variables with names like
+    secrets are replaced by stars, and what `masked` replaces."""
     found: list[str] = []
     hidden = False
     for word in arguments:
-        flag, equals, _ = word.partition("=")
         is_option = word.startswith("--")
-        secret = is_option and bool(SECRET.search(flag.replace("-", "_").replace(".", "_")))
+        name, equals, value = word.partition("=")
+        secret = (is_option or VARIABLE.fullmatch(word) is not None) and _is_secret(name)
         if secret and equals:
-            word = f"{flag}={STARS}"
+            word = f"{name}={_stars(value)}"
         elif hidden and not is_option:
-            word = STARS
+            word, secret = _stars(word), False
         hidden = secret and not equals
-        found.append(IN_URL.sub(f"://{STARS}@", word))
+        found.append(masked(word))
     return found
+
+
+def masked(text: str) -> str:
+    """`text` with stars for users and passwords in URLs, signatures and keys in their parameters,
+    and values of `NAME: value` and `NAME=value` where the name is like a secret's."""
+    text = USER.sub(lambda found: f"://{_stars(found[1])}@", text)
+    text = PARAMETER.sub(lambda found: f"{found[1]}{_stars(found[2])}", text)
+    return PAIR.sub(lambda found: _pair(*found.groups()), text)
+
+
+def _pair(name: str, between: str, value: str) -> str:
+    if not _is_secret(name) or value.startswith(STARS):
+        return f"{name}{between}{value}"
+    quote = value[0] if value[0] in "\"'" else ""
+    return f"{name}{between}{quote}{_stars(value.strip(quote) if quote else value)}{quote}"
+
+
+def _is_secret(name: str) -> bool:
+    """Whether a name of an option or a variable is like a secret's; names of files are not."""
+    name = re.sub("[-.]", "_", name)
+    return SECRET.search(name) is not None and FILE.search(name) is None
+
+
+def _stars(value: str) -> str:
+    """Stars for a value; a reference to a variable holds no secret, and stays."""
+    return value if REFERENCE.fullmatch(value) else STARS
 
 
 def secret_variables(

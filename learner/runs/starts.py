@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.io.starts import END, HOW, START, Ending, append_event, read_events
 from cluster.program.invocation import command_of
-from cluster.program.secrets import without_secrets
+from cluster.program.secrets import masked, without_secrets
 from cluster.roles import FleetPlan
 from cluster.scheduling.placement import Node
 from learner.runs.run_dir import RunDirectory
@@ -45,16 +45,25 @@ def record_start(
         nodes: of the cluster, or this machine.
     """
     run.check_owned()
-    given = without_secrets(sys.argv[1:] if arguments is None else arguments)
     content = {
         "resumed": bool(read_events(run.path)) or run.metrics.is_file(),
-        "command": " ".join([command_of("learner.run"), *map(shlex.quote, given)]),
+        "command": command_line(arguments),
         "directory": _working_directory(),
         "versions": versions(),
         "hardware": hardware(nodes),
         "fleet": {"inline": inline} | {role.name: role.count for role in plan.roles},
     }
     append_event(run.path, START, content)
+
+
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """The command of a start without its secrets, for a shell.
+
+    Args:
+        arguments: of the command line; None: the process's.
+    """
+    given = without_secrets(sys.argv[1:] if arguments is None else arguments)
+    return " ".join([command_of("learner.run"), *map(shlex.quote, given)])
 
 
 def record_end(run: RunDirectory, how: Ending, detail: str = "") -> None:
@@ -64,7 +73,7 @@ def record_end(run: RunDirectory, how: Ending, detail: str = "") -> None:
         detail: the error of a run that failed.
     """
     run.check_owned()
-    append_event(run.path, END, {HOW: how, "detail": detail[:LONGEST_DETAIL]})
+    append_event(run.path, END, {HOW: how, "detail": masked(detail)[:LONGEST_DETAIL]})
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from actors.text.features import write_caption_features
 from cluster.errors import DataError
-from cluster.io.run_layout import CAPTIONS, CONFIG, step_name
+from cluster.io.run_layout import CAPTIONS, CONFIG, POLICY_FILE, step_name
 from cluster.messages import TRAIN, GroupScores, RolloutGroup, ScoredGroup
+from cluster.model_files.tensors import read_tensors
 from learner import replay
 from learner.checkpoints.checkpoint import complete
 from learner.config import dump
@@ -127,7 +131,7 @@ def test_recorded_numbers_return_bit_for_bit(
     assert f"{iterations} iterations, " in text
     assert f"weights after {weights} of them: equal bit for bit" in text
     assert text.count(" numbers equal") == iterations
-    assert "not in the record" not in text
+    assert "not compared" not in text
     assert files_of(recorded) == before  # it only reads
 
 
@@ -152,6 +156,45 @@ def test_a_difference_is_found_where_it_begins(
     assert "weights after it differ by" in equal[3]
     assert "2 iterations differ, from 3 on" in text
     assert replayed(copied) == 0  # shown, but not asked to be checked
+
+
+def keep_columns(run: Path, iteration: int, names: tuple[str, ...]) -> None:
+    """Leave these alone in an iteration's record."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[iteration - 1] = {n: v for n, v in rows[iteration - 1].items() if n in names}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_check_fails_where_nothing_was_kept_to_compare(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    identity = ("iteration", "version", "time")
+    keep_columns(copied, 3, (*identity, "loss/lr"))
+    assert replayed(copied, "--iterations", "3", "--check") == 0
+    text = capsys.readouterr().out
+    assert "1 iterations, 1 numbers: equal bit for bit" in text
+    assert "not compared, since the records lack them: " in text
+    assert "policy/entropy" in text
+    keep_columns(copied, 3, identity)
+    keep_columns(copied, 4, identity)
+    assert replayed(copied, "--iterations", "3-4", "--check") == 1
+    text = capsys.readouterr().out
+    assert "iteration 3: not comparable\n" in text
+    assert "2 iterations, 0 numbers, weights after 1 of them: 1 iterations not comp" in text
+    assert "equal bit for bit" not in text
+
+
+def test_weights_that_are_not_finite_differ(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In whichever tensor, and though the first ones are equal."""
+    file = copied / "checkpoints" / step_name(2) / POLICY_FILE
+    tensors = read_tensors(str(file))
+    last = list(tensors)[-1]
+    tensors[last] = torch.full_like(tensors[last], math.nan)
+    save_file(tensors, file)
+    assert replayed(copied, "--iterations", "1-2", "--from-step", "0", "--check") == 1
+    assert "weights after it differ by nan at most" in capsys.readouterr().out
 
 
 def test_other_settings_show_their_effect(

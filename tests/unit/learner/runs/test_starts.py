@@ -67,7 +67,31 @@ def test_how_a_run_ended_decides_over_its_report(tmp_path: Path) -> None:
         (["--tokenizer.checkpoint", "t"], ["--tokenizer.checkpoint", "t"]),
         (["--u", "s3://me:pass@host/x"], ["--u", "s3://***@host/x"]),
         (["--password", "--seed", "7"], ["--password", "--seed", "7"]),
+        (["--u", "https://TOKEN@host/x@y"], ["--u", "https://***@host/x@y"]),
+        (["s3://k:pa/ss@h/x"], ["s3://***@h/x"]),
+        (["https://h:80/a.npz"], ["https://h:80/a.npz"]),
+        (
+            ["--u=https://h/x?X-Amz-Date=1&X-Amz-Signature=ab%2F&b=2"],
+            ["--u=https://h/x?X-Amz-Date=1&X-Amz-Signature=***&b=2"],
+        ),
+        (["{env_vars: {OPENAI_API_KEY: sk-1, N: 2}}"], ["{env_vars: {OPENAI_API_KEY: ***, N: 2}}"]),
+        (['{"API_KEY": "sk, 1"}'], ['{"API_KEY": "***"}']),
+        (["{API_KEY: '${API_KEY}'}"], ["{API_KEY: '${API_KEY}'}"]),
+        (["{API_KEY: ${API_KEY}}"], ["{API_KEY: ${API_KEY}}"]),
+        (["--vars", "API_KEY", "sk-1", "N", "2"], ["--vars", "API_KEY", "***", "N", "2"]),
+        (["API_KEY=sk-1"], ["API_KEY=***"]),
+        (["--vars=API_KEY=sk-1"], ["--vars=API_KEY=***"]),
+        (["--hf-token-file", "/x"], ["--hf-token-file", "/x"]),
+        (["--hf-token-file=/x"], ["--hf-token-file=/x"]),
     ],
 )
 def test_secrets_are_not_written(given: list[str], written: list[str]) -> None:
     assert without_secrets(given) == written
+
+
+def test_the_error_of_a_run_is_written_without_secrets(tmp_path: Path) -> None:
+    run = RunDirectory.create(str(tmp_path / "run"), small_config())
+    text = "StorageError: s3://me:pass@host/x: expected a bucket; API_KEY: sk-1"
+    record_end(run, "failed", text)
+    expected = "StorageError: s3://***@host/x: expected a bucket; API_KEY: ***"
+    assert read_events(run.path)[-1]["detail"] == expected

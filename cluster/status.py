@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -52,7 +53,7 @@ from cluster.control.discovery import (
     left_behind,
     read_discovery_file,
 )
-from cluster.io.run_layout import DISCOVERY_FILE
+from cluster.io.run_layout import CONFIG, DISCOVERY_FILE
 from cluster.io.strict_json import dumps
 from cluster.program.console import REFUSED, exit_status, make_console
 from cluster.program.invocation import command_of
@@ -251,10 +252,18 @@ def ended_status(directory: Path) -> Status:
 def ended_lines(found: Status) -> list[str]:
     """Of `ended_status`, for people."""
     lines = [f"last run: {found['run']}, {found['stage']}  {found['directory']}"]
+    directory = Path(found["directory"])
+    trains = (directory / CONFIG).is_file()  # evaluations have no checkpoints and no report
+    if trains and found["stage"] != "finished":
+        lines.append(f"newest checkpoint: {found['checkpoint'] or 'none: it will begin anew'}")
+    if found["stage"] != "finished":
+        lines.append(f"resume with\n  {found['resume']}")
     if found["report"]:
-        return [*lines, f"report: {found['report']}"]
-    newest = found["checkpoint"] or "none: it will begin anew"
-    return [*lines, f"newest checkpoint: {newest}", f"resume with\n  {found['resume']}"]
+        lines.append(f"report: {found['report']}")
+    elif trains:
+        again = f"{command_of('learner.report')} {shlex.quote(str(directory))}"
+        lines.append(f"report with\n  {again}")
+    return lines
 
 
 def console() -> Console:

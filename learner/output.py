@@ -55,7 +55,7 @@ class EvaluationConfig:
     """Evaluation by the judge, before, during and after training."""
 
     num_images: Annotated[int, Field(ge=0)] = 1000
-    """Images of each evaluated policy, equally many of each class (rounded up), or of as many
+    """Images of each evaluated policy. Equally many of each class (rounded up), or of as many
     captions, evenly spaced; 0: no evaluation, whatever the options below and output.keep_best."""
     cfg_scales: tuple[Annotated[float, Field(gt=1, le=MOST_CFG_SCALE)], ...] = (1.5, 2.0)
     """Guidance scales at which the base policy is evaluated, too."""

@@ -36,7 +36,7 @@ def iteration(scene: Scene) -> None:
         preset="paper-fixed", iterations=1, threads=scene.threads, device=device, **changes
     )
     config = bench.configured(options, scene.folder(), scene.device)
-    phases, whole = bench.measure(config, scene.device)
+    phases, whole, _ = bench.measure(config, scene.device)
     for name, seconds in phases.items():
         scene.figure(f"iteration_{name}_s", seconds)
     count = config.groups_per_iteration * config.rollouts_per_group

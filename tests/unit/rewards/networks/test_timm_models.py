@@ -41,6 +41,7 @@ def pictures() -> list[np.ndarray]:
 
 def plain_pixels(network: nn.Module) -> torch.Tensor:
     """timm's transform, image by image with PIL."""
+    ensure_torchvision()
     from timm.data import create_transform, resolve_data_config
 
     transform = create_transform(**resolve_data_config({}, model=network))

@@ -128,6 +128,8 @@ def findings_of(job: Job) -> Findings:
 
 def _check_counts(job: Job, found: Findings) -> None:
     """Whether there are images enough for the metrics."""
+    if job.benchmark is not None:  # of scores alone
+        return
     evaluation, splits = job.config.evaluation, job.command.splits
     images, k = evaluation.num_images, evaluation.neighbours
     if evaluation.images and images <= k:
@@ -197,8 +199,10 @@ def _with_captions(job: Job) -> tuple[RunConfig, Sequence[Row], Mapping[str, Run
     return replace(job.config, conditions=conditions), job.rows, configs
 
 
-def group_size(config: RunConfig) -> int:
+def group_size(job: Job, config: RunConfig) -> int:
     """Images of the largest request."""
+    if job.benchmark is not None:
+        return job.benchmark.count
     images, conditions = config.evaluation.num_images, len(config.conditions.conditions())
     return min(GROUP, -(-images // min(images, conditions)))
 
@@ -275,7 +279,7 @@ def sampling_estimate(job: Job) -> str:
         config = job.configs[row.name]
         if row.spec is None or not config.sampler.num_gpus:
             continue
-        size, images = group_size(config), config.evaluation.num_images
+        size, images = group_size(job, config), config.evaluation.num_images
         groups = fleet_plan(config).sampler.groups_in_call(size * row.spec.rows)
         try:
             alone = replace(  # one iteration of all images

@@ -187,3 +187,17 @@ def test_refusals(
     assert re.search(message, told)
     assert str(out) not in told  # it is not looked for there
     assert not out.exists()
+
+
+def test_a_dry_run_of_a_preset_for_gpus_says_what_is_missing_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESSERA_WEIGHTS", str(tmp_path / "weights"))
+    out, prompts = tmp_path / "out", geneval(tmp_path)
+    line = ["--preset", "llamagen-t2i", "--benchmark", "geneval", "--prompts", str(prompts)]
+    assert main([*line, "--out", str(out), "--dry-run"]) == REFUSED
+    shown = capsys.readouterr()
+    assert "minutes of sampling on" in shown.out
+    assert "llamagen-t2i-xl-stage1-256" in shown.err
+    assert "Inception Score" not in shown.err  # a benchmark has none
+    assert not out.exists()

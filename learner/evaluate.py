@@ -99,10 +99,11 @@ def findings_of(job: Job) -> Findings:
     """What is missing, of all rows."""
     found = Findings()
     side = 0
-    for config in {id(config.policy): config for config in job.configs.values()}.values():
-        policies = [row for row in job.rows if job.configs[row.name] is config and row.spec]
-        if not policies:
-            continue
+    waiting = [row for row in job.rows if row.spec]
+    while waiting:
+        config = job.configs[waiting[0].name]
+        policies = [row for row in waiting if job.configs[row.name] == config]
+        waiting = [row for row in waiting if row not in policies]
         policy, tokenizer = check_models(config.policy, config.tokenizer, found)
         side = side or image_side(policy, tokenizer)
         if job.benchmark is not None:

@@ -148,6 +148,13 @@ def load_labels(source: str) -> np.ndarray:
     return _samples(source).classes().indices
 
 
+def has_labels(images: ImageSet) -> bool:
+    """Whether `load_labels` has classes of images, sound or not."""
+    if isinstance(images.images, SampleImages):
+        return images.images.has_classes
+    return images.name.startswith(DIGITS)
+
+
 def _samples(source: str) -> SampleImages:
     """Raises DataError for a folder, or another kind of file."""
     expected = "expected an .npz file of samples, arr_0 (N, H, W, 3) uint8 and, for classes, arr_1"

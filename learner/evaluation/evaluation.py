@@ -25,7 +25,7 @@ from learner.evaluation.held_out import real_images, requests_of
 from learner.evaluation.kept.identity import identity_of
 from learner.evaluation.kept.images import ImageSink, NpzSink, PngSink, write_images
 from learner.evaluation.kept.real import REAL, read_real, real_identity, write_real
-from learner.evaluation.kept.samples import SAMPLES, KeptSamples
+from learner.evaluation.kept.samples import SAMPLES, KeptSamples, check_begun
 from learner.evaluation.results import CSV, JSON, MARKDOWN, Results, write_results
 from learner.evaluation.rows import Row
 from learner.evaluation.sampling import Advance, GivenImages, sample_missing, score_missing
@@ -62,6 +62,11 @@ class Work:
     requests: Sequence[SampleRequest]
     """None of given images."""
     kept: KeptSamples
+
+    @property
+    def fleet(self) -> tuple[RunConfig, bool]:
+        """What its fleet is opened with: rows that differ in it do not share one."""
+        return self.config, self.row.spec is not None
 
 
 def check_out(out: Path) -> None:
@@ -115,18 +120,34 @@ class Evaluation:
         self._config, self._out, self._benchmark = config, out, benchmark
         self._identity = real_identity(config)
         self._real: RealImages | None = read_real(out, self._identity)
-        self.work = [self._begin(row, configs[row.name]) for row in rows]
+        planned = [self._plan(row, configs[row.name]) for row in rows]
+        for row, identity, _, sizes in planned:  # all, before any is written
+            check_begun(self._folder(row), identity, sizes)
+        self.work = [
+            Work(
+                row,
+                configs[row.name],
+                identity,
+                requests,
+                KeptSamples.begin(self._folder(row), row.name, identity, sizes),
+            )
+            for row, identity, requests, sizes in planned
+        ]
 
-    def _begin(self, row: Row, config: RunConfig) -> Work:
+    def _folder(self, row: Row) -> Path:
+        return self._out / SAMPLES / row.folder
+
+    def _plan(
+        self, row: Row, config: RunConfig
+    ) -> tuple[Row, Mapping[str, Any], Sequence[SampleRequest], list[int]]:
+        """A row's identity, requests, and images of each request."""
         identity = identity_of(config, row)
         if row.spec is None:
-            requests, sizes = list[SampleRequest](), GivenImages.open(row.target.images).sizes()
-        else:
-            requests = list(requests_of(config, row.spec))
-            sizes = [request.num_rollouts for request in requests]
-        folder = self._out / SAMPLES / row.folder
-        kept = KeptSamples.begin(folder, row.name, identity, sizes)
-        return Work(row, config, identity, requests, kept)
+            given = GivenImages.open(row.target.images)
+            given.requests(config)  # refuses classes that the configuration does not have
+            return row, identity, (), given.sizes()
+        requests = list(requests_of(config, row.spec))
+        return row, identity, requests, [request.num_rollouts for request in requests]
 
     @property
     def left(self) -> int:
@@ -134,7 +155,7 @@ class Evaluation:
         return sum(len(work.kept) - work.kept.done for work in self.work)
 
     def sample(self, open_fleet: OpenFleet) -> None:
-        """Sample and score what is missing, one fleet a policy.
+        """Sample and score what is missing, one fleet for rows of the same policy and tokenizer.
 
         Raises:
             StopRequestedError: a stop was requested; complete parts are kept.
@@ -143,14 +164,10 @@ class Evaluation:
         if not waiting and self._real is None and self._config.evaluation.images:
             waiting = self.work[:1]  # its fleet has the judge
         while waiting:
-            policy = waiting[0].config.policy if waiting[0].row.spec else None
-            together = [
-                work
-                for work in waiting
-                if (work.config.policy if work.row.spec else None) == policy
-            ]
+            config, sampled = waiting[0].fleet
+            together = [work for work in waiting if work.fleet == (config, sampled)]
             waiting = [work for work in waiting if work not in together]
-            with open_fleet(together[0].config, policy is not None) as fleet:
+            with open_fleet(config, sampled) as fleet:
                 self._see_real(fleet)
                 for work in together:
                     if work.kept.missing():

@@ -13,7 +13,7 @@ from cluster.errors import DataError
 from cluster.fleet import Fleet
 from cluster.messages import Condition, GroupScores, SampleRequest, SamplingSpec, ScoredGroup
 from learner.config import RunConfig
-from learner.data.datasets import ImageSet, load_labels, open_images, together
+from learner.data.datasets import ImageSet, has_labels, load_labels, open_images, together
 from learner.evaluation.held_out import GROUP, PANEL
 from learner.evaluation.kept.samples import (
     CLASSES,
@@ -126,12 +126,9 @@ class GivenImages:
 
     @classmethod
     def open(cls, source: str) -> GivenImages:
-        """Raises CheckpointError, DataError: no such images."""
+        """Raises CheckpointError, DataError: no such images, or classes that cannot be read."""
         images = open_images(source)
-        try:
-            return cls(images, load_labels(source))
-        except DataError:
-            return cls(images, None)
+        return cls(images, load_labels(source) if has_labels(images) else None)
 
     def sizes(self) -> list[int]:
         """Images of each request: consecutive ones of one class, at most `GROUP`."""

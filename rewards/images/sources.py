@@ -194,6 +194,17 @@ class SampleImages:
             "again"
         )
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether there is an array of classes, sound or not."""
+        if self._single:
+            return False
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return f"{CLASSES}.npy" in archive.namelist()
+        except DAMAGED_ARRAYS as error:
+            raise self._damaged(error) from error
+
     def classes(self, names: tuple[str, ...] = ()) -> ClassLabels:
         if self._single:
             raise DataError(f"{self.path}: an .npy file has no classes: use an .npz with {CLASSES}")

@@ -90,6 +90,7 @@ class NpzSink:
                 self._array = np.lib.format.open_memmap(
                     self._waiting, mode="w+", dtype=np.uint8, shape=shape
                 )
+                reserve(self._waiting)
             first = self._firsts[index]
             self._array[self._places[first : first + len(images)]] = images
 
@@ -114,6 +115,16 @@ class NpzSink:
         ):
             for at in range(0, len(images), AT_ONCE):
                 writer.write(images[at : at + AT_ONCE])
+
+
+def reserve(path: Path) -> None:
+    """Give a file its space on the disk: a full one ends a process that writes to a mapping.
+
+    Raises:
+        OSError: no space left.
+    """
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 class PngSink:

@@ -79,8 +79,7 @@ class KeptSamples:
         Raises:
             ConfigError: the directory holds samples of something else; says what differs.
         """
-        if (folder / MANIFEST).is_file():
-            check_identity(folder, identity)
+        if check_begun(folder, identity, sizes):
             return cls(folder, sizes, read_manifest(folder)["part"])
         write_json(folder / MANIFEST, manifest(name, identity, sizes))
         return cls(folder, sizes, PART)
@@ -163,9 +162,19 @@ class KeptSamples:
         whole: dict[str, np.ndarray] = {}
         first = 0
         for number, images in enumerate(self._images):
-            for name, values in self._read(number, wanted).items():
-                if number == 0:
-                    whole[name] = np.empty((len(self), *values.shape[1:]), values.dtype)
+            found = self._read(number, wanted)
+            if number == 0:
+                whole = {
+                    name: np.empty((len(self), *values.shape[1:]), values.dtype)
+                    for name, values in found.items()
+                }
+            elif _kinds(found) != _kinds(whole):
+                raise _damaged(
+                    self.file(number),
+                    f"expected arrays as in {self.file(0).name}, {_kinds(whole)}, "
+                    f"found {_kinds(found)}",
+                )
+            for name, values in found.items():
                 whole[name][places[first : first + images]] = values
             first += images
         return whole
@@ -225,6 +234,11 @@ def _damaged(path: Path, why: str) -> DataError:
     return DataError(f"{path}: damaged ({why}): remove it, and {CONTINUE}: it is sampled again")
 
 
+def _kinds(arrays: Arrays) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> dtype and shape of an image's row."""
+    return {name: (str(arrays[name].dtype), arrays[name].shape[1:]) for name in sorted(arrays)}
+
+
 def _under(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
@@ -260,17 +274,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Compare the samples in a directory with what is wanted.
+def check_begun(folder: Path, identity: Mapping[str, Any], sizes: Sequence[int]) -> bool:
+    """Compare the samples in a directory, if there are any, with what is wanted.
+
+    Returns:
+        Whether there are.
 
     Raises:
         ConfigError: says what differs.
+        DataError: the manifest is damaged.
     """
-    if found := differences(read_manifest(folder)["identity"], identity):
+    if not (folder / MANIFEST).is_file():
+        return False
+    there = read_manifest(folder)
+    found = differences(there["identity"], identity)
+    if not found and there["requests"] != list(sizes):
+        found = ["images of each request: those of another version"]
+    if found:
         raise ConfigError(
             f"{folder} holds samples of something else ({'; '.join(found)}): name another --out, "
             "or remove that directory to sample again"
         )
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cluster.errors import ConfigError, DataError
+from cluster.errors import ConfigError, DataError, StorageError
 from cluster.messages import Condition, FeatureRow
 from learner.evaluation.kept.identity import differences, digest_of, identity_of
+from learner.evaluation.kept.images import NpzSink
 from learner.evaluation.kept.real import read_real, real_identity, write_real
 from learner.evaluation.kept.samples import KeptSamples, mixed, parts_of
 from learner.evaluation.rows import rows_of
+from learner.evaluation.sampling import GivenImages
 from learner.evaluation.targets import Target
 from rewards.distribution.reference import Reference
 from rewards.metrics.samples import RealImages
 from tests.small_run import small_config
+from tests.unit.helpers import request
 
 IDENTITY: dict[str, Any] = {"policy": {"checkpoint": "a.pt", "sha256": "0" * 64}, "seed": 0}
 
@@ -108,6 +112,77 @@ def test_damaged_parts_say_what_to_do(tmp_path: Path, damage: str) -> None:
         file.write_bytes(b"")
     with pytest.raises(DataError, match=r"part_000000.npz: damaged .*remove it"):
         kept.read()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"features/features": np.ones((2, 1), np.float32)},
+        {"entropies": np.ones(2, np.float32)},
+        {"scores/hps": np.ones(2, np.float32)},
+        {"scores/clip": None},
+    ],
+)
+def test_parts_hold_the_same_arrays(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not is never read as numbers."""
+    monkeypatch.setattr("learner.evaluation.kept.samples.PART", 2)
+    kept = KeptSamples.begin(tmp_path, "base", IDENTITY, [2, 2])
+    kept.write(0, part(0, 2))
+    arrays = {name: v for name, v in (part(2, 2) | change).items() if v is not None}
+    kept.write(1, arrays)
+    with pytest.raises(DataError, match=r"part_000001.npz: damaged \(expected arrays as in part_0"):
+        kept.read()
+
+
+def test_samples_in_other_requests_are_refused(tmp_path: Path) -> None:
+    KeptSamples.begin(tmp_path, "base", IDENTITY, [4, 4])
+    with pytest.raises(ConfigError, match="images of each request: those of another version"):
+        KeptSamples.begin(tmp_path, "base", IDENTITY, [8])
+
+
+def test_a_waiting_file_has_its_space_before_it_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk would end a process that writes to a mapping."""
+    requests = [request(0, 64), request(1, 64)]
+    images = np.full((64, 32, 32, 3), 7, np.uint8)
+    with NpzSink(tmp_path / "a.npz", requests) as sink:
+        sink.write(0, requests[0], images[:1])
+        state = (tmp_path / ".a.waiting.npy").stat()
+        assert state.st_blocks * 512 >= state.st_size
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with (
+        pytest.raises(StorageError, match=r"b.npz could not be written: No space left"),
+        NpzSink(tmp_path / "b.npz", requests) as sink,
+    ):
+        sink.write(0, requests[0], images)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(4), "found float64"),
+        (np.zeros(3, np.int64), r"found int64 of shape \(3,\)"),
+        (np.array([None] * 4), "not a readable array"),
+    ],
+)
+def test_classes_that_cannot_be_read_are_an_error(
+    labels: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    """And never no classes."""
+    path, images = tmp_path / "images.npz", np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(path, arr_0=images, arr_1=labels)
+    with pytest.raises(DataError, match=message):
+        GivenImages.open(str(path))
+    np.savez(path, arr_0=images)
+    assert GivenImages.open(str(path)).classes is None
 
 
 def test_a_damaged_manifest_says_what_to_do(tmp_path: Path) -> None:

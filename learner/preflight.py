@@ -51,7 +51,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
     """Check a configuration without a fleet.
 
     Args:
-        begun: the run resumes a checkpoint, and needs no files of its start.
+        begun: the run resumes a checkpoint, and needs neither files of its start nor loggers.
     """
     findings = Findings()
     policy, tokenizer = check_models(config.policy, config.tokenizer, findings)
@@ -74,7 +74,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
         findings.problem(
             "learner.lora", "peft to be installed", "none", "pip install 'tessera-rl[lora]'"
         )
-    check_loggers(config, findings)
+    check_loggers(config, findings, begun=begun)
     with findings.of("output.gallery_rows"):
         if config.output.gallery_rows and not config.conditions.captions:  # which may be many
             gallery_rows(config)

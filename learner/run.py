@@ -212,7 +212,9 @@ def _main(arguments: list[str] | None, console: Console) -> int:
             print(f"error: {error}", file=sys.stderr)
             return REFUSED
         notes = listed(found)
-        return carry_out(command, config, run, console, stop, start.close, notes, arguments)
+        return carry_out(
+            command, config, run, console, stop, start.close, notes, arguments, target.begun
+        )
 
 
 def carry_out(
@@ -224,6 +226,7 @@ def carry_out(
     started: Callable[[], None],
     notes: Sequence[str] = (),
     arguments: Sequence[str] | None = None,
+    begun: bool = False,
 ) -> int:
     """Start the fleet, run the experiment and write the report; returns the exit status.
 
@@ -231,6 +234,7 @@ def carry_out(
         started: called when the fleet has started.
         notes: lines to log first.
         arguments: of the command line, for the records; None: the process's.
+        begun: the run resumes a checkpoint.
     """
     with (
         safe_streams(output_is_all=False),
@@ -241,7 +245,7 @@ def carry_out(
             for line in notes:
                 logger.info(line)
             record(command, config, run, arguments)
-            finished = run_on_fleet(command, config, run, shown, stop, started)
+            finished = run_on_fleet(command, config, run, shown, stop, started, begun)
             if finished:
                 return 0
             conclude(run, "stopped")
@@ -272,12 +276,13 @@ def run_on_fleet(
     console: RunConsole,
     stop: StopFlag,
     started: Callable[[], None],
+    begun: bool,
 ) -> bool:
     """Open loggers and fleet, and run the experiment; returns whether it came to its end."""
     ray = None if command.inline else config.ray
     plan, need = fleet_plan(config), store_need(config)
     with (
-        open_loggers(config, run, command.from_step) as loggers,
+        open_loggers(config, run, command.from_step, begun=begun) as loggers,
         open_fleet(plan, need, run.path, stop, ray) as fleet,
     ):
         started()

@@ -12,8 +12,8 @@ import logging
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,8 +41,9 @@ MOST_WAITING = 1000
 """Records that a slow tool may be behind; further ones are left out."""
 ATTEMPTS, AGAIN_S = 10, 30.0
 """How often a record is given to a tool that fails, and the seconds between."""
-CLOSE_S = 60.0
-"""Longest wait for a tool at the end of a run, seconds."""
+CLOSE_S, STOP_S = 60.0, 10.0
+"""Longest wait for all tools together after the last iteration, and after an error or a stop,
+seconds."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,13 @@ class Loggers:
             each.call(lambda tool: tool.finish(rows, there))
 
     def close(self) -> None:
-        """Complete the records; a tool that takes too long loses the rest."""
+        """Complete the records, of all tools at once; one that takes too long loses the rest."""
+        longest = CLOSE_S if self._finished else STOP_S
+        until = time.monotonic() + longest
         for each in self._followers:
             each.close(failed=not self._finished)
+        for each in self._followers:
+            each.wait(until, longest)
 
     def _give(self, record: Record) -> None:
         for each in self._followers:
@@ -190,22 +195,30 @@ class _Follower:
     def __init__(self, name: str, tool: Logger) -> None:
         self.name, self.tool = name, tool
         self._newest: dict[str, int] = {}
-        self._queue: queue.Queue[Callable[[Logger], None] | None] = queue.Queue(MOST_WAITING)
+        self._queue: queue.Queue[Callable[[Logger], None] | None] = queue.Queue()
+        self._most = MOST_WAITING
         self._thread = threading.Thread(target=self._work, name=f"logger {name}", daemon=True)
         self._early: list[Record] = []
         self._closing = threading.Event()
         self._warned = False
         self.begun = False
+        self._useless = False
+        """Whether the tool could not begin."""
 
     def begin(self, next_step: int, stored: Sequence[Record]) -> None:
         """Start the thread, and give the tool what it lacks of the run's earlier records."""
         self.begun = True
-        has = self.tool.begin(next_step)
+        try:
+            has = self.tool.begin(next_step)
+        except Exception as error:  # of any tool, of any kind: the run goes on
+            self._useless = True
+            self._warn(f"{type(error).__name__}: {error}")
+            has = {}
         if has is None:
             has = {record.kind: record.step for record in stored}
         self._newest = dict(has)
         missing = [record for record in stored if self._is_new(record)]
-        self._queue = queue.Queue(MOST_WAITING + len(missing))
+        self._most = MOST_WAITING + len(missing)
         self._thread.start()
         for record in missing:
             self.call(record.write)
@@ -221,23 +234,32 @@ class _Follower:
         elif self._is_new(record):
             self.call(record.write)
 
-    def call(self, write: Callable[[Logger], None] | None) -> None:
-        try:
-            self._queue.put_nowait(write)
-        except queue.Full:
+    def call(self, write: Callable[[Logger], None]) -> None:
+        if self._useless:
+            return
+        if self._queue.qsize() >= self._most:
             self._warn(f"it is {MOST_WAITING} records behind")
+        else:
+            self._queue.put(write)
 
     def close(self, *, failed: bool) -> None:
+        """Let the thread end after the records that wait; `wait` waits for it."""
         if not self.begun:
             self.begun = True
             self._thread.start()
         self._closing.set()
-        with suppress(queue.Full):
-            self._queue.put(lambda tool: tool.close(failed=failed), timeout=CLOSE_S)
-            self._queue.put(None, timeout=CLOSE_S)
-        self._thread.join(CLOSE_S)
+        self._queue.put(lambda tool: tool.close(failed=failed))
+        self._queue.put(None)
+
+    def wait(self, until: float, longest: float) -> None:
+        """
+        Args:
+            until: of `time.monotonic`.
+            longest: seconds from `close` to then.
+        """
+        self._thread.join(max(until - time.monotonic(), 0.0))
         if self._thread.is_alive():
-            self._warn(f"it did not take the last records within {CLOSE_S:.0f} s")
+            self._warn(f"it did not take the last records within {longest:.0f} s")
 
     def _is_new(self, record: Record) -> bool:
         if record.step <= self._newest.get(record.kind, -1):

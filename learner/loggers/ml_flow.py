@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ import mlflow
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunStatus
+from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from cluster.errors import ConfigError
 from cluster.io.paths import in_ray_package
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENT = "tessera"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
+FOR_DATABASES = ("sqlalchemy", "alembic")
 PORTS = {"http": 80, "https": 443}
 CONNECT_S = 10.0
 PARAMS_AT_ONCE, LONGEST_PARAM = 100, 500
@@ -42,7 +45,8 @@ UNNAMED = re.compile(r"[^\w.\- :/]")
 def check_store() -> None:
     """
     Raises:
-        ConfigError: no server answers at the address, or the database would vanish with its folder.
+        ConfigError: no server answers at the address, the database would vanish with its folder, or
+            what a database needs is not installed.
     """
     uri = mlflow.get_tracking_uri()
     address = urlsplit(uri)
@@ -50,6 +54,13 @@ def check_store() -> None:
         raise ConfigError(
             f"expected {TRACKING_URI}, found none: a job's working directory vanishes with it; set "
             "it to a server, or to a database that stays (sqlite:////place/mlflow.db)"
+        )
+    missing = [name for name in FOR_DATABASES if importlib.util.find_spec(name) is None]
+    if address.scheme.partition("+")[0] in DATABASE_ENGINES and missing:
+        raise ConfigError(
+            f"expected {' and '.join(FOR_DATABASES)} to be installed, which MLflow needs for a "
+            f"database ({_without_password(uri)}), found no {' and no '.join(missing)}: pip "
+            f"install 'tessera-rl[mlflow]', or set {TRACKING_URI} to a server"
         )
     if address.scheme not in PORTS or getproxies():
         return

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.errors import ConfigError
 from cluster.preflight import Findings
 from learner.config import RunConfig
 from learner.loggers.logger import Logger, Loggers, kept_runs
@@ -15,43 +17,61 @@ from learner.output import LoggerName
 from learner.runs.records import ITERATION, read_records
 from learner.runs.run_dir import RunDirectory
 
+logger = logging.getLogger(__name__)
 
-def check_loggers(config: RunConfig, findings: Findings) -> None:
-    """Find tools that are not installed, not logged in to, or not there."""
-    checks: dict[LoggerName, Callable[[], None]] = {"wandb": _check_wandb, "mlflow": _check_mlflow}
+FIELD = "output.loggers"
+WITHOUT = "the run goes on without it"
+
+
+def check_loggers(config: RunConfig, findings: Findings, *, begun: bool = False) -> None:
+    """Find tools that are not installed, not logged in to, or not there.
+
+    Args:
+        begun: the run resumes a checkpoint, and goes on without them.
+    """
+    found = Findings()
     for name in config.output.loggers:
-        if importlib.util.find_spec(name) is None:
-            remedy = f"pip install 'tessera-rl[{name}]'"
-            findings.problem("output.loggers", f"{name} to be installed", "none", remedy)
-        elif name in checks:
-            with findings.of("output.loggers"):
-                checks[name]()
+        with found.of(FIELD):
+            _check(name)
+    if begun:
+        findings.notes += [f"{problem}; {WITHOUT}" for problem in found.problems]
+    else:
+        findings.problems += found.problems
 
 
-def _check_wandb() -> None:
-    from learner.loggers.weights_and_biases import check_login
+def _check(name: LoggerName) -> None:
+    """
+    Raises:
+        ConfigError: the tool cannot work.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise ConfigError(
+            f"expected {name} to be installed, found none: pip install 'tessera-rl[{name}]'"
+        )
+    if name == "wandb":
+        from learner.loggers.weights_and_biases import check_login
 
-    check_login()
+        check_login()
+    elif name == "mlflow":
+        from learner.loggers.ml_flow import check_store
 
-
-def _check_mlflow() -> None:
-    from learner.loggers.ml_flow import check_store
-
-    check_store()
+        check_store()
 
 
 @contextmanager
 def open_loggers(
-    config: RunConfig, run: RunDirectory, from_step: int | None = None
+    config: RunConfig, run: RunDirectory, from_step: int | None = None, *, begun: bool = False
 ) -> Iterator[Loggers]:
     """The loggers of a run, completed at the end of the block.
 
     Args:
         from_step: the step that the run goes back to. If there are later records, tools that
             cannot forget them get a new run, with the earlier part of the curves.
+        begun: the run resumes a checkpoint: it goes on without a tool that cannot work, which gets
+            what it lacks at a later start.
 
     Raises:
-        ConfigError: a tool refuses its settings, or cannot be reached.
+        ConfigError: a tool of a new run refuses its settings, or cannot be reached.
     """
     kept = kept_runs(run)
     if from_step is not None and _newest(run) > from_step:
@@ -59,7 +79,14 @@ def open_loggers(
     tools: dict[str, Logger] = {}
     try:
         for name in config.output.loggers:
-            tools[name] = _open(name, config, run, kept.get(name))
+            try:
+                if begun:  # else checked before; its own attempts would take minutes, or ask
+                    _check(name)
+                tools[name] = _open(name, config, run, kept.get(name))
+            except ConfigError as error:
+                if not begun:
+                    raise
+                logger.warning(f"note: {name}: {error}; {WITHOUT}")
     except BaseException:
         Loggers(tools).close()
         raise

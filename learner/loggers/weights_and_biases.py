@@ -18,8 +18,18 @@ import numpy as np
 import wandb
 
 from cluster.errors import ConfigError
+from cluster.io.starts import read_events
 from learner.config import RunConfig, to_dict
-from learner.loggers.logger import CLOSE_S, EVALUATED, EVALUATION, SCALARS, Newest, Values, kind_of
+from learner.loggers.logger import (
+    CLOSE_S,
+    EVALUATED,
+    EVALUATION,
+    HISTOGRAMS,
+    SCALARS,
+    Newest,
+    Values,
+    kind_of,
+)
 from learner.runs.run_dir import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -58,11 +68,13 @@ class WeightsAndBiases:
                 project=settings.project or PROJECT,
                 name=settings.run_name or run.path.name,
                 tags=settings.run_tags or [value[:64] for value in tags.values()],
-                config=to_dict(config),
+                config=to_dict(config) | _command(run),
                 dir=run.path,
                 settings=wandb.Settings(
                     console="off",  # the run's log has it, and the console a live table
                     silent=True,
+                    x_disable_meta=True,  # has the command line with its secrets
+                    disable_git=True,  # has the remote's URL, which may hold a token
                     finish_timeout=CLOSE_S / 2,
                 ),
             )
@@ -88,7 +100,12 @@ class WeightsAndBiases:
             return {}
         newest = self._run.step - 1
         evaluated = self._run.summary.get(EVALUATED, newest)
-        return {SCALARS: newest, EVALUATION: evaluated, kind_of("gallery"): newest - 1}
+        return {
+            SCALARS: newest,
+            HISTOGRAMS: newest,
+            EVALUATION: evaluated,
+            kind_of("gallery"): newest - 1,
+        }
 
     def scalars(self, values: Values, step: int) -> None:
         self._log(dict(values), step)
@@ -121,6 +138,12 @@ class WeightsAndBiases:
         if not self._begun:
             wandb.teardown()  # its process may still write
             _remove(self._folder)
+
+
+def _command(run: RunDirectory) -> dict[str, str]:
+    """The command of the newest start, without its secrets."""
+    commands = [event["command"] for event in read_events(run.path) if "command" in event]
+    return {"command": commands[-1]} if commands else {}
 
 
 def _set_aside(folder: Path) -> None:

@@ -45,25 +45,16 @@ def record_start(
         nodes: of the cluster, or this machine.
     """
     run.check_owned()
+    given = without_secrets(sys.argv[1:] if arguments is None else arguments)
     content = {
         "resumed": bool(read_events(run.path)) or run.metrics.is_file(),
-        "command": command_line(arguments),
+        "command": " ".join([command_of("learner.run"), *map(shlex.quote, given)]),
         "directory": _working_directory(),
         "versions": versions(),
         "hardware": hardware(nodes),
         "fleet": {"inline": inline} | {role.name: role.count for role in plan.roles},
     }
     append_event(run.path, START, content)
-
-
-def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command of a start without its secrets, for a shell.
-
-    Args:
-        arguments: of the command line; None: the process's.
-    """
-    given = without_secrets(sys.argv[1:] if arguments is None else arguments)
-    return " ".join([command_of("learner.run"), *map(shlex.quote, given)])
 
 
 def record_end(run: RunDirectory, how: Ending, detail: str = "") -> None:

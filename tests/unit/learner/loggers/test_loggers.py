@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,12 +23,15 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from cluster.errors import ConfigError, DataError
 from learner.config import RunConfig
+from learner.fleet_plan import fleet_plan
 from learner.loggers import logger as module
 from learner.loggers.logger import Loggers
+from learner.loggers.ml_flow import FOR_DATABASES
 from learner.loggers.opening import open_loggers
 from learner.monitoring.metrics import Recorder
 from learner.preflight import preflight
 from learner.runs.run_dir import RunDirectory
+from learner.runs.starts import record_start
 from tests.small_run import small_config
 from tests.unit.learner.runs.test_records import record
 
@@ -127,7 +131,7 @@ def test_a_tool_is_given_what_it_lacks_of_earlier_starts(tmp_path: Path) -> None
 def test_a_tool_that_fails_or_hangs_ends_and_delays_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "CLOSE_S", 0.3)
+    monkeypatch.setattr(module, "STOP_S", 0.3)
     monkeypatch.setattr(module, "AGAIN_S", 0.01)
     monkeypatch.setattr(module, "MOST_WAITING", 40)
     release = threading.Event()
@@ -169,6 +173,54 @@ def test_a_tool_that_fails_or_hangs_ends_and_delays_nothing(
     assert len(run.metrics.read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_tools_that_hang_are_waited_for_together(
+    finished: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also with full queues; after an error or a stop for a short time."""
+    monkeypatch.setattr(module, "CLOSE_S", 0.6)
+    monkeypatch.setattr(module, "STOP_S", 0.2)
+    monkeypatch.setattr(module, "MOST_WAITING", 2)
+    release = threading.Event()
+
+    class Hanging(Tool):
+        def scalars(self, values: Mapping[str, float], step: int) -> None:
+            release.wait()
+
+    whole, hanging = Tool({}), {str(number): Hanging({}) for number in range(4)}
+    loggers = Loggers({**hanging, "whole": whole})
+    loggers.begin(new_run(tmp_path / "run"), 1)
+    for step in range(1, 6):
+        loggers.scalars({"x": 1.0}, step)
+        while len(whole.got) < step:
+            time.sleep(0.001)
+    if finished:
+        loggers.finish({}, [])
+    began = time.monotonic()
+    loggers.close()
+    seconds = time.monotonic() - began
+    release.set()
+    assert (0.5 if finished else 0.1) < seconds < (1.2 if finished else 0.6)
+    assert whole.got[-1][0] == ("closed" if finished else "failed")
+
+
+def test_a_tool_that_cannot_begin_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Tool):
+        def begin(self, next_step: int) -> Mapping[str, int] | None:
+            raise ConnectionError("away")
+
+    broken, whole = Broken({}), Tool({})
+    with caplog.at_level(logging.WARNING):
+        one_start(new_run(tmp_path / "run"), Loggers({"x": broken, "y": whole}), 1, 3)
+    assert broken.got == [("failed", 0)]
+    assert steps(whole, "scalars") == [1, 2, 3]
+    (line,) = [each.message for each in caplog.records if "the run goes on" in each.message]
+    assert line.startswith("note: x lacks")
+    assert line.endswith("ConnectionError: away")
+
+
 def test_tensorboard_has_each_step_once_and_images(tmp_path: Path) -> None:
     config = small_config()
     run = new_run(tmp_path / "run", config)
@@ -181,6 +233,11 @@ def test_tensorboard_has_each_step_once_and_images(tmp_path: Path) -> None:
         assert [event.step for event in events.Scalars(tag)] == [2, 4, 6]
     assert [event.step for event in events.Images("gallery")] == [0, 2, 4, 6]
     assert [event.step for event in events.Histograms("rewards/clip")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+needs_database = pytest.mark.skipif(
+    any(find_spec(name) is None for name in FOR_DATABASES), reason="no sqlalchemy or no alembic"
+)
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +289,12 @@ def history(file: Path) -> dict[str, list[int]]:
 
 def test_wandb_offline(offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
+    secrets = ["--my.api-key", "sk-12345", "--url", "s3://u:p5678@host/x"]
+    monkeypatch.setattr("sys.argv", ["learner/run.py", "--seed", "7", *secrets])
+    wandb.teardown()  # it keeps the command line that it saw first
     config = small_config(output={"loggers": ["wandb"]})
     run = new_run(tmp_path / "run", config)
+    record_start(run, None, fleet_plan(config), [], inline=True)
     for first, last in ((1, 5), (4, 7)):
         with open_loggers(config, run) as loggers:
             one_start(run, loggers, first, last, finished=last == 7)
@@ -245,12 +306,15 @@ def test_wandb_offline(offline: None, tmp_path: Path, monkeypatch: pytest.Monkey
         time.sleep(0.02)
     found = history(file)
     assert found["reward/clip"] == [1, 2, 3, 4, 5, 6, 7]
+    assert found["histogram/rewards/clip/_type"] == [4, 5, 6, 7]  # no file has earlier ones
     assert found["evaluation/fid"] == [2, 4, 6]
     assert found["gallery/_type"] == [2, 4, 6]
     records = wandb_records(file)
     (begun,) = [each.run for each in records if each.HasField("run")]
     assert (begun.run_id, begun.display_name, begun.project) == (run.identity, "run", "tessera")
-    assert {item.key for item in begun.config.update} >= {"rewards", "learner", "seed"}
+    logged = {item.key: item.value_json for item in begun.config.update}
+    assert logged.keys() >= {"rewards", "learner", "seed"}
+    assert "--seed 7 --my.api-key '***' --url 's3://***@host/x'" in logged["command"]
     summary = {
         "/".join(item.nested_key) or item.key: item.value_json
         for each in records
@@ -258,8 +322,9 @@ def test_wandb_offline(offline: None, tmp_path: Path, monkeypatch: pytest.Monkey
     }
     assert summary["table/tuned, again/fid"] == "2.0"
     assert (file.parent / "files" / "evaluation.json").exists()
-    written = [path for path in run.path.rglob("*") if path.is_file()]
-    assert [path for path in written if KEY.encode() in path.read_bytes()] == []
+    written = b"".join(path.read_bytes() for path in run.path.rglob("*") if path.is_file())
+    assert b"--my.api-key" in written
+    assert [each for each in (KEY, "sk-12345", "p5678") if each.encode() in written] == []
 
 
 class OnlineRun:
@@ -281,7 +346,10 @@ class OnlineRun:
 
 
 def test_wandb_online_continues_after_what_its_server_has(
-    offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    offline: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Against a stand-in for the library: no server can be reached here."""
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -300,11 +368,18 @@ def test_wandb_online_continues_after_what_its_server_has(
         one_start(run, loggers, 4, 7)
     assert (given["id"], given["resume"]) == (run.identity, "allow")
     assert [step for step, names in online.logged if "reward/clip" in names] == [6, 7]
+    assert [step for step, names in online.logged if "histogram/rewards/clip" in names] == [6, 7]
     assert [step for step, names in online.logged if "evaluation/fid" in names] == [6]
     assert online.logged[-1] == (1, ["finish"])
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConfigError, match=r"could not begin the run \(no such entity\): log in"):
         open_loggers(config, run).__enter__()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with caplog.at_level(logging.WARNING), open_loggers(config, run, begun=True) as loggers:
+        one_start(run, loggers, 8, 8)  # a requeue
+    assert "(no such entity): log in" in caplog.text
+    assert "; the run goes on without it" in caplog.text
+    assert module.kept_runs(run) == {"wandb": "7"}
     wandb.teardown()
 
 
@@ -312,6 +387,7 @@ def refuse(**_: Any) -> None:
     raise wandb.errors.CommError("no such entity")
 
 
+@needs_database
 def test_mlflow_in_a_database(offline: None, tmp_path: Path) -> None:
     config = small_config(output={"loggers": ["mlflow"]})
     run = new_run(tmp_path / "run", config)
@@ -338,6 +414,7 @@ def test_mlflow_in_a_database(offline: None, tmp_path: Path) -> None:
     assert client.get_run(other).info.status == "FAILED"
 
 
+@needs_database
 def test_a_run_that_never_began_leaves_nothing_in_a_tool(offline: None, tmp_path: Path) -> None:
     config = small_config(output={"loggers": ["wandb", "mlflow"]})
     run = new_run(tmp_path / "run", config)
@@ -351,8 +428,12 @@ def test_a_run_that_never_began_leaves_nothing_in_a_tool(offline: None, tmp_path
     assert MlflowClient().search_runs([experiment.experiment_id], here) == []
 
 
+@needs_database
 def test_what_cannot_work_is_refused_before_a_run(
-    offline: None, monkeypatch: pytest.MonkeyPatch
+    offline: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = small_config(output={"loggers": ["wandb", "mlflow"]})
     assert preflight(config).problems == []
@@ -366,7 +447,31 @@ def test_what_cannot_work_is_refused_before_a_run(
     assert "WANDB_MODE=offline" in no_login
     assert "expected a server of MLflow at http://127.0.0.1:9 (MLFLOW_TRACKING_URI)" in no_server
     assert "secret" not in no_server
+    found = preflight(config, begun=True)
+    assert found.problems == []
+    expected = [f"{problem}; the run goes on without it" for problem in (no_login, no_server)]
+    assert [note for note in found.notes if note.startswith("output.loggers")] == expected
+    run = new_run(tmp_path / "run", config)
+    with caplog.at_level(logging.WARNING), open_loggers(config, run, begun=True) as loggers:
+        one_start(run, loggers, 1, 2)
+    assert caplog.text.count("the run goes on without it") == 2
     wandb.teardown()
+
+
+def test_mlflow_without_what_a_database_needs(
+    offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find: Any = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *rest: None if name == "alembic" else find(name, *rest),
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg2://u:secret@h/db")
+    config = small_config(output={"loggers": ["mlflow"]})
+    (problem,) = preflight(config).problems
+    assert "expected sqlalchemy and alembic to be installed" in problem
+    assert "pip install 'tessera-rl[mlflow]'" in problem
+    assert "secret" not in problem
 
 
 def test_a_tool_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ A figure is there where its inputs are. What its interval means: `intervals.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -94,7 +94,7 @@ def compare(
     """Differences of the figures that both sets have: the second's minus the first's.
 
     Images are paired where both sets have the same conditions in the same order, and conditions
-    where both have the same; the real images of recall and coverage always are.
+    where both have the same; the real images of recall and coverage are always paired.
 
     Raises:
         DataError: as `evaluate`.
@@ -161,10 +161,18 @@ def _of_neighbours(
     inside, around = found.around > 0, found.around / k
     return {
         f"{prefix}precision": mean_estimate(inside, "images", found.precision),
-        f"{prefix}recall": mean_estimate(found.near, "real", found.recall),
+        f"{prefix}recall": _share(found.near, found.recall, found.near_alone),
         f"{prefix}density": mean_estimate(around, "images", found.density),
-        f"{prefix}coverage": mean_estimate(found.covered, "real", found.coverage),
+        f"{prefix}coverage": _share(found.covered, found.coverage, found.covered_alone),
     }
+
+
+def _share(hit: np.ndarray, value: float, alone: np.ndarray) -> Estimate:
+    """A share of (M,) real images, which varies with the (N,) generated ones, too: the jackknife,
+    without image j, loses the real images that it alone reaches, the others' balls as they are."""
+    losses = alone / len(hit)
+    influences = (len(alone) - 1) * (losses - losses.mean())
+    return replace(mean_estimate(hit, "real", value), of_images=influences)
 
 
 def _several(groups: np.ndarray) -> np.ndarray:

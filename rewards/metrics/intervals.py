@@ -27,6 +27,7 @@ import numpy as np
 import scipy.special
 
 Units = Literal["images", "real", "conditions", ""]
+Sources = Mapping[Units, np.ndarray]
 HELD = 1 << 20  # units drawn at a time: 8 MiB
 TAIL = 0.025  # outside a 95 % interval, on either side
 
@@ -37,10 +38,19 @@ class Estimate:
 
     value: float
     units: Units = ""
-    """What is resampled: generated images, real images (given the generated ones), or conditions;
-    "": nothing, the figure has no interval."""
+    """What is resampled: generated images, real images, or conditions; "": nothing, the figure has
+    no interval."""
     influences: np.ndarray | None = None
     """(U,) float64, deviations of zero mean; None where `units` is ""."""
+    of_images: np.ndarray | None = None
+    """Influences of generated images, where `units` is "real" and the figure varies with both."""
+
+    @property
+    def sources(self) -> dict[Units, np.ndarray]:
+        """Units -> influences; sources are independent, and their deviations add."""
+        found: dict[Units, np.ndarray | None] = {"images": self.of_images}
+        found[self.units] = self.influences
+        return {units: array for units, array in found.items() if array is not None}
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Difference:
     """Two-sided: below 0.05 where the interval excludes 0; NaN where the figure has no interval."""
     paired: bool
     """Whether the same units of both sets were resampled together; else each set was on its own,
-    and the interval is wider."""
+    and the interval is wider. Where a figure varies with two kinds of units: both."""
 
 
 def mean_estimate(values: np.ndarray, units: Units, value: float | None = None) -> Estimate:
@@ -81,7 +91,8 @@ def mean_estimate(values: np.ndarray, units: Units, value: float | None = None) 
 
 def intervals(estimates: Mapping[str, Estimate], resamples: int, seed: int) -> dict[str, Figure]:
     """95 % intervals of figures, from `resamples` (0: none) bootstrap resamples."""
-    drawn = _resampled(estimates, resamples, (seed, 0))
+    sources = {name: estimate.sources for name, estimate in estimates.items()}
+    drawn = _resampled(sources, resamples, (seed, 0))
     figures = {}
     for name, estimate in estimates.items():
         low = high = np.nan
@@ -104,54 +115,48 @@ def differences(
         paired: units -> whether unit i is the same in both sets.
     """
     names = [name for name in first if name in second]
-    alike = {name for name in names if paired.get(second[name].units, False)}
-    together = {
-        name: Estimate(
-            second[name].value - first[name].value,
-            second[name].units,
-            _both(first[name].influences, second[name].influences),
-        )
-        for name in alike
-    }
+    together: dict[str, Sources] = {}
+    apart: tuple[dict[str, Sources], dict[str, Sources]] = ({}, {})
+    for name in names:
+        ours, theirs = first[name].sources, second[name].sources
+        alike = [units for units in theirs if units in ours and paired.get(units, False)]
+        together[name] = {units: theirs[units] - ours[units] for units in alike}
+        for into, sources in zip(apart, (ours, theirs)):
+            into[name] = {units: sources[units] for units in sources if units not in alike}
     drawn = _resampled(together, resamples, (seed, 0))
-    apart = [
-        _resampled({name: own[name] for name in names if name not in alike}, resamples, (seed, at))
-        for at, own in enumerate((first, second))
-    ]
+    of_first, of_second = (_resampled(own, resamples, (seed, at)) for at, own in enumerate(apart))
     found = {}
     for name in names:
         value = second[name].value - first[name].value
         low = high = p_value = np.nan
-        if name in drawn or name in apart[1]:
+        if name in drawn or name in of_second:
             units = min(_count(first[name]), _count(second[name]))
-            gaps = drawn[name] if name in drawn else apart[1][name] - apart[0][name]
+            none = np.zeros(resamples)
+            gaps = drawn.get(name, none) + of_second.get(name, none) - of_first.get(name, none)
             low, high = _interval(gaps, units)
             p_value = _p_value(value, gaps, units)
-        found[name] = Difference(value, value + low, value + high, p_value, name in alike)
+        all_paired = bool(together[name]) and not apart[1][name]
+        found[name] = Difference(value, value + low, value + high, p_value, all_paired)
     return found
 
 
-def _both(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
-    return None if first is None or second is None else second - first
-
-
 def _count(estimate: Estimate) -> int:
-    return 0 if estimate.influences is None else len(estimate.influences)
+    return min((len(influences) for influences in estimate.sources.values()), default=0)
 
 
 def _resampled(
-    estimates: Mapping[str, Estimate], resamples: int, key: tuple[int, int]
+    estimates: Mapping[str, Sources], resamples: int, key: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """Name -> (B,) deviations of resampled figures, of those that have units.
 
     Figures of the same units see the same resamples.
     """
     found: dict[str, np.ndarray] = {}
-    of_units: dict[tuple[str, int], dict[str, np.ndarray]] = {}
-    for name, estimate in estimates.items():
-        if resamples and estimate.influences is not None and len(estimate.influences) > 1:
-            alike = of_units.setdefault((estimate.units, len(estimate.influences)), {})
-            alike[name] = estimate.influences
+    of_units: dict[tuple[Units, int], dict[str, np.ndarray]] = {}
+    for name, sources in estimates.items():
+        for units, influences in sources.items():
+            if resamples and len(influences) > 1:
+                of_units.setdefault((units, len(influences)), {})[name] = influences
     for (units, count), columns in of_units.items():
         generator = np.random.default_rng([*key, *units.encode()])
         influences = np.stack(list(columns.values()), axis=1)
@@ -161,7 +166,8 @@ def _resampled(
             taken = generator.integers(count, size=(len(rows), count)) + rows * count
             times = np.bincount(taken.ravel(), minlength=len(rows) * count)
             means[at : at + size] = times.reshape(len(rows), count) @ influences / count
-        found |= dict(zip(columns, means.T))
+        for name, deviations in zip(columns, means.T):
+            found[name] = found[name] + deviations if name in found else deviations
     return found
 
 

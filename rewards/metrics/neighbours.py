@@ -29,6 +29,10 @@ class Neighbourhoods:
     """(N,) bool, whether a real image is inside some generated image's ball."""
     covered: np.ndarray
     """(N,) bool, whether some generated image is inside a real image's ball."""
+    near_alone: np.ndarray
+    """(M,) int64, number of real images that are in a generated image's ball and in no other's."""
+    covered_alone: np.ndarray
+    """(M,) int64, number of real balls around a generated image and around no other."""
     k: int
 
     @property
@@ -73,15 +77,22 @@ def neighbourhoods(
     ours, theirs = (Points.of(each, centre, scale) for each in (generated, real))
     real_radius = _kth_distances(theirs, k) if real_radius is None else real_radius
     generated_radius = _kth_distances(ours, k)
-    around = np.zeros(len(generated), np.int64)
+    around, near_alone, covered_alone = np.zeros((3, len(generated)), np.int64)
     near, covered = np.zeros((2, len(real)), bool)
     for at, products in theirs.products(ours):
         row, column = _closer(products, real_radius[at, None], theirs, at, ours)
         around += np.bincount(column, minlength=len(generated))
         covered[at.start + row] = True
-        row, _ = _closer(products, generated_radius[None], theirs, at, ours)
+        covered_alone += _alone(row, column, len(generated))
+        row, column = _closer(products, generated_radius[None], theirs, at, ours)
         near[at.start + row] = True
-    return Neighbourhoods(around, near, covered, k)
+        near_alone += _alone(row, column, len(generated))
+    return Neighbourhoods(around, near, covered, near_alone, covered_alone, k)
+
+
+def _alone(row: np.ndarray, column: np.ndarray, columns: int) -> np.ndarray:
+    """(columns,) number of rows whose only pair is with a column."""
+    return np.bincount(column[np.bincount(row)[row] == 1], minlength=columns)
 
 
 def kth_distances(features: np.ndarray, k: int) -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import Any
 from cluster.control.control_actor import Progress
 from cluster.control.discovery import resume_command
 from cluster.errors import (
+    CheckpointError,
+    DataError,
     FleetError,
     LearnerLostError,
     LostWhileStoppingError,
@@ -332,7 +334,10 @@ class Experiment:
             return
         assert real is not None
         self._run.check_owned()
-        write_nearest(config, self._fleet, real, done, file)
+        try:
+            write_nearest(config, self._fleet, real, done, file)
+        except (DataError, CheckpointError, OSError) as error:  # the run is finished without it
+            logger.warning(f"note: no {file.name} of the nearest real images: {error}")
 
     def _report_progress(self, stage: str, metrics: Mapping[str, Any] | None = None) -> None:
         """Update the progress that `cluster.status` shows."""
@@ -353,13 +358,13 @@ class Experiment:
         self._report_progress("after training, in the last evaluation")
         self._evaluations.tuned(done)
         gallery = self._run.gallery
-        self._nearest(gallery / NEAREST, done)
         self._gallery(TUNED_GALLERY, done)
+        self._nearest(gallery / NEAREST, done)
         sheets = {"base policy": gallery / BASE_GALLERY, "tuned policy": gallery / TUNED_GALLERY}
         # a run directory that was restored from a URL has no images of the base policy
         there = {name: file for name, file in sheets.items() if file.is_file()}
         save_side_by_side(there, gallery / BEFORE_AFTER)
-        self._fleet.serve_while(lambda: conclude(self._run, "finished"))
+        written = self._fleet.serve_while(lambda: conclude(self._run, "finished"))
         files = (self._run.report, self._run.config, self._run.evaluation, gallery / BEFORE_AFTER)
         self._loggers.finish(self._evaluations.table, files)
         if self._evaluations.table:
@@ -368,7 +373,5 @@ class Experiment:
             inline = isinstance(self._fleet, InlineFleet)
             advice = bottleneck(self._shares, self._config.max_staleness, inline=inline)
             self._console.timeline(self._shares, advice)
-        logger.info(
-            f"gallery: {gallery / BEFORE_AFTER}\nreport:  {self._run.report}\n"
-            f"everything is in {self._run.path}"
-        )
+        report = f"report:  {self._run.report}\n" if written else ""
+        logger.info(f"gallery: {gallery / BEFORE_AFTER}\n{report}everything is in {self._run.path}")

@@ -35,7 +35,7 @@ from cluster.program import logs
 from cluster.program.console import FAILED, REFUSED, make_console
 from cluster.program.invocation import command_of
 from cluster.program.streams import printable
-from learner.reports.extremes import AT_END, BY_COMMAND
+from learner.reports.extremes import AT_END, AT_STOP, BY_COMMAND, Decoding
 from learner.reports.page import render
 from learner.runs.run_dir import RunDirectory
 from learner.runs.starts import record_end
@@ -64,21 +64,29 @@ class Arguments:
     several comparison.html, in the working directory."""
 
 
-def write_report(run: RunDirectory) -> None:
+def write_report(run: RunDirectory, decoding: Decoding = AT_END) -> None:
     """Write `report.html` from what is in the run's directory. For the process that owns it.
 
     Raises:
         LockLostError: another process took it over.
         StorageError: the page cannot be written.
     """
-    page = render([run], AT_END)
+    page = render([run], decoding)
     run.check_owned()
     _write(page, run.report)
 
 
-def conclude(run: RunDirectory, how: Ending, detail: str = "", *, report: bool = True) -> None:
-    """Record how a run ended, and write its report if it kept anything. Neither hides the run's own
-    error: what fails here is a note.
+def note_end(run: RunDirectory, how: Ending, detail: str = "") -> None:
+    """Record how a run ended; what fails is a note, since the run's own end matters more."""
+    try:
+        record_end(run, how, detail)
+    except Exception as error:
+        logger.warning(f"note: the end of the run was not recorded ({error})")
+
+
+def conclude(run: RunDirectory, how: Ending, detail: str = "", *, report: bool = True) -> bool:
+    """Record how a run ended, and write its report if it kept anything; returns whether it was
+    written. Neither hides the run's own error: what fails here is a note.
 
     Args:
         detail: the error of a run that failed.
@@ -88,15 +96,18 @@ def conclude(run: RunDirectory, how: Ending, detail: str = "", *, report: bool =
     """
     try:
         record_end(run, how, detail)
-        if report and run.has_results():
-            write_report(run)
-            if how != "finished":
-                logger.info(f"report:  {run.report}")
+        if not report or not run.has_results():
+            return False
+        write_report(run, AT_END if how == "finished" else AT_STOP)
+        if how != "finished":
+            logger.info(f"report:  {run.report}")
     except Exception as error:
         if how == "finished" and isinstance(error, LockLostError):
             raise
         again = f"{command_of(MODULE)} {shlex.quote(str(run.path))}"
         logger.warning(f"note: the report was not written ({error}); `{again}` writes it")
+        return False
+    return True
 
 
 def _write(page: str, path: Path) -> None:

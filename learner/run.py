@@ -52,7 +52,7 @@ from learner.loggers.opening import open_loggers
 from learner.monitoring.console import RunConsole
 from learner.output import OutputConfig
 from learner.preflight import listed, placement_lines, preflight
-from learner.report import conclude
+from learner.report import conclude, note_end
 from learner.run_target import RunTarget, choose_run
 from learner.runs.run_dir import RunDirectory
 from learner.runs.starts import record_start
@@ -257,7 +257,7 @@ def carry_out(
             return FAILED
         except TesseraError as error:
             logger.error(f"error: {error}")
-            conclude(run, "failed", str(error))
+            _conclude_failed(run, str(error))
             logger.info(run.exit_message())
             return FAILED
         except KeyboardInterrupt:
@@ -265,8 +265,17 @@ def carry_out(
             logger.info(f"stopped at once; {run.exit_message()}")
             return INTERRUPTED
         except Exception as error:
-            conclude(run, "failed", f"{type(error).__name__}: {error}")
+            logs.log_unexpected(error)  # first: the process may be killed meanwhile
+            _conclude_failed(run, f"{type(error).__name__}: {error}")
             raise
+
+
+def _conclude_failed(run: RunDirectory, detail: str) -> None:
+    """As `conclude`; a signal leaves the report out, and the run has failed all the same."""
+    try:
+        conclude(run, "failed", detail)
+    except KeyboardInterrupt:
+        logger.info("the report was left out, as asked")
 
 
 def run_on_fleet(
@@ -286,7 +295,7 @@ def run_on_fleet(
         open_fleet(plan, need, run.path, stop, ray) as fleet,
     ):
         started()
-        return Experiment(
+        finished = Experiment(
             config,
             run,
             fleet,
@@ -296,6 +305,9 @@ def run_on_fleet(
             lambda: stop.checkpoint,
             loggers,
         ).run()
+        if not finished:  # before fleet and loggers close: the process may be killed meanwhile
+            note_end(run, "stopped")
+        return finished
 
 
 def record(

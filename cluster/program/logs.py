@@ -27,6 +27,8 @@ FILE_ONLY = {"file_only": True}
 """As `extra=`: not on the console, which shows it in another form or not at all."""
 PLAIN_ONLY = {"plain_only": True}
 """As `extra=`: not on a terminal, which has a live table."""
+LOGGED = "traceback_logged"
+"""Attribute of an exception."""
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +104,17 @@ def to_file(path: Path) -> Iterator[None]:
     with _handled_by(handler):
         try:
             yield
-        except Exception:
-            logger.critical("unexpected exception", exc_info=True, extra=FILE_ONLY)
+        except Exception as error:
+            log_unexpected(error)
             raise
+
+
+def log_unexpected(error: Exception) -> None:
+    """Log the traceback of an unexpected exception into the file; once for each exception, so that
+    a block may do so before a long clean-up."""
+    if not vars(error).setdefault(LOGGED, False):
+        vars(error)[LOGGED] = True
+        logger.critical("unexpected exception", exc_info=error, extra=FILE_ONLY)
 
 
 @contextmanager

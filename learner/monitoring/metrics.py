@@ -174,7 +174,8 @@ class Recorder:
         self.usage.add(spans)
         with self._writing(self._run.trace):
             self._trace.add(spans)
-            self._trace.idle({use.role: use.idle for use in self.usage.shares()})
+            idle = {use.role: use.idle for use in self.usage.shares()}
+            self._trace.idle(idle, metrics[ITERATION])
             self._trace.flush()
 
     def record_evaluation(self, step: int, figures: Mapping[str, float]) -> None:

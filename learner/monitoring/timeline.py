@@ -147,11 +147,12 @@ class Trace:
             times = {"ts": round(span.start * 1e6), "dur": round(span.seconds * 1e6)}
             self._write({"name": span.phase, "ph": "X", **times, "pid": 1, "tid": thread})
 
-    def idle(self, shares: Mapping[str, float]) -> None:
-        """Add a point to the curves of the roles' idle shares."""
+    def idle(self, shares: Mapping[str, float], iteration: int) -> None:
+        """Add a point to the curves of the roles' idle shares, at the end of an iteration. Its
+        number tells a repetition from the iteration that a resume undid."""
         values = {role: round(share, 4) for role, share in shares.items()}
         event = {"name": "idle share", "ph": "C", "ts": round(time.time() * 1e6), "pid": 1}
-        self._write({**event, "args": values})
+        self._write({**event, "iteration": iteration, "args": values})
 
     def flush(self) -> None:
         self._file.flush()

@@ -21,7 +21,7 @@ from cluster.program.streams import printable
 from learner.reports.images import encode_single
 from learner.reports.reading import RunData
 from learner.reports.summary import figure_text
-from learner.rollouts.images import decode_images, read_rollouts, rollout_files
+from learner.rollouts.images import RolloutDecoder, read_rollouts, rollout_files
 from learner.rollouts.parquet import REWARD, reward_names
 
 LAST_SHARE = 0.2
@@ -40,15 +40,19 @@ Decoder = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How images are decoded."""
+    """How images are decoded, and how much of a long trace is read."""
 
     seconds: float
-    """Longest time for it."""
+    """Longest time for it; 0: no image is decoded."""
     device: str = "auto"
+    trace_bytes: int = 128 << 20
+    """From the end of trace.json."""
 
 
-AT_END = Decoding(10.0, "cpu")
+AT_END = Decoding(10.0, "cpu", 16 << 20)
 """At a run's end: learner and samplers still have the GPUs."""
+AT_STOP = Decoding(0.0, "cpu", 16 << 20)
+"""At a stop or failure, which a scheduler may give only seconds: none is decoded."""
 BY_COMMAND = Decoding(120.0)
 
 
@@ -145,8 +149,9 @@ def decoded(data: RunData, keys: list[Key], how: Decoding) -> dict[Key, np.ndarr
         if (key := (row["iteration"], row["group"], row["rollout"])) in wanted
     }
     there = [key for key in keys if key in found]
+    decoder = RolloutDecoder(settings, how.device)
     images = within(
-        lambda part: decode_images(settings, part, how.device),
+        decoder.images,
         [found[key] for key in there],
         how.seconds,
     )
@@ -180,6 +185,8 @@ def section(data: RunData, how: Decoding, budget: float) -> tuple[dict[str, Any]
         extremes = find_extremes(data)
         if extremes is None:
             return None, "rollouts are recorded with --output.rollouts, which this run had off"
+        if not how.seconds:
+            return None, "a run that stops does not wait for them; the command learner.report does"
         keys = extremes.in_order()
         images = decoded(data, keys, how)
     except (TesseraError, RuntimeError, MemoryError, OSError) as error:  # torch's among them

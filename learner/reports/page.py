@@ -30,7 +30,15 @@ from cluster.program.streams import printable
 from learner.monitoring.timeline import RoleUse, bottleneck
 from learner.reports import extremes, images, panels, summary, timeline
 from learner.reports.charts import MOST_POINTS, Chart, Figure, points_per_mean
-from learner.reports.reading import RunData, differing, plain_number, read_run, state_of, times_of
+from learner.reports.reading import (
+    RunData,
+    differing,
+    plain_number,
+    read_run,
+    state_of,
+    time_of,
+    times_of,
+)
 from learner.runs.run_dir import RunDirectory
 from rewards.metrics.evaluation import BETTER
 
@@ -66,7 +74,7 @@ def render(directories: Sequence[RunDirectory], decoding: extremes.Decoding) -> 
     """The HTML of a page about runs.
 
     Args:
-        decoding: of rollouts' images.
+        decoding: of rollouts' images, and how much of a trace is read.
     """
     runs = [read_run(directory) for directory in directories]
     plots = Plots({})
@@ -163,7 +171,7 @@ def _run_section(
         "sheets": images.encoded_sheets(sheets, SHARES["sheets"] * room, problems),
         "more_sheets": len(sheets),
     }
-    section["timeline"] = None if several else _timeline(run, plots, problems)
+    section["timeline"] = None if several else _timeline(run, plots, decoding.trace_bytes, problems)
     section["extremes"], section["extremes_note"] = (
         (None, "") if several else extremes.section(run, decoding, SHARES["extremes"] * room)
     )
@@ -289,12 +297,13 @@ def _differences(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _timeline(run: RunData, plots: Plots, problems: list[str]) -> dict[str, Any]:
-    trace = timeline.read_trace(run.run.trace, problems)
+def _timeline(run: RunData, plots: Plots, trace_bytes: int, problems: list[str]) -> dict[str, Any]:
+    trace = timeline.read_trace(run.run.trace, problems, trace_bytes)
+    starts = [round(time.timestamp() * 1e6) for event in run.starts if (time := time_of(event))]
     found: dict[str, Any] = {"map": "", "last": "", "count": 0, "idle": [], "cut": trace.cut}
-    if figure := timeline.busy_map(trace):
+    if figure := timeline.busy_map(trace, starts):
         plots.figures["timeline-map"], found["map"] = figure, "timeline-map"
-    figure, found["count"] = timeline.last_iterations(trace)
+    figure, found["count"] = timeline.last_iterations(trace, starts)
     if figure:
         plots.figures["timeline-last"], found["last"] = figure, "timeline-last"
     if chart := timeline.idle_chart(trace, run.iterations):

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +149,21 @@ def state_of(data: RunData, owner: str) -> tuple[str, str]:
     return "incomplete", f"{done}; {STARTS} is missing, so how it ended is not known"
 
 
+def time_of(event: Row) -> datetime | None:
+    """When a start or end was; UTC where it names no zone."""
+    try:
+        time = datetime.fromisoformat(str(event.get("time")))
+    except ValueError:
+        return None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
 def times_of(data: RunData) -> tuple[datetime | None, float]:
     """First start, and seconds from each start to its end, added up; of runs without a record of
     their starts, None and the seconds of their iterations."""
     total, since, first = 0.0, None, None
     for event in data.events:
-        try:
-            time = datetime.fromisoformat(str(event.get("time")))
-        except ValueError:
+        if (time := time_of(event)) is None:
             continue
         if event[EVENT] == START:
             first, since = first or time, time
@@ -171,7 +178,7 @@ def _config(run: RunDirectory, problems: list[str]) -> tuple[dict[str, Any], str
     text = _text(run.config, problems, "the configuration, and what depends on it, is missing")
     try:
         found = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a date that is none
         problems.append(f"{run.config.name} cannot be read as YAML: {error}")
         found = None
     settings = None

@@ -29,9 +29,15 @@ MEANINGS = {
 }
 """Figure -> heading, what it means; in the order of the table."""
 SECOND = "second/"
+LOO_FID = "loo_fid"
+"""A reward whose mean says little: what a group adds to the distribution, not its quality."""
 MAX_LOSS = 0.3
 """Share of the base policy's coverage and recall that may be lost before it is pointed out, in runs
 without `evaluation.max_diversity_loss`."""
+SAME = 0.02
+"""A relative change below this is "about the same": no interval is known here."""
+DIVERSITY = ("coverage", "recall", "vendi", "second/coverage", "second/recall")
+UNTESTED = "Not tested: learner.evaluate RUN has intervals, its --compare paired significance."
 FLAT = 0.5
 """A share of flat groups above this is pointed out."""
 ENDS = 10  # iterations at each end that are compared
@@ -69,7 +75,7 @@ class Change:
     change: str
     """In percent, or the difference."""
     mark: str
-    """"better", "worse", "same", or empty where neither direction is better."""
+    """"better", "worse", "same" (`SAME`), or empty where neither direction is better."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Verdict:
     details: list[str]
     changes: list[Change]
     mark: str
-    """As of a change."""
+    """As of a change, or "mixed"."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ def _column(name: str, better: Better) -> Column:
     heading, meaning = MEANINGS.get(plain, (plain, "mean of this scorer"))
     if second:
         heading, meaning = f"{heading} (2nd)", f"{meaning}; in the judge's second features"
-    known = better.get(name, better.get(plain, "higher" if plain not in MEANINGS else ""))
+    known = better.get(name, better.get(plain, ""))
     return Column(name, heading, meaning, known)
 
 
@@ -160,22 +166,69 @@ def verdict(run: RunData, better: Better) -> Verdict:
     before = run.table.get(BASE)
     if before is None or after is None:
         return _by_rewards(run)
-    changes = [
-        change
+    marked = {
+        column.key: change
         for column in columns([{BASE: before}], better)
-        if "/" not in column.key and (change := _change(column, before, after))
-    ]
-    main = next((change for change in changes if change.mark), None)
+        if (change := _change(column, before, after))
+    }
+    changes = [change for key, change in marked.items() if "/" not in key]
+    main = next((key for key, change in marked.items() if change.mark), None)
     if main is None:
         return Verdict("The evaluation has no figure to compare", [], changes, "")
-    details = [f"By the judge's networks: {when} against the base policy."]
+    details = [f"By the judge's networks: {when} against the base policy. {UNTESTED}"]
     for mark, words in (("better", "Better in"), ("worse", "Worse in")):
-        if named := [change.heading for change in changes if change.mark == mark]:
+        if named := [change.heading for change in marked.values() if change.mark == mark]:
             details.append(f"{words} {', '.join(named)}.")
     details += _against_guidance(run, after, better)
-    head = f"{main.heading} {main.before} → {main.after}"
-    said = {"better": "tuning helped", "worse": "tuning did harm", "same": "no change"}
-    return Verdict(f"{head} ({main.change}): {said[main.mark]}", details, changes, main.mark)
+    said, mark = _judgement(run, marked, main, before, after)
+    return Verdict(_moved(marked[main]) + said, details, changes, mark)
+
+
+def _moved(change: Change) -> str:
+    """FID fell 33 % (25.00 → 16.75)"""
+    figures = f"{change.before} → {change.after}"
+    if change.mark == "same":
+        return f"{change.heading} is about the same ({figures})"
+    if change.change.endswith(" %"):
+        word = "fell" if change.change.startswith("−") else "rose"
+        return f"{change.heading} {word} {change.change[1:]} ({figures})"
+    return f"{change.heading} {figures} ({change.change})"
+
+
+def _judgement(
+    run: RunData,
+    marked: Mapping[str, Change],
+    main: str,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> tuple[str, str]:
+    """What contradicts the main figure, as the end of the headline; and the mark of both."""
+    against = [
+        f"{marked[name].heading} lost {1 - _kept(before, after, name):.0%}".replace("%", " %")
+        for name in DIVERSITY
+        if name in marked and _kept(before, after, name) < 1 - max_loss(run)
+    ]
+    own, second = marked[main].mark, marked.get(SECOND + main)
+    opposite = {"better": "worse", "worse": "better"}.get(own)
+    if second and second.mark == opposite:
+        against.append(f"{second.heading} is {second.mark}")
+    if not against:
+        return "", own
+    if own == "better" or (second and second.mark == opposite):
+        return f"; mixed: {', '.join(against)}", "mixed"
+    return f"; {', '.join(against)}", "worse"
+
+
+def _kept(before: Mapping[str, float], after: Mapping[str, float], name: str) -> float:
+    """Share of a figure that is left; NaN where it is not known."""
+    old, new = plain_number(before.get(name)), plain_number(after.get(name))
+    return new / old if old > 0 else math.nan
+
+
+def max_loss(run: RunData) -> float:
+    """Share of the base policy's diversity that may be lost."""
+    loss = plain_number(run.setting("evaluation.max_diversity_loss"))
+    return loss if math.isfinite(loss) else MAX_LOSS
 
 
 def _change(
@@ -187,14 +240,16 @@ def _change(
     mark = ""
     if column.direction:
         gain = (old - new) if column.direction == "lower" else (new - old)
-        mark = "same" if gain == 0 else "better" if gain > 0 else "worse"
+        same = abs(gain) <= SAME * abs(old)
+        mark = "same" if same else "better" if gain > 0 else "worse"
     return Change(column.heading, figure_text(old), figure_text(new), change_text(old, new), mark)
 
 
 def change_text(old: float, new: float) -> str:
     """-33 %, or the difference where a share of the old value says nothing."""
     if old > 0 and new >= 0:
-        return f"{100 * (new - old) / old:+.0f} %".replace("-", "−")
+        percent = round(100 * (new - old) / old)
+        return f"{percent:+d} %".replace("-", "−") if percent else "0 %"
     return f"{new - old:+.3g}".replace("-", "−")
 
 
@@ -214,10 +269,12 @@ def _against_guidance(run: RunData, after: Mapping[str, float], better: Better) 
 
 def _by_rewards(run: RunData) -> Verdict:
     """Means of the first and last iterations' rewards, where no judge compared."""
-    changes = []
+    changes, counts = [], []
     for name in run.names("reward/"):
-        old, new = ends(run.column(f"reward/{name}"))
-        column = Column(name, name, "", "higher")
+        values = run.column(f"reward/{name}")
+        old, new = ends(values)
+        counts.append(ends_counted(values))
+        column = Column(name, name, "", "" if name == LOO_FID else "higher")
         if change := _change(column, {name: old}, {name: new}):
             changes.append(change)
     why = "No evaluation before and after: set --evaluation.num-images (and --evaluation.every)."
@@ -227,7 +284,9 @@ def _by_rewards(run: RunData) -> Verdict:
         return Verdict("Nothing was learned yet", [why], [], "")
     main = changes[0]
     head = f"Mean reward {main.heading} {main.before} → {main.after}"
-    details = [why, f"First {ENDS} against last {ENDS} iterations: rewards judge themselves."]
+    count = max(counts)
+    which = f"first {count} against last {count} iterations" if count > 1 else "first against last"
+    details = [why, f"Means of rewards, {which}: rewards judge themselves."]
     return Verdict(head, details, changes, "")
 
 
@@ -236,8 +295,13 @@ def ends(values: Sequence[float]) -> tuple[float, float]:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return math.nan, math.nan
-    count = max(min(ENDS, len(finite) // 2), 1)
+    count = ends_counted(finite)
     return sum(finite[:count]) / count, sum(finite[-count:]) / count
+
+
+def ends_counted(values: Sequence[float]) -> int:
+    """How many values each mean of `ends` is of: never more than half of them."""
+    return max(min(ENDS, sum(map(math.isfinite, values)) // 2), 1)
 
 
 def indicators(run: RunData) -> list[Indicator]:
@@ -247,7 +311,7 @@ def indicators(run: RunData) -> list[Indicator]:
     base = next((v for v in run.column("policy/base_entropy") if math.isfinite(v)), math.nan)
     last = ends(entropy)[1]
     bound = plain_number(run.setting("guards.min_entropy_share"))
-    if math.isfinite(last) and math.isfinite(base):
+    if math.isfinite(last) and base > 0:
         low = last < (bound if math.isfinite(bound) else 0.3) * base
         found.append(
             Indicator("token entropy", figure_text(base), figure_text(last),
@@ -271,9 +335,8 @@ def _judged(run: RunData) -> list[Indicator]:
     before = run.table.get(BASE, {})
     after = run.table.get(TUNED) or (run.evaluations[-1] if run.evaluations else {})
     found = []
-    loss = plain_number(run.setting("evaluation.max_diversity_loss"))
-    kept = 1 - (loss if math.isfinite(loss) else MAX_LOSS)
-    for name in ("coverage", "recall", "vendi", "second/coverage", "second/recall"):
+    kept = 1 - max_loss(run)
+    for name in DIVERSITY:
         old, new = plain_number(before.get(name)), plain_number(after.get(name))
         if math.isfinite(old) and math.isfinite(new):
             state = "watch" if new < kept * old else "ok"

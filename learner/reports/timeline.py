@@ -6,10 +6,11 @@ curves of idle shares.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ from cluster.io.strict_json import MALFORMED
 from cluster.spans import DRIVER, QUEUE, role_of
 from learner.reports.charts import Chart, Figure, Line, rounded, shown_text
 
-LARGEST = 128 << 20
-"""Bytes of a trace that are read, from its end."""
 BINS = 120  # of time, in the map
 MOST_SPANS = 1500  # drawn phase by phase
 SHOWN_ITERATIONS = 3
@@ -46,12 +45,18 @@ class Trace:
     length: array = field(default_factory=lambda: array("q"))
     idle: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     """Idle share of each role, at the end of each iteration."""
+    iterations: list[int] = field(default_factory=list)
+    """Number of each iteration; 0 in traces of versions that did not say it."""
     cut: bool = False
     """Only the end of the file was read."""
 
 
-def read_trace(path: Path, problems: list[str]) -> Trace:
-    """Read trace.json; also of a killed run."""
+def read_trace(path: Path, problems: list[str], largest: int) -> Trace:
+    """Read trace.json; also of a killed run.
+
+    Args:
+        largest: bytes that are read from its end; of a larger file also the first ones, for names.
+    """
     trace = Trace()
     if not path.is_file():
         return trace
@@ -60,7 +65,7 @@ def read_trace(path: Path, problems: list[str]) -> Trace:
     phases: dict[str, int] = {}
     bad = 0
     try:
-        for event in _events(path, trace):
+        for event in _events(path, trace, largest):
             if event is None:
                 bad += 1
                 continue
@@ -76,23 +81,29 @@ def read_trace(path: Path, problems: list[str]) -> Trace:
     return trace
 
 
-def _events(path: Path, trace: Trace) -> Iterator[dict[str, Any] | None]:
-    """Events, one a line; None for a damaged one. Of a very large file, the names of threads, which
-    are spread over it, and its end."""
+def _events(path: Path, trace: Trace, largest: int) -> Iterator[dict[str, Any] | None]:
+    """Events, one a line; None for a damaged one. Of a very large file, its end, and the names of
+    threads at its start."""
     size = path.stat().st_size
-    trace.cut = size > LARGEST
+    trace.cut = size > largest
     with path.open("rb") as file:
+        if trace.cut:
+            for line in file.readlines(largest):
+                if b"thread_name" in line:
+                    yield _event(line)
+            file.seek(max(size - largest, file.tell()))
+            file.readline()  # the rest of a line
         for line in file:
-            if trace.cut and size - file.tell() > LARGEST and b"thread_name" not in line:
-                continue
-            text = line.strip().rstrip(b",")
-            if text in (b"", b"[", b"]", b"[]"):
-                continue
-            try:
-                found = json.loads(text)
-            except MALFORMED:
-                found = None
-            yield found if isinstance(found, dict) else None
+            if line.strip().rstrip(b",") not in (b"", b"[", b"]", b"[]"):
+                yield _event(line)
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line.strip().rstrip(b","))
+    except MALFORMED:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _add(
@@ -107,8 +118,10 @@ def _add(
         names[event["tid"]] = str(event["args"]["name"])
     elif kind == "C":
         shares = {str(role): float(share) for role, share in event["args"].items()}
+        number = int(event.get("iteration", 0))
         trace.idle.append((int(event["ts"]), shares))
-    elif kind == "X":
+        trace.iterations.append(number)
+    elif kind == "X" and not (trace.cut and event["tid"] not in names):
         name, phase = names[event["tid"]], str(event["name"])
         start, length = int(event["ts"]), int(event["dur"])
         trace.start.append(start)
@@ -126,30 +139,77 @@ def is_work(phase: str) -> bool:
     return not phase.startswith(IDLE_KINDS)
 
 
-def busy_map(trace: Trace) -> Figure | None:
-    """Busy share of each role over the whole run: a heat map."""
-    work = [at for at in range(len(trace.start)) if is_work(trace.phases[trace.phase[at]])]
-    if not work or not trace.idle:
+def busy_map(trace: Trace, starts: Sequence[int] = ()) -> Figure | None:
+    """Busy share of each role over the whole run, without the time between its starts: a heat map.
+
+    Args:
+        starts: times of the run's starts, microseconds.
+    """
+    works = np.array([is_work(phase) for phase in trace.phases], bool)
+    work = works[np.asarray(trace.phase, np.int64)] if len(trace.start) else works[:0]
+    if not work.any() or not trace.idle:
         return None
-    workers = sorted({worker_of(row) for row in trace.rows})
-    first = trace.idle[0][0] if len(trace.idle) > 1 else int(trace.start[work[0]])
-    last = max(trace.idle[-1][0], first + 1)
-    edges = np.linspace(first, last, BINS + 1)
-    busy = {worker: np.zeros(BINS) for worker in workers}
-    ends: dict[str, float] = {}
-    for at in sorted(work, key=lambda at: trace.start[at]):
-        worker = worker_of(trace.rows[trace.row[at]])
-        begin = max(float(trace.start[at]), ends.get(worker, -math.inf), float(first))
-        end = min(float(trace.start[at] + trace.length[at]), float(last))
-        if end > begin:  # overlapping work counts once
-            ends[worker] = end
-            _spread(busy[worker], edges, begin, end)
+    marks = np.array([at for at, _ in trace.idle])
+    begin = np.asarray(trace.start, np.int64)
+    end = begin + np.asarray(trace.length, np.int64)
+    first = int(marks[0]) if len(marks) > 1 else int(begin[work].min())
+    pieces = _pieces(first, marks, begin, starts)
+    row_workers = [worker_of(row) for row in trace.rows]
+    workers = sorted(set(row_workers))
+    of_row = np.array([workers.index(worker) for worker in row_workers])
+    of_span = of_row[np.asarray(trace.row, np.int64)]
+    total = sum(until - since for since, until in pieces)
+    edges = np.linspace(0, total, BINS + 1)
     roles: dict[str, list[np.ndarray]] = {}
-    for worker in workers:
-        roles.setdefault(role_of(worker), []).append(busy[worker])
-    width = edges[1] - edges[0]
-    shares = {role: np.mean(each, axis=0) / width * 100 for role, each in roles.items()}
-    minutes = ((edges[:-1] + edges[1:]) / 2 - first) / 6e7
+    for number, worker in enumerate(workers):
+        chosen = work & (of_span == number)
+        cover = _busy(_working(begin[chosen], pieces), _working(end[chosen], pieces), edges)
+        roles.setdefault(role_of(worker), []).append(cover)
+    shares = {role: np.mean(each, axis=0) / edges[1] * 100 for role, each in roles.items()}
+    return _heat_map(shares, roles, (edges[:-1] + edges[1:]) / 2 / 6e7)
+
+
+def _pieces(
+    first: int, marks: np.ndarray, begin: np.ndarray, starts: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Since when and until when each start of a run worked, from its first span to the end of its
+    last iteration."""
+    pieces, bounds = [], [first, *sorted(at for at in starts if first < at), math.inf]
+    for low, high in itertools.pairwise(bounds):
+        own = marks[(marks >= low) & (marks < high)]
+        spans = begin[(begin >= low) & (begin < high)]
+        since = first if low == first else int(spans.min()) if spans.size else None
+        if own.size and since is not None and own.max() > since:
+            pieces.append((since, int(own.max())))
+    return pieces or [(first, max(int(marks[-1]), first + 1))]
+
+
+def _working(times: np.ndarray, pieces: list[tuple[int, int]]) -> np.ndarray:
+    """Times as microseconds of work: what lies between pieces counts nothing."""
+    return sum(
+        (np.clip(times, since, until) - since for since, until in pieces),
+        np.zeros(len(times), np.int64),
+    )
+
+
+def _busy(begin: np.ndarray, end: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Time within each bin that spans cover; where they overlap, once."""
+    if not begin.size:
+        return np.zeros(len(edges) - 1)
+    order = np.argsort(begin, kind="stable")
+    begin, end = begin[order], end[order]
+    reached = np.maximum.accumulate(end)
+    begin = np.maximum(begin, np.concatenate([begin[:1], reached[:-1]]))
+    end = np.maximum(end, begin)
+    covered = np.cumsum(end - begin)
+    points = np.stack([begin, end], axis=1).ravel()
+    until = np.stack([covered - (end - begin), covered], axis=1).ravel()
+    return np.diff(np.interp(edges, points, until))
+
+
+def _heat_map(
+    shares: dict[str, np.ndarray], roles: dict[str, list[np.ndarray]], minutes: np.ndarray
+) -> Figure:
     order = sorted(shares, key=lambda role: float(shares[role].mean()))
     trace_of = {
         "type": "heatmap",
@@ -162,22 +222,22 @@ def busy_map(trace: Trace) -> Figure | None:
         "colorbar": {"title": {"text": "busy %", "side": "right"}, "thickness": 10},
         "hovertemplate": "%{y}, minute %{x:.2f}: busy %{z:.0f} %<extra></extra>",
     }
-    layout = _layout(len(order), "minutes since the first iteration")
+    layout = _layout(len(order), "minutes of work since the first iteration")
     return {"data": [trace_of], "layout": layout}
 
 
-def _spread(bins: np.ndarray, edges: np.ndarray, begin: float, end: float) -> None:
-    """Add a span's time to the bins that it covers."""
-    low = int(np.searchsorted(edges, begin, "right")) - 1
-    high = min(int(np.searchsorted(edges, end, "left")), len(bins))
-    for at in range(max(low, 0), high):
-        bins[at] += min(end, edges[at + 1]) - max(begin, edges[at])
-
-
-def last_iterations(trace: Trace) -> tuple[Figure | None, int]:
+def last_iterations(trace: Trace, starts: Sequence[int] = ()) -> tuple[Figure | None, int]:
     """Phases of every worker in the last iterations, as bars over time; and how many iterations.
-    Fewer where their spans would be too many."""
-    marks = [at for at, _ in trace.idle]
+    Fewer where their spans would be too many, or were begun by another start.
+
+    Args:
+        starts: times of the run's starts, microseconds.
+    """
+    end = trace.idle[-1][0] if trace.idle else 0
+    newest = max((at for at in starts if at < end), default=0)
+    marks = [at for at, _ in trace.idle if at >= newest]
+    if newest and (own := [at for at in trace.start if at >= newest]):
+        marks = [min(own), *marks]  # the first iteration since the start has no mark before it
     for count in range(min(SHOWN_ITERATIONS, len(marks) - 1), 0, -1):
         since, until = marks[-count - 1], marks[-1]
         inside = [
@@ -204,12 +264,12 @@ def _bars(trace: Trace, inside: list[int], since: int) -> Figure:
         traces.append(
             {"type": "bar", "orientation": "h", "name": shown_text(phase.replace("_", " ")),
              "y": [shown_text(trace.rows[trace.row[at]]) for at in chosen],
-             "x": rounded([trace.length[at] / 1e3 for at in chosen]),
-             "base": rounded([(trace.start[at] - since) / 1e3 for at in chosen]),
+             "x": rounded([trace.length[at] / 1e6 for at in chosen]),
+             "base": rounded([(trace.start[at] - since) / 1e6 for at in chosen]),
              "marker": {"color": colour, "line": {"width": 0}},
-             "hovertemplate": "%{y}: " + shown_text(phase) + ", %{x:.1f} ms<extra></extra>"}
+             "hovertemplate": "%{y}: " + shown_text(phase) + ", %{x:.4~g} s<extra></extra>"}
         )  # fmt: skip
-    layout = _layout(len(rows), "milliseconds")
+    layout = _layout(len(rows), "seconds")
     layout["yaxis"] |= {"categoryorder": "array", "categoryarray": [shown_text(r) for r in rows]}
     layout |= {"barmode": "overlay", "showlegend": True, "hovermode": "closest",
                "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}}  # fmt: skip
@@ -242,10 +302,14 @@ def _layout(rows: int, x_title: str) -> dict[str, Any]:
 def idle_chart(trace: Trace, iterations: list[float]) -> Chart | None:
     """Idle share of each role so far, by iteration."""
     points = trace.idle[-len(iterations) :] if iterations else []
+    x = iterations[-len(points) :]
+    if trace.iterations and all(trace.iterations):  # of undone iterations, the repetition
+        newest = dict(zip(trace.iterations, trace.idle))
+        x = [number for number in iterations if number in newest]
+        points = [newest[int(number)] for number in x]
     roles = sorted({role for _, shares in points for role in shares})
     if not roles:
         return None
-    x = iterations[-len(points) :]
     lines = [
         Line(role, x, [100 * shares.get(role, math.nan) for _, shares in points], number)
         for number, role in enumerate(roles, 1)

@@ -21,7 +21,7 @@ from cluster.io.paths import output_path
 from cluster.program.console import REFUSED, exit_status, make_console
 from cluster.program.help import answer_help
 from cluster.program.invocation import command_of
-from learner.rollouts.images import decode_images, token_grid
+from learner.rollouts.images import RolloutDecoder, token_grid
 from learner.rollouts.selection import (
     PLACE,
     Selection,
@@ -172,9 +172,10 @@ def _write(of: RunDirectory, rows: pa.Table, output: Output, out: Path) -> None:
     config, sheets = of.read_config(), 0
     with locked(out, f"--out {out}"):
         check_unused(out)  # again, now that it is locked
+        decoder = RolloutDecoder(config, output.device)
         for first in range(0, rows.num_rows, AT_ONCE):
             part = rows.slice(first, AT_ONCE)
-            images = decode_images(config, rows_with_lists(of, part)["tokens"], output.device)
+            images = decoder.images(rows_with_lists(of, part)["tokens"])
             sheets += write_sheets(out, part, images, sheets)
             if output.png:
                 write_images(out / "images", part, images)

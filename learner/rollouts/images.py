@@ -26,11 +26,14 @@ from learner.runs.run_dir import RunDirectory
 logger = logging.getLogger(__name__)
 
 
-@torch.inference_mode()
 def decode_images(config: RunConfig, tokens: np.ndarray, device: str = "auto") -> np.ndarray:
-    """Tokens (N, T) of rollouts -> images (N, H, W, 3) uint8, by the run's tokenizer; no weights of
-    a policy are read. On a CPU they are the sampler's images bit for bit, where the run's were made
-    on one.
+    """As `RolloutDecoder.images`, once."""
+    return RolloutDecoder(config, device).images(tokens)
+
+
+class RolloutDecoder:
+    """A run's tokenizer, loaded once; no weights of a policy are read. On a CPU its images are the
+    sampler's bit for bit, where the run's were made on one.
 
     Args:
         device: "auto" is a GPU if there is one.
@@ -38,26 +41,38 @@ def decode_images(config: RunConfig, tokens: np.ndarray, device: str = "auto") -
     Raises:
         CheckpointError: the tokenizer is not there, or not readable.
         ConfigError: no such device.
-        DataError: tokens that are none of this policy.
     """
-    device = resolve_device(device)
-    start_computing()
-    places = token_grid(config)
-    dtype = getattr(torch, config.sampler.image_dtype)
-    decoder = load_decoder(config.tokenizer, device=device, dtype=dtype)
-    codes = decoder.config.codebook_size
-    if tokens.ndim != 2 or tokens.shape[1] != places.size:
-        raise DataError(
-            f"tokens of shape {tokens.shape}, expected (N, {places.size}): are they of another run?"
-        )
-    if tokens.size and not (tokens.min() >= 0 and tokens.max() < codes):
-        raise DataError(
-            f"tokens from {tokens.min()} to {tokens.max()}, expected 0 to {codes - 1}: are they of "
-            "another run?"
-        )
-    size = config.rollouts_per_group  # a sampler decodes as many at once: equal rounding
-    grids = torch.from_numpy(tokens[:, places].astype(np.int64)).split(size)
-    return torch.cat([decoder.pixels(grid.to(device)).cpu() for grid in grids]).numpy()
+
+    def __init__(self, config: RunConfig, device: str = "auto") -> None:
+        self._device = resolve_device(device)
+        start_computing()
+        self._places = token_grid(config)
+        dtype = getattr(torch, config.sampler.image_dtype)
+        self._decoder = load_decoder(config.tokenizer, device=self._device, dtype=dtype)
+        self._size = config.rollouts_per_group
+        """A sampler decodes as many at once: equal rounding."""
+
+    @torch.inference_mode()
+    def images(self, tokens: np.ndarray) -> np.ndarray:
+        """Tokens (N, T) of rollouts -> images (N, H, W, 3) uint8.
+
+        Raises:
+            DataError: tokens that are none of this policy.
+        """
+        places, codes = self._places, self._decoder.config.codebook_size
+        if tokens.ndim != 2 or tokens.shape[1] != places.size:
+            raise DataError(
+                f"tokens of shape {tokens.shape}, expected (N, {places.size}): are they of another "
+                "run?"
+            )
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < codes):
+            raise DataError(
+                f"tokens from {tokens.min()} to {tokens.max()}, expected 0 to {codes - 1}: are "
+                "they of another run?"
+            )
+        grids = torch.from_numpy(tokens[:, places].astype(np.int64)).split(self._size)
+        pixels = [self._decoder.pixels(grid.to(self._device)).cpu() for grid in grids]
+        return torch.cat(pixels).numpy()
 
 
 def token_grid(config: RunConfig) -> np.ndarray:

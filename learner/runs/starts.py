@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cluster.io.starts import END, HOW, START, Ending, append_event, read_events
+from cluster.io.starts import END, HOW, START, Ending, append_event, last_ending, read_events
 from cluster.program.invocation import command_of
 from cluster.program.secrets import masked, without_secrets
 from cluster.roles import FleetPlan
@@ -58,13 +58,14 @@ def record_start(
 
 
 def record_end(run: RunDirectory, how: Ending, detail: str = "") -> None:
-    """Append an end to starts.jsonl.
+    """Append an end to starts.jsonl, unless the same is recorded of this start.
 
     Args:
         detail: the error of a run that failed.
     """
     run.check_owned()
-    append_event(run.path, END, {HOW: how, "detail": masked(detail)[:LONGEST_DETAIL]})
+    if last_ending(run.path) != how:
+        append_event(run.path, END, {HOW: how, "detail": masked(detail)[:LONGEST_DETAIL]})
 
 
 def versions() -> dict[str, str]:

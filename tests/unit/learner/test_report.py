@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import LockLostError, StorageError
+from cluster.errors import FleetError, LockLostError, StorageError
 from cluster.io.locks import acquire, locked_file
 from cluster.io.run_layout import OWNER
 from cluster.io.starts import START, append_event, last_ending, read_events
+from cluster.program.console import FAILED, make_console
+from cluster.program.signals import StopFlag
 from learner import report
-from learner.report import conclude, main
+from learner import run as run_command
+from learner.report import conclude, main, note_end
 from learner.runs.run_dir import RunDirectory
 from tests.small_run import small_config
 from tests.unit.learner.reports.made_run import made_run
@@ -106,6 +109,13 @@ def test_how_a_run_ended_is_recorded_whatever_becomes_of_its_report(
     assert f"learner.report {run.path}" in caplog.text
 
 
+def test_a_recorded_end_is_recorded_once(run: RunDirectory) -> None:
+    append_event(run.path, START, {})
+    note_end(run, "stopped")
+    assert conclude(run, "stopped")
+    assert [event["event"] for event in read_events(run.path)] == ["start", "end"]
+
+
 def test_a_run_that_kept_nothing_has_no_report(tmp_path: Path) -> None:
     run = RunDirectory.create(str(tmp_path / "run"), small_config())
     conclude(run, "stopped")
@@ -129,3 +139,37 @@ def test_a_lost_directory_is_said(
             conclude(run, "finished")
     else:
         conclude(run, "finished")
+
+
+@pytest.mark.parametrize("error", [FleetError("no GPU"), RuntimeError("a bug")])
+def test_a_signal_while_a_failed_run_reports_leaves_the_report_out(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> bool:
+        raise error
+
+    def interrupted(*_: object) -> str:
+        told.append(run.log.read_text())  # what is there, should the process die now
+        raise KeyboardInterrupt
+
+    told: list[str] = []
+    monkeypatch.setattr(run_command, "record", lambda *_: None)
+    monkeypatch.setattr(run_command, "run_on_fleet", fail)
+    monkeypatch.setattr(report, "render", interrupted)
+    config = run.read_config()
+
+    def carry_out() -> int:
+        return run_command.carry_out(
+            run_command.Command(), config, run, make_console(), StopFlag(), lambda: None
+        )
+
+    if isinstance(error, FleetError):
+        assert carry_out() == FAILED
+        assert "what was kept is in" in run.log.read_text()
+    else:
+        with pytest.raises(RuntimeError, match="a bug"):
+            carry_out()
+        assert "Traceback" in told[0]
+    assert str(error) in told[0]
+    assert run.log.read_text().count("Traceback") == isinstance(error, RuntimeError)
+    assert last_ending(run.path) == "failed"

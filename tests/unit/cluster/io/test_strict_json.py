@@ -172,7 +172,7 @@ def test_status_is_strict_and_invents_nothing() -> None:
 
 def test_a_timeline_and_arms_with_odd_numbers(tmp_path: Path) -> None:
     trace = Trace(tmp_path / "trace.json", resume=False)
-    trace.idle({"learner": math.nan})
+    trace.idle({"learner": math.nan}, 1)
     trace.close()
     assert strict((tmp_path / "trace.json").read_text())[0]["args"] == {"learner": None}
     config = arms.ArmsConfig(out=tmp_path, seeds=(1,), arms=())

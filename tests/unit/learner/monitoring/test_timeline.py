@@ -103,7 +103,7 @@ def test_a_stopwatch_times_failures_too() -> None:
 def test_the_trace_has_queues_apart_and_idle_shares(tmp_path: Path) -> None:
     trace = Trace(tmp_path / "trace.json", resume=False)
     trace.add([Span("server", "queue", 0.0, 2.0), Span("server", "score", 1.0, 3.0)])
-    trace.idle({"server": 0.25})
+    trace.idle({"server": 0.25}, 1)
     trace.close()
     events = json.loads((tmp_path / "trace.json").read_text())
     rows = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}

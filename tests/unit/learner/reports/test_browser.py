@@ -102,7 +102,8 @@ def test_every_section_is_there_and_every_chart_is_drawn(browser: Any, file: Pat
     for section in SECTIONS:
         assert page.locator(f"section#{section} h2").is_visible()
     assert page.locator("h1 .state").inner_text() == "finished"
-    assert page.locator(".headline").inner_text() == "FID 25.00 → 10.75 (−57 %): tuning helped"
+    headline = page.locator(".headline").inner_text()
+    assert headline == "FID fell 57 % (25.00 → 10.75); mixed: recall lost 48 %"
     assert page.locator("table.figures td.best").count() > 0
     assert page.locator(".command code").inner_text() == "python -m learner.run --seed 7"
     keys = page.evaluate("[...document.querySelectorAll('.plot')].map(p => p.dataset.figure)")

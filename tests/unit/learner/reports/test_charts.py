@@ -95,13 +95,14 @@ def test_the_table_marks_the_best_by_its_direction() -> None:
 
 def test_users_scorers_have_columns_too() -> None:
     (column,) = summary.columns([{"base": {"aesthetic": 1.0}}], BETTER)
-    assert (column.heading, column.arrow) == ("aesthetic", "↑")
+    assert (column.heading, column.arrow) == ("aesthetic", "")  # better which way? not known
 
 
 def test_the_verdict_is_the_judges(data: RunData) -> None:
     found = summary.verdict(data, BETTER)
-    assert found.mark == "better"
-    assert found.headline.startswith("FID 25.00 → ")
+    assert found.mark == "mixed"
+    assert found.headline == "FID fell 47 % (25.00 → 13.35); mixed: recall lost 39 %"
+    assert "learner.evaluate RUN has intervals" in found.details[0]
     assert any("Worse in recall" in line for line in found.details)
     assert any("better than the base policy's with CFG 2 (17.50)" in line for line in found.details)
 
@@ -110,7 +111,29 @@ def test_a_worse_policy_is_called_so(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", 6)
     run.write_evaluation({"base": FIGURES, "tuned": FIGURES | {"fid": 30.0}})
     found = summary.verdict(read_run(run), BETTER)
-    assert found.headline == "FID 25.00 → 30.00 (+20 %): tuning did harm"
+    assert (found.headline, found.mark) == ("FID rose 20 % (25.00 → 30.00)", "worse")
+
+
+@pytest.mark.parametrize(
+    ("changed", "mark", "said"),
+    [
+        ({"fid": 20.0}, "better", "FID fell 20 % (25.00 → 20.00)"),
+        ({"fid": 24.999}, "same", "FID is about the same (25.00 → 25.00)"),
+        ({"fid": 24.999, "coverage": 0.18}, "worse",
+         "FID is about the same (25.00 → 25.00); coverage lost 60 %"),
+        ({"fid": 20.0, "second/fid": 0.9}, "mixed",
+         "FID fell 20 % (25.00 → 20.00); mixed: FID (2nd) is worse"),
+        ({"fid": 30.0, "second/fid": 0.4}, "mixed",
+         "FID rose 20 % (25.00 → 30.00); mixed: FID (2nd) is better"),
+    ],
+)  # fmt: skip
+def test_a_verdict_only_where_nothing_speaks_against_it(
+    tmp_path: Path, changed: dict[str, float], mark: str, said: str
+) -> None:
+    run = made_run(tmp_path / "run", 6)
+    run.write_evaluation({"base": FIGURES, "tuned": FIGURES | changed})
+    found = summary.verdict(read_run(run), BETTER)
+    assert (found.headline, found.mark) == (said, mark)
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
@@ -124,6 +147,8 @@ def test_without_the_last_evaluation(tmp_path: Path, evaluated: bool) -> None:
         assert "the policy after 30 iterations" in found.details[0]
     else:
         assert found.headline.startswith("Mean reward clip 0.4")
+        assert "first 10 against last 10 iterations" in found.details[1]
+        assert {change.heading: change.mark for change in found.changes}["loo_fid"] == ""
         assert found.mark == ""
 
 
@@ -133,6 +158,12 @@ def test_signs_of_collapse(data: RunData) -> None:
         "token entropy": "ok", "coverage": "ok", "recall": "watch", "coverage (2nd)": "ok",
         "flat groups": "ok",
     }  # fmt: skip
+
+
+def test_no_signs_without_a_base(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", 3)
+    run.metrics.write_text('{"iteration": 1, "policy/entropy": 1, "policy/base_entropy": 0}\n')
+    assert "token entropy" not in {sign.name for sign in summary.indicators(read_run(run))}
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_rollouts_that_were_not_kept(tmp_path: Path) -> None:
 
 def test_the_timeline_of_a_whole_run(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", 5)
-    trace = timeline.read_trace(run.trace, [])
+    trace = timeline.read_trace(run.trace, [], 1 << 20)
     figure = timeline.busy_map(trace)
     assert figure is not None
     heat = figure["data"][0]
@@ -145,14 +145,47 @@ def test_the_timeline_of_a_whole_run(tmp_path: Path) -> None:
     bars, count = timeline.last_iterations(trace)
     assert count == 3
     names = {each["name"]: each for each in bars["data"]}
-    assert names["sample"]["base"] == [0, 0, 1000, 1000, 2000, 2000]
+    assert names["sample"]["base"] == [0, 0, 1, 1, 2, 2]
     assert names["wait groups"]["marker"]["color"] == "var(--wait)"
     chart = timeline.idle_chart(trace, [1, 2, 3, 4, 5])
     assert chart is not None
     assert {line.name for line in chart.lines} == {"sampler", "reward-server", "learner"}
 
 
-def test_a_long_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timeline_of_a_resumed_run_has_no_gap_and_nothing_twice(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    trace = Trace(path, resume=False)
+    began = [(1, 1000.0), (2, 1001.0), (3, 1002.0), (3, 90000.0), (4, 90001.0)]
+    for number, start in began:  # iteration 3 is repeated a day later
+        trace.add([Span("learner", "learn", start, start + 1 / number)])
+        mark = {"name": "idle share", "ph": "C", "ts": round((start + 1) * 1e6), "pid": 1}
+        trace._write(mark | {"iteration": number, "args": {"learner": 1 - 1 / number}})
+    trace.close()
+    found = timeline.read_trace(path, [], 1 << 20)
+    starts = [999_000_000, 89_990_000_000]
+    chart = timeline.idle_chart(found, [1.0, 2.0, 3.0, 4.0])
+    assert chart is not None
+    assert [line.x for line in chart.lines] == [[1, 2, 3, 4]]
+    figure = timeline.busy_map(found, starts)
+    assert figure is not None
+    heat = figure["data"][0]
+    assert max(heat["x"]) * 60 == pytest.approx(4, abs=0.05)  # seconds; of 3 and 2 iterations
+    busy = 100 * (1 / 2 + 1 / 3 + 1 / 3 + 1 / 4) / 4
+    assert np.mean(heat["z"]) == pytest.approx(busy, abs=1)
+    bars, count = timeline.last_iterations(found, starts)
+    assert count == 2
+    assert bars["data"][0]["base"] == [0, 1]
+
+
+def test_a_stop_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extremes, "RolloutDecoder", lambda *_: 1 / 0)
+    data = read_run(made_run(tmp_path / "run", 6))
+    found, why = extremes.section(data, extremes.AT_STOP, 1e6)
+    assert found is None
+    assert "learner.report" in why
+
+
+def test_a_long_trace_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     trace = Trace(path, resume=False)
     for at in range(3000):
@@ -161,12 +194,11 @@ def test_a_long_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             mark = {"name": "idle share", "ph": "C", "ts": round((1001 + at) * 1e6), "pid": 1}
             trace._write(mark | {"args": {"sampler": 0.5}})
     trace.close()
-    found = timeline.read_trace(path, [])
+    found = timeline.read_trace(path, [], 1 << 20)
     bars, count = timeline.last_iterations(found)
     assert count == 1
     assert sum(len(each["x"]) for each in bars["data"]) <= timeline.MOST_SPANS
-    monkeypatch.setattr(timeline, "LARGEST", path.stat().st_size // 4)
-    end = timeline.read_trace(path, [])
+    end = timeline.read_trace(path, [], path.stat().st_size // 4)
     assert end.cut
     assert len(end.idle) == 1
     assert set(end.rows) == {f"sampler-{at}" for at in range(7)}
@@ -178,6 +210,6 @@ def test_a_gpu_that_is_full_costs_the_images_alone(
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(extremes, "decode_images", fail)
+    monkeypatch.setattr(extremes, "RolloutDecoder", fail)
     data = read_run(made_run(tmp_path / "run", 6))
     assert extremes.section(data, extremes.AT_END, 1e6) == (None, "CUDA out of memory")

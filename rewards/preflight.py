@@ -12,7 +12,7 @@ from cluster.messages import Condition
 from cluster.preflight import Findings
 from rewards.base import ImageWork
 from rewards.config import NETWORKS, JudgeConfig, RewardsConfig, RewardServerConfig
-from rewards.networks.features import FeaturesConfig
+from rewards.networks.features import FeaturesConfig, convnet_file
 from rewards.networks.features_check import check_features, features_memory, features_work
 from rewards.scorers.config import ScorerConfig
 from rewards.scorers.prompts import PromptConfig
@@ -187,7 +187,10 @@ def model_of(scorer: ScorerConfig) -> tuple[str, str]:
 
 def same_space(first: FeaturesConfig, second: FeaturesConfig) -> bool:
     """Whether two configurations name one network."""
-    names = [(each.network, each.model, each.checkpoint) for each in (first, second)]
+    names = []
+    for each in (first, second):
+        file = convnet_file(each) if each.network == "convnet" else each.checkpoint
+        names.append((each.network, each.model, file))
     return names[0] == names[1]
 
 

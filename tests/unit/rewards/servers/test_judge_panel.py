@@ -16,7 +16,7 @@ from rewards.config import (
     RewardsConfig,
     RewardServerConfig,
 )
-from rewards.networks.features import FeaturesConfig
+from rewards.networks.features import MINIATURE, FeaturesConfig
 from rewards.preflight import judge_work, same_networks
 from rewards.scorers.clip import ClipConfig, ClipTerm
 from rewards.servers.reward_server import RewardServer
@@ -56,6 +56,8 @@ def test_a_network_of_a_reward_is_no_judge() -> None:
     assert "Name another model (judge.clip.model, judge.clip.pretrained)" in notes[0]
     logged = replace(rewards, clip=ClipTerm(weight=0))  # a reward that is only logged
     assert len(same_networks(logged, same)) == 1
+    shipped = JudgeConfig(features=FeaturesConfig(checkpoint=MINIATURE))
+    assert len(same_networks(RewardsConfig(features=FeaturesConfig()), shipped)) == 1
 
 
 @pytest.mark.parametrize("second", ["dinov2", "inception"])

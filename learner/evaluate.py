@@ -31,7 +31,7 @@ from actors.preflight import check_models, image_side
 from cluster.errors import ConfigError, StopRequestedError, TesseraError
 from cluster.fleet import Fleet
 from cluster.io.locks import locked
-from cluster.io.paths import expand_user
+from cluster.io.paths import output_path
 from cluster.io.run_layout import CAPTIONS
 from cluster.open_fleet import open_fleet
 from cluster.preflight import Findings
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             job = parse(arguments)
             if isinstance(job, Command):
-                return _compare(job, console)
+                return _compare(job, console, owned)
             if job.config.reproducible:
                 deterministic_environment()
             found = findings_of(job)
@@ -118,6 +118,12 @@ def findings_of(job: Job) -> Findings:
                 module.null_conditions(module.encode(config.conditions.conditions()[:1]))
     check_evaluation(job.config, side, found)
     _check_counts(job, found)
+    if any(row.spec for row in job.rows) and job.config.sampler.max_groups > 1:
+        found.notes.append(
+            f"sampler.max_groups is {job.config.sampler.max_groups}: which groups are decoded "
+            "together depends on timing, so that an evaluation that was killed and continued is "
+            "not bit for bit the same; --sampler.max-groups 1 makes it so"
+        )
     for name in dict.fromkeys(row.spec.guidance_note for row in job.rows if row.spec):
         found.notes += [f"--cfg-scales: {name}"] if name else []
     if not job.command.inline:
@@ -312,14 +318,18 @@ def _nodes(job: Job) -> list[Node]:
         return [local_node()]
 
 
-def _compare(command: Command, console: Console) -> int:
+def _compare(command: Command, console: Console, owned: ExitStack) -> int:
     """--compare: from kept samples alone."""
     if len(command.compare) != 2:
         raise ConfigError(f"--compare takes two rows, found {len(command.compare)}")
-    out = expand_user(command.out) if command.out else None
+    out = output_path(command.out, "--out") if command.out else None
+    if out is not None:
+        check_out(out)
     first, second = (find_side(name, out) for name in command.compare)
-    settings = MetricSettings(splits=command.splits, bootstrap=command.bootstrap)
-    comparison = compare_sides(first, second, settings)
+    if out is not None:
+        owned.enter_context(locked(out, f"--out {out}"))
+        check_out(out)  # again, now that it is locked
+    comparison = compare_sides(first, second, command.bootstrap)
     show_comparison(comparison, console)
     if out is not None:
         write_comparison(out, comparison)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from cluster.io.paths import expand_user
-from learner.evaluation.kept.identity import FILES, JUDGE, differences
-from learner.evaluation.kept.real import read_real
+from cluster.io.strict_json import MALFORMED
+from learner.evaluation.kept.identity import FILES, JUDGE, JUDGE_DEVICE, differences
+from learner.evaluation.kept.real import REAL, kept_identity, read_real
 from learner.evaluation.kept.samples import (
+    CONTINUE,
     MANIFEST,
     SAMPLES,
     KeptSamples,
@@ -38,6 +41,9 @@ from rewards.metrics.samples import RealImages, Samples
 LEVEL = 0.05  # of significance
 OF_POLICY = ("policy", "tokenizer", "sampling", "images")
 """What two compared rows may differ in."""
+SETTINGS = ("neighbours", "splits", "seed")
+REAL_IMAGES = "real images"
+"""Of results.json."""
 COMPARISON_JSON, COMPARISON_MARKDOWN = "comparison.json", "comparison.md"
 NOTE = (
     "Difference: the second minus the first, with its 95 % interval. p: two-sided, of the paired "
@@ -132,23 +138,93 @@ def check_comparable(first: Side, second: Side) -> None:
     besides = list(OF_POLICY)
     if given:  # images of unknown seed and conditions
         every = {**first.identity, **second.identity}
-        besides = [name for name in every if name not in (JUDGE, FILES)]
+        besides = [name for name in every if name not in (JUDGE, FILES, JUDGE_DEVICE)]
     if found := differences(first.identity, second.identity, besides):
+        raise _incomparable(first, second, found)
+    if len(first.kept) != len(second.kept):
         raise ConfigError(
-            f"{first.kept.folder} and {second.kept.folder} cannot be compared: "
-            f"{'; '.join(found)}: evaluate both with the same settings"
+            f"{first.kept.folder} has {len(first.kept)} images and {second.kept.folder} "
+            f"{len(second.kept)}: FID, recall, coverage and others depend on how many there are: "
+            "evaluate as many of both (--num-images of policies; of a folder or file, name one "
+            "with as many)"
         )
 
 
-def compare_sides(first: Side, second: Side, settings: MetricSettings) -> Comparison:
-    """Compare two rows; loads both.
+def _incomparable(first: Side, second: Side, found: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"{first.kept.folder} and {second.kept.folder} cannot be compared: "
+        f"{'; '.join(found)}: evaluate both with the same settings"
+    )
+
+
+def _results(side: Side) -> dict[str, Any]:
+    """Settings of a side's evaluation.
+
+    Raises:
+        ConfigError: it has no results yet.
+        DataError: they are damaged.
+    """
+    path = side.folder / JSON
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file, which says how the figures of {side.name} are computed: give "
+            "the command that evaluated it again"
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = {name: int(found[name]) for name in SETTINGS}
+        return settings | {REAL_IMAGES: str(found[REAL_IMAGES])}
+    except MALFORMED as error:
+        raise DataError(f"{path}: damaged ({error}): remove it, and {CONTINUE}") from error
+
+
+def settings_of(first: Side, second: Side) -> MetricSettings:
+    """The settings that both sides' figures were computed with.
+
+    Raises:
+        ConfigError: they differ, or a side has no results.
+        DataError: its results are damaged.
+    """
+    ours, theirs = ({name: _results(side)[name] for name in SETTINGS} for side in (first, second))
+    if found := differences(ours, theirs):
+        raise _incomparable(first, second, found)
+    return MetricSettings(**ours)
+
+
+def _real(first: Side, second: Side) -> RealImages:
+    """The real images of both sides.
+
+    Raises:
+        ConfigError: the sides have other ones, or those of one are gone.
+        DataError: a file is damaged.
+    """
+    identities = [kept_identity(side.folder) for side in (first, second)]
+    for side, identity in zip((first, second), identities):
+        if identity is None and _results(side)[REAL_IMAGES] != "none":
+            raise ConfigError(
+                f"{side.folder / REAL}: the real images of {side.name} are gone: give the command "
+                "that evaluated it again"
+            )
+    ours, theirs = ({} if identity is None else identity for identity in identities)
+    moved = bool(ours.get("sha256")) and ours.get("sha256") == theirs.get("sha256")
+    if found := differences(ours, theirs, ["images"] if moved else []):
+        raise _incomparable(first, second, [f"real {found[0]}", *found[1:]])
+    return read_real(first.folder) or RealImages()
+
+
+def compare_sides(first: Side, second: Side, bootstrap: int) -> Comparison:
+    """Compare two rows, with the settings that they were evaluated with; loads both.
+
+    Args:
+        bootstrap: number of resamples.
 
     Raises:
         ConfigError: they cannot be compared.
         DataError: a file is damaged, or there are too few images.
     """
     check_comparable(first, second)
-    real = read_real(first.folder) or RealImages()
+    settings = replace(settings_of(first, second), bootstrap=bootstrap)
+    real = _real(first, second)
     samples = [side.kept.read() for side in (first, second)]
     return compared((first.name, second.name), samples, real, settings)
 

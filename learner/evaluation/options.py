@@ -81,8 +81,9 @@ class Command(PolicyOptions, BenchmarkOptions):
     """Parts of the images whose Inception Scores are averaged; 10 of 50,000 images are the ADM
     evaluator's."""
     compare: tuple[str, ...] = ()
-    """Compare two evaluated rows. Each is a directory of kept samples (DIR/samples/ROW), an
-    evaluation with one row, or with --out DIR the name of a row in it."""
+    """Compare two evaluated rows, with the settings that they were evaluated with. Each is a
+    directory of kept samples (DIR/samples/ROW), an evaluation with one row, or with --out DIR the
+    name of a row in it."""
     inline: bool = False
     """Run every role in this process, without Ray."""
     dry_run: bool = False
@@ -131,6 +132,15 @@ class Arguments:
     """WHAT, before all options."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparing:
+    """Those of `Command` that --compare reads."""
+
+    compare: tuple[str, ...] = ()
+    out: str = Command.out
+    bootstrap: int = Command.bootstrap
+
+
 @dataclass(frozen=True)
 class Job:
     """A parsed command line."""
@@ -163,7 +173,7 @@ def parse(arguments: list[str] | None) -> Command | Job:
     if command.compare:
         if what:
             raise ConfigError(f"--compare takes its two rows itself: leave {' '.join(what)} out")
-        return _parsed(options, Arguments(command=command), prog).command
+        return _comparing(options)
     base_config, targets = find_targets(what, command.preset, command)
     parsed = _parsed(options, Arguments(command=command, run=Settings.of(base_config)), prog)
     out, benchmark = _out(parsed.command, what, targets), BenchmarkRun.of(parsed.command)
@@ -177,6 +187,21 @@ def parse(arguments: list[str] | None) -> Command | Job:
     own = config.tokenizer == base_config.tokenizer  # else --tokenizer says another one
     configs = {row.name: config_of(config, row.target, own_tokenizer=own) for row in rows}
     return Job(parsed.command, config, rows, configs, out, benchmark)
+
+
+def _comparing(options: list[str]) -> Command:
+    """The options of --compare.
+
+    Raises:
+        ConfigError: others are there, which it would not read.
+    """
+    found, others = tyro.cli(Comparing, args=options, return_unknown_args=True, add_help=False)
+    if others:
+        raise ConfigError(
+            "--compare reads --out and --bootstrap alone; all else is as in the evaluations of its "
+            f"rows: leave {' '.join(others)} out, or evaluate them again with it"
+        )
+    return Command(compare=found.compare, out=found.out, bootstrap=found.bootstrap)
 
 
 def _parsed(options: list[str], default: Arguments, prog: str) -> Arguments:

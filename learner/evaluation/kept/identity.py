@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import logging
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,25 @@ import numpy as np
 from actors.checkpoints.loading import CheckpointConfig
 from cluster.errors import CheckpointError
 from cluster.io.checksum import sha256_of
+from cluster.io.paths import expand_user
 from cluster.messages import Condition, FeatureRow
 from cluster.model_files.tensors import PACKAGE, anywhere
 from learner.config import RunConfig, to_dict
 from learner.data.datasets import open_images
 from learner.evaluation.held_out import GROUP
 from learner.evaluation.rows import Row
+from rewards.images.folder import walk
+from rewards.reference.fetch import reference_file
 
-JUDGE, FILES = "judge", "judge_files"
+logger = logging.getLogger(__name__)
+
+JUDGE, FILES, JUDGE_DEVICE = "judge", "judge_files", "judge_device"
 NAMES = ("policy.checkpoint", "tokenizer.checkpoint", "images.source")
 """Fields for messages alone: a file that was moved is the same."""
+MODELS = ("checkpoint", "model", "pretrained")
+"""Settings that name a file or directory, if it exists."""
+READERS = 8  # threads; hashlib releases the GIL
+LARGE = 1 << 30  # bytes of a folder that take long enough to say so
 EVERY = 16  # hexadecimal digits of digests that are shown
 
 
@@ -49,21 +61,34 @@ def identity_of(config: RunConfig, row: Row) -> dict[str, Any]:
         "conditions": digest_of(config.conditions.conditions()),
         "dtype": config.sampler.dtype,
         "image_dtype": config.sampler.image_dtype,
+        "kernels": config.sampler.kernels,
+        "device": config.sampler.device,
+        "reproducible": config.reproducible,
         **judge,
     }
 
 
 def judge_identity(config: RunConfig) -> dict[str, Any]:
-    """The judge's settings, and digests of the files that they name.
+    """The judge's settings, digests of the files that they name, and its kind of device.
 
     Raises:
         CheckpointError: a file is missing.
     """
     judge = to_dict(config)[JUDGE]
     named = {name: value for name, value in _flat(judge).items() if isinstance(value, str)}
-    paths = {n: v for n, v in named.items() if v.startswith(PACKAGE) or "/" in v}
+    paths = {
+        name: value
+        for name, value in named.items()
+        if value.startswith(PACKAGE)
+        or "/" in value
+        or (value and name.rpartition(".")[2] in MODELS)  # maybe a file in this directory
+    }
     there = {name: place for name, value in paths.items() if (place := _place(value))}
-    return {JUDGE: judge, FILES: {name: file_digest(place) for name, place in there.items()}}
+    return {
+        JUDGE: judge,
+        FILES: {name: file_digest(place) for name, place in there.items()},
+        JUDGE_DEVICE: config.reward.device,
+    }
 
 
 def _place(value: str) -> Path | None:
@@ -84,12 +109,39 @@ def _model(config: CheckpointConfig) -> dict[str, Any]:
 
 
 def _images(source: str) -> dict[str, Any]:
-    opened, path = open_images(source), Path(source).expanduser()
+    opened = open_images(source)
     if isinstance(opened.images, np.ndarray):
         digest = hashlib.sha256(opened.images.tobytes()).hexdigest()
     else:
-        digest = file_digest(path) if path.is_file() else opened.images.fingerprint
+        digest = images_digest(source)
     return {"source": source, "count": len(opened), "digest": digest}
+
+
+def images_digest(source: str) -> str:
+    """SHA-256 of the file behind a source of images; of a folder, of names and contents of all its
+    images and Parquet files, at any depth. Empty if there is neither.
+
+    Of contents, since sizes stay when images are replaced (BMP, raw Parquet), and times change when
+    a folder is copied. The judge's networks take longer than hashing; of a folder it is done again
+    whenever a command starts.
+
+    Raises:
+        DataError: a folder cannot be listed.
+        OSError: a file cannot be read.
+    """
+    path = expand_user(reference_file(source))
+    if path.is_file():
+        return file_digest(path)
+    if not source or not path.is_dir():
+        return ""
+    contents = walk(path)
+    names = sorted([*contents.images, *contents.parquet])
+    if (size := sum(map(os.path.getsize, [path / name for name in names]))) > LARGE:
+        logger.info(f"reading {len(names)} files of {source} ({size / 1e9:.0f} GB), to know them")
+    with ThreadPoolExecutor(READERS) as pool:
+        digests = list(pool.map(sha256_of, [path / name for name in names]))
+    lines = "".join(f"{digest} {name}\n" for digest, name in zip(digests, names))
+    return hashlib.sha256(os.fsencode(lines)).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -16,15 +16,13 @@ import numpy as np
 from cluster.errors import ConfigError, DataError
 from cluster.io.checksum import DAMAGED_ARRAYS
 from cluster.io.files import replacing, writing
-from cluster.io.paths import expand_user
 from cluster.io.strict_json import MALFORMED
 from learner.config import RunConfig
 from learner.data.datasets import DIGITS
-from learner.evaluation.kept.identity import differences, file_digest, judge_identity
+from learner.evaluation.kept.identity import differences, images_digest, judge_identity
 from learner.evaluation.kept.samples import CONTINUE, FEATURES, MANIFEST, write_json
 from rewards.distribution.reference import Reference
 from rewards.metrics.samples import RealImages
-from rewards.reference.fetch import reference_file
 
 REAL = "real"
 MOMENTS = "moments/"
@@ -36,10 +34,10 @@ def real_identity(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: the home directory of a path is not known.
+        CheckpointError, DataError, OSError: a file cannot be read.
     """
     source = config.evaluation.images
-    path = expand_user(reference_file(source))
-    digest = file_digest(path) if not source.startswith(DIGITS) and path.is_file() else ""
+    digest = "" if source.startswith(DIGITS) else images_digest(source)
     return {"images": source, "sha256": digest, **judge_identity(config)}
 
 
@@ -64,6 +62,21 @@ def write_real(out: Path, identity: Mapping[str, Any], real: RealImages) -> None
     write_json(out / REAL / MANIFEST, {"identity": identity, "moments": about})
 
 
+def kept_identity(out: Path) -> dict[str, Any] | None:
+    """What the kept ones are of; None if there are none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = out / REAL / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["identity"])
+    except MALFORMED as error:
+        raise _damaged(path, error) from error
+
+
 def read_real(out: Path, identity: Mapping[str, Any] | None = None) -> RealImages | None:
     """The kept ones; None if there are none.
 
@@ -77,7 +90,6 @@ def read_real(out: Path, identity: Mapping[str, Any] | None = None) -> RealImage
     path = out / REAL / MANIFEST
     if not path.is_file():
         return None
-    remedy = f"remove {path.parent}, and {CONTINUE}"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if identity is not None and (found := differences(manifest["identity"], identity)):
@@ -94,7 +106,12 @@ def read_real(out: Path, identity: Mapping[str, Any] | None = None) -> RealImage
     except ConfigError:
         raise
     except (*MALFORMED, *DAMAGED_ARRAYS, DataError) as error:
-        raise DataError(f"{path.parent}: damaged ({error}): {remedy}") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(manifest: Path, error: Exception) -> DataError:
+    folder = manifest.parent
+    return DataError(f"{folder}: damaged ({error}): remove {folder}, and {CONTINUE}")
 
 
 def _reference(

@@ -18,6 +18,7 @@ import pytest
 
 from cluster.errors import StopRequestedError
 from cluster.fleet import InlineFleet
+from cluster.io.locks import locked
 from cluster.messages import SamplingSpec
 from cluster.program.console import INTERRUPTED, REFUSED
 from learner.config import dump, load_preset
@@ -139,6 +140,10 @@ def test_another_metric_costs_no_sampling(
     after = figures(whole)
     assert after["base"]["fid"] == before["base"]["fid"]
     assert after["base"]["coverage"] != before["base"]["coverage"]
+    line = ["--compare", "base", "base, CFG 2", "--out", str(whole), "--bootstrap", "1000"]
+    assert main(line) == 0  # with as many neighbours
+    compared = json.loads((whole / "comparison.json").read_text())["figures"]["coverage"]
+    assert compared["first"]["value"] == after["base"]["coverage"]["value"]
     assert main([*OPTIONS, *SCALES, "--out", str(whole)]) == 0
     assert figures(whole) == before
     assert "FID ↓" in capsys.readouterr().out
@@ -223,6 +228,9 @@ def test_two_rows_are_compared_image_by_image(
     capsys.readouterr()
     assert main(["--compare", *rows, "--bootstrap", "100"]) == REFUSED
     assert "none could be significant: set at least 5" in capsys.readouterr().err
+    with locked(whole, "a test"):
+        assert main(line) == REFUSED
+    assert str(whole) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -235,6 +243,11 @@ def test_two_rows_are_compared_image_by_image(
         (["--compare", "a"], "--compare takes two rows, found 1"),
         (["--compare", "a", "b"], "expected the directory of an evaluation or of one of its rows"),
         (["runs/x", "--compare", "a", "b"], "--compare takes its two rows itself"),
+        (
+            ["--compare", "a", "b", "--evaluation.neighbours", "3", "--out", "c", "--seed", "1"],
+            "--compare reads --out and --bootstrap alone; all else is as in the evaluations of its "
+            "rows: leave --evaluation.neighbours 3 --seed 1 out",
+        ),
         ([*OPTIONS, "--evaluation.images", "none.npz"], "none.npz: no such file"),
         ([*OPTIONS, "--num-images", "4"], "more than 5 images"),
         (["digits:train", *OPTIONS, "--step", "3"], "--step 3 is of a run's checkpoint"),
@@ -289,6 +302,10 @@ def test_a_directory_of_something_else_is_refused(
     (tmp_path / "thesis.tex").touch()
     assert main([*OPTIONS, "--out", str(tmp_path)]) == REFUSED
     assert "holds something else (thesis.tex)" in capsys.readouterr().err
+    assert main(["--compare", "a", "b", "--out", str(tmp_path)]) == REFUSED
+    assert "holds something else (thesis.tex)" in capsys.readouterr().err
+    assert main(["--compare", "a", "b", "--out", str(tmp_path / "thesis.tex")]) == REFUSED
+    assert "thesis.tex is a file: name a directory" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_would_be_sampled(
@@ -299,10 +316,12 @@ def test_a_dry_run_says_what_would_be_sampled(
     text = capsys.readouterr().out
     assert "base, CFG 2" in text
     assert "120 images of each policy" in text
+    assert "--sampler.max-groups" not in text
     assert not out.exists()
     line = ["llamagen-b-256", "--preset", "llamagen-b-256", "--cfg-scales", "1", "2", "--inline"]
     line += ["--num-images", "50000", "--dry-run", "--out", str(out)]
     assert main(line) == REFUSED  # its weights are not here
     text = capsys.readouterr().out
     assert load_preset("llamagen-b-256").policy.checkpoint in text
+    assert "not bit for bit the same; --sampler.max-groups 1 makes it so" in text
     assert re.search(r"about [\d.]+ minutes of sampling on \w+, by arithmetic", text)

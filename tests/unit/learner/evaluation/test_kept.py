@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cluster.errors import ConfigError, DataError, StorageError
 from cluster.messages import Condition, FeatureRow
-from learner.evaluation.kept.identity import differences, digest_of, identity_of
+from learner.evaluation.kept.identity import (
+    differences,
+    digest_of,
+    identity_of,
+    judge_identity,
+)
 from learner.evaluation.kept.images import NpzSink
 from learner.evaluation.kept.real import read_real, real_identity, write_real
 from learner.evaluation.kept.samples import KeptSamples, mixed, parts_of
@@ -208,6 +215,10 @@ def test_everything_that_samples_depend_on_is_in_their_identity() -> None:
         "image_size": {"evaluation": {"image_size": 4}},
         "conditions": {"conditions": {"classes": [0, 1]}},
         "dtype": {"sampler": {"dtype": "bfloat16"}},
+        "kernels": {"sampler": {"kernels": "torch"}},
+        "device": {"sampler": {"num_gpus": 0.5}},
+        "judge_device": {"reward": {"num_gpus": 0.5}},
+        "reproducible": {"reproducible": True},
         "judge.clip.precision": {"judge": {"clip": {"precision": "bf16"}}},
     }
     for field, change in changes.items():
@@ -216,6 +227,53 @@ def test_everything_that_samples_depend_on_is_in_their_identity() -> None:
     assert differences(identity, identity_of(config, guided)) == [
         "sampling.cfg_scale: 1.0, not 1.5", "sampling.guidance: 'none', not 'guided'",
     ]  # fmt: skip
+
+
+def test_folders_are_known_by_the_contents_of_their_images(tmp_path: Path) -> None:
+    """At any depth, as images to evaluate and as real images; BMPs keep their size."""
+    folder = tmp_path / "images"
+    (folder / "cats").mkdir(parents=True)
+    file = folder / "cats" / "0.bmp"
+    pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    Image.fromarray(pixels).save(file)
+    config = small_config(evaluation={"images": str(folder)})
+    (row,) = rows_of([Target(name="images", images=str(folder))], config)
+    of_each = [identity_of(config, row), real_identity(config)]
+    size, times = file.stat().st_size, (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    os.utime(file, ns=(times[0], times[1] + 10**9))
+    assert [identity_of(config, row), real_identity(config)] == of_each
+    Image.fromarray(255 - pixels).save(file)
+    os.utime(file, ns=times)
+    assert file.stat().st_size == size
+    changed = [identity_of(config, row), real_identity(config)]
+    names = [
+        [line.partition(":")[0] for line in differences(before, after)]
+        for before, after in zip(of_each, changed)
+    ]
+    assert names == [["images.digest"], ["sha256"]]
+
+
+def test_folders_of_parquet_files_are_known_by_their_contents(tmp_path: Path) -> None:
+    config = small_config(evaluation={"images": str(tmp_path)})
+    digests = set[str]()
+    for content in (b"PAR1 a PAR1", b"PAR1 b PAR1"):
+        (tmp_path / "train-0.parquet").write_bytes(content)
+        digests.add(real_identity(config)["sha256"])
+    assert len(digests) == 2
+    assert "" not in digests
+
+
+def test_checkpoints_named_without_a_directory_are_known_by_their_contents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = small_config(judge={"features": {"checkpoint": "judge.safetensors"}})
+    assert "features.checkpoint" not in judge_identity(config)["judge_files"]
+    digests = set[str]()
+    for content in (b"one", b"another"):
+        (tmp_path / "judge.safetensors").write_bytes(content)
+        digests.add(judge_identity(config)["judge_files"]["features.checkpoint"])
+    assert len(digests) == 2
 
 
 def test_conditions_are_their_texts_classes_and_features() -> None:

@@ -10,8 +10,19 @@ import pytest
 from rich.console import Console
 
 from cluster.errors import ConfigError
-from learner.evaluation.comparison import Comparison, Line, compared, find_side, holm, verdict
-from learner.evaluation.kept.samples import KeptSamples
+from learner.evaluation.comparison import (
+    Comparison,
+    Line,
+    Side,
+    compare_sides,
+    compared,
+    find_side,
+    holm,
+    settings_of,
+    verdict,
+)
+from learner.evaluation.kept.real import write_real
+from learner.evaluation.kept.samples import KeptSamples, write_json
 from learner.evaluation.results import (
     Results,
     best_of,
@@ -122,6 +133,49 @@ def test_pairs_show_differences_smaller_than_the_spread() -> None:
     assert clip.significant
     assert clip.difference.value == pytest.approx(0.01, rel=1e-3)
     assert clip.first.high - clip.first.low > 0.2
+
+
+def side(out: Path, images: int = 40, neighbours: int = 3, real: str = "a.npz") -> Side:
+    """An evaluation of given images in a directory, of one row."""
+    features = np.random.default_rng(0).normal(size=(images, 2)).astype(np.float32)
+    kept = KeptSamples.begin(out / "samples" / "x", "x", {"images": {"digest": str(out)}}, [images])
+    kept.write(0, {"features/features": features})
+    write_real(out, {"images": real, "sha256": real}, RealImages({"features": features + 1}))
+    write_json(
+        out / "results.json",
+        {"neighbours": neighbours, "splits": 10, "seed": 0, "real images": real},
+    )
+    return find_side(str(out), None)
+
+
+def test_rows_are_compared_as_they_were_evaluated(tmp_path: Path) -> None:
+    first, second = side(tmp_path / "a"), side(tmp_path / "b")
+    assert settings_of(first, second).neighbours == 3
+    assert {"fid", "coverage"} <= compare_sides(first, second, 1000).lines.keys()
+    other = side(tmp_path / "c", neighbours=7)
+    with pytest.raises(ConfigError, match=r"cannot be compared: neighbours: 3, not 7"):
+        compare_sides(first, other, 1000)
+    (tmp_path / "b" / "results.json").unlink()
+    with pytest.raises(ConfigError, match=r"b/results.json: no such file"):
+        compare_sides(first, second, 1000)
+
+
+def test_rows_of_other_real_images_are_not_compared(tmp_path: Path) -> None:
+    first, other = side(tmp_path / "a"), side(tmp_path / "b", real="other.npz")
+    with pytest.raises(ConfigError, match=r"real images: 'a.npz', not 'other.npz'; sha256: "):
+        compare_sides(first, other, 1000)
+    moved = side(tmp_path / "c")
+    write_real(moved.folder, {"images": "moved/a.npz", "sha256": "a.npz"}, RealImages())
+    assert compare_sides(first, moved, 1000).lines.keys() >= {"fid"}
+    (first.folder / "real" / "manifest.json").unlink()
+    for pair in ((first, moved), (moved, first)):
+        with pytest.raises(ConfigError, match=r"a/real: the real images of x are gone"):
+            compare_sides(*pair, 1000)
+
+
+def test_rows_of_other_numbers_of_images_are_not_compared(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has 40 images and .* 30: FID, recall, coverage"):
+        compare_sides(side(tmp_path / "a"), side(tmp_path / "b", images=30), 1000)
 
 
 def test_rows_are_named_by_directory_or_by_name(tmp_path: Path) -> None:

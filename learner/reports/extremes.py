@@ -191,6 +191,8 @@ def section(data: RunData, how: Decoding, budget: float) -> tuple[dict[str, Any]
         images = decoded(data, keys, how)
     except (TesseraError, RuntimeError, MemoryError, OSError) as error:  # torch's among them
         return None, str(error)
+    if not images:
+        return None, "their tokens are not in the rollouts"
     limit = min(LARGEST, budget / max(len(images), 1) / 4 * 3)
     sources = {key: encode_single(image, limit) for key, image in images.items()}
     small = max(next(iter(images.values())).shape[:2]) <= 64

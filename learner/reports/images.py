@@ -60,13 +60,14 @@ def gallery_sheets(folder: Path, done: int, problems: list[str]) -> list[Sheet]:
     for path in sorted(folder.glob("*.png")) if folder.is_dir() else ():
         step = step_of(path.stem)
         names = {"base": (0, "base policy"), "tuned": (done, "tuned policy")}
-        if step is not None:
-            place, title = step, f"iteration {step}"
-        elif path.stem in names:
-            place, title = names[path.stem]
-        else:
+        if step is None and path.stem not in names:
             continue
-        found[place] = Sheet(path, title, place, sidecar(path, problems))
+        cells = sidecar(path, problems)
+        place, title = names.get(path.stem, (step or 0, f"iteration {step}"))
+        if path.stem == "tuned" and cells.get("step", done) != done:  # the run went on
+            place = cells["step"]
+            title = f"tuned policy, after {place} iterations"
+        found[place] = Sheet(path, title, place, cells)
     return [found[step] for step in sorted(found)]
 
 
@@ -88,6 +89,8 @@ def sidecar(path: Path, problems: list[str]) -> dict[str, Any]:
             "cell": [width, height],
             "rows": [_row_text(row) for row in rows],
         }
+        if "step" in found:
+            checked["step"] = int(found["step"])
         checked["scores"] = {
             printable(name): [_numbers(row, columns) for row in list(values)[: len(rows)]]
             for name, values in (found.get("scores") or {}).items()
@@ -187,5 +190,7 @@ def nearest_sheet(folder: Path, budget: float, problems: list[str]) -> dict[str,
     path = folder / f"{NEAREST}.png"
     if not path.is_file():
         return None
-    found = encoded_sheets([Sheet(path, "", 0, sidecar(path, problems))], budget, problems)
+    cells = sidecar(path, problems)
+    title = f"after {cells['step']} iterations" if "step" in cells else ""
+    found = encoded_sheets([Sheet(path, title, 0, cells)], budget, problems)
     return found[0] if found else None

@@ -11,8 +11,7 @@ import functools
 import gzip
 import importlib.resources
 import json
-import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,17 +21,17 @@ import markupsafe
 
 from cluster.control.discovery import resume_command
 from cluster.io.locks import owner_of
-from cluster.io.run_layout import CONFIG
 from cluster.io.starts import END, EVENT, HOW
 from cluster.io.strict_json import MALFORMED, dumps
-from cluster.program.invocation import command_of
 from cluster.program.streams import printable
 from learner.monitoring.timeline import RoleUse, bottleneck
 from learner.reports import extremes, images, panels, summary, timeline
 from learner.reports.charts import MOST_POINTS, Chart, Figure, points_per_mean
 from learner.reports.reading import (
     RunData,
+    command_to_repeat,
     differing,
+    hardware_lines,
     plain_number,
     read_run,
     state_of,
@@ -45,12 +44,17 @@ from rewards.metrics.evaluation import BETTER
 LARGEST = 10_000_000
 """Bytes of a page."""
 TEXT = 1_500_000
-"""Bytes kept free for data and text, and as many again for every further run."""
-SHARES = {"sheets": 0.6, "extremes": 0.25, "nearest": 0.1}
-"""Of the bytes for images."""
+"""Bytes of data and text, about, while the shares of images are divided."""
+MARGIN = 20_000
+"""Bytes kept free for notes on damaged galleries."""
+SHARES = {"extremes": 0.25, "nearest": 0.1}
+"""Of the bytes for images; galleries have what is left."""
 LONGEST_CONFIG = 60_000  # characters
 LONGEST_NOTE = 600
 FOLDER = "templates"
+NO_VERDICT = summary.Verdict("The evaluation cannot be read", [], [], "")
+NO_TIMELINE: dict[str, Any] = {"map": "", "last": "", "count": 0, "idle": [], "cut": False,
+                               "bottleneck": ""}  # fmt: skip
 SECOND_PART = "the same in the judge's second features"
 
 
@@ -65,6 +69,9 @@ class Plots:
         return [self.card(f"{prefix}-{chart.key}", chart) for chart in charts]
 
     def card(self, key: str, chart: Chart) -> dict[str, str]:
+        key = printable(key)  # as in the template's attributes
+        if key in self.figures:
+            key = f"{key}-{len(self.figures)}"
         self.figures[key] = chart.figure()
         return {"key": key, "title": printable(chart.title), "unit": chart.unit,
                 "note": printable(chart.note)}  # fmt: skip
@@ -78,10 +85,9 @@ def render(directories: Sequence[RunDirectory], decoding: extremes.Decoding) -> 
     """
     runs = [read_run(directory) for directory in directories]
     plots = Plots({})
-    room = (LARGEST - len(library()) - TEXT * len(runs)) / len(runs)
     several = len(runs) > 1
-    sections = [_run_section(run, plots, max(room, 0.0), decoding, several) for run in runs]
-    first = sections[0]
+    room = max(LARGEST - len(library()) - TEXT, 0.0)
+    sections = [_run_section(run, plots, room, decoding, several) for run in runs]
     topics = panels.topics(runs)
     judged, second = panels.evaluation_charts(runs, BETTER)
     shared = {
@@ -96,16 +102,48 @@ def render(directories: Sequence[RunDirectory], decoding: extremes.Decoding) -> 
         "table": _table(runs),
         "differences": _differences(runs) if several else [],
     }  # fmt: skip
-    galleries = [{"run": each["name"], "sheets": each.pop("sheets")} for each in sections]
-    return _fill(
-        title=" · ".join(each["name"] for each in sections),
-        several=several,
-        runs=sections,
-        run=first,
-        shared=shared,
-        galleries=any(gallery["sheets"] for gallery in galleries),
-        data=embedded({"figures": plots.figures, "galleries": galleries}),
-    )
+    return _with_galleries(runs, sections, plots, shared)
+
+
+def _with_galleries(
+    runs: Sequence[RunData],
+    sections: Sequence[dict[str, Any]],
+    plots: Plots,
+    shared: dict[str, Any],
+) -> str:
+    """The page with as much of the galleries as fits beside everything else."""
+
+    def filled(sheets: Sequence[list[dict[str, Any]]]) -> str:
+        galleries = [
+            {"run": each["name"], "sheets": [*own, *each["nearest_sheets"]]}
+            for each, own in zip(sections, sheets)
+        ]
+        for each, own in zip(sections, problems):
+            each["problems"] = [printable(problem) for problem in own]
+        return _fill(
+            title=" · ".join(each["name"] for each in sections),
+            several=len(runs) > 1,
+            runs=sections,
+            run=sections[0],
+            shared=shared,
+            galleries=any(sheets),
+            data=embedded({"figures": plots.figures, "galleries": galleries}),
+        )
+
+    known = [list(each["problems"]) for each in sections]
+    problems = known
+    left = LARGEST - len(filled([[] for _ in runs]).encode()) - MARGIN
+    for share in (1.0, 0.7, 0.4):
+        problems = [list(each) for each in known]
+        sheets = [
+            images.encoded_sheets(each["sheets"], max(share * left, 0) / len(runs), own)
+            for each, own in zip(sections, problems)
+        ]
+        page = filled(sheets)
+        if len(page.encode()) <= LARGEST:
+            return page
+    problems = [[*each, "no room for galleries on this page"] for each in known]
+    return filled([[] for _ in runs])
 
 
 def _fill(**values: Any) -> str:
@@ -143,6 +181,15 @@ def embedded(value: Any) -> markupsafe.Markup:
     return markupsafe.Markup(text)
 
 
+def _tried(what: str, make: Callable[[], Any], otherwise: Any, problems: list[str]) -> Any:
+    """A part of the page; where odd data makes it fail, a problem instead of no page at all."""
+    try:
+        return make()
+    except Exception as error:
+        problems.append(f"{what}: cannot be shown ({type(error).__name__}: {error})")
+        return otherwise
+
+
 def _run_section(
     run: RunData, plots: Plots, room: float, decoding: extremes.Decoding, several: bool
 ) -> dict[str, Any]:
@@ -159,32 +206,49 @@ def _run_section(
         "started": first.strftime("%Y-%m-%d %H:%M UTC") if first else "",
         "seconds": str(timedelta(seconds=round(seconds))) if seconds else "",
         "facts": _facts(run),
-        "command": _command(run),
+        "command": command_to_repeat(run),
         "resume": "" if state in ("finished", "running") else resume_command(run.run.path),
         "best": _best(run, problems),
-        "starts": _starts(run),
+        "starts": _tried("starts and ends", lambda: _starts(run), [], problems),
         "versions": _last(run, "versions"),
-        "hardware": _hardware(run),
+        "hardware": _tried("hardware", lambda: hardware_lines(run), [], problems),
         "config": printable(run.config_text[:LONGEST_CONFIG]),
-        "verdict": summary.verdict(run, BETTER),
-        "indicators": summary.indicators(run),
-        "sheets": images.encoded_sheets(sheets, SHARES["sheets"] * room, problems),
-        "more_sheets": len(sheets),
+        "real_images": printable(run.setting("evaluation.images") or ""),
+        "verdict": _tried("result", lambda: summary.verdict(run, BETTER), NO_VERDICT, problems),
+        "indicators": _tried("signs", lambda: summary.indicators(run), [], problems),
+        "sheets": sheets,
     }
-    section["timeline"] = None if several else _timeline(run, plots, decoding.trace_bytes, problems)
-    section["extremes"], section["extremes_note"] = (
-        (None, "") if several else extremes.section(run, decoding, SHARES["extremes"] * room)
-    )
-    section["nearest"] = (
-        None
-        if several
-        else images.nearest_sheet(run.run.gallery, SHARES["nearest"] * room, problems)
-    )
-    if not several and section["nearest"]:
-        section["sheets"].append(section["nearest"] | {"step": -1})
+    section |= {"timeline": None, "extremes": None, "extremes_note": "", "nearest": None}
+    if not several:
+        section |= _of_one(run, plots, room, decoding, problems)
+    near = section["nearest"]
+    section["nearest_sheets"] = [near | {"step": -1}] if near else []
     section["notes"] = _repeated(run.notes)
-    section["problems"] = [printable(problem) for problem in problems]
+    section["problems"] = problems
     return section
+
+
+def _of_one(
+    run: RunData, plots: Plots, room: float, decoding: extremes.Decoding, problems: list[str]
+) -> dict[str, Any]:
+    """What only the page of one run shows."""
+    best, note = _tried(
+        "best and worst images",
+        lambda: extremes.section(run, decoding, SHARES["extremes"] * room),
+        (None, "see the log"),
+        problems,
+    )
+    return {
+        "timeline": _tried(
+            "timeline",
+            lambda: _timeline(run, plots, decoding.trace_bytes, problems),
+            NO_TIMELINE,
+            problems,
+        ),
+        "extremes": best,
+        "extremes_note": note,
+        "nearest": images.nearest_sheet(run.run.gallery, SHARES["nearest"] * room, problems),
+    }
 
 
 def _facts(run: RunData) -> list[str]:
@@ -194,14 +258,6 @@ def _facts(run: RunData) -> list[str]:
         facts.append(f"{groups} × {rollouts} images an iteration")
     seed = run.setting("seed")
     return [*facts, f"seed {seed}"] if seed is not None else facts
-
-
-def _command(run: RunData) -> str:
-    """The command that repeats a run: its first one, or that with its configuration as preset."""
-    if run.starts and isinstance(run.starts[0].get("command"), str):
-        return printable(run.starts[0]["command"])
-    config = shlex.quote(printable(run.run.path / CONFIG))
-    return f"{command_of('learner.run')} --preset {config}"
 
 
 def _best(run: RunData, problems: list[str]) -> str:
@@ -231,31 +287,6 @@ def _starts(run: RunData) -> list[dict[str, str]]:
 def _last(run: RunData, key: str) -> dict[str, Any]:
     found = run.starts[-1].get(key) if run.starts else None
     return {printable(k): printable(v) for k, v in found.items()} if isinstance(found, dict) else {}
-
-
-def _hardware(run: RunData) -> list[str]:
-    found = run.starts[-1].get("hardware") if run.starts else None
-    fleet = run.starts[-1].get("fleet") if run.starts else None
-    lines = []
-    if isinstance(found, dict):
-        gpus = found.get("gpus") or []
-        kinds = ", ".join(f"{gpus.count(kind)} × {kind}" for kind in dict.fromkeys(gpus))
-        lines.append(
-            f"{found.get('host')}: {found.get('cpu')}, {found.get('cores')} cores, "
-            f"{found.get('memory_gb')} GB, {kinds or 'no GPU'}"
-        )
-        if isinstance(found.get("hosts"), int) and found["hosts"] > 1:
-            lines.append(
-                f"cluster of {found['hosts']} hosts: {found.get('cluster_cpus'):g} CPUs, "
-                f"{found.get('cluster_gpus'):g} GPUs"
-            )
-    if isinstance(fleet, dict):
-        if fleet.get("inline"):
-            lines.append("all roles in one process (--inline)")
-        else:
-            roles = [f"{count} × {role}" for role, count in fleet.items() if role != "inline"]
-            lines.append(", ".join(roles))
-    return [printable(line) for line in lines]
 
 
 def _table(runs: Sequence[RunData]) -> dict[str, Any]:
@@ -300,7 +331,7 @@ def _differences(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 def _timeline(run: RunData, plots: Plots, trace_bytes: int, problems: list[str]) -> dict[str, Any]:
     trace = timeline.read_trace(run.run.trace, problems, trace_bytes)
     starts = [round(time.timestamp() * 1e6) for event in run.starts if (time := time_of(event))]
-    found: dict[str, Any] = {"map": "", "last": "", "count": 0, "idle": [], "cut": trace.cut}
+    found = {**NO_TIMELINE, "cut": trace.cut}
     if figure := timeline.busy_map(trace, starts):
         plots.figures["timeline-map"], found["map"] = figure, "timeline-map"
     figure, found["count"] = timeline.last_iterations(trace, starts)

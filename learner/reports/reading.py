@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,9 +19,10 @@ from typing import Any
 import yaml
 
 from cluster.errors import TesseraError
-from cluster.io.run_layout import STARTS
+from cluster.io.run_layout import CONFIG, STARTS
 from cluster.io.starts import END, EVENT, HOW, START, read_events
 from cluster.io.strict_json import MALFORMED
+from cluster.program.invocation import command_of
 from cluster.program.streams import printable
 from learner.config import RunConfig
 from learner.runs.config_file import SHA256
@@ -174,6 +176,56 @@ def times_of(data: RunData) -> tuple[datetime | None, float]:
     return first, total
 
 
+def command_to_repeat(run: RunData) -> str:
+    """The command that repeats a run in a new directory: its first one, or that with its
+    configuration as preset where the first one is a resume, or not known."""
+    config = shlex.quote(printable(run.run.path / CONFIG))
+    otherwise = f"{command_of('learner.run')} --preset {config}"
+    given = run.starts[0].get("command") if run.starts else None
+    if not isinstance(given, str) or run.starts[0].get("resumed"):
+        return otherwise
+    try:
+        words = shlex.split(given)
+    except ValueError:  # cut short
+        return otherwise
+    names = [word.partition("=")[0].replace("_", "-") for word in words]
+    if "--resume" in names:
+        return otherwise
+    kept = [
+        word
+        for at, word in enumerate(words)
+        if names[at] not in ("--run-dir", "--auto-resume")
+        and not (at and words[at - 1].replace("_", "-") == "--run-dir")
+    ]
+    return printable(shlex.join(kept) if len(kept) < len(words) else given)
+
+
+def hardware_lines(run: RunData) -> list[str]:
+    """Machine and workers of the newest start."""
+    found = run.starts[-1].get("hardware") if run.starts else None
+    fleet = run.starts[-1].get("fleet") if run.starts else None
+    lines = []
+    if isinstance(found, dict):
+        gpus = found.get("gpus") or []
+        kinds = ", ".join(f"{gpus.count(kind)} × {kind}" for kind in dict.fromkeys(gpus))
+        lines.append(
+            f"{found.get('host')}: {found.get('cpu')}, {found.get('cores')} cores, "
+            f"{found.get('memory_gb')} GB, {kinds or 'no GPU'}"
+        )
+        if isinstance(found.get("hosts"), int) and found["hosts"] > 1:
+            lines.append(
+                f"cluster of {found['hosts']} hosts: {found.get('cluster_cpus'):g} CPUs, "
+                f"{found.get('cluster_gpus'):g} GPUs"
+            )
+    if isinstance(fleet, dict):
+        if fleet.get("inline"):
+            lines.append("all roles in one process (--inline)")
+        else:
+            roles = [f"{count} × {role}" for role, count in fleet.items() if role != "inline"]
+            lines.append(", ".join(roles))
+    return [printable(line) for line in lines]
+
+
 def _config(run: RunDirectory, problems: list[str]) -> tuple[dict[str, Any], str, RunConfig | None]:
     text = _text(run.config, problems, "the configuration, and what depends on it, is missing")
     try:
@@ -184,7 +236,7 @@ def _config(run: RunDirectory, problems: list[str]) -> tuple[dict[str, Any], str
     settings = None
     try:
         settings = run.read_config() if text else None
-    except TesseraError as error:
+    except (TesseraError, ValueError) as error:
         problems.append(str(error))
     shown = [line for line in text.splitlines() if not line.startswith(SHA256)]
     return found if isinstance(found, dict) else {}, "\n".join(shown), settings

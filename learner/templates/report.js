@@ -33,7 +33,11 @@
     return value;
   };
   const drawn = new Set();
-  const draw = (place) => {
+  const draw = async (place) => {
+    try { await drawFigure(place) }
+    catch (error) { place.textContent = "This chart cannot be drawn."; drawn.delete(place) }
+  };
+  const drawFigure = (place) => {
     const figure = painted(data.figures[place.dataset.figure]);
     const axis = { gridcolor: colour("var(--grid)"), zerolinecolor: colour("var(--line)"),
       linecolor: colour("var(--line)"), tickfont: { color: colour("var(--muted)"), size: 11 }, exponentformat: "power" };
@@ -49,6 +53,12 @@
       hoverlabel: { bgcolor: colour("var(--panel)"), bordercolor: colour("var(--line)"),
         font: { color: colour("var(--ink)"), size: 12 } },
     });
+    if (layout.legend && layout.margin.t) { // above the plot: rows as the width needs them
+      const rows = Math.ceil(figure.data.length * 120 / Math.max(place.clientWidth - 60, 120));
+      const more = Math.max(24 * rows + 8 - layout.margin.t, 0);
+      layout.margin = { ...layout.margin, t: layout.margin.t + more };
+      layout.height += more;
+    }
     place.style.minHeight = `${layout.height}px`;
     drawn.add(place);
     return Plotly.react(place, figure.data, layout, {

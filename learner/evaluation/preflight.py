@@ -54,6 +54,14 @@ def _real_images(config: RunConfig, side: int, findings: Findings) -> None:
         )
         return
     shape = check_images(field, source, config.conditions)
+    k = config.evaluation.neighbours
+    if shape[0] <= k:
+        findings.problem(
+            field,
+            f"more than {k} images, for {k} nearest neighbours",
+            f"{shape[0]} in {source}",
+            "name a larger set, or fewer evaluation.neighbours",
+        )
     for space, features in config.judge.spaces().items():
         covariance = "known" if space in moments else "full"
         check_fit(features, field, source, shape, side, covariance, findings)

@@ -6,9 +6,12 @@ can also be done later, without sampling anything again.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -21,11 +24,12 @@ from actors.captions import resolve_device
 from actors.checkpoints.loading import load_decoder
 from actors.sample_files import NpzWriter
 from cluster.errors import DataError
-from cluster.io.files import writing
+from cluster.io.files import replacing, writing
+from cluster.io.strict_json import dumps
 from cluster.messages import SampleRequest
 from cluster.program.precision import start_computing
 from learner.config import RunConfig
-from learner.evaluation.kept.samples import CONTINUE, KeptSamples, mixed
+from learner.evaluation.kept.samples import CONTINUE, KeptSamples, mixed, read_manifest
 from learner.evaluation.sampling import condition_numbers
 from learner.rollouts.images import token_grid
 
@@ -115,6 +119,48 @@ class NpzSink:
         ):
             for at in range(0, len(images), AT_ONCE):
                 writer.write(images[at : at + AT_ONCE])
+
+
+@dataclass(frozen=True)
+class Written:
+    """Images of a row on disk, and the samples that they are of."""
+
+    place: Path
+    """File or folder."""
+    mark: Path
+    """File with `digest`, there once all images are."""
+    digest: str
+    """Of the samples' identity."""
+
+    @classmethod
+    def of(cls, place: Path, mark: Path, kept: KeptSamples) -> Written:
+        identity = read_manifest(kept.folder)["identity"]
+        text = dumps(identity, sort_keys=True)
+        return cls(place, mark, hashlib.sha256(text.encode()).hexdigest())
+
+    @property
+    def current(self) -> bool:
+        """Whether images were written of these samples."""
+        marked = self.mark.is_file() and self.place.exists()
+        return marked and self.mark.read_text(encoding="utf-8").strip() == self.digest
+
+    def begin(self) -> None:
+        """Remove images of other samples.
+
+        Raises:
+            StorageError: they cannot be removed.
+        """
+        with writing(self.place, then=CONTINUE):
+            if not self.current and self.place.is_dir():
+                shutil.rmtree(self.place)
+            elif not self.current:
+                self.place.unlink(missing_ok=True)
+            self.mark.unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """Raises StorageError: the mark cannot be written."""
+        with writing(self.mark, then=CONTINUE), replacing(self.mark) as partial:
+            partial.write_text(f"{self.digest}\n", encoding="utf-8")
 
 
 def reserve(path: Path) -> None:

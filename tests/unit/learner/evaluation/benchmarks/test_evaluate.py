@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,13 @@ def test_geneval(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert ((out / "results.json").read_text(), contents(out / "samples")) == before
     assert contents(out / "geneval") == written
     assert "sampling" not in capsys.readouterr().out
+
+    shutil.rmtree(out / "samples" / "base")  # other samples, whose images are written again
+    assert evaluate(place, out, "--cfg-scales", "1", "--seed", "7") == 0
+    after = contents(out / "geneval")
+    assert after.keys() == written.keys()
+    changed = {name for name in after if after[name] != written[name]}
+    assert changed == {name for name in after if name.startswith("base/") and name.endswith("png")}
 
 
 class CLIP:

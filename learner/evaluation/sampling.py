@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from learner.evaluation.kept.samples import (
     ENTROPIES,
     FEATURES,
     PART,
+    PLACES,
     SCORES,
     TOKENS,
     Arrays,
@@ -124,6 +126,18 @@ class GivenImages:
     classes: np.ndarray | None
     """(N,) int64"""
 
+    @cached_property
+    def order(self) -> np.ndarray:
+        """(N,) numbers of the images as they are scored: sorted by class, since a request has one.
+
+        That of the file, if its images can be read in no other, as compressed ones.
+        """
+        source = self.images.images
+        anywhere = isinstance(source, np.ndarray) or getattr(source, "random_access", False)
+        if self.classes is None or not anywhere:
+            return np.arange(len(self.images))
+        return np.argsort(self.classes, kind="stable")
+
     @classmethod
     def open(cls, source: str) -> GivenImages:
         """Raises CheckpointError, DataError: no such images, or classes that cannot be read."""
@@ -131,11 +145,11 @@ class GivenImages:
         return cls(images, load_labels(source) if has_labels(images) else None)
 
     def sizes(self) -> list[int]:
-        """Images of each request: consecutive ones of one class, at most `GROUP`."""
+        """Images of each request, at most `GROUP` of one class, in `order`."""
         count = len(self.images)
         if self.classes is None:
             return [min(PART, count - at) for at in range(0, count, PART)]
-        ends = [*(np.flatnonzero(np.diff(self.classes)) + 1).tolist(), count]
+        ends = [*(np.flatnonzero(np.diff(self.classes[self.order])) + 1).tolist(), count]
         found, first = list[int](), 0
         for end in ends:
             found += [min(GROUP, end - at) for at in range(first, end, GROUP)]
@@ -153,10 +167,11 @@ class GivenImages:
         by_class = {each.class_index: each for each in config.conditions.conditions()}
         requests, first = list[SampleRequest](), 0
         for group, size in enumerate(self.sizes()):
-            index = int(self.classes[first])
+            image = int(self.order[first])
+            index = int(self.classes[image])
             if index not in by_class:
                 raise DataError(
-                    f"{self.images.name}: class {index} of image {first} is none of the "
+                    f"{self.images.name}: class {index} of image {image} is none of the "
                     f"{len(by_class)} conditions: name the preset of their classes"
                 )
             requests.append(_request(config, by_class[index], group, size))
@@ -188,12 +203,14 @@ def score_missing(
     """
     requests, sizes = given.requests(config), given.sizes()
     missing = set(kept.missing())
-    images = _in_groups(given.images, sizes)
+    images, first = _in_groups(given, sizes), 0
     for part, numbers in enumerate(kept.parts):
         groups = [next(images) for _ in numbers]  # a part in memory at a time
+        count = sum(sizes[number] for number in numbers)
+        places = given.order[first : first + count]
+        first += count
         if part not in missing:
             continue
-        count = sum(sizes[number] for number in numbers)
         if requests:
             pairs = ((requests[n], group) for n, group in zip(numbers, groups, strict=True))
             arrays = scored_arrays(list(fleet.score_images(pairs)))
@@ -203,12 +220,16 @@ def score_missing(
         else:
             found = fleet.features(groups, PANEL)
             arrays = {FEATURES + space: values for space, values in found.items()}
-        kept.write(part, arrays)
+        kept.write(part, {**arrays, PLACES: places})
         advance(count)
 
 
-def _in_groups(images: ImageSet, sizes: Sequence[int]) -> Iterator[Images]:
-    """Images in groups of these sizes."""
-    each = (image for batch in images.batches(GROUP) for image in batch)
+def _in_groups(given: GivenImages, sizes: Sequence[int]) -> Iterator[Images]:
+    """Images in their order, in groups of these sizes."""
+    each: Iterator[np.ndarray]
+    if (np.diff(given.order) == 1).all():
+        each = (image for batch in given.images.batches(GROUP) for image in batch)
+    else:
+        each = (given.images.image(int(number)) for number in given.order)
     for size in sizes:
         yield together([next(each) for _ in range(size)])

@@ -195,6 +195,17 @@ class SampleImages:
         )
 
     @property
+    def random_access(self) -> bool:
+        """Whether an image is read without those before it: not if compressed."""
+        try:
+            if self._single:
+                return True
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.getinfo(f"{SAMPLES}.npy").compress_type == zipfile.ZIP_STORED
+        except DAMAGED_ARRAYS as error:
+            raise self._damaged(error) from error
+
+    @property
     def has_classes(self) -> bool:
         """Whether there is an array of classes, sound or not."""
         if self._single:

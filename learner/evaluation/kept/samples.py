@@ -7,7 +7,7 @@ A part appears when it is complete, so that a command that was killed continues 
 Its arrays, of n images: `features/SPACE` (n, D) float32, `scores/SCORER` (n,) float32, and where
 the images were sampled `tokens` (n, T) int32, `entropies` (n,) float64 (mean over tokens, nats);
 they have classes, `classes` (n,) int64. Sampled images also have `conditions` (n,) int64, the place
-of each one's condition among all.
+of each one's condition among all; given ones `places` (n,) int64, their place in the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 SAMPLES = "samples"
 FEATURES, SCORES = "features/", "scores/"
 TOKENS, ENTROPIES = "tokens", "entropies"
-CLASSES, CONDITIONS = "classes", "conditions"
+CLASSES, CONDITIONS, PLACES = "classes", "conditions", "places"
 CONTINUE = "give the same command again"
 Arrays = Mapping[str, np.ndarray]
 
@@ -192,12 +192,21 @@ class KeptSamples:
             yield found[TOKENS]
 
     def _places(self) -> np.ndarray:
-        """(N,) the place of each sampled image among those that are read."""
-        numbers = range(len(self.parts))
-        found = [self._read(number, lambda name: name == CONDITIONS) for number in numbers]
-        if not all(CONDITIONS in arrays for arrays in found):
+        """(N,) the place of each image among those that are read.
+
+        Raises:
+            DataError: a part is damaged.
+        """
+        numbers, names = range(len(self.parts)), (CONDITIONS, PLACES)
+        found = [self._read(number, lambda name: name in names) for number in numbers]
+        if all(CONDITIONS in arrays for arrays in found):
+            return mixed(len(self))
+        if not all(PLACES in arrays for arrays in found):
             return np.arange(len(self))
-        return mixed(len(self))
+        places = np.concatenate([arrays[PLACES] for arrays in found])
+        if sorted(places) != [*range(len(self))]:
+            raise _damaged(self.folder, "the places of its images are not each one's own")
+        return places
 
     def _read(self, number: int, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
         path, images = self.file(number), self._images[number]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cluster.errors import ConfigError, DataError, StorageError
-from cluster.messages import Condition, FeatureRow
+from cluster.messages import Condition, FeatureRow, GroupScores
 from learner.evaluation.kept.identity import (
     differences,
     digest_of,
@@ -23,7 +24,7 @@ from learner.evaluation.kept.images import NpzSink
 from learner.evaluation.kept.real import read_real, real_identity, write_real
 from learner.evaluation.kept.samples import KeptSamples, mixed, parts_of
 from learner.evaluation.rows import rows_of
-from learner.evaluation.sampling import GivenImages
+from learner.evaluation.sampling import GivenImages, score_missing
 from learner.evaluation.targets import Target
 from rewards.distribution.reference import Reference
 from rewards.metrics.samples import RealImages
@@ -190,6 +191,40 @@ def test_classes_that_cannot_be_read_are_an_error(
         GivenImages.open(str(path))
     np.savez(path, arr_0=images)
     assert GivenImages.open(str(path)).classes is None
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_given_images_are_scored_by_class_and_kept_in_their_places(
+    save: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ADM's files hold the classes in random order. Compressed ones are read in theirs alone."""
+    monkeypatch.setattr("learner.evaluation.kept.samples.PART", 40)
+    classes = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 12))
+    images = np.broadcast_to(np.arange(120, dtype=np.uint8)[:, None, None, None], (120, 8, 8, 3))
+    save(tmp_path / "a.npz", arr_0=images, arr_1=classes)
+    given = GivenImages.open(str(tmp_path / "a.npz"))
+    assert (len(given.sizes()) == 10) == (save is np.savez)
+
+    class Judge:
+        def score_images(self, pairs: Iterable[Any]) -> Iterator[GroupScores]:
+            for asked, pixels in pairs:
+                values = pixels[:, 0, 0, 0].astype(np.float32)
+                assert (classes[values.astype(int)] == asked.condition.class_index).all()
+                yield GroupScores(
+                    key=asked.key,
+                    scores={"clip": values},
+                    features={"features": values[:, None]},
+                    errors=(None,) * len(values),
+                )
+
+    kept = KeptSamples.begin(tmp_path / "kept", "a.npz", IDENTITY, given.sizes())
+    score_missing(small_config(), Judge(), given, kept, lambda _: None)  # type: ignore[arg-type]
+    kept.file(1).unlink()  # reads past the first
+    score_missing(small_config(), Judge(), given, kept, lambda _: None)  # type: ignore[arg-type]
+    samples = kept.read()
+    assert samples.scores["clip"].tolist() == [*range(120)]
+    assert samples.classes is not None
+    assert samples.classes.tolist() == classes.tolist()
 
 
 def test_a_damaged_manifest_says_what_to_do(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from cluster.messages import MOST_CFG_SCALE
 from learner.training.skips import Action
 from rewards.metrics.evaluation import BETTER
 
-FIGURES = tuple(name for name in BETTER if name not in ("images", "vendi"))
-"""What `output.keep_best` may name."""
-ALONE = ("accuracy", "clip", "hps", "inception_score", "entropy")
+FIGURES = tuple(name for name, better in BETTER.items() if better and name != "vendi")
+"""What `output.keep_best` may name: figures with a better direction."""
+ALONE = ("accuracy", "clip", "hps", "inception_score")
 """Those that do not compare with real images."""
 
 LOCAL = ("file", "local")

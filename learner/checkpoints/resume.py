@@ -34,12 +34,17 @@ MAY_CHANGE = (
     "learner.reference_device",
     "guards.",
     "output.",
-    "evaluation.",
+    "evaluation.every",
+    "evaluation.patience",
+    "evaluation.hacking",
+    "evaluation.diversity",
+    "evaluation.max_",
     "weights.transport",
     "ray.",
 )
 """Prefixes of fields that a resumed run may change: they do not change what it computes (but for
-more iterations, which stretch the learning rate's schedule)."""
+more iterations, which stretch the learning rate's schedule). Of evaluations, not what figures are
+of: table, best checkpoint, patience and guards compare them across the run."""
 
 OF_ROUNDING = ("num_learners", "learner.microbatch", "learner.compile", "sampler.kernels")
 """Fields that may change the last bits: a reproducible run keeps them."""

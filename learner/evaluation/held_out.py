@@ -20,7 +20,11 @@ from rewards.metrics.samples import RealImages, Samples
 __all__ = ["TableRow", "base_rows", "evaluate_policy", "real_images", "tuned_row"]
 GROUP = 50  # images of one request
 PANEL = "judge"
-SPLITS = 10  # of the Inception Score
+SPLITS = 10
+"""Of the Inception Score; fewer than twice as many images are one split."""
+OF_MINIATURE = ("convnet", "pixels")
+"""Networks whose features FID tools do not know: a run's table divides their covariances by N, as
+the miniature's rewards do."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,12 @@ def evaluate_policy(
     """
     samples = fleet_samples(config, fleet, spec)
     splits = SPLITS if len(samples) >= 2 * SPLITS else 1
-    settings = MetricSettings(neighbours=config.evaluation.neighbours, bootstrap=0, splits=splits)
+    settings = MetricSettings(
+        neighbours=config.evaluation.neighbours,
+        bootstrap=0,
+        splits=splits,
+        ddof=0 if config.judge.features.network in OF_MINIATURE else 1,
+    )
     found = fleet.serve_while(lambda: evaluate(samples, real, settings))
     return {name: figure.value for name, figure in found.items()}
 

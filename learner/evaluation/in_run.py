@@ -4,6 +4,7 @@ follows from them."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 from cluster.fleet import Fleet
 from cluster.messages import MAIN_SPACE
@@ -14,7 +15,7 @@ from learner.monitoring.metrics import append_evaluation, read_metrics
 from learner.runs.records import STEP, TUNED, read_records, truncate
 from learner.runs.run_dir import RunDirectory
 from rewards.config import JudgeConfig
-from rewards.metrics.samples import RealImages
+from rewards.metrics.samples import SPATIAL, RealImages
 from rewards.preflight import same_space
 
 logger = logging.getLogger(__name__)
@@ -144,20 +145,25 @@ class RunEvaluations:
         return held_out.evaluate_policy(self.config, self._fleet, row.spec, self.real())
 
 
-def figures_of(judge: JudgeConfig, *, neighbours: bool = True) -> list[str]:
+def figures_of(judge: JudgeConfig, *, moments: Collection[str] | None = None) -> list[str]:
     """Figures of evaluations while training that `output.keep_best` may name.
 
     Args:
-        neighbours: there are real images, not moments alone.
+        moments: the spaces of a reference of moments alone; None: there are real images.
     """
-    spaces, inception = judge.spaces(), False
-    found = ["entropy", *judge.score_names()]
-    for space, features in spaces.items():
+    found = list(judge.score_names())
+    for space in judge.spaces():
         prefix = "" if space == MAIN_SPACE else f"{space}/"
-        names = ("fid", "density", "coverage", "precision", "recall") if neighbours else ("fid",)
-        found += [prefix + name for name in names]
-        inception = inception or features.network == "inception"
-    return found + (["sfid", "inception_score"] if inception else [])
+        if moments is None:
+            found += [
+                prefix + name for name in ("fid", "density", "coverage", "precision", "recall")
+            ]
+        elif space in moments:
+            found.append(f"{prefix}fid")
+    if any(features.network == "inception" for features in judge.spaces().values()):
+        found += ["sfid"] if moments is None or SPATIAL in moments else []
+        found.append("inception_score")
+    return found
 
 
 def trends_of(config: RunConfig) -> Trends:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from cluster.preflight import Findings
 from learner.config import RunConfig
 from learner.data.image_checks import check_fit, check_images, check_there, fetched
-from learner.evaluation.in_run import figures_of
+from learner.evaluation.held_out import SPLITS
+from learner.evaluation.in_run import figures_of, judge_fid
 from learner.evaluation.real_images import has_images, moments_of
 from rewards.preflight import check_judge, same_networks
 
@@ -23,19 +26,47 @@ def check_evaluation(config: RunConfig, side: int, findings: Findings) -> None:
     pixels = evaluation.image_size or side
     check_judge(config.judge, pixels, None if conditions.captions else asked, findings)
     findings.notes += same_networks(config.rewards, config.judge)
-    field, source, moments_alone = "evaluation.images", evaluation.images, False
+    networks = [features.network for features in config.judge.spaces().values()]
+    if "inception" in networks and evaluation.num_images < 2 * SPLITS:
+        findings.notes.append(
+            f"evaluation.num_images {evaluation.num_images}: below {2 * SPLITS} images the "
+            f"Inception Score is of 1 split, not {SPLITS}, and no published one compares with it"
+        )
+    field, source = "evaluation.images", evaluation.images
+    moments: Collection[str] | None = None
     if source and fetched(field, source, findings):
         with findings.of(field):
             check_there(source)
-            moments_alone = not has_images(source)
+            moments = None if has_images(source) else moments_of(source, config.judge)
             _real_images(config, pixels, findings)
-    found = figures_of(config.judge, neighbours=not moments_alone)
+    found = figures_of(config.judge, moments=moments)
+    _check_guard(config, found, findings)
     if config.output.keep_best not in ("", *found):
         findings.problem(
             "output.keep_best",
             f"a figure that these evaluations have ({', '.join(found)})",
             repr(config.output.keep_best),
             "choose one of them, or add to the judge what it needs (judge.*)",
+        )
+
+
+def _check_guard(config: RunConfig, found: Sequence[str], findings: Findings) -> None:
+    """Whether the guard against reward hacking has its figure."""
+    evaluation, figure = config.evaluation, judge_fid(config)
+    if not (evaluation.every and evaluation.images) or figure in found:
+        return
+    needed = "real images, or moments of that space"
+    if evaluation.hacking == "stop":
+        findings.problem(
+            "evaluation.images",
+            f"{needed}, for {figure}, which evaluation.hacking watches",
+            f"{evaluation.images}, which does not give it",
+            "name real images, or set evaluation.hacking to off",
+        )
+    elif evaluation.hacking != "off":
+        findings.notes.append(
+            f"evaluation.hacking never acts: it watches {figure}, and {evaluation.images} does not "
+            f"give it (it needs {needed})"
         )
 
 

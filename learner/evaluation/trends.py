@@ -58,13 +58,14 @@ def stalled(history: History, figure: str, patience: int) -> str:
     """
     trained = {step: figures for step, figures in history.items() if step}
     best = best_step(figure, trained)
-    since = [step for step in trained if best is None or step > best]
+    if best is None:  # nothing was watched
+        return ""
+    since = [step for step in trained if step > best]
     if not patience or len(since) < patience:
         return ""
-    value = "of none" if best is None else f"{trained[best][figure]:.4g} after iteration {best}"
     return (
         f"{figure} has not improved in {len(since)} evaluation{'s' * (len(since) > 1)} (best: "
-        f"{value}; evaluation.patience {patience})"
+        f"{trained[best][figure]:.4g} after iteration {best}; evaluation.patience {patience})"
     )
 
 

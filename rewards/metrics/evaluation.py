@@ -72,6 +72,9 @@ class MetricSettings:
     splits: Annotated[int, Field(ge=1)] = 10
     """Parts of the shuffled images whose Inception Scores are averaged; 10 of 50,000 images are as
     large as the ADM evaluator's."""
+    ddof: Literal[0, 1] = 1
+    """FID, sFID: covariances of N features are divided by N - ddof; 1: as FID tools do. Against
+    moments of a file it is always 1."""
     bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 5000
     """Resamples behind the 95 % intervals; 0: no intervals."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -143,10 +146,10 @@ def estimates(samples: Samples, real: RealImages, settings: MetricSettings) -> d
 def _of_moments(
     name: str, space: str, features: np.ndarray, real: RealImages, settings: MetricSettings
 ) -> dict[str, Estimate]:
-    reference = real.reference(space)
+    ddof = 1 if space in real.moments else settings.ddof
+    reference = real.reference(space, ddof)
     if reference is None:
         return {}
-    ddof = 1 if space in real.moments else 0
     influences = settings.bootstrap > 0
     return {name: frechet_estimate(features, reference, ddof=ddof, influences=influences)}
 

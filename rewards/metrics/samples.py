@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.errors import DataError
 from rewards.distribution.reference import Reference
 from rewards.metrics.frechet import moments_of
 from rewards.metrics.neighbours import kth_distances
@@ -65,17 +66,28 @@ class RealImages:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def reference(self, space: str) -> Reference | None:
-        """Moments of a space, given or of the features (divided by N); None where it has neither.
+    def reference(self, space: str, ddof: int) -> Reference | None:
+        """Moments of a space, given or of the features; None where it has neither.
 
         Computed once: many sets are compared with the same images.
+
+        Args:
+            ddof: the covariance of N features is divided by N - ddof.
+
+        Raises:
+            DataError: no more than ddof features.
         """
         if space in self.moments or space not in self.features:
             return self.moments.get(space)
-        if (space, 0) not in self._kept:
+        key = (f"{space} moments", ddof)
+        if key not in self._kept:
+            count = len(self.features[space])
+            if count <= ddof:
+                raise DataError(f"a Fréchet distance needs at least 2 real images, found {count}")
             moments = moments_of(self.features[space])
-            self._kept[space, 0] = Reference(moments.mean, moments.cov)
-        found: Reference = self._kept[space, 0]
+            cov = moments.cov * (count / (count - ddof)) if ddof else moments.cov
+            self._kept[key] = Reference(moments.mean, cov)
+        found: Reference = self._kept[key]
         return found
 
     def radii(self, space: str, neighbours: int) -> np.ndarray:

@@ -169,6 +169,11 @@ def test_resume_may_change_how_a_run_is_carried_out_but_not_what_it_computes() -
     def changed(**changes: object) -> RunConfig:
         return validate({**to_dict(saved), **changes}, "test")
 
+    told = {"every": 5, "patience": 2, "hacking": "off", "diversity": "stop", "max_fid_rise": 0.5}
+    check_resume(saved, changed(evaluation=told, output={"keep_best": "fid"}))
+    for name, value in {"num_images": 7, "neighbours": 2, "images": "", "image_size": 9}.items():
+        with pytest.raises(ConfigError, match=f"cannot change evaluation.{name}"):
+            check_resume(saved, changed(evaluation={name: value}))
     check_resume(saved, changed(num_samplers=7, iterations=500, output={"checkpoint_every": 3}))
     old = {**to_dict(saved)["rewards"]["loo_fid"], "rebuild_every": 8, "num_threads": 2}
     check_resume(changed(rewards={**to_dict(saved)["rewards"], "loo_fid": old}), saved)

@@ -372,6 +372,7 @@ def test_the_best_one_stays_and_is_pointed_to(tmp_path: Path) -> None:
     [
         ({"output": {"keep_best": "fid"}}, "set evaluation.every to the number of iterations"),
         ({"output": {"keep_best": "fed"}, "evaluation": {"every": 2}}, "found 'fed'"),
+        ({"output": {"keep_best": "entropy"}, "evaluation": {"every": 2}}, "found 'entropy'"),
         (
             {"output": {"keep_best": "fid"}, "evaluation": {"every": 2, "images": ""}},
             "compares with real images: name them by evaluation.images, or choose one of accuracy",

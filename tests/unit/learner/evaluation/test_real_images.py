@@ -199,6 +199,42 @@ def test_moments_alone(tmp_path: Path) -> None:
         read(file)
 
 
+def test_figures_that_moments_alone_do_not_give(tmp_path: Path) -> None:
+    """Neither the best checkpoint nor the guard waits for them in vain."""
+    file = tmp_path / "moments.npz"
+    np.savez(file, mu=np.zeros(DIM), sigma=np.eye(DIM))  # no mu_s, sigma_s
+
+    shared = {"features": {"network": "inception", "checkpoint": ""}}
+
+    def found(figure: str, **changes: Any) -> Findings:
+        evaluation = {"images": str(file), "every": 2, **changes}
+        config = small_config(
+            evaluation=evaluation, judge=INCEPTION | shared, output={"keep_best": figure},
+            rewards=shared,
+        )  # fmt: skip
+        findings = Findings()
+        check_evaluation(config, 0, findings)
+        return findings
+
+    for figure in ("second/fid", "sfid", "recall"):
+        problems = found(figure).problems
+        assert any(line.startswith("output.keep_best: expected a figure that") for line in problems)
+    fine = found("fid")
+    assert not [line for line in fine.problems if line.startswith("output.keep_best")]
+    assert "evaluation.hacking never acts: it watches second/fid" in "".join(fine.notes)
+    assert "evaluation.hacking watches" in "".join(found("fid", hacking="stop").problems)
+    assert "evaluation.hacking" not in "".join(found("fid", hacking="off").notes)
+    assert "never acts" not in "".join(found("fid", images="digits:held-out").notes)
+
+
+def test_an_inception_score_of_few_images_is_of_one_split() -> None:
+    for images, told in ((19, True), (20, False)):
+        config = small_config(evaluation={"images": "", "num_images": images}, judge=INCEPTION)
+        findings = Findings()
+        check_evaluation(config, 8, findings)
+        assert ("Inception Score is of 1 split" in "".join(findings.notes)) == told
+
+
 def test_no_real_images() -> None:
     found = read("")
     assert not found.features

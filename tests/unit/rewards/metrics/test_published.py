@@ -52,11 +52,15 @@ def like_inception(images: int, dim: int, seed: int, shift: float = 0.0) -> np.n
 def test_fid_and_sfid_with_a_reference_are_those_of_fid_tools(space: str) -> None:
     from cleanfid.fid import frechet_distance as clean_fid
 
+    name = "sfid" if space == SPATIAL else "fid"
     real, generated = like_inception(700, 64, 0), like_inception(500, 64, 1, 0.2)
     ours, theirs = statistics_of(generated), statistics_of(real)
     file = RealImages(moments={space: Reference(theirs["mu"], theirs["sigma"])})
-    figures = evaluate(Samples({space: generated}, {}), file, PLAIN)
-    found = figures["sfid" if space == SPATIAL else "fid"].value
+    found, of_images = (
+        evaluate(Samples({space: generated}, {}), each, PLAIN)[name].value
+        for each in (file, RealImages({space: real}))
+    )
+    assert of_images == pytest.approx(fidelitys_fid(ours, theirs), rel=1e-6)
     assert found == pytest.approx(fidelitys_fid(ours, theirs), rel=1e-6)
     clean = clean_fid(ours["mu"], ours["sigma"], theirs["mu"], theirs["sigma"])
     assert found == pytest.approx(clean, rel=1e-6)
@@ -166,7 +170,7 @@ def everything(order: np.ndarray) -> dict[str, float]:
     theirs = {space: like_inception(180, dim, 0) for space, dim in spaces.items()}
     scores = {"clip": np.random.default_rng(3).normal(size=200)[order]}
     samples = Samples(ours, scores, scores["clip"] + 1, (np.arange(200) % 10)[order])
-    figures = evaluate(samples, RealImages(theirs), MetricSettings(bootstrap=0, splits=1))
+    figures = evaluate(samples, RealImages(theirs), MetricSettings(bootstrap=0, splits=1, ddof=0))
     return {name: figure.value for name, figure in figures.items()}
 
 

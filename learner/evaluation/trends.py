@@ -153,9 +153,11 @@ class Trends:
     def _diversity(self, history: History) -> str:
         first, step = history[min(history)], max(history)
         share = 1 - self.config.max_diversity_loss
+        space = self.fid.removesuffix("fid")  # the one that no reward uses, beside the first
+        names = dict.fromkeys((*DIVERSITY, *(f"{space}{name}" for name in DIVERSITY)))
         lost = [
             f"{name} is {history[step][name]:.3f}, of {first[name]:.3f}"
-            for name in DIVERSITY
+            for name in names
             if _has(first, name)
             and _has(history[step], name)
             and history[step][name] < share * first[name]

@@ -116,6 +116,10 @@ def test_lost_diversity() -> None:
     assert "rewards.loo_fid" in note
     assert not notes(history, metrics(0.3), max_diversity_loss=0.5)
     assert not notes(history, metrics(0.3), diversity="off")
+    second = [{"coverage": 0.5, "second/recall": recall} for recall in (0.6, 0.2)]
+    for fid, lost in (("fid", 0), ("second/fid", 1)):  # a space that no reward uses is watched
+        trends = Trends(CONFIG, fid, ["clip"], reward_fid=True)
+        assert len(trends(dict(zip((0, 20), second)), []).notes) == lost
     later = {step: row for step, row in history.items() if step >= 20}  # without the base policy's
     assert "that after iteration 20" in notes(later, metrics(0.3))[0][1]
 

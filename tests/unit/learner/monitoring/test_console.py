@@ -147,6 +147,7 @@ TERMINAL = """
 import signal, sys, time
 from learner.monitoring.console import COLUMNS, RunConsole
 from tests.unit.learner.monitoring.test_console import row
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit SIG_IGN
 try:
     with RunConsole(10_000) as run:
         run.start(0)

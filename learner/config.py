@@ -200,6 +200,17 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, by names with dots, as options have them: loss.kl_coef."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= dotted(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain values, ready for YAML."""
     return _ADAPTER.dump_python(config, mode="json")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from cluster.errors import ConfigError
-from learner.config import RunConfig, to_dict
+from learner.config import RunConfig, dotted, to_dict
 
 MAY_CHANGE = (
     "num_samplers",
@@ -78,15 +77,5 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
 
 
 def fields_of(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its name with dots, as options name it: loss.kl_coef."""
-    return _flat(to_dict(config))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
+    """Every setting by its name with dots."""
+    return dotted(to_dict(config))

@@ -10,10 +10,9 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -25,7 +24,7 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from cluster.errors import ConfigError
 from cluster.io.paths import in_ray_package
-from learner.config import RunConfig, to_dict
+from learner.config import RunConfig, dotted, to_dict
 from learner.loggers.logger import EVALUATED, EVALUATION, SCALARS, Newest, Values, kind_of
 from learner.runs.records import ITERATION
 from learner.runs.run_dir import RunDirectory
@@ -104,8 +103,8 @@ class MLflow:
     def _create(self, config: RunConfig, name: str, tags: Mapping[str, str]) -> str:
         experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or self._experiment()
         made = self._client.create_run(experiment, run_name=name, tags=dict(tags))
-        params = iter(sorted(_flat(to_dict(config))))
-        while some := [Param(k, v[:LONGEST_PARAM]) for k, v in islice(params, PARAMS_AT_ONCE)]:
+        params = iter(sorted(dotted(to_dict(config)).items()))
+        while some := [Param(k, str(v)[:LONGEST_PARAM]) for k, v in islice(params, PARAMS_AT_ONCE)]:
             self._client.log_batch(made.info.run_id, params=some)
         return str(made.info.run_id)
 
@@ -149,15 +148,6 @@ class MLflow:
             return
         status = RunStatus.FAILED if failed else RunStatus.FINISHED
         self._client.set_terminated(self.run_id, RunStatus.to_string(status))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names of a configuration's fields, and their values as text."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)
 
 
 def _without_password(uri: str) -> str:

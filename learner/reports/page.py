@@ -89,7 +89,7 @@ def render(directories: Sequence[RunDirectory], decoding: extremes.Decoding) -> 
     room = max(LARGEST - len(library()) - TEXT, 0.0)
     sections = [_run_section(run, plots, room, decoding, several) for run in runs]
     topics = panels.topics(runs)
-    judged, second = panels.evaluation_charts(runs, BETTER)
+    main, second = panels.evaluation_charts(runs, BETTER)
     shared = {
         "topics": [
             {"name": topic.name, "about": topic.about, "constant": topic.constant,
@@ -97,7 +97,7 @@ def render(directories: Sequence[RunDirectory], decoding: extremes.Decoding) -> 
             for topic in topics
         ],
         "averaged": points_per_mean(max(len(run.metrics) for run in runs), MOST_POINTS),
-        "evaluations": plots.add("evaluation", judged),
+        "evaluations": plots.add("evaluation", main),
         "second": plots.add("evaluation", second),
         "table": _table(runs),
         "differences": _differences(runs) if several else [],

@@ -97,7 +97,7 @@ class Indicator:
     start: str
     end: str
     state: str
-    """"ok", "watch", or empty where it is not judged."""
+    """"ok", "watch", or empty where nothing bounds it."""
     meaning: str
 
 
@@ -319,7 +319,7 @@ def indicators(run: RunData) -> list[Indicator]:
                       f"{last / base:.0%} of the base policy's; the entropy guard acts below "
                       f"{bound if math.isfinite(bound) else 0.3:.0%}")
         )  # fmt: skip
-    found += _judged(run)
+    found += _of_evaluations(run)
     groups = plain_number(run.setting("groups_per_iteration"))
     old, new = ends(run.column("groups/flat"))
     if math.isfinite(new) and groups > 0:
@@ -331,7 +331,7 @@ def indicators(run: RunData) -> list[Indicator]:
     return found
 
 
-def _judged(run: RunData) -> list[Indicator]:
+def _of_evaluations(run: RunData) -> list[Indicator]:
     before = run.table.get(BASE, {})
     after = run.table.get(TUNED) or (run.evaluations[-1] if run.evaluations else {})
     found = []

@@ -20,7 +20,7 @@ from cluster.io.checksum import sha256_of
 from cluster.io.paths import expand_user
 from cluster.messages import Condition, FeatureRow
 from cluster.model_files.tensors import PACKAGE, anywhere
-from learner.config import RunConfig, to_dict
+from learner.config import RunConfig, dotted, to_dict
 from learner.data.datasets import open_images
 from learner.evaluation.held_out import GROUP
 from learner.evaluation.rows import Row
@@ -75,7 +75,7 @@ def judge_identity(config: RunConfig) -> dict[str, Any]:
         CheckpointError: a file is missing.
     """
     judge = to_dict(config)[JUDGE]
-    named = {name: value for name, value in _flat(judge).items() if isinstance(value, str)}
+    named = {name: value for name, value in dotted(judge).items() if isinstance(value, str)}
     paths = {
         name: value
         for name, value in named.items()
@@ -181,7 +181,7 @@ def differences(
     Args:
         besides: fields (or sections) that may differ.
     """
-    left, right = _flat(kept), _flat(wanted)
+    left, right = _by_name(kept), _by_name(wanted)
     found = []
     for name in dict.fromkeys([*left, *right]):
         part = any(name == each or name.startswith(f"{each}.") for each in (*NAMES, *besides))
@@ -190,14 +190,10 @@ def differences(
     return found
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return found
+def _by_name(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by names with dots; tuples as the lists that JSON makes of them."""
+    named = dotted(identity).items()
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in named}
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
+from cluster import clock
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -47,11 +47,11 @@ class Stopwatch:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time what is inside; also if it fails."""
-        start = time.time()
+        start = clock.epoch()
         try:
             yield
         finally:
-            self._spans.append(Span(self._worker, phase, start, time.time()))
+            self._spans.append(Span(self._worker, phase, start, clock.epoch()))
 
     def take(self) -> tuple[Span, ...]:
         """The spans since the last call."""

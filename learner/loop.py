@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-import time
+from cluster.clock import epoch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,7 @@ def train(
         combiner, pipeline: restored ones of a resumed run; None makes new ones.
     """
     combiner = combiner or Combiner(config.rewards.terms())
-    pipeline, clock, previous_end = pipeline or Pipeline(config, fleet), Stopwatch(), time.time()
+    pipeline, clock, previous_end = pipeline or Pipeline(config, fleet), Stopwatch(), epoch()
     pipeline.begin(first)
     for iteration in range(first, config.iterations):
         try:
@@ -89,7 +89,7 @@ def train(
         with clock(PUBLISHING):
             fleet.broadcast(iteration + 1)
             pipeline.release(iteration)
-        spans, now = (*worker_spans(groups, answer, report), *clock.take()), time.time()
+        spans, now = (*worker_spans(groups, answer, report), *clock.take()), epoch()
         metrics = iteration_metrics(
             iteration,
             groups,

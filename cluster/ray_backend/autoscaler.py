@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+from cluster import clock
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,7 +75,7 @@ class Autoscaler:
     def tick(self, restarts: int, weight_version: int = NO_WEIGHTS, *, decide: bool = True) -> None:
         """End workers that have drained; scale by queue wait, if `decide`; send the status to the
         control actor, and its figures to Prometheus."""
-        now = time.monotonic()
+        now = clock.monotonic()
         for pool in self._pools.values():
             pool.dismiss()
             if decide:
@@ -90,7 +90,7 @@ class Autoscaler:
     def restart(self) -> None:
         """Start a new observation: this process paused, so that waits were not the workers'."""
         for pool in self._pools.values():
-            pool.meter.restart(time.monotonic())
+            pool.meter.restart(clock.monotonic())
 
     def receive(self, ref: Any) -> None:
         """Take the control actor's answer and carry out its requests."""
@@ -148,7 +148,7 @@ class Autoscaler:
         if before != request.count:
             logger.info("%s: %d -> %d workers, as asked for", request.role, before, request.count)
             pool.scale(request.count)
-            pool.meter.restart(time.monotonic())
+            pool.meter.restart(clock.monotonic())
 
     def _pool(self, request: ScaleRequest) -> WorkerPool:
         pool = self._pools.get(request.role)

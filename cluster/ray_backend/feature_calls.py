@@ -5,7 +5,7 @@ Any server that runs the panel's network answers; another one, if it is lost.
 
 from __future__ import annotations
 
-import time
+from cluster import clock
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -72,7 +72,7 @@ class FeatureCalls:
 
     def _someone(self, pool: WorkerPool) -> Worker:
         """One that serves, once there is one."""
-        began = time.monotonic()
+        began = clock.monotonic()
         while not pool.of(State.SERVING):
             self._stop_if_requested()
             if self._listening.silence(began) > self._plan.timeout_s:

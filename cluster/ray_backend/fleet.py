@@ -7,7 +7,7 @@ lost worker is replaced and its requests are retried: seeds are part of a reques
 from __future__ import annotations
 
 import logging
-import time
+from cluster import clock
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -295,7 +295,7 @@ class RayFleet:
     def _attend(self, refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
         """Serve the fleet until one of some references is ready; returns it, or nothing after
         `timeout_s` of listening."""
-        began = time.monotonic()
+        began = clock.monotonic()
         while (left := timeout_s - self._listening.silence(began)) > 0:
             self._poll(refs, left)
             ready, _ = ray.wait(list(refs), num_returns=1, timeout=0)
@@ -343,7 +343,7 @@ class RayFleet:
 
     def _judge(self) -> bool:
         """Replace silent workers, every `JUDGE_S`; whether there were any."""
-        now = time.monotonic()
+        now = clock.monotonic()
         if now - self._judged < JUDGE_S:
             return False
         self._judged = now
@@ -385,7 +385,7 @@ class RayFleet:
             f"{pool.role.name}: {len(pool.of(State.SERVING))} of {pool.target} serve"
             for pool in self.pools
         ]
-        held = ((worker.name, worker.at(time.monotonic())) for worker in self._all())
+        held = ((worker.name, worker.at(clock.monotonic())) for worker in self._all())
         had = [f"{name} has had {at}" for name, at in held if at]
         return ", ".join([*found, *had[:3]])
 

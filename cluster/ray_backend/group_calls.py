@@ -14,7 +14,7 @@ groups are queued again; if images are lost with their node, the group is sample
 
 from __future__ import annotations
 
-import time
+from cluster import clock
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -90,9 +90,9 @@ class Call:
 
     def began(self) -> None:
         """Count the call as the worker's."""
-        self.worker.calls[id(self)] = self, time.monotonic()
+        self.worker.calls[id(self)] = self, clock.monotonic()
         if self.worker.idle:
-            self.worker.last_response = time.monotonic()
+            self.worker.last_response = clock.monotonic()
         if self.stage is Stage.IMAGES:
             self.worker.decoding += 1
         else:
@@ -101,7 +101,7 @@ class Call:
     def ended(self) -> None:
         """The worker answered, or was lost."""
         self.worker.calls.pop(id(self), None)
-        self.worker.last_response = time.monotonic()
+        self.worker.last_response = clock.monotonic()
         if self.stage is Stage.IMAGES:
             self.worker.decoding -= 1
         else:
@@ -185,7 +185,7 @@ class GroupCalls:
     def send(self, pool: WorkerPool, picked: Sequence[Waiting], worker: Worker) -> None:
         """Give a worker the tasks that were picked for it."""
         groups: tuple[PendingGroup, ...] = tuple(waiting.task for waiting in picked)
-        first, now = groups[0], time.monotonic()
+        first, now = groups[0], clock.monotonic()
         if pool is self._samplers:
             self._broadcaster.update(worker, first.weight_version)
             requests = [group.request for group in groups]

@@ -6,7 +6,7 @@ separate thread of the worker answers, so that a long decode is no silence.
 
 from __future__ import annotations
 
-import time
+from cluster import clock
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,7 +44,7 @@ class Heartbeat:
     def unresponsive(self, workers: Iterable[Worker]) -> list[tuple[Worker, str]]:
         """Those of some started workers that are gone or silent for too long, each with the reason;
         sends the next heartbeats."""
-        now = time.monotonic()
+        now = clock.monotonic()
         if not self._silence_s or now - self._looked < self._pause_s / 2:
             return []
         self._looked = now

@@ -7,7 +7,7 @@ first failure ends the wait.
 from __future__ import annotations
 
 import dataclasses
-import time
+from cluster import clock
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,7 +85,7 @@ class LearnerGroup:
     def _together(self, refs: Sequence[ray.ObjectRef]) -> list[Any]:
         """The answers, in order; the first failure is raised at once."""
         waiting, values = {ref: rank for rank, ref in enumerate(refs)}, [None] * len(refs)
-        started = time.monotonic()
+        started = clock.monotonic()
         while waiting:
             for ref in self._attend(list(waiting), LOOK_S):
                 rank = waiting.pop(ref)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
+from cluster import clock
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -119,11 +119,11 @@ class StatefulRoles:
         """
         name, count = self._plan.learner.name, range(self._plan.learner.count)
         while True:
-            delay = self._budget.spend(name, "was lost", time.monotonic())
+            delay = self._budget.spend(name, "was lost", clock.monotonic())
             for worker in self.learners:
                 ray.kill(worker.handle)
             logger.warning("%s: it is replaced, and the run returns to its last checkpoint", why)
-            time.sleep(delay)
+            clock.sleep(delay)
             self.learners = [self._launch(self._plan.learner, i, True) for i in count]
             self._broadcasts = 0
             try:
@@ -192,10 +192,10 @@ class StatefulRoles:
             lost = self.moments_worker
             self._take_capture()
             self._capture = self._refreshing = None
-            delay = self._budget.spend(lost.name, "was lost", time.monotonic())
+            delay = self._budget.spend(lost.name, "was lost", clock.monotonic())
             ray.kill(lost.handle)
             logger.warning("%s was lost: a replacement starts, with the same moments", lost.name)
-            time.sleep(delay)
+            clock.sleep(delay)
             worker = self._launch(self._plan.moments_server, 0, True)
             try:
                 self.started(worker)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+from cluster import clock
 from collections.abc import Callable, Iterator, Sequence
 
 from ray.exceptions import RayActorError
@@ -71,7 +71,7 @@ class Supervisor:
 
     def tick(self) -> None:
         """Replace lost workers whose delay is over."""
-        now = time.monotonic()
+        now = clock.monotonic()
         for worker, (due, pool) in list(self._due.items()):
             if now >= due:
                 del self._due[worker]
@@ -94,7 +94,7 @@ class Supervisor:
                 elif worker.state is State.LOST or worker.idle:
                     continue
                 elif self._listening.silence(worker.last_response) > limit:
-                    had = worker.at(time.monotonic())
+                    had = worker.at(clock.monotonic())
                     within = f"within {limit:g} s (--timeout-s)"
                     self.lost(pool, worker, f"did not answer {within}: it has had {had}")
                     found = True
@@ -117,7 +117,7 @@ class Supervisor:
             pool.drop(worker)
             logger.warning("%s %s while the run stops: it is not replaced", worker.name, why)
             return
-        delay = self._budget.spend(worker.name, why, time.monotonic())
+        delay = self._budget.spend(worker.name, why, clock.monotonic())
         self._stop(worker)
         later = f" in {delay:g} s" if delay else ""
         logger.warning(
@@ -128,7 +128,7 @@ class Supervisor:
         )
         if delay:
             worker.state = State.LOST
-            self._due[worker] = time.monotonic() + delay, pool
+            self._due[worker] = clock.monotonic() + delay, pool
         else:
             pool.replace(worker)
 

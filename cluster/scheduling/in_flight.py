@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from cluster import clock
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -195,14 +195,14 @@ class PendingBatches:
             LostWhileStoppingError: a stop is requested, and a role has no worker left.
             FleetError: nothing happened for too long.
         """
-        progress, limit = time.monotonic(), self._plan.timeout_s
+        progress, limit = clock.monotonic(), self._plan.timeout_s
         while not ready():
             if not finish:
                 self.stop_if_requested()
             elif self._should_stop() and (role := self._empty_pool()):
                 raise LostWhileStoppingError(f"no {role} is left")
             if self._poll():
-                progress = time.monotonic()
+                progress = clock.monotonic()
             elif self._listening.silence(progress) > limit:
                 raise FleetError(
                     f"nothing happened for {limit:g} s ({self._describe_workers()}): is the "

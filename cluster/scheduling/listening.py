@@ -6,7 +6,7 @@ So a gap between two polls counts only up to a bound.
 
 from __future__ import annotations
 
-import time
+from cluster import clock
 from bisect import bisect_right
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ class Listening:
     """
 
     def __init__(
-        self, longest_s: float = LONGEST_S, clock: Callable[[], float] = time.monotonic
+        self, longest_s: float = LONGEST_S, clock: Callable[[], float] = clock.monotonic
     ) -> None:
         self._longest_s, self._clock = longest_s, clock
         self._last = clock()

@@ -9,7 +9,7 @@ place for its replacement.
 
 from __future__ import annotations
 
-import time
+from cluster import clock
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -56,8 +56,8 @@ class Worker:
     """Seconds since the epoch: end of the work counted last."""
     weight_version: int = NO_WEIGHTS
     """Of a sampler: policy version it was sent last. It never decreases."""
-    since: float = field(default_factory=time.monotonic)
-    last_response: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=clock.monotonic)
+    last_response: float = field(default_factory=clock.monotonic)
     """Time of the last answer, or of the first call after an idle time."""
     calls: dict[int, tuple[object, float]] = field(default_factory=dict)
     """Pending calls by number: (description, start)."""
@@ -87,13 +87,13 @@ class Worker:
     def take(self, tasks: int = 1, now: float | None = None) -> None:
         """Count a call that was given to it."""
         if not self.busy:
-            self.begun = time.monotonic() if now is None else now
+            self.begun = clock.monotonic() if now is None else now
         self.busy += 1
         self.tasks += tasks
 
     def give(self, tasks: int = 1, now: float | None = None) -> None:
         """Count a call that ended."""
-        self.begun = time.monotonic() if now is None else now
+        self.begun = clock.monotonic() if now is None else now
         self.busy -= 1
         self.tasks -= tasks
 
@@ -133,7 +133,7 @@ class WorkerPool:
         self.role, self._launch, self._stop = role, launch, stop
         self.workers = [launch(role, index, False, False) for index in range(role.count)]
         self.waiting = WorkQueue()
-        self.meter = LoadMeter(time.monotonic())
+        self.meter = LoadMeter(clock.monotonic())
 
     @property
     def target(self) -> int:
@@ -167,7 +167,7 @@ class WorkerPool:
         serving = self.of(State.SERVING)
         if not any(worker.busy < self.role.depth for worker in serving):
             return None  # the most frequent case
-        now = time.monotonic() if now is None else now
+        now = clock.monotonic() if now is None else now
         candidates = [worker.candidate(now) for worker in serving]
         chosen = choose(self.waiting.batches(), candidates)
         if chosen is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from cluster import clock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ class Waiting:
     """Tasks of one kind and weight version may share a call."""
     rows: int = 1
     """Rows that it adds to a call; equal for all of a kind."""
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=clock.monotonic)
 
     def goes_with(self, other: Waiting) -> bool:
         """Whether both may share a call."""

@@ -105,7 +105,7 @@ def test_a_heartbeat_is_missed_by_time_listened_to(monkeypatch: pytest.MonkeyPat
         wait=lambda refs, **_: ([ref for ref in refs if ref in answered], []), get=lambda ref: True
     )
     monkeypatch.setattr(heartbeat, "ray", fake)
-    monkeypatch.setattr(heartbeat.time, "monotonic", clock)
+    monkeypatch.setattr("cluster.clock.monotonic", clock)
     listening = Listening(1.0, clock)
     beats = heartbeat.Heartbeat(10.0, listening)
     role = Role(name="sampler", factory=object, config=None, resources=Resources())

@@ -28,6 +28,7 @@ SMALLEST = {
 }
 ON_RAY = {
     "broadcast": "--megabytes 8 --samplers 1 --rounds 1",
+    "driver": "--groups 2 8 --samplers 1 --servers 1",
     "pipeline": "--only driver",
     "reward_server": "--servers 1 --groups 2 --seconds-per-image 0.001",
 }

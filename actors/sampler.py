@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +15,7 @@ from actors.checkpoints.loading import PolicyConfig, TokenizerConfig, load_decod
 from actors.decoding.decode import decode_tokens, rollout_uniforms
 from actors.decoding.steps import Workspace
 from actors.kernels import plain
+from cluster.clock import epoch
 from cluster.errors import CheckpointError, FleetError
 from cluster.messages import TRAIN, RolloutGroup, SampleRequest, WeightSnapshot
 from cluster.program.precision import refusals_explained, start_computing
@@ -106,10 +106,10 @@ class Sampler:
                 f"{self.name} holds version {self.version} and refuses the older {snapshot.version}"
             )
         torch.set_num_threads(self._threads)
-        start = time.time()
+        start = epoch()
         load_weights(self._policy, snapshot, base)
         self.version = snapshot.version
-        self._loads.append(Span(self.name, "load", start, time.time()))
+        self._loads.append(Span(self.name, "load", start, epoch()))
         return self.version
 
     def forget_weights(self) -> None:
@@ -131,7 +131,7 @@ class Sampler:
         if self.version < 0:
             raise FleetError(f"{self.name} was asked to sample before it was given weights")
         torch.set_num_threads(self._threads)
-        start = time.time()
+        start = epoch()
 
         first = requests[0]
         if any(request.batch != first.batch for request in requests):
@@ -163,7 +163,7 @@ class Sampler:
                 entropies=entropies[rows],
             )
             groups.append(group)
-        spans = (*self._take_loads(first), Span(self.name, "sample", start, time.time()))
+        spans = (*self._take_loads(first), Span(self.name, "sample", start, epoch()))
         groups[0] = replace(groups[0], spans=spans)
         return groups
 
@@ -183,12 +183,12 @@ class Sampler:
             Images (K, H, W, 3) uint8, and the span; apart, since they travel apart.
         """
         torch.set_num_threads(self._threads)
-        start = time.time()
+        start = epoch()
         with self._image_stream():
             tokens = torch.from_numpy(group.tokens.astype(np.int64)).to(self._device)
             codes, size = self._policy.codes(tokens), group.request.image_size
             images = self._decoder.pixels(codes, size).cpu().numpy()
-        return images, Span(self.name, "decode", start, time.time())
+        return images, Span(self.name, "decode", start, epoch())
 
     def _image_stream(self) -> AbstractContextManager[object]:
         """A CUDA stream beside that of `sample`, so that neither waits for the other."""

@@ -21,14 +21,24 @@ class Clock(Protocol):
     def sleep(self, seconds: float) -> None: ...
 
 
+def _running() -> float:
+    """Seconds that never go back, with those in which the machine slept where the system tells."""
+    kind = getattr(time, "CLOCK_BOOTTIME", None)  # Linux
+    return time.monotonic() if kind is None else time.clock_gettime(kind)
+
+
 class MachineClock:
-    """The machine's own."""
+    """The machine's own. `epoch` runs on from the time at which this process started, whatever the
+    machine's clock is set to later: two of its times differ by the seconds between them."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - _running()
 
     def monotonic(self) -> float:
         return time.monotonic()
 
     def epoch(self) -> float:
-        return time.time()
+        return _running() + self._offset
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -2,8 +2,8 @@
 
 It works on NFS and parallel filesystems, unlike `flock`: the file is created exclusively, and its
 owner renews its modification time, by the storage's clock. A lock of a dead owner is taken over: at
-once if its process ran on this machine, else when the modification time has not changed for
-`STALE_S`. Taking over needs a second lock, named after the first one's token, so that exactly one
+once if its process ran on this machine, else when this process has seen no change of the
+modification time for `STALE_S`, or for a shorter time if it is very old. Taking over needs a second lock, named after the first one's token, so that exactly one
 process succeeds.
 """
 
@@ -33,7 +33,10 @@ STALE_S = 60.0
 """Age after which a lock of another machine is abandoned: well above the delays by slow storage or
 a library that holds the interpreter."""
 WATCH_S = 3 * BEAT_S
-"""Minimum observation before a takeover, since clocks may differ by minutes."""
+"""Minimum observation before a takeover."""
+SKEW_S = 600.0
+"""Most by which the clocks of two hosts may differ. Some filesystems (Lustre, GPFS) write a host's
+own time, so an age counts only beyond this."""
 POLL_S = 1.0
 ATTEMPTS = 100  # at a lock that others create, take over and release meanwhile
 WRITTEN_S = 1.0  # longest wait for the content of one that has just been created
@@ -56,13 +59,13 @@ def lock_verdict(state: LockState, age_s: float, watched_s: float) -> Verdict:
     """Whether a lock is held.
 
     Args:
-        age_s: seconds since its renewal, by the storage's clock.
+        age_s: seconds since its renewal, by the storage's clock or the two hosts' clocks.
         watched_s: seconds in which this process saw no renewal.
     """
     holder = state.holder
     if holder is not None and holder.here:
         return "held" if holder.lives else "stale"
-    stood_s = max(age_s, watched_s)
+    stood_s = max(age_s - SKEW_S, watched_s)
     return "stale" if watched_s >= WATCH_S and stood_s >= STALE_S else "watch"
 
 
@@ -214,7 +217,8 @@ def _watched(path: Path, state: LockState, what: str) -> tuple[Verdict, LockStat
             reported = True
             logger.info(
                 f"{what} is locked by {describe_owner(state)}, last renewed {age_s:.0f} s ago: "
-                f"watching for up to {max(WATCH_S, STALE_S - age_s):.0f} s whether it lives"
+                f"watching for {WATCH_S if age_s >= STALE_S + SKEW_S else STALE_S:.0f} s whether "
+                "it lives"
             )
         time.sleep(POLL_S)
         now = read_lock(path)
@@ -280,9 +284,8 @@ def read_lock(path: Path) -> LockState | None:
 
 
 def _age_s(path: Path, state: LockState) -> float:
-    """Seconds since the renewal of a lock, by the clock of this machine or of the storage."""
-    if state.holder is not None and state.holder.here:
-        return max(0.0, time.time() - state.renewed_ns / 1e9)
+    """Seconds since the renewal of a lock, by the clock with which the storage writes this
+    process's files: its own, or this machine's."""
     probe = _guard(path, secrets.token_hex(8))
     handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:
@@ -313,9 +316,23 @@ def owner_of(directory: Path) -> str:
             return ""
         if state.holder is not None and state.holder.here:
             return describe_owner(state) if state.holder.lives else ""
-        return "" if _age_s(path, state) > STALE_S else describe_owner(state)
+        age_s = _age_s(path, state)
+        if age_s > STALE_S and not (age_s < STALE_S + SKEW_S and _renewed(path, state)):
+            return ""
+        return describe_owner(state)
     except OSError as error:
         return f"a process that cannot be known ({error})"
+
+
+def _renewed(path: Path, state: LockState) -> bool:
+    """Whether a lock is renewed within `WATCH_S`: its age may be that of another host's clock."""
+    deadline = time.monotonic() + WATCH_S
+    while time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        now = read_lock(path)
+        if now is None or (now.token, now.renewed_ns) != (state.token, state.renewed_ns):
+            return now is not None
+    return False
 
 
 def _held_error(path: Path, state: LockState, what: str, stop: str) -> LockHeldError:

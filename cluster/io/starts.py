@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.clock import epoch
 from cluster.io.files import writing
 from cluster.io.run_layout import STARTS
 from cluster.io.strict_json import MALFORMED, dumps
@@ -30,7 +31,7 @@ def append_event(directory: Path, event: str, content: Mapping[str, Any]) -> Non
     Raises:
         StorageError: it cannot be written.
     """
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.fromtimestamp(epoch(), UTC).isoformat(timespec="seconds")
     path = directory / STARTS
     with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(dumps({EVENT: event, "time": now, **content}) + "\n")

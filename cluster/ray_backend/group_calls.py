@@ -25,11 +25,12 @@ from typing import Any
 import ray
 
 from cluster.errors import InputLostError
-from cluster.messages import GroupScores, RolloutGroup
+from cluster.messages import RolloutGroup
 from cluster.ray_backend.broadcast import Broadcaster
 from cluster.ray_backend.supervisor import Supervisor
 from cluster.ray_session.calls import LOST, answer, why_lost
 from cluster.roles import FleetPlan
+from cluster.scheduling.clock_offsets import ClockOffsets, spans_of
 from cluster.scheduling.in_flight import PendingGroup
 from cluster.scheduling.listening import Listening
 from cluster.scheduling.pool import Worker, WorkerPool
@@ -63,6 +64,8 @@ class Call:
     stage: Stage
     waited_s: tuple[float, ...] = ()
     """Queue wait of each group."""
+    sent: float = field(default_factory=clock.epoch)
+    """Seconds since the epoch."""
     attempts: tuple[int, ...] = field(init=False)
     """Of each group, when the call was made."""
 
@@ -172,7 +175,7 @@ class GroupCalls:
     ) -> None:
         self._plan, self._samplers, self._servers = plan, samplers, servers
         self._broadcaster, self._supervisor, self._budget = broadcaster, supervisor, budget
-        self._listening, self._check = listening, ScoreChecks()
+        self._listening, self._check, self._clocks = listening, ScoreChecks(), ClockOffsets()
         self.calls: dict[ray.ObjectRef, Call] = {}
         """Pending answers, for `advance`."""
 
@@ -219,6 +222,7 @@ class GroupCalls:
             return
         self._budget.worked(worker.name)
         call.measure(spans_of(value))
+        value = self._clocks.aligned(value, call.sent, clock.epoch())
         pool.dismiss()
         if not call.live:
             return
@@ -271,11 +275,3 @@ def queue_for_tokens(samplers: WorkerPool, group: PendingGroup, *, front: bool =
         kind=group.request.batch,
         rows=group.request.rows,
     )
-
-
-def spans_of(value: list[RolloutGroup] | GroupScores | Span) -> tuple[Span, ...]:
-    """The worker's times in an answer."""
-    if isinstance(value, Span):
-        return (value,)
-    answers = value if isinstance(value, list) else [value]
-    return tuple(span for answer in answers for span in answer.spans)

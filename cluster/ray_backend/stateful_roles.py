@@ -20,6 +20,7 @@ from cluster.errors import LearnerLostError
 from cluster.ray_backend.learner_group import LearnerGroup
 from cluster.ray_session.calls import LOST, RemoteRole, answer, why_lost
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
+from cluster.scheduling.clock_offsets import ClockOffsets, OnThisClock
 from cluster.scheduling.journal import Journal
 from cluster.scheduling.listening import Listening
 from cluster.scheduling.pool import State, Worker
@@ -61,6 +62,7 @@ class StatefulRoles:
         self._capture: tuple[Any, int] | None = None  # requested state, its position
         self._refreshing: Any = None  # `refresh` of the iteration before
         self._broadcasts = 0  # of these learners
+        self._clocks = ClockOffsets()
 
     @property
     def workers(self) -> list[Worker]:
@@ -79,13 +81,13 @@ class StatefulRoles:
             FleetError: the fleet has none.
         """
         self._plan.need(self._plan.learner)
+        role: Any
         if len(self.learners) > 1:
-            return self._group()
-        worker = self.learners[0]
-        return cast(
-            LearnerRole,
-            RemoteRole(worker.handle, worker.name, self._plan.timeout_s, self._learner_answer),
-        )
+            role = self._group()
+        else:
+            handle, name = self.learners[0].handle, self.learners[0].name
+            role = RemoteRole(handle, name, self._plan.timeout_s, self._learner_answer)
+        return cast(LearnerRole, OnThisClock(role, self._clocks))
 
     @property
     def moments(self) -> MomentsRole:
@@ -95,7 +97,7 @@ class StatefulRoles:
             FleetError: the fleet has none.
         """
         self._plan.need(self._plan.moments_server)
-        return cast(MomentsRole, _Restorable(self._ask_moments))
+        return cast(MomentsRole, OnThisClock(_Restorable(self._ask_moments), self._clocks))
 
     def started(self, worker: Worker) -> None:
         """Wait until one of them is ready.

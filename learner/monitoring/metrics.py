@@ -6,7 +6,6 @@ appears in metrics.jsonl and all loggers; `learner.reports.panels.PANELS` draws 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.clock import epoch
 from cluster.io.files import writing
 from cluster.io.strict_json import dumps
 from cluster.messages import ScoredGroup
@@ -142,7 +142,7 @@ class Recorder:
         with writing(run.metrics):
             self._metrics = run.metrics.open("a", buffering=1)
         self._trace = Trace(run.trace, resume=done > 0)
-        self.usage = Usage(time.time())
+        self.usage = Usage(epoch())
         """Working time of each role from now on."""
 
     @contextmanager

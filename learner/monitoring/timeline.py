@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.clock import epoch
 from cluster.io.files import replacing, writing
 from cluster.io.strict_json import dumps
 from cluster.spans import DRIVER, QUEUE, Span, role_of, works
@@ -121,13 +121,16 @@ def bottleneck(shares: Sequence[RoleUse], max_staleness: int, *, inline: bool = 
 class Trace:
     """Writes trace.json in Chrome's trace format, for Perfetto or chrome://tracing.
 
-    One event a line, so that the file of a killed run can be read and continued.
+    One event a line, so that the file of a killed run can be read and continued; on another host,
+    too, whose clock may be behind: time goes on from the newest event.
     """
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         self._threads: dict[str, int] = {}
         self._separator = "[\n"
         events = _trace_events(path) if resume else []
+        newest = max(map(_end, events), default=0)
+        self._behind = max(newest - round(epoch() * 1e6), 0)
         with writing(path), replacing(path) as partial:
             self._file = partial.open("w")
             for event in events:
@@ -144,15 +147,19 @@ class Trace:
                 thread = self._threads[name] = len(self._threads) + 1
                 label = {"name": "thread_name", "ph": "M", "args": {"name": name}}
                 self._write({**label, "pid": 1, "tid": thread})
-            times = {"ts": round(span.start * 1e6), "dur": round(span.seconds * 1e6)}
+            times = {"ts": self._time(span.start), "dur": round(span.seconds * 1e6)}
             self._write({"name": span.phase, "ph": "X", **times, "pid": 1, "tid": thread})
 
     def idle(self, shares: Mapping[str, float], iteration: int) -> None:
         """Add a point to the curves of the roles' idle shares, at the end of an iteration. Its
         number tells a repetition from the iteration that a resume undid."""
         values = {role: round(share, 4) for role, share in shares.items()}
-        event = {"name": "idle share", "ph": "C", "ts": round(time.time() * 1e6), "pid": 1}
+        event = {"name": "idle share", "ph": "C", "ts": self._time(epoch()), "pid": 1}
         self._write({**event, "iteration": iteration, "args": values})
+
+    def _time(self, seconds: float) -> int:
+        """Microseconds."""
+        return round(seconds * 1e6) + self._behind
 
     def flush(self) -> None:
         self._file.flush()
@@ -178,6 +185,12 @@ def _trace_events(path: Path) -> list[dict[str, Any]]:
             if _is_event(event):
                 events.append(event)
     return events
+
+
+def _end(event: Mapping[str, Any]) -> int:
+    """Microseconds; 0 of an event without a time."""
+    times = event.get("ts", 0), event.get("dur", 0)
+    return sum(times) if all(type(time) is int for time in times) else 0
 
 
 def _is_event(event: Any) -> bool:

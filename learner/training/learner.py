@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.clock import epoch
 from cluster.errors import FleetError, LearningError
 from cluster.io.background import Background
 from cluster.messages import SamplingSpec, WeightSnapshot
@@ -148,7 +148,7 @@ class Learner:
             LearningError: too many of the last updates were not finite (`GuardsConfig`). They were
                 skipped.
         """
-        start = time.time()
+        start = epoch()
         options = self._config.optimizer
         torch.set_num_threads(options.num_threads)
         staleness = self._check_batch(batch)
@@ -170,7 +170,7 @@ class Learner:
             self._update_entropy_coefficient(batch.iteration, behaviour["entropy"])
         if self._base_entropy is not None:
             metrics["policy/base_entropy"] = self._base_entropy
-        span = Span(self.name, "learn", start, time.time())
+        span = Span(self.name, "learn", start, epoch())
         return StepReport(version=self.version, metrics=metrics, spans=(*self._clock.take(), span))
 
     def save(self, directory: Path, background: bool = False) -> None:

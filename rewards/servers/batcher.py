@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from cluster.clock import epoch
 from cluster.errors import FleetError, StuckError
 from cluster.messages import ServerStats
 from rewards.scorers.isolation import describe
@@ -45,7 +46,7 @@ class Entry(Generic[Item, Result]):
     group: object
     """A batch holds entries of one group only."""
     size: int
-    arrived: float = field(default_factory=time.time)
+    arrived: float = field(default_factory=epoch)
     deadline: float = 0.0
     """`time.monotonic()` at which its batch starts, full or not."""
     future: Future[tuple[Result, Work]] = field(default_factory=Future)
@@ -114,7 +115,7 @@ class Batcher(Generic[Item, Result]):
                     f"{self._max_queued}), and there was no room for {size} more within "
                     f"{self._queue_timeout_s:g} s: start more servers, or ask for less at a time"
                 )
-            entry.arrived = time.time()
+            entry.arrived = epoch()
             entry.deadline = time.monotonic() + self._max_wait_s
             self._queue.append(entry)
             self._queued += size
@@ -190,9 +191,9 @@ class Batcher(Generic[Item, Result]):
             self._end(describe(error), batch)
 
     def _do(self, batch: list[Entry[Item, Result]]) -> None:
-        start, self._begun = time.time(), time.monotonic()
+        start, self._begun = epoch(), time.monotonic()
         results = self._results(batch)
-        end, self._begun = time.time(), None
+        end, self._begun = epoch(), None
         with self._changed:
             self._batches += 1
             self._busy_s += end - start

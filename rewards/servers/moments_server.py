@@ -8,7 +8,6 @@ Shapes: N images, D feature dimensions.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ import msgpack
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from cluster.clock import epoch
 from cluster.errors import CheckpointError, DataError
 from cluster.io.checksum import UNREADABLE, add_checksum, pack_array, unpack_array, verify_checksum
 from cluster.spans import Span
@@ -152,7 +152,7 @@ class MomentsServer:
                 number of images, a window shorter than the iteration, or fewer than two valid
                 images.
         """
-        start = time.time()
+        start = epoch()
         classes = None if classes is None else np.asarray(classes)
         if (repeated := self._repeated(run, iteration, len(features))) is not None:
             return repeated
@@ -180,7 +180,7 @@ class MomentsServer:
             bias=bias,
             batch_bias=batch_bias,
             positive_share=float((rewards[valid] > 0).mean()),
-            spans=(*self._refreshed, Span(self.name, "moments", start, time.time())),
+            spans=(*self._refreshed, Span(self.name, "moments", start, epoch())),
             **statistics,
         )
         # Last and together: a failed commit changes nothing.
@@ -196,10 +196,10 @@ class MomentsServer:
         history, reference = self._history, self._reference
         if not (self._decomposes and reference and isinstance(history, Moments) and history.weight):
             return
-        start, last = time.time(), 0 if self._answer is None else len(self._answer.rewards)
+        start, last = epoch(), 0 if self._answer is None else len(self._answer.rewards)
         with threadpool_limits(self._config.num_threads):
             if self._basis.refresh(history, reference, last):
-                self._refreshed = (Span(self.name, "decompose", start, time.time()),)
+                self._refreshed = (Span(self.name, "decompose", start, epoch()),)
 
     @property
     def _decomposes(self) -> bool:

@@ -39,3 +39,11 @@ def test_the_machines_clock_returns_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), clock.using(Still()):
         1 / 0  # noqa: B018
     assert clock.monotonic() == pytest.approx(time.monotonic(), abs=5)
+
+
+def test_a_clock_that_is_set_meanwhile_changes_no_duration(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = clock.MachineClock()
+    before, real = machine.epoch(), time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 3600)
+    assert 0 <= machine.epoch() - before < 5
+    assert clock.MachineClock().epoch() < before  # of a process that starts later

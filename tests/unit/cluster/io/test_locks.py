@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -135,6 +136,8 @@ def test_a_suspended_owner_on_this_machine_keeps_it(owner: tuple, quick: None) -
         (1e6, 0, "watch"),  # their clock may be behind
         (1e6, locks.WATCH_S, "stale"),
         (locks.STALE_S / 2, locks.WATCH_S, "watch"),
+        (locks.SKEW_S, locks.STALE_S - 1, "watch"),  # may be the difference of two hosts' clocks
+        (locks.SKEW_S, locks.STALE_S, "stale"),
         (0, locks.STALE_S - 1, "watch"),
         (0, locks.STALE_S, "stale"),
     ],
@@ -178,6 +181,28 @@ def test_a_far_owner_that_renews_is_refused_at_the_next_renewal(
         thread.join()
     assert read_lock(path).token == holder.token
     assert contents(tmp_path) == [OWNER]
+
+
+def test_a_far_owner_whose_clock_is_behind_lives(tmp_path: Path, quick: None) -> None:
+    """A filesystem that writes the hosts' own times: each renewal is five minutes old."""
+    path, beats = tmp_path / OWNER, threading.Event()
+    far(path, 300.0)
+
+    def renew() -> None:
+        while not beats.wait(locks.BEAT_S):
+            then = time.time() - 300.0
+            os.utime(path, (then, then))
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        assert "node7" in owner_of(tmp_path)
+        with pytest.raises(LockHeldError, match="node7"):
+            acquire(path, "it")
+    finally:
+        beats.set()
+        thread.join()
+    assert owner_of(tmp_path) == ""  # not renewed any more
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x00junk", b'{"pid": "x"}', None])

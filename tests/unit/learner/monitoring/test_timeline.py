@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import clock
 from cluster.spans import Span, Stopwatch, role_of
 from learner.monitoring.timeline import RoleUse, Trace, Usage, bottleneck
 
@@ -113,3 +114,24 @@ def test_the_trace_has_queues_apart_and_idle_shares(tmp_path: Path) -> None:
     again = Trace(tmp_path / "trace.json", resume=True)
     again.close()
     assert json.loads((tmp_path / "trace.json").read_text()) == events
+
+
+def test_a_run_that_goes_on_where_the_clock_is_behind_keeps_its_order(tmp_path: Path) -> None:
+    path, ahead = tmp_path / "trace.json", clock.epoch() + 300
+    first = Trace(path, resume=False)
+    first.add([Span("learner", "learn", ahead, ahead + 2)])
+    first.close()
+    resumed, now = Trace(path, resume=True), clock.epoch()
+    resumed.add([Span("learner", "learn", now, now + 1)])
+    resumed.idle({"learner": 0.0}, 2)
+    resumed.close()
+    before, after, idle = [event for event in json.loads(path.read_text()) if event["ph"] != "M"]
+    assert after["ts"] >= before["ts"] + before["dur"]
+    assert after["ts"] - before["ts"] < 10e6 and idle["ts"] >= after["ts"]
+    assert after["dur"] == 1e6
+
+
+def test_a_damaged_time_does_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text('[\n{"name": "learn", "ph": "X", "ts": "soon", "dur": null, "tid": 1}\n')
+    Trace(path, resume=True).close()

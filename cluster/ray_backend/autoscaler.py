@@ -18,6 +18,7 @@ from cluster.control.control_actor import (
 )
 from cluster.errors import FleetError
 from cluster.ray_backend.prometheus import JobMetrics
+from cluster.ray_session import backend
 from cluster.ray_session.private import actor_id
 from cluster.scheduling.autoscaling import desired_workers
 from cluster.scheduling.pool import State, Worker, WorkerPool
@@ -64,9 +65,7 @@ class Autoscaler:
 
     def end(self) -> None:
         if self._control is not None:
-            import ray
-
-            ray.kill(self._control)
+            backend.kill(self._control)
 
     def refs(self) -> list[Any]:
         """Pending answers, for `receive`."""
@@ -94,12 +93,11 @@ class Autoscaler:
 
     def receive(self, ref: Any) -> None:
         """Take the control actor's answer and carry out its requests."""
-        import ray
         from ray.exceptions import RayActorError
 
         self._exchange = None
         try:
-            requests = ray.get(ref)
+            requests = backend.get(ref)
         except RayActorError:
             self._control = None
             logger.warning(

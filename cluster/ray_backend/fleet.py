@@ -31,6 +31,7 @@ from cluster.ray_backend.launcher import Launcher, actor_class
 from cluster.ray_backend.publisher import publisher_of
 from cluster.ray_backend.stateful_roles import StatefulRoles
 from cluster.ray_backend.supervisor import Supervisor
+from cluster.ray_session import backend
 from cluster.ray_session.calls import answer, how_ended, put, ready_of, too_late
 from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Pictures, Role
@@ -246,7 +247,7 @@ class RayFleet:
             logger.info("%s has left", worker.name)
 
     def _kill(self, worker: Worker) -> None:
-        ray.kill(worker.handle)  # one that stands still, too: its node sees to it within seconds
+        backend.kill(worker.handle)  # one that stands still, too: its node sees to it within seconds
 
     def _end(self) -> None:
         for worker in self._all():
@@ -298,7 +299,7 @@ class RayFleet:
         began = clock.monotonic()
         while (left := timeout_s - self._listening.silence(began)) > 0:
             self._poll(refs, left)
-            ready, _ = ray.wait(list(refs), num_returns=1, timeout=0)
+            ready, _ = backend.ready(refs, 1)
             if ready:
                 return ready
         return []

@@ -10,9 +10,9 @@ from cluster import clock
 from collections.abc import Iterable
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError
 
+from cluster.ray_session import backend
 from cluster.ray_session.private import call_inside
 from cluster.scheduling.listening import Listening
 from cluster.scheduling.pool import Worker
@@ -65,14 +65,14 @@ class Heartbeat:
     def _listen(self, now: float) -> list[Worker]:
         """Take the ready answers; returns workers whose process ended."""
         refs = {asked: worker for worker, (asked, _) in self._asked.items()}
-        ready = ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []
+        ready, _ = backend.ready(list(refs))
         gone = []
         for ref in ready:
             worker = refs[ref]
             del self._asked[worker]
             self._last_response[worker] = now
             try:
-                ray.get(ref)
+                backend.get(ref)
             except RayActorError:
                 gone.append(worker)
         return gone

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from cluster.io.paths import in_ray_package
 from cluster.program.gpu_memory import limited_to_share
 from cluster.program.invocation import current
 from cluster.program.secrets import secret_variables, with_environment
 from cluster.program.signals import ignoring_signals
 from cluster.ray_backend import heartbeat
+from cluster.ray_session import backend
 from cluster.ray_session.private import started
 from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, Role
@@ -31,7 +30,7 @@ def actor_class(factory: Callable[..., Any], groups: Mapping[str, int]) -> Any:
         groups: concurrency group -> number of threads.
     """
     options: dict[str, Any] = {"concurrency_groups": dict(groups)}
-    return ray.remote(**options)(factory)
+    return backend.actor_class(factory, options)
 
 
 WrapClass = Callable[..., Any]

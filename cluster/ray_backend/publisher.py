@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from cluster.ray_backend import collective, heartbeat
 from cluster.ray_backend.collective import RECEIVE, Ticket
 from cluster.ray_backend.transports import COLLECTIVE, OBJECT_STORE, over_nccl, why_not
+from cluster.ray_session import backend
 from cluster.ray_session.private import actor_id, call_inside, living_actors
 from cluster.roles import FleetPlan
 
@@ -78,7 +79,7 @@ class Publisher:
         """
         receiving = {RECEIVE: 1} if self._collective else {}
         options: dict[str, Any] = {"concurrency_groups": {**groups, **receiving}}
-        return ray.remote(**options)(factory)
+        return backend.actor_class(factory, options)
 
     def forget(self) -> None:
         """The learner was replaced: drop its base and group."""
@@ -114,9 +115,7 @@ class Publisher:
         the group at once, and the next broadcast forms a new one."""
         if not self._pending:
             return
-        ready, self._pending = ray.wait(
-            self._pending, num_returns=len(self._pending), timeout=0, fetch_local=False
-        )
+        ready, self._pending = backend.ready(self._pending, fetch_local=False)
         reasons = [reason for reason in map(_failure, ready) if reason]
         if reasons:
             self._disband(reasons[0])
@@ -201,7 +200,7 @@ def _by_node(learner: Any, samplers: Sequence[Any]) -> Sequence[Any]:
 def _failure(answered: ray.ObjectRef) -> str:
     """Why a member's part in a broadcast failed; empty: it did not."""
     try:
-        return str(ray.get(answered))
+        return str(backend.get(answered))
     except RayError as error:
         return f"a member was lost: {type(error).__name__}"
 

@@ -13,11 +13,11 @@ from cluster import clock
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import ray
 from ray.exceptions import RayActorError
 
 from cluster.errors import LearnerLostError
 from cluster.ray_backend.learner_group import LearnerGroup
+from cluster.ray_session import backend
 from cluster.ray_session.calls import LOST, RemoteRole, answer, why_lost
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Role
 from cluster.scheduling.clock_offsets import ClockOffsets, OnThisClock
@@ -123,7 +123,7 @@ class StatefulRoles:
         while True:
             delay = self._budget.spend(name, "was lost", clock.monotonic())
             for worker in self.learners:
-                ray.kill(worker.handle)
+                backend.kill(worker.handle)
             logger.warning("%s: it is replaced, and the run returns to its last checkpoint", why)
             clock.sleep(delay)
             self.learners = [self._launch(self._plan.learner, i, True) for i in count]
@@ -179,10 +179,10 @@ class StatefulRoles:
         if self._capture is None:
             return
         ref, position = self._capture
-        if ray.wait([ref], timeout=0)[0]:
+        if backend.ready([ref])[0]:
             self._capture = None
             with contextlib.suppress(RayActorError):  # the next call notices
-                self._journal.covers(position, ray.get(ref))
+                self._journal.covers(position, backend.get(ref))
 
     def _restore_moments(self) -> None:
         """Start a new moments server and restore its state.
@@ -195,7 +195,7 @@ class StatefulRoles:
             self._take_capture()
             self._capture = self._refreshing = None
             delay = self._budget.spend(lost.name, "was lost", clock.monotonic())
-            ray.kill(lost.handle)
+            backend.kill(lost.handle)
             logger.warning("%s was lost: a replacement starts, with the same moments", lost.name)
             clock.sleep(delay)
             worker = self._launch(self._plan.moments_server, 0, True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,10 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
+from cluster import clock
 from cluster.errors import FleetError, InputLostError, StuckError, TesseraError
 from cluster.program.logs import FILE_ONLY
+from cluster.ray_session import backend
 from cluster.ray_session.object_store import MemoryFullError, memory_full, store_full
 from cluster.scheduling.listening import Listening
 
@@ -73,7 +74,7 @@ def put(value: Any, what: str) -> ray.ObjectRef:
         StoreFullError: there is no room for it; `what` says what it is.
     """
     try:
-        return ray.put(value)
+        return backend.put(value)
     except (ObjectStoreFullError, OutOfDiskError) as error:
         raise store_full(what, error) from None
 
@@ -144,10 +145,10 @@ def _within(ref: ray.ObjectRef, timeout_s: float) -> Any:
         GetTimeoutError: no answer in time.
     """
     slice_s = min(LONGEST_GET_S, timeout_s / 4)
-    listening, began = Listening(2 * slice_s), time.monotonic()
+    listening, began = Listening(2 * slice_s), clock.monotonic()
     while True:
         try:
-            return ray.get(ref, timeout=slice_s)
+            return backend.get(ref, slice_s)
         except GetTimeoutError:
             listening.look()
             if listening.silence(began) >= timeout_s:
@@ -198,9 +199,8 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
 def ready_of(refs: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
     """Wait for the first of some references; returns all that are ready, or none."""
     if not refs:
-        time.sleep(timeout_s)
+        clock.sleep(timeout_s)
         return []
-    refs = list(refs)
-    if not ray.wait(refs, num_returns=1, timeout=timeout_s)[0]:
+    if not backend.ready(refs, 1, timeout_s=timeout_s)[0]:
         return []
-    return list(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+    return backend.ready(refs)[0]

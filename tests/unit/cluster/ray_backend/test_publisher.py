@@ -26,15 +26,15 @@ class Actors:
         self.answers: dict[object, str] = {}
         self.failure = ""
         self.answered = True
-        fake = SimpleNamespace(wait=self.wait, get=self.answers.__getitem__)
-        monkeypatch.setattr(publisher, "ray", fake)
+        fake = SimpleNamespace(ready=self.ready, get=self.answers.__getitem__)
+        monkeypatch.setattr(publisher, "backend", fake)
         monkeypatch.setattr(publisher, "call_inside", self.call_inside)
         monkeypatch.setattr(publisher, "actor_id", lambda handle: handle)
         monkeypatch.setattr(publisher, "living_actors", lambda: self.nodes)
         self.nodes: dict[str, dict[str, str]] = {}
         self.learner = Handle("learner")
 
-    def wait(self, refs: list[object], **_: Any) -> tuple[list[object], list[object]]:
+    def ready(self, refs: list[object], **_: Any) -> tuple[list[object], list[object]]:
         return (refs, []) if self.answered else ([], refs)
 
     def left(self) -> list[str]:

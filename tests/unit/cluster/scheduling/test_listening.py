@@ -102,9 +102,9 @@ def test_a_heartbeat_is_missed_by_time_listened_to(monkeypatch: pytest.MonkeyPat
     clock = Clock()
     answered: list[object] = []
     fake = SimpleNamespace(
-        wait=lambda refs, **_: ([ref for ref in refs if ref in answered], []), get=lambda ref: True
+        ready=lambda refs: ([ref for ref in refs if ref in answered], []), get=lambda ref: True
     )
-    monkeypatch.setattr(heartbeat, "ray", fake)
+    monkeypatch.setattr(heartbeat, "backend", fake)
     monkeypatch.setattr("cluster.clock.monotonic", clock)
     listening = Listening(1.0, clock)
     beats = heartbeat.Heartbeat(10.0, listening)

@@ -6,6 +6,7 @@ Roles are plain classes built as `factory(config, name=...)`. The same classes r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,13 @@ import numpy as np
 
 from cluster.errors import FleetError
 from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ServerStats, WeightSnapshot
+from cluster.placement.config import PlacementConfig
+from cluster.placement.labels import LabelSelector, check_selector
 from cluster.spans import Span
 
 FEATURE_BATCH = 256
 """Real images in one call of `RewardServerRole.features`."""
+ACCELERATOR = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 Pictures = np.ndarray | Sequence[np.ndarray]
 """(N, H, W, 3) uint8, or N arrays (H, W, 3) uint8 of any sizes."""
 
@@ -34,6 +38,11 @@ class Resources:
     worker's part of its memory, too."""
     num_threads: int = 1
     """Threads of a worker's numerical libraries."""
+    labels: LabelSelector = field(default_factory=dict)
+    """Labels that the node of a worker must have, each VALUE, in(A,B), !VALUE or !in(A,B), as in
+    tessera-role=sampler. `ray start --labels` gives a node its labels."""
+    accelerator_type: str = ""
+    """Kind of GPU that the node of a worker must have, as Ray names it: H100, A100, L4, ..."""
 
     def __post_init__(self) -> None:
         if self.num_cpus < 0 or self.num_gpus < 0:
@@ -47,6 +56,12 @@ class Resources:
             )
         if self.num_threads < 1:
             raise ValueError(f"num_threads must be >= 1, found {self.num_threads}")
+        check_selector(self.labels)
+        if self.accelerator_type and not ACCELERATOR.fullmatch(self.accelerator_type):
+            raise ValueError(
+                "accelerator_type is a name as Ray has it (H100, A100, L4, ...), found "
+                f"{self.accelerator_type!r}"
+            )
 
     @property
     def device(self) -> str:
@@ -156,6 +171,7 @@ class FleetPlan:
     """S: how many updates older than the learner's the weights of rollouts may be."""
     transport: str = "object-store"
     """How weights reach the samplers: see `cluster.ray_backend.transports`."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     adapters_alone: bool = False
     """The learner trains adapters: after the frozen weights, only these travel."""
 

@@ -25,6 +25,7 @@ from cluster.io import strict_yaml
 from cluster.io.paths import expand_user
 from cluster.io.strict_yaml import MalformedYamlError
 from cluster.messages import SamplingSpec
+from cluster.placement.config import PlacementConfig
 from cluster.ray_backend.transports import WeightsConfig
 from cluster.ray_session.session import RayConfig
 from learner.data.conditions import ConditionsConfig
@@ -99,6 +100,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:

@@ -66,6 +66,7 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
         slots=config.slots,
         max_staleness=config.max_staleness,
         transport=config.weights.transport,
+        placement=config.placement,
         adapters_alone=config.learner.lora.rank > 0,
     )
 

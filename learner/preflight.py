@@ -16,6 +16,7 @@ from actors.preflight import check_models, image_side
 from cluster.errors import ConfigError, DataError
 from cluster.io.paths import expand_user
 from cluster.messages import Condition
+from cluster.placement.labels import written
 from cluster.preflight import Findings, size_of
 from cluster.program.invocation import command_of
 from cluster.ray_session.runtime_env import check_runtime_env
@@ -334,4 +335,6 @@ def placement_lines(plan: FleetPlan, nodes: Sequence[Node]) -> list[str]:
 def _placed(p: Placement) -> str:
     threads = f"{p.num_threads} thread{'s' if p.num_threads > 1 else ''}"
     each = f"{p.num_cpus:g} CPU, {p.num_gpus:g} GPU each"
-    return f"{p.count} x {p.role}: {each}, {p.device}, {threads}"
+    where = [f"accelerator_type {p.accelerator_type}"] if p.accelerator_type else []
+    where += [f"labels {written(p.labels)}"] if p.labels else []
+    return ", ".join([f"{p.count} x {p.role}: {each}, {p.device}, {threads}", *where])

@@ -8,8 +8,8 @@ choice, and never moves them; within a node a fraction goes to the fullest GPU t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cluster.errors import ConfigError
 from cluster.roles import FleetPlan, Role
@@ -44,6 +44,8 @@ class Placement:
     num_gpus: float
     device: str
     num_threads: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+    accelerator_type: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,16 @@ def _check_gpus(plan: FleetPlan, gpus: float) -> None:
 def _reserved(role: Role, share: float) -> Placement:
     asked = role.resources
     cpus = asked.num_cpus or share
-    return Placement(role.name, role.count, cpus, asked.num_gpus, asked.device, asked.num_threads)
+    return Placement(
+        role.name,
+        role.count,
+        cpus,
+        asked.num_gpus,
+        asked.device,
+        asked.num_threads,
+        asked.labels,
+        asked.accelerator_type,
+    )
 
 
 def _requests(plan: FleetPlan, share: float) -> list[_Request]:

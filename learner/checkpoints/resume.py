@@ -18,7 +18,11 @@ MAY_CHANGE = (
     "max_failed_share",
     "sampler.kernels",
     "sampler.num_",
+    "sampler.labels",
+    "sampler.accelerator_type",
     "reward.num_",
+    "reward.labels",
+    "reward.accelerator_type",
     "reward.min",
     "reward.max",
     "reward.target_wait_s",
@@ -27,6 +31,8 @@ MAY_CHANGE = (
     "rewards.loo_fid.num_threads",
     "rewards.loo_fid.rebuild_every",  # of earlier versions; does nothing
     "learner.num_",
+    "learner.labels",
+    "learner.accelerator_type",
     "learner.microbatch",
     "learner.checkpointing",
     "learner.compile",
@@ -39,6 +45,7 @@ MAY_CHANGE = (
     "evaluation.diversity",
     "evaluation.max_",
     "weights.transport",
+    "placement.",
     "ray.",
 )
 """Prefixes of fields that a resumed run may change: they do not change what it computes (but for
@@ -62,11 +69,11 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
     """
     before, after = fields_of(saved), fields_of(wanted)
     changed = [
-        f"{name} ({before[name]} in the run, {value} now)"
+        f"{name} ({before.get(name, 'not set')} in the run, {value} now)"
         for name, value in after.items()
-        if value != before[name]
+        if value != before.get(name)  # names within a mapping may be new
         and (not name.startswith(MAY_CHANGE) or (saved.reproducible and name in OF_ROUNDING))
-        and not (name.endswith(LATER_ASKED) and before[name] == "")
+        and not (name.endswith(LATER_ASKED) and before.get(name) == "")
     ]
     if changed:
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""

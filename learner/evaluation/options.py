@@ -16,6 +16,7 @@ from cluster.errors import ConfigError
 from cluster.io.paths import expand_user, output_path
 from cluster.io.run_layout import CONFIG
 from cluster.messages import SamplingSpec
+from cluster.placement.config import PlacementConfig
 from cluster.program.help import answer_help, asks_help
 from cluster.program.invocation import command_of
 from cluster.ray_session.session import RayConfig
@@ -115,6 +116,7 @@ class Settings:
     reward: RewardServerResources = field(default_factory=RewardServerResources)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     @classmethod

@@ -135,6 +135,7 @@ FORBIDDEN = {
     "learner.data": {"learner.config", "learner.training"},
     "learner.training": {"learner.config", "learner.monitoring", "learner.checkpoints"},
     "cluster.scheduling": {"ray", "cluster.ray_session", "cluster.ray_backend", "cluster.control"},
+    "cluster.placement": {"ray", "torch", "cluster.roles", "cluster.scheduling"},
     "cluster.control": {"cluster.ray_backend"},
     "cluster.ray_session": {"cluster.control", "cluster.ray_backend"},
     "cluster.io": {"ray", "torch"},

@@ -15,7 +15,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from pydantic import Field
@@ -25,6 +25,7 @@ from actors.checkpoints.loading import count_parameters
 from actors.checkpoints.sources import planned_policy, planned_tokenizer
 from actors.models.base import PolicyArchitecture
 from cluster.errors import ConfigError, TesseraError
+from cluster.io.strict_json import dumps
 from cluster.program.console import REFUSED, make_console
 from cluster.program.gpu_memory import CONTEXT
 from cluster.program.help import answer_help, asks_help
@@ -37,9 +38,10 @@ from learner.capacity.budget import (
     proposals,
     together,
 )
-from learner.capacity.cards import DEFAULT_CARD, Card, card_named, recognised, this_gpu
+from learner.capacity.cards import DEFAULT_CARD, Card, card_named, key_of, recognised, this_gpu
 from learner.capacity.evaluation import EvaluationCost, evaluation_cost
 from learner.capacity.gpus import SPARE, Process, memory_of, of_sampler, rollouts_of
+from learner.capacity.plan_document import bottleneck_of, document, with_prediction
 from learner.capacity.workload import Models
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
 
@@ -49,7 +51,7 @@ ABOUT = (
     "settings would be faster; by arithmetic. Takes the options of learner.run."
 )
 COMMON = {
-    "what to plan": ("--preset", "--gpu", "--gpu-memory-gb"),
+    "what to plan": ("--preset", "--gpu", "--gpu-memory-gb", "--json"),
     "workers": ("--num-samplers", "--num-reward-servers", "--num-learners", "--sampler.num-gpus",
                 "--reward.num-gpus", "--learner.num-gpus"),
     "what takes memory or time": ("--rollouts-per-group", "--sampler.max-groups", "--sampler.dtype",
@@ -78,6 +80,8 @@ class Command:
     without one."""
     gpu_memory_gb: Annotated[float, Field(ge=0)] = 0.0
     """Memory of one GPU, GB; 0: of that kind."""
+    json: bool = False
+    """Print the plan document, one JSON object, for `cluster.deploy` and other programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
             planned_policy(config.policy.source()), planned_tokenizer(config.tokenizer.source())
         )
         budget = budget_of(config, models, card)
+        if command.json:
+            print(dumps(as_document(command, config, models, budget, card), indent=2))
+            return 0
         found = proposals(config, models, card) if budget.gpus else []
         best = together(config, models, card) if budget.gpus else None
     except TesseraError as error:
@@ -110,6 +117,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def as_document(
+    command: Command, config: RunConfig, models: Models, budget: Budget, card: Card
+) -> dict[str, Any]:
+    """The plan document of the settings as they are."""
+    found = document(config, command.preset, load_preset(command.preset), models)
+    phases = [(f"{phase.role}: {phase.name}", phase.seconds) for phase in budget.phases]
+    images = config.groups_per_iteration * config.rollouts_per_group
+    seconds = budget.seconds if budget.gpus else None
+    top = bottleneck_of(phases) if budget.gpus else ""
+    return with_prediction(found, key_of(card.name) if budget.gpus else "", seconds, images, top)
+
+
 def card_of(command: Command) -> Card:
     """The kind of GPU that is planned for.
 
@@ -121,7 +140,10 @@ def card_of(command: Command) -> Card:
     if name and not command.gpu:
         card = recognised(name, memory) or dataclasses.replace(card, memory=memory)
         if name != card.name:
-            print(f"{name} is in no table of figures: seconds are those of one {card.name} (--gpu)")
+            print(
+                f"{name} is in no table of figures: seconds are those of one {card.name} (--gpu)",
+                file=sys.stderr if command.json else sys.stdout,
+            )
     return dataclasses.replace(card, memory=command.gpu_memory_gb * GB or card.memory)
 
 

@@ -67,7 +67,11 @@ def this_gpu() -> tuple[str, float]:
 def recognised(device: str, memory: float) -> Card | None:
     """The card of a device name as CUDA tells it ("NVIDIA H100 80GB HBM3"); None if the table has
     none of its kind. Other forms (PCIe, NVL) get the table's figures, with their own memory."""
-    words = (rf"\b{key}\b" for key in CARDS)  # a GH200 is no H200
-    found = (card for word, card in zip(words, CARDS.values()) if re.search(word, device.lower()))
-    card = next(found, None)
-    return None if card is None else replace(card, name=device, memory=memory)
+    key = key_of(device)
+    return replace(CARDS[key], name=device, memory=memory) if key else None
+
+
+def key_of(device: str) -> str:
+    """The name in --gpu of a device or a card; empty: the table has none of its kind."""
+    words = ((key, rf"\b{key}\b") for key in CARDS)  # a GH200 is no H200
+    return next((key for key, word in words if re.search(word, device.lower())), "")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -219,3 +220,47 @@ def test_a_policy_of_ones_own_is_counted_by_its_header(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(dump(config))
     assert main(["--preset", str(file)]) == 0
+
+
+# The plan document.
+
+
+@pytest.mark.parametrize("preset", ["miniature", "llamagen-b-256", "paper-fixed", "llamagen-t2i"])
+def test_the_document_is_json_that_makes_the_run(
+    preset: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "this_gpu", lambda: ("Tesla T4", 16e9))
+    options = [
+        "--num-samplers", "3", "--reward.min", "1", "--reward.max", "4", "--output.no-rollouts",
+        "--loss.kl-coef", "0.5", "--evaluation.cfg-scales", "1.5", "2",
+    ]  # fmt: skip
+    assert main(["--preset", preset, "--json", *options]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["version"] == 1
+    assert parse(document["arguments"])[1] == parse(["--preset", preset, *options])[1]
+    roles = {role["name"]: role for role in document["roles"]}
+    assert list(roles) == ["learner", "moments-server", "sampler", "reward-server", "driver"]
+    assert (roles["sampler"]["count"], roles["sampler"]["max"]) == (3, 3)
+    server = roles["reward-server"]
+    assert (server["count"], server["min"], server["max"]) == (1, 1, 4)
+    for role in roles.values():
+        assert role["num_cpus"] > 0
+        assert 1e9 <= role["memory_bytes"] < 64e9
+    on_gpus = preset != "miniature"
+    assert (document["gpus"] > 0) == on_gpus == (document["iteration_s"] is not None)
+    assert document["gpu"] == ("h100" if on_gpus else "")
+    assert document["object_store_bytes"] > 3 * 1e6
+    assert document["checkpoint_bytes"] > 1e6
+
+
+def test_pools_are_roles_of_the_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = {"num_servers": 2, "num_gpus": 0.5, "num_cpus": 3}
+    file = tmp_path / "mine.yaml"
+    file.write_text(dump(config_of(reward_pools={"extra": pool}, rewards={"hps": {"pool": "extra"}})))
+    assert main(["--preset", str(file), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    found = next(role for role in document["roles"] if role["name"] == "reward-extra")
+    assert (found["count"], found["num_cpus"], found["num_gpus"]) == (2, 3, 0.5)
+    assert document["arguments"] == ["--preset", str(file)]

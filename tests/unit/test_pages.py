@@ -46,6 +46,7 @@ HELP = {  # command -> arguments that list all of its options
     "cluster.status": [["--help"]],
     "cluster.scale": [["--help"]],
     "cluster.stop": [["--help"]],
+    "cluster.deploy": [["kuberay", "--help"]],
 }
 OTHERS = {"--signal", "--slow", "--parity-data", "--help-all", "--stats"}
 """Options on the pages that no help shows: of Slurm, pytest and the method's public code."""

@@ -28,6 +28,7 @@ COMMANDS = {
     "reference": ("rewards.reference", "reference moments of a set of images"),
     "rollouts": ("learner.rollouts", "a run's rollouts by their rewards: images, tokens, logprobs"),
     "replay": ("learner.replay", "the learner on stored rollouts, to debug it without samplers"),
+    "deploy": ("cluster.deploy", "files for KubeRay, Slurm and clouds, from a preset and its plan"),
     "plan": ("learner.plan", "memory of learner and sampler, before renting a GPU"),
 }
 REFUSED = 2

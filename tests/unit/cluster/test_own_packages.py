@@ -140,7 +140,7 @@ def test_help_and_errors_of_the_command(tmp_path: Path) -> None:
     show = "import tessera_rl, sys; tessera_rl.main(['--help']); print('torch' in sys.modules)"
     shown = start(tmp_path, "-c", show)
     for name in ("run", "status", "scale", "stop", "sample", "weights", "captions", "reference",
-                 "plan"):  # fmt: skip
+                 "plan", "deploy"):  # fmt: skip
         assert f"\n  {name} " in shown.stdout
     assert shown.stdout.endswith("False\n")
     wrong = start(tmp_path, "-m", "tessera_rl", "stauts")

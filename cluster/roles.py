@@ -6,6 +6,7 @@ Roles are plain classes built as `factory(config, name=...)`. The same classes r
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,6 +67,33 @@ class Resources:
     @property
     def device(self) -> str:
         return "cuda" if self.num_gpus > 0 else "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuotaConfig:
+    """Most that all workers of the run reserve together, also after scaling."""
+
+    cpus: float = 0.0
+    """CPUs; 0: no bound but the cluster's."""
+    gpus: float = 0.0
+    """GPUs; 0: no bound but the cluster's."""
+
+    def __post_init__(self) -> None:
+        for name, bound in (("cpus", self.cpus), ("gpus", self.gpus)):
+            if not 0 <= bound < math.inf:
+                raise ValueError(f"{name} must be >= 0, found {bound:g}")
+
+    @property
+    def on(self) -> bool:
+        return self.cpus > 0 or self.gpus > 0
+
+    def of_cpus(self, there: float) -> float:
+        """The CPUs, of those that are there, that the run may reserve."""
+        return min(there, self.cpus) if self.cpus else there
+
+    def __str__(self) -> str:
+        parts = [f"{self.cpus:g} CPUs"] * (self.cpus > 0) + [f"{self.gpus:g} GPUs"] * (self.gpus > 0)
+        return " and ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +202,8 @@ class FleetPlan:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     adapters_alone: bool = False
     """The learner trains adapters: after the frozen weights, only these travel."""
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
+    """Most that all workers reserve together."""
 
     @property
     def roles(self) -> tuple[Role, ...]:

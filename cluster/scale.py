@@ -101,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         with asked.connect() as run:
+            if wanted:
+                run.check_meant(asked.run)
             status = scale(run, wanted, asked.timeout_s) if wanted else run.status()
             print("\n".join([f"run {run.name}", *lines(status)]))
 

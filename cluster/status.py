@@ -2,6 +2,7 @@
 
 python -m cluster.status                     the newest run under runs/
 python -m cluster.status --run NAME          another one: a name, or its directory
+python -m cluster.status --all               all runs on the cluster, of all users
 python -m cluster.status --watch 5           every 5 seconds
 python -m cluster.status --json              for programs
 
@@ -53,6 +54,7 @@ from cluster.control.discovery import (
     left_behind,
     read_discovery_file,
 )
+from cluster.control.overview import joined_cluster, overview
 from cluster.io.run_layout import CONFIG, DISCOVERY_FILE
 from cluster.io.strict_json import dumps
 from cluster.program.console import REFUSED, exit_status, make_console
@@ -77,12 +79,16 @@ class Arguments(RunSelection):
 
     watch: float = 0.0
     """Seconds between updates, until the run ends or Ctrl-C; 0 shows it once."""
+    all: bool = False
+    """Show all runs on the cluster: whose they are, and what they reserve of it."""
     json: bool = False
     """Print one JSON object (with --watch one a line) instead of tables."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.watch < 1e6:
             raise ValueError(f"watch must be seconds, >= 0, found {self.watch}")
+        if self.all and self.run:
+            raise ValueError(f"--all shows every run: leave out --run {self.run}")
 
 
 def as_dict(run: str, status: FleetStatus, actors: Mapping[str, Mapping[str, Any]]) -> Status:
@@ -113,6 +119,14 @@ def as_dict(run: str, status: FleetStatus, actors: Mapping[str, Mapping[str, Any
             _role(pool, actors, newest if pool.role == "sampler" else None)
             for pool in (*_single_roles(status), *status.pools)
         ],
+        "user": status.driver.user,
+        "host": status.driver.host,
+        "pid": status.driver.pid,
+        "cpus": status.reserved.cpus,
+        "gpus": status.reserved.gpus,
+        "quota_cpus": status.quota.cpus or None,
+        "quota_gpus": status.quota.gpus or None,
+        "held_back": list(status.held_back),
         "metrics": metrics,
     }
 
@@ -216,6 +230,13 @@ def headlines(found: Mapping[str, Any]) -> list[str]:
     if found["free_bytes"] is not None:
         parts.append(f"{format_bytes(found['free_bytes'])} free on its disk")
     lines.append(", ".join(parts))
+    if found["quota_cpus"] or found["quota_gpus"]:
+        cpus, gpus = (
+            f"{found[kind]:g} of {found[f'quota_{kind}'] or 'any number of'}"
+            for kind in ("cpus", "gpus")
+        )
+        lines.append(f"quota: {cpus} CPUs, {gpus} GPUs")
+    lines += found["held_back"]
     age = found["said_s_ago"]
     if age is None:
         lines.append("the run has not said anything yet")
@@ -274,7 +295,9 @@ def console() -> Console:
 
 
 @contextmanager
-def display(*, as_json: bool, live: bool) -> Iterator[Callable[[Status], None]]:
+def display(
+    *, as_json: bool, live: bool, table: Callable[[Status], Group] = table
+) -> Iterator[Callable[[Status], None]]:
     """Shows a status: as JSON, as a table that a terminal refreshes, or table after table."""
     if as_json:
         yield lambda found: print(dumps(found), flush=True)
@@ -316,8 +339,27 @@ def show_active(asked: Arguments) -> None:
     print("the run has ended", file=sys.stderr)
 
 
+def show_all(asked: Arguments) -> None:
+    """Show all runs on a cluster: once, or until Ctrl-C.
+
+    Raises:
+        FleetError: there is no cluster, or it cannot be reached.
+    """
+    with (
+        joined_cluster(asked.address) as look,
+        display(as_json=asked.json, live=bool(asked.watch), table=overview) as show,
+    ):
+        show(look())
+        while asked.watch:
+            time.sleep(asked.watch)
+            show(look())
+
+
 def report(asked: Arguments) -> None:
     """Show a run, also one that has ended; errors as `show_active`, but for LastRunError."""
+    if asked.all:
+        show_all(asked)
+        return
     try:
         show_active(asked)
     except LastRunError as error:

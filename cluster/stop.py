@@ -98,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         with asked.connect() as run:
+            run.check_meant(asked.run)
             directory = stop(run, asked.checkpoint, asked.timeout_s)
             print(f"run {run.name}: stopping at the next safe point", flush=True)
             if directory is None:  # a cluster that stays, with the run directory on another host

@@ -28,6 +28,7 @@ from cluster.messages import SamplingSpec
 from cluster.placement.config import PlacementConfig
 from cluster.ray_backend.transports import WeightsConfig
 from cluster.ray_session.session import RayConfig
+from cluster.roles import QuotaConfig
 from learner.data.conditions import ConditionsConfig
 from learner.grpo.entropy import EntropyConfig
 from learner.grpo.loss import LossConfig
@@ -102,6 +103,7 @@ class RunConfig:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
 
     def __post_init__(self) -> None:
         if self.num_learners > 1 and 0 < self.learner.num_gpus < 1:

@@ -68,6 +68,7 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
         transport=config.weights.transport,
         placement=config.placement,
         adapters_alone=config.learner.lora.rank > 0,
+        quota=config.quota,
     )
 
 

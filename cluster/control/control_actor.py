@@ -6,6 +6,9 @@ The driver sends it status and takes requests; `python -m cluster.scale`, `clust
 
 from __future__ import annotations
 
+import os
+import shlex
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +23,11 @@ from cluster.control.discovery import (
     not_on_cluster_error,
 )
 from cluster.errors import FleetError
+from cluster.program.invocation import command_of
+from cluster.ray_session.address import user_name
 from cluster.ray_session.session import RayConfig, RaySession, find_cluster
+from cluster.roles import QuotaConfig
+from cluster.scheduling.quota import Share
 from cluster.scheduling.weight_versions import NO_WEIGHTS
 
 NAMESPACE = "tessera"
@@ -86,6 +93,19 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Driver:
+    """Whose process a run is, and where."""
+
+    user: str = ""
+    host: str = ""
+    pid: int = 0
+
+    @classmethod
+    def this_process(cls) -> Driver:
+        return cls(user=user_name(os.getuid()), host=socket.gethostname(), pid=os.getpid())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetStatus:
     """The status that a fleet last sent."""
 
@@ -103,6 +123,12 @@ class FleetStatus:
     """Number of the newest request that was carried out or refused."""
     refusals: tuple[tuple[int, str], ...] = ()
     """(number of the request, why it was refused)."""
+    driver: Driver = field(default_factory=Driver)
+    reserved: Share = field(default_factory=Share)
+    """What its workers count for."""
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
+    held_back: tuple[str, ...] = ()
+    """Why the autoscaler starts no more workers, for each role that it would add to."""
 
     def pool(self, role: str) -> PoolStatus | None:
         return next((pool for pool in self.pools if pool.role == role), None)
@@ -129,7 +155,8 @@ class StopRequest:
 class ControlActor:
     """Holds requests until the driver takes them, and the newest status of the fleet."""
 
-    def __init__(self) -> None:
+    def __init__(self, driver: Driver | None = None) -> None:
+        self._driver = driver or Driver()
         self._requests: list[ScaleRequest | StopRequest] = []
         self._numbers = 0
         self._status = FleetStatus()
@@ -156,7 +183,7 @@ class ControlActor:
 
     def status(self) -> FleetStatus:
         age = None if self._received is None else time.monotonic() - self._received
-        return replace(self._status, age_s=age)
+        return replace(self._status, age_s=age, driver=self._driver)
 
 
 def start_control_actor(run: str) -> Any:
@@ -167,14 +194,37 @@ def start_control_actor(run: str) -> Any:
     """
     import ray
 
+    status = command_of("cluster.status")
     options = {"name": PREFIX + run, "namespace": NAMESPACE, "num_cpus": 0}
     try:
-        return ray.remote(ControlActor).options(**options).remote()
+        return ray.remote(ControlActor).options(**options).remote(Driver.this_process())
     except ValueError as error:
         raise FleetError(
-            f"a run named {run!r} is active on this cluster already: end it, or choose another "
-            "--run-dir"
+            f"a run named {run!r} is active on this cluster already (`{status} --all` shows whose "
+            "it is): end it, or choose another --run-dir"
         ) from error
+
+
+def active_runs() -> list[str]:
+    """Names of all runs on the cluster that this process has joined."""
+    from ray.util import list_named_actors
+
+    return sorted(
+        entry["name"].removeprefix(PREFIX)
+        for entry in list_named_actors(all_namespaces=True)
+        if entry["namespace"] == NAMESPACE and entry["name"].startswith(PREFIX)
+    )
+
+
+def control_actor(run: str) -> Any:
+    """The control actor of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import ray
+
+    return ray.get_actor(PREFIX + run, namespace=NAMESPACE)
 
 
 def find_control_actor(run: str) -> tuple[str, Any]:
@@ -186,14 +236,7 @@ def find_control_actor(run: str) -> tuple[str, Any]:
     Raises:
         FleetError: no such run, or several to choose from.
     """
-    import ray
-    from ray.util import list_named_actors
-
-    found = sorted(
-        entry["name"].removeprefix(PREFIX)
-        for entry in list_named_actors(all_namespaces=True)
-        if entry["namespace"] == NAMESPACE and entry["name"].startswith(PREFIX)
-    )
+    found = active_runs()
     if run and run not in found:
         there = f"the runs there are {', '.join(found)}" if found else "no run is active there"
         raise FleetError(f"no run named {run!r} on this cluster: {there}")
@@ -202,7 +245,7 @@ def find_control_actor(run: str) -> tuple[str, Any]:
     if not run and len(found) > 1:
         raise FleetError(f"several runs are active: choose one with --run ({', '.join(found)})")
     name = run or found[0]
-    return name, ray.get_actor(PREFIX + name, namespace=NAMESPACE)
+    return name, control_actor(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +253,7 @@ class RunSelection:
     """Options by which a command selects a run."""
 
     run: str = ""
-    """Name of the run, or its directory; empty: the newest active run under runs/, else the only
+    """Name of the run, or its directory; empty: the only active run under runs/, else the only
     active one."""
     address: str = ""
     """Ray cluster of the run; empty: from its directory, else $RAY_ADDRESS, else this machine's
@@ -259,6 +302,24 @@ class RunConnection:
     def status(self) -> FleetStatus:
         found: FleetStatus = self.call("status")
         return found
+
+    def check_meant(self, named: str) -> None:
+        """Check that a command which changes the run was meant for it.
+
+        Args:
+            named: --run of the command; empty: it took the only run on the cluster.
+
+        Raises:
+            FleetError: that is another user's.
+        """
+        if named or self.location.directory is not None:
+            return
+        driver = self.status().driver
+        if driver.user != user_name(os.getuid()):
+            raise FleetError(
+                f"the only run on this cluster is {self.name}, of {driver.user} on {driver.host}: "
+                f"to change it, name it by --run {shlex.quote(self.name)}"
+            )
 
     def await_status(
         self,

@@ -132,7 +132,7 @@ def find_run(run: str, address: str) -> RunLocation:
 
     Args:
         run: its directory, or the name of a run under runs/, of one that this user started
-            anywhere, or of one on the cluster. Empty: the newest active one under runs/, else the
+            anywhere, or of one on the cluster. Empty: the only active one under runs/, else the
             only active one.
         address: of its cluster; empty: from the run's directory, else $RAY_ADDRESS, else the
             cluster that `ray start` started on this machine.
@@ -166,11 +166,10 @@ def _search(run: str) -> RunLocation:
     if cluster and cluster.source == f"${VARIABLE}":
         return cluster
     known, here = _known_runs(run), [] if run else _runs_in_roots()
-    for path in here:
-        if location := _active_run(path):
-            return location
-    others = [path for path in known if path not in here]
-    active = [location for path in others if (location := _active_run(path))]
+    active = [location for path in here if (location := _active_run(path))]
+    if not active:
+        others = [path for path in known if path not in here]
+        active = [location for path in others if (location := _active_run(path))]
     if len(active) > 1:
         what = f"several runs named {run!r}" if run else "several runs"
         lines = [f"  --run {shlex.quote(str(location.directory))}" for location in active]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from cluster import clock
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from cluster.ray_backend.prometheus import JobMetrics
 from cluster.ray_session import backend
 from cluster.ray_session.private import actor_id
 from cluster.scheduling.autoscaling import desired_workers
+from cluster.scheduling.quota import RunQuota
 from cluster.scheduling.pool import State, Worker, WorkerPool
 from cluster.scheduling.weight_versions import NO_WEIGHTS
 
@@ -35,6 +37,7 @@ class Autoscaler:
 
     Args:
         run: name under which other processes find the run; empty hides it.
+        quota: bounds what all workers reserve.
         others: workers that are in no pool, for the status.
         stop: called when the run is asked to stop, with whether to write a checkpoint.
     """
@@ -43,12 +46,15 @@ class Autoscaler:
         self,
         pools: Sequence[WorkerPool],
         run: str,
+        quota: RunQuota,
         *,
         others: Callable[[], Sequence[Worker]] = lambda: (),
         stop: Callable[[bool], None] = lambda checkpoint: None,
     ) -> None:
         self._pools, self._run = {pool.role.name: pool for pool in pools}, run
         self._others, self._stop = others, stop
+        self._quota = quota
+        self._held_back: dict[str, str] = {}
         self.progress = Progress()
         """For the status."""
         self._metrics = JobMetrics(run)
@@ -133,7 +139,15 @@ class Autoscaler:
             progress=self.progress,
             answered=self._answered,
             refusals=tuple(self._refusals),
+            reserved=self._quota.reserved(self._counts()),
+            quota=self._quota.config,
+            held_back=tuple(self._held_back.values()),
         )
+
+    def _counts(self) -> dict[str, int]:
+        """Workers of each role, those that are leaving included."""
+        counts = {name: len(pool.workers) for name, pool in self._pools.items()}
+        return counts | Counter(worker.role.name for worker in self._others())
 
     def _grant(self, request: ScaleRequest) -> None:
         self._answered = request.number
@@ -162,6 +176,8 @@ class Autoscaler:
                 f"{request.role} is scaled by its queue wait, between {max(auto.min, 1)} and "
                 f"{auto.max}; found {request.count}"
             )
+        if why := self._quota.refusal(request.role, request.count, self._counts()):
+            raise FleetError(why)
         return pool
 
     def _scale_by_wait(self, pool: WorkerPool, now: float) -> None:
@@ -172,7 +188,7 @@ class Autoscaler:
             pool.meter.restart(now)
             return
         load = pool.meter.load(len(pool.of(State.SERVING)), now)
-        wanted = desired_workers(auto, load)
+        wanted = self._within_quota(pool, desired_workers(auto, load), load.workers)
         pool.meter.restart(now)
         if wanted != load.workers:
             logger.info(
@@ -180,6 +196,21 @@ class Autoscaler:
                 f"{load.mean_wait_s:.2g} s on average, workers were busy {load.busy_share:.0%})"
             )
             pool.scale(wanted)
+
+
+    def _within_quota(self, pool: WorkerPool, wanted: int, now: int) -> int:
+        """The number of workers that a pool wants, or as many as the quota leaves it."""
+        role, counts = pool.role.name, self._counts()
+        most, before = self._quota.most(role, counts), self._held_back.pop(role, "")
+        if most is None or wanted <= max(most, now):
+            return wanted
+        self._held_back[role] = why = (
+            f"{role}: {wanted} workers would be started by its queue wait, and the quota of "
+            f"{self._quota.config} leaves room for {max(most, now)}"
+        )
+        if why != before:
+            logger.warning("note: %s", why)
+        return max(most, now)
 
 
 def _status_of(worker: Worker) -> WorkerStatus:

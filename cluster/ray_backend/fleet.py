@@ -85,9 +85,8 @@ class RayFleet:
         self._samplers = WorkerPool(plan.sampler, self._launch, self._dismiss)
         self._servers = {r.name: WorkerPool(r, self._launch, self._dismiss) for r in plan.servers}
         self._supervisor = Supervisor(plan, self.pools, self._budget, self._listening, self._kill)
-        self._autoscaler = Autoscaler(
-            self.pools, run, others=lambda: self._stateful.workers, stop=ask_to_stop
-        )
+        others, quota = (lambda: self._stateful.workers), self._launcher.quota
+        self._autoscaler = Autoscaler(self.pools, run, quota, others=others, stop=ask_to_stop)
         self._group_calls = GroupCalls(
             plan,
             self._samplers,

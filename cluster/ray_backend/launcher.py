@@ -17,7 +17,7 @@ from cluster.ray_session import backend
 from cluster.ray_session.private import started
 from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, Role
-from cluster.scheduling.placement import place
+from cluster.scheduling.placement import place, quota_of
 from cluster.scheduling.pool import Worker
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class Launcher:
         if placement.note:
             logger.warning("note: %s", placement.note)
         self.placements = {p.role: p for p in placement.roles}
+        self.quota = quota_of(plan, placement.roles)
 
     def __call__(
         self,

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import pwd
 import queue
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.errors import ConfigError, FleetError, UnreachableError
@@ -36,6 +37,8 @@ class Address:
     port: int
     source: str = OPTION
     """Option, variable or file that it comes from; for messages."""
+    user: int | None = None
+    """Id of the user who wrote it into a file of this machine."""
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -141,10 +144,10 @@ def current_cluster(temp_dir: str = "") -> Address | None:
     """
     file = temp_root(temp_dir) / CURRENT_CLUSTER
     try:
-        text = file.read_text().strip()
+        text, user = file.read_text().strip(), file.stat().st_uid
     except OSError:
         return None
-    return parse_address(text, str(file)) if text else None
+    return replace(parse_address(text, str(file)), user=user) if text else None
 
 
 def temp_root(temp_dir: str = "") -> Path:
@@ -321,6 +324,27 @@ def no_node_here(address: Address) -> str:
         f"is driven from a node: start one here by `ray start --address={address}`, or run on the "
         "cluster by `ray job submit`"
     )
+
+
+def not_your_node(address: Address, socket: Path) -> str:
+    """Message: a driver cannot use the node of another user."""
+    try:
+        whose = f"belongs to {user_name(socket.stat().st_uid)}"
+    except OSError:
+        whose = "keeps its files where this program does not see them (a container?)"
+    return (
+        f"the node of the Ray cluster at {address} ({address.source}) on this machine {whose}, and "
+        f"its socket {socket} cannot be opened by {user_name(os.getuid())}: run on the cluster by "
+        "`ray job submit`, as that user, or on a cluster of your own"
+    )
+
+
+def user_name(user: int) -> str:
+    """A user of this machine, for messages."""
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:  # known by number alone, as in containers
+        return f"user {user}"
 
 
 def why_not_joined(error: BaseException, address: Address) -> str:

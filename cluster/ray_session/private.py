@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import FleetError
@@ -18,6 +19,7 @@ from cluster.program.invocation import Invocation
 from cluster.ray_session.address import GcsAnswer
 from cluster.ray_session.token import AUTH_MODE, TOKEN_MODE
 
+GCS_FLAG = "--gcs-address="
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable; 0: everything that it starts listens on loopback only."""
 
@@ -102,6 +104,46 @@ def ask_free(address: str, token: str, wait_s: float) -> list[tuple[str, dict[st
     return [(names[has.node_id], dict(has.resources_available)) for has in known]
 
 
+def _in_another_network(process: int) -> bool:
+    """Whether a process is in a container with a network of its own, as far as this user can
+    tell."""
+    try:
+        theirs, ours = (os.stat(f"/proc/{which}/ns/net") for which in (process, "self"))
+    except OSError:
+        return False
+    return theirs.st_ino != ours.st_ino
+
+
+@dataclass(frozen=True)
+class NodeHere:
+    """A live node of a cluster."""
+
+    address: str
+    """IP address."""
+    socket: str
+    """Path of the Unix socket by which drivers on its machine reach it."""
+
+
+def ask_nodes(address: str, token: str, wait_s: float) -> dict[str, NodeHere]:
+    """Node id -> live node of a cluster, asked for without joining it.
+
+    Raises:
+        FleetError: no answer.
+    """
+    import grpc
+
+    with _control_service(address, token, wait_s) as call:
+        try:
+            nodes = call("NodeInfoGcsService", "GetAllNodeInfo").node_info_list
+        except grpc.RpcError as error:
+            raise FleetError(f"the nodes of {address} are not told: {error.details()}") from None
+    return {
+        node.node_id.hex(): NodeHere(node.node_manager_address, node.raylet_socket_name)
+        for node in nodes
+        if node.state == node.ALIVE
+    }
+
+
 @contextmanager
 def _control_service(address: str, token: str, wait_s: float) -> Iterator[Callable[..., Any]]:
     """Calls of a cluster's control service: (service, method, fields of the request) -> reply."""
@@ -130,13 +172,21 @@ def nodes_here() -> frozenset[str]:
     return frozenset(services.find_node_ids())
 
 
-def clusters_here() -> frozenset[str]:
-    """Addresses of the clusters that have a node on this machine, host:port."""
+def clusters_here() -> dict[str, int]:
+    """Addresses of the clusters that have a node on this machine, host:port -> id of the user whose
+    process it is."""
     from ray._private import services
 
-    find: Any = services.find_gcs_addresses
-    find.cache_clear()
-    return frozenset(find())
+    found: dict[str, int] = {}
+    for process in services.psutil.process_iter(["cmdline", "uids"]):
+        line, users = process.info["cmdline"] or [], process.info["uids"]
+        raylet = line and os.path.basename(line[0]) == "raylet"
+        if users is None or not raylet or _in_another_network(process.pid):
+            continue
+        for argument in line:
+            if argument.startswith(GCS_FLAG):
+                found.setdefault(argument.removeprefix(GCS_FLAG), users.effective)
+    return found
 
 
 @contextmanager

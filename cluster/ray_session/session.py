@@ -28,15 +28,18 @@ from cluster.ray_session.address import (
     current_cluster,
     is_loopback,
     no_node_here,
+    not_your_node,
     parse_address,
     probe,
     temp_root,
+    user_name,
     why_not_joined,
     written_address,
 )
 from cluster.ray_session.machine import check_machine, shared_memory, why_not_started
 from cluster.ray_session.object_store import store_on_disk
 from cluster.ray_session.private import clusters_here, loopback, worker_paths
+from cluster.ray_session.proxies import check_proxy
 from cluster.ray_session.token import (
     AUTH_MODE,
     check_token,
@@ -150,9 +153,14 @@ def check_ray(config: RayConfig) -> None:
     Raises:
         ConfigError, FleetError: it does not; says why.
     """
-    if find_cluster(config) is None:
+    cluster = find_cluster(config)
+    if cluster is None:
+        check_proxy("127.0.0.1", os.environ)
         check_machine(config.temp_dir)
         check_token(os.environ)
+    else:
+        check_proxy(cluster.host, os.environ)
+        check_node(cluster)
 
 
 def _found_here(temp_dir: str, source: str) -> Address:
@@ -162,10 +170,19 @@ def _found_here(temp_dir: str, source: str) -> Address:
     Raises:
         FleetError: there is none, or more than one.
     """
-    if left := current_cluster(temp_dir):
+    left, found = current_cluster(temp_dir), clusters_here()
+    if left and left.user == os.getuid():
         return left
-    running = [parse_address(text, f"{source} auto") for text in sorted(clusters_here())]
-    running = [address for address in running if not address.loopback]
+    others = [f"{left}, of {user_name(left.user)}"] if left and left.user is not None else []
+    running = []
+    for text, user in sorted(found.items()):
+        address = parse_address(text, f"{source} auto")
+        if address.loopback:
+            continue
+        if user == os.getuid():
+            running.append(address)
+        else:
+            others.append(f"{address}, of {user_name(user)}")
     if len(running) == 1:
         return running[0]
     if running:
@@ -176,6 +193,12 @@ def _found_here(temp_dir: str, source: str) -> Address:
     without = (
         "to have the run looked for" if source == "--address" else "for a Ray of the run's own"
     )
+    if others:
+        raise FleetError(
+            f"{source} is auto, and the Ray on this machine belongs to others ("
+            f"{'; '.join(dict.fromkeys(others))}): name a cluster that you may use by its address, "
+            f"or leave out {source} {without}"
+        )
     raise FleetError(
         f"{source} is auto, but no Ray cluster runs on this machine: start one by `ray start "
         f"--head` (or join one by `ray start --address=HOST:{PORT}`), or leave out {source} "
@@ -205,6 +228,23 @@ def check_cluster(address: Address, *, ours: bool = False) -> Address:
     return address
 
 
+def check_node(cluster: Address) -> None:
+    """Check that this program can join a cluster by a node on this machine. (With the node of
+    another user, Ray ends the process instead of raising an error.)
+
+    Raises:
+        FleetError: no node is here, or it is another user's.
+    """
+    shown = token(os.environ) if shows_token(os.environ) else ""
+    nodes = private.ask_nodes(str(cluster), shown, ANSWER_S)
+    sockets = [Path(nodes[node].socket) for node in private.nodes_here() if node in nodes]
+    if not sockets:
+        raise FleetError(no_node_here(cluster))
+    if any(os.access(socket, os.W_OK) for socket in sockets):
+        return
+    raise FleetError(not_your_node(cluster, sockets[0]))
+
+
 def _on_loopback_alone(address: Address) -> bool:
     """Whether a cluster at a loopback address listens there only, as `loopback` starts it. (Ray
     looks for all others at this machine's outer address.)"""
@@ -223,8 +263,7 @@ def _on_loopback_alone(address: Address) -> bool:
 def _join(cluster: Address, quiet: dict[str, Any]) -> None:
     import ray
 
-    if not private.nodes_here():
-        raise FleetError(no_node_here(cluster))
+    check_node(cluster)
     late = (
         f"the Ray cluster at {cluster} ({cluster.source}) answered, but did not let this program "
         f"in within {CONNECT_S:g} s: it hangs or is overloaded (gcs_server.out and raylet.out in "
@@ -281,6 +320,7 @@ class RaySession:
         cluster = cluster or find_cluster(config)
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": config.log_to_driver}
         quiet |= worker_paths(current())
+        check_proxy(cluster.host if cluster else "127.0.0.1", os.environ)
         with deferred_signals():  # Ray installs handlers, one of which crashes at SIGTERM
             if cluster:
                 _join(cluster, quiet)
@@ -316,6 +356,17 @@ class RaySession:
         return [
             Node(alive[key]["NodeManagerAddress"], has.get("CPU", 0.0), has.get("GPU", 0.0))
             for key, has in found.items()
+        ]
+
+    @property
+    def all_nodes(self) -> list[Node]:
+        """Live nodes with all that they have."""
+        import ray
+
+        return [
+            Node(node["NodeManagerAddress"], has.get("CPU", 0.0), has.get("GPU", 0.0))
+            for node in ray.nodes()
+            if node["Alive"] and (has := node["Resources"]) is not None
         ]
 
     @property

@@ -8,11 +8,12 @@ choice, and never moves them; within a node a fraction goes to the fullest GPU t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import ConfigError
 from cluster.roles import FleetPlan, Role
+from cluster.scheduling.quota import RunQuota, Share
 
 SMALLEST_SHARE = 0.01  # CPUs
 UNITS = 10_000  # of a CPU or GPU: how finely Ray counts them
@@ -139,7 +140,10 @@ def place(plan: FleetPlan, nodes: Sequence[Node]) -> FleetPlacement:
     Raises:
         ConfigError: more is asked for than there is, or no node has room for a worker.
     """
-    share = _cpu_share(plan, sum(node.cpus for node in nodes))
+    counts = {role.name: role.count for role in plan.roles}
+    named = {role.name: Share(role.resources.num_cpus, role.resources.num_gpus) for role in plan.roles}
+    RunQuota(plan.quota, named).check(counts)
+    share = _cpu_share(plan, plan.quota.of_cpus(sum(node.cpus for node in nodes)))
     _check_gpus(plan, sum(node.gpus for node in nodes))
     asked = _requests(plan, share)
     if isinstance(without := _packed(_requests(plan, SMALLEST_SHARE), nodes), _Request):
@@ -153,7 +157,15 @@ def place(plan: FleetPlan, nodes: Sequence[Node]) -> FleetPlacement:
         note = _warning(by_ray, nodes)
     else:
         found, note = by_ray, _others_note(asked, nodes)
-    return FleetPlacement(tuple(_reserved(role, share) for role in plan.roles), tuple(found), note)
+    roles = tuple(_reserved(role, share) for role in plan.roles)
+    quota_of(plan, roles).check(counts)
+    return FleetPlacement(roles, tuple(found), note)
+
+
+def quota_of(plan: FleetPlan, roles: Iterable[Placement]) -> RunQuota:
+    """The quota of a plan whose workers reserve this."""
+    shares = {role.role: Share(role.num_cpus, role.num_gpus) for role in roles}
+    return RunQuota(plan.quota, shares)
 
 
 def _cpu_share(plan: FleetPlan, cpus: float) -> float:

@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "weights.transport",
     "placement.",
     "ray.",
+    "quota.",
 )
 """Prefixes of fields that a resumed run may change: they do not change what it computes (but for
 more iterations, which stretch the learning rate's schedule). Of evaluations, not what figures are

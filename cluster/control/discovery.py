@@ -166,7 +166,10 @@ def _search(run: str) -> RunLocation:
     if cluster and cluster.source == f"${VARIABLE}":
         return cluster
     known, here = _known_runs(run), [] if run else _runs_in_roots()
-    active = [location for path in here if (location := _active_run(path))]
+    active: list[RunLocation] = []
+    for path in here:
+        with suppress(*[FleetError] * bool(active)):  # an unreadable one hides no newer one
+            active += [location] if (location := _active_run(path)) else []
     if not active:
         others = [path for path in known if path not in here]
         active = [location for path in others if (location := _active_run(path))]

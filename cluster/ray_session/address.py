@@ -11,7 +11,7 @@ import queue
 import socket
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.errors import ConfigError, FleetError, UnreachableError
@@ -37,7 +37,7 @@ class Address:
     port: int
     source: str = OPTION
     """Option, variable or file that it comes from; for messages."""
-    user: int | None = None
+    user: int | None = field(default=None, compare=False)
     """Id of the user who wrote it into a file of this machine."""
 
     def __str__(self) -> str:

@@ -142,6 +142,19 @@ def _token_place(environment: Mapping[str, str]) -> str:
     return f"${TOKEN}" if environment.get(TOKEN) else str(file or f"${TOKEN_PATH}")
 
 
+def _absent(environment: Mapping[str, str]) -> str:
+    """Why there is no token where Ray looks for it, for messages."""
+    place, file = _token_place(environment), token_file(environment)
+    if not environment.get(TOKEN) and file is not None:
+        try:
+            file.read_text()
+        except FileNotFoundError:
+            pass
+        except (OSError, UnicodeDecodeError) as error:
+            return f"{place} cannot be read ({getattr(error, 'strerror', None) or error})"
+    return f"there is none in {place}"
+
+
 def _copied(environment: Mapping[str, str]) -> str:
     """How to copy a cluster's token, for messages."""
     return (
@@ -155,7 +168,7 @@ def about_token(environment: Mapping[str, str]) -> str:
     """Message: why a cluster refuses this program, and how to get the right token."""
     place, known = _token_place(environment), token(environment)
     if shows_token(environment):
-        what = f"refuses the one in {place}" if known else f"there is none in {place}"
+        what = f"refuses the one in {place}" if known else _absent(environment)
         return f"asks for a token, and {what}: {_copied(environment)}"
     there = f"it is then read from {place}" if known else _copied(environment)
     return f"asks for a token, and this program shows none: set {AUTH_MODE}={TOKEN_MODE}; {there}"
@@ -164,6 +177,6 @@ def about_token(environment: Mapping[str, str]) -> str:
 def no_token(environment: Mapping[str, str]) -> str:
     """Message: Ray should send a token, and there is none."""
     return (
-        f"{AUTH_MODE}={TOKEN_MODE} is set, and there is no token in {_token_place(environment)}: "
+        f"{AUTH_MODE}={TOKEN_MODE} is set, and no token is found: {_absent(environment)}; "
         f"{_copied(environment)}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import platform
+import stat
 import time
 import tomllib
 from pathlib import Path
@@ -15,8 +16,8 @@ import ray
 from packaging.requirements import Requirement
 
 from cluster.errors import FleetError
-from cluster.ray_session import private
-from cluster.ray_session.address import GcsAnswer
+from cluster.ray_session import private, session
+from cluster.ray_session.address import GcsAnswer, parse_address
 from cluster.ray_session.session import RaySession
 from cluster.ray_session.token import TOKEN, find_token, token
 
@@ -115,7 +116,14 @@ def test_what_is_free_of_each_node_is_told_alike_before_and_after_joining(
 def test_nodes_and_clusters_of_this_machine_are_found(ray_session: RaySession) -> None:
     (node,) = ray.nodes()
     assert node["NodeID"] in private.nodes_here()
-    assert ray_session.address in private.clusters_here()
+    assert private.clusters_here()[ray_session.address] == os.getuid()
+    asked = private.ask_nodes(ray_session.address, token(os.environ), WAIT_S)
+    found = asked[node["NodeID"]]
+    assert found.address == node["NodeManagerAddress"]
+    assert stat.S_ISSOCK(os.stat(found.socket).st_mode)
+    session.check_node(parse_address(ray_session.address, "test"))
+    with pytest.raises(FleetError, match="are not told"):
+        private.ask_nodes(ray_session.address, "wrong", WAIT_S)
 
 
 def test_a_private_ray_gets_its_directory() -> None:

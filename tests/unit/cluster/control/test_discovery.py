@@ -42,7 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("RAY_TMPDIR", str(home))
-    monkeypatch.setattr(session, "clusters_here", frozenset)  # other tests may have one
+    monkeypatch.setattr(session, "clusters_here", dict)  # other tests may have one
     monkeypatch.setattr(tempfile, "tempdir", str(home))  # notes of runs may be there, too
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "XDG_STATE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -143,6 +143,12 @@ def test_without_a_name_the_newest_that_lives_is_found(
     (lives / DISCOVERY_FILE).unlink()
     with pytest.raises(FleetError, match="it was killed"):
         find_run("", "")
+    write(tmp_path / "runs" / "one")
+    write(tmp_path / "runs" / "two")
+    with pytest.raises(FleetError, match=r"several runs are active: .*by its directory") as caught:
+        find_run("", "")
+    assert "--run runs/one" in str(caught.value)
+    assert "--run runs/two" in str(caught.value)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert find_run("night", "") == RunLocation("night", "10.0.0.1:6379", source="$RAY_ADDRESS")
     assert dead.is_dir()

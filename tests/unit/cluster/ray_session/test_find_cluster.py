@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pytest
 
 from cluster.errors import ConfigError, FleetError
 from cluster.ray_session import private, session
-from cluster.ray_session.address import Address, GcsAnswer
-from cluster.ray_session.session import RayConfig, find_cluster
+from cluster.ray_session.address import Address, GcsAnswer, current_cluster
+from cluster.ray_session.private import NodeHere
+from cluster.ray_session.session import RayConfig, check_node, check_ray, find_cluster
 from learner import run as command
 
 WELCOME = GcsAnswer("OK", ray=version("ray"), python=platform.python_version())
@@ -28,7 +30,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr(session, "clusters_here", frozenset)
+    monkeypatch.setattr(session, "clusters_here", dict)
     (tmp_path / "ray").mkdir()
     return tmp_path
 
@@ -100,13 +102,83 @@ def test_auto_takes_the_only_cluster_but_no_private_ray(
     answers: list[GcsAnswer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = ["127.0.0.1:4001", "10.0.0.4:6379"]
-    monkeypatch.setattr(session, "clusters_here", lambda: frozenset(running))
+    mine = os.getuid()
+    monkeypatch.setattr(session, "clusters_here", lambda: dict.fromkeys(running, mine))
     found = find_cluster(RayConfig(address="auto"))
     assert found is not None
     assert str(found) == "10.0.0.4:6379"
     running.append("10.0.0.4:6380")
     with pytest.raises(FleetError, match=r"several .*: name one, 10\.0\.0\.4:6379 or 10"):
         find_cluster(RayConfig(address="auto"))
+
+
+def test_auto_takes_no_cluster_of_another_user(
+    answers: list[GcsAnswer], temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = os.getuid(), os.getuid() + 54321  # has no name
+    there = {"10.0.0.4:6379": other}
+    monkeypatch.setattr(session, "clusters_here", lambda: there)
+    with pytest.raises(FleetError, match=rf"belongs to others \(10.0.0.4:6379, of user {other}\)"):
+        find_cluster(RayConfig(address="auto"))
+    file = leave(temporary, "10.0.0.4:6379")  # Ray's file of the cluster that was started last
+    monkeypatch.setattr(session, "current_cluster", lambda _: left(file, other))
+    with pytest.raises(FleetError, match=r"belongs to others \(10.0.0.4:6379, of user \d+\): name"):
+        find_cluster(RayConfig(address="auto"))
+    there["10.0.0.5:6380"] = mine
+    found = find_cluster(RayConfig(address="auto"))
+    assert str(found) == "10.0.0.5:6380"
+    assert str(find_cluster(RayConfig(address="10.0.0.4:6379"))) == "10.0.0.4:6379"
+
+
+def left(file: Path, user: int) -> Address | None:
+    """A file that another user left."""
+    found = current_cluster(str(file.parent))
+    assert found is not None
+    assert found.user == os.getuid()
+    return replace(found, user=user)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, NodeHere]:
+    """Nodes of the cluster; those named `here...` are on this machine, beside one of another
+    cluster."""
+    nodes: dict[str, NodeHere] = {"far": NodeHere("10.0.0.9", "/tmp/ray/sockets/raylet")}
+    monkeypatch.setattr(private, "ask_nodes", lambda *_: nodes)
+    monkeypatch.setattr(private, "nodes_here", lambda: frozenset({"here", "of another cluster"}))
+    return nodes
+
+
+def test_a_node_that_this_user_may_use(nodes: dict[str, NodeHere], tmp_path: Path) -> None:
+    address = Address("10.0.0.4", 6379)
+    with pytest.raises(FleetError, match="has no node on this machine"):
+        check_node(address)
+    nodes["here"] = NodeHere("10.0.0.4", str(tmp_path / "raylet"))
+    with pytest.raises(FleetError, match="keeps its files where this program does not see them"):
+        check_node(address)
+    (tmp_path / "raylet").touch()
+    check_node(address)
+
+
+def test_the_node_of_another_user_is_refused(
+    nodes: dict[str, NodeHere], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would abort the process."""
+    socket = tmp_path / "raylet"
+    socket.touch()
+    nodes["here"] = NodeHere("10.0.0.4", str(socket))
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (socket, os.W_OK))
+    with pytest.raises(FleetError, match=rf"belongs to \S+, and its socket {socket} cannot"):
+        check_node(Address("10.0.0.4", 6379))
+
+
+def test_a_proxy_in_the_way_is_said_before_a_private_ray_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_grpc_enable_http_proxy", "1")
+    monkeypatch.setenv("https_proxy", "http://10.9.9.9:3128")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(FleetError, match="would talk to 127.0.0.1 through the proxy of"):
+        check_ray(RayConfig())
 
 
 def test_a_token_is_shown_to_a_cluster_of_this_machine_alone(
@@ -128,7 +200,7 @@ def test_a_token_that_is_asked_for_by_the_environment_and_absent(
     answers: list[GcsAnswer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    with pytest.raises(FleetError, match="RAY_AUTH_MODE=token is set, and there is no token in"):
+    with pytest.raises(FleetError, match="RAY_AUTH_MODE=token is set, and no token is found: there is none in"):
         find_cluster(RayConfig(address="10.0.0.3:6379"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,10 @@ from cluster.ray_session.token import (
     AUTH_MODE,
     TOKEN,
     TOKEN_PATH,
+    about_token,
     ensure_token,
     find_token,
+    no_token,
     token,
     token_in_environment,
 )
@@ -147,3 +150,16 @@ def test_what_is_started_has_the_token_itself(home: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv(TOKEN)
     with token_in_environment():
         assert TOKEN not in os.environ
+
+
+def test_a_token_that_cannot_be_read_is_not_a_missing_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root, whom tests may run as, can read any file: a directory."""
+    monkeypatch.setenv(AUTH_MODE, "token")
+    monkeypatch.setenv(TOKEN_PATH, str(home))
+    why = f"{home} cannot be read \\(Is a directory\\)"
+    assert re.search(f"asks for a token, and {why}: the head's", about_token(os.environ))
+    assert re.search(f"no token is found: {why}; the head's", no_token(os.environ))
+    monkeypatch.setenv(TOKEN_PATH, str(home / "absent"))
+    assert "there is none in" in about_token(os.environ)

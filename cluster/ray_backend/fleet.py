@@ -32,8 +32,8 @@ from cluster.ray_backend.publisher import publisher_of
 from cluster.ray_backend.stateful_roles import StatefulRoles
 from cluster.ray_backend.supervisor import Supervisor
 from cluster.ray_session import backend
+from cluster.ray_session.backend import Nodes
 from cluster.ray_session.calls import answer, how_ended, put, ready_of, too_late
-from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, LearnerRole, MomentsRole, Pictures, Role
 from cluster.scheduling.in_flight import PendingBatch, PendingBatches, PendingGroup
 from cluster.scheduling.listening import LOOK_S, Listening
@@ -61,7 +61,7 @@ class RayFleet:
     def __init__(
         self,
         plan: FleetPlan,
-        session: RaySession,
+        session: Nodes,
         should_stop: Callable[[], bool] = lambda: False,
         *,
         run: str = "",

@@ -48,14 +48,14 @@ class Heartbeat:
         if not self._silence_s or now - self._looked < self._pause_s / 2:
             return []
         self._looked = now
-        known = set(workers)
+        known = dict.fromkeys(workers)
         self._asked = {worker: asked for worker, asked in self._asked.items() if worker in known}
         self._last_response = {
             worker: heard for worker, heard in self._last_response.items() if worker in known
         }
         gone = self._listen(now)
-        for worker in known - self._asked.keys():
-            if now - self._last_response.get(worker, -self._pause_s) >= self._pause_s:
+        for worker in known:  # in order, so that a simulation repeats
+            if worker not in self._asked and now - self._last_response.get(worker, -self._pause_s) >= self._pause_s:
                 self._asked[worker] = (call_inside(worker.handle, _alive, group=GROUP), now)
         silence = self._listening.silence
         silent = [w for w, (_, since) in self._asked.items() if silence(since) > self._silence_s]

@@ -14,8 +14,8 @@ from cluster.program.secrets import secret_variables, with_environment
 from cluster.program.signals import ignoring_signals
 from cluster.ray_backend import heartbeat
 from cluster.ray_session import backend
+from cluster.ray_session.backend import Nodes
 from cluster.ray_session.private import started
-from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan, Role
 from cluster.scheduling.placement import place, quota_of
 from cluster.scheduling.pool import Worker
@@ -44,7 +44,7 @@ class Launcher:
         plan: has the roles; what they reserve is settled now.
     """
 
-    def __init__(self, plan: FleetPlan, session: RaySession) -> None:
+    def __init__(self, plan: FleetPlan, session: Nodes) -> None:
         self._session = session
         # A cluster that was joined starts its workers where `ray start` was called: relative paths
         # would lead elsewhere than here. Those of a job have its package on every node.

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import ray
 
+from cluster.scheduling.placement import Node
+
 
 class Backend(Protocol):
     """The calls of Ray that a fleet makes, with Ray's meaning."""
@@ -37,6 +39,19 @@ class Backend(Protocol):
     def kill(self, handle: Any) -> None:
         """End an actor's process."""
         ...
+
+
+class Nodes(Protocol):
+    """What a fleet asks of the cluster that it starts on: `RaySession`."""
+
+    joined: bool
+    """Whether others started it."""
+
+    @property
+    def nodes(self) -> list[Node]: ...
+
+    @property
+    def free_cpus(self) -> float: ...
 
 
 class RayBackend:

@@ -309,12 +309,16 @@ class Method:
 
 def nbytes(value: Any) -> float:
     """Bytes of the arrays in a value."""
-    if isinstance(value, np.ndarray):
-        return float(value.nbytes)
-    if isinstance(value, list | tuple):
+    kind = type(value)
+    if kind is np.ndarray or kind is bytes:
+        return float(len(value) if kind is bytes else value.nbytes)
+    if kind is list or kind is tuple:
         return sum(map(nbytes, value))
-    if isinstance(value, bytes):
-        return float(len(value))
-    if is_dataclass(value):
-        return sum(nbytes(getattr(value, item.name)) for item in fields(value))
-    return 0.0
+    names = _fields.get(kind)
+    if names is None:
+        names = tuple(item.name for item in fields(kind)) if is_dataclass(kind) else ()
+        _fields[kind] = names
+    return sum([nbytes(getattr(value, name)) for name in names])
+
+
+_fields: dict[type, tuple[str, ...]] = {}  # of each dataclass

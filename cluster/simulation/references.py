@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 from ray.exceptions import ObjectLostError
 
-from cluster.simulation.links import Flow, Links
+from cluster.simulation.links import Links
 
 DRIVER = 0
 """Number of the driver's host."""
@@ -40,7 +40,6 @@ class _Pull:
 
     def __init__(self, source: int) -> None:
         self.source = source
-        self.flow: Flow | None = None
         self.done: list[Callable[[], None]] = []
 
 
@@ -106,7 +105,7 @@ class ObjectStore:
             assert ref.hosts
             source = min(ref.hosts, key=lambda each: (self._links.load(each), each))
             pull = ref.pulls[host] = _Pull(source)
-            pull.flow = self._links.send(source, host, ref.size, lambda: self._arrived(ref, host))
+            self._links.send(source, host, ref.size, lambda: self._arrived(ref, host))
         pull.done.append(done)
 
     def lose(self, host: int) -> None:

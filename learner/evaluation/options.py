@@ -20,6 +20,7 @@ from cluster.placement.config import PlacementConfig
 from cluster.program.help import answer_help, asks_help
 from cluster.program.invocation import command_of
 from cluster.ray_session.session import RayConfig
+from cluster.roles import QuotaConfig
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
 from learner.data.conditions import ConditionsConfig
 from learner.evaluation.benchmarks.run import BenchmarkOptions, BenchmarkRun
@@ -118,6 +119,7 @@ class Settings:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
 
     @classmethod
     def of(cls, config: RunConfig) -> Settings:

@@ -15,7 +15,6 @@ from rich.table import Table
 from cluster.control.control_actor import FleetStatus, control_actor, active_runs
 from cluster.ray_session.address import AUTO, written_address
 from cluster.ray_session.session import RayConfig, RaySession, find_cluster
-from cluster.scheduling.placement import Node
 from cluster.spans import role_of
 
 ANSWER_S = 5.0  # longest wait for the control actors of all runs together
@@ -38,19 +37,22 @@ def joined_cluster(address: str) -> Iterator[Callable[[], dict[str, Any]]]:
     with RaySession(RayConfig(), cluster) as session:
         yield lambda: {
             "cluster": session.address,
-            **_resources(session.all_nodes, session.nodes),
+            **_resources(),
             "runs": [run_as_dict(name, status) for name, status in _statuses(active_runs())],
         }
 
 
-def _resources(nodes: Sequence[Node], free: Sequence[Node]) -> dict[str, Any]:
+def _resources() -> dict[str, Any]:
     """What the cluster has, and what is free of it."""
+    import ray
+
+    there, free = ray.cluster_resources(), ray.available_resources()
     return {
-        "nodes": len(nodes),
-        "cpus": sum(node.cpus for node in nodes),
-        "cpus_free": sum(node.cpus for node in free),
-        "gpus": sum(node.gpus for node in nodes),
-        "gpus_free": sum(node.gpus for node in free),
+        "nodes": sum(node["Alive"] for node in ray.nodes()),
+        "cpus": there.get("CPU", 0.0),
+        "cpus_free": free.get("CPU", 0.0),
+        "gpus": there.get("GPU", 0.0),
+        "gpus_free": free.get("GPU", 0.0),
     }
 
 

@@ -171,9 +171,12 @@ def _found_here(temp_dir: str, source: str) -> Address:
         FleetError: there is none, or more than one.
     """
     left, found = current_cluster(temp_dir), clusters_here()
-    if left and left.user == os.getuid():
+    # Where that cluster has ended, another user's may have its address by now.
+    if left and left.user == os.getuid() == found.get(str(left), os.getuid()):
         return left
-    others = [f"{left}, of {user_name(left.user)}"] if left and left.user is not None else []
+    others = []
+    if left and left.user is not None:
+        others.append(f"{left}, of {user_name(found.get(str(left), left.user))}")
     running = []
     for text, user in sorted(found.items()):
         address = parse_address(text, f"{source} auto")
@@ -356,17 +359,6 @@ class RaySession:
         return [
             Node(alive[key]["NodeManagerAddress"], has.get("CPU", 0.0), has.get("GPU", 0.0))
             for key, has in found.items()
-        ]
-
-    @property
-    def all_nodes(self) -> list[Node]:
-        """Live nodes with all that they have."""
-        import ray
-
-        return [
-            Node(node["NodeManagerAddress"], has.get("CPU", 0.0), has.get("GPU", 0.0))
-            for node in ray.nodes()
-            if node["Alive"] and (has := node["Resources"]) is not None
         ]
 
     @property

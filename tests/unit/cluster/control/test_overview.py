@@ -30,7 +30,6 @@ from cluster.control.discovery import RunLocation
 from cluster.errors import FleetError
 from cluster.ray_session.address import user_name
 from cluster.roles import QuotaConfig
-from cluster.scheduling.placement import Node
 from cluster.scheduling.quota import Share
 
 
@@ -106,6 +105,18 @@ class FakeRay:
         pass
 
     @staticmethod
+    def nodes() -> list[dict[str, bool]]:
+        return [{"Alive": True}, {"Alive": False}, {"Alive": True}]
+
+    @staticmethod
+    def cluster_resources() -> dict[str, float]:
+        return {"CPU": 32.0, "GPU": 8.0}
+
+    @staticmethod
+    def available_resources() -> dict[str, float]:
+        return {"CPU": 23.0}  # Ray leaves out what is used up
+
+    @staticmethod
     def wait(refs: list[str], *, num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
         return [ref for ref in refs if RUNS.get(ref, 1)], [ref for ref in refs if not RUNS.get(ref, 1)]
 
@@ -123,8 +134,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster with the runs, one that was killed, and one that ended between the two looks."""
 
     class Session:
-        address, all_nodes = "10.0.0.4:6379", [Node("a", 16, 8), Node("b", 16, 0)]
-        nodes = [Node("a", 7, 3.5), Node("b", 16, 0)]  # noqa: RUF012
+        address = "10.0.0.4:6379"
 
     @contextmanager
     def session(*_: object) -> Iterator[Session]:
@@ -150,7 +160,8 @@ def test_the_command_lists_all_that_have_not_ended(
     assert status.main(["--all", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {run["run"] for run in found["runs"]} == {"night", "evening", "stuck"}
-    assert (found["cpus"], found["cpus_free"], found["gpus_free"]) == (32, 23, 3.5)
+    assert (found["nodes"], found["cpus"], found["cpus_free"]) == (2, 32, 23)
+    assert (found["gpus"], found["gpus_free"]) == (8, 0)
     assert status.main(["--all"]) == 0
     assert "ann" in capsys.readouterr().out
 

@@ -124,6 +124,9 @@ def test_auto_takes_no_cluster_of_another_user(
     monkeypatch.setattr(session, "current_cluster", lambda _: left(file, other))
     with pytest.raises(FleetError, match=r"belongs to others \(10.0.0.4:6379, of user \d+\): name"):
         find_cluster(RayConfig(address="auto"))
+    monkeypatch.setattr(session, "current_cluster", current_cluster)  # ours, which has ended
+    with pytest.raises(FleetError, match=rf"belongs to others \(10.0.0.4:6379, of user {other}\)"):
+        find_cluster(RayConfig(address="auto"))
     there["10.0.0.5:6380"] = mine
     found = find_cluster(RayConfig(address="auto"))
     assert str(found) == "10.0.0.5:6380"

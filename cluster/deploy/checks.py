@@ -59,9 +59,10 @@ def check_label_pair(field: str, text: str) -> tuple[str, str]:
 
 def check_toleration(field: str, text: str) -> tuple[str, str, str]:
     """KEY[=VALUE][:EFFECT] of a taint; returns key, value and effect, empty where not given."""
-    taint, _, effect = text.partition(":")
+    taint, colon, effect = text.partition(":")
     key, _, value = taint.partition("=")
-    valid = _is_label_key(key) and _is_label_value(value) and effect in ("", *EFFECTS)
+    named = effect in EFFECTS or not colon
+    valid = _is_label_key(key) and _is_label_value(value) and named
     _check(field, text, valid, f"KEY[=VALUE][:EFFECT] of a taint, EFFECT one of {EFFECTS}")
     return key, value, effect
 

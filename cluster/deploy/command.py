@@ -29,9 +29,10 @@ ABOUT = (
     "Write deployment files of a run, filled in from a preset and its plan (learner.plan). Files that "
     "are there stay, unless --force is given."
 )
+PRESET_FILES = (".yaml", ".yml")
 UNCOMMENTED = (".json", ".md")
 """Kinds of files that get no head: they have no comments, or say it themselves."""
-PLACES = ("out", "force", "plan", "run_arguments")
+PLACES = ("out", "force", "plan", "preset_text", "run_arguments")
 """Options that are no part of the command in the head."""
 
 
@@ -82,7 +83,20 @@ def parse(arguments: Sequence[str]) -> tuple[Target, DeployOptions]:
         )
     except ValueError as error:  # of a dataclass's own check
         raise ConfigError(f"command line: {error}") from None
-    return target, replace(options, run_arguments=further)
+    return target, replace(options, run_arguments=further, preset_text=_preset_text(options))
+
+
+def _preset_text(options: DeployOptions) -> str:
+    if not options.preset.endswith(PRESET_FILES):
+        return ""
+    return _read(Path(options.preset), "--preset")
+
+
+def _read(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path}: {error}") from None
 
 
 def usage() -> str:
@@ -103,11 +117,7 @@ def plan_of(options: DeployOptions) -> PlanDocument:
         ConfigError: no such file, an invalid plan, or what learner.plan refuses.
     """
     if options.plan is not None:
-        try:
-            text = options.plan.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--plan {options.plan}: {error}") from None
-        plan = read_plan(text, f"--plan {options.plan}")
+        plan = read_plan(_read(options.plan, "--plan"), f"--plan {options.plan}")
         if (plan.preset, plan.gpus) != (options.preset, options.gpus):
             raise ConfigError(
                 f"--plan {options.plan} is of preset {plan.preset} and {plan.gpus} GPUs, but "

@@ -12,30 +12,50 @@ from cluster.errors import ConfigError
 
 ROLE_LABEL = "tessera-role"
 """Label of Ray nodes: the role whose workers run there."""
-SPECIAL = "$`'&|;<>()*?[]{}~!#=%"
+SPECIAL = "$`'&|;<>()*?[]{}~!#"
 """What a shell reads outside of quotes as more than itself, but for spaces and double quotes."""
 OPTION_OF = {LEARNER: "learner", SAMPLER: "sampler", REWARD_SERVER: "reward"}
 """Role -> its section of learner.run's options. Pools are set in a preset, and so are theirs."""
 
 
 def run_arguments(
-    plan: PlanDocument, options: DeployOptions, run_dir: str, labels: Mapping[str, str]
+    plan: PlanDocument,
+    options: DeployOptions,
+    run_dir: str,
+    labels: Mapping[str, str],
+    preset: str = "",
 ) -> list[str]:
     """Arguments of `python -m learner.run` that start the run or resume it.
 
     Args:
+        run_dir: as the nodes see it.
         labels: role -> value of `tessera-role` on the nodes that are to run it.
+        preset: where the nodes find the preset, if not by the plan's own name.
+
+    Raises:
+        ConfigError: a pool of reward servers does not select its nodes: options name no pools.
     """
     arguments = list(plan.arguments)
     if "--preset" not in arguments:
         arguments = ["--preset", plan.preset, *arguments]
+    if preset:
+        arguments[arguments.index("--preset") + 1] = preset
     arguments += ["--run-dir", run_dir, "--auto-resume"]
     if options.checkpoint_url:
         arguments += ["--output.checkpoint-url", options.checkpoint_url]
     for role, value in labels.items():
         if role in OPTION_OF:
             arguments += [f"--{OPTION_OF[role]}.labels", f"{ROLE_LABEL}={value}"]
-    return [*arguments, *options.run_arguments]
+        elif plan.role(role).labels.get(ROLE_LABEL) != value:
+            pool = role.removeprefix("reward-")
+            raise ConfigError(
+                f"the servers of the pool {pool!r} might run on the nodes of other roles: write "
+                f"reward_pools: {{{pool}: {{labels: {{{ROLE_LABEL}: {value}}}}}}} into the preset, a "
+                "YAML file"
+            )
+    if options.plan is not None:  # a plan that was made here has them already
+        arguments += options.run_arguments
+    return arguments
 
 
 def for_job_submit(arguments: Sequence[str]) -> str:

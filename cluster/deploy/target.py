@@ -23,7 +23,7 @@ class DeployOptions:
     """What every target asks."""
 
     preset: Annotated[str, tyro.conf.arg(aliases=("-p",))]
-    """Shipped preset by name. Further options of learner.run follow after `--`."""
+    """Shipped preset by name, or a YAML file. Further options of learner.run follow after `--`."""
     gpus: Annotated[int, Field(ge=0)]
     """GPUs in all; 0: a fleet on CPUs."""
     gpu: str = ""
@@ -41,6 +41,8 @@ class DeployOptions:
     checkpoint_url: str = ""
     """Where copies of the checkpoints go, and where a lost run directory comes back from:
     s3://bucket/run and the like. With it, no shared storage is needed."""
+    preset_text: tyro.conf.Suppress[str] = ""
+    """Contents of the preset, if it is a file."""
     run_arguments: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Further options of learner.run: what followed `--`."""
 

@@ -11,7 +11,13 @@ import yaml
 from cluster.deploy.kuberay import support
 from cluster.deploy.kuberay.groups import PodGroup, groups_of, head_of
 from cluster.deploy.kuberay.options import KubeRayOptions
-from cluster.deploy.kuberay.pods import Manifest, ray_cluster_spec, submitter_pod
+from cluster.deploy.kuberay.pods import (
+    PRESET_DIRECTORY,
+    PRESET_FILE,
+    Manifest,
+    ray_cluster_spec,
+    submitter_pod,
+)
 from cluster.deploy.plan_document import PlanDocument
 from cluster.deploy.run_command import for_job_submit, run_arguments
 from cluster.deploy.target import Target
@@ -45,6 +51,9 @@ def files(plan: PlanDocument, options: KubeRayOptions) -> Mapping[str, str]:
         },
         "budget.yaml": budget,
     }
+    if options.preset_text:
+        preset = support.preset_map(options)
+        job["preset.yaml"] = cluster["preset.yaml"] = preset
     for kind, manifests in (("job", job), ("cluster", cluster)):
         overlay = _kustomization(manifests, options, resources=[f"../../{BASE}"])
         made |= {f"{folder_of(kind, plan)}/{path}": text for path, text in overlay.items()}
@@ -86,7 +95,8 @@ def ray_job(
 ) -> Manifest:
     """A RayJob whose retries resume the run, each on a new cluster."""
     labels = {role.name: group.name for group in groups for role in group.roles}
-    arguments = run_arguments(plan, options, options.run_directory, labels)
+    preset = f"{PRESET_DIRECTORY}/{PRESET_FILE}" if options.preset_text else ""
+    arguments = run_arguments(plan, options, options.run_directory, labels, preset)
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",

@@ -18,6 +18,8 @@ MIB, GIB = 1 << 20, 1 << 30
 RAYLET_BYTES = 2 * GIB  # raylet, agents, and the worker processes that Ray keeps ready
 HEAD_BYTES = 4 * GIB  # control service, dashboard, job supervisor
 HEAD_CPUS = 1  # for the same
+STORE_SPARE = 1.25  # of the object store beside what the run may hold in it
+LEAST_STORE_BYTES = GIB
 SHARED = "shared"
 PARTS = 10_000  # of a GPU: how finely Ray counts them
 
@@ -68,10 +70,16 @@ def head_of(plan: PlanDocument) -> HeadPod:
         cpus=HEAD_CPUS + ray_cpus + math.ceil(max(driver.num_cpus, 1)),
         ray_cpus=ray_cpus,
         memory_bytes=_rounded(
-            HEAD_BYTES + driver.memory_bytes + moments.memory_bytes + plan.object_store_bytes
+            HEAD_BYTES + driver.memory_bytes + moments.memory_bytes + store_of(plan)
         ),
-        object_store_bytes=plan.object_store_bytes,
+        object_store_bytes=store_of(plan),
     )
+
+
+def store_of(plan: PlanDocument) -> int:
+    """Bytes of the object store of a pod, whole MiB."""
+    wanted = max(plan.object_store_bytes * STORE_SPARE, LEAST_STORE_BYTES)
+    return math.ceil(wanted / MIB) * MIB
 
 
 def groups_of(plan: PlanDocument, gpus_per_node: int) -> list[PodGroup]:
@@ -110,8 +118,7 @@ def _gpus(groups: Sequence[PodGroup]) -> int:
 
 def _group_of(role: RolePlan, plan: PlanDocument, gpus_per_node: int) -> PodGroup:
     if not role.num_gpus:
-        workers = gpus = 0
-        workers = 1
+        workers, gpus = 1, 0
     elif role.num_gpus >= 1:
         each = round(role.num_gpus)
         workers = 1 if role.scales else _largest_divisor(role.count, gpus_per_node // each)
@@ -131,7 +138,7 @@ def _group_of(role: RolePlan, plan: PlanDocument, gpus_per_node: int) -> PodGrou
         workers=workers,
         **_needs([role] * workers, plan),
         gpus=gpus,
-        object_store_bytes=plan.object_store_bytes,
+        object_store_bytes=store_of(plan),
     )
 
 
@@ -157,7 +164,7 @@ def _shared_group(roles: Sequence[RolePlan], plan: PlanDocument, gpus_per_node: 
         cpus=max(each["cpus"] for each in needs),
         gpus=size,
         memory_bytes=max(each["memory_bytes"] for each in needs),
-        object_store_bytes=plan.object_store_bytes,
+        object_store_bytes=store_of(plan),
     )
 
 
@@ -171,7 +178,7 @@ def _needs(workers: Sequence[RolePlan], plan: PlanDocument) -> dict[str, int]:
     memory = sum(worker.memory_bytes for worker in workers)
     return {
         "cpus": math.ceil(sum(worker.num_cpus or 1 for worker in workers)),
-        "memory_bytes": _rounded(RAYLET_BYTES + memory + plan.object_store_bytes),
+        "memory_bytes": _rounded(RAYLET_BYTES + memory + store_of(plan)),
     }
 
 

@@ -129,8 +129,8 @@ class KubeRayOptions(DeployOptions):
             raise ValueError(f"{' and '.join(given)} name two storages: give one")
         if self.run_dir and self.shared and not self.run_dir.startswith(self.mount_path + "/"):
             raise ValueError(
-                f"--run-dir {self.run_dir} is not on the shared storage, which is at --mount-path "
-                f"{self.mount_path}"
+                f"--run-dir must be on the shared storage, below --mount-path {self.mount_path}, "
+                f"found {self.run_dir}"
             )
 
     @property

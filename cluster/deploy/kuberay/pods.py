@@ -20,6 +20,7 @@ PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}
 SHM_SPARE = 256 * MIB  # of /dev/shm beside the object store: NCCL's and PyTorch's buffers
 STOP_SPARE_S = 60  # of the grace period, for what Kubernetes and the command take themselves
 WORKER_GRACE_S = 60
+PRESET_DIRECTORY, PRESET_FILE = "/etc/tessera", "preset.yaml"
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
 
@@ -142,6 +143,9 @@ def _pod(
     elif role == HEAD:  # the run directory; its checkpoints are at the URL, too
         mounts.append({"name": "runs", "mountPath": options.run_directory.rpartition("/")[0]})
         volumes.append({"name": "runs", "emptyDir": {}})
+    if role == HEAD and options.preset_text:
+        mounts.append({"name": "preset", "mountPath": PRESET_DIRECTORY})
+        volumes.append({"name": "preset", "configMap": {"name": preset_name(options)}})
     container["volumeMounts"] = mounts
     spec: Manifest = {
         "serviceAccountName": options.service_account or options.name,
@@ -215,6 +219,11 @@ def _shared_volume(options: KubeRayOptions) -> Manifest:
 def claim_name(options: KubeRayOptions) -> str:
     """Of the claim that is made."""
     return f"{options.name}-shared"
+
+
+def preset_name(options: KubeRayOptions) -> str:
+    """Of the map that holds the preset."""
+    return f"{options.name}-preset"
 
 
 def _resources(cpus: int | str, memory: str, more: Mapping[str, str] | None = None) -> Manifest:

@@ -7,12 +7,23 @@ from collections.abc import Sequence
 
 from cluster.deploy.kuberay.groups import PodGroup
 from cluster.deploy.kuberay.options import KubeRayOptions
-from cluster.deploy.kuberay.pods import HEAD, PORTS, RUN_LABEL, Manifest, claim_name
+from cluster.deploy.kuberay.pods import (
+    HEAD,
+    PORTS,
+    PRESET_FILE,
+    RUN_LABEL,
+    SUBMITTER,
+    Manifest,
+    claim_name,
+    preset_name,
+)
 from cluster.deploy.plan_document import LEARNER
 from cluster.deploy.run_command import ROLE_LABEL
+from cluster.errors import ConfigError
 
 OPERATOR_LABELS = {"app.kubernetes.io/name": "kuberay-operator"}  # of its Helm chart
 PROMETHEUS_LABELS = {"app.kubernetes.io/name": "prometheus"}  # of the Prometheus operator's pods
+LARGEST_MAP_BYTES = 1_000_000  # of a ConfigMap: 1 MiB with its names
 
 
 def metadata(options: KubeRayOptions, name: str) -> Manifest:
@@ -46,6 +57,22 @@ def storage_claim(options: KubeRayOptions) -> Manifest:
         "kind": "PersistentVolumeClaim",
         "metadata": metadata(options, claim_name(options)),
         "spec": spec,
+    }
+
+
+def preset_map(options: KubeRayOptions) -> Manifest:
+    """The preset, where it is a file: the image does not have it.
+
+    Raises:
+        ConfigError: it is larger than Kubernetes takes.
+    """
+    if len(options.preset_text.encode()) > LARGEST_MAP_BYTES:
+        raise ConfigError(f"--preset {options.preset} is larger than 1 MiB: put it into the image")
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata(options, preset_name(options)),
+        "data": {PRESET_FILE: options.preset_text},
     }
 
 
@@ -114,7 +141,7 @@ def pod_monitor(options: KubeRayOptions) -> Manifest:
             "selector": {
                 "matchLabels": {RUN_LABEL: options.name},
                 "matchExpressions": [
-                    {"key": ROLE_LABEL, "operator": "NotIn", "values": ["submitter"]}
+                    {"key": ROLE_LABEL, "operator": "NotIn", "values": [SUBMITTER]}
                 ],
             },
             "podMetricsEndpoints": [{"port": "metrics"}],

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.deploy.plan_document import DRIVER, MOMENTS_SERVER, PlanDocument, RolePlan
+from cluster.deploy.plan_document import DRIVER, LEARNER, MOMENTS_SERVER, PlanDocument, RolePlan
 from cluster.errors import ConfigError
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -44,6 +44,11 @@ class PodGroup:
     @property
     def scales(self) -> bool:
         return self.min_replicas < self.max_replicas
+
+    @property
+    def learns(self) -> bool:
+        """Whether its pods hold the learner, whose state is lost with them."""
+        return any(role.name == LEARNER for role in self.roles)
 
     @property
     def accelerator_type(self) -> str:

@@ -48,7 +48,9 @@ def ray_cluster_spec(
             "resources": _resources(cpus="500m", memory="1Gi"),
         }
     spec["headGroupSpec"] = _head_group(head, options, stop_s, job)
-    spec["workerGroupSpecs"] = [_worker_group(group, options) for group in groups]
+    spec["workerGroupSpecs"] = [
+        _worker_group(group, options, stop_s if job and group.learns else 0) for group in groups
+    ]
     return spec
 
 
@@ -63,7 +65,7 @@ def _head_group(head: HeadPod, options: KubeRayOptions, stop_s: int, job: bool) 
             f"python -m cluster.stop --run {options.run_directory} --checkpoint "
             f"--timeout-s {stop_s} || true"
         )
-        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", stop]}}}
+        container["lifecycle"] = _before_end(stop)
     pod = _pod(container, HEAD, options, head.object_store_bytes)
     # The autoscaler, which KubeRay puts beside the head, asks Kubernetes for pods
     pod["spec"]["automountServiceAccountToken"] = True
@@ -80,14 +82,20 @@ def _head_group(head: HeadPod, options: KubeRayOptions, stop_s: int, job: bool) 
     }
 
 
-def _worker_group(group: PodGroup, options: KubeRayOptions) -> Manifest:
+def _worker_group(group: PodGroup, options: KubeRayOptions, stop_s: int) -> Manifest:
+    """
+    Args:
+        stop_s: how long the pods stay, once they are to end, for a checkpoint of the learner.
+    """
     container = _container("worker", options)
     container["ports"] = [{"name": "metrics", "containerPort": PORTS["metrics"]}]
     asked = {options.gpu_resource: str(group.gpus)} if group.gpus else {}
     container["resources"] = _resources(group.cpus, _gib(group.memory_bytes), asked)
     pod = _pod(container, group.name, options, group.object_store_bytes, group.gpus)
     pod["spec"]["automountServiceAccountToken"] = False
-    pod["spec"]["terminationGracePeriodSeconds"] = WORKER_GRACE_S
+    pod["spec"]["terminationGracePeriodSeconds"] = stop_s + WORKER_GRACE_S
+    if stop_s:  # all pods of a cluster are told to end at once; these end with the head's Ray
+        container["lifecycle"] = _before_end(f"sleep {stop_s}")
     if group.gpus and options.node_selector:
         pairs = [check_label_pair("--node-selector", text) for text in options.node_selector]
         pod["spec"]["nodeSelector"] = dict(pairs)
@@ -125,6 +133,11 @@ def submitter_pod(options: KubeRayOptions) -> Manifest:
     }
     _add_common(spec, options, gpus=0)
     return {"metadata": {"labels": _labels(options, SUBMITTER)}, "spec": spec}
+
+
+def _before_end(command: str) -> Manifest:
+    """Run before SIGTERM is sent."""
+    return {"preStop": {"exec": {"command": ["/bin/sh", "-c", command]}}}
 
 
 def _pod(

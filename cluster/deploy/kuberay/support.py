@@ -17,7 +17,6 @@ from cluster.deploy.kuberay.pods import (
     claim_name,
     preset_name,
 )
-from cluster.deploy.plan_document import LEARNER
 from cluster.deploy.run_command import ROLE_LABEL
 from cluster.errors import ConfigError
 
@@ -108,9 +107,7 @@ def disruption_budget(groups: Sequence[PodGroup], options: KubeRayOptions) -> Ma
 
     Pods of a RayCluster have no controller that Kubernetes counts, so the number is `minAvailable`.
     """
-    learning = [
-        group for group in groups if any(role.name == LEARNER for role in group.roles)
-    ]  # one: a group of its own, or the shared one
+    learning = [group for group in groups if group.learns]
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",

@@ -128,6 +128,17 @@ def test_sigterm_has_time_for_a_checkpoint() -> None:
     assert "lifecycle" not in str(next(of_kind(manifests(8), "RayCluster")))  # of no one run
 
 
+@pytest.mark.parametrize(("gpus", "learning"), [(8, "learner"), (1, "shared"), (0, "learner")])
+def test_learners_outlive_the_heads_checkpoint(gpus: int, learning: str) -> None:
+    """When a cluster is deleted, all of its pods are told to end at once."""
+    pods = templates(ray_job(gpus)["rayClusterSpec"])
+    head = pods["head"]["spec"]["terminationGracePeriodSeconds"]
+    assert pods[learning]["spec"]["terminationGracePeriodSeconds"] >= head
+    ends = {name: pod["spec"]["containers"][0].get("lifecycle") for name, pod in pods.items()}
+    assert {name for name, hook in ends.items() if hook} == {"head", learning}
+    assert ends[learning]["preStop"]["exec"]["command"][-1] == "sleep 300"
+
+
 @ALL
 def test_nothing_runs_as_root_and_the_probes_are_kuberays(gpus: int) -> None:
     spec = ray_job(gpus)

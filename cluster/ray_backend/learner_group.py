@@ -79,6 +79,24 @@ class LearnerGroup:
     def restore(self, directory: Any) -> int:
         return self._all("restore", directory)[0]
 
+    def sees(self, file: Any, content: bytes) -> bool:
+        return all(self._all("sees", file, content))
+
+    def sizes(self) -> dict[str, int]:
+        return self._first("sizes")
+
+    def send_part(self, name: str, start: int, size: int) -> bytes:
+        return self._first("send_part", name, start, size)
+
+    def receive_part(self, name: str, data: bytes) -> None:
+        self._all("receive_part", name, put(data, "a part of a checkpoint"))
+
+    def drop_files(self) -> None:
+        self._all("drop_files")
+
+    def _first(self, method: str, *arguments: Any) -> Any:
+        return self._together([getattr(self._handles[0], method).remote(*arguments)])[0]
+
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         return self._together([getattr(h, method).remote(*arguments) for h in self._handles])
 

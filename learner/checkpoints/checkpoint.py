@@ -32,6 +32,8 @@ from cluster.errors import CheckpointError
 from cluster.fleet import Fleet
 from cluster.io.files import replacing, sync, writing
 from cluster.io.run_layout import CONFIG, MANIFEST, step_name, step_of
+from cluster.roles import LearnerRole
+from learner.checkpoints.exchange import send
 from learner.checkpoints.manifest import FileDigest, Manifest
 from learner.checkpoints.resume import check_resume
 from learner.config import RunConfig, parse_yaml
@@ -84,12 +86,23 @@ def restore(
     Raises:
         CheckpointError: a part is missing, or does not fit.
     """
-    fleet.learner.restore(checkpoint.path)
+    _restore_learner(checkpoint, fleet.learner)
     fleet.moments.restore(_required(checkpoint, MOMENTS))
     combiner.restore(_required(checkpoint, REWARDS))
     groups = checkpoint.read(GROUPS)
     if pipeline is not None and groups is not None:
         pipeline.restore(groups)
+
+
+def _restore_learner(checkpoint: Checkpoint, learner: LearnerRole) -> None:
+    manifest = checkpoint.path / MANIFEST  # of no other checkpoint
+    if learner.sees(manifest, manifest.read_bytes()):
+        learner.restore(checkpoint.path)
+        return
+    ours = (MOMENTS, REWARDS, GROUPS, CONFIG)
+    send(learner, [checkpoint.path / n for n in checkpoint.manifest.files if n not in ours])
+    learner.restore(None)
+    learner.drop_files()
 
 
 def complete(
@@ -115,8 +128,8 @@ def complete(
     """
     if not any(partial.iterdir()):
         raise CheckpointError(
-            f"the learner wrote a checkpoint, but nothing arrived in {partial}: run_dir must be "
-            "on storage that all nodes share"
+            f"the learner wrote a checkpoint, but nothing arrived in {partial}: does the storage "
+            "show one node what another one writes?"
         )
     with writing(final):
         for name, data in content.items():

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.errors import CheckpointError, ConfigError, StorageError, TesseraError
@@ -34,6 +34,7 @@ from learner.checkpoints.checkpoint import (
     replace_directory,
     verify,
 )
+from learner.checkpoints.exchange import fetch, shares
 from learner.checkpoints.manifest import Manifest
 from learner.checkpoints.remote import RemoteCheckpoints
 from learner.config import RunConfig
@@ -58,6 +59,8 @@ class PendingCheckpoint:
     figures: Mapping[str, float]
     iterations: range
     """Iterations recorded since the checkpoint before."""
+    shared: bool = True
+    """Whether the learner sees the run directory."""
 
 
 class CheckpointStore:
@@ -76,6 +79,7 @@ class CheckpointStore:
         self._task: Background | None = None
         self._upload_error: TesseraError | None = None
         self._newest_step = 0
+        self._noted = False
 
     def clear(self) -> None:
         """Remove incomplete checkpoints of earlier processes; only for the directory's owner."""
@@ -111,7 +115,9 @@ class CheckpointStore:
             step, partial, fleet.learner, content, figures or {}, range(self._newest_step, step)
         )
         try:
-            fleet.learner.save(partial, self._config.output.background)
+            shared = self._shares(fleet.learner, partial)
+            self._pending = replace(self._pending, shared=shared)
+            fleet.learner.save(partial if shared else None, self._config.output.background)
         except StorageError as error:
             raise self._storage_error(error) from error
         if not self._config.output.background:
@@ -224,6 +230,18 @@ class CheckpointStore:
         digests = records.digests(self._run, checkpoint.step)
         self._publish(add_figures(checkpoint, figures, digests))
 
+    def _shares(self, learner: LearnerRole, partial: Path) -> bool:
+        """Whether the learner sees the run directory; the first time that it does not, a note."""
+        shared = shares(learner, partial)
+        if not shared and not self._noted:
+            lost = "" if self._remote else ", and no copy is kept elsewhere (output.checkpoint_url)"
+            logger.warning(
+                f"note: the learner is on a node that does not see {self._root}: its files of "
+                f"checkpoints come here through Ray{lost}"
+            )
+            self._noted = True
+        return shared
+
     def _partial(self, step: int) -> Path:
         return self._root / f".{step_name(step)}.{secrets.token_hex(4)}"
 
@@ -268,6 +286,8 @@ class CheckpointStore:
             if pending is None:
                 return True
             if pending.learner.saved(wait_s):
+                if not pending.shared:
+                    fetch(pending.learner, pending.partial)
                 what = f"completing checkpoint {step_name(pending.step)}"
                 self._task = Background(what, lambda: self._complete(pending))
             return False

@@ -24,6 +24,7 @@ from learner.grpo.loss import grpo_loss
 from learner.training.batch import StepReport, TrainingBatch
 from learner.training.config import LearnerConfig
 from learner.training.data_parallel import DataParallelGroup, join, open_rendezvous
+from learner.training.file_exchange import FileExchange
 from learner.training.optimizer import PolicyAdamW
 from learner.training.policy import LearnerPolicy
 from learner.training.preparation import (
@@ -41,7 +42,7 @@ BEHAVIOUR_STATS = ("entropy", "mismatch_kl", "logprob_gap", "reference_kl")
 """Statistics of the behaviour policy: taken in the first pass, before its first update."""
 
 
-class Learner:
+class Learner(FileExchange):
     """Holds fp32 weights and optimizer; every answer is plain data.
 
     Several learners form a data-parallel group (`open_rendezvous`, `join`). From then on every call
@@ -173,11 +174,11 @@ class Learner:
         span = Span(self.name, "learn", start, epoch())
         return StepReport(version=self.version, metrics=metrics, spans=(*self._clock.take(), span))
 
-    def save(self, directory: Path, background: bool = False) -> None:
+    def save(self, directory: Path | None, background: bool = False) -> None:
         """Write the learner's files of a checkpoint; they do not depend on the number of learners.
 
         Args:
-            directory: exists.
+            directory: exists; None: the exchange folder, emptied.
             background: copy policy and optimizer (12 bytes a parameter of host memory until
                 `saved`; from a GPU up to 21, page-locked in powers of two, and kept for the next
                 time), return, and write in a thread.
@@ -189,6 +190,9 @@ class Learner:
         optimizer, files = self._optimizer.tensors(), self._policy.files()
         if not self._dp_group.first:
             return
+        if directory is None:
+            self.drop_files()
+            directory = self.exchange_folder()
         content = LearnerFiles({**files, OPTIMIZER_FILE: TensorFile(optimizer)}, self._state())
         if not background:
             content.write(directory)
@@ -207,12 +211,13 @@ class Learner:
             self._writing = None  # and its copies
         return self._writing is None
 
-    def restore(self, directory: Path) -> int:
+    def restore(self, directory: Path | None) -> int:
         """Inverse of `save`; returns the policy version.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another model.
         """
+        directory = directory or self.exchange_folder()
         state = LearnerState.read(directory)
         self._policy.restore(directory)
         optimizer = directory / OPTIMIZER_FILE

@@ -11,12 +11,19 @@ from learner.checkpoints.checkpoint import Checkpoint, verify
 from learner.checkpoints.store import CheckpointStore
 from learner.config import RunConfig
 from learner.runs.run_dir import RunDirectory
+from learner.training.file_exchange import FileExchange
 from rewards.combine import Combiner, RewardTerm
 from tests.small_run import small_config
 
 
-class FakeFleet:
+class FakeFleet(FileExchange):
     """A learner and a moments server; the learner's files take `slow_s` to be written."""
+
+    elsewhere = False
+    """Whether it is on a node that does not see the run directory."""
+
+    def sees(self, file: Path, content: bytes) -> bool:
+        return not self.elsewhere and super().sees(file, content)
 
     def __init__(self, content: bytes = b"weights", slow_s: float = 0.0) -> None:
         self.learner = self.moments = self
@@ -26,7 +33,9 @@ class FakeFleet:
         self.error: Exception | None = None
         self.left = False  # whether somebody knows that the files are written
 
-    def save(self, directory: Path, background: bool = False) -> None:
+    def save(self, directory: Path | None, background: bool = False) -> None:
+        assert (directory is None) == self.elsewhere
+        directory = directory or self.exchange_folder()
         (directory / "policy.safetensors").write_bytes(self.content)
         if background:
             self.ready_at = time.monotonic() + self.slow_s
@@ -44,10 +53,12 @@ class FakeFleet:
         return b"moments"
 
     def restore(self, what: object) -> None:
-        key = "learner" if isinstance(what, Path) else "moments"
-        self.restored[key] = (
-            (what / "policy.safetensors").read_bytes() if isinstance(what, Path) else what
-        )
+        if isinstance(what, bytes):
+            self.restored["moments"] = what
+            return
+        assert (what is None) == self.elsewhere
+        folder = what if isinstance(what, Path) else self.exchange_folder()
+        self.restored["learner"] = (folder / "policy.safetensors").read_bytes()
 
 
 def combiner(step: int = 0) -> Combiner:

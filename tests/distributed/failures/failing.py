@@ -76,7 +76,8 @@ class FailingLearner(Learner):
                 end_once(self.folder, reason)
         return stats
 
-    def save(self, directory: Path, background: bool = False) -> None:
+    def save(self, directory: Path | None, background: bool = False) -> None:
+        assert directory is not None  # on the node of the run directory
         if self.version > AT["learner-save"]:
             (directory / "optimizer.safetensors").write_bytes(b"half of")
             end_once(self.folder, "learner-save")

@@ -120,7 +120,8 @@ class HostCluster:
     def end(self) -> None:
         """Kill what it started, and what that started."""
         for _ in range(3):  # some start others while they are ended
-            programs = [each for host in self.members for each in host.processes() if self._mine(each)]
+            mine = [each for host in self.members for each in host.processes() if self._mine(each)]
+            programs = {child for each in mine for child in _with_children(each)}
             for program in programs:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     program.kill()
@@ -169,3 +170,10 @@ class HostCluster:
         while (done := self.head.run(listing, self.environment)).returncode:
             assert time.monotonic() < deadline, done.stdout + done.stderr
             time.sleep(0.5)
+
+
+def _with_children(process: psutil.Process) -> list[psutil.Process]:
+    """Some of Ray's processes write their name over their environment."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [process, *process.children(recursive=True)]
+    return []

@@ -282,7 +282,7 @@ def test_a_full_disk_leaves_the_one_before(
 def test_storage_that_is_not_shared_is_noticed(tmp_path: Path) -> None:
     made, fleet = Kept(tmp_path / "run"), FakeFleet()
     fleet.save = lambda directory, background: None  # type: ignore[method-assign]
-    with pytest.raises(CheckpointError, match="must be on storage that all nodes share"):
+    with pytest.raises(CheckpointError, match="does the storage show one node"):
         made.save(1, fleet)
     assert made.names == []
 

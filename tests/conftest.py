@@ -20,7 +20,7 @@ if not torch.cuda.is_available():  # Triton's kernels run on the CPU; read when 
 
 from tests.logged import messages
 
-ONE_RAY = ("tests/distributed/failures/", "tests/distributed/")
+ONE_RAY = ("tests/distributed/hosts/", "tests/distributed/failures/", "tests/distributed/")
 """Folders whose tests share a Ray."""
 
 

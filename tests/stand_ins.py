@@ -75,6 +75,19 @@ class Brightness:
         return np.array([image.mean() / 255 for image in images], np.float32)
 
 
+class HeldBrightness(Brightness):
+    """Waits while the file `hold` is there."""
+
+    def __init__(self, device: str, hold: str) -> None:
+        super().__init__(device)
+        self._hold = hold
+
+    def __call__(self, images: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
+        while os.path.exists(self._hold):
+            time.sleep(0.02)
+        return super().__call__(images, conditions)
+
+
 class SlowPerImage:
     """A scorer of fixed cost: `seconds` for every image, whatever the batch."""
 

@@ -99,8 +99,25 @@ def how_ended(error: RayActorError) -> str:
             "little memory"
         )
     if "node has died" in text or "node was" in text:
-        return "its machine is gone"
+        return f"its machine{f' {place}' if (place := place_of(error)) else ''} is gone"
     return " ".join(text.split("\n")[0].split())
+
+
+def place_of(error: Exception) -> str:
+    """The address of the host where a worker ran, by Ray's message; empty: this one, or unknown."""
+    found = ADDRESS.search(str(error))
+    place = found[1] or found[2] if found else ""
+    return "" if place == ray.util.get_node_ip_address() else place
+
+
+ADDRESS = re.compile(r"\(pid=\d+, ip=([^\s,)]+)|^\s*ip: (\S+)$", re.MULTILINE)
+
+
+def _located(error: TesseraError, place: str) -> TesseraError:
+    """A worker's own error, which says where it ran if that is another host."""
+    if place and error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]} (on {place})", *error.args[1:])
+    return error
 
 
 def last_words(text: str) -> str:
@@ -127,7 +144,8 @@ FRAME = re.compile(r'  File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
 def _failed(what: str, error: RayError) -> FleetError:
     """The last error of a traceback."""
     logger.error(f"{what}:\n{error}", extra=FILE_ONLY)
-    return FleetError(f"{what}: {last_words(str(error))}")
+    place = place_of(error)
+    return FleetError(f"{what}{f' on {place}' if place else ''}: {last_words(str(error))}")
 
 
 def too_late(what: str, timeout_s: float) -> FleetError:
@@ -176,7 +194,7 @@ def answer(ref: ray.ObjectRef, what: str, timeout_s: float) -> Any:
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, TesseraError):
-            raise cause from None
+            raise _located(cause, place_of(error)) from None
         if isinstance(cause, GONE):
             raise InputLostError(f"{what}: an argument was lost ({cause})") from None
         raise _failed(f"{what} failed", error) from error

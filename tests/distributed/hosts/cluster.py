@@ -6,7 +6,7 @@ import contextlib
 import json
 import secrets
 import subprocess
-import time
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -25,8 +25,23 @@ QUICK = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "4000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # after which nodes of a lost head end
     "RAY_raylet_start_wait_time_s": "120",  # machines of tests are busy
 }
+
+ASK = """
+import os, sys, time, urllib.request
+token = open(os.environ["RAY_AUTH_TOKEN_PATH"]).read()
+asked = urllib.request.Request(sys.argv[1], headers={"Authorization": f"Bearer {token}"})
+deadline = time.monotonic() + float(sys.argv[2])
+while True:
+    try:
+        urllib.request.urlopen(asked, timeout=5).read()
+        break
+    except OSError as error:
+        assert time.monotonic() < deadline, error
+        time.sleep(0.2)
+"""
 
 
 class HostCluster:
@@ -73,7 +88,8 @@ class HostCluster:
         """
         options = {"port": PORT, "dashboard_host": self.head.address, "dashboard_port": DASHBOARD}
         self._done(self._start(self.head, ["--head"], options | ray_options))
-        self._until_it_takes_jobs()
+        if ray_options.get("include_dashboard", True):
+            self._until_it_takes_jobs()
 
     def join(self, *hosts: Host, **ray_options: Any) -> None:
         """`ray start --address` on hosts, at the same time; options as those of the head."""
@@ -146,6 +162,7 @@ class HostCluster:
             "node_ip_address": host.address,
             "num_cpus": cpus,
             "num_gpus": 0,
+            "resources": json.dumps({host.name: 1}),
             "object_store_memory": STORE_BYTES,
         }
         flags = []
@@ -165,11 +182,9 @@ class HostCluster:
         assert started.returncode == 0, said
 
     def _until_it_takes_jobs(self) -> None:
-        deadline = time.monotonic() + START_S
-        listing = ["ray", "job", "list", f"--address={self.dashboard}"]
-        while (done := self.head.run(listing, self.environment)).returncode:
-            assert time.monotonic() < deadline, done.stdout + done.stderr
-            time.sleep(0.5)
+        line = [sys.executable, "-c", ASK, f"{self.dashboard}/api/jobs/", str(START_S)]
+        done = self.head.run(line, self.environment, timeout=2 * START_S)
+        assert done.returncode == 0, done.stderr
 
 
 def _with_children(process: psutil.Process) -> list[psutil.Process]:

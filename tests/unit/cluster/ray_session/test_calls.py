@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import ray
 from ray.exceptions import RayActorError
 
 import rewards.base  # noqa: F401  (its errors are known where the driver has it)
-from cluster.ray_session.calls import how_ended, last_words
+from cluster.ray_session.calls import how_ended, last_words, place_of
 from cluster.scheduling.in_flight import FleetError, PendingBatch, PendingGroup
 from tests.unit.helpers import request
 
@@ -64,11 +65,29 @@ DIED = "The actor is dead because its worker process has died. Worker exit type:
             "its process ended without a word: a crash as by SIGSEGV, os._exit, a kill, or too ",
         ),
         ("The actor died because its node has died. Node Id: 3", "its machine is gone"),
+        (
+            "The actor died unexpectedly.\n\tpid: 7\n\tip: 203.0.113.9\nThe actor died because its "
+            "node has died. Node Id: 3",
+            "its machine 203.0.113.9 is gone",
+        ),
         ("The actor 3 is unavailable: odd.\nmore", "The actor 3 is unavailable: odd."),
     ],
 )
 def test_how_a_process_ended(text: str, told: str) -> None:
     assert how_ended(RayActorError(error_msg=text)).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("ray::Sampler.sample() (pid=7, ip=203.0.113.9, actor_id=3)\n  File", "203.0.113.9"),
+        ("ray::Sampler() (pid=7, ip=2001:db8::9, actor_id=3)", "2001:db8::9"),
+        (f"ray::Sampler() (pid=7, ip={ray.util.get_node_ip_address()}, actor_id=3)", ""),
+        ("something odd", ""),
+    ],
+)
+def test_where_a_worker_on_another_host_was(text: str, place: str) -> None:
+    assert place_of(RayActorError(error_msg=text)) == place
 
 
 def test_a_group_that_ends_every_worker_names_them() -> None:

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 
 from cluster.errors import InputLostError, LearnerLostError
 from cluster.ray_backend.publisher import Publisher
-from cluster.ray_session.calls import answer
+from cluster.ray_session.calls import answer, why_lost
 from cluster.roles import FleetPlan
 from cluster.scheduling.pool import State, Worker, WorkerPool
 from cluster.scheduling.weight_versions import NO_WEIGHTS, OWN_WEIGHTS, WeightVersions
@@ -24,7 +24,7 @@ class Broadcaster:
 
     Args:
         assigned: weight versions of the groups that are assigned to samplers.
-        lost: called with a sampler that was lost.
+        lost: called with a sampler that was lost, and how.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Broadcaster:
         plan: FleetPlan,
         publisher: Publisher,
         assigned: Callable[[], Iterator[int]],
-        lost: Callable[[Worker], None],
+        lost: Callable[[Worker, str], None],
     ) -> None:
         self._plan, self._publisher = plan, publisher
         self._assigned, self._lost = assigned, lost
@@ -93,8 +93,8 @@ class Broadcaster:
         worker = self.under_way.pop(ref)
         try:
             answer(ref, f"{worker.name}.load_weights", self._plan.timeout_s)
-        except RayActorError:
-            self._lost(worker)
+        except RayActorError as error:
+            self._lost(worker, why_lost(error))
         except InputLostError as error:
             raise LearnerLostError(f"{self._plan.learner.name} was lost") from error
 

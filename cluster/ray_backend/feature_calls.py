@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError
 from cluster.errors import FleetError
 from cluster.fleet import join_features
 from cluster.ray_backend.supervisor import Supervisor
-from cluster.ray_session.calls import RemoteRole
+from cluster.ray_session.calls import RemoteRole, why_lost
 from cluster.roles import FleetPlan, Pictures
 from cluster.scheduling.listening import Listening
 from cluster.scheduling.pool import State, Worker, WorkerPool
@@ -67,8 +67,8 @@ class FeatureCalls:
             remote = RemoteRole(worker.handle, worker.name, self._plan.timeout_s, self._wait)
             try:
                 return getattr(remote, method)(*args)
-            except RayActorError:
-                self._supervisor.lost(pool, worker)
+            except RayActorError as error:
+                self._supervisor.lost(pool, worker, why_lost(error))
 
     def _someone(self, pool: WorkerPool) -> Worker:
         """One that serves, once there is one."""

@@ -170,8 +170,8 @@ class RayFleet:
         self._broadcaster.forget(self._samplers, self._replace)
         self._stateful.replace_learners(str(error))
 
-    def _sampler_lost(self, worker: Worker) -> None:
-        self._supervisor.lost(self._samplers, worker)
+    def _sampler_lost(self, worker: Worker, why: str) -> None:
+        self._supervisor.lost(self._samplers, worker, why)
 
     def _replace(self, worker: Worker) -> None:
         self._kill(worker)

@@ -13,6 +13,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from cluster.ray_session import backend
+from cluster.ray_session.calls import why_lost
 from cluster.ray_session.private import call_inside
 from cluster.scheduling.listening import Listening
 from cluster.scheduling.pool import Worker
@@ -60,10 +61,10 @@ class Heartbeat:
         silence = self._listening.silence
         silent = [w for w, (_, since) in self._asked.items() if silence(since) > self._silence_s]
         why = f"did not answer heartbeats for {self._silence_s:g} s"
-        return [*((worker, "was lost") for worker in gone), *((worker, why) for worker in silent)]
+        return [*gone, *((worker, why) for worker in silent)]
 
-    def _listen(self, now: float) -> list[Worker]:
-        """Take the ready answers; returns workers whose process ended."""
+    def _listen(self, now: float) -> list[tuple[Worker, str]]:
+        """Take the ready answers; returns workers whose process ended, and how."""
         refs = {asked: worker for worker, (asked, _) in self._asked.items()}
         ready, _ = backend.ready(list(refs))
         gone = []
@@ -73,6 +74,6 @@ class Heartbeat:
             self._last_response[worker] = now
             try:
                 backend.get(ref)
-            except RayActorError:
-                gone.append(worker)
+            except RayActorError as error:
+                gone.append((worker, why_lost(error)))
         return gone

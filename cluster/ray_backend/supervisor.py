@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ray.exceptions import RayActorError
 
 from cluster.errors import FleetError, InputLostError, LearnerLostError
-from cluster.ray_session.calls import answer
+from cluster.ray_session.calls import answer, why_lost
 from cluster.roles import FleetPlan
 from cluster.scheduling.listening import Listening
 from cluster.scheduling.pool import State, Worker, WorkerPool
@@ -53,8 +53,8 @@ class Supervisor:
         """
         try:
             answer(worker.ready, worker.name, self._plan.timeout_s)
-        except RayActorError:
-            self.lost(pool, worker)
+        except RayActorError as error:
+            self.lost(pool, worker, why_lost(error))
             return
         except InputLostError as error:  # its first weights
             raise LearnerLostError(f"{self._plan.learner.name} was lost") from error
@@ -100,7 +100,7 @@ class Supervisor:
                     found = True
         return found
 
-    def lost(self, pool: WorkerPool, worker: Worker, why: str = "was lost") -> None:
+    def lost(self, pool: WorkerPool, worker: Worker, why: str) -> None:
         """Kill and replace a lost worker, now or after a delay. Its requests are queued again by
         `GroupCalls`, whose calls fail.
 

@@ -3,11 +3,16 @@ directory. `learner.checkpoints.exchange` is the other end."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from cluster.io.files import RESUME, writing
+from cluster.io.processes import process_lives, this_machine
+
+PREFIX = "tessera-checkpoint-"
 
 
 class FileExchange:
@@ -23,14 +28,21 @@ class FileExchange:
             return False
 
     def exchange_folder(self) -> Path:
-        """The folder; made when it is needed.
+        """The folder; made when it is needed. Those of learners that were killed go.
 
         Raises:
             StorageError: it cannot be made.
         """
         if self._folder is None:
-            with writing(Path(tempfile.gettempdir()), then=RESUME):
-                self._folder = Path(tempfile.mkdtemp(prefix="tessera-checkpoint-"))
+            place = Path(tempfile.gettempdir())
+            machine = hashlib.sha256(this_machine().encode()).hexdigest()[:8]
+            for left in place.glob(f"{PREFIX}{machine}-*"):
+                pid = left.name.split("-")[-2]
+                if pid.isdigit() and not process_lives(int(pid)):
+                    shutil.rmtree(left, ignore_errors=True)
+            with writing(place, then=RESUME):
+                made = tempfile.mkdtemp(prefix=f"{PREFIX}{machine}-{os.getpid()}-", dir=place)
+            self._folder = Path(made)
         return self._folder
 
     def sizes(self) -> dict[str, int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from learner.checkpoints import exchange
 from learner.checkpoints.checkpoint import restore
 from learner.training.file_exchange import FileExchange
 from tests.unit.checkpoint_cases import FakeFleet, Kept, combiner
+
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +85,15 @@ def test_no_space_on_the_learners_node_says_where(tmp_path: Path) -> None:
     (folder / "policy.safetensors").mkdir()  # it cannot be written
     with pytest.raises(StorageError, match=r"node/tessera-checkpoint-.*policy\.safetensors"):
         learner.receive_part("policy.safetensors", b"x")
+
+
+def test_what_a_killed_learner_left_is_removed(tmp_path: Path) -> None:
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    made = "from learner.training.file_exchange import FileExchange as F; F().receive_part('a', b'x')"
+    env = {**os.environ, "TMPDIR": str(tmp_path / "node")}
+    subprocess.run([sys.executable, "-c", f"{made}; {kill}"], env=env, cwd=ROOT)
+    (left,) = (tmp_path / "node").iterdir()
+    living = FileExchange().exchange_folder()
+    assert not left.exists()
+    assert FileExchange().exchange_folder() != living
+    assert living.exists()

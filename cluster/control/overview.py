@@ -80,9 +80,10 @@ def _statuses(names: Sequence[str]) -> list[tuple[str, FleetStatus | None]]:
 
 
 def run_as_dict(name: str, status: FleetStatus | None) -> dict[str, Any]:
-    """One run, ready for JSON; only its name is known if it does not answer."""
+    """One run, ready for JSON; of one that does not answer, only its name is not None."""
     if status is None:
-        return {"run": name, "stage": "no answer"}
+        known = run_as_dict(name, FleetStatus())
+        return dict.fromkeys(known) | {"run": name, "stage": "no answer"}
     progress, quota = status.progress, status.quota
     workers = {pool.role: pool.serving + pool.starting for pool in status.pools}
     for single in status.singles:
@@ -122,7 +123,7 @@ def overview(found: Mapping[str, Any]) -> Group:
         rows.add_column(heading, justify="right" if right else "left", no_wrap=heading != "workers")
     notes = []
     for run in found["runs"]:
-        if "user" not in run:
+        if run["user"] is None:
             rows.add_row(run["run"], "-", "-", run["stage"])
             continue
         left = "" if run["eta_s"] is None else f", {timedelta(seconds=round(run['eta_s']))} left"

@@ -63,7 +63,7 @@ def command(
 
 def statuses(cluster: HostCluster, host: Host, ready: Any) -> dict[str, Any]:
     """What `cluster.status --all` shows, once it is ready."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while True:
         done = command(cluster, host, "cluster.status", "--all", "--json")
         assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def statuses(cluster: HostCluster, host: Host, ready: Any) -> dict[str, Any]:
         found["runs"] = {run["run"]: run for run in found["runs"]}
         if ready(found["runs"]):
             return found
-        assert time.monotonic() < deadline, found
+        assert time.monotonic() < deadline, done.stdout
         time.sleep(0.5)
 
 

@@ -1,7 +1,7 @@
 """Change the number of workers of a running job.
 
     python -m cluster.scale                          the workers
-    python -m cluster.scale --reward-servers 6       of the newest run under runs/
+    python -m cluster.scale --reward-servers 6       of the only active run under runs/
     python -m cluster.scale --run NAME --samplers 8  of another one: a name, or its directory
 
 New workers serve once they are ready; workers that leave finish their tasks first.

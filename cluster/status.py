@@ -1,6 +1,6 @@
 """Status of a running job: roles and workers, iteration, rate, newest metrics.
 
-python -m cluster.status                     the newest run under runs/
+python -m cluster.status                     the only active run under runs/
 python -m cluster.status --run NAME          another one: a name, or its directory
 python -m cluster.status --all               all runs on the cluster, of all users
 python -m cluster.status --watch 5           every 5 seconds

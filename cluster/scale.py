@@ -57,7 +57,13 @@ def scale(run: RunConnection, wanted: Mapping[str, int], timeout_s: float) -> Fl
     """
     numbers = [run.call("scale", role, count) for role, count in wanted.items()]
 
+    told: set[str] = set()
+
     def ready(status: FleetStatus) -> bool:
+        for worker in (each for pool in status.pools for each in pool.workers):
+            if worker.waits_for and worker.name not in told:
+                told.add(worker.name)
+                print(f"{worker.name} waits for room: {worker.waits_for}", file=sys.stderr)
         if refused := [why for number, why in status.refusals if number in numbers]:
             raise FleetError("; ".join(refused))
         return status.answered >= max(numbers) and settled(status, wanted)

@@ -24,7 +24,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,10 +57,13 @@ from cluster.control.discovery import (
 from cluster.control.overview import joined_cluster, overview
 from cluster.io.run_layout import CONFIG, DISCOVERY_FILE
 from cluster.io.strict_json import dumps
+from cluster.placement.nodes import Node
+from cluster.placement.shown import free_lines, free_of
 from cluster.program.console import REFUSED, exit_status, make_console
 from cluster.program.invocation import command_of
 from cluster.ray_session.object_store import format_bytes
 from cluster.ray_session.private import living_actors
+from cluster.ray_session.session import cluster_nodes
 from cluster.spans import role_of
 
 WIDTH = 120  # columns, where there is no terminal
@@ -91,11 +94,17 @@ class Arguments(RunSelection):
             raise ValueError(f"--all shows every run: leave out --run {self.run}")
 
 
-def as_dict(run: str, status: FleetStatus, actors: Mapping[str, Mapping[str, Any]]) -> Status:
+def as_dict(
+    run: str,
+    status: FleetStatus,
+    actors: Mapping[str, Mapping[str, Any]],
+    nodes: Sequence[Node] = (),
+) -> Status:
     """The status of a run, ready for JSON.
 
     Args:
         actors: of `ray_session.private.living_actors`.
+        nodes: of the cluster, with what is free.
     """
     progress = status.progress
     metrics = dict(progress.metrics)
@@ -127,6 +136,7 @@ def as_dict(run: str, status: FleetStatus, actors: Mapping[str, Mapping[str, Any
         "quota_cpus": status.quota.cpus or None,
         "quota_gpus": status.quota.gpus or None,
         "held_back": list(status.held_back),
+        "nodes": free_of(nodes),
         "metrics": metrics,
     }
 
@@ -172,6 +182,7 @@ def _role(pool: PoolStatus, actors: Mapping[str, Mapping[str, Any]], newest: int
                 "pid": actors.get(worker.actor, {}).get("pid"),
                 **weights(worker),
                 "in_hand": worker.busy,
+                "waits_for": worker.waits_for or None,
             }
             for worker in pool.workers
         ],
@@ -202,7 +213,18 @@ def table(found: Mapping[str, Any]) -> Group:
             )
         if len(role["workers"]) > MAX_ROWS:
             roles.add_row(f"  and {len(role['workers']) - MAX_ROWS} more")
-    return Group("\n".join(headlines(found)), roles, "\n".join(figures(found["metrics"])))
+    below = [*waiting(found), *free_lines(found["nodes"], MAX_ROWS), *figures(found["metrics"])]
+    return Group("\n".join(headlines(found)), roles, "\n".join(below))
+
+
+def waiting(found: Mapping[str, Any]) -> list[str]:
+    """Workers for which there is no room, with the reason of each node."""
+    return [
+        f"{worker['name']} waits for room: {worker['waits_for']}"
+        for role in found["roles"]
+        for worker in role["workers"]
+        if worker["waits_for"]
+    ][:MAX_ROWS]
 
 
 def _state(role: Mapping[str, Any]) -> str:
@@ -330,7 +352,7 @@ def show_active(asked: Arguments) -> None:
         ending = contextlib.suppress(RunEndedError) if asked.watch else contextlib.nullcontext()
         with connect_to_run(location) as run, ending:
             while True:
-                show(as_dict(run.name, run.status(), living_actors()))
+                show(as_dict(run.name, run.status(), living_actors(), cluster_nodes()))
                 if not asked.watch:
                     return
                 time.sleep(asked.watch)

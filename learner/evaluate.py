@@ -41,7 +41,7 @@ from cluster.program.invocation import command_of
 from cluster.program.precision import deterministic_environment
 from cluster.program.signals import StopFlag, deferred_signals, signal_handler
 from cluster.ray_session.session import check_ray, free_nodes, local_node
-from cluster.scheduling.placement import Node
+from cluster.placement.nodes import Node
 from learner.capacity.budget import budget_of
 from learner.capacity.cards import DEFAULT_CARD, card_named, recognised, this_gpu
 from learner.capacity.storage import sampling_need

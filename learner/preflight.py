@@ -21,7 +21,8 @@ from cluster.preflight import Findings, size_of
 from cluster.program.invocation import command_of
 from cluster.ray_session.runtime_env import check_runtime_env
 from cluster.roles import FleetPlan
-from cluster.scheduling.placement import Node, Placement, place
+from cluster.placement.nodes import Node
+from cluster.scheduling.placement import Placement, place
 from learner.capacity.cards import this_gpu
 from learner.capacity.gpus import processes, share_notes
 from learner.config import RunConfig

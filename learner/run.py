@@ -34,7 +34,7 @@ from cluster.program.precision import deterministic_environment
 from cluster.program.signals import StopFlag, deferred_signals, signal_handler
 from cluster.program.streams import safe_streams
 from cluster.ray_session.session import check_ray, free_nodes, local_node
-from cluster.scheduling.placement import Node
+from cluster.placement.nodes import Node
 from learner.capacity.storage import store_need
 from learner.checkpoints.resume import check_resume
 from learner.checkpoints.store import CheckpointStore

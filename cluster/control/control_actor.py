@@ -48,6 +48,8 @@ class WorkerStatus:
     """Of a sampler: version of the weights it was sent last."""
     busy: int = 0
     """Requests that it is processing."""
+    waits_for: str = ""
+    """Of one that starts: why no node had room for it; empty if one had."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -220,4 +220,5 @@ def _status_of(worker: Worker) -> WorkerStatus:
         actor=actor_id(worker.handle),
         weight_version=worker.weight_version,
         busy=worker.busy,
+        waits_for=worker.waits_for if worker.state is State.STARTING else "",
     )

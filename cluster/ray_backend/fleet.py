@@ -252,6 +252,7 @@ class RayFleet:
         for worker in self._all():
             self._kill(worker)
         self._autoscaler.end()
+        self._launcher.end()
 
     def _all(self) -> list[Worker]:
         pooled = (worker for pool in self.pools for worker in pool.workers)
@@ -347,6 +348,7 @@ class RayFleet:
         if now - self._judged < JUDGE_S:
             return False
         self._judged = now
+        self._launcher.keep({worker.name for worker in self._all()})
         overdue, missed = self._supervisor.overdue(), self._replace_unresponsive()
         return overdue or missed
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import ray
 
-from cluster.scheduling.placement import Node
+from cluster.placement.nodes import Node
 
 
 class Backend(Protocol):

@@ -15,11 +15,15 @@ from typing import Any
 
 from cluster.errors import FleetError
 from cluster.io.processes import in_environment
+from cluster.placement.nodes import Node
 from cluster.program.invocation import Invocation
 from cluster.ray_session.address import GcsAnswer
 from cluster.ray_session.token import AUTH_MODE, TOKEN_MODE
 
 GCS_FLAG = "--gcs-address="
+STATUS_S = 10.0  # longest wait for what the control service knows of the autoscaler
+LOOKS_ON = "node_"
+"""Prefix of the types of nodes of an autoscaler that starts none: each node is its own type."""
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable; 0: everything that it starts listens on loopback only."""
 
@@ -85,8 +89,8 @@ def ask_gcs(address: str, token: str, wait_s: float) -> GcsAnswer:
     )
 
 
-def ask_free(address: str, token: str, wait_s: float) -> list[tuple[str, dict[str, float]]]:
-    """IP address and free resources of a cluster's live nodes, asked for without joining it.
+def ask_free(address: str, token: str, wait_s: float) -> list[Node]:
+    """A cluster's live nodes with what is free of each, asked for without joining it.
 
     Raises:
         FleetError: no answer.
@@ -99,9 +103,18 @@ def ask_free(address: str, token: str, wait_s: float) -> list[tuple[str, dict[st
             free = call("NodeResourceInfoGcsService", "GetAllAvailableResources").resources_list
         except grpc.RpcError as error:
             raise FleetError(f"the nodes of {address} are not told: {error.details()}") from None
-    names = {node.node_id: node.node_manager_address for node in nodes}
-    known = (has for has in free if has.node_id in names)
-    return [(names[has.node_id], dict(has.resources_available)) for has in known]
+    known = {node.node_id: node for node in nodes}
+    return [
+        Node.of(
+            node.node_manager_address,
+            dict(has.resources_available),
+            dict(node.labels),
+            node.node_id.hex(),
+            dict(node.resources_total),
+        )
+        for has in free
+        if (node := known.get(has.node_id)) is not None
+    ]
 
 
 def _in_another_network(process: int) -> bool:
@@ -220,6 +233,66 @@ def free_per_node() -> dict[str, dict[str, float]]:
 
     found: dict[str, dict[str, float]] = available_resources_per_node()
     return found
+
+
+def place_on_one_node(
+    bundles: list[dict[str, float]], selectors: list[dict[str, str]], node: str
+) -> Any:
+    """A placement group whose bundles are on one node. (Ray's strategies say nothing of which.)
+
+    Args:
+        selectors: labels of the node, of each bundle.
+        node: id of the one to take if it has room; empty: any.
+    """
+    from ray.util import placement_group
+
+    return placement_group(
+        bundles,
+        strategy="STRICT_PACK",
+        bundle_label_selector=selectors,
+        _soft_target_node_id=node or None,
+    )
+
+
+@dataclass(frozen=True)
+class NodeAutoscaler:
+    """What a cluster says of its autoscaler."""
+
+    found: bool
+    """Whether there is one that starts nodes."""
+    infeasible: bool = False
+    """It says that it has no type of node for what was asked for."""
+
+
+def autoscaler() -> NodeAutoscaler:
+    """Ray's autoscaler of this process's cluster: its second version reports to the control
+    service, its first one writes a status there, also where it only looks on."""
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+    messages: Any = importlib.import_module("ray.core.generated.autoscaler_pb2")
+    client: Any = internal_kv_get_gcs_client()
+    reply = messages.GetClusterStatusReply()
+    reply.ParseFromString(client.get_cluster_status(timeout_s=STATUS_S))
+    state = reply.autoscaling_state
+    if state.autoscaler_state_version:
+        return NodeAutoscaler(True, bool(state.infeasible_cluster_resource_constraints))
+    written = client.internal_kv_get(b"__autoscaling_status", None, timeout=STATUS_S)
+    report = (json.loads(written) if written else {}).get("autoscaler_report") or {}
+    kinds = {*(report.get("active_nodes") or ()), *(report.get("pending_launches") or ())}
+    kinds |= set((report.get("node_type_mapping") or {}).values())
+    return NodeAutoscaler(any(not each.startswith(LOOKS_ON) for each in kinds))
+
+
+def request_nodes(bundles: list[dict[str, float]], selectors: list[dict[str, str]]) -> None:
+    """Have the cluster's autoscaler keep it large enough for some bundles, in the place of what was
+    asked for before; none: for no more than what runs.
+
+    Args:
+        selectors: labels of the node of each bundle, which the first version does not regard.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles, bundle_label_selectors=selectors)
 
 
 def actor_id(handle: Any) -> str:

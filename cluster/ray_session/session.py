@@ -50,7 +50,7 @@ from cluster.ray_session.token import (
     token,
     token_in_environment,
 )
-from cluster.scheduling.placement import Node
+from cluster.placement.nodes import Node
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,7 @@ def free_nodes(config: RayConfig) -> list[Node]:
     if cluster is None:
         return [local_node()]
     shown = token(os.environ) if shows_token(os.environ) else ""
-    found = private.ask_free(str(cluster), shown, ANSWER_S)
-    return [Node(name, has.get("CPU", 0.0), has.get("GPU", 0.0)) for name, has in found]
+    return private.ask_free(str(cluster), shown, ANSWER_S)
 
 
 def _private(config: RayConfig) -> dict[str, Any]:
@@ -306,6 +305,28 @@ def _smallest_store() -> int:
     return int(min(resources.get("object_store_memory", 0) for resources in alive))
 
 
+def cluster_nodes(*, free: bool = True) -> list[Node]:
+    """Live nodes of the cluster that this process has joined.
+
+    Args:
+        free: with what is free of them now; else with all that they have.
+    """
+    import ray
+
+    left = private.free_per_node() if free else {}
+    return [
+        Node.of(
+            node["NodeManagerAddress"],
+            left.get(node["NodeID"], node["Resources"]),
+            node["Labels"],
+            node["NodeID"],
+            node["Resources"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
 class RaySession:
     """A connection to Ray; a private Ray is shut down with it.
 
@@ -351,15 +372,7 @@ class RaySession:
     @property
     def nodes(self) -> list[Node]:
         """Live nodes with the free resources of a cluster, or all resources of a private Ray."""
-        import ray
-
-        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        free = private.free_per_node() if self.joined else {}
-        found = {key: free.get(key, node["Resources"]) for key, node in alive.items()}
-        return [
-            Node(alive[key]["NodeManagerAddress"], has.get("CPU", 0.0), has.get("GPU", 0.0))
-            for key, has in found.items()
-        ]
+        return cluster_nodes(free=self.joined)
 
     @property
     def free_cpus(self) -> float:

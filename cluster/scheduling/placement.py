@@ -1,38 +1,23 @@
 """What each worker reserves, and the node and GPUs on which it fits. Arithmetic without Ray.
 
-A sum over the cluster is not enough: two workers with .75 GPU each fit no two halves, and one with
-two GPUs fits no two nodes of one. Ray places actors one after another, each on a node of its own
-choice, and never moves them; within a node a fraction goes to the fullest GPU that has room.
+A sum over the cluster is not enough: two workers with .75 GPU each fit no two halves, one with two
+GPUs fits no two nodes of one, and labels leave a worker some of the nodes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.errors import ConfigError
+from cluster.placement.nodes import UNITS, Node, Request, Room, Seat
+from cluster.placement.refusal import NoRoomError, excluded, explain, listed
+from cluster.placement.seating import Gang, Preference, Unseated, arrange
 from cluster.roles import FleetPlan, Role
 from cluster.scheduling.quota import RunQuota, Share
 
 SMALLEST_SHARE = 0.01  # CPUs
-UNITS = 10_000  # of a CPU or GPU: how finely Ray counts them
-SPREAD = 0.5  # share in use from which Ray prefers another node
-SHOWN = 8  # nodes or workers that a message names
 SMALLER = 0.8  # factor of a CPU share that does not fit the nodes
-
-
-@dataclass(frozen=True)
-class Node:
-    """A machine, and what is free of it."""
-
-    name: str
-    cpus: float
-    gpus: float = 0.0
-    """The fraction is taken for one GPU that is partly in use; Ray tells the sum alone."""
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.cpus:g} CPUs, {self.gpus:g} GPU{'s' * (self.gpus != 1)})"
 
 
 @dataclass(frozen=True)
@@ -50,86 +35,17 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Where one worker fits."""
-
-    worker: str
-    node: str
-    gpus: tuple[int, ...] = ()
-    """Numbers of the GPUs on the node."""
-    num_gpus: float = 0.0
-
-    def __str__(self) -> str:
-        if not self.gpus:
-            return self.worker
-        part = f"{self.num_gpus:g} of " if self.num_gpus < 1 else ""
-        return f"{self.worker} ({part}GPU {', '.join(map(str, self.gpus))})"
-
-
-@dataclass(frozen=True)
 class FleetPlacement:
     """All workers of a fleet."""
 
     roles: tuple[Placement, ...]
     seats: tuple[Seat, ...]
-    """One arrangement that fits. Ray may choose another."""
+    """An arrangement that fits, in the order in which workers start. Placement groups keep to it
+    as long as its nodes have room."""
+    gangs: tuple[Gang, ...]
+    """Which workers must be on one node; most are alone."""
     note: str = ""
     """Why a worker may wait although the fleet fits; empty if none should."""
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What one worker asks for, in units."""
-
-    worker: str
-    cpus: int
-    gpus: int
-
-    def __str__(self) -> str:
-        return f"{self.worker} ({self.cpus / UNITS:g} CPU, {self.gpus / UNITS:g} GPU)"
-
-
-class _Room:
-    """What is left of a node, in units."""
-
-    def __init__(self, node: Node) -> None:
-        whole, part = divmod(round(node.gpus * UNITS), UNITS)
-        self.node, self.cpus = node, round(node.cpus * UNITS)
-        self.gpus = [UNITS] * whole + [part] * (part > 0)
-        self._all = self.cpus, sum(self.gpus)
-
-    def chosen(self, request: _Request) -> list[int] | None:
-        """The GPUs that the request would get; None: it does not fit."""
-        return choose_gpus(self.gpus, request.gpus) if request.cpus <= self.cpus else None
-
-    def take(self, request: _Request, gpus: Sequence[int]) -> Seat:
-        self.cpus -= request.cpus
-        for gpu in gpus:
-            self.gpus[gpu] -= min(request.gpus, UNITS)
-        return Seat(request.worker, self.node.name, tuple(gpus), request.gpus / UNITS)
-
-    @property
-    def in_use(self) -> float:
-        """Share of the CPUs or of the GPUs, whichever is larger."""
-        left = self.cpus, sum(self.gpus)
-        return max((1 - now / all for now, all in zip(left, self._all) if all), default=1.0)
-
-
-def choose_gpus(free: Sequence[int], units: int) -> list[int] | None:
-    """The GPUs of a node that Ray gives a worker: unused ones for whole GPUs, the fullest one with
-    room for a fraction.
-
-    Args:
-        free: units that are free of each GPU.
-
-    Returns:
-        Their numbers; None if there are none.
-    """
-    if units >= UNITS:
-        unused = [number for number, left in enumerate(free) if left == UNITS]
-        return unused[: units // UNITS] if len(unused) >= units // UNITS else None
-    fitting = [number for number, left in enumerate(free) if left >= units]
-    return sorted(fitting, key=free.__getitem__)[:1] or None if units else []
 
 
 def place(plan: FleetPlan, nodes: Sequence[Node]) -> FleetPlacement:
@@ -138,28 +54,32 @@ def place(plan: FleetPlan, nodes: Sequence[Node]) -> FleetPlacement:
     Workers without `num_cpus` share what the others leave; there may be more workers than cores.
 
     Raises:
-        ConfigError: more is asked for than there is, or no node has room for a worker.
+        NoRoomError: more is asked for than there is, or no node has room for a worker.
     """
     counts = {role.name: role.count for role in plan.roles}
-    named = {role.name: Share(role.resources.num_cpus, role.resources.num_gpus) for role in plan.roles}
+    named = {r.name: Share(r.resources.num_cpus, r.resources.num_gpus) for r in plan.roles}
     RunQuota(plan.quota, named).check(counts)
-    share = _cpu_share(plan, plan.quota.of_cpus(sum(node.cpus for node in nodes)))
-    _check_gpus(plan, sum(node.gpus for node in nodes))
-    asked = _requests(plan, share)
-    if isinstance(without := _packed(_requests(plan, SMALLEST_SHARE), nodes), _Request):
-        raise ConfigError(_refusal(without, asked, nodes))
+    _check_exclusions(gangs_of(plan, 1.0), nodes)
+    share = _cpu_share(plan, nodes)
+    _check_gpus(plan, nodes)
+    preferences = _preferences(plan)
+    least = min(share, SMALLEST_SHARE)
+    found, gangs = arrange(gangs_of(plan, least), nodes, preferences), gangs_of(plan, share)
+    if isinstance(found, Unseated):
+        named = [request.worker for request in found.gang]
+        asked = next(gang for gang in gangs if [each.worker for each in gang] == named)
+        raise NoRoomError(_refusal(Unseated(asked, found.rooms, found.certain)))
     # Equal shares of the sum need not fit whole into each node.
-    while isinstance(found := _packed(asked, nodes), _Request):
-        share = max(math.floor(share * SMALLER * 100) / 100, SMALLEST_SHARE)
-        asked = _requests(plan, share)
-    by_ray, note = _seat(asked, nodes, _as_ray), ""
-    if isinstance(by_ray, _Request):
-        note = _warning(by_ray, nodes)
-    else:
-        found, note = by_ray, _others_note(asked, nodes)
+    while isinstance(larger := arrange(gangs, nodes, preferences, every=False), Unseated):
+        if share <= least or all(role.resources.num_cpus for role in plan.roles):
+            larger = found
+            break
+        share = max(math.floor(share * SMALLER * 100) / 100, least)
+        gangs = gangs_of(plan, share)
+    note = _order_note(gangs, larger, nodes) or _others_note(gangs, nodes)
     roles = tuple(_reserved(role, share) for role in plan.roles)
     quota_of(plan, roles).check(counts)
-    return FleetPlacement(roles, tuple(found), note)
+    return FleetPlacement(roles, tuple(larger), tuple(gangs), note)
 
 
 def quota_of(plan: FleetPlan, roles: Iterable[Placement]) -> RunQuota:
@@ -168,37 +88,67 @@ def quota_of(plan: FleetPlan, roles: Iterable[Placement]) -> RunQuota:
     return RunQuota(plan.quota, shares)
 
 
-def _cpu_share(plan: FleetPlan, cpus: float) -> float:
+def _cpu_share(plan: FleetPlan, nodes: Sequence[Node]) -> float:
     """CPUs of each worker that names none, at most one."""
+    cpus = plan.quota.of_cpus(sum(node.cpus for node in nodes))
     fixed = sum(role.count * role.resources.num_cpus for role in plan.roles)
     sharing = sum(role.max_count for role in plan.roles if role.resources.num_cpus == 0)
     share = min(1.0, math.floor((cpus - fixed) / max(sharing, 1) * 100) / 100)
     if fixed > cpus or (sharing and share < SMALLEST_SHARE):
         asked = f"{fixed:g} CPUs are asked for by name, and " if fixed else ""
-        raise ConfigError(
+        raise NoRoomError(
             f"the fleet does not fit {cpus:g} CPUs: {asked}{sharing} workers would share the rest, "
             f"less than {SMALLEST_SHARE:g} each; ask for fewer workers, or fewer CPUs by name"
+            f"{_by_node(nodes)}"
         )
     return share
 
 
-def _check_gpus(plan: FleetPlan, gpus: float) -> None:
+def _check_gpus(plan: FleetPlan, nodes: Sequence[Node]) -> None:
+    gpus = sum(node.gpus for node in nodes)
     wanted = round(sum(role.count * role.resources.num_gpus for role in plan.roles), 4)  # UNITS
     if wanted > round(gpus, 4):
-        raise ConfigError(
+        raise NoRoomError(
             f"the fleet asks for {wanted:g} GPU{'s' * (wanted != 1)}, but there are "
             f"{gpus:g}: lower num_gpus "
             "(fractions share one GPU, 0 computes on the CPU) or the number of workers"
+            f"{_by_node(nodes)}"
         )
+
+
+def _by_node(nodes: Sequence[Node]) -> str:
+    """What is free of each, where there are several."""
+    return f". Free: {listed(nodes)}" if len(nodes) > 1 else ""
+
+
+def _check_exclusions(gangs: Sequence[Gang], nodes: Sequence[Node]) -> None:
+    """
+    Raises:
+        NoRoomError: labels and accelerator types leave a worker no node, whatever is free.
+    """
+    for gang in gangs:
+        if all(excluded(node, gang) for node in nodes):
+            why = explain(Unseated(gang, [Room(node) for node in nodes], certain=True))
+            role = gang[0].role
+            raise NoRoomError(
+                f"{why}\nchange labels or accelerator_type of the role {role}, or start a node "
+                "that has them (ray start --labels KEY=VALUE)"
+            )
+
+
+def _preferences(plan: FleetPlan) -> dict[str, Preference]:
+    asked = plan.placement
+    servers: Preference = "spread" if asked.reward_servers == "spread" else "any"
+    learners: Preference = "pack" if asked.learners == "pack" else "any"
+    return {plan.learner.name: learners, **{role.name: servers for role in plan.servers}}
 
 
 def _reserved(role: Role, share: float) -> Placement:
     asked = role.resources
-    cpus = asked.num_cpus or share
     return Placement(
         role.name,
         role.count,
-        cpus,
+        asked.num_cpus or share,
         asked.num_gpus,
         asked.device,
         asked.num_threads,
@@ -207,90 +157,75 @@ def _reserved(role: Role, share: float) -> Placement:
     )
 
 
-def _requests(plan: FleetPlan, share: float) -> list[_Request]:
-    """What the workers ask for, in the order in which the fleet starts them."""
-    return [
-        _Request(
-            role.worker_name(index),
-            round((role.resources.num_cpus or share) * UNITS),
-            round(role.resources.num_gpus * UNITS),
-        )
+def request_of(role: Role, index: int, share: float) -> Request:
+    """What a worker asks for.
+
+    Args:
+        share: CPUs of one that names none.
+    """
+    asked = role.resources
+    return Request(
+        role.worker_name(index),
+        role.name,
+        round((asked.num_cpus or share) * UNITS),
+        round(asked.num_gpus * UNITS),
+        asked.labels,
+        asked.accelerator_type,
+    )
+
+
+def gangs_of(plan: FleetPlan, share: float) -> list[Gang]:
+    """All workers in the order in which the fleet starts them, those that must be on one node
+    together: a sampler with its reward server, where the plan asks for it."""
+    requests = {
+        role.name: [request_of(role, index, share) for index in range(role.count)]
         for role in plan.roles
-        for index in range(role.count)
-    ]
+    }
+    found: list[Gang] = []
+    samplers, servers = (
+        requests.get(role.name, []) for role in (plan.sampler, plan.reward_server)
+    )
+    groups = min(len(samplers), len(servers)) if plan.placement.samplers_with_reward_servers else 0
+    for role in plan.roles:
+        if groups and role is plan.sampler:
+            found += [(*samplers[at::groups], *servers[at::groups]) for at in range(groups)]
+        elif not (groups and role is plan.reward_server):
+            found += [(request,) for request in requests[role.name]]
+    return found
 
 
-def _as_ray(room: _Room, request: _Request) -> tuple[float, ...]:
-    """Preference of a node, lowest first, as Ray's default: nodes without GPUs for workers without,
-    those in use up to `SPREAD` in order, then the least used."""
-    in_use = room.in_use
-    return (not request.gpus and bool(room.gpus)), (in_use if in_use >= SPREAD else 0.0)
-
-
-def _fullest(room: _Room, request: _Request) -> tuple[float, ...]:
-    return (not request.gpus and bool(room.gpus)), sum(room.gpus), room.cpus
-
-
-def _seat(
-    requests: Sequence[_Request],
-    nodes: Sequence[Node],
-    preference: Callable[[_Room, _Request], tuple[float, ...]],
-) -> list[Seat] | _Request:
-    """Place workers one after another; returns their places, or the first one without room."""
-    rooms, seats = [_Room(node) for node in nodes], list[Seat]()
-    for request in requests:
-        found = [(room, gpus) for room in rooms if (gpus := room.chosen(request)) is not None]
-        if not found:
-            return request
-        room, gpus = min(found, key=lambda each: preference(each[0], request))
-        seats.append(room.take(request, gpus))
-    return seats
-
-
-def _packed(requests: Sequence[_Request], nodes: Sequence[Node]) -> list[Seat] | _Request:
-    """The fullest node with room for each: in order, else with the largest first."""
-    found = _seat(requests, nodes, _fullest)
-    if not isinstance(found, _Request):
-        return found
-    largest_first = sorted(requests, key=lambda each: (-each.gpus, -each.cpus))
-    packed = _seat(largest_first, nodes, _fullest)
-    return found if isinstance(packed, _Request) else packed
-
-
-def _refusal(without: _Request, requests: Sequence[_Request], nodes: Sequence[Node]) -> str:
-    without = next(each for each in requests if each.worker == without.worker)
-    beside = [each for each in requests if each is not without and each.gpus]
-    shares = _listed([f"{each.worker} {each.gpus / UNITS:g}" for each in beside])
-    others = f" beside the others with a GPU ({shares})"
+def _refusal(without: Unseated) -> str:
     return (
-        f"the fleet fits the CPUs and GPUs of all nodes together, but no node has room for "
-        f"{without}{others if without.gpus and beside else ''}. Free: "
-        f"{_listed(nodes)}. A worker is on one node; "
-        "fractions of one GPU add up to 1 at most, and whole GPUs are not shared: change num_gpus, "
-        "num_cpus or the number of workers"
+        "the fleet fits the CPUs and GPUs of all nodes together, but "
+        f"{explain(without)}\na worker is on one node; fractions of one GPU add up to 1 at most, "
+        "and whole GPUs are not shared: change num_gpus, num_cpus, labels or the number of workers"
     )
 
 
-def _warning(waits: _Request, nodes: Sequence[Node]) -> str:
-    return (
-        "the fleet fits, but Ray places workers one after another, on nodes of its own choice, and "
-        f"may leave no room for {waits}, which would then not start. Free: {_listed(nodes)}. Fewer "
-        "or smaller shares "
-        "(num_gpus) leave it room"
-    )
+def _order_note(gangs: Sequence[Gang], seats: Sequence[Seat], nodes: Sequence[Node]) -> str:
+    """Empty if the GPUs of each node are shared as Ray will share them, in the order in which
+    workers start."""
+    rooms = {(node.name, node.id): Room(node) for node in nodes}
+    for request, seat in zip((each for gang in gangs for each in gang), seats, strict=True):
+        room = rooms[seat.node, seat.node_id]
+        gpus = room.chosen(request)
+        if gpus is None:
+            return (
+                f"the fleet fits, but Ray gives a fraction to the fullest GPU with room, and may "
+                f"leave none for {request} on {room.node}, which would then not start. Fractions "
+                "that add up to one GPU in several ways (num_gpus) leave it room"
+            )
+        room.take(request, gpus)
+    return ""
 
 
-def _others_note(requests: Sequence[_Request], nodes: Sequence[Node]) -> str:
+def _others_note(gangs: Sequence[Gang], nodes: Sequence[Node]) -> str:
     """Empty where no GPU is partly in use by others, or none is asked for."""
     partly = [node for node in nodes if round(node.gpus * UNITS) % UNITS]
-    if not partly or not any(request.gpus for request in requests):
+    if not partly or not any(request.gpus for gang in gangs for request in gang):
         return ""
     return (
         "others use parts of GPUs, and which parts Ray does not tell: free are "
-        f"{_listed(partly)}. If that is of several "
+        f"{listed(partly)}. If that is of several "
         "GPUs, a worker that needs more than is left of each would not start"
     )
-
-
-def _listed(items: Sequence[object]) -> str:
-    return ", ".join([*map(str, items[:SHOWN]), *["..."] * (len(items) > SHOWN)])

@@ -54,6 +54,8 @@ class Worker:
     """Of a sampler: groups whose images it decodes or will decode, beside its tasks."""
     worked_until: float = 0.0
     """Seconds since the epoch: end of the work counted last."""
+    waits_for: str = ""
+    """Why no node had room for it when it was started; empty if one had."""
     weight_version: int = NO_WEIGHTS
     """Of a sampler: policy version it was sent last. It never decreases."""
     since: float = field(default_factory=clock.monotonic)

@@ -14,7 +14,7 @@ import numpy as np
 from ray.exceptions import GetTimeoutError
 
 from cluster.errors import FleetError
-from cluster.scheduling.placement import UNITS, Node
+from cluster.placement.nodes import UNITS, Node
 from cluster.simulation.actors import Actor, Behaviour, Call, State
 from cluster.simulation.engine import Engine
 from cluster.simulation.links import Links

@@ -18,7 +18,7 @@ from cluster.io.starts import END, HOW, START, Ending, append_event, last_ending
 from cluster.program.invocation import command_of
 from cluster.program.secrets import masked, without_secrets
 from cluster.roles import FleetPlan
-from cluster.scheduling.placement import Node
+from cluster.placement.nodes import Node
 from learner.runs.run_dir import RunDirectory
 
 PACKAGES = (

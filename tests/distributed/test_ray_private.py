@@ -103,14 +103,31 @@ def test_what_is_free_of_each_node_is_told_alike_before_and_after_joining(
     ray_session: RaySession,
 ) -> None:
     (node,) = ray.nodes()
-    asked = private.ask_free(ray_session.address, token(os.environ), WAIT_S)
-    (free,) = private.free_per_node().items()
-    assert free[0] == node["NodeID"]
-    assert set(asked[0][1]) == set(free[1])
-    assert asked[0][0] == node["NodeManagerAddress"]
-    assert 0 <= asked[0][1].get("CPU", 0) <= node["Resources"]["CPU"]
+    (asked,) = private.ask_free(ray_session.address, token(os.environ), WAIT_S)
+    ((key, free),) = private.free_per_node().items()
+    assert key == node["NodeID"] == asked.id
+    assert asked.name == node["NodeManagerAddress"]
+    assert asked.labels == node["Labels"]
+    assert 0 <= asked.cpus <= node["Resources"]["CPU"]
+    assert asked.cpus + asked.used.get("CPU", 0) == pytest.approx(node["Resources"]["CPU"])
+    assert asked.cpus == pytest.approx(free.get("CPU", 0))
     with pytest.raises(FleetError, match="are not told"):
         private.ask_free(ray_session.address, "wrong", WAIT_S)
+
+
+def test_a_private_ray_has_no_autoscaler(ray_session: RaySession) -> None:
+    assert private.autoscaler() == private.NodeAutoscaler(found=False)
+
+
+def test_a_group_is_on_the_node_that_it_is_given(ray_session: RaySession) -> None:
+    """With several nodes: `test_placement_groups.py`."""
+    (node,) = ray.nodes()
+    for target in (node["NodeID"], "", "f" * 56):  # the last one is gone
+        group = private.place_on_one_node([{"CPU": 0.01}] * 2, [{}, {"x": "!y"}], target)
+        assert group.wait(WAIT_S)
+        table = ray.util.placement_group_table(group)
+        assert set(table["bundles_to_node_id"].values()) == {node["NodeID"]}
+        ray.util.remove_placement_group(group)
 
 
 def test_nodes_and_clusters_of_this_machine_are_found(ray_session: RaySession) -> None:

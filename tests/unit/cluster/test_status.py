@@ -26,8 +26,14 @@ from cluster.control.control_actor import (
 )
 from cluster.io.processes import Holder
 from cluster.io.run_layout import OWNER
+from cluster.placement.nodes import Node
 from cluster.status import as_dict, figures, headlines, main, table
 
+WAITS = "no node has room for sampler-1 (1 CPU, 1 GPU)\n  10.0.0.2 (3 CPUs, 0 GPUs): too small"
+NODES = [
+    Node("10.0.0.1", 1.5),
+    Node("10.0.0.2", 3, 0.5, {"tessera-role": "sampler", "ray.io/node-id": "ab"}, "H100", "ab"),
+]
 STATUS = FleetStatus(
     pools=(
         PoolStatus(
@@ -42,7 +48,9 @@ STATUS = FleetStatus(
                 WorkerStatus(
                     name="sampler-0", state="serving", actor="a", weight_version=7, busy=2
                 ),
-                WorkerStatus(name="sampler-1", state="starting", actor="b", weight_version=5),
+                WorkerStatus(
+                    name="sampler-1", state="starting", actor="b", weight_version=5, waits_for=WAITS
+                ),
             ),
         ),
     ),
@@ -79,12 +87,30 @@ def test_everything_is_in_the_object() -> None:
         {
             "name": "sampler-0", "state": "serving", "node": "10.0.0.2", "pid": 41,
             "weight_version": 7, "edition": 7, "behind": 0, "in_hand": 2,
+            "waits_for": None,
         },
         {
             "name": "sampler-1", "state": "starting", "node": None, "pid": None,
             "weight_version": 5, "edition": 5, "behind": 2, "in_hand": 0,
+            "waits_for": WAITS,
         },
     ]  # fmt: skip
+
+
+def test_nodes_are_shown_with_what_is_free() -> None:
+    found = json.loads(json.dumps(as_dict("night", STATUS, ACTORS, NODES)))
+    assert found["nodes"] == [
+        {"node": "10.0.0.1", "free_cpus": 1.5, "free_gpus": 0, "accelerator_type": "",
+         "labels": {}},
+        {"node": "10.0.0.2", "free_cpus": 3, "free_gpus": 0.5, "accelerator_type": "H100",
+         "labels": {"tessera-role": "sampler"}},
+    ]  # fmt: skip
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(table(found), highlight=False)
+    text = console.export_text()
+    assert "sampler-1 waits for room: no node has room for sampler-1 (1 CPU, 1 GPU)" in text
+    assert "free of 10.0.0.1: 1.5 CPUs, 0 GPUs\n" in text.replace(" \n", "\n")
+    assert "free of 10.0.0.2: 3 CPUs, 0.5 GPUs, H100, tessera-role=sampler" in text
 
 
 def test_for_people() -> None:

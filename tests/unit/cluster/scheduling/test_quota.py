@@ -12,7 +12,8 @@ from cluster.errors import ConfigError
 from cluster.ray_backend import autoscaler
 from cluster.ray_backend.autoscaler import Autoscaler
 from cluster.roles import AutoscaleConfig, FleetPlan, QuotaConfig, Resources, Role
-from cluster.scheduling.placement import Node, place, quota_of
+from cluster.placement.nodes import Node
+from cluster.scheduling.placement import place, quota_of
 from cluster.scheduling.pool import State, Worker, WorkerPool
 from cluster.scheduling.quota import RunQuota, Share
 

@@ -66,8 +66,8 @@ def place(plan: FleetPlan, nodes: Sequence[Node]) -> FleetPlacement:
     least = min(share, SMALLEST_SHARE)
     found, gangs = arrange(gangs_of(plan, least), nodes, preferences), gangs_of(plan, share)
     if isinstance(found, Unseated):
-        named = [request.worker for request in found.gang]
-        asked = next(gang for gang in gangs if [each.worker for each in gang] == named)
+        without = [request.worker for request in found.gang]
+        asked = next(gang for gang in gangs if [each.worker for each in gang] == without)
         raise NoRoomError(_refusal(Unseated(asked, found.rooms, found.certain)))
     # Equal shares of the sum need not fit whole into each node.
     while isinstance(larger := arrange(gangs, nodes, preferences, every=False), Unseated):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster.scheduling.placement import SPREAD, UNITS, choose_gpus
+from cluster.placement.nodes import UNITS, choose_gpus
+from cluster.placement.seating import SPREAD
 from cluster.simulation.engine import Engine
 from cluster.simulation.processors import Processor
 from cluster.simulation.specification import Host

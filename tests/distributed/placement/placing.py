@@ -1,6 +1,6 @@
 """A cluster of three unlike nodes, and fleets that are placed on it or refused.
 
-`python -m tests.distributed.placing` prints what happened as JSON. It is a program, since it starts
+`python -m tests.distributed.placement.placing` prints what happened as JSON. It is a program, since it starts
 a Ray cluster of its own.
 """
 
@@ -160,7 +160,7 @@ def driver_killed(session: RaySession) -> Mapping[str, Any]:
     """What a driver had reserved is free after its kill."""
     code = (
         "import time, sys\n"
-        "from tests.distributed.placing import PlacementGroups, Request, UNITS\n"
+        "from tests.distributed.placement.placing import PlacementGroups, Request, UNITS\n"
         "from cluster.ray_session.session import RayConfig, RaySession\n"
         "with RaySession(RayConfig(address=sys.argv[1])):\n"
         "    groups = PlacementGroups()\n"
@@ -205,6 +205,6 @@ def main() -> dict[str, Any]:
 
 if __name__ == "__main__":
     # Imported under its own name, so that workers find its classes.
-    from tests.distributed import placing
+    from tests.distributed.placement import placing
 
     print(json.dumps(placing.main()))

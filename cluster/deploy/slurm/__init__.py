@@ -1,0 +1,1 @@
+"""Slurm: a job's script for one node or many, and a script for commands beside it."""

@@ -8,16 +8,22 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from cluster.deploy.plan_document import PlanDocument
+from cluster.deploy.run_command import run_arguments
 from cluster.deploy.target import DeployOptions, Target
 
 HERE = Path(__file__).parent
 SCRIPT, BESIDE = "run.sbatch", "beside"
+Several = Annotated[tuple[str, ...], tyro.conf.arg(name=None), tyro.conf.UseAppendAction]
 TIME = re.compile(r"\d+(:\d\d?){0,2}|\d+-\d\d?(:\d\d?){0,2}")
 NAME = re.compile(r"[\w.@+-]+(,[\w.@+-]+)*", re.ASCII)
 DEVICE = re.compile(r"[\w.@:-]{1,15}", re.ASCII)
 STATE = '"$HOME/.tessera"'
+RUN_DIR = "$RUN_DIR"
 CPUS_PER_GPU = 6
 SYSTEM_BYTES = 4 << 30
 """Host memory for Ray's own processes and the driver's imports."""
@@ -44,7 +50,7 @@ class SlurmOptions(DeployOptions):
     """Partition to run in; empty: Slurm's default."""
     account: str = ""
     """Account to charge; empty: Slurm's default."""
-    setup: tuple[str, ...] = ()
+    setup: Several = ()
     """Lines of bash that every process runs first, each with its own --setup: "module load cuda",
     ". /shared/venv/bin/activate"."""
     step: str = ""
@@ -156,16 +162,18 @@ def directives(plan: PlanDocument, options: SlurmOptions) -> str:
 
 def settings(plan: PlanDocument, options: SlurmOptions) -> str:
     """What a site may change."""
-    url = ["--output.checkpoint-url", options.checkpoint_url] if options.checkpoint_url else []
-    run_dir = shlex.quote(options.run_dir) if options.run_dir else f"$PWD/runs/{options.name}"
+    run_dir = shlex.quote(options.run_dir) if options.run_dir else f'"$PWD/runs/{options.name}"'
     store = plan.object_store_bytes or ""
+    setup = "".join(f"    {line}\n" for line in options.setup or (":",))
     return f"""\
 # ---- settings ---------------------------------------------------------------------------------
 # shellcheck disable=SC1091,SC2317  # files of the site; functions that steps and traps call
 RUN_DIR={run_dir}  # on storage that all nodes share
-ARGUMENTS=({_lines([*plan.arguments, *url])})
+# An array job is one run a seed: sbatch --array=0-4 {SCRIPT}
+RUN_DIR+=${{SLURM_ARRAY_TASK_ID:+/seed-$SLURM_ARRAY_TASK_ID}}
+ARGUMENTS=({_lines(run_arguments(plan, options, RUN_DIR, {}))})
 setup() {{ # every process runs this first, on its node
-{"".join(f"    {line}" + chr(10) for line in options.setup or (":",))}}}
+{setup}}}
 STEP=({shlex.join(shlex.split(options.step))})  # a container: apptainer exec ..., or options of srun
 INTERFACE={shlex.quote(options.interface)}  # network device between the nodes; empty: Ray's choice
 STATE={STATE}  # for the job's token: a directory of yours that all nodes share
@@ -178,7 +186,8 @@ def _lines(words: Sequence[str]) -> str:
     """Words of a bash array, an option with its values a line."""
     text = ""
     for word in words:
-        text += ("\n    " if word.startswith("--") else " ") + shlex.quote(word)
+        text += "\n    " if word.startswith("--") else " "
+        text += f'"{RUN_DIR}"' if word == RUN_DIR else shlex.quote(word)
     return text + "\n"
 
 
@@ -187,9 +196,9 @@ def next_steps(plan: PlanDocument, options: SlurmOptions) -> str:
     place = options.out
     return (
         f"submit    sbatch {place / SCRIPT}    (one run a seed: --array=0-4)\n"
-        f"watch     {place / BESIDE} JOB python -m cluster.status --run RUN_DIR\n"
-        f"stop      scancel --batch --signal=TERM JOB    (plain scancel loses what came after the "
-        "newest checkpoint)"
+        f"watch     {place / BESIDE} JOB python -m cluster.status\n"
+        f"stop      {place / BESIDE} JOB python -m cluster.stop --checkpoint    (scancel loses what "
+        "came after the newest checkpoint)"
     )
 
 

@@ -1,6 +1,5 @@
 # ---- the job: nothing below needs to be changed for a site -----------------------------------
 set -uo pipefail
-umask 077
 exec </dev/null
 say() { printf '%s tessera: %s\n' "$(date +%FT%T)" "$*" >&2; }
 die() {
@@ -8,12 +7,7 @@ die() {
     exit "${2:-1}"
 }
 [ -n "${SLURM_JOB_ID:-}" ] || die "this is a job's script: submit it, by sbatch $0" 2
-
-# An array job is one run a seed: sbatch --array=0-4 run.sbatch
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    RUN_DIR=$RUN_DIR/seed-$SLURM_ARRAY_TASK_ID
-    ARGUMENTS+=(--seed "$SLURM_ARRAY_TASK_ID")
-fi
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || ARGUMENTS+=(--seed "$SLURM_ARRAY_TASK_ID")
 nodes=$SLURM_JOB_NUM_NODES
 head=${SLURMD_NODENAME:?}
 cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
@@ -27,12 +21,13 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$job/token RAY_USAGE_STATS_ENABLE
 export PYTHONUNBUFFERED=1 # output appears at once, without srun's pseudo terminal
 unset RAY_ADDRESS RAY_AUTH_TOKEN RAY_TMPDIR
 
-# Processes of the job, each a step of Slurm: on NODES COMMAND...; `setup` has run before.
+# Processes of the job, each a step of Slurm: on NODES COMMAND..., in a subshell or with &, which
+# becomes srun, so that signals reach it. `setup` has run before.
 on() {
     local list=$1 count
     shift
     count=$(scontrol show hostnames "$list" | wc -l)
-    srun --export=ALL --overlap --nodelist="$list" --nodes="$count" --ntasks="$count" \
+    exec srun --export=ALL --overlap --nodelist="$list" --nodes="$count" --ntasks="$count" \
         --ntasks-per-node=1 --cpus-per-task="$cpus" --mem=0 --kill-on-bad-exit=0 "${STEP[@]}" \
         bash -c 'inside "$@"' job "$@"
 }
@@ -41,7 +36,7 @@ inside() { # in the step; a signal for the command must not end a shell around i
     if [ "$(type -t "$1")" = function ]; then "$@"; else exec "$@"; fi
 }
 start_ray() { # on every node: head, or worker ADDRESS; in the foreground, until it is stopped
-    local options=(--block --temp-dir="$ray_dir" --num-cpus="$cpus" --num-gpus="$gpus"
+    local status options=(--block --temp-dir="$ray_dir" --num-cpus="$cpus" --num-gpus="$gpus"
         --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0)
     if [ ! -r "$RAY_AUTH_TOKEN_PATH" ]; then
         echo "error: $(hostname) does not see $RAY_AUTH_TOKEN_PATH: set STATE in the job's" \
@@ -62,23 +57,41 @@ start_ray() { # on every node: head, or worker ADDRESS; in the foreground, until
             cp "$ray_dir/ray_current_cluster" "$job/address.part"
             mv "$job/address.part" "$job/address"
         ) &
-        exec ray start --head --port="$port" --ray-client-server-port=$((port + 1)) \
-            --dashboard-port=$((port + 2)) "${options[@]}"
+        options+=(--head --port="$port" --ray-client-server-port=$((port + 1))
+            --dashboard-port=$((port + 2)))
+    else
+        options+=(--address="$2")
     fi
-    exec ray start --address="$2" "${options[@]}"
+    echo "$SLURM_STEP_ID" >"$job/step-$1"
+    trap : TERM # reaches Ray, too, which then ends
+    ray start "${options[@]}" >"$ray_dir/start.out" 2>&1 &
+    while :; do
+        wait $!
+        status=$?
+        kill -0 $! 2>/dev/null || break
+    done
+    if [ "$status" = 1 ]; then
+        cat "$ray_dir/start.out" >&2
+        echo "error: Ray ended on $(hostname); its logs: $ray_dir/session_latest/logs" >&2
+    else
+        rm -rf -- "$ray_dir"
+    fi
+    return "$status"
 }
 export -f setup inside start_ray
 
 # A signal asks the run to stop with a checkpoint: USR1, which Slurm sends before the time limit,
-# to be requeued; TERM (scancel --batch --signal=TERM JOB) for good.
+# and is requeued; another one, for good. srun passes on USR1; at a TERM it would end the step.
 asked='' waited=''
 ask() {
     asked=$1
     say "SIG$1: stopping at the next safe point, with a checkpoint"
-    if [ -n "$waited" ]; then kill -s "$1" "$waited" 2>/dev/null; fi
+    if [ -n "$waited" ]; then kill -s USR1 "$waited" 2>/dev/null; fi
 }
-trap 'ask USR1' USR1
-trap 'ask TERM' TERM
+for signal in USR1 USR2 TERM; do
+    # shellcheck disable=SC2064  # expanded now
+    trap "ask $signal" "$signal"
+done
 await() { # a background process; its exit status. Signals are handled meanwhile.
     local status
     waited=$1
@@ -102,27 +115,30 @@ stopped_early() { # asked to stop before the run began
     [ -z "$asked" ] || { say "stopped before the run began"; exit 130; }
 }
 
-# What was started is stopped by its own step alone; `ray stop` would end other jobs' Ray, too.
+# What was started is stopped by its own steps; `ray stop` would end other jobs' Ray, too. A signal
+# that srun gets would not do: at a TERM it kills the step.
 steps=()
 tidy() {
-    local step left=20
-    trap '' USR1 TERM
-    for step in "${steps[@]}"; do kill -s TERM "$step" 2>/dev/null; done
+    local step left=40
+    trap '' USR1 USR2 TERM
+    for step in "$job"/step-*; do
+        [ ! -e "$step" ] || scancel --signal=TERM "$SLURM_JOB_ID.$(<"$step")"
+    done
     while [ "$left" -gt 0 ] && [ -n "$(jobs -pr)" ]; do
         sleep 0.5
         left=$((left - 1))
     done
-    on "$SLURM_JOB_NODELIST" rm -rf -- "$ray_dir" 2>/dev/null
+    for step in "${steps[@]}"; do kill -s TERM "$step" 2>/dev/null; done
     rm -rf -- "$job"
-    steps=()
+    [ "$nodes" != 1 ] || rm -rf -- "$ray_dir"
     trap - EXIT
 }
 trap tidy EXIT
 
 rm -rf -- "$job"
-mkdir -p "$job" || die "STATE=$STATE cannot be written"
-od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$job/token"
-{
+(umask 077 && mkdir -p "$job") || die "STATE=$STATE cannot be written"
+(umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$job/token")
+{ # for commands beside the job
     declare -f setup inside
     declare -p head STEP cpus RAY_AUTH_MODE RAY_AUTH_TOKEN_PATH
 } >"$job/environment"
@@ -143,7 +159,7 @@ else
     address=$(<"$job/address")
     others=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$head" | paste -sd,)
     on "$others" start_ray worker "$address" &
-    steps=($! "${steps[@]}")
+    steps+=($!)
     on "$head" python -m cluster.nodes --address "$address" --wait "$nodes" --within "$JOIN_S" &
     await $! || { stopped_early; die "not all nodes joined; their output is above"; }
     say "dashboard: 127.0.0.1:$((port + 2)) of $head"
@@ -151,7 +167,7 @@ else
 fi
 stopped_early
 
-on "$head" python -m learner.run "${ARGUMENTS[@]}" "${where[@]}" --run-dir "$RUN_DIR" --auto-resume &
+on "$head" python -m learner.run "${ARGUMENTS[@]}" "${where[@]}" &
 await $!
 status=$?
 say "the run ended with exit status $status"

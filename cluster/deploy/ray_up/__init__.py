@@ -1,0 +1,1 @@
+"""Ray's cluster launcher (`ray up`): machines on AWS, or machines that are there."""

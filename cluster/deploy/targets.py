@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from cluster.deploy.kuberay.files import KUBERAY
+from cluster.deploy.ray_up.files import RAY_UP
+from cluster.deploy.slurm.files import SLURM
 from cluster.deploy.target import Target
 
-TARGETS: tuple[Target, ...] = (KUBERAY,)
+TARGETS: tuple[Target, ...] = (KUBERAY, SLURM, RAY_UP)

@@ -46,7 +46,8 @@ HELP = {  # command -> arguments that list all of its options
     "cluster.status": [["--help"]],
     "cluster.scale": [["--help"]],
     "cluster.stop": [["--help"]],
-    "cluster.deploy": [["kuberay", "--help"]],
+    "cluster.nodes": [["--help"]],
+    "cluster.deploy": [[target, "--help"] for target in ("kuberay", "slurm", "ray-up")],
 }
 OTHERS = {"--signal", "--slow", "--parity-data", "--help-all", "--stats"}
 """Options on the pages that no help shows: of Slurm, pytest and the method's public code."""

@@ -220,6 +220,6 @@ RAY_UP = Target(
     about="a cluster for Ray's launcher: machines of AWS, or your own",
     options=RayUpOptions,
     files=files,
-    checked="Valid by Ray's own schema and preparation; no machine was started with it.",
+    checked="Valid by Ray's own schema and preparation; not run: no machine was started with it.",
     next_steps=next_steps,
 )

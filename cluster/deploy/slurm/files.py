@@ -15,6 +15,7 @@ import tyro
 from cluster.deploy.plan_document import PlanDocument
 from cluster.deploy.run_command import run_arguments
 from cluster.deploy.target import DeployOptions, Target
+from cluster.errors import ConfigError
 
 HERE = Path(__file__).parent
 SCRIPT, BESIDE = "run.sbatch", "beside"
@@ -131,7 +132,17 @@ def warning_s(plan: PlanDocument) -> int:
 
 
 def files(plan: PlanDocument, options: SlurmOptions) -> Mapping[str, str]:
-    """The job's script and the one for commands beside it, by name."""
+    """The job's script and the one for commands beside it, by name.
+
+    Raises:
+        ConfigError: a worker needs more GPUs than a node has.
+    """
+    for role in plan.workers:
+        if role.num_gpus > options.gpus_per_node:
+            raise ConfigError(
+                f"a {role.name} takes {role.num_gpus:g} GPUs, but --gpus-per-node is "
+                f"{options.gpus_per_node}: no worker spans nodes"
+            )
     body = (HERE / "job.sh").read_text(encoding="utf-8")
     beside = (HERE / "beside.sh").read_text(encoding="utf-8")
     return {

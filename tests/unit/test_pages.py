@@ -46,7 +46,7 @@ HELP = {  # command -> arguments that list all of its options
     "cluster.status": [["--help"]],
     "cluster.scale": [["--help"]],
     "cluster.stop": [["--help"]],
-    "cluster.nodes": [["--help"]],
+    "cluster.deploy.nodes": [["--help"]],
     "cluster.deploy": [[target, "--help"] for target in ("kuberay", "slurm", "ray-up")],
 }
 OTHERS = {"--signal", "--slow", "--parity-data", "--help-all", "--stats"}

@@ -160,7 +160,7 @@ else
     others=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$head" | paste -sd,)
     on "$others" start_ray worker "$address" &
     steps+=($!)
-    on "$head" python -m cluster.nodes --address "$address" --wait "$nodes" --within "$JOIN_S" &
+    on "$head" python -m cluster.deploy.nodes --address "$address" --wait "$nodes" --within "$JOIN_S" &
     await $! || { stopped_early; die "not all nodes joined; their output is above"; }
     say "dashboard: 127.0.0.1:$((port + 2)) of $head"
     where=(--ray.address "$address")

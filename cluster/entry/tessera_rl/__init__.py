@@ -21,7 +21,7 @@ COMMANDS = {
     "status": ("cluster.status", "how a running job is: workers, iteration, newest metrics"),
     "scale": ("cluster.scale", "more or fewer workers in a running job"),
     "stop": ("cluster.stop", "end a running job at the next safe point"),
-    "nodes": ("cluster.nodes", "nodes of a Ray cluster, or a wait for them"),
+    "nodes": ("cluster.deploy.nodes", "nodes of a Ray cluster, or a wait for them"),
     "report": ("learner.report", "a page about a run, or about several side by side"),
     "sample": ("actors.sample", "images of a run's policy, or of a checkpoint"),
     "weights": ("actors.weights", "list, fetch, convert and export official checkpoints"),

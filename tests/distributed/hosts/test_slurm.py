@@ -99,7 +99,7 @@ exec sleep 1234
 """
 PYTHON = """#!/bin/bash
 echo "$(hostname) $*" >>python.log
-if [ "$2" = cluster.nodes ]; then
+if [ "$2" = cluster.deploy.nodes ]; then
     for _ in $(seq 20); do
         [ "$(ls "$job"/joined-* | wc -l)" -lt "$6" ] || exit 0
         sleep 0.1

@@ -1,8 +1,8 @@
 """Nodes of a Ray cluster with what is free of each, or a wait until there are enough of them.
 
-python -m cluster.nodes                               of the cluster that runs on this machine
-python -m cluster.nodes --address 10.0.0.1:6379       of another one
-python -m cluster.nodes --wait 4 --within 300         returns once there are four
+python -m cluster.deploy.nodes                               of the cluster that runs on this machine
+python -m cluster.deploy.nodes --address 10.0.0.1:6379       of another one
+python -m cluster.deploy.nodes --wait 4 --within 300         returns once there are four
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     from cluster.program.start import run_command
 
-    sys.exit(run_command("cluster.nodes"))
+    sys.exit(run_command("cluster.deploy.nodes"))
 
 import time
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ def table(nodes: list[Node]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    asked = tyro.cli(Arguments, args=arguments, prog=command_of("cluster.nodes"))
+    asked = tyro.cli(Arguments, args=arguments, prog=command_of("cluster.deploy.nodes"))
     return exit_status(
         lambda: print(table(wait_for_nodes(asked.address, asked.wait, asked.within)))
     )

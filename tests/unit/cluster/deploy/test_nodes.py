@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-import cluster.nodes
+import cluster.deploy.nodes
 from cluster.errors import FleetError
-from cluster.nodes import main
+from cluster.deploy.nodes import main
 from cluster.ray_session.session import RayConfig
 from cluster.scheduling.placement import Node
 
@@ -22,8 +22,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         addresses.append(config.address)
         return NODES[: len(addresses)]
 
-    monkeypatch.setattr(cluster.nodes, "free_nodes", free_nodes)
-    monkeypatch.setattr(cluster.nodes, "POLL_S", 0.01)
+    monkeypatch.setattr(cluster.deploy.nodes, "free_nodes", free_nodes)
+    monkeypatch.setattr(cluster.deploy.nodes, "POLL_S", 0.01)
     return addresses
 
 
@@ -55,6 +55,6 @@ def test_no_cluster_is_an_error_at_once(
     def none(config: RayConfig) -> list[Node]:
         raise FleetError("no Ray cluster answers")
 
-    monkeypatch.setattr(cluster.nodes, "free_nodes", none)
+    monkeypatch.setattr(cluster.deploy.nodes, "free_nodes", none)
     assert main(["--wait", "2"]) == 1
     assert capsys.readouterr().err == "error: no Ray cluster answers\n"

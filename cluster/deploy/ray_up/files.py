@@ -116,7 +116,7 @@ def cluster(plan: PlanDocument, options: RayUpOptions, types: list[NodeType]) ->
         "cluster_name": options.name,
         **(_own(options) if options.own_machines else _aws(options, types)),
         "idle_timeout_minutes": options.idle_minutes,
-        # Ray's token: whoever has it can run code on the cluster. `ray get-auth-token --generate`
+        # Ray's token, with which code can be run on the cluster. `ray get-auth-token --generate`
         # makes it here, and rsync keeps its mode 0600.
         "file_mounts": {TOKEN: TOKEN},
         "setup_commands": list(options.setup),

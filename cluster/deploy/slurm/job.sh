@@ -122,7 +122,7 @@ tidy() {
     local step left=40
     trap '' USR1 USR2 TERM
     for step in "$job"/step-*; do
-        [ ! -e "$step" ] || scancel --signal=TERM "$SLURM_JOB_ID.$(<"$step")"
+        [ ! -e "$step" ] || scancel --signal=TERM "$SLURM_JOB_ID.$(<"$step")" 2>/dev/null
     done
     while [ "$left" -gt 0 ] && [ -n "$(jobs -pr)" ]; do
         sleep 0.5

@@ -1,0 +1,1 @@
+"""The image for nodes of a cluster: `Dockerfile`, and what it needs to be built."""

@@ -49,8 +49,8 @@ HELP = {  # command -> arguments that list all of its options
     "cluster.deploy.nodes": [["--help"]],
     "cluster.deploy": [[target, "--help"] for target in ("kuberay", "slurm", "ray-up")],
 }
-OTHERS = {"--signal", "--slow", "--parity-data", "--help-all", "--stats"}
-"""Options on the pages that no help shows: of Slurm, pytest and the method's public code."""
+OTHERS = {"--signal", "--slow", "--parity-data", "--help-all", "--stats", "--array", "--build-arg"}
+"""Options on the pages that no help shows: of Slurm, Docker, pytest and the method's public code."""
 BENCHES = "tests/bench/README.md"  # their options are argparse's, and in no help above
 WRITTEN = ("gallery", "evaluation", "checkpoints", "rollouts", "runs", "train", "test", "snapshots")
 """Folders on the pages that are not the repository's: of runs, and of users' images."""
@@ -108,6 +108,15 @@ def options(module: str) -> frozenset[str]:
     return frozenset(OPTION.findall(shown.getvalue())) | {"--help"}
 
 
+@cache
+def options_of_ray() -> frozenset[str]:
+    """Every option of `ray start` and `ray job submit`."""
+    from ray.dashboard.modules.job.cli import submit
+    from ray.scripts.scripts import start
+
+    return frozenset(name for command in (start, submit) for p in command.params for name in p.opts)
+
+
 def test_the_pages_are_found() -> None:
     assert {"README.md", "CONTRIBUTING.md", HISTORY, FOREIGN, *FOLDERS} <= set(PAGES)
 
@@ -141,7 +150,7 @@ def test_every_command_exists_with_its_options(page: str) -> None:
     "page", [page for page in PAGES if page not in (HISTORY, FOREIGN, BENCHES)]
 )
 def test_every_option_in_the_text_exists(page: str) -> None:
-    known = OTHERS.union(*(options(module) for module in HELP))
+    known = options_of_ray().union(OTHERS, *(options(module) for module in HELP))
     spans = re.findall(r"`(--[^`\n]+)`", prose(page))
     named = {option for span in spans for option in OPTION.findall(span)}
     unknown = named - known

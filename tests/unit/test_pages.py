@@ -49,7 +49,8 @@ HELP = {  # command -> arguments that list all of its options
     "cluster.deploy.nodes": [["--help"]],
     "cluster.deploy": [[target, "--help"] for target in ("kuberay", "slurm", "ray-up")],
 }
-OTHERS = {"--signal", "--slow", "--parity-data", "--help-all", "--stats", "--array", "--build-arg"}
+OTHERS = {"--signal", "--slow", "--parity-data", "--help-all", "--stats", "--array", "--build-arg",
+          "--shm-size"}  # fmt: skip
 """Options on the pages that no help shows: of Slurm, Docker, pytest and the method's public code."""
 BENCHES = "tests/bench/README.md"  # their options are argparse's, and in no help above
 WRITTEN = ("gallery", "evaluation", "checkpoints", "rollouts", "runs", "train", "test", "snapshots")

@@ -45,13 +45,18 @@ def run(arguments: list[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> None:
     target, options = parse(arguments)
     plan = plan_of(options)
-    files = {
-        path: with_head(path, text, head(target, options, path))
-        for path, text in target.files(plan, options).items()
-    }
+    files = made_files(target, plan, options)
     for path, written in write_all(options.out, files, force=options.force).items():
         print(f"{'wrote' if written else 'as it was'}  {options.out / path}")
     print(target.next_steps(plan, options))
+
+
+def made_files(target: Target, plan: PlanDocument, options: DeployOptions) -> dict[str, str]:
+    """Relative path -> text of every file, with its head."""
+    return {
+        path: with_head(path, text, head(target, options, path))
+        for path, text in target.files(plan, options).items()
+    }
 
 
 def parse(arguments: Sequence[str]) -> tuple[Target, DeployOptions]:

@@ -47,14 +47,16 @@ def ray_cluster_spec(
             "securityContext": _container_security(),
             "resources": _resources(cpus="500m", memory="1Gi"),
         }
-    spec["headGroupSpec"] = _head_group(head, options, stop_s, job)
+    spec["headGroupSpec"] = _head_group(head, options, stop_s, job, scales)
     spec["workerGroupSpecs"] = [
         _worker_group(group, options, stop_s if job and group.learns else 0) for group in groups
     ]
     return spec
 
 
-def _head_group(head: HeadPod, options: KubeRayOptions, stop_s: int, job: bool) -> Manifest:
+def _head_group(
+    head: HeadPod, options: KubeRayOptions, stop_s: int, job: bool, scales: bool
+) -> Manifest:
     container = _container(HEAD, options)
     container["ports"] = [{"name": name, "containerPort": port} for name, port in PORTS.items()]
     # A stopped job gets SIGTERM and three seconds, unless this says more
@@ -68,7 +70,7 @@ def _head_group(head: HeadPod, options: KubeRayOptions, stop_s: int, job: bool) 
         container["lifecycle"] = _before_end(stop)
     pod = _pod(container, HEAD, options, head.object_store_bytes)
     # The autoscaler, which KubeRay puts beside the head, asks Kubernetes for pods
-    pod["spec"]["automountServiceAccountToken"] = True
+    pod["spec"]["automountServiceAccountToken"] = scales
     pod["spec"]["terminationGracePeriodSeconds"] = stop_s + STOP_SPARE_S
     return {
         "labels": {ROLE_LABEL: HEAD},

@@ -154,7 +154,8 @@ def test_nothing_runs_as_root_and_the_probes_are_kuberays(gpus: int) -> None:
         assert pod["metadata"]["labels"]["tessera-run"] == "tessera"
     mounted = {name: pod["spec"]["automountServiceAccountToken"] for name, pod in
                templates(spec["rayClusterSpec"]).items()}  # fmt: skip
-    assert [name for name, token in mounted.items() if token] == ["head"]  # the autoscaler's
+    scales = spec["rayClusterSpec"]["enableInTreeAutoscaling"]
+    assert [name for name, token in mounted.items() if token] == ["head"] * scales  # its own
 
 
 @pytest.mark.parametrize(

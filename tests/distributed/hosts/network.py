@@ -32,9 +32,9 @@ TOOLS = ("ip", "tc", "unshare", "nsenter", "mount")
 START_S = 30.0
 MTU = 1500
 
-HOLD = "trap '' CHLD; echo up; exec cat >/dev/null"
-"""Holds a namespace until its input ends. Orphans of which it becomes the parent are reaped, since
-it ignores their signal."""
+HOLD = "echo up; cat >/dev/null; exit"
+"""Holds a namespace until its input ends. Orphans of which it becomes the parent are reaped: a shell
+that waits for one child takes the end of any (`exec cat` would leave them as zombies)."""
 
 SWITCH = f"""set -e
 ip link set lo up

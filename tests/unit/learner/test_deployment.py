@@ -14,7 +14,9 @@ import yaml
 from cluster.deploy.command import parse as parse_deploy
 from cluster.deploy.kuberay.files import files
 from cluster.deploy.plan_document import PlanDocument, read_plan
+from cluster.placement.nodes import Node
 from cluster.roles import Role
+from cluster.scheduling.placement import place
 from learner import plan as planner
 from learner import run
 from learner.fleet_plan import fleet_plan
@@ -76,10 +78,22 @@ def test_the_run_fits_the_pods_that_it_selects(
         assert fits(role, group["replicas"], *room), role.name
         if role.autoscale.on and group["groupName"] != "shared":
             assert group["maxReplicas"] * fitting(role, *room) >= role.max_count
+    head = job["rayClusterSpec"]["headGroupSpec"]
+    pods = [head] + [group for group in groups for _ in range(group["replicas"])]
+    seats = place(fleet, [node_of(pod, number) for number, pod in enumerate(pods)]).seats
+    assert len(seats) == sum(role.count for role in fleet.roles)
     given_gpus = sum(each["replicas"] * int(each["rayStartParams"]["num-gpus"]) for each in groups)
     assert given_gpus >= sum(role.count * role.resources.num_gpus for role in roles)
     moments = fleet.moments_server.resources.num_cpus or 1.0
     assert float(job["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"]) >= moments
+
+
+def node_of(pod: dict[str, Any], number: int) -> Node:
+    """The Ray node of a pod, with nothing running on it."""
+    start = pod["rayStartParams"]
+    return Node(
+        f"pod-{number}", float(start["num-cpus"]), float(start["num-gpus"]), labels=pod["labels"]
+    )
 
 
 def fitting(role: Role, cpus: float, gpus: int) -> int:

@@ -1,8 +1,8 @@
 """Nodes of a Ray cluster with what is free of each, or a wait until there are enough of them.
 
-python -m cluster.deploy.nodes                               of the cluster that runs on this machine
-python -m cluster.deploy.nodes --address 10.0.0.1:6379       of another one
-python -m cluster.deploy.nodes --wait 4 --within 300         returns once there are four
+python -m cluster.deploy.nodes                            of the cluster that runs here
+python -m cluster.deploy.nodes --address 10.0.0.1:6379    of another one
+python -m cluster.deploy.nodes --wait 4 --within 300      returns once there are four
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def wait_for_nodes(address: str, number: int, within_s: float) -> list[Node]:
         if time.monotonic() >= deadline:
             raise FleetError(
                 f"{len(nodes)} of {number} nodes joined within {within_s:g} s: "
-                f"{', '.join(node.name for node in nodes)}. On the others the output of `ray start` "
-                "says why; most often the token differs, or a port is closed"
+                f"{', '.join(node.name for node in nodes)}. On the others the output of `ray "
+                "start` says why; most often the token differs, or a port is closed"
             )
         time.sleep(POLL_S)
 

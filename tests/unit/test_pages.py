@@ -51,7 +51,7 @@ HELP = {  # command -> arguments that list all of its options
 }
 OTHERS = {"--signal", "--slow", "--parity-data", "--help-all", "--stats", "--array", "--build-arg",
           "--shm-size"}  # fmt: skip
-"""Options on the pages that no help shows: of Slurm, Docker, pytest and the method's public code."""
+"""Options on the pages that no help shows: of Slurm, Docker, pytest, the public code."""
 BENCHES = "tests/bench/README.md"  # their options are argparse's, and in no help above
 WRITTEN = ("gallery", "evaluation", "checkpoints", "rollouts", "runs", "train", "test", "snapshots")
 """Folders on the pages that are not the repository's: of runs, and of users' images."""

@@ -57,9 +57,11 @@ class RayUpOptions(DeployOptions):
             check_path("--ssh-key", self.ssh_key)
         for field, least in (("idle_minutes", 1), ("disk_gb", 50)):
             if (value := getattr(self, field)) < least:
-                raise ValueError(f"--{field.replace('_', '-')} must be >= {least}, found {value}")
-        for field, text in [("--head-ip", self.head_ip), *(("--worker-ip", w) for w in self.worker_ip)]:
-            _check_address(field, text)
+                flag = "--" + field.replace("_", "-")
+                raise ValueError(f"{flag} must be >= {least}, found {value}")
+        _check_address("--head-ip", self.head_ip)
+        for address in self.worker_ip:
+            _check_address("--worker-ip", address)
         if self.worker_ip and not self.head_ip:
             raise ValueError("--worker-ip needs --head-ip")
         if len({self.head_ip, *self.worker_ip}) <= len(self.worker_ip):
@@ -68,7 +70,7 @@ class RayUpOptions(DeployOptions):
             raise ValueError("--setup prepares machines without --image: give one of them")
         if not self.own_machines and not self.image and not self.setup:
             raise ValueError(
-                "machines of AWS come without Tessera: give --image (of cluster/deploy/docker, say) "
+                "machines of AWS come without Tessera: give --image (cluster/deploy/docker, say) "
                 "or commands that install it, --setup"
             )
         if not self.own_machines and not self.checkpoint_url and not self.run_dir:

@@ -37,7 +37,7 @@ CHECKPOINT_BYTES_PER_S = 100e6
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions(DeployOptions):
-    """Write a Slurm job for one node or many, which is requeued before its time limit and resumes."""
+    """Write a Slurm job for one node or many, requeued before its time limit to resume."""
 
     gpus_per_node: int = 8
     """GPUs of a node."""
@@ -77,7 +77,9 @@ class SlurmOptions(DeployOptions):
         try:
             shlex.split(self.step)
         except ValueError as error:
-            raise ValueError(f"--step is not one command line: {error}: {self.step!r:.80}") from None
+            raise ValueError(
+                f"--step is not one command line: {error}: {self.step!r:.80}"
+            ) from None
         if self.nodes and self.nodes * self.gpus_per_node < self.gpus:
             raise ValueError(
                 f"--nodes {self.nodes} with --gpus-per-node {self.gpus_per_node} have fewer GPUs "
@@ -146,7 +148,9 @@ def files(plan: PlanDocument, options: SlurmOptions) -> Mapping[str, str]:
     body = (HERE / "job.sh").read_text(encoding="utf-8")
     beside = (HERE / "beside.sh").read_text(encoding="utf-8")
     return {
-        SCRIPT: f"#!/usr/bin/env bash\n{directives(plan, options)}\n{settings(plan, options)}\n{body}",
+        SCRIPT: "\n".join(
+            ["#!/usr/bin/env bash", directives(plan, options), settings(plan, options), body]
+        ),
         BESIDE: beside.replace("set -euo pipefail\n", f"set -euo pipefail\nSTATE={STATE}\n", 1),
     }
 
@@ -185,7 +189,7 @@ RUN_DIR+=${{SLURM_ARRAY_TASK_ID:+/seed-$SLURM_ARRAY_TASK_ID}}
 ARGUMENTS=({_lines(run_arguments(plan, options, RUN_DIR, {}))})
 setup() {{ # every process runs this first, on its node
 {setup}}}
-STEP=({shlex.join(shlex.split(options.step))})  # a container: apptainer exec ..., or options of srun
+STEP=({shlex.join(shlex.split(options.step))})  # a container: apptainer ..., or options of srun
 INTERFACE={shlex.quote(options.interface)}  # network device between the nodes; empty: Ray's choice
 STATE={STATE}  # for the job's token: a directory of yours that all nodes share
 OBJECT_STORE_BYTES={store}  # of each node; empty: Ray's choice
@@ -208,8 +212,8 @@ def next_steps(plan: PlanDocument, options: SlurmOptions) -> str:
     return (
         f"submit    sbatch {place / SCRIPT}    (one run a seed: --array=0-4)\n"
         f"watch     {place / BESIDE} JOB python -m cluster.status\n"
-        f"stop      {place / BESIDE} JOB python -m cluster.stop --checkpoint    (scancel loses what "
-        "came after the newest checkpoint)"
+        f"stop      {place / BESIDE} JOB python -m cluster.stop --checkpoint    (scancel loses "
+        "what came after the newest checkpoint)"
     )
 
 

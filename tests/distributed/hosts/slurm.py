@@ -116,8 +116,8 @@ class SlurmCluster:
         key = work / "munge" / "key"
         key.write_bytes(b"of this test alone" * 8)
         key.chmod(0o600)
-        options = [f"--{name}={work}/munge/{name.removesuffix('-file')}"
-                   for name in ("key-file", "socket", "pid-file", "log-file", "seed-file")]  # fmt: skip
+        names = ("key-file", "socket", "pid-file", "log-file", "seed-file")
+        options = [f"--{name}={work}/munge/{name.removesuffix('-file')}" for name in names]
         self._daemon(stack, self.network.outside, ["munged", "--foreground", "--force", *options])
         self._until(lambda: (work / "munge" / "socket").exists())
         self._daemon(stack, self.network.outside, ["slurmctld", "-D"])
@@ -138,7 +138,7 @@ class SlurmCluster:
             time.sleep(0.1)
 
     def _daemon(self, stack: ExitStack, host: Any, line: Sequence[str]) -> None:
-        output = stack.enter_context(open(self.work / f"{line[0]}-{host.name}.out", "w"))
+        output = stack.enter_context((self.work / f"{line[0]}-{host.name}.out").open("w"))
         process = host.popen(line, self.environment, stdout=output, stderr=subprocess.STDOUT)
         stack.callback(process.wait, 10)
         stack.callback(process.terminate)

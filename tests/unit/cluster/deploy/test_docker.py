@@ -1,4 +1,4 @@
-"""The Dockerfile: by hadolint, by rules of our own, its steps' commands, and built where Docker is."""
+"""The Dockerfile: by hadolint and rules of our own, and built where Docker is."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def instructions() -> list[dict[str, str]]:
 
 def has_docker() -> bool:
     docker = shutil.which("docker")
-    return bool(docker) and subprocess.run([str(docker), "info"], capture_output=True).returncode == 0
+    return (
+        bool(docker) and subprocess.run([str(docker), "info"], capture_output=True).returncode == 0
+    )
 
 
 def test_hadolint_finds_nothing() -> None:
@@ -75,7 +77,9 @@ def test_code_is_copied_after_the_dependencies_are_installed() -> None:
 
 def test_no_step_holds_a_secret() -> None:
     names = [each["value"] for each in instructions() if each["instruction"] in ("ARG", "ENV")]
-    assert not [name for name in names if any(w in name.upper() for w in ("SECRET", "PASSWORD", "_KEY"))]
+    assert not [
+        name for name in names if any(w in name.upper() for w in ("SECRET", "PASSWORD", "_KEY"))
+    ]
 
 
 def ignored(path: str) -> bool:
@@ -100,11 +104,21 @@ def test_the_image_gets_the_packages_alone() -> None:
     ).stdout.split()  # fmt: skip
     kept = {path for path in tracked if not ignored(path)}
     top = {path.partition("/")[0] for path in kept}
-    assert top == {"actors", "cluster", "learner", "rewards", "pyproject.toml", "README.md", "LICENSE"}
+    assert top == {
+        "actors",
+        "cluster",
+        "learner",
+        "rewards",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    }
     for path in ("runs/a/checkpoints/x", ".git/config", ".venv/bin/python", ".env",
                  "cluster/__pycache__/a.pyc"):  # fmt: skip
         assert ignored(path), path
-    copied = [each["value"].split()[:-1] for each in instructions() if each["instruction"] == "COPY"]
+    copied = [
+        each["value"].split()[:-1] for each in instructions() if each["instruction"] == "COPY"
+    ]
     sources = [name for line in copied for name in line if not name.startswith(("-", "/", "."))]
     assert sources
     assert set(sources) <= kept
@@ -138,12 +152,24 @@ def test_the_kind_of_image_has_two_values() -> None:
 @pytest.mark.skipif(not has_docker(), reason="no Docker engine answers")
 def test_the_image_for_cpus_is_built_and_runs() -> None:
     tag = "tessera:test"
-    line = ["docker", "build", "-f", str(DOCKERFILE), "--build-arg", "VARIANT=cpu", "-t", tag, str(ROOT)]
+    line = [
+        "docker",
+        "build",
+        "-f",
+        str(DOCKERFILE),
+        "--build-arg",
+        "VARIANT=cpu",
+        "-t",
+        tag,
+        str(ROOT),
+    ]
     built = subprocess.run(line, capture_output=True, text=True, timeout=BUILD_S)
     assert built.returncode == 0, built.stderr
     run = ["docker", "run", "--rm", "--shm-size=1g", tag]
     done = subprocess.run([*run, "id", "-un"], capture_output=True, text=True)
     assert done.stdout == "tessera\n"
     short = ["--iterations", "1", "--evaluation.num-images", "0", "--output.gallery-every", "0"]
-    done = subprocess.run([*run, "tessera", "run", *short], capture_output=True, text=True, timeout=250)
+    done = subprocess.run(
+        [*run, "tessera", "run", *short], capture_output=True, text=True, timeout=250
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,7 +14,7 @@ import ray.dashboard.modules.metrics.dashboards.default_dashboard_panels as ray_
 import yaml
 
 import cluster.deploy.monitoring
-from cluster.control.control_actor import FleetStatus, PoolStatus, Progress, WorkerStatus
+from cluster.control.control_actor import FleetStatus, PoolStatus, Progress
 from cluster.ray_backend.prometheus import FAMILIES, SINGLE, samples
 
 FOLDER = Path(cluster.deploy.monitoring.__file__).parent
@@ -98,7 +98,9 @@ def test_prometheus_reads_the_alerts_and_the_boards_expressions(tmp_path: Path) 
     assert f"{len(RULES)} rules found" in done.stdout
     rules = [{"record": f"panel:{number}", "expr": text.replace("$run", ".*")}
              for number, text in enumerate(expressions())]  # fmt: skip
-    (tmp_path / "panels.yml").write_text(yaml.safe_dump({"groups": [{"name": "b", "rules": rules}]}))
+    (tmp_path / "panels.yml").write_text(
+        yaml.safe_dump({"groups": [{"name": "b", "rules": rules}]})
+    )
     line = ["promtool", "check", "rules", str(tmp_path / "panels.yml")]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -120,13 +122,16 @@ CALM = {"iterations_done": "0+1x120", "iterations_planned": "1000x120", "restart
         "images_failed": "0x120", "staleness": "1x120", "mismatch_kl": "0.001x120",
         "workers__reward": "2x120", "queued__queue": "3x120",
         "phase_seconds__iteration": "60x120"}  # fmt: skip
+SHARE = 'ray_resources{instance="n1",Name="object_store_memory",State="%s"}'
 STORE = [
-    {"series": 'ray_resources{instance="n1",Name="object_store_memory",State="USED"}', "values": "1x120"},
-    {"series": 'ray_resources{instance="n1",Name="object_store_memory",State="AVAILABLE"}', "values": "99x120"},
-]  # fmt: skip
+    {"series": SHARE % "USED", "values": "1x120"},
+    {"series": SHARE % "AVAILABLE", "values": "99x120"},
+]
+OBJECTS = 'ray_object_store_memory{instance="n1",Location="%s"}'
+GONE = dict.fromkeys(CALM, "5x80 _x40") | {"iterations_planned": "9x80 _x40"}
 CAUSES = {
     "TesseraRunStalls": run("r", **CALM | {"iterations_done": "0+1x20 20x100"}),
-    "TesseraRunGone": run("r", **dict.fromkeys(CALM, "5x80 _x40") | {"iterations_planned": "9x80 _x40"}),
+    "TesseraRunGone": run("r", **GONE),
     "TesseraRoleWithoutWorkers": run("r", **CALM | {"workers__reward": "2x60 0x60"}),
     "TesseraWorkersAreReplaced": run("r", **CALM | {"restarts": "0x90 3x30"}),
     "TesseraImagesFail": run("r", **CALM | {"images_failed": "0x60 2x60"}),
@@ -134,11 +139,11 @@ CAUSES = {
     "TesseraMismatchKl": run("r", **CALM | {"mismatch_kl": "0.001x60 0.5x60"}),
     "TesseraRewardQueue": run("r", **CALM | {"queued__queue": "3x60 25x60"}),
     "RayObjectStoreNearlyFull": [
-        {"series": 'ray_object_store_memory{instance="n1",Location="MMAP_SHM"}', "values": "50x60 95x60"},
+        {"series": OBJECTS % "MMAP_SHM", "values": "50x60 95x60"},
         *STORE,
     ],
     "RaySpills": [
-        {"series": 'ray_object_store_memory{instance="n1",Location="SPILLED"}', "values": "0x60 2e9x60"},
+        {"series": OBJECTS % "SPILLED", "values": "0x60 2e9x60"},
     ],
 }  # fmt: skip
 
@@ -159,9 +164,13 @@ def test_an_alert_fires_for_its_cause_alone(alert: str, tmp_path: Path) -> None:
         expected = [{"exp_labels": labels | rule["labels"]}] if fires else []
         tests.append({
             "interval": "1m", "input_series": series,
-            "alert_rule_test": [{"eval_time": f"{minutes}m", "alertname": alert, "exp_alerts": expected}],
+            "alert_rule_test": [
+                {"eval_time": f"{minutes}m", "alertname": alert, "exp_alerts": expected}
+            ],
         })  # fmt: skip
-    bare = {"groups": [{"name": "t", "rules": [{k: v for k, v in rule.items() if k != "annotations"}]}]}
+    bare = {
+        "groups": [{"name": "t", "rules": [{k: v for k, v in rule.items() if k != "annotations"}]}]
+    }
     (tmp_path / "alerts.yml").write_text(yaml.safe_dump(bare))
     document = {"rule_files": ["alerts.yml"], "evaluation_interval": "1m", "tests": tests}
     (tmp_path / "test.yml").write_text(yaml.safe_dump(document))

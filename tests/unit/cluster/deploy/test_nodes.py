@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import cluster.deploy.nodes
-from cluster.errors import FleetError
 from cluster.deploy.nodes import main
+from cluster.errors import FleetError
 from cluster.ray_session.session import RayConfig
 from cluster.scheduling.placement import Node
 
@@ -32,7 +32,7 @@ def test_nodes_are_listed_with_what_is_free(
 ) -> None:
     assert main(["--address", "10.0.0.1:6379"]) == 0
     assert asked == ["10.0.0.1:6379"]
-    assert capsys.readouterr().out.split() == "10.0.0.1 free: 8 CPUs, 2 GPUs".split()
+    assert capsys.readouterr().out.split() == ["10.0.0.1", "free:", "8", "CPUs,", "2", "GPUs"]
 
 
 def test_it_waits_for_the_number(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:

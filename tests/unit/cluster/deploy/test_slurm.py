@@ -12,9 +12,17 @@ from typing import Any
 import pytest
 
 from cluster.deploy.plan_document import PlanDocument, read_plan
-from cluster.errors import ConfigError
 from cluster.deploy.slurm.files import SCRIPT, SLURM, SlurmOptions, files
-from tests.unit.cluster.deploy.plans import cpus, document, eight_gpus, many_gpus, one_gpu, role, text
+from cluster.errors import ConfigError
+from tests.unit.cluster.deploy.plans import (
+    cpus,
+    document,
+    eight_gpus,
+    many_gpus,
+    one_gpu,
+    role,
+    text,
+)
 
 
 def plan_of(values: dict[str, Any]) -> PlanDocument:
@@ -79,7 +87,7 @@ def test_the_warning_leaves_time_for_an_iteration_and_a_checkpoint(
     assert directives(values)["signal"] == f"B:USR1@{warning}"
 
 
-HARD = ["--conditions.template", "a photo of a {}", "--x", "it's", "--y", "$HOME `id` \\ \" !*"]
+HARD = ["--conditions.template", "a photo of a {}", "--x", "it's", "--y", '$HOME `id` \\ " !*']
 
 
 def test_the_runs_options_arrive_as_they_are() -> None:

@@ -57,7 +57,7 @@ class Walk:
             r"/shared/": f"{network.shared}/",
             r"/local/": "/tmp/",
             r"HEAD:": f"{network.hosts[0].name}:",
-            r"ray start ": "ray start --num-cpus=4 --object-store-memory=200000000 ",
+            r"ray start ": "ray start --num-cpus=2 --object-store-memory=200000000 ",
             r"--preset llamagen-b-256 --num-samplers 8 --num-reward-servers 4 --num-learners 2":
                 f"--num-samplers 1 --num-reward-servers 1 {shlex.join(small)}",
             r" --(sampler|reward|learner)\.num-gpus \S+": "",

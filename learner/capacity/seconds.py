@@ -262,15 +262,22 @@ def learn(model: Transformer, work: Learning, card: Card, role: str = "learner")
     of_update = 3 + work.checkpointing  # in units of a forward pass
     kernels = passes * each * (work.passes_before + work.updates * of_update)
     parts: dict[Bound, float] = {"compute": compute}
-    if work.learners > 1:  # all-gathers of weights, and of an update fp32 gradients once
-        gathers = 1 if model.parameters < GATHERED_BELOW else 2 * passes
-        sent = gathers * (2 if work.bf16 else 4) + 4
-        parts["copies"] = work.updates * sent * model.parameters / card.link
+    if work.learners > 1:
+        parts["copies"] = exchanged(model, work) / card.link
     costs = _Costs()
     costs.kernels(math.ceil(kernels), EAGER_LAUNCH, parts)
     adamw = work.updates * ADAMW * model.parameters / work.learners
     costs.add("memory", adamw / (MEMORY * card.bandwidth))
     return costs.phase("learn", role)
+
+
+def exchanged(model: Transformer, work: Learning) -> float:
+    """Bytes of an iteration between neighbours in a ring of learners: all-gathers of weights, and
+    of an update fp32 gradients once."""
+    passes = -(-work.rollouts // min(work.microbatch, work.rollouts))
+    gathers = 1 if model.parameters < GATHERED_BELOW else 2 * passes
+    sent = gathers * (2 if work.bf16 else 4) + 4
+    return float(work.updates * sent * model.parameters)
 
 
 def publish(model: Transformer, width: int, card: Card, role: str = "learner") -> Phase:

@@ -15,10 +15,10 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import Field
 from rich.table import Table
 
 from actors.checkpoints.loading import count_parameters
@@ -38,10 +38,20 @@ from learner.capacity.budget import (
     proposals,
     together,
 )
-from learner.capacity.cards import DEFAULT_CARD, Card, card_named, key_of, recognised, this_gpu
+from learner.capacity.cards import DEFAULT_CARD, NETWORK, Card, card_named, key_of, recognised, this_gpu
 from learner.capacity.evaluation import EvaluationCost, evaluation_cost
 from learner.capacity.gpus import SPARE, Process, memory_of, of_sampler, rollouts_of
-from learner.capacity.plan_document import bottleneck_of, document, with_prediction
+from learner.capacity.plan_document import arguments, bottleneck_of, document, with_prediction
+from learner.capacity.scale.split import Plan, Search, Site
+from learner.capacity.scale.tables import (
+    SIZES,
+    show_costs,
+    show_links,
+    show_plan,
+    show_split,
+    show_staleness,
+)
+from learner.capacity.service_times import from_measured
 from learner.capacity.workload import Models
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
 
@@ -51,7 +61,8 @@ ABOUT = (
     "settings would be faster; by arithmetic. Takes the options of learner.run."
 )
 COMMON = {
-    "what to plan": ("--preset", "--gpu", "--gpu-memory-gb", "--json"),
+    "what to plan": ("--preset", "--gpu", "--gpu-memory-gb", "--measured", "--json"),
+    "a cluster": ("--gpus", "--gpus-per-node", "--link-gbit", "--scaling", "--price-per-gpu-hour"),
     "workers": ("--num-samplers", "--num-reward-servers", "--num-learners", "--sampler.num-gpus",
                 "--reward.num-gpus", "--learner.num-gpus"),
     "what takes memory or time": ("--rollouts-per-group", "--sampler.max-groups", "--sampler.dtype",
@@ -62,6 +73,9 @@ COMMON = {
 """What --help shows; --help-all shows every option."""
 GB = 1e9
 ESTIMATE = "estimate by arithmetic, not measured on a GPU"
+LEAST = {"gpu_memory_gb": 0, "gpus": 0, "gpus_per_node": 1, "link_gbit": 0, "price_per_gpu_hour": 0}
+MOST = 1e6
+AHEAD_TRIED = (0, 1, 2)  # values of max_staleness
 SHOWN = 8  # settings that are proposed, at most
 CONSEQUENCES = {
     "sampler.max_groups": "above 1, results depend on timing, and --reproducible refuses it",
@@ -78,8 +92,20 @@ class Command:
     gpu: str = ""
     """Kind of GPU: h200, h100, a100, l40s or 4090; empty: this machine's first one, or an h100
     without one."""
-    gpu_memory_gb: Annotated[float, Field(ge=0)] = 0.0
+    gpu_memory_gb: float = 0.0
     """Memory of one GPU, GB; 0: of that kind."""
+    gpus: int = 0
+    """GPUs of a cluster, for which the best split is searched. 0: plan the settings as they are."""
+    gpus_per_node: int = 8
+    """GPUs of each node (with --gpus)."""
+    link_gbit: float = 0.0
+    """Gbit/s between nodes, one way (with --gpus); 0: an assumption by kind of GPU."""
+    measured: str = ""
+    """A run's directory, or a JSON file of `service_times`: its seconds replace the arithmetic."""
+    scaling: Literal["strong", "weak"] = "strong"
+    """Table of costs (with --gpus): strong keeps the groups of an iteration, weak those a GPU."""
+    price_per_gpu_hour: float = 0.0
+    """In any currency, for the table of costs."""
     json: bool = False
     """Print the plan document, one JSON object, for `cluster.deploy` and other programs."""
 
@@ -100,6 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
         models = Models(
             planned_policy(config.policy.source()), planned_tokenizer(config.tokenizer.source())
         )
+        if command.gpus:
+            return plan_cluster(command, config, models, card)
         budget = budget_of(config, models, card)
         if command.json:
             print(dumps(as_document(command, config, models, budget, card), indent=2))
@@ -115,6 +143,59 @@ def main(arguments: list[str] | None = None) -> int:
         show_seconds(config, budget, evaluation_cost(config, models, card), card)
         show_proposals(budget, found, best)
     return 0
+
+
+def plan_cluster(command: Command, config: RunConfig, models: Models, card: Card) -> int:
+    """Print the best split of `--gpus` GPUs; returns the exit status.
+
+    Raises:
+        ConfigError: no split fits the memory of these GPUs.
+    """
+    gbit = command.link_gbit or NETWORK[key_of(card.name) or DEFAULT_CARD]
+    site = Site(card=card, gpus_per_node=command.gpus_per_node, link=gbit * 1e9 / 8)
+    measured = from_measured(Path(command.measured)) if command.measured else None
+    search = Search(config, models, site, measured)
+    plan = search.best(command.gpus)
+    if plan is None:
+        raise ConfigError(
+            f"no split of {command.gpus} GPUs of {card.memory / GB:.4g} GB fits the workers' memory "
+            "(--gpus 0 shows what each needs): "
+            "--learner.checkpointing, a lower --learner.microbatch, or more GPUs"
+        )
+    basis = f"measured in {command.measured}, scaled" if measured else ESTIMATE
+    if command.json:
+        settings = search.configured(plan.split, config.max_staleness)
+        found = document(settings, command.preset, load_preset(command.preset), models)
+        images, top = plan.images, plan.prediction.bottleneck
+        whole = with_prediction(found, key_of(card.name), plan.seconds, images, top)
+        print(dumps({**whole, "object_store_bytes": round(plan.store())}, indent=2))
+        return 0
+    show_split(plan, site, command.gpus)
+    show_plan(plan, site, basis)
+    show_staleness([(ahead, search.best(command.gpus, ahead)) for ahead in AHEAD_TRIED])
+    show_links(plan, site)
+    sizes = sorted({*SIZES, command.gpus})
+    show_costs(cost_rows(search, command, sizes), command.price_per_gpu_hour, command.scaling)
+    print(
+        f"Assumed: nodes of {site.gpus_per_node} GPUs, {gbit:g} Gbit/s between them one way, the "
+        "driver on the first; workers are told their groups by one driver "
+        f"({plan.times.driver * 1e3:.1f} ms a group). Evaluations, checkpoints and failures are "
+        "not counted"
+    )
+    if search.unknown:
+        print(f"Not counted, since their work is not known: {', '.join(search.unknown)}")
+    flags = arguments(search.configured(plan.split, config.max_staleness), load_preset(command.preset))
+    print(f"As a run: {command_of('learner.run')} --preset {command.preset} {' '.join(flags)}")
+    return 0
+
+
+def cost_rows(
+    search: Search, command: Command, sizes: Sequence[int]
+) -> list[tuple[int, Plan | None]]:
+    """The best plan of each number of GPUs."""
+    if command.scaling == "strong":
+        return [(size, search.best(size)) for size in sizes]
+    return [(size, search.scaled(size / command.gpus).best(size)) for size in sizes]
 
 
 def as_document(
@@ -158,8 +239,11 @@ def parse(arguments: list[str] | None) -> tuple[Command, RunConfig]:
         parsed = tyro.cli(Arguments, args=arguments, default=default, prog=command_of(MODULE))
     except ValueError as error:  # of a dataclass's own check
         raise ConfigError(f"command line: {error}") from None
-    if parsed.command.gpu_memory_gb < 0:
-        raise ConfigError(f"--gpu-memory-gb must be >= 0, found {parsed.command.gpu_memory_gb:g}")
+    for name, least in LEAST.items():
+        value = getattr(parsed.command, name)
+        if not least <= value <= MOST:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} must be from {least} to {MOST:g}, found {value:g}")
     return parsed.command, validate(to_dict(parsed.run), "command line")
 
 

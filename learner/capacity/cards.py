@@ -43,6 +43,8 @@ CARDS = {
     "4090": Card("RTX 4090", 24e9, 1.008e12, 165e12, 82.6e12, 25e9, 25e9),
 }
 """Name in --gpu -> figures."""
+NETWORK = {"h200": 400, "h100": 400, "a100": 200, "l40s": 100, "4090": 25}
+"""Name in --gpu -> Gbit/s between nodes, one way, that is assumed: one port of the usual network."""
 
 
 def card_named(name: str) -> Card:

@@ -72,8 +72,8 @@ def _role(role: Role, plan: FleetPlan, config: RunConfig, models: Models) -> dic
         "num_cpus": float(asked.num_cpus or asked.num_threads),
         "num_gpus": asked.num_gpus,
         "memory_bytes": round(host_memory(role, plan, config, models)),
-        "labels": {},
-        "accelerator_type": "",
+        "labels": dict(asked.labels),
+        "accelerator_type": asked.accelerator_type,
     }
 
 

@@ -264,3 +264,59 @@ def test_pools_are_roles_of_the_document(
     found = next(role for role in document["roles"] if role["name"] == "reward-extra")
     assert (found["count"], found["num_cpus"], found["num_gpus"]) == (2, 3, 0.5)
     assert document["arguments"] == ["--preset", str(file)]
+
+
+# A cluster.
+
+
+def test_a_cluster_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--preset", "paper-fixed", "--gpus", "16", "--gpu", "h200"]
+    assert main([*options, "--price-per-gpu-hour", "2", "--link-gbit", "100"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "Best split of 16 GPUs at max_staleness 0: ",
+        "estimate by arithmetic, not measured on a GPU",
+        "Bottleneck: ",
+        "Staleness needed for ",
+        "over links of 100 Gbit/s",
+        "Object store of a node: ",
+        "strong scaling, groups an iteration fixed",
+        "│ 1024 │",
+        "price of 1,000 iterations",
+        "As a run: python -m learner.run --preset paper-fixed --num-samplers ",
+    ):
+        assert part in text
+    assert main([*options, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["gpus"] <= 16
+    assert document["images_per_s"] * document["iteration_s"] == pytest.approx(144)
+    roles = {role["name"]: role for role in document["roles"]}
+    config = parse(document["arguments"])[1]
+    assert config.num_samplers == roles["sampler"]["count"] > 1
+    assert config.num_reward_servers == roles["reward-server"]["count"]
+    assert config.num_learners == roles["learner"]["count"]
+
+
+def test_weak_scaling_keeps_groups_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--preset", "paper-fixed", "--gpu", "h200", "--groups-per-iteration", "24"]
+    assert main([*options, "--gpus", "2", "--scaling", "weak"]) == 0
+    text = capsys.readouterr().out
+    assert "weak scaling, groups an iteration grow" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "4", "--gpu-memory-gb", "4"], "no split of 4 GPUs of 4 GB fits"),
+        (["--gpus", "4", "--measured", "nothing-there"], "nothing-there is not there"),
+        (["--gpus", "-1"], "--gpus must be from 0"),
+        (["--gpus", "4", "--gpus-per-node", "0"], "--gpus-per-node must be from 1"),
+        (["--link-gbit", "-5", "--gpus", "4"], "--link-gbit must be from 0"),
+        (["--link-gbit", "nan", "--gpus", "4"], "--link-gbit must be from 0"),
+    ],
+)
+def test_impossible_clusters_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--preset", "paper-fixed", "--gpu", "h200", *options]) == REFUSED
+    assert message in capsys.readouterr().err

@@ -19,10 +19,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from learner.capacity.links import Host, Traffic
+from learner.capacity.scale.links import Host, Traffic
 from learner.capacity.service_times import ServiceTimes
 
-DEPENDENCY = "waiting for each other"
+DEPENDENCY = "each other"
+LOOP = "main loop"
 HAND_OVER = 2.0e-3  # s from one worker's answer to the next one's start, through the driver; as
 # tests.bench.pipeline has it between groups without cost (2.2 ms, 2026-11-24)
 
@@ -207,7 +208,7 @@ def _loads(times: ServiceTimes, setting: Setting) -> dict[str, float]:
         "learner": learner,
         # the loop waits for moments and learner in turn, and records
         "driver": setting.groups * times.driver + times.record,
-        "moments, learner and records in turn": times.commit + times.learn + times.record,
+        LOOP: times.commit + times.learn + times.record,
         "link": max(
             setting.seconds("images") + setting.seconds("weights"),
             setting.seconds("rollouts") + setting.seconds("weights"),

@@ -18,10 +18,10 @@ from learner.capacity.budget import STEP, changed
 from learner.capacity.cards import Card
 from cluster.program.gpu_memory import CONTEXT
 from learner.capacity.gpus import SPARE, Process, memory_of, processes
-from learner.capacity.iteration import Prediction, Setting, predict
-from learner.capacity.links import Host, Messages, store_bytes, traffic
+from learner.capacity.scale.iteration import Prediction, Setting, predict
+from learner.capacity.scale.links import Host, Messages, store_bytes, traffic
 from learner.capacity.service_times import ServiceTimes, from_arithmetic, score_bytes
-from learner.capacity.workload import Models, learning_of, sampling_of, transformer
+from learner.capacity.workload import Models, learning_of, phases_of, sampling_of, transformer
 from learner.config import RunConfig
 
 OWN, PAIRED, SHARED = "own GPUs", "reward servers beside samplers", "all on each GPU"
@@ -125,6 +125,20 @@ class Search:
         self._learning = functools.cache(self._learning_seconds)
         self._fits_learner = functools.cache(self._learner_fits)
         self.pools = self._pools()
+        _, self.unknown = phases_of(self._base, models, site.card)
+        """Networks whose work is not counted."""
+
+    def scaled(self, factor: float) -> Search:
+        """The same with other groups an iteration."""
+        groups = max(round(self._given.groups_per_iteration * factor), 1)
+        config = dataclasses.replace(self._given, groups_per_iteration=groups)
+        measured = self._measured
+        if measured is not None:  # what an iteration takes grows with its groups
+            grown = groups / self._given.groups_per_iteration
+            measured = dataclasses.replace(
+                measured, learn=measured.learn * grown, record=measured.record * grown
+            )
+        return Search(config, self._models, self._site, measured)
 
     def _pools(self) -> list[str]:
         found = [MAIN] if self._base.reward.num_gpus else []
@@ -152,13 +166,20 @@ class Search:
     ) -> Iterator[tuple[float, Split]]:
         """Splits with their bounds. Numbers of learners and samplers that cannot be better than the
         best so far are passed over, whatever their reward servers."""
-        for learners, samplers in self._pairs(gpus):
-            found, least = best(), learners + samplers
-            alone = Split(samplers=samplers, servers={}, learners=learners)
-            bound = self._bound(alone, staleness)
-            if found is None or (bound, least) < (found.seconds, found.split.gpus):
-                for split in self._with_servers(learners, samplers, gpus):
-                    yield self._bound(split, staleness), split
+        pairs = [
+            (self._bound(Split(samplers=samplers, servers={}, learners=learners), staleness),
+             learners + samplers, learners, samplers)
+            for learners, samplers in self._pairs(gpus)
+        ]  # fmt: skip
+        for bound, least, learners, samplers in sorted(pairs):
+            found = best()
+            if found is not None and (bound, least) >= (found.seconds, found.split.gpus):
+                break  # and so are all that follow
+            for split in self._with_servers(learners, samplers, gpus):
+                bound, found = self._bound(split, staleness), best()
+                if found is not None and bound > found.seconds and split.layout == OWN:
+                    break  # those that follow have fewer reward servers
+                yield bound, split
         for split in self._together(gpus):
             yield self._bound(split, staleness), split
 
@@ -224,7 +245,8 @@ class Search:
                 yield Split(samplers=count, servers=every, learners=1, layout=SHARED)
 
     def _pooled(self, gpus: int) -> Iterator[dict[str, int]]:
-        """Servers of each pool: those of which none could be fewer without slowing the slowest."""
+        """Servers of each pool, most first: those of which none could be fewer without slowing the
+        slowest."""
         return (dict(found) for found in self._every_pooled if sum(found.values()) <= gpus)
 
     @functools.cached_property
@@ -237,7 +259,7 @@ class Search:
             for limit in longest
         }
         every = (dict(zip(self.pools, each)) for each in found if all(each))
-        return sorted(every, key=lambda each: sum(each.values()))
+        return sorted(every, key=lambda each: -sum(each.values()))
 
     def _fewest(self, seconds: float, limit: float, counts: Sequence[int]) -> int:
         """Servers of a pool that score all groups within `limit` seconds; 0: no number does."""

@@ -38,7 +38,15 @@ from learner.capacity.budget import (
     proposals,
     together,
 )
-from learner.capacity.cards import DEFAULT_CARD, NETWORK, Card, card_named, key_of, recognised, this_gpu
+from learner.capacity.cards import (
+    DEFAULT_CARD,
+    NETWORK,
+    Card,
+    card_named,
+    key_of,
+    recognised,
+    this_gpu,
+)
 from learner.capacity.evaluation import EvaluationCost, evaluation_cost
 from learner.capacity.gpus import SPARE, Process, memory_of, of_sampler, rollouts_of
 from learner.capacity.plan_document import arguments, bottleneck_of, document, with_prediction
@@ -184,7 +192,9 @@ def plan_cluster(command: Command, config: RunConfig, models: Models, card: Card
     )
     if search.unknown:
         print(f"Not counted, since their work is not known: {', '.join(search.unknown)}")
-    flags = arguments(search.configured(plan.split, config.max_staleness), load_preset(command.preset))
+    flags = arguments(
+        search.configured(plan.split, config.max_staleness), load_preset(command.preset)
+    )
     print(f"As a run: {command_of('learner.run')} --preset {command.preset} {' '.join(flags)}")
     return 0
 

@@ -32,8 +32,11 @@ ON_RAY = {
     "pipeline": "--only driver",
     "reward_server": "--servers 1 --groups 2 --seconds-per-image 0.001",
 }
-ALONE = {"main_job": "--num-samplers 1 --iterations 1 --evaluation.num-images 0"}
-"""Starts a whole run."""
+ALONE = {
+    "main_job": "--num-samplers 1 --iterations 1 --evaluation.num-images 0",
+    "planner": "--only samplers --counts 1 --iterations 4",
+}
+"""Start whole runs."""
 
 
 def run_bench(

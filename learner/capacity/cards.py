@@ -44,7 +44,7 @@ CARDS = {
 }
 """Name in --gpu -> figures."""
 NETWORK = {"h200": 400, "h100": 400, "a100": 200, "l40s": 100, "4090": 25}
-"""Name in --gpu -> Gbit/s between nodes, one way, that is assumed: one port of the usual network."""
+"""Name in --gpu -> Gbit/s between nodes, one way, assumed: one port of the usual network."""
 
 
 def card_named(name: str) -> Card:

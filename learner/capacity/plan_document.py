@@ -25,6 +25,8 @@ JUDGED = 28_600  # bytes an evaluated image, measured in tests.bench.evaluation 
 CHECKPOINT_COPY = 12  # bytes a parameter: weights and AdamW's averages, written by a thread
 LOADED = 4  # bytes a parameter of a file of weights that is being read
 DRIVER = "driver"
+LABELS = ".labels."
+"""In the dotted name of a label that a role's nodes must have."""
 
 
 def document(config: RunConfig, preset: str, base: RunConfig, models: Models) -> dict[str, Any]:
@@ -50,7 +52,13 @@ def arguments(config: RunConfig, base: RunConfig) -> list[str]:
     """Flags of learner.run that make `config` of `base`."""
     wanted, there = dotted(to_dict(config)), dotted(to_dict(base))
     changed = [name for name, value in wanted.items() if there.get(name) != value]
-    return [word for name in changed for word in _flag(name, wanted[name])]
+    plain = [word for name in changed if LABELS not in name for word in _flag(name, wanted[name])]
+    labels: dict[str, list[str]] = {}
+    for name in wanted:  # one flag names all labels of a role
+        role, mark, key = name.partition(LABELS)
+        if mark and any(each.startswith(role + mark) for each in changed):
+            labels.setdefault(role, []).append(f"{key}={wanted[name]}")
+    return plain + [word for role, given in labels.items() for word in (f"--{role}.labels", *given)]
 
 
 def _flag(name: str, value: Any) -> Iterator[str]:

@@ -13,10 +13,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.program.gpu_memory import CONTEXT
 from learner.capacity import seconds
 from learner.capacity.budget import STEP, changed
 from learner.capacity.cards import Card
-from cluster.program.gpu_memory import CONTEXT
 from learner.capacity.gpus import SPARE, Process, memory_of, processes
 from learner.capacity.scale.iteration import Prediction, Setting, predict
 from learner.capacity.scale.links import Host, Messages, store_bytes, traffic
@@ -339,9 +339,7 @@ class Search:
         for name, pool in base.reward_pools.items():
             role = f"reward-{name}"
             if role in shares:
-                pool = dataclasses.replace(
-                    pool, num_gpus=shares[role], num_servers=servers[role]
-                )
+                pool = dataclasses.replace(pool, num_gpus=shares[role], num_servers=servers[role])
             pools[name] = pool
         return dataclasses.replace(
             base,

@@ -232,7 +232,8 @@ def test_the_document_is_json_that_makes_the_run(
     monkeypatch.setattr(plan, "this_gpu", lambda: ("Tesla T4", 16e9))
     options = [
         "--num-samplers", "3", "--reward.min", "1", "--reward.max", "4", "--output.no-rollouts",
-        "--loss.kl-coef", "0.5", "--evaluation.cfg-scales", "1.5", "2",
+        "--loss.kl-coef", "0.5", "--evaluation.cfg-scales", "1.5", "3",
+        "--sampler.labels", "tessera-role=sampler", "zone=in(a,b)",
     ]  # fmt: skip
     assert main(["--preset", preset, "--json", *options]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -241,6 +242,7 @@ def test_the_document_is_json_that_makes_the_run(
     roles = {role["name"]: role for role in document["roles"]}
     assert list(roles) == ["learner", "moments-server", "sampler", "reward-server", "driver"]
     assert (roles["sampler"]["count"], roles["sampler"]["max"]) == (3, 3)
+    assert roles["sampler"]["labels"] == {"tessera-role": "sampler", "zone": "in(a,b)"}
     server = roles["reward-server"]
     assert (server["count"], server["min"], server["max"]) == (1, 1, 4)
     for role in roles.values():
@@ -258,7 +260,9 @@ def test_pools_are_roles_of_the_document(
 ) -> None:
     pool = {"num_servers": 2, "num_gpus": 0.5, "num_cpus": 3}
     file = tmp_path / "mine.yaml"
-    file.write_text(dump(config_of(reward_pools={"extra": pool}, rewards={"hps": {"pool": "extra"}})))
+    file.write_text(
+        dump(config_of(reward_pools={"extra": pool}, rewards={"hps": {"pool": "extra"}}))
+    )
     assert main(["--preset", str(file), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     found = next(role for role in document["roles"] if role["name"] == "reward-extra")

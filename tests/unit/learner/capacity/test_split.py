@@ -33,9 +33,7 @@ def every_split(search: Search, gpus: int, groups: int, rollouts: int) -> list[S
     for learners in range(1, min(gpus, rollouts) + 1):
         for samplers in range(1, min(gpus, groups) + 1):
             every = dict.fromkeys(search.pools, samplers)
-            found.append(
-                Split(samplers=samplers, servers=every, learners=learners, layout=PAIRED)
-            )
+            found.append(Split(samplers=samplers, servers=every, learners=learners, layout=PAIRED))
             if learners == 1:
                 found.append(Split(samplers=samplers, servers=every, learners=1, layout=SHARED))
             for counts in itertools.product(range(1, gpus + 1), repeat=len(search.pools)):
@@ -52,9 +50,7 @@ def test_the_search_finds_the_best_of_all(groups: int, pool: bool) -> None:
     for gpus, staleness in itertools.product((1, 2, 3, 5, 6), (0, 1)):
         every = every_split(search, gpus, groups, groups * config.rollouts_per_group)
         least = min(
-            search.plan(split, staleness).seconds
-            for split in every
-            if fits_memory(search, split)
+            search.plan(split, staleness).seconds for split in every if fits_memory(search, split)
         )
         best = search.best(gpus, staleness)
         assert best is not None
@@ -148,9 +144,7 @@ def test_steps_are_where_the_largest_part_shrinks() -> None:
     assert steps(7, 64) == [1, 2, 3, 4, 7]
     for parts in range(1, 60):
         shares = {-(-parts // count) for count in range(1, parts + 1)}
-        assert [-(-parts // count) for count in steps(parts, parts)] == sorted(
-            shares, reverse=True
-        )
+        assert [-(-parts // count) for count in steps(parts, parts)] == sorted(shares, reverse=True)
 
 
 def test_nodes_are_filled_in_order() -> None:

@@ -166,8 +166,8 @@ def plan_cluster(command: Command, config: RunConfig, models: Models, card: Card
     plan = search.best(command.gpus)
     if plan is None:
         raise ConfigError(
-            f"no split of {command.gpus} GPUs of {card.memory / GB:.4g} GB fits the workers' memory "
-            "(--gpus 0 shows what each needs): "
+            f"no split of {command.gpus} GPUs of {card.memory / GB:.4g} GB fits the workers' "
+            "memory (--gpus 0 shows what each needs): "
             "--learner.checkpointing, a lower --learner.microbatch, or more GPUs"
         )
     basis = f"measured in {command.measured}, scaled" if measured else ESTIMATE

@@ -206,8 +206,8 @@ def devices(run: RunDirectory, config: RunConfig, models: Models) -> list[Device
         on_gpus = {role.name for role in plan.roles if role.resources.num_gpus}
         cpu = {name: count for name, count in threads.items() if name not in on_gpus}
         found.append(Device(capacity=float(hardware["cores"]), demands=cpu | {"driver": 1.0}))
-        for gpu in pack(processes(config, models.policy, models.tokenizer)):
-            found.append(Device(capacity=1.0, demands={p.name: 1.0 for p in gpu.processes}))
+        gpus = pack(processes(config, models.policy, models.tokenizer))
+        found += [Device(capacity=1.0, demands={p.name: 1.0 for p in g.processes}) for g in gpus]
     return found
 
 

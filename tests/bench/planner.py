@@ -1,11 +1,11 @@
-"""Predicted against measured seconds of an iteration: the miniature with 1, 2 and 4 samplers, and on
-several hosts at two link speeds.
+"""Predicted against measured seconds of an iteration: the miniature with 1, 2 and 4 samplers, and
+on several hosts at two link speeds.
 
 python -m tests.bench.planner [--only samplers hosts] [--iterations 30]
 
-A run with one sampler is measured; the planner takes its service times out of the trace and predicts
-the others. Medians of iterations after a warm-up. The part `hosts` needs root and iproute2 (network
-namespaces, `tests/distributed/hosts`).
+A run with one sampler is measured; the planner takes its service times out of the trace and
+predicts the others. Medians of iterations after a warm-up. The part `hosts` needs root and
+iproute2 (network namespaces, `tests/distributed/hosts`).
 """
 
 from __future__ import annotations

@@ -153,7 +153,11 @@ class Search:
         """
         ahead = self._base.max_staleness if staleness is None else staleness
         found: Plan | None = None
-        for bound, split in self._candidates(gpus, ahead, lambda: found):
+
+        def best() -> Plan | None:
+            return found
+
+        for bound, split in self._candidates(gpus, ahead, best):
             if found is not None and (bound, split.gpus) >= (found.seconds, found.split.gpus):
                 continue
             plan = self.plan(split, ahead)

@@ -51,7 +51,7 @@ def test_arithmetic_gives_a_groups_part_of_the_planners_phases() -> None:
 
 
 def test_arithmetic_knows_no_cpus() -> None:
-    with pytest.raises(ConfigError, match="would compute on CPUs .* --measured"):
+    with pytest.raises(ConfigError, match=r"would compute on CPUs .* --measured"):
         from_arithmetic(load_preset("miniature"), MODELS, CARDS["h200"])
 
 

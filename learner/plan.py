@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 import bisect
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,18 +48,22 @@ from learner.capacity.cards import (
     this_gpu,
 )
 from learner.capacity.evaluation import EvaluationCost, evaluation_cost
-from learner.capacity.gpus import SPARE, Process, memory_of, of_sampler, rollouts_of
+from learner.capacity.gpus import SPARE, memory_of, of_sampler, rollouts_of
 from learner.capacity.plan_document import arguments, bottleneck_of, document, with_prediction
+from learner.capacity.scale.as_configured import on_this_machine
+from learner.capacity.scale.iteration import Prediction
 from learner.capacity.scale.split import Plan, Search, Site
 from learner.capacity.scale.tables import (
     SIZES,
     show_costs,
+    show_here,
     show_links,
     show_plan,
     show_split,
     show_staleness,
 )
 from learner.capacity.service_times import from_measured
+from learner.capacity.tables import show_gpus
 from learner.capacity.workload import Models
 from learner.config import DEFAULT_PRESET, RunConfig, load_preset, to_dict, validate
 
@@ -136,9 +140,12 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if command.gpus:
             return plan_cluster(command, config, models, card)
-        budget = budget_of(config, models, card)
+        budget, here = budget_of(config, models, card), None
+        if command.measured:
+            times = from_measured(Path(command.measured))
+            here = on_this_machine(config, models, times)
         if command.json:
-            print(dumps(as_document(command, config, models, budget, card), indent=2))
+            print(dumps(as_document(command, config, models, budget, card, here), indent=2))
             return 0
         found = proposals(config, models, card) if budget.gpus else []
         best = together(config, models, card) if budget.gpus else None
@@ -147,6 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
         return REFUSED
     show_learner(config, models, card)
     show_gpus(budget, card, fitting_shares(config, budget.gpus, card))
+    if here is not None:
+        show_here(here, config, command.measured)
     if budget.gpus:
         show_seconds(config, budget, evaluation_cost(config, models, card), card)
         show_proposals(budget, found, best)
@@ -209,7 +218,12 @@ def cost_rows(
 
 
 def as_document(
-    command: Command, config: RunConfig, models: Models, budget: Budget, card: Card
+    command: Command,
+    config: RunConfig,
+    models: Models,
+    budget: Budget,
+    card: Card,
+    here: Prediction | None,
 ) -> dict[str, Any]:
     """The plan document of the settings as they are."""
     found = document(config, command.preset, load_preset(command.preset), models)
@@ -217,6 +231,8 @@ def as_document(
     images = config.groups_per_iteration * config.rollouts_per_group
     seconds = budget.seconds if budget.gpus else None
     top = bottleneck_of(phases) if budget.gpus else ""
+    if here is not None:
+        seconds, top = here.seconds, here.bottleneck
     return with_prediction(found, key_of(card.name) if budget.gpus else "", seconds, images, top)
 
 
@@ -288,52 +304,6 @@ def show_learner(config: RunConfig, models: Models, card: Card) -> None:
         f"{CONTEXT / GB:g} GB for CUDA); the largest learner.microbatch that does: "
         f"{largest or 'none'}"
     )
-
-
-def show_gpus(budget: Budget, card: Card, shares: Mapping[str, float]) -> None:
-    """Print the processes on each GPU, and whether they fit.
-
-    Args:
-        shares: with which they would; empty if none are known.
-    """
-    gpus, size = budget.gpus, card.memory
-    if not gpus:
-        print("No process asks for a GPU (--learner.num-gpus, --sampler.num-gpus, ...).")
-        return
-    table = Table(title=f"{len(gpus)} GPU{'s' * (len(gpus) > 1)} of {size / GB:.4g} GB")
-    table.add_column("GPU")
-    for heading in ("share", "GB of it", "GB needed"):
-        table.add_column(heading, justify="right")
-    for number, gpu in enumerate(gpus):
-        for process in gpu.processes:
-            name = f"{number}: {process.name}{'' if process.fits(size) else ', does not fit'}"
-            limit = f"{min(process.share, 1.0) * size / GB:.1f}"
-            table.add_row(name, f"{process.share:g}", limit, f"{process.memory / GB:.1f}")
-        table.add_row("   together", "", "", f"{gpu.memory / GB:.1f}", end_section=True)
-    make_console().print(table)
-    unknown = {name for gpu in gpus for process in gpu.processes for name in process.unknown}
-    if unknown:
-        print(f"Not counted, since their sizes are not known: {', '.join(sorted(unknown))}")
-    if budget.fits:
-        return
-    crowded = [process for gpu in gpus for process in gpu.processes if not process.fits(size)]
-    remedy = ", ".join(f"--{name.replace('_', '-')} {share:g}" for name, share in shares.items())
-    found = {process.name: remedy or advice(process) for process in crowded}
-    print(
-        f"Does not fit (a share of a GPU is that part of its memory, {SPARE:.0%} of it kept free): "
-        + "; ".join(f"{name}: {what}" for name, what in found.items())
-    )
-
-
-def advice(process: Process) -> str:
-    """What makes a process smaller, or its part of a GPU larger."""
-    smaller = {
-        "learner": "--learner.checkpointing, a lower --learner.microbatch, --learner.lora.rank",
-        "sampler": "a lower --sampler.max-groups, --sampler.dtype bfloat16",
-    }
-    ways = ["a larger share (num_gpus)"] if process.share < 1 else []
-    ways += [smaller[process.role]] if process.role in smaller else []
-    return ", ".join([*ways, "or a card with more memory"])
 
 
 def show_seconds(

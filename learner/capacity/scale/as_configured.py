@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
-from learner.capacity.scale.iteration import Setting
+from learner.capacity.scale.iteration import Prediction, Setting, predict
 from learner.capacity.scale.links import Host, Messages, traffic
 from learner.capacity.service_times import ServiceTimes, score_bytes
 from learner.capacity.workload import Models, sampling_of
@@ -50,3 +51,9 @@ def setting_of(
         cores=cores if on_cpus.keys() & {"sampler", "learner"} else float("inf"),
         threads=on_cpus,
     )
+
+
+def on_this_machine(config: RunConfig, models: Models, times: ServiceTimes) -> Prediction:
+    """An iteration with all workers on this machine."""
+    cores = os.cpu_count() or 1
+    return predict(times, setting_of(config, models, times, [one_host(config)], cores=cores))

@@ -8,8 +8,9 @@ from rich.table import Table
 
 from cluster.program.console import make_console
 from cluster.ray_session.object_store import format_bytes
-from learner.capacity.scale.iteration import DEPENDENCY, LOOP
+from learner.capacity.scale.iteration import DEPENDENCY, LOOP, Prediction
 from learner.capacity.scale.split import OWN, PAIRED, SHARED, Plan, Site
+from learner.config import RunConfig
 
 SIZES = (1, 8, 64, 256, 1024)
 """GPUs of the table of costs."""
@@ -57,6 +58,16 @@ def show_plan(plan: Plan, site: Site, basis: str) -> None:
         f"{plan.rate:.0f} images/s, {plan.rate / plan.split.gpus:.1f} a GPU ({basis})"
     )
     print(f"Bottleneck: {bottleneck_text(plan)}")
+
+
+def show_here(found: Prediction, config: RunConfig, measured: str) -> None:
+    """Print what is predicted of a run on this machine, from the times of another run."""
+    images = config.groups_per_iteration * config.rollouts_per_group
+    print(
+        f"On this machine an iteration {found.seconds:.2f} s, {images / found.seconds:.0f} "
+        f"images/s: sampling and scoring {found.sampling:.2f}, learning {found.learning:.2f}; "
+        f"bottleneck: {found.bottleneck} (predicted from what was measured in {measured})"
+    )
 
 
 def bottleneck_text(plan: Plan) -> str:

@@ -20,6 +20,7 @@ from learner.plan import (
     rollouts_of,
 )
 from tests.reduced import random_run
+from tests.unit.learner.capacity.test_service_times import write_run
 
 ARCHITECTURE = LlamaGenConfig(
     dim=128, num_layers=4, num_heads=2, grid=8, vocab_size=1024, num_classes=10
@@ -299,6 +300,20 @@ def test_a_cluster_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     assert config.num_samplers == roles["sampler"]["count"] > 1
     assert config.num_reward_servers == roles["reward-server"]["count"]
     assert config.num_learners == roles["learner"]["count"]
+
+
+def test_a_measured_run_predicts_others_on_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(write_run(tmp_path, 6))  # samplers of a second a group, images of a half
+    options = ["--preset", "miniature", "--measured", run, "--num-samplers"]
+    seconds = []
+    for samplers in ("1", "2"):
+        assert main([*options, samplers, "--json"]) == 0
+        seconds.append(json.loads(capsys.readouterr().out)["iteration_s"])
+    assert seconds[0] > seconds[1] > 4  # learning takes as long
+    assert main([*options, "2"]) == 0
+    assert f"On this machine an iteration {seconds[1]:.2f} s" in capsys.readouterr().out
 
 
 def test_weak_scaling_keeps_groups_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from cluster.ray_session.private import call_inside
 from cluster.ray_session.session import RaySession
 from cluster.roles import FleetPlan
 from cluster.weights import unpack_weights
+from learner.checkpoints.exchange import fetch, send
 from learner.config import RunConfig
 from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration
@@ -72,6 +73,8 @@ def test_two_learners_of_eight_are_one_of_sixteen(
         fleet.learner.save(tmp_path)
         assert fleet.learner.restore(tmp_path) == 4
         assert_equal(published(fleet), weights)
+        assert_goes_through_calls(fleet, tmp_path)
+        assert_equal(published(fleet), weights)
         workers = {span.worker for span in found[0].spans if span.phase == "learn"}
         assert workers == {"learner-0", "learner-1"}
         batch = make_batch(4, found[-1].groups, found[-1].advantages)
@@ -83,6 +86,19 @@ def test_two_learners_of_eight_are_one_of_sixteen(
     with InlineFleet(fleet_plan(config_of())) as one:
         assert one.learner.restore(tmp_path) == 4
         assert_equal(published(one), weights)
+
+
+def assert_goes_through_calls(fleet: InlineFleet, saved: Path) -> None:
+    """What is saved, and restored, where the learners do not see a directory of the driver."""
+    files, copies = sorted(saved.iterdir()), saved.with_name("copies")
+    copies.mkdir()
+    fleet.learner.save(None)
+    fetch(fleet.learner, copies)
+    assert [file.name for file in sorted(copies.iterdir())] == [file.name for file in files]
+    assert all((copies / file.name).read_bytes() == file.read_bytes() for file in files)
+    send(fleet.learner, files)
+    assert fleet.learner.restore(None) == 4
+    fleet.learner.drop_files()
 
 
 def assert_ends_the_step_and_is_named(fleet: RayFleet, batch: TrainingBatch) -> None:

@@ -94,7 +94,7 @@ def plan() -> FleetPlan:
 
 
 def loaded(fleet: RayFleet, version: int) -> bool:
-    samplers = fleet.pools[0].of(State.SERVING)
+    samplers = [] if fleet._broadcaster.under_way else fleet.pools[0].of(State.SERVING)
     return len(samplers) == SAMPLERS and all(s.weight_version == version for s in samplers)
 
 

@@ -120,8 +120,9 @@ class Holder:
             raise OSError(f"{command}: {done.stderr.strip()}")
 
     def end(self) -> None:
-        with contextlib.suppress(OSError):
-            os.kill(self.pid, signal.SIGKILL)  # and with it all processes of its namespace
+        if self.process.poll() is None:  # so its child, whose number is not another's
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)  # and with it all processes of its namespace
         self.process.kill()
         self.process.communicate(timeout=START_S)
 

@@ -15,7 +15,7 @@ import psutil
 from tests.distributed.hosts.network import BIN, Host, Network, Program, environment
 
 PORT, DASHBOARD = 6379, 8265
-START_S = 120.0
+START_S = 240.0
 STORE_BYTES = 200_000_000
 
 # How soon Ray takes a node for lost. One that is gone refuses each check at once; one that is merely

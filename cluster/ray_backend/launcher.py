@@ -11,6 +11,7 @@ from typing import Any
 from cluster.io.paths import in_ray_package
 from cluster.program.gpu_memory import limited_to_share
 from cluster.program.invocation import current
+from cluster.program.orphans import ending_with_parent
 from cluster.program.secrets import secret_variables, with_environment
 from cluster.program.signals import ignoring_signals
 from cluster.placement.nodes import UNITS, Node, Request, Seat
@@ -138,7 +139,8 @@ class Launcher:
             options["runtime_env"] = environment
         variables = {**role.environment, **secrets}
         limited = limited_to_share(role.factory, placement.num_gpus)
-        factory = ignoring_signals(with_environment(limited, variables, current(), self._directory))
+        equipped = with_environment(limited, variables, current(), self._directory)
+        factory = ending_with_parent(ignoring_signals(equipped))
         actor = wrap(factory, {heartbeat.GROUP: 1, **threads}).options(**options)
         handle = actor.remote(role.config, name=role.worker_name(index))
         if reservation.waits_for:

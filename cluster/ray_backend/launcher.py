@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from cluster.io.paths import in_ray_package
+from cluster.placement.nodes import UNITS, Node, Request, Seat
 from cluster.program.gpu_memory import limited_to_share
 from cluster.program.invocation import current
 from cluster.program.orphans import ending_with_parent
 from cluster.program.secrets import secret_variables, with_environment
 from cluster.program.signals import ignoring_signals
-from cluster.placement.nodes import UNITS, Node, Request, Seat
 from cluster.ray_backend import heartbeat
-from cluster.ray_session.node_autoscaler import place_with_autoscaler
 from cluster.ray_backend.placement_groups import PlacementGroups, emptiest, no_room, too_late
 from cluster.ray_session import backend
 from cluster.ray_session.backend import Nodes
+from cluster.ray_session.node_autoscaler import place_with_autoscaler
 from cluster.ray_session.private import started
 from cluster.roles import FleetPlan, Role
 from cluster.scheduling.placement import FleetPlacement, quota_of, request_of

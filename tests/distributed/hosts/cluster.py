@@ -12,14 +12,14 @@ from typing import Any, Self
 
 import psutil
 
-from tests.distributed.hosts.network import BIN, Host, Network, Program, environment
+from tests.distributed.hosts.network import BIN, Host, Network, Program
 
 PORT, DASHBOARD = 6379, 8265
 START_S = 240.0
 STORE_BYTES = 200_000_000
 
-# How soon Ray takes a node for lost. One that is gone refuses each check at once; one that is merely
-# slow has time to answer.
+# How soon Ray takes a node for lost. One that is gone refuses each check at once; one that is
+# merely slow has time to answer.
 QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",

@@ -4,7 +4,6 @@ the miniature; skipped by name where the machine permits none."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 

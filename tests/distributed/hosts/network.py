@@ -33,8 +33,8 @@ START_S = 30.0
 MTU = 1500
 
 HOLD = "echo up; cat >/dev/null; exit"
-"""Holds a namespace until its input ends. Orphans of which it becomes the parent are reaped: a shell
-that waits for one child takes the end of any (`exec cat` would leave them as zombies)."""
+"""Holds a namespace until its input ends. Orphans of which it becomes the parent are reaped: a
+shell that waits for one child takes the end of any (`exec cat` would leave them as zombies)."""
 
 SWITCH = f"""set -e
 ip link set lo up

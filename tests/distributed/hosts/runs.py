@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import msgpack
 import psutil
 import pyarrow.parquet as pq
 
+from cluster.io.checksum import verify_checksum
 from cluster.model_files.tensors import read_tensors
 from learner.monitoring.metrics import read_metrics, repeatable
 from tests.distributed.hosts.cluster import HostCluster
@@ -126,11 +128,15 @@ def result(run: Path) -> dict[str, Any]:
     found["metrics"] = [repeatable(row) for row in read_metrics(run / "metrics.jsonl")]
     for file in sorted((run / "rollouts").glob("*.parquet")):
         table = pq.read_table(file)
-        found |= {f"{file.name} {name}": repr(table[name].to_pylist()) for name in table.schema.names}
+        found |= {
+            f"{file.name} {name}": repr(table[name].to_pylist()) for name in table.schema.names
+        }
     for file in sorted(folder.glob("*.safetensors")):
         found |= {f"{file.name} {name}": t.tolist() for name, t in read_tensors(file).items()}
-    found["moments"] = (folder / "moments.msgpack").read_bytes()
-    return found
+    packed = verify_checksum((folder / "moments.msgpack").read_bytes())
+    moments = msgpack.unpackb(packed, strict_map_key=False)
+    del moments["run"]  # whose last commit it was, by name
+    return found | {f"moments {name}": value for name, value in moments.items()}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

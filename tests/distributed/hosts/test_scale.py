@@ -4,6 +4,7 @@ bit for bit."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,18 +25,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return result(run)
 
 
-def test_three_hosts_compute_what_one_process_does(
-    calm: CalmRun, alone: dict[str, object]
-) -> None:
+def test_three_hosts_compute_what_one_process_does(calm: CalmRun, alone: dict[str, object]) -> None:
     assert differences(alone, calm.result) == []
 
 
 @pytest.fixture(scope="module")
-def one_host(network: Network, request: pytest.FixtureRequest) -> HostCluster:
-    cluster = HostCluster(network, cpus=2)
-    request.addfinalizer(cluster.end)
-    cluster.start_head()
-    return cluster
+def one_host(network: Network) -> Iterator[HostCluster]:
+    with HostCluster(network, cpus=2) as cluster:
+        cluster.start_head()
+        yield cluster
 
 
 @pytest.mark.slow  # eighteen runs

@@ -1,4 +1,4 @@
-"""No storage is shared but a URL: a run is stopped, and resumed on another host whose disk is empty.
+"""No storage is shared but a URL: a run is stopped, and resumed on another host with an empty disk.
 
 The head has no CPUs for workers, so the learner is never on the driver's host: its files of
 checkpoints go through Ray. The URL is of an S3-compatible server (moto) on a host outside the
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

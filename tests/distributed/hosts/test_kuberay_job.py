@@ -58,11 +58,7 @@ def ray_options(group: dict[str, Any]) -> dict[str, Any]:
     (container,) = group["template"]["spec"]["containers"]
     env = {each["name"]: each["value"] for each in container["env"]}
     labels = ",".join(f"{key}={value}" for key, value in group["labels"].items())
-    return {
-        **given,
-        "labels": labels,
-        "env": {k: v for k, v in env.items() if k.startswith("RAY_")},
-    }
+    return {**given, "labels": labels, "env": {k: v for k, v in env.items() if k.startswith("RAY_")}}
 
 
 @contextmanager

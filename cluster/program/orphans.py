@@ -1,7 +1,7 @@
 """Workers that end with the process that started them.
 
 Ray's workers look whether the process id of their node's process exists. They outlive one that
-ended and that nobody reaps, as in a container whose first process is no init, and hold their GPU's
+ended but is not reaped, as in a container whose first process is no init, and hold their GPU's
 memory beside the workers of the node that is started next.
 """
 

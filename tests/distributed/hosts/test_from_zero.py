@@ -38,7 +38,9 @@ def ports() -> set[int]:
     found: set[int] = set()
     for row in rows:
         first, _, last = row.partition(" to ")
-        found |= set(range(int(first), int(last) + 1)) if last else {int(n) for n in row.split(", ")}
+        found |= (
+            set(range(int(first), int(last) + 1)) if last else {int(n) for n in row.split(", ")}
+        )
     return found
 
 
@@ -155,5 +157,7 @@ def test_the_pages_deployment_files_are_written(
         assert deploy([*arguments, "--plan", "plan.json"]) == 0, capsys.readouterr().err
         folder = tmp_path / arguments[arguments.index("--out") + 1]
         assert list(folder.rglob("*")), line
-    for path in re.findall(r"deploy/(?:slurm|aws)/[\w.]+", PAGE.partition("## Kubernetes, Slurm")[2]):
+    for path in re.findall(
+        r"deploy/(?:slurm|aws)/[\w.]+", PAGE.partition("## Kubernetes, Slurm")[2]
+    ):
         assert (tmp_path / path).is_file(), path

@@ -141,7 +141,9 @@ def test_a_job_on_three_hosts_is_requeued_with_what_it_needs(slurm: SlurmCluster
     assert f"--temp-dir=/tmp/tessera-{job.id}" in rays[0]
     assert "--num-cpus=4" in rays[0]
     assert all("--address=10.77.0.1:" in " ".join(line) for line in rays if line[0] != "host-1")
-    runs = [line for line in (job.folder / "python.log").read_text().splitlines() if "learner" in line]
+    runs = [
+        line for line in (job.folder / "python.log").read_text().splitlines() if "learner" in line
+    ]
     assert runs[0] == runs[1] != ""
     assert f"--run-dir {job.run} --auto-resume --ray.address 10.77.0.1:{port}" in runs[0]
     assert left_behind(slurm) == []
@@ -218,5 +220,8 @@ def test_a_requeued_job_gives_the_numbers_of_a_calm_run(
     assert "resumed from step_" in job.output
     assert left_behind(slurm) == []
     calm = tmp_path / "calm"
-    assert main([*options, *slow[:1], slow[1].replace("0.5", "0"), "--inline", "--run-dir", str(calm)]) == 0
+    assert (
+        main([*options, *slow[:1], slow[1].replace("0.5", "0"), "--inline", "--run-dir", str(calm)])
+        == 0
+    )
     assert recorded(job.run) == recorded(calm)

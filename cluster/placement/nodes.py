@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -120,6 +121,7 @@ class Room:
         self.gpus = [UNITS] * whole + [part] * (part > 0)
         self.seats: list[tuple[Request, Seat]] = []
         self._all = self.cpus, sum(self.gpus)
+        self._roles = Counter[str]()
 
     def chosen(self, request: Request) -> list[int] | None:
         """The GPUs that Ray would give the worker; None: it does not fit."""
@@ -132,17 +134,19 @@ class Room:
         node = self.node
         seat = Seat(request.worker, node.name, tuple(gpus), request.gpus / UNITS, node.id)
         self.seats.append((request, seat))
+        self._roles[request.role] += 1
         return seat
 
     def give(self) -> None:
         """Take the last worker out again."""
         request, seat = self.seats.pop()
         self.cpus += request.cpus
+        self._roles[request.role] -= 1
         for gpu in seat.gpus:
             self.gpus[gpu] += min(request.gpus, UNITS)
 
     def of_role(self, role: str) -> int:
-        return sum(request.role == role for request, _ in self.seats)
+        return self._roles[role]
 
     @property
     def in_use(self) -> float:

@@ -107,7 +107,8 @@ def _in_turn(gangs: Sequence[Gang], nodes: Sequence[Node], way: Way) -> list[Sea
     rooms, seats = [Room(node) for node in nodes], list[Seat]()
     allowed = _Allowed(rooms)
     for gang in gangs:
-        ranked = sorted(allowed(gang), key=lambda room: way(room, gang))
+        holding = (room for room in allowed(gang) if room.chosen(gang[0]) is not None)
+        ranked = sorted(holding, key=lambda room: way(room, gang))
         for room in ranked:
             if (taken := _seated(room, gang)) is not None:
                 seats += taken

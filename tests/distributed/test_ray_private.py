@@ -122,7 +122,7 @@ def test_a_private_ray_has_no_autoscaler(ray_session: RaySession) -> None:
 def test_a_group_is_on_the_node_that_it_is_given(ray_session: RaySession) -> None:
     """With several nodes: `test_placement_groups.py`."""
     (node,) = ray.nodes()
-    for target in (node["NodeID"], "", "f" * 56):  # the last one is gone
+    for target in (node["NodeID"], "", "a" * 56):  # the last one is gone
         group = private.place_on_one_node([{"CPU": 0.01}] * 2, [{}, {"x": "!y"}], target)
         assert group.wait(WAIT_S)
         table = ray.util.placement_group_table(group)

@@ -80,3 +80,14 @@ def test_what_others_take_meanwhile_is_refused_in_time(found: dict[str, Any]) ->
 
 def test_a_killed_driver_leaves_nothing_reserved(found: dict[str, Any]) -> None:
     assert found["killed"] == {"late": "[]", "held": 1.0, "left": [[0.0, 0.0]] * 3}
+
+
+@pytest.mark.slow
+def test_the_autoscaler_starts_what_is_missing_and_is_not_kept_at_it() -> None:
+    command = [sys.executable, "-m", "tests.distributed.placement.autoscaled"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["nodes"], found["asked"]) == ([1, 2, 1], True)
+    assert "asks for 5 GPUs, but there are 0" in found["refused"]
+    assert "the autoscaler was asked for nodes 10 s ago" in found["refused"]

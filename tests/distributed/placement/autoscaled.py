@@ -38,7 +38,7 @@ IDLE_MINUTES = 0.1
 LABELS = {"tessera-role": "sampler"}
 
 
-def configuration(folder: Path) -> Path:
+def configuration(folder: Path, address: str) -> Path:
     """A head of one CPU, and a type of node with a GPU, of which two may be started."""
     lists = (
         "initialization_commands", "setup_commands", "head_setup_commands", "rsync_filter",
@@ -54,6 +54,7 @@ def configuration(folder: Path) -> Path:
             "type": "fake_multinode",
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "head_node_id": FAKE_HEAD_NODE_ID,
+            "gcs_address": address,  # which its nodes join
         },
         "auth": {},
         "available_node_types": {
@@ -89,9 +90,10 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
     with socket.socket() as chosen:
         chosen.bind(("", 0))
         port = chosen.getsockname()[1]
+    address = f"{ray.util.get_node_ip_address()}:{port}"
     command = [
         "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=1",
-        f"--autoscaling-config={configuration(folder)}", f"--temp-dir={folder / 'r'}",
+        f"--autoscaling-config={configuration(folder, address)}", f"--temp-dir={folder / 'r'}",
         "--include-dashboard=false", "--object-store-memory=100000000",
         "--disable-usage-stats",
     ]  # fmt: skip
@@ -103,7 +105,6 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
         start_new_session=True,
     )
     try:
-        address = f"{ray.util.get_node_ip_address()}:{port}"
         until(lambda: has_node(address), "the head starts")
         yield address
     finally:

@@ -17,11 +17,11 @@ from cluster.errors import ConfigError, DataError
 from cluster.io.paths import expand_user
 from cluster.messages import Condition
 from cluster.placement.labels import written
+from cluster.placement.nodes import Node
 from cluster.preflight import Findings, size_of
 from cluster.program.invocation import command_of
 from cluster.ray_session.runtime_env import check_runtime_env
 from cluster.roles import FleetPlan
-from cluster.placement.nodes import Node
 from cluster.scheduling.placement import Placement, place
 from learner.capacity.cards import this_gpu
 from learner.capacity.gpus import processes, share_notes

@@ -9,8 +9,8 @@ import pytest
 from cluster.control.discovery import left_behind
 from cluster.io.run_layout import REPORT, STARTS
 from cluster.io.starts import END, HOW, START, append_event, last_ending, read_events
-from cluster.program.secrets import without_secrets
 from cluster.placement.nodes import Node
+from cluster.program.secrets import without_secrets
 from learner.fleet_plan import fleet_plan
 from learner.runs.run_dir import RunDirectory
 from learner.runs.starts import record_end, record_start

@@ -88,6 +88,7 @@ def test_the_autoscaler_starts_what_is_missing_and_is_not_kept_at_it() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["nodes"], found["asked"]) == ([1, 2, 1], True)
-    assert "asks for 5 GPUs, but there are 0" in found["refused"]
+    assert (found["nodes"], found["asked"]) == ([1, 2], True)
+    assert (found["held"], found["withdrawn"]) == ([], [[], []])
+    assert "asks for 5 GPUs, but there are 1" in found["refused"]
     assert "the autoscaler was asked for nodes 10 s ago" in found["refused"]

@@ -76,7 +76,9 @@ def parse(arguments: Sequence[str]) -> tuple[Target, DeployOptions]:
         sys.exit(0)
     names = {target.name: target for target in TARGETS}
     if not given or given[0] not in names:
-        asked = f"no target {given[0]!r}: {did_you_mean(given[0], names)}" if given else "no target: "
+        asked = (
+            f"no target {given[0]!r}: {did_you_mean(given[0], names)}" if given else "no target: "
+        )
         raise ConfigError(f"{asked}name one of {', '.join(names)} first")
     target = names[given.pop(0)]
     try:

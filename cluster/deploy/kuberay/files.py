@@ -23,9 +23,7 @@ from cluster.deploy.run_command import for_job_submit, run_arguments
 from cluster.deploy.target import Target
 
 BASE = "base"
-CHECKED = (
-    "Not run on a Kubernetes cluster with GPUs; how it was checked: cluster/deploy/README.md."
-)
+CHECKED = "Not run on a Kubernetes cluster with GPUs; how it was checked: cluster/deploy/README.md."
 LEAST_STOP_S, WRITE_BYTES_PER_S = 300, 100e6
 
 

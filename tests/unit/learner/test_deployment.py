@@ -72,7 +72,9 @@ def test_the_run_fits_the_pods_that_it_selects(
     groups = job["rayClusterSpec"]["workerGroupSpecs"]
     roles = [fleet.learner, fleet.sampler, fleet.reward_server]
     for role in roles:
-        (group,) = (each for each in groups if role.resources.labels.items() <= each["labels"].items())
+        (group,) = (
+            each for each in groups if role.resources.labels.items() <= each["labels"].items()
+        )
         start = group["rayStartParams"]
         room = float(start["num-cpus"]), int(start["num-gpus"])
         assert fits(role, group["replicas"], *room), role.name
@@ -99,9 +101,7 @@ def node_of(pod: dict[str, Any], number: int) -> Node:
 def fitting(role: Role, cpus: float, gpus: int) -> int:
     """Workers of a role in one pod."""
     return next(
-        count - 1
-        for count in range(1, 1000)
-        if not fits(_with_count(role, count), 1, cpus, gpus)
+        count - 1 for count in range(1, 1000) if not fits(_with_count(role, count), 1, cpus, gpus)
     )
 
 

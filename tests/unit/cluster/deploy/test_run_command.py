@@ -24,7 +24,9 @@ def through_job_submit(entrypoint: str, shell: str = "sh") -> list[str]:
 
     def read(by: str, line: str) -> list[str]:
         command = [by, "-c", f"printf '%s\\0' {line}"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(
+            "\0"
+        )[:-1]
 
     return read(shell, subprocess.list2cmdline(read("bash", entrypoint)))
 
@@ -34,7 +36,9 @@ def test_arguments_get_through_real_shells(shell: str) -> None:
     assert through_job_submit(for_job_submit(HARD), shell) == HARD
 
 
-WORDS = st.lists(st.text(st.characters(codec="ascii", categories=["L", "P", "S", "Zs"]), max_size=9), min_size=1)
+WORDS = st.lists(
+    st.text(st.characters(codec="ascii", categories=["L", "P", "S", "Zs"]), max_size=9), min_size=1
+)
 
 
 @settings(max_examples=60, deadline=None)

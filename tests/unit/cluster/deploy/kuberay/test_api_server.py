@@ -94,10 +94,13 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
     ]  # fmt: skip
     logs = [open(here / f"{name}.log", "w") for name in ("etcd", "server")]  # noqa: SIM115
     processes = [
-        subprocess.Popen(command, stdout=log, stderr=log) for command, log in zip((etcd, server), logs)
+        subprocess.Popen(command, stdout=log, stderr=log)
+        for command, log in zip((etcd, server), logs)
     ]
 
-    def run(*arguments: str, check: bool = True, **options: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, check: bool = True, **options: str
+    ) -> subprocess.CompletedProcess[str]:
         command = [str(KUBECTL), f"--server=https://127.0.0.1:{secure}", f"--token={TOKEN}",
                    "--insecure-skip-tls-verify", f"--cache-dir={here / 'cache'}"]  # fmt: skip
         ended = subprocess.run(

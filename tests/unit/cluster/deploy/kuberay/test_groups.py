@@ -65,7 +65,8 @@ def test_groups(values: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "per_node", "pods"), [(40, 8, (5, 8)), (7, 4, (7, 1)), (12, 8, (2, 6)), (9, 4, (3, 3))]
+    ("count", "per_node", "pods"),
+    [(40, 8, (5, 8)), (7, 4, (7, 1)), (12, 8, (2, 6)), (9, 4, (3, 3))],
 )
 def test_equal_pods_hold_the_samplers(count: int, per_node: int, pods: tuple[int, int]) -> None:
     values = document(

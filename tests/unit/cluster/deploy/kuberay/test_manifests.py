@@ -250,7 +250,9 @@ def test_policy_budget_and_monitor() -> None:
     (monitor,) = of_kind(found, "PodMonitor")
     assert monitor["spec"]["podMetricsEndpoints"] == [{"port": "metrics"}]
     for pod in templates(ray_job(8)["rayClusterSpec"]).values():
-        ports = {each["name"]: each["containerPort"] for each in pod["spec"]["containers"][0]["ports"]}
+        ports = {
+            each["name"]: each["containerPort"] for each in pod["spec"]["containers"][0]["ports"]
+        }
         assert ports["metrics"] == 8080
     assert not list(of_kind(manifests(8), "PodMonitor"))
 
@@ -291,7 +293,9 @@ def test_a_preset_that_is_a_file_goes_along(tmp_path: Any) -> None:
 
 
 def test_pools_must_select_their_nodes() -> None:
-    with pytest.raises(ConfigError, match=r"the pool 'fid' might run .*labels: \{tessera-role: rew"):
+    with pytest.raises(
+        ConfigError, match=r"the pool 'fid' might run .*labels: \{tessera-role: rew"
+    ):
         made(64, plan=many_gpus())
     assert made(64, plan=labelled(many_gpus()))
 

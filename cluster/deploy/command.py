@@ -26,8 +26,8 @@ MODULE = "cluster.deploy"
 PLANNER = "learner.plan"
 PLAN_TIMEOUT_S = 600.0
 ABOUT = (
-    "Write deployment files of a run, filled in from a preset and its plan (learner.plan). Files that "
-    "are there stay, unless --force is given."
+    "Write deployment files of a run, filled in from a preset and its plan (learner.plan). Files "
+    "that are there stay, unless --force is given."
 )
 PRESET_FILES = (".yaml", ".yml")
 UNCOMMENTED = (".json", ".md")
@@ -112,9 +112,16 @@ def usage() -> str:
     lines = [f"  {target.name:{width}}  {target.about}" for target in TARGETS]
     command = command_of(MODULE)
     return "\n".join(
-        [f"usage: {command} TARGET [OPTIONS] [-- OPTIONS OF learner.run]", "", *textwrap.wrap(ABOUT),
-         "", *lines, "", f"{command} TARGET --help: its options"]
-    )  # fmt: skip
+        [
+            f"usage: {command} TARGET [OPTIONS] [-- OPTIONS OF learner.run]",
+            "",
+            *textwrap.wrap(ABOUT),
+            "",
+            *lines,
+            "",
+            f"{command} TARGET --help: its options",
+        ]
+    )
 
 
 def plan_of(options: DeployOptions) -> PlanDocument:

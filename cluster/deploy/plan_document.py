@@ -1,5 +1,5 @@
-"""The plan of a run, as `python -m learner.plan --json` prints it: how many workers of each role, and
-what each needs. Deployment files are made from it."""
+"""The plan of a run, as `python -m learner.plan --json` prints it: how many workers of each role,
+and what each needs. Deployment files are made from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RolePlan:
     __pydantic_config__ = _later_fields
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_-]*[a-z0-9])?$")]
-    """`learner`, `sampler`, `reward-server`, `reward-NAME` of a pool, `moments-server`, `driver`."""
+    """`learner`, `sampler`, `reward-server`, `moments-server`, `driver`; of a pool `reward-NAME`."""
     count: Annotated[int, Field(ge=1)]
     """Workers at the start."""
     min: Annotated[int, Field(ge=0)]

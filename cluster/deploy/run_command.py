@@ -50,8 +50,8 @@ def run_arguments(
             pool = role.removeprefix("reward-")
             raise ConfigError(
                 f"the servers of the pool {pool!r} might run on the nodes of other roles: write "
-                f"reward_pools: {{{pool}: {{labels: {{{ROLE_LABEL}: {value}}}}}}} into the preset, a "
-                "YAML file"
+                f"reward_pools: {{{pool}: {{labels: {{{ROLE_LABEL}: {value}}}}}}} into the preset, "
+                "a YAML file"
             )
     if options.plan is not None:  # a plan that was made here has them already
         arguments += options.run_arguments

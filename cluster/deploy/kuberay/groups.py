@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from cluster.deploy.plan_document import DRIVER, LEARNER, MOMENTS_SERVER, PlanDocument, RolePlan
 from cluster.errors import ConfigError
@@ -157,7 +158,7 @@ def _shared_group(roles: Sequence[RolePlan], plan: PlanDocument, gpus_per_node: 
             gpus.append(room := [])
         room.append(worker)
     size = _largest_divisor(len(gpus), gpus_per_node)
-    pods = [sum(gpus[at : at + size], []) for at in range(0, len(gpus), size)]
+    pods = [list(chain(*gpus[at : at + size])) for at in range(0, len(gpus), size)]
     needs = [_needs(pod, plan) for pod in pods]
     return PodGroup(
         name=SHARED,

@@ -1,6 +1,6 @@
-"""The RayJob of the KubeRay target, without Kubernetes: one host stands for each pod, its Ray node is
-started with the group's parameters and labels, and the entrypoint goes through the submitter's shell.
-A job that was stopped is submitted again on a new cluster, as a retry is."""
+"""The RayJob of the KubeRay target, without Kubernetes: one host stands for each pod, its Ray node
+is started with the group's parameters and labels, and the entrypoint goes through the submitter's
+shell. A job that was stopped is submitted again on a new cluster, as a retry is."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def homes(cluster: HostCluster) -> dict[str, set[str]]:
         "import json; from ray.util.state import list_actors, list_nodes\n"
         f"where = dict(address='{cluster.dashboard}', detail=True, limit=1000)\n"
         "labels = {n.node_id: n.labels.get('tessera-role') for n in list_nodes(**where)}\n"
-        "print(json.dumps([[a.name, labels[a.node_id]] for a in list_actors(**where) if a.node_id]))"
+        "actors = [a for a in list_actors(**where) if a.node_id]\n"
+        "print(json.dumps([[a.name, labels[a.node_id]] for a in actors]))"
     )
     done = cluster.network.outside.run([str(BIN / "python"), "-c", program], cluster.environment)
     assert done.returncode == 0, done.stderr

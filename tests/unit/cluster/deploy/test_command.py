@@ -1,4 +1,4 @@
-"""The command `python -m cluster.deploy`: the plan that it asks for, and the files that it writes."""
+"""The command `python -m cluster.deploy`: the plan that it asks for, the files that it writes."""
 
 from __future__ import annotations
 

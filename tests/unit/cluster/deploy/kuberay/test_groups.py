@@ -82,14 +82,14 @@ def test_what_does_not_fit_is_refused() -> None:
     wide = document(
         4, role("learner", num_gpus=4), role("sampler"), role("reward-server"),
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="a learner takes 4 GPUs, but --gpus-per-node is 2"):
+    with pytest.raises(ConfigError, match=r"a learner takes 4 GPUs, but --gpus-per-node is 2"):
         groups_of(plan_of(wide), 2)
     # three workers of .6 do not fit two GPUs, although 1.8 is less than 2
     split = document(
         2, role("learner", num_gpus=0.6), role("sampler", num_gpus=0.6),
         role("reward-server", num_gpus=0.6),
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="need 3 GPUs in pods.* --gpus is 2: ask for 3"):
+    with pytest.raises(ConfigError, match=r"need 3 GPUs in pods.* --gpus is 2: ask for 3"):
         groups_of(plan_of(split), 8)
 
 

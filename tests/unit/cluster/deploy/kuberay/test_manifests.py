@@ -1,4 +1,4 @@
-"""Manifests of KubeRay: what is asked of Kubernetes adds up, and each option arrives where it must."""
+"""Manifests of KubeRay: what is asked of Kubernetes adds up, and each option arrives."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_the_entrypoint_resumes() -> None:
 def test_sigterm_has_time_for_a_checkpoint() -> None:
     def head(gpus: int, **plan: Any) -> tuple[int, int, str]:
         values = PLANS[gpus]() | plan
-        text = made(gpus, plan=values)[f"overlays/job-{gpus}-gpus/rayjob.yaml"]
-        spec = templates(yaml.safe_load(text)["spec"]["rayClusterSpec"])["head"]["spec"]
+        job = made(gpus, plan=values)[f"overlays/job-{gpus}-gpus/rayjob.yaml"]
+        spec = templates(yaml.safe_load(job)["spec"]["rayClusterSpec"])["head"]["spec"]
         env = {each["name"]: each.get("value") for each in spec["containers"][0]["env"]}
         stop = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
         return spec["terminationGracePeriodSeconds"], int(env["RAY_JOB_STOP_WAIT_TIME_S"]), stop
@@ -261,13 +261,13 @@ def test_overlays_share_a_base_and_list_every_file() -> None:
     eight, many = made(8, "--pod-monitor"), made(64, "--pod-monitor")
     base = {path for path in eight if path.startswith("base/")}
     assert {path: eight[path] for path in base} == {
-        path: text for path, text in many.items() if path.startswith("base/")
+        path: body for path, body in many.items() if path.startswith("base/")
     }
     assert not (eight.keys() - base) & many.keys()
-    for path, text in {**eight, **many}.items():
+    for path, body in {**eight, **many}.items():
         if path.endswith("kustomization.yaml"):
             folder = path.rpartition("/")[0]
-            listed = yaml.safe_load(text)["resources"]
+            listed = yaml.safe_load(body)["resources"]
             beside = {
                 each.rpartition("/")[2]
                 for each in {**eight, **many}

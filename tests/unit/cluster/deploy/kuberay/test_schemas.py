@@ -1,4 +1,4 @@
-"""Manifests against schemas: KubeRay's fields, Kubernetes' objects, and rules of KubeRay's operator.
+"""Manifests against schemas: KubeRay's fields, Kubernetes' objects, rules of KubeRay's operator.
 
 TESSERA_KUBERAY_CRDS names a directory with KubeRay's CRDs (`ray-operator/config/crd/bases` of its
 repository), against which the manifests are checked in full.

@@ -87,9 +87,8 @@ def check_quantity(field: str, value: str) -> None:
 
 def check_image(field: str, value: str) -> None:
     """A container image with a tag or digest, so that every node runs the same one."""
-    _check(
-        field, value, bool(IMAGE.fullmatch(value)), "an image such as registry.org/team/name:tag"
-    )
+    valid = bool(IMAGE.fullmatch(value))
+    _check(field, value, valid, "an image such as registry.org/team/name:tag")
     tagged = "@" in value or ":" in value.rpartition("/")[2]
     _check(field, value, tagged, "an image with a tag or a digest (without, nodes may differ)")
 

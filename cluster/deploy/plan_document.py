@@ -28,7 +28,7 @@ class RolePlan:
     __pydantic_config__ = _later_fields
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_-]*[a-z0-9])?$")]
-    """`learner`, `sampler`, `reward-server`, `moments-server`, `driver`; of a pool `reward-NAME`."""
+    """learner, sampler, reward-server, moments-server or driver; of a pool `reward-NAME`."""
     count: Annotated[int, Field(ge=1)]
     """Workers at the start."""
     min: Annotated[int, Field(ge=0)]

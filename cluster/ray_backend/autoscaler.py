@@ -197,6 +197,7 @@ class Autoscaler:
             )
             pool.scale(wanted)
 
+
     def _within_quota(self, pool: WorkerPool, wanted: int, now: int) -> int:
         """The number of workers that a pool wants, or as many as the quota leaves it."""
         role, counts = pool.role.name, self._counts()

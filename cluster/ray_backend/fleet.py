@@ -246,9 +246,7 @@ class RayFleet:
             logger.info("%s has left", worker.name)
 
     def _kill(self, worker: Worker) -> None:
-        backend.kill(
-            worker.handle
-        )  # one that stands still, too: its node sees to it within seconds
+        backend.kill(worker.handle)  # one that stands still, too: its node sees to it within seconds
 
     def _end(self) -> None:
         for worker in self._all():

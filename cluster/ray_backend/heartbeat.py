@@ -56,10 +56,7 @@ class Heartbeat:
         }
         gone = self._listen(now)
         for worker in known:  # in order, so that a simulation repeats
-            if (
-                worker not in self._asked
-                and now - self._last_response.get(worker, -self._pause_s) >= self._pause_s
-            ):
+            if worker not in self._asked and now - self._last_response.get(worker, -self._pause_s) >= self._pause_s:
                 self._asked[worker] = (call_inside(worker.handle, _alive, group=GROUP), now)
         silence = self._listening.silence
         silent = [w for w, (_, since) in self._asked.items() if silence(since) > self._silence_s]

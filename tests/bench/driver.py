@@ -27,9 +27,7 @@ from tests.distributed.stubs import Slow, requests
 def plan(samplers: int, servers: int, slots: int) -> FleetPlan:
     def role(name: str, count: int = 1) -> Role:
         resources = Resources(num_cpus=0.01)
-        return Role(
-            name=name, factory=Slow, config=(0.0,) * count, resources=resources, count=count
-        )
+        return Role(name=name, factory=Slow, config=(0.0,) * count, resources=resources, count=count)
 
     return FleetPlan(
         sampler=role("sampler", samplers),

@@ -27,10 +27,7 @@ PROXIES = {
     for name in (lower, lower.upper())
 }
 AHEAD_S = 420
-LIBRARY = (
-    Path(SPEC.origin if SPEC and SPEC.origin else "absent").parent
-    / "vendor/libfaketime/src/libfaketime.so.1"
-)
+LIBRARY = Path(SPEC.origin if SPEC and SPEC.origin else "absent").parent / "vendor/libfaketime/src/libfaketime.so.1"
 AHEAD = {"LD_PRELOAD": str(LIBRARY), "FAKETIME": f"+{AHEAD_S}s", "DONT_FAKE_MONOTONIC": "1"}
 NOBODY = 65534
 OPTIONS = [*flags(), "--groups-per-iteration", "2", "--learner.schedule", "constant",
@@ -88,11 +85,7 @@ def alone(folder: Path, seed: int, iterations: int) -> list[tuple]:
 
 def seconds_of(run: Path) -> float:
     """From the first to the last time in its trace."""
-    events = [
-        json.loads(line.rstrip(","))
-        for line in (run / "trace.json").read_text().splitlines()
-        if "ts" in line
-    ]
+    events = [json.loads(line.rstrip(",")) for line in (run / "trace.json").read_text().splitlines() if "ts" in line]
     starts = [event["ts"] for event in events]
     return (max(event["ts"] + event.get("dur", 0) for event in events) - min(starts)) / 1e6
 
@@ -175,12 +168,7 @@ def test_two_runs_at_once_do_not_touch_each_other(cluster: HostCluster, tmp_path
     for run in runs.values():
         assert run["user"] == "root"
         assert 0 < run["cpus"] <= run["quota_cpus"] == 2
-        assert run["workers"] == {
-            "sampler": 2,
-            "reward-server": 1,
-            "learner": 1,
-            "moments-server": 1,
-        }
+        assert run["workers"] == {"sampler": 2, "reward-server": 1, "learner": 1, "moments-server": 1}
     assert found["cpus"] == 4
     which = command(cluster, first, "cluster.stop")
     assert which.returncode == 1

@@ -45,9 +45,7 @@ NIGHT = FleetStatus(
         WorkerStatus(name=name, state="serving", actor=name)
         for name in ("learner-0", "learner-1", "moments-server")
     ),
-    progress=Progress(
-        stage="training", directory="/runs/night", done=50, iterations=200, seconds=2
-    ),
+    progress=Progress(stage="training", directory="/runs/night", done=50, iterations=200, seconds=2),
     age_s=0.5,
     driver=Driver(user="ann", host="host-1", pid=41),
     reserved=Share(9.0, 4.5),
@@ -124,9 +122,7 @@ class FakeRay:
 
     @staticmethod
     def wait(refs: list[str], *, num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
-        return [ref for ref in refs if RUNS.get(ref, 1)], [
-            ref for ref in refs if not RUNS.get(ref, 1)
-        ]
+        return [ref for ref in refs if RUNS.get(ref, 1)], [ref for ref in refs if not RUNS.get(ref, 1)]
 
     @staticmethod
     def get(ref: str) -> FleetStatus:

@@ -87,7 +87,8 @@ def test_what_the_planner_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_command_in_the_head_makes_the_same_files() -> None:
     given = [*GIVEN, "--env-secret", "a", "--env-secret", "b", "--pod-monitor", "--retries", "0",
-             "--checkpoint-url", "s3://b/x", "--", "--conditions.template", "a photo of {}"]  # fmt: skip
+             "--checkpoint-url", "s3://b/x", "--", "--conditions.template",
+             "a photo of {}"]  # fmt: skip
     target, options = parse(given)
     line = command_line(target, options)
     assert parse(shlex.split(line)[2:]) == (target, options)

@@ -12,7 +12,8 @@ from cluster.deploy.run_command import for_job_submit
 from cluster.errors import ConfigError
 
 HARD = [
-    "plain", "--sampler.labels", "market=in(a,b)", "zone=!spot", "a photo of a {}", "it's", 'say "x"',
+    "plain", "--sampler.labels", "market=in(a,b)", "zone=!spot", "a photo of a {}", "it's",
+    'say "x"',
     "$HOME", "a $HOME b", "`x`", "back\\slash", "a b\\", "semi;colon", "a&b|c", "*", "~", "#x", "",
     "tab\there", 'both \' and "', "100%", "{a,b}",
 ]  # fmt: skip

@@ -203,9 +203,7 @@ def test_a_token_that_is_asked_for_by_the_environment_and_absent(
     answers: list[GcsAnswer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    with pytest.raises(
-        FleetError, match="RAY_AUTH_MODE=token is set, and no token is found: there is none in"
-    ):
+    with pytest.raises(FleetError, match="RAY_AUTH_MODE=token is set, and no token is found: there is none in"):
         find_cluster(RayConfig(address="10.0.0.3:6379"))
 
 

@@ -76,7 +76,9 @@ def test_one_sampler_takes_the_sum_of_all_phases() -> None:
             load=0.0625, record=0.03125,
         ),
     )  # fmt: skip
-    assert found.seconds[1:] == pytest.approx([0.125 + 0.0625 + 8 * 1.0 + 0.25 + 0.5 + 2.0] * 3)
+    assert found.seconds[1:] == pytest.approx(
+        [0.125 + 0.0625 + 8 * 1.0 + 0.25 + 0.5 + 2.0] * 3
+    )
     assert found.images_per_s() == pytest.approx(32 / found.seconds[1])
     assert found.phases["sample"] == pytest.approx(8.0)
     assert found.restarts == 0
@@ -113,7 +115,9 @@ def test_tokens_and_images_share_a_gpu() -> None:
 
 def test_workers_on_cores_share_them() -> None:
     """Three samplers of one thread on two cores take as long as one and a half each."""
-    of = config(3, 12, sampler={"num_gpus": 0}, reward={"num_gpus": 0}, learner={"num_gpus": 0})
+    of = config(
+        3, 12, sampler={"num_gpus": 0}, reward={"num_gpus": 0}, learner={"num_gpus": 0}
+    )
     found = run(of, times(sample=1.0), SimulatedCluster(hosts=(Host(cpus=2),), latency_s=0.0))
     assert found.seconds[-1] == pytest.approx(12 / 2, rel=0.02)
 

@@ -1,5 +1,5 @@
-"""The KubeRay target against a real API server: kustomize builds the overlays, the server takes every
-object with KubeRay's CRDs, and pods meet the Pod Security Standard `restricted`. Nothing runs.
+"""The KubeRay target against a real API server: kustomize builds the overlays, the server takes
+every object with KubeRay's CRDs, and pods meet the Pod Security Standard `restricted`. Nothing runs.
 
 KUBEBUILDER_ASSETS names a directory with etcd, kube-apiserver and kubectl (as the Kubernetes
 project's `setup-envtest` lays them out), TESSERA_KUBERAY_CRDS one with KubeRay's CRDs.
@@ -86,7 +86,8 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
     ]  # fmt: skip
     server = [
         str(ASSETS / "kube-apiserver"), f"--etcd-servers=http://127.0.0.1:{client}",
-        "--bind-address=127.0.0.1", f"--secure-port={secure}", f"--cert-dir={here / 'certificates'}",
+        "--bind-address=127.0.0.1", f"--secure-port={secure}",
+        f"--cert-dir={here / 'certificates'}",
         f"--token-auth-file={here / 'tokens.csv'}", "--authorization-mode=AlwaysAllow",
         "--service-account-issuer=https://127.0.0.1", f"--service-account-key-file={key}",
         f"--service-account-signing-key-file={key}", "--service-cluster-ip-range=10.96.0.0/24",
@@ -164,7 +165,7 @@ def test_the_server_sees_faults(kubectl: Kubectl, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [[], ["--checkpoint-url", "s3://b/x"], ["--nfs", "a:/b"]])
 def test_pods_are_admitted_as_restricted(kubectl: Kubectl, more: list[str]) -> None:
-    """Pod Security's strictest level, where a namespace enforces it; NFS is a volume that it refuses."""
+    """Pod Security's strictest level, where a namespace enforces it; it refuses NFS volumes."""
     (job,) = of_kind(manifests(8, *more), "RayJob")
     pods = [*templates(job["spec"]["rayClusterSpec"]).values(), job["spec"]["submitterPodTemplate"]]
     for pod in pods:

@@ -34,7 +34,8 @@ NOT_CORE = {*OWN, "Kustomization", "PodMonitor"}
 VARIATIONS = {
     "plain": [],
     "url": ["--checkpoint-url", "s3://bucket/run", "--weights-dir", "/opt/weights"],
-    "nfs": ["--nfs", "10.0.0.1:/a", "--token-secret", "t", "--env-secret", "e", "--pull-secret", "p"],
+    "nfs": ["--nfs", "10.0.0.1:/a", "--token-secret", "t", "--env-secret", "e",
+            "--pull-secret", "p"],
     "host": ["--host-path", "/mnt/a", "--priority-class", "high", "--toleration", "a=b:NoExecute",
              "--node-selector", "a=b", "--service-account", "s", "--pod-monitor"],
     "class": ["--storage-class", "rwx", "--namespace", "team", "--name", "n" * 40],

@@ -1,5 +1,6 @@
 """The KubeRay target against a real API server: kustomize builds the overlays, the server takes
-every object with KubeRay's CRDs, and pods meet the Pod Security Standard `restricted`. Nothing runs.
+every object with KubeRay's CRDs, and pods meet the Pod Security Standard `restricted`. Nothing
+runs.
 
 KUBEBUILDER_ASSETS names a directory with etcd, kube-apiserver and kubectl (as the Kubernetes
 project's `setup-envtest` lays them out), TESSERA_KUBERAY_CRDS one with KubeRay's CRDs.

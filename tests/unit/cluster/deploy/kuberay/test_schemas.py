@@ -62,8 +62,9 @@ def test_objects_and_pods_of_kubernetes(version: str, given: list[str]) -> None:
             check_object(manifest, version)
     (job,) = of_kind(found, "RayJob")
     (cluster,) = of_kind(found, "RayCluster")
-    pods = [*templates(job["spec"]["rayClusterSpec"]).values(), *templates(cluster["spec"]).values(),
-            job["spec"]["submitterPodTemplate"]]  # fmt: skip
+    specs = [job["spec"]["rayClusterSpec"], cluster["spec"]]
+    pods = [pod for spec in specs for pod in templates(spec).values()]
+    pods.append(job["spec"]["submitterPodTemplate"])
     for pod in pods:
         check_object(as_pod(pod), version)
 

@@ -90,5 +90,5 @@ def test_the_autoscaler_starts_what_is_missing_and_is_not_kept_at_it() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["nodes"], found["asked"]) == ([1, 2], True)
     assert (found["held"], found["withdrawn"]) == ([], [[], []])
-    assert "asks for 5 GPUs, but there are 1" in found["refused"]
+    assert "5.3 CPUs are asked for by name" in found["refused"]
     assert "the autoscaler was asked for nodes 10 s ago" in found["refused"]

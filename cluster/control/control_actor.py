@@ -236,7 +236,8 @@ def find_control_actor(run: str) -> tuple[str, Any]:
         run: its name; empty: the only run.
 
     Raises:
-        FleetError: no such run, or several to choose from.
+        SeveralRunsError: none was named, and there are several.
+        FleetError: no such run.
     """
     found = active_runs()
     if run and run not in found:
@@ -245,7 +246,9 @@ def find_control_actor(run: str) -> tuple[str, Any]:
     if not found:
         raise FleetError("no run is active on this cluster")
     if not run and len(found) > 1:
-        raise FleetError(f"several runs are active: choose one with --run ({', '.join(found)})")
+        raise SeveralRunsError(
+            f"several runs are active: choose one with --run ({', '.join(found)})"
+        )
     name = run or found[0]
     return name, control_actor(name)
 
@@ -270,6 +273,10 @@ class RunSelection:
         """
         with connect_to_run(find_run(self.run, self.address)) as connection:
             yield connection
+
+
+class SeveralRunsError(FleetError):
+    """A command did not say which of several runs it is meant for."""
 
 
 class RunEndedError(FleetError):
@@ -355,6 +362,8 @@ def connect_to_run(location: RunLocation) -> Iterator[RunConnection]:
     with RaySession(RayConfig(), cluster):
         try:
             name, control = find_control_actor(location.run)
+        except SeveralRunsError:
+            raise
         except FleetError as error:
             if location.directory is not None:
                 raise killed_error(location.directory) from None

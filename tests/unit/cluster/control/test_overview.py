@@ -185,6 +185,32 @@ def test_the_control_actor_knows_whose_it_is_before_the_driver_speaks() -> None:
     assert (actor.status().restarts, actor.status().driver.pid) == (2, os.getpid())
 
 
+@pytest.mark.parametrize("command", [status.main, stop.main, scale.main])
+def test_of_several_runs_on_a_cluster_none_is_guessed(
+    command: Any,
+    cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """Nor is a run shown that this user had before."""
+    (tmp_path / "runs" / "ended").mkdir(parents=True)
+    (tmp_path / "runs" / "ended" / "config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(control_actor, "check_alive", lambda location: None)
+    monkeypatch.setattr(control_actor, "find_cluster", lambda config, source: None)
+    monkeypatch.setattr(control_actor, "RaySession", overview.RaySession)
+    monkeypatch.setattr(control_actor, "active_runs", lambda: ["evening", "night"])
+    wanted = ["--samplers", "3"] if command is scale.main else []
+    assert command([*wanted, "--address", "10.0.0.4:6379"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        "error: several runs are active: choose one with --run (evening, night)\n"
+    )
+
+
 def connection(user: str, directory: Path | None) -> RunConnection:
     actor = ControlActor(Driver(user=user, host="host-2", pid=7))
     location = RunLocation("", "10.0.0.4:6379", directory)

@@ -165,6 +165,7 @@ def test_two_runs_at_once_do_not_touch_each_other(cluster: HostCluster, tmp_path
     assert submitted.returncode == 0, submitted.stdout
 
     def both(runs: dict[str, Any]) -> bool:
+        assert driver.poll() is None, driver.communicate()[0]
         return {"night", "evening"} == {name for name, run in runs.items() if run["iteration"]}
 
     found = statuses(cluster, first, both)

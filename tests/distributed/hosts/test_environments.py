@@ -147,6 +147,7 @@ def test_a_private_ray_keeps_its_store_elsewhere(cluster: HostCluster, filled_mb
     assert f"/dev/shm has room for {free}, less than Ray's object store" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_do_not_touch_each_other(cluster: HostCluster, tmp_path: Path) -> None:
     """One is driven from the host that is ahead, one is a job from outside. Each is stopped by its
     name, and has the numbers that it has alone."""

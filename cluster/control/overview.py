@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from cluster.control.control_actor import FleetStatus, control_actor, active_runs
+from cluster.control.control_actor import FleetStatus, active_runs, control_actor
 from cluster.ray_session.address import AUTO, written_address
 from cluster.ray_session.session import RayConfig, RaySession, find_cluster
 from cluster.spans import role_of

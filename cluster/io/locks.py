@@ -3,8 +3,8 @@
 It works on NFS and parallel filesystems, unlike `flock`: the file is created exclusively, and its
 owner renews its modification time, by the storage's clock. A lock of a dead owner is taken over: at
 once if its process ran on this machine, else when this process has seen no change of the
-modification time for `STALE_S`, or for a shorter time if it is very old. Taking over needs a second lock, named after the first one's token, so that exactly one
-process succeeds.
+modification time for `STALE_S`, or for a shorter time if it is very old. Taking over needs a second
+lock, named after the first one's token, so that exactly one process succeeds.
 """
 
 from __future__ import annotations

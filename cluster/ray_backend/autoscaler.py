@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from cluster import clock
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cluster import clock
 from cluster.control.control_actor import (
     FleetStatus,
     PoolStatus,
@@ -22,8 +22,8 @@ from cluster.ray_backend.prometheus import JobMetrics
 from cluster.ray_session import backend
 from cluster.ray_session.private import actor_id
 from cluster.scheduling.autoscaling import desired_workers
-from cluster.scheduling.quota import RunQuota
 from cluster.scheduling.pool import State, Worker, WorkerPool
+from cluster.scheduling.quota import RunQuota
 from cluster.scheduling.weight_versions import NO_WEIGHTS
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,6 @@ class Autoscaler:
                 f"{load.mean_wait_s:.2g} s on average, workers were busy {load.busy_share:.0%})"
             )
             pool.scale(wanted)
-
 
     def _within_quota(self, pool: WorkerPool, wanted: int, now: int) -> int:
         """The number of workers that a pool wants, or as many as the quota leaves it."""

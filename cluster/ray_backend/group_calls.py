@@ -14,7 +14,6 @@ groups are queued again; if images are lost with their node, the group is sample
 
 from __future__ import annotations
 
-from cluster import clock
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,6 +23,7 @@ from typing import Any
 
 import ray
 
+from cluster import clock
 from cluster.errors import InputLostError
 from cluster.messages import RolloutGroup
 from cluster.ray_backend.broadcast import Broadcaster

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from cluster import clock
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from ray.exceptions import RayActorError
 
+from cluster import clock
 from cluster.errors import LearnerLostError
 from cluster.ray_backend.learner_group import LearnerGroup
 from cluster.ray_session import backend

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from cluster.errors import FleetError
+from cluster.placement.nodes import Node
 from cluster.program.console import time_limit
 from cluster.program.invocation import current
 from cluster.program.signals import deferred_signals
@@ -50,7 +51,6 @@ from cluster.ray_session.token import (
     token,
     token_in_environment,
 )
-from cluster.placement.nodes import Node
 
 logger = logging.getLogger(__name__)
 

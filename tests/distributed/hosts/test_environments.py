@@ -1,5 +1,5 @@
-"""Two runs at once on one cluster of hosts as they come: IPv6 alone, clocks minutes apart, a /dev/shm
-of 64 MB as Docker makes it, proxies that lead nowhere, and another user on the same machine."""
+"""Two runs at once on one cluster of hosts as they come: IPv6 alone, clocks minutes apart, proxies
+that lead nowhere, a /dev/shm of 64 MB as Docker makes it, and another user on the same machine."""
 
 from __future__ import annotations
 
@@ -90,7 +90,11 @@ def alone(folder: Path, seed: int, iterations: int) -> list[tuple]:
 
 def seconds_of(run: Path) -> float:
     """From the first to the last time in its trace."""
-    events = [json.loads(line.rstrip(",")) for line in (run / "trace.json").read_text().splitlines() if "ts" in line]
+    events = [
+        json.loads(line.rstrip(","))
+        for line in (run / "trace.json").read_text().splitlines()
+        if "ts" in line
+    ]
     starts = [event["ts"] for event in events]
     return (max(event["ts"] + event.get("dur", 0) for event in events) - min(starts)) / 1e6
 
@@ -175,7 +179,12 @@ def test_two_runs_at_once_do_not_touch_each_other(cluster: HostCluster, tmp_path
     for run in runs.values():
         assert run["user"] == "root"
         assert 0 < run["cpus"] <= run["quota_cpus"] == 2
-        assert run["workers"] == {"sampler": 2, "reward-server": 1, "learner": 1, "moments-server": 1}
+        assert run["workers"] == {
+            "sampler": 2,
+            "reward-server": 1,
+            "learner": 1,
+            "moments-server": 1,
+        }
     assert found["cpus"] == 4
     which = command(cluster, first, "cluster.stop")
     assert which.returncode == 1

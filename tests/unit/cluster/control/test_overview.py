@@ -45,7 +45,9 @@ NIGHT = FleetStatus(
         WorkerStatus(name=name, state="serving", actor=name)
         for name in ("learner-0", "learner-1", "moments-server")
     ),
-    progress=Progress(stage="training", directory="/runs/night", done=50, iterations=200, seconds=2),
+    progress=Progress(
+        stage="training", directory="/runs/night", done=50, iterations=200, seconds=2
+    ),
     age_s=0.5,
     driver=Driver(user="ann", host="host-1", pid=41),
     reserved=Share(9.0, 4.5),
@@ -105,7 +107,7 @@ def test_for_people() -> None:
 class FakeRay:
     """`ray.wait` and `ray.get` on answers that are there already; "late" ones never come."""
 
-    class Ended(Exception):
+    class EndedError(Exception):
         pass
 
     @staticmethod
@@ -122,12 +124,14 @@ class FakeRay:
 
     @staticmethod
     def wait(refs: list[str], *, num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
-        return [ref for ref in refs if RUNS.get(ref, 1)], [ref for ref in refs if not RUNS.get(ref, 1)]
+        return [ref for ref in refs if RUNS.get(ref, 1)], [
+            ref for ref in refs if not RUNS.get(ref, 1)
+        ]
 
     @staticmethod
     def get(ref: str) -> FleetStatus:
         if ref == "killed":
-            raise FakeRay.Ended
+            raise FakeRay.EndedError
         found = RUNS[ref]
         assert found is not None
         return found
@@ -154,7 +158,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overview, "active_runs", lambda: [*RUNS, "killed", "gone"])
     monkeypatch.setattr(overview, "control_actor", actor)
     monkeypatch.setitem(sys.modules, "ray", FakeRay)  # type: ignore[arg-type]
-    exceptions = SimpleNamespace(RayActorError=FakeRay.Ended)
+    exceptions = SimpleNamespace(RayActorError=FakeRay.EndedError)
     monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)  # type: ignore[arg-type]
 
 
@@ -206,9 +210,7 @@ def test_of_several_runs_on_a_cluster_none_is_guessed(
     assert command([*wanted, "--address", "10.0.0.4:6379"]) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == (
-        "error: several runs are active: choose one with --run (evening, night)\n"
-    )
+    assert said.err == ("error: several runs are active: choose one with --run (evening, night)\n")
 
 
 def connection(user: str, directory: Path | None) -> RunConnection:

@@ -180,7 +180,7 @@ def test_a_proxy_in_the_way_is_said_before_a_private_ray_starts(
     monkeypatch.setenv("RAY_grpc_enable_http_proxy", "1")
     monkeypatch.setenv("https_proxy", "http://10.9.9.9:3128")
     monkeypatch.delenv("no_proxy", raising=False)
-    with pytest.raises(FleetError, match="would talk to 127.0.0.1 through the proxy of"):
+    with pytest.raises(FleetError, match=r"would talk to 127\.0\.0\.1 through the proxy of"):
         check_ray(RayConfig())
 
 
@@ -203,7 +203,9 @@ def test_a_token_that_is_asked_for_by_the_environment_and_absent(
     answers: list[GcsAnswer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    with pytest.raises(FleetError, match="RAY_AUTH_MODE=token is set, and no token is found: there is none in"):
+    with pytest.raises(
+        FleetError, match="RAY_AUTH_MODE=token is set, and no token is found: there is none in"
+    ):
         find_cluster(RayConfig(address="10.0.0.3:6379"))
 
 

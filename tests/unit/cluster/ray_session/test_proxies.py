@@ -33,7 +33,7 @@ def test_a_proxy_that_ray_would_use_is_refused(variable: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host, exceptions, found",
+    ("host", "exceptions", "found"),
     [
         ("head.cluster", ".cluster", True),
         ("head.cluster", "example.org,head.cluster", True),

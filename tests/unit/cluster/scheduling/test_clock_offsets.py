@@ -83,7 +83,9 @@ def test_a_role_on_this_clock() -> None:
     class Far:
         def step(self) -> GroupScores:
             now = clock.epoch() + 500
-            return scores(Span("learner-0", "learn", now, now), Span("learner-1", "learn", now, now))
+            return scores(
+                Span("learner-0", "learn", now, now), Span("learner-1", "learn", now, now)
+            )
 
         def restore(self) -> int:
             return 7
@@ -99,4 +101,7 @@ def test_the_idle_shares_of_hosts_whose_clocks_differ() -> None:
     behind = Span("sampler-0", "sample", 100.01 - 300, 105.01 - 300)
     usage.add([offsets.aligned(behind, 100.0, 105.02), Span("learner", "learn", 105.02, 110.02)])
     shares = {use.role: use.busy for use in usage.shares()}
-    assert shares == {"sampler": pytest.approx(0.5, abs=0.01), "learner": pytest.approx(0.5, abs=0.01)}
+    assert shares == {
+        "sampler": pytest.approx(0.5, abs=0.01),
+        "learner": pytest.approx(0.5, abs=0.01),
+    }

@@ -9,10 +9,10 @@ import pytest
 
 from cluster.control.control_actor import ScaleRequest
 from cluster.errors import ConfigError
+from cluster.placement.nodes import Node
 from cluster.ray_backend import autoscaler
 from cluster.ray_backend.autoscaler import Autoscaler
 from cluster.roles import AutoscaleConfig, FleetPlan, QuotaConfig, Resources, Role
-from cluster.placement.nodes import Node
 from cluster.scheduling.placement import place, quota_of
 from cluster.scheduling.pool import State, Worker, WorkerPool
 from cluster.scheduling.quota import RunQuota, Share
@@ -35,7 +35,7 @@ def test_what_workers_count_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "bounds, role, most",
+    ("bounds", "role", "most"),
     [
         (quota(), "sampler", None),
         (quota(cpus=5), "sampler", 2),
@@ -53,13 +53,14 @@ def test_the_most_workers_of_a_role(bounds: RunQuota, role: str, most: int | Non
 
 def test_a_refusal_says_what_there_is_and_fewer_are_never_refused() -> None:
     why = quota(gpus=3).refusal("sampler", 3, COUNTS)
-    assert "3 workers of sampler" in why and "6 CPUs and 4 GPUs" in why
+    assert "3 workers of sampler" in why
+    assert "6 CPUs and 4 GPUs" in why
     assert "its quota is 3 GPUs: sampler can have 2" in why
     assert quota(gpus=3).refusal("sampler", 2, COUNTS) == ""
     assert quota(gpus=1).refusal("sampler", 1, COUNTS) == ""
 
 
-@pytest.mark.parametrize("cpus, gpus", [(-1.0, 0.0), (0.0, -0.5), (float("nan"), 0.0)])
+@pytest.mark.parametrize(("cpus", "gpus"), [(-1.0, 0.0), (0.0, -0.5), (float("nan"), 0.0)])
 def test_bounds_that_are_none(cpus: float, gpus: float) -> None:
     with pytest.raises(ValueError, match="must be >= 0"):
         QuotaConfig(cpus=cpus, gpus=gpus)

@@ -302,7 +302,7 @@ class WeightSnapshot:
     """msgpack: names, dtypes, shapes, offsets, base, checksums."""
     buffer: np.ndarray = field(repr=False)
     """(n,) uint8, every tensor 64-byte aligned; read-only in shared memory. Out of a broadcast
-    group, a tensor of the same kind, on any device."""
+    group, a tensor of the same kind, on any device; from other hosts, `snapshots.pieces.Pieces`."""
     base: int | None = None
     """Version of the full snapshot that this one builds upon; None is a full one."""
 

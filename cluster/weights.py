@@ -15,7 +15,6 @@ whose weights W become W + scale B A.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -29,20 +28,18 @@ from torch import Tensor
 
 from cluster.errors import CheckpointError
 from cluster.messages import WeightSnapshot
+from cluster.snapshots.pieces import (
+    DTYPES,
+    Pieces,
+    Tensors,
+    block_sums,
+    digest,
+    readable,
+    view_of,
+)
 
 ALIGNMENT = 64  # bytes; what vector loads and pinned copies like best
-BLOCK = 1 << 16  # bytes that share one sum of the checksum
 FORMAT = 2
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
 CPU = torch.device("cpu")
 UNREADABLE = (ValueError, KeyError, TypeError, msgpack.UnpackException)
 
@@ -92,7 +89,7 @@ class Packer:
         else:  # memory that the learner's next step uses again
             flat = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         for entry, tensor in zip(entries, state.values()):
-            _view(flat, entry).copy_(tensor)
+            view_of(flat, entry).copy_(tensor)
         body = {
             "version": version,
             "base": None,
@@ -185,7 +182,7 @@ class Opened:
     config: Mapping[str, Any]
     base: SnapshotName | None
     scales: Mapping[str, float]
-    tensors: dict[str, Tensor]
+    tensors: Tensors
 
 
 def open_snapshot(snapshot: WeightSnapshot, device: torch.device = CPU) -> Opened:
@@ -198,24 +195,28 @@ def open_snapshot(snapshot: WeightSnapshot, device: torch.device = CPU) -> Opene
     Raises:
         CheckpointError: manifest or buffer are damaged, do not match, or have another format.
     """
-    body, digest = _unpack_manifest(snapshot)
-    nbytes, buffer = int(snapshot.buffer.nbytes), snapshot.buffer
+    body, named = _unpack_manifest(snapshot)
+    buffer: Any = snapshot.buffer
+    nbytes = snapshot.nbytes
     if body["nbytes"] != nbytes or body["version"] != snapshot.version:
         raise CheckpointError(
             f"snapshot {snapshot.version}: manifest speaks of version {body['version']} with "
             f"{body['nbytes']} bytes, found {nbytes} bytes"
         )
-    flat = (buffer if isinstance(buffer, Tensor) else _tensor(buffer)).to(device)
-    if checksum(flat) != body["checksum"]:
+    if isinstance(buffer, Pieces):  # summed up as they arrived
+        flat = buffer if device == CPU else buffer.on(device)
+    else:
+        flat = (buffer if isinstance(buffer, Tensor) else readable(buffer)).to(device)
+    if (flat.checksum() if isinstance(flat, Pieces) else checksum(flat)) != body["checksum"]:
         raise CheckpointError(
             f"snapshot {snapshot.version} is damaged: checksum does not match; it must be sent anew"
         )
     return Opened(
-        name=SnapshotName(snapshot.version, digest),
+        name=SnapshotName(snapshot.version, named),
         config=body["config"],
         base=SnapshotName(**body["base"]) if body["base"] else None,
         scales=body.get("scales", {}),
-        tensors={entry["name"]: _view(flat, entry) for entry in body["tensors"]},
+        tensors=Tensors(body["tensors"], flat),
     )
 
 
@@ -251,13 +252,13 @@ def load_weights(
     full = opened if opened.base is None else _base_of(opened, base, device)
     _check_architecture(module, own, full)
     pairs = {} if full is opened else _pairs(opened, own)
-    for name, view in full.tensors.items():
+    for name in full.tensors:
         if name in pairs:
             a, b, scale = pairs[name]
-            update = (b @ a) * scale
+            update, view = (b @ a) * scale, full.tensors[name]
             own[name].copy_(view + update.to(view.dtype))
         else:
-            own[name].copy_(view)
+            full.tensors.copy_into(own[name], name)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
@@ -268,11 +269,7 @@ def checksum(flat: Tensor) -> bytes:
 
     64-bit words are added up in blocks, and the sums are hashed: at the speed of memory, several
     times that of a CRC. Words that change places inside a block go unnoticed."""
-    words = flat.view(torch.int64)
-    per_block = BLOCK // words.element_size()
-    whole = len(words) // per_block * per_block
-    sums = [words[:whole].view(-1, per_block).sum(1), words[whole:].sum().view(1)]
-    return _hash(torch.cat(sums).cpu().numpy().tobytes())
+    return digest(block_sums(flat).cpu().numpy().tobytes())
 
 
 def _base_of(opened: Opened, base: WeightSnapshot | None, device: torch.device) -> Opened:
@@ -294,10 +291,10 @@ def _check_architecture(module: torch.nn.Module, own: Mapping[str, Tensor], full
             f"{other}missing {sorted(missing)[:3] or 'none'}, "
             f"unexpected {sorted(unexpected)[:3] or 'none'}"
         )
-    for name, view in views.items():
-        if own[name].shape != view.shape:
+    for name in views:
+        if own[name].shape != views.shape(name):
             raise CheckpointError(
-                f"{other}{name!r} has shape {tuple(view.shape)}, expected {tuple(own[name].shape)}"
+                f"{other}{name!r} has shape {views.shape(name)}, expected {tuple(own[name].shape)}"
             )
     expected = architecture(module)
     if not (expected and full.config):
@@ -348,23 +345,17 @@ def _layout(
     return entries, max(offset, ALIGNMENT)  # numpy and torch are odd about empty memory
 
 
-def _view(flat: Tensor, entry: Mapping[str, Any]) -> Tensor:
-    dtype = DTYPES[entry["dtype"]]
-    nbytes = math.prod(entry["shape"]) * dtype.itemsize
-    return flat[entry["at"] : entry["at"] + nbytes].view(dtype).view(entry["shape"])
-
-
 def _pack_manifest(body: Mapping[str, Any]) -> bytes:
     packed = msgpack.packb(body)
-    return msgpack.packb({"format": FORMAT, "body": packed, "digest": _hash(packed)})
+    return msgpack.packb({"format": FORMAT, "body": packed, "digest": digest(packed)})
 
 
 def _unpack_manifest(snapshot: WeightSnapshot) -> tuple[dict[str, Any], bytes]:
     """The manifest's body and digest."""
     try:
         manifest = msgpack.unpackb(snapshot.manifest)
-        found, packed, digest = manifest["format"], manifest["body"], manifest["digest"]
-        intact = _hash(packed) == digest
+        found, packed, named = manifest["format"], manifest["body"], manifest["digest"]
+        intact = digest(packed) == named
     except UNREADABLE:
         intact, found = False, FORMAT
     if found != FORMAT:
@@ -377,22 +368,4 @@ def _unpack_manifest(snapshot: WeightSnapshot) -> tuple[dict[str, Any], bytes]:
             f"snapshot {snapshot.version} is damaged: its manifest cannot be read; it must be sent "
             "anew"
         )
-    return msgpack.unpackb(packed), digest
-
-
-def _hash(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _tensor(raw: np.ndarray) -> Tensor:
-    """A tensor over `raw`, read-only or not: torch has no read-only tensors and would warn."""
-    return torch.from_numpy(raw if raw.flags.writeable else np.asarray(_OnlyRead(raw)))
-
-
-class _OnlyRead:
-    """Presents read-only memory to numpy as writable; its user must not write."""
-
-    def __init__(self, raw: np.ndarray) -> None:
-        self._raw = raw
-        pointer, _ = raw.__array_interface__["data"]
-        self.__array_interface__ = {**raw.__array_interface__, "data": (pointer, False)}
+    return msgpack.unpackb(packed), named

@@ -3,14 +3,16 @@
 The learner returns it from a method, so that the driver owns it and it outlives the learner (with
 `ray.put` it would be lost with the learner). It is stored once on the learner's node, and copied
 once to each other node that asks for it: by the object store, or before that by a broadcast group
-(`collective.py`).
+(`collective.py`). With samplers on several other nodes it travels in pieces, which each node passes
+on to the next while later ones arrive (`relays/relay.py`), since the learner's link would carry
+them once for every node.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -18,9 +20,10 @@ from ray.exceptions import RayError
 
 from cluster.ray_backend import collective, heartbeat
 from cluster.ray_backend.collective import RECEIVE, Ticket
+from cluster.ray_backend.relays import relay
 from cluster.ray_backend.transports import COLLECTIVE, OBJECT_STORE, over_nccl, why_not
 from cluster.ray_session import backend
-from cluster.ray_session.private import actor_id, call_inside, living_actors
+from cluster.ray_session.private import call_inside
 from cluster.roles import FleetPlan
 
 logger = logging.getLogger(__name__)
@@ -33,12 +36,16 @@ class Published:
     """References to one version of the weights."""
 
     snapshot: ray.ObjectRef
-    """In the object store."""
+    """In the object store; without its buffer, if that is in pieces."""
     base: ray.ObjectRef | None = None
     """Full snapshot that `snapshot` builds upon."""
     number: int = 0
     """Of the broadcast that brings it to `members`; 0: none does."""
     members: tuple[Any, ...] = ()
+    pieces: tuple[ray.ObjectRef, ...] = ()
+    """Of the buffer, on the learner's node."""
+    copies: Mapping[str, tuple[ray.ObjectRef, ...]] = field(default_factory=dict)
+    """Node -> the copies of the pieces that are nearest to it."""
 
 
 class Publisher:
@@ -70,6 +77,8 @@ class Publisher:
         self._address: ray.ObjectRef | None = None
         self._pending: list[ray.ObjectRef] = []  # answers to the last broadcasts
         self._base: ray.ObjectRef | None = None
+        self._nodes: dict[Any, str] = {}  # of handles
+        self._size: ray.ObjectRef | None = None  # of a snapshot, bytes
 
     def actor_class(self, factory: Callable[..., Any], groups: Mapping[str, int]) -> Any:
         """Ray's actor class of a sampler.
@@ -77,21 +86,20 @@ class Publisher:
         Args:
             groups: its concurrency groups, and the threads of each.
         """
-        receiving = {RECEIVE: 1} if self._collective else {}
-        options: dict[str, Any] = {"concurrency_groups": {**groups, **receiving}}
+        options: dict[str, Any] = {"concurrency_groups": {**groups, RECEIVE: 1}}
         return backend.actor_class(factory, options)
 
     def forget(self) -> None:
         """The learner was replaced: drop its base and group."""
         self._leave(*self._members)
-        self._base = None
+        self._base = self._size = None
 
     def publish(self, learners: Sequence[Any], samplers: Sequence[Any] = ()) -> Published:
         """Request the learners' weights, without waiting.
 
         Args:
             learners: actor handles; the first one's answer is the snapshot.
-            samplers: that serve now, for the broadcast group.
+            samplers: that serve now, and may pass the weights on.
         """
         self._learners = learners
         if self._adapters_alone:
@@ -100,13 +108,17 @@ class Publisher:
         self.look()
         if self._collective and samplers:
             return self._broadcast(tuple(samplers))
-        return Published(self._asked("snapshot"))
+        return self._stored(samplers)
 
     def load(self, sampler: Any, weights: Published) -> ray.ObjectRef:
         """Have a sampler (an actor handle) load weights, with their base if there is one."""
         if weights.number and sampler in weights.members:
             wait_s = self._timeout_s / 2  # it then has time for the object store
             return call_inside(sampler, collective.load, weights.number, wait_s, [weights.snapshot])
+        if weights.pieces:
+            copies = weights.copies.get(self._nodes.get(sampler, ""), ())
+            refs = [weights.snapshot], list(copies), list(weights.pieces)
+            return call_inside(sampler, relay.load, *refs)
         base = [] if weights.base is None else [weights.base]
         return sampler.load_weights.remote(weights.snapshot, *base)
 
@@ -126,6 +138,47 @@ class Publisher:
         """Call all learners, since each may have a shard; the first returns the whole."""
         answers = [getattr(learner, method).remote() for learner in self._learners]
         return answers[0]
+
+    def _stored(self, samplers: Sequence[Any]) -> Published:
+        """Have the weights put into the object store: in pieces, which other nodes pass on, if
+        there are several and a snapshot is large. Its size is known after the first one."""
+        first, *others = self._learners
+        self._look_for([first, *samplers])
+        passing = chain(self._nodes[first], ((self._nodes[each], each) for each in samplers))
+        count = relay.pieces_of(self._known_size()) if len(passing) > 1 else 1
+        if count == 1:
+            snapshot = self._asked("snapshot")
+            if len(passing) > 1 and self._size is None:
+                self._size = call_inside(first, relay.size, snapshot)
+            return Published(snapshot)
+        snapshot, *rest = call_inside(first, relay.in_pieces, count, num_returns=count + 1)
+        for learner in others:
+            learner.snapshot.remote()
+        pieces = nearest = tuple(rest)
+        copies = {}
+        for node, sampler in passing[:-1]:
+            nearest = copies[node] = tuple(
+                call_inside(
+                    sampler, relay.pass_on, [*nearest[at : at + relay.WINDOW]], group=RECEIVE
+                )
+                for at in range(count)
+            )
+        copies[passing[-1][0]] = nearest  # its samplers fetch them, once for all of the node
+        return Published(snapshot, pieces=pieces, copies=copies)
+
+    def _known_size(self) -> int:
+        """Bytes of a snapshot; 0: not known yet."""
+        if self._size is None or not backend.ready([self._size])[0]:
+            return 0
+        try:
+            return int(backend.get(self._size))
+        except RayError:  # the learner was lost
+            return 0
+
+    def _look_for(self, actors: Sequence[Any]) -> None:
+        """Find the nodes of actors; Ray is asked if there is a new one."""
+        if any(not self._nodes.get(actor) for actor in actors):
+            self._nodes = dict(zip(actors, backend.nodes_of(actors)))
 
     def _broadcast(self, samplers: tuple[Any, ...]) -> Published:
         """Have learner and samplers take part in a broadcast, without waiting."""
@@ -187,12 +240,24 @@ class Publisher:
         self._members, self._pending = (), []
 
 
+def chain(home: str, samplers: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The nodes by which weights are passed on, in order, each with the sampler that does it.
+
+    Args:
+        home: the learner's node, which has them.
+        samplers: node and handle of each.
+    """
+    first: dict[str, Any] = {}
+    for node, sampler in samplers:
+        if node and node != home:
+            first.setdefault(node, sampler)
+    return sorted(first.items(), key=lambda item: item[0])
+
+
 def _by_node(learner: Any, samplers: Sequence[Any]) -> Sequence[Any]:
     """Samplers of the learner's node first, then node by node: most of gloo's tree, whose far
     edges come first, then stays within nodes."""
-    found = {actor: about["node"] for actor, about in living_actors().items()}
-    home = found.get(actor_id(learner), "")
-    nodes = [found.get(actor_id(sampler), "") for sampler in samplers]
+    home, *nodes = backend.nodes_of([learner, *samplers])
     order = sorted(range(len(samplers)), key=lambda i: (nodes[i] != home, nodes[i]))
     return [samplers[index] for index in order]
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import ray
 
 from cluster.placement.nodes import Node
+from cluster.ray_session.private import actor_id, living_actors
 
 
 class Backend(Protocol):
@@ -38,6 +39,10 @@ class Backend(Protocol):
 
     def kill(self, handle: Any) -> None:
         """End an actor's process."""
+        ...
+
+    def nodes_of(self, handles: Sequence[Any]) -> list[str]:
+        """The node of each actor, any name of it; empty: it is not known."""
         ...
 
 
@@ -73,6 +78,11 @@ class RayBackend:
 
     def kill(self, handle: Any) -> None:
         ray.kill(handle)
+
+    def nodes_of(self, handles: Sequence[Any]) -> list[str]:
+        found = living_actors()
+        ids = (actor_id(handle) for handle in handles)
+        return [str(found[each]["node"]) if each in found else "" for each in ids]
 
 
 _backend: Backend = RayBackend()
@@ -125,6 +135,11 @@ def put(value: Any) -> Any:
 def kill(handle: Any) -> None:
     """End an actor's process."""
     _backend.kill(handle)
+
+
+def nodes_of(handles: Sequence[Any]) -> list[str]:
+    """The node of each actor, any name of it; empty: it is not known."""
+    return _backend.nodes_of(handles)
 
 
 @contextmanager

@@ -12,10 +12,9 @@ from torch import nn
 from cluster import weights
 from cluster.errors import CheckpointError
 from cluster.messages import WeightSnapshot
+from cluster.snapshots.pieces import BLOCK, DTYPES
 from cluster.weights import (
     ALIGNMENT,
-    BLOCK,
-    DTYPES,
     Packer,
     SnapshotName,
     checksum,

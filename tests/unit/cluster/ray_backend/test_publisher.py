@@ -26,12 +26,14 @@ class Actors:
         self.answers: dict[object, str] = {}
         self.failure = ""
         self.answered = True
-        fake = SimpleNamespace(ready=self.ready, get=self.answers.__getitem__)
+        fake = SimpleNamespace(
+            ready=self.ready,
+            get=self.answers.__getitem__,
+            nodes_of=lambda handles: [self.nodes.get(str(handle), "") for handle in handles],
+        )
         monkeypatch.setattr(publisher, "backend", fake)
         monkeypatch.setattr(publisher, "call_inside", self.call_inside)
-        monkeypatch.setattr(publisher, "actor_id", lambda handle: handle)
-        monkeypatch.setattr(publisher, "living_actors", lambda: self.nodes)
-        self.nodes: dict[str, dict[str, str]] = {}
+        self.nodes: dict[str, str] = {}
         self.learner = Handle("learner")
 
     def ready(self, refs: list[object], **_: Any) -> tuple[list[object], list[object]]:
@@ -82,7 +84,7 @@ def test_who_was_in_a_group_leaves_it_before_the_next(monkeypatch: pytest.Monkey
 def test_members_of_a_node_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     actors = Actors(monkeypatch)
     on = {"learner": "b", "one": "c", "two": "a", "three": "b", "four": "c", "five": "a"}
-    actors.nodes = {name: {"node": node} for name, node in on.items()}
+    actors.nodes = on
     samplers = [*list(on)[1:], "unknown"]
     Publisher(COLLECTIVE).publish([actors.learner], samplers)
     received = [who for who, what in actors.asked if what == "receive"]

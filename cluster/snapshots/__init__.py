@@ -1,0 +1,1 @@
+"""The buffer of a snapshot of weights: whole or in pieces, and its checksum."""

@@ -3,7 +3,7 @@
 The learner returns it from a method, so that the driver owns it and it outlives the learner (with
 `ray.put` it would be lost with the learner). It is stored once on the learner's node, and copied
 once to each other node that asks for it: by the object store, or before that by a broadcast group
-(`collective.py`). With samplers on several other nodes it travels in pieces, which each node passes
+(`collective.py`). With samplers on other nodes it travels in pieces, which each node passes
 on to the next while later ones arrive (`relays/relay.py`), since the learner's link would carry
 them once for every node.
 """
@@ -141,20 +141,17 @@ class Publisher:
 
     def _stored(self, samplers: Sequence[Any]) -> Published:
         """Have the weights put into the object store: in pieces, which other nodes pass on, if
-        there are several and a snapshot is large. Its size is known after the first one."""
+        there are any and a snapshot is large. Its size is known after the first one."""
         first, *others = self._learners
         self._look_for([first, *samplers])
         passing = chain(self._nodes[first], ((self._nodes[each], each) for each in samplers))
-        count = relay.pieces_of(self._known_size()) if len(passing) > 1 else 1
+        count = relay.pieces_of(self._known_size()) if passing else 1
         if count == 1:
-            snapshot = self._asked("snapshot")
-            if len(passing) > 1 and self._size is None:
-                self._size = call_inside(first, relay.size, snapshot)
-            return Published(snapshot)
-        snapshot, *rest = call_inside(first, relay.in_pieces, count, num_returns=count + 1)
+            return Published(self._asked("snapshot"))
+        snapshot, self._size = call_inside(first, relay.pack, count, num_returns=2)
+        pieces = nearest = tuple(call_inside(first, relay.piece) for _ in range(count))
         for learner in others:
             learner.snapshot.remote()
-        pieces = nearest = tuple(rest)
         copies = {}
         for node, sampler in passing[:-1]:
             nearest = copies[node] = tuple(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import ray
@@ -19,26 +20,38 @@ from ray.exceptions import RayError
 from cluster.messages import WeightSnapshot
 from cluster.snapshots.pieces import Pieces, cut
 
-WINDOW = 3  # pieces on their way at a time
+_packed: WeakKeyDictionary[Any, list[np.ndarray]] = WeakKeyDictionary()
+
+WINDOW = 2  # pieces on their way at a time
 PIECE = 1 << 23  # bytes, at least
+FIRST_PIECES = 32  # while the size of a snapshot is not known
 MOST_PIECES = 64  # each is a call of every node that passes it on
 LATE_S = 20.0  # longest wait for a copy of a piece, after the one before
 
 
 def pieces_of(nbytes: int) -> int:
-    """In how many pieces a snapshot travels; 1: it is not worth the calls."""
+    """In how many pieces a snapshot travels; 1: it is not worth the calls.
+
+    Args:
+        nbytes: its size; 0: not known.
+    """
+    if not nbytes:
+        return FIRST_PIECES
     return max(min(nbytes // PIECE, MOST_PIECES), 1)
 
 
-def size(role: Any, snapshot: WeightSnapshot) -> int:
-    """In the learner: bytes of a snapshot."""
-    return snapshot.nbytes
-
-
-def in_pieces(role: Any, count: int) -> tuple[Any, ...]:
-    """In the learner: a snapshot without its buffer, and the buffer's pieces."""
+def pack(role: Any, count: int) -> tuple[WeightSnapshot, int]:
+    """In the learner: pack a snapshot for `count` calls of `piece`; returns it without its buffer,
+    and the buffer's bytes."""
     snapshot = role.snapshot()
-    return replace(snapshot, buffer=np.empty(0, np.uint8)), *cut(snapshot.buffer, count)
+    _packed[role] = cut(snapshot.buffer, count)
+    return replace(snapshot, buffer=np.empty(0, np.uint8)), snapshot.nbytes
+
+
+def piece(role: Any) -> np.ndarray:
+    """In the learner: the next piece. Each is a call of its own, so that it can travel at once."""
+    first, *_packed[role] = _packed[role]
+    return first
 
 
 def pass_on(role: Any, pieces: Sequence[ray.ObjectRef]) -> np.ndarray:

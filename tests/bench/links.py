@@ -32,6 +32,7 @@ from typing import Any, Self
 
 import psutil
 import ray
+from ray.exceptions import RayActorError
 
 from cluster.ray_backend import heartbeat
 from cluster.ray_backend.publisher import Published, Publisher
@@ -57,6 +58,8 @@ class Broadcast:
     """By the learner's host, snapshots."""
     received: tuple[float, ...]
     """By each of the other hosts, snapshots."""
+    lost: int = 0
+    """Samplers that were lost meanwhile."""
 
     def share(self, gigabits: float) -> float:
         return self.nbytes * 8 / 1e9 / self.seconds / gigabits
@@ -90,13 +93,22 @@ class Driver:
         self._program.communicate(timeout=ANSWER_S)  # the end of its input is its end
 
     def broadcast(self, way: str) -> Broadcast:
-        before = [host.traffic() for host in self._network.hosts]
+        self.begin(way)
+        return self.end()
+
+    def begin(self, way: str) -> None:
+        """Have it broadcast, without waiting."""
+        self._before = [host.traffic() for host in self._network.hosts]
         assert self._program.stdin is not None
         print(way, file=self._program.stdin, flush=True)
-        seconds = float(self._answer()["seconds"])
-        spent = [host.traffic() - was for host, was in zip(self._network.hosts, before)]
+
+    def end(self) -> Broadcast:
+        """What came of it."""
+        found = self._answer()
+        spent = [host.traffic() - was for host, was in zip(self._network.hosts, self._before)]
         return Broadcast(
-            seconds=seconds,
+            seconds=found["seconds"],
+            lost=found["lost"],
             nbytes=self.nbytes,
             sent=spent[0].sent / self.nbytes,
             received=tuple(each.received / self.nbytes for each in spent[1:]),
@@ -132,10 +144,18 @@ def drive(address: str, megabytes: int, home: str, places: Sequence[str]) -> Non
                 weights = Published(learner.snapshot.remote())
             else:
                 weights = publisher.publish([learner], samplers)
-            found = ray.get([publisher.load(sampler, weights) for sampler in samplers])
-            seconds = time.perf_counter() - start_s
-            assert found == [float(version)] * len(samplers), found
-            print(json.dumps({"seconds": seconds}), flush=True)
+            found = [loaded(ref) for ref in [publisher.load(each, weights) for each in samplers]]
+            seconds, lost = time.perf_counter() - start_s, found.count(None)
+            assert {*found} <= {float(version), None}, found
+            print(json.dumps({"seconds": seconds, "lost": lost}), flush=True)
+
+
+def loaded(ref: Any) -> float | None:
+    """A sampler's answer; None if it was lost."""
+    try:
+        return float(ray.get(ref, timeout=ANSWER_S))
+    except RayActorError:
+        return None
 
 
 TCP = """
@@ -180,8 +200,8 @@ def too_much(way: str, megabytes: int, samplers: int) -> str:
     """Why there is no room for a way; empty: there is."""
     copies = 2 if way == "collective" else 1
     need = 2 * samplers * (copies * megabytes * 1e6 + WORKER_BYTES) + 6e6 * megabytes
-    free = psutil.virtual_memory().total
-    return f"needs {need / 1e9:.0f} GB of memory" if need > 0.9 * free else ""
+    free = psutil.virtual_memory().available
+    return f"needs {need / 1e9:.0f} GB of memory, {free / 1e9:.0f} are free" if need > free else ""
 
 
 def main() -> None:

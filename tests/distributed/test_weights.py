@@ -15,14 +15,17 @@ import psutil
 import pytest
 import ray
 
-from cluster.errors import LearnerLostError
-from cluster.ray_backend import heartbeat
+from cluster.errors import InputLostError, LearnerLostError
+from cluster.ray_backend import heartbeat, publisher
 from cluster.ray_backend.collective import PART_S
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_backend.publisher import Published, Publisher, publisher_of
+from cluster.ray_backend.relays import relay
 from cluster.ray_backend.transports import COLLECTIVE, OBJECT_STORE
 from cluster.ray_session.calls import answer
+from cluster.ray_session.private import actor_id
 from cluster.ray_session.session import RaySession
+from cluster.snapshots.pieces import BLOCK
 from tests.distributed.stubs import requests
 from tests.distributed.weight_stubs import Mortal, SmallLearner, SmallSampler, small_plan
 
@@ -62,6 +65,62 @@ def test_a_snapshot_outlives_the_learner_and_in_place_writes(ray_session: RaySes
             answer(learner.pid.remote(), "pid", WAIT_S)
         assert loaded(publisher, weights, late) == [1]  # checks the sums of the shared copy again
         assert values(late) == [1.0]
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every actor counts as on a node of its own, and the smallest snapshots travel in pieces."""
+    monkeypatch.setattr(relay, "PIECE", BLOCK)
+    monkeypatch.setattr(
+        publisher.backend, "nodes_of", lambda handles: [actor_id(each) for each in handles]
+    )
+
+
+def test_weights_are_passed_on_and_outlive_who_did(ray_session: RaySession, nodes: None) -> None:
+    """The learner is killed when it has sent them, and who passed them on after that."""
+    publisher = Publisher(OBJECT_STORE)
+    with actors(publisher, SmallLearner, *[SmallSampler] * 4) as (learner, *samplers):
+        for version in (1, 2, 3):
+            weights = publisher.publish([learner], samplers)
+            assert len(weights.copies) == 4
+            assert len({refs[0] for refs in weights.copies.values()}) == 3
+            assert loaded(publisher, weights, *samplers) == [version] * 4
+            assert [values(sampler) for sampler in samplers] == [[version]] * 4
+        assert {kind for sampler in samplers for kind in came(sampler)} == {"Pieces"}
+        passing = {actor_id(each): each for each in samplers}[[*weights.copies][1]]
+        for lost in (learner, passing):
+            os.kill(answer(lost.pid.remote(), "pid", WAIT_S), signal.SIGKILL)
+        left = [sampler for sampler in samplers if sampler is not passing]
+        assert loaded(publisher, weights, *left) == [3] * 3
+
+
+def test_who_passes_weights_on_and_is_lost_is_passed_by(
+    ray_session: RaySession, nodes: None
+) -> None:
+    publisher = Publisher(OBJECT_STORE)
+    with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, *samplers):
+        first = publisher.publish([learner], samplers)
+        assert loaded(publisher, first, *samplers) == [1] * 3
+        passing = {actor_id(each): each for each in samplers}[[*first.copies][0]]
+        os.kill(answer(passing.pid.remote(), "pid", WAIT_S), signal.SIGKILL)
+        weights = publisher.publish([learner], samplers)  # nobody has noticed yet
+        left = [sampler for sampler in samplers if sampler is not passing]
+        began = time.monotonic()
+        assert loaded(publisher, weights, *left) == [2] * 2
+        assert time.monotonic() - began < relay.LATE_S
+        assert [values(sampler) for sampler in left] == [[2.0]] * 2
+
+
+def test_a_learner_that_is_lost_while_it_packs_is_named(
+    ray_session: RaySession, nodes: None
+) -> None:
+    publisher = Publisher(OBJECT_STORE)
+    with actors(publisher, SmallLearner, *[SmallSampler] * 2) as (learner, *samplers):
+        os.kill(answer(learner.pid.remote(), "pid", WAIT_S), signal.SIGKILL)
+        weights = publisher.publish([learner], samplers)
+        for sampler in samplers:
+            with pytest.raises(InputLostError):
+                loaded(publisher, weights, sampler)
 
 
 def test_a_sampler_that_dies_in_its_load_harms_nobody(

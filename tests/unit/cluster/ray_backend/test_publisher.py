@@ -9,7 +9,8 @@ import pytest
 
 from cluster.ray_backend import collective, publisher
 from cluster.ray_backend.publisher import Publisher
-from cluster.ray_backend.transports import COLLECTIVE
+from cluster.ray_backend.relays import relay
+from cluster.ray_backend.transports import COLLECTIVE, OBJECT_STORE
 
 
 class Handle(str):
@@ -23,7 +24,8 @@ class Actors:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[str, str]] = []
-        self.answers: dict[object, str] = {}
+        self.given: list[tuple[Any, ...]] = []  # to those that pass weights on
+        self.answers: dict[object, Any] = {}
         self.failure = ""
         self.answered = True
         fake = SimpleNamespace(
@@ -43,9 +45,14 @@ class Actors:
         return [who for who, what in self.asked if what == "leave"]
 
     def call_inside(
-        self, handle: Any, function: Any, *_: Any, group: str = "", num_returns: int = 1
+        self, handle: Any, function: Any, *arguments: Any, group: str = "", num_returns: int = 1
     ) -> Any:
         self.asked.append((handle, function.__name__))
+        if function is relay.pack:
+            return "header", "size"
+        if function in (relay.piece, relay.pass_on, relay.load):
+            self.given.append((handle, function.__name__, *arguments))
+            return f"{handle} {sum(who == handle for who, *_ in self.given)}"
         ref, fails = object(), handle == "two" and function is collective.receive
         self.answers[ref] = self.failure if fails else ""
         return ref if num_returns == 1 else ("snapshot", ref)
@@ -113,3 +120,61 @@ def test_one_that_fails_twice_with_the_same_members_is_given_up(
         *["and the next one forms a new group"] * 3,
         "as all later ones: that was 2 times in succession",
     ]
+
+
+MB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "count"),
+    [(0, 32), (1, 1), (16 * MB - 1, 1), (16 * MB, 2), (500 * MB, 62), (14_000 * MB, 64)],
+)
+def test_how_many_pieces(nbytes: int, count: int) -> None:
+    assert relay.pieces_of(nbytes) == count
+
+
+def test_weights_are_passed_on_from_node_to_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every node but the learner's and the last one has one sampler that copies each piece of the
+    node before; the others of a node read what it made."""
+    actors, publishing = Actors(monkeypatch), Publisher(OBJECT_STORE)
+    actors.answers["size"] = 16 * MB
+    on = {"learner": "b", "one": "c", "two": "a", "three": "b", "four": "c", "five": "a"}
+    actors.nodes = {**on, "six": "d"}
+    samplers = [*list(on)[1:], "six", "unknown"]
+    publishing.publish([actors.learner], samplers)  # in as many pieces as an unknown size has
+    actors.given.clear()
+    weights = publishing.publish([actors.learner], samplers)
+    learners, a, c = (
+        tuple(f"{who} {number}" for number in (1, 2)) for who in ("learner", "two", "one")
+    )
+    assert (weights.snapshot, weights.pieces) == ("header", learners)
+    assert weights.copies == {"a": a, "c": c, "d": c}
+    assert [call for call in actors.given if call[1] == "pass_on"] == [
+        ("two", "pass_on", [*learners]),
+        ("two", "pass_on", [learners[1]]),
+        ("one", "pass_on", [*a]),
+        ("one", "pass_on", [a[1]]),
+    ]
+    actors.given.clear()
+    for who, nearest in (("five", a), ("six", c), ("three", ()), ("unknown", ()), ("late", ())):
+        publishing.load(who, weights)
+        assert actors.given.pop() == (who, "load", ["header"], [*nearest], [*learners])
+
+
+@pytest.mark.parametrize("on", [{}, {"one": "home", "learner": "home", "two": "home"}])
+def test_on_one_node_weights_are_one_object(
+    on: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actors, publishing = Actors(monkeypatch), Publisher(OBJECT_STORE)
+    actors.nodes = on
+    weights = publishing.publish([actors.learner], ["one", "two"])
+    assert (weights.snapshot, weights.pieces, actors.asked) == ("snapshot", (), [])
+
+
+def test_small_weights_are_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    actors, publishing = Actors(monkeypatch), Publisher(OBJECT_STORE)
+    actors.nodes, actors.answers["size"] = {"learner": "a", "one": "b", "two": "c"}, 5 * MB
+    assert publishing.publish([actors.learner], ["one", "two"]).pieces
+    assert not publishing.publish([actors.learner], ["one", "two"]).pieces
+    publishing.forget()  # another learner
+    assert publishing.publish([actors.learner], ["one", "two"]).pieces

@@ -1,7 +1,7 @@
 """How weights reach the samplers: the options, and whether a transport can run.
 
-The object store is the default: on one node it is the fastest. With many nodes, each fetches a
-snapshot from the learner's; a broadcast group passes it on from member to member instead.
+The object store is the default: shared memory on a node, and from node to node in pieces that each
+passes on. A broadcast group sends from GPU to GPU where it can (NCCL).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class WeightsConfig:
     """How new weights travel from the learner to the samplers."""
 
     transport: Literal["object-store", "collective", "nccl", "nixl", "cuda-ipc"] = "object-store"
-    """How weights travel. object-store is best on one node. collective, for many nodes, also sends
-    them through a torch.distributed broadcast group: over NCCL (not yet run on GPUs) if learner and
-    samplers have whole GPUs, else gloo; what does not arrive comes from the object store. nccl is
-    its old name, dropped in the next release. (nixl and cuda-ipc were removed.)"""
+    """How weights travel. object-store: once to each host, passed on from host to host. collective
+    also sends them through a torch.distributed broadcast group: over NCCL (not yet run on GPUs) if
+    learner and samplers have whole GPUs, else gloo; what does not arrive comes from the object
+    store. nccl is its old name, dropped in the next release. (nixl and cuda-ipc were removed.)"""
     dtype: Literal["sampler", "float32", "bfloat16"] = "sampler"
     """Dtype in which weights are sent. sampler: the samplers' dtype (sampler.dtype). bfloat16
     halves the bytes, and rounds the weights of float32 samplers."""

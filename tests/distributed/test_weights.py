@@ -101,7 +101,7 @@ def test_who_passes_weights_on_and_is_lost_is_passed_by(
     with actors(publisher, SmallLearner, *[SmallSampler] * 3) as (learner, *samplers):
         first = publisher.publish([learner], samplers)
         assert loaded(publisher, first, *samplers) == [1] * 3
-        passing = {actor_id(each): each for each in samplers}[[*first.copies][0]]
+        passing = {actor_id(each): each for each in samplers}[next(iter(first.copies))]
         os.kill(answer(passing.pid.remote(), "pid", WAIT_S), signal.SIGKILL)
         weights = publisher.publish([learner], samplers)  # nobody has noticed yet
         left = [sampler for sampler in samplers if sampler is not passing]

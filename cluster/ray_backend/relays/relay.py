@@ -20,13 +20,14 @@ from ray.exceptions import RayError
 from cluster.messages import WeightSnapshot
 from cluster.snapshots.pieces import Pieces, cut
 
-_packed: WeakKeyDictionary[Any, list[np.ndarray]] = WeakKeyDictionary()
-
-WINDOW = 2  # pieces on their way at a time
+WINDOW = 2  # pieces that are fetched at a time
 PIECE = 1 << 23  # bytes, at least
 FIRST_PIECES = 32  # while the size of a snapshot is not known
 MOST_PIECES = 64  # each is a call of every node that passes it on
 LATE_S = 20.0  # longest wait for a copy of a piece, after the one before
+
+_packed: WeakKeyDictionary[Any, list[np.ndarray]] = WeakKeyDictionary()
+"""Of a learner of this process: the pieces that were not asked for yet."""
 
 
 def pieces_of(nbytes: int) -> int:
@@ -71,7 +72,7 @@ def load(
     Args:
         snapshot: without its buffer; in a list, so that Ray does not fetch it before the call.
         copies: of the pieces, by the node before this one; empty: there are none.
-        pieces: the learner's, which are fetched instead if a node on the way is lost or hangs.
+        pieces: the learner's, which are fetched instead if a node between is lost or hangs.
     """
     header, buffer = ray.get(snapshot[0]), Pieces()
     for piece in _arriving(copies, pieces):

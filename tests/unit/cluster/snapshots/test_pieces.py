@@ -86,6 +86,6 @@ def test_damaged_pieces_are_refused_and_change_nothing(fault: str) -> None:
         pieces = []
     module = Mixed(2)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(CheckpointError, match="damaged|manifest speaks of"):
+    with pytest.raises(CheckpointError, match=r"damaged|manifest speaks of"):
         load_weights(module, given(snapshot, pieces))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

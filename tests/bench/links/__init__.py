@@ -257,11 +257,3 @@ def show(
         name = f"links.{way}_{gigabits:g}gbit_{samplers}"
         print(f"RESULT {name}_share={middle.share(gigabits):.3f}")
         print(f"RESULT {name}_sent={statistics.median(each.sent for each in found):.2f}")
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--drive"]:
-        _, _, cluster_address, size, learner_place, *sampler_places = sys.argv
-        drive(cluster_address, int(size), learner_place, sampler_places)
-    else:
-        main()

@@ -71,12 +71,12 @@ def statuses(cluster: HostCluster, host: Host, ready: Any) -> dict[str, Any]:
     deadline = time.monotonic() + 300
     while True:
         done = command(cluster, host, "cluster.status", "--all", "--json")
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        found["runs"] = {run["run"]: run for run in found["runs"]}
-        if ready(found["runs"]):
-            return found
-        assert time.monotonic() < deadline, done.stdout
+        if done.returncode == 0:  # a busy machine's head may take seconds to answer
+            found: dict[str, Any] = json.loads(done.stdout)
+            found["runs"] = {run["run"]: run for run in found["runs"]}
+            if ready(found["runs"]):
+                return found
+        assert time.monotonic() < deadline, done.stdout + done.stderr
         time.sleep(0.5)
 
 

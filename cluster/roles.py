@@ -92,7 +92,9 @@ class QuotaConfig:
         return min(there, self.cpus) if self.cpus else there
 
     def __str__(self) -> str:
-        parts = [f"{self.cpus:g} CPUs"] * (self.cpus > 0) + [f"{self.gpus:g} GPUs"] * (self.gpus > 0)
+        parts = [f"{self.cpus:g} CPUs"] * (self.cpus > 0) + [f"{self.gpus:g} GPUs"] * (
+            self.gpus > 0
+        )
         return " and ".join(parts)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from cluster import clock
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+
+from cluster import clock
 
 DRIVER = "driver"
 WAIT = "wait_"  # prefix of phases in which the driver waits for a role

@@ -34,6 +34,7 @@ from cluster.io.locks import locked
 from cluster.io.paths import output_path
 from cluster.io.run_layout import CAPTIONS
 from cluster.open_fleet import open_fleet
+from cluster.placement.nodes import Node
 from cluster.preflight import Findings
 from cluster.program import logs
 from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
@@ -41,7 +42,6 @@ from cluster.program.invocation import command_of
 from cluster.program.precision import deterministic_environment
 from cluster.program.signals import StopFlag, deferred_signals, signal_handler
 from cluster.ray_session.session import check_ray, free_nodes, local_node
-from cluster.placement.nodes import Node
 from learner.capacity.budget import budget_of
 from learner.capacity.cards import DEFAULT_CARD, card_named, recognised, this_gpu
 from learner.capacity.storage import sampling_need

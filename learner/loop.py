@@ -10,13 +10,13 @@
 
 from __future__ import annotations
 
-from cluster.clock import epoch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from cluster.clock import epoch
 from cluster.errors import DataError, FleetError, StopRequestedError
 from cluster.fleet import Fleet
 from cluster.messages import MAIN_SPACE, Condition, GroupScores, SampleRequest, ScoredGroup

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from cluster.errors import ConfigError, LockLostError, TesseraError
 from cluster.open_fleet import open_fleet
+from cluster.placement.nodes import Node
 from cluster.preflight import Findings
 from cluster.program import logs
 from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
@@ -34,7 +35,6 @@ from cluster.program.precision import deterministic_environment
 from cluster.program.signals import StopFlag, deferred_signals, signal_handler
 from cluster.program.streams import safe_streams
 from cluster.ray_session.session import check_ray, free_nodes, local_node
-from cluster.placement.nodes import Node
 from learner.capacity.storage import store_need
 from learner.checkpoints.resume import check_resume
 from learner.checkpoints.store import CheckpointStore

@@ -1,8 +1,8 @@
 """Label selectors of Ray: which nodes a worker may run on, by the labels of the nodes.
 
-    tessera-role=sampler      has this value
-    gpu=in(H100,H200)         has one of these
-    market-type=!spot         has not this value, or no such label; so has !in(a,b)
+tessera-role=sampler      has this value
+gpu=in(H100,H200)         has one of these
+market-type=!spot         has not this value, or no such label; so has !in(a,b)
 """
 
 from __future__ import annotations
@@ -45,11 +45,7 @@ def check_selector(selector: Mapping[str, str], name: str = "labels") -> None:
 def unmet(selector: Mapping[str, str], labels: Mapping[str, str]) -> str:
     """The first part of a selector that a node's labels do not meet; empty if they meet all."""
     return next(
-        (
-            f"{key}={value}"
-            for key, value in selector.items()
-            if not _meets(value, labels.get(key))
-        ),
+        (f"{key}={value}" for key, value in selector.items() if not _meets(value, labels.get(key))),
         "",
     )
 

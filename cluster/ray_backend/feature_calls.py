@@ -5,13 +5,13 @@ Any server that runs the panel's network answers; another one, if it is lost.
 
 from __future__ import annotations
 
-from cluster import clock
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from ray.exceptions import RayActorError
 
+from cluster import clock
 from cluster.errors import FleetError
 from cluster.fleet import join_features
 from cluster.ray_backend.supervisor import Supervisor

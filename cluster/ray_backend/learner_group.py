@@ -7,12 +7,12 @@ first failure ends the wait.
 from __future__ import annotations
 
 import dataclasses
-from cluster import clock
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 
+from cluster import clock
 from cluster.errors import FleetError, LearnerLostError
 from cluster.ray_session.calls import put
 from cluster.ray_session.private import call_inside

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cluster import clock
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster import clock
 from cluster.errors import FleetError, LostWhileStoppingError, StopRequestedError
 from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ScoredGroup, merge_scores
 from cluster.roles import FleetPlan

@@ -6,9 +6,10 @@ So a gap between two polls counts only up to a bound.
 
 from __future__ import annotations
 
-from cluster import clock
 from bisect import bisect_right
 from collections.abc import Callable
+
+from cluster import clock
 
 LOOK_S = 0.5  # longest wait of one poll
 LONGEST_S = 2 * LOOK_S

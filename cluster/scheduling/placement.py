@@ -182,9 +182,7 @@ def gangs_of(plan: FleetPlan, share: float) -> list[Gang]:
         for role in plan.roles
     }
     found: list[Gang] = []
-    samplers, servers = (
-        requests.get(role.name, []) for role in (plan.sampler, plan.reward_server)
-    )
+    samplers, servers = (requests.get(role.name, []) for role in (plan.sampler, plan.reward_server))
     groups = min(len(samplers), len(servers)) if plan.placement.samplers_with_reward_servers else 0
     for role in plan.roles:
         if groups and role is plan.sampler:

@@ -9,12 +9,12 @@ place for its replacement.
 
 from __future__ import annotations
 
-from cluster import clock
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from cluster import clock
 from cluster.roles import Role
 from cluster.scheduling.autoscaling import LoadMeter
 from cluster.scheduling.dispatch import Candidate, Pace, batch_size, choose

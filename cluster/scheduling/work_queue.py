@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from cluster import clock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from cluster import clock
 
 
 @dataclass

@@ -9,8 +9,8 @@ from actors.checkpoints.loading import count_parameters
 from actors.models.base import PolicyArchitecture
 from actors.models.vq import VQConfig
 from actors.preflight import image_side
-from cluster.program.gpu_memory import CONTEXT
 from cluster.placement.nodes import UNITS, choose_gpus
+from cluster.program.gpu_memory import CONTEXT
 from learner.capacity.memory import LearnerMemory, learner_memory, sampler_memory
 from learner.config import RunConfig
 from learner.evaluation.held_out import GROUP, base_rows

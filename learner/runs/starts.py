@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.io.starts import END, HOW, START, Ending, append_event, last_ending, read_events
+from cluster.placement.nodes import Node
 from cluster.program.invocation import command_of
 from cluster.program.secrets import masked, without_secrets
 from cluster.roles import FleetPlan
-from cluster.placement.nodes import Node
 from learner.runs.run_dir import RunDirectory
 
 PACKAGES = (

@@ -108,7 +108,11 @@ def test_each_host_has_its_own_folders_name_and_processes(network: Network) -> N
         assert "mine" not in text(second, "ls", folder)
         assert not Path(folder, "mine").exists()
     first.run(["touch", f"{network.shared}/ours"])
-    assert text(second, "ls", str(network.shared)) == "ours" == text(network.outside, "ls", str(network.shared))
+    assert (
+        text(second, "ls", str(network.shared))
+        == "ours"
+        == text(network.outside, "ls", str(network.shared))
+    )
     assert (network.shared / "ours").exists()
     assert text(first, "cat", "/proc/sys/kernel/hostname") == "host-1"
     whose = [sys.executable, "-c", "from cluster.io.processes import *; print(this_machine())"]
@@ -166,7 +170,9 @@ with Network(1) as network:
 @pytest.mark.parametrize("end", ["fail", signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_stays_however_the_test_ends(network: Network, end: str | int) -> None:
     line = [sys.executable, "-c", HELD, str(end)]
-    holder = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    holder = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     word = holder.stdout.readline().strip()
     assert word
     children = psutil.Process(holder.pid).children(recursive=True) if end != "fail" else []

@@ -48,9 +48,7 @@ def plan(samplers: int = 2, servers: int = 2, **changed: Any) -> FleetPlan:
         sampler=role("sampler", Resources(num_cpus=0.5, num_gpus=0.75), samplers),
         reward_server=role("reward-server", Resources(num_cpus=0.2, num_gpus=0.25), servers),
         moments_server=role("moments-server", Resources(num_cpus=0.1, labels={ROLE: "!gpu"})),
-        learner=role(
-            "learner", Resources(num_cpus=0.1, num_gpus=1, accelerator_type="H100")
-        ),
+        learner=role("learner", Resources(num_cpus=0.1, num_gpus=1, accelerator_type="H100")),
         timeout_s=START_S,
         placement=PlacementConfig(**{"wait_s": 10.0, **changed}),
     )

@@ -261,7 +261,9 @@ def test_pools_are_roles_of_the_document(
 ) -> None:
     pool = {"num_servers": 2, "num_gpus": 0.5, "num_cpus": 3}
     file = tmp_path / "mine.yaml"
-    file.write_text(dump(config_of(reward_pools={"extra": pool}, rewards={"hps": {"pool": "extra"}})))
+    file.write_text(
+        dump(config_of(reward_pools={"extra": pool}, rewards={"hps": {"pool": "extra"}}))
+    )
     assert main(["--preset", str(file), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     found = next(role for role in document["roles"] if role["name"] == "reward-extra")

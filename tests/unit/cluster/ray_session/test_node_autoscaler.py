@@ -52,9 +52,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list, list]]:
     monkeypatch.setattr(private, "request_nodes", lambda *each: found.append(each))
     monkeypatch.setattr(private, "autoscaler", lambda: NodeAutoscaler(found=True))
     monkeypatch.setattr(node_autoscaler.clock, "monotonic", lambda: now[0])
-    monkeypatch.setattr(
-        node_autoscaler.clock, "sleep", lambda s: now.__setitem__(0, now[0] + s)
-    )
+    monkeypatch.setattr(node_autoscaler.clock, "sleep", lambda s: now.__setitem__(0, now[0] + s))
     return found
 
 

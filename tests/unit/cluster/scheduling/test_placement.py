@@ -165,9 +165,7 @@ def test_what_ray_would_not_place_by_itself_has_seats() -> None:
 
 def test_a_gpu_that_ray_may_share_in_another_way_has_a_note() -> None:
     """.4 goes beside .5, since that GPU is the fullest: .6 and .5 then share no other."""
-    asked = plan(
-        samplers=1, learner=gpu(0.5), moments=gpu(0.4), sampler=gpu(0.6), server=gpu(0.5)
-    )
+    asked = plan(samplers=1, learner=gpu(0.5), moments=gpu(0.4), sampler=gpu(0.6), server=gpu(0.5))
     assert "may leave none for server (1 CPU, 0.5 GPU)" in place(asked, nodes(2)).note
 
 
@@ -299,7 +297,10 @@ def test_a_labelled_node_without_room_is_told_from_others() -> None:
         place(plan(samplers=3, sampler=gpu(1, labels={"tessera-role": "sampler"})), LABELLED)
     said = str(caught.value)
     assert "no node has room for sampler-2 (1 CPU, 1 GPU, tessera-role=sampler)" in said
-    assert "a (8 CPUs, 2 GPUs): 7.98 CPUs, 0 GPUs left beside sampler-0 (GPU 0), sampler-1 (GPU 1)" in said
+    assert (
+        "a (8 CPUs, 2 GPUs): 7.98 CPUs, 0 GPUs left beside sampler-0 (GPU 0), sampler-1 (GPU 1)"
+        in said
+    )
     assert "b (8 CPUs, 2 GPUs): has tessera-role=learner" in said
 
 

@@ -89,7 +89,9 @@ def test_no_space_on_the_learners_node_says_where(tmp_path: Path) -> None:
 
 def test_what_a_killed_learner_left_is_removed(tmp_path: Path) -> None:
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    made = "from learner.training.file_exchange import FileExchange as F; F().receive_part('a', b'x')"
+    made = (
+        "from learner.training.file_exchange import FileExchange as F; F().receive_part('a', b'x')"
+    )
     env = {**os.environ, "TMPDIR": str(tmp_path / "node")}
     subprocess.run([sys.executable, "-c", f"{made}; {kill}"], env=env, cwd=ROOT)
     (left,) = (tmp_path / "node").iterdir()

@@ -82,7 +82,8 @@ def sampling_plan(config: RunConfig) -> FleetPlan:
     server = replace(run.reward_server, config=replace(run.reward_server.config, judge=judge))
     sampler = replace(run.sampler, config=replace(run.sampler.config, own_weights=True))
     calls = sampler.max_groups * sampler.depth * sampler.max_count
-    calls += sum(role.depth * role.max_count for role in (server, *run.reward_pools))
+    servers = (server, *run.reward_pools)
+    calls += sum(role.max_groups * role.depth * role.max_count for role in servers)
     return replace(
         run,
         sampler=sampler,
@@ -128,7 +129,10 @@ def _reward_role(
     runtime_env: Mapping[str, Any] | None = None,
 ) -> Role:
     """A pool of reward servers; the main one has no name, and serves the evaluations."""
-    depth = DEPTH if config.reproducible else servers.depth(config.rollouts_per_group)
+    together = 1 if config.reproducible else _scored_together(config, servers)
+    depth = DEPTH
+    if not config.reproducible:
+        depth = servers.depth(config.rollouts_per_group * together)
     server = RewardServerConfig(
         rewards=config.rewards,
         judge=config.judge if config.evaluation.num_images and not pool else None,
@@ -146,6 +150,7 @@ def _reward_role(
         resources=servers,
         count=servers.bounded(count) if servers.on else count,
         depth=depth,
+        max_groups=together,
         concurrency=depth + CONTROL_THREADS,
         autoscale=servers,
         panels=(REWARDS,) if pool else (),
@@ -154,6 +159,13 @@ def _reward_role(
         runtime_env=runtime_env,
         environment=_environment(config),
     )
+
+
+def _scored_together(config: RunConfig, servers: RewardServerResources) -> int:
+    """Groups that one call of a reward server may hold: as many as one of samplers, a power of two,
+    and no more than a batch of images."""
+    batch = max(servers.batching.max_batch // config.rollouts_per_group, 1)
+    return min(config.sampler.max_groups, 1 << (batch.bit_length() - 1))
 
 
 def _environment(config: RunConfig) -> Mapping[str, str]:

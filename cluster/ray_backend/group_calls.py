@@ -8,8 +8,8 @@ answered in order, so that weights change between the groups that they were sent
 once, with a reference to the tokens, it would block the calls after it: Ray sends an actor's calls
 in order, each when its arguments are there.)
 
-One `sample` call may hold several groups, which are decoded as one batch. If a worker is lost, its
-groups are queued again; if images are lost with their node, the group is sampled again.
+One call may hold several groups (`Role.max_groups`): tokens that are decoded as one batch, then
+their images, and scores that a server may batch. If a worker is lost, its groups are queued again; if images are lost with their node, the group is sampled again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from cluster import clock
 from cluster.errors import InputLostError
 from cluster.messages import RolloutGroup
 from cluster.ray_backend.broadcast import Broadcaster
+from cluster.ray_backend.joint_calls import images_of, scores_of
 from cluster.ray_backend.supervisor import Supervisor
 from cluster.ray_session.calls import LOST, answer, why_lost
+from cluster.ray_session.private import call_inside
 from cluster.roles import FleetPlan
 from cluster.scheduling.clock_offsets import ClockOffsets, spans_of
 from cluster.scheduling.in_flight import PendingGroup
@@ -58,7 +60,7 @@ class Call:
     """A worker's pending answer."""
 
     groups: tuple[PendingGroup, ...]
-    """Of one weight version; several only in `sample`."""
+    """Of one weight version."""
     pool: WorkerPool
     worker: Worker
     stage: Stage
@@ -91,13 +93,17 @@ class Call:
     def weight_version(self) -> int:
         return self.groups[0].weight_version
 
+    def parts(self, value: Any) -> Sequence[Any]:
+        """An answer of images or scores, by group."""
+        return [value] if len(self.groups) == 1 else value
+
     def began(self) -> None:
         """Count the call as the worker's."""
         self.worker.calls[id(self)] = self, clock.monotonic()
         if self.worker.idle:
             self.worker.last_response = clock.monotonic()
         if self.stage is Stage.IMAGES:
-            self.worker.decoding += 1
+            self.worker.decoding += len(self.groups)
         else:
             self.worker.take(len(self.groups))
 
@@ -106,7 +112,7 @@ class Call:
         self.worker.calls.pop(id(self), None)
         self.worker.last_response = clock.monotonic()
         if self.stage is Stage.IMAGES:
-            self.worker.decoding -= 1
+            self.worker.decoding -= len(self.groups)
         else:
             self.worker.give(len(self.groups))
 
@@ -147,7 +153,7 @@ class Call:
             tasks = 0
         queued = sum(span.seconds for span in spans if span.phase == QUEUE)
         for waited_s in self.waited_s:
-            meter.waited(waited_s + queued)
+            meter.waited(waited_s + queued / len(self.groups))
         worked = sorted((s for s in spans if s.phase in WORK), key=lambda span: span.start)
         work = [(self.worker.count_work(span), span) for span in worked]
         meter.worked(sum(seconds for seconds, _ in work))
@@ -194,7 +200,7 @@ class GroupCalls:
             requests = [group.request for group in groups]
             stage, ref = Stage.SAMPLE, worker.handle.sample.remote(requests)
         else:
-            stage, ref = Stage.SCORE, worker.handle.score.remote(first.request, first.images)
+            stage, ref = Stage.SCORE, _ask_scores(worker.handle, groups)
         waited_s = tuple(now - w.since - self._listening.paused(w.since) for w in picked)
         self._follow(ref, Call(groups, pool, worker, stage, waited_s))
 
@@ -204,19 +210,19 @@ class GroupCalls:
 
     def advance(self, ref: ray.ObjectRef) -> None:
         """Take one answer: pass its groups on, or retry them if the worker was lost."""
-        call, images = self.calls.pop(ref), None
-        group, pool, worker = call.groups[0], call.pool, call.worker
+        call, images = self.calls.pop(ref), list[Any]()
+        pool, worker = call.pool, call.worker
         call.ended()
         try:
             value = answer(ref, worker.name, self._plan.timeout_s)
-            if call.stage is Stage.IMAGES and not group.servers:
-                images = answer(group.images, f"{worker.name}.images", self._plan.timeout_s)
+            if call.stage is Stage.IMAGES:
+                images = [self._images(group, worker) for group in call.groups]
         except LOST as error:
             call.retry(self._plan.max_restarts, why_lost(error))
             self._supervisor.lost(pool, worker, why_lost(error))
             return
         except InputLostError:  # the images were lost with their node
-            if group.given:
+            if any(group.given for group in call.groups):
                 raise
             call.sample_again(self._samplers, self._servers.values(), self._plan.max_restarts)
             return
@@ -229,25 +235,48 @@ class GroupCalls:
         self._validate(call, value)
         if call.stage is Stage.SAMPLE:
             self._decode_images(call, value)
-        elif call.stage is Stage.SCORE:
-            group.put_scores(pool.role.name, value)
-        elif group.servers:
-            group.put_images(value)
-            for name in group.servers:
-                self._servers[name].add(group)
-        else:
-            group.batch.put(group.position, images)
+            return
+        live = set(map(id, call.live))
+        for place, (group, part) in enumerate(zip(call.groups, call.parts(value), strict=True)):
+            if id(group) not in live:
+                continue
+            if call.stage is Stage.SCORE:
+                group.put_scores(pool.role.name, part)
+            elif group.servers:
+                group.put_images(part)
+                for name in group.servers:
+                    self._servers[name].add(group)
+            else:
+                group.batch.put(group.position, images[place])
+
+    def _images(self, group: PendingGroup, worker: Worker) -> Any:
+        """Images that the caller wants; None of a group that is scored, whose images stay where
+        they are."""
+        if group.servers:
+            return None
+        return answer(group.images, f"{worker.name}.images", self._plan.timeout_s)
 
     def _decode_images(self, call: Call, rollouts: Sequence[RolloutGroup]) -> None:
-        """Have the sampler that drew some groups decode their images, one call a group. The answer
-        is the time it took; the images stay a reference."""
-        worker: Any = call.worker
-        method = worker.handle.images.options(num_returns=2, concurrency_group=IMAGES)
-        for group, drawn in zip(call.groups, rollouts, strict=True):
-            if not group.batch.abandoned:
-                group.rollouts = drawn
-                group.images, span = method.remote(drawn)
-                self._follow(span, Call((group,), call.pool, worker, Stage.IMAGES))
+        """Have the sampler that drew some groups decode their images. The answer is the time it
+        took; the images stay references."""
+        handle: Any = call.worker.handle
+        found = [
+            (group, drawn)
+            for group, drawn in zip(call.groups, rollouts, strict=True)
+            if not group.batch.abandoned
+        ]
+        groups, all_drawn = zip(*found)
+        if len(groups) == 1:
+            method = handle.images.options(num_returns=2, concurrency_group=IMAGES)
+            *images, spans = method.remote(*all_drawn)
+        else:
+            count = len(groups) + 1
+            *images, spans = call_inside(
+                handle, images_of, list(all_drawn), group=IMAGES, num_returns=count
+            )
+        for group, drawn, ref in zip(groups, all_drawn, images, strict=True):
+            group.rollouts, group.images = drawn, ref
+        self._follow(spans, Call(groups, call.pool, call.worker, Stage.IMAGES))
 
     def _validate(self, call: Call, value: Any) -> None:
         """Check an answer against its requests.
@@ -257,13 +286,21 @@ class GroupCalls:
         """
         role, name = call.pool.role, call.worker.name
         if call.stage is Stage.SCORE:
-            request = call.groups[0].request
-            scorers = role.scorers.get(request.panel)
-            self._check(value, request, pool=role.name, worker=name, scorers=scorers)
+            for group, scores in zip(call.groups, call.parts(value), strict=True):
+                request, scorers = group.request, role.scorers.get(group.request.panel)
+                self._check(scores, request, pool=role.name, worker=name, scorers=scorers)
         elif call.stage is Stage.SAMPLE:
             for group, drawn in zip(call.groups, value, strict=True):
                 if group.servers:
                     check_rollouts(drawn, group.request, name)
+
+
+def _ask_scores(handle: Any, groups: Sequence[PendingGroup]) -> Any:
+    """Have a reward server score some groups."""
+    if len(groups) == 1:
+        return handle.score.remote(groups[0].request, groups[0].images)
+    requests = [group.request for group in groups]
+    return call_inside(handle, scores_of, requests, *(group.images for group in groups))
 
 
 def queue_for_tokens(samplers: WorkerPool, group: PendingGroup, *, front: bool = False) -> None:

@@ -69,6 +69,8 @@ class Call:
     """A call of an actor."""
 
     method: str
+    """Or the name of the function, of a call `inside`, that runs in the worker's process."""
+    inside: bool
     group: str
     arguments: tuple[Any, ...]
     named: Mapping[str, Any]
@@ -254,9 +256,10 @@ class Actor:
             try:
                 if call.method == READY:
                     return instant(True)
-                if call.method == INSIDE:
-                    function, *rest = values
-                    return instant(function(self._behaviour, *rest))
+                if call.inside:
+                    function, *values = values
+                    if not hasattr(self._behaviour, call.method):
+                        return instant(function(self._behaviour, *values))
                 return self._behaviour.work(call.method, values, call.named)
             except TesseraError as error:
                 lost = error

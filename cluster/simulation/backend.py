@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError
 
 from cluster.errors import FleetError
 from cluster.placement.nodes import UNITS, Node
-from cluster.simulation.actors import Actor, Behaviour, Call, State
+from cluster.simulation.actors import INSIDE, Actor, Behaviour, Call, State
 from cluster.simulation.engine import Engine
 from cluster.simulation.links import Links
 from cluster.simulation.machines import Machine, Seat, seat_anywhere
@@ -202,7 +202,9 @@ class SimulatedBackend:
         size = nbytes(arguments)
         groups = len(arguments[0]) if method == SAMPLE else 0
         refs = tuple(Reference(self.store) for _ in range(returns))
-        call = Call(method, group, arguments, named, refs, size)
+        inside = method == INSIDE
+        name = arguments[0].__name__ if inside else method
+        call = Call(name, inside, group, arguments, named, refs, size)
         self.engine.after(self._debt + self.cluster.latency_s, lambda: actor.call(call))
         self.leave(costs.byte_s * size + costs.group_s * groups)
         return refs[0] if returns == 1 else refs

@@ -13,7 +13,7 @@ import numpy as np
 from cluster.messages import MAIN_SPACE, GroupScores, RolloutGroup, SampleRequest
 from cluster.ray_backend.group_calls import IMAGES
 from cluster.roles import FleetPlan, Role
-from cluster.simulation.actors import INSIDE, READY, Behaviour, Work, instant
+from cluster.simulation.actors import Behaviour, Work, instant
 from cluster.spans import QUEUE, Span
 
 TOKEN_BYTES = 12  # a token's number, logprob and entropy
@@ -76,7 +76,7 @@ class Worker:
         self._draws = draws
 
     def thread(self, method: str, group: str) -> str:
-        return group if method in (READY, INSIDE) else self.thread_of(method)
+        return self.thread_of(method) if hasattr(self, method) else group
 
     def thread_of(self, method: str) -> str:
         """One thread for all, but for heartbeats."""
@@ -113,7 +113,7 @@ class SimulatedSampler(Worker):
         self._load: Span | None = None
 
     def thread_of(self, method: str) -> str:
-        return IMAGES if method == IMAGES else ""
+        return IMAGES if method in ("images", "images_of") else ""
 
     def load_weights(self, version: int, base: int | None = None) -> Work:
         def answer(begin: float, end: float) -> list[tuple[Any, float]]:
@@ -160,6 +160,17 @@ class SimulatedSampler(Worker):
 
         return self.working(self.takes("images", self.times.images, *group.request.key), answer)
 
+    def images_of(self, groups: Sequence[RolloutGroup]) -> Work:
+        """See `cluster.ray_backend.joint_calls`."""
+        works = [self.images(group) for group in groups]
+
+        def answer(begin: float, end: float) -> list[tuple[Any, float]]:
+            found = [work.answer(begin, end) for work in works]
+            spans = [found[0][1][0], *(Span(self.name, "decode", end, end) for _ in works[1:])]
+            return [*(images for images, _ in found), (spans, 0.0)]
+
+        return self.working(sum(work.seconds for work in works), answer)
+
 
 class SimulatedRewardServer(Worker):
     """A reward server: one group after another, statistics beside them.
@@ -175,7 +186,7 @@ class SimulatedRewardServer(Worker):
         self._feature_dim, self._last = feature_dim, 0.0
 
     def thread_of(self, method: str) -> str:
-        return "scoring" if method == "score" else ""
+        return "scoring" if method in ("score", "scores_of") else ""
 
     def fingerprint(self, panel: str) -> Work:
         return instant("simulated")
@@ -199,6 +210,16 @@ class SimulatedRewardServer(Worker):
 
         mean = self.times.score.get(self.role.name, 0.0)
         return self.working(self.takes("score", mean, *request.key), answer)
+
+    def scores_of(self, requests: Sequence[SampleRequest], *images: Any) -> Work:
+        """See `cluster.ray_backend.joint_calls`."""
+        works = [self.score(*each) for each in zip(requests, images, strict=True)]
+
+        def answer(begin: float, end: float) -> list[tuple[Any, float]]:
+            found = [work.answer(end if i else begin, end)[0] for i, work in enumerate(works)]
+            return [([scores for scores, _ in found], sum(size for _, size in found))]
+
+        return self.working(sum(work.seconds for work in works), answer)
 
 
 _shared: dict[tuple[int, int], np.ndarray] = {}

@@ -1,7 +1,7 @@
 """CPU time of the driver for each group of an iteration, on real Ray with workers that compute
 nothing.
 
-python -m tests.bench.driver [--groups 256 1024 4096] [--samplers 4] [--servers 2]
+python -m tests.bench.driver [--groups 256 1024 4096] [--samplers 4] [--servers 2] [--together 8]
 
 An iteration's groups are requested at once, as in training (`submit`), or one by one as slots
 become free, as in evaluations (`stream`). Each goes through all its calls: tokens, images, scores.
@@ -24,14 +24,20 @@ from cluster.roles import FleetPlan, Resources, Role
 from tests.distributed.stubs import Slow, requests
 
 
-def plan(samplers: int, servers: int, slots: int) -> FleetPlan:
-    def role(name: str, count: int = 1) -> Role:
-        resources = Resources(num_cpus=0.01)
-        return Role(name=name, factory=Slow, config=(0.0,) * count, resources=resources, count=count)
+def plan(samplers: int, servers: int, slots: int, together: int) -> FleetPlan:
+    def role(name: str, count: int = 1, most: int = 1) -> Role:
+        return Role(
+            name=name,
+            factory=Slow,
+            config=(0.0,) * count,
+            resources=Resources(num_cpus=0.01),
+            count=count,
+            max_groups=most,
+        )
 
     return FleetPlan(
-        sampler=role("sampler", samplers),
-        reward_server=role("reward-server", servers),
+        sampler=role("sampler", samplers, together),
+        reward_server=role("reward-server", servers, together),
         moments_server=role("moments-server"),
         learner=role("learner"),
         slots=slots,
@@ -61,11 +67,13 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--samplers", type=int, default=4)
     parser.add_argument("--servers", type=int, default=2)
+    parser.add_argument("--together", type=int, default=1, help="groups that a call may hold")
     options = parser.parse_args()
     config = session.RayConfig(num_cpus=2)
     most = max(options.groups)
     with session.RaySession(config) as joined:
-        with RayFleet(plan(options.samplers, options.servers, most), joined) as fleet:
+        made = plan(options.samplers, options.servers, most, options.together)
+        with RayFleet(made, joined) as fleet:
             fleet.broadcast(1)
             at_once(fleet, requests(64))  # workers are there and warm
             for name, way in {"submit": at_once, "stream": one_by_one}.items():

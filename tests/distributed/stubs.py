@@ -143,9 +143,8 @@ class Slow:
         return Path(path).exists()
 
     def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
-        (request,) = requests
-        time.sleep(self._seconds)
-        return [drawn(request, self._version)]
+        time.sleep(self._seconds * len(requests))
+        return [drawn(request, self._version) for request in requests]
 
     def images(self, group: RolloutGroup) -> tuple[np.ndarray, Span]:
         return np.full((1, 1), group.version), Span("sampler", "decode", 0.0, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from cluster.fleet import InlineFleet
 from cluster.ray_backend.fleet import RayFleet
 from cluster.ray_session.session import RaySession
 from learner.fleet_plan import fleet_plan
-from tests.distributed.stubs import echo_plan, requests
+from tests.distributed.stubs import echo_plan, requests, slow_plan
 from tests.small_run import fingerprint, run_training, small_config
 
 JOINT = {"loo_fid": {"joint": True, "joint_dim": 4, "seed_images": 200}}
@@ -48,6 +49,15 @@ def test_answers_keep_the_order_of_the_requests(ray_session: RaySession) -> None
     with RayFleet(echo_plan(), ray_session) as fleet:
         images = fleet.sample_images(requests(12))
     assert [int(image[0, 0]) for image in images] == list(range(12))
+
+
+def test_groups_that_share_calls_keep_their_scores(ray_session: RaySession) -> None:
+    plan = slow_plan(0.0, 0.0)
+    sampler, server = replace(plan.sampler, max_groups=4), replace(plan.reward_server, max_groups=4)
+    with RayFleet(replace(plan, sampler=sampler, reward_server=server), ray_session) as fleet:
+        fleet.broadcast(1)
+        found = fleet.collect(fleet.submit(requests(24)))
+    assert [int(group.scores.scores["score"][0]) for group in found] == [*range(1000, 1024)]
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,33 @@ def test_equal_seeds_give_equal_runs() -> None:
     assert first.groups == 6 * 60  # the pipeline checked that each came once, of its version
 
 
+@pytest.mark.parametrize("most", [1, 4, 8])
+def test_groups_that_share_calls_are_answered_once_each(most: int) -> None:
+    """Samplers and a server are killed with several groups in a call."""
+    of = config(
+        3, 48, 2, 1, sampler={"num_gpus": 1, "max_groups": most}, reward={"num_gpus": 1}
+    )
+    some = times(sample=0.5, images=0.5, score={"reward-server": 0.5}, image_bytes=3e6)
+    faults = [
+        Failure(at_s=START + at, fault=Fault.KILLED, worker=name)
+        for name, at in (("sampler-0", 3.0), ("sampler-1", 9.7), ("reward-server-0", 14.0))
+    ]
+    found = run(of, some, failures=faults)
+    assert (found.restarts, found.groups) == (3, 4 * 48)
+    assert found.seconds[-2] == pytest.approx(48 / 3, rel=0.4)
+
+
+def test_groups_that_share_calls_cost_the_driver_less() -> None:
+    spent = {}
+    for most in (1, 8):
+        of = config(4, 64, 4, sampler={"num_gpus": 1, "max_groups": most})
+        costs = cluster(driver=DriverCosts(remote_s=1.0))
+        found = run(of, times(sample=0.5, score={"reward-server": 0.5}), costs, iterations=2)
+        spent[most] = found.driver_s / found.groups
+    assert spent[1] == pytest.approx(3.0, rel=0.1)  # tokens, images, scores
+    assert spent[8] < spent[1] / 3
+
+
 def test_results_have_the_order_of_the_fleet_in_one_process() -> None:
     of = config(3)
     asked = [request(group, 1) for group in range(7)]

@@ -7,7 +7,6 @@ lost worker is replaced and its requests are retried: seeds are part of a reques
 from __future__ import annotations
 
 import logging
-from cluster import clock
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -17,6 +16,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
+from cluster import clock
 from cluster.control.control_actor import Progress
 from cluster.errors import FleetError, LearnerLostError, TesseraError
 from cluster.fleet import Result
@@ -246,7 +246,7 @@ class RayFleet:
             logger.info("%s has left", worker.name)
 
     def _kill(self, worker: Worker) -> None:
-        backend.kill(worker.handle)  # one that stands still, too: its node sees to it within seconds
+        backend.kill(worker.handle)  # one that stands still, too: its node sees to it
 
     def _end(self) -> None:
         for worker in self._all():

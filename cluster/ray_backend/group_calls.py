@@ -9,7 +9,8 @@ once, with a reference to the tokens, it would block the calls after it: Ray sen
 in order, each when its arguments are there.)
 
 One call may hold several groups (`Role.max_groups`): tokens that are decoded as one batch, then
-their images, and scores that a server may batch. If a worker is lost, its groups are queued again; if images are lost with their node, the group is sampled again.
+their images, and scores that a server may batch. If a worker is lost, its groups are queued again;
+if images are lost with their node, the group is sampled again.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from cluster import clock
 from cluster.errors import InputLostError
 from cluster.messages import RolloutGroup
 from cluster.ray_backend.broadcast import Broadcaster
-from cluster.ray_backend.joint_calls import images_of, scores_of
 from cluster.ray_backend.supervisor import Supervisor
 from cluster.ray_session.calls import LOST, answer, why_lost
 from cluster.ray_session.private import call_inside
 from cluster.roles import FleetPlan
 from cluster.scheduling.clock_offsets import ClockOffsets, spans_of
 from cluster.scheduling.in_flight import PendingGroup
+from cluster.scheduling.joint_calls import images_of, scores_of
 from cluster.scheduling.listening import Listening
 from cluster.scheduling.pool import Worker, WorkerPool
 from cluster.scheduling.restarts import RestartBudget

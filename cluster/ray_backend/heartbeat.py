@@ -6,12 +6,12 @@ separate thread of the worker answers, so that a long decode is no silence.
 
 from __future__ import annotations
 
-from cluster import clock
 from collections.abc import Iterable
 from typing import Any
 
 from ray.exceptions import RayActorError
 
+from cluster import clock
 from cluster.ray_session import backend
 from cluster.ray_session.calls import why_lost
 from cluster.ray_session.private import call_inside
@@ -56,7 +56,8 @@ class Heartbeat:
         }
         gone = self._listen(now)
         for worker in known:  # in order, so that a simulation repeats
-            if worker not in self._asked and now - self._last_response.get(worker, -self._pause_s) >= self._pause_s:
+            last = self._last_response.get(worker, -self._pause_s)
+            if worker not in self._asked and now - last >= self._pause_s:
                 self._asked[worker] = (call_inside(worker.handle, _alive, group=GROUP), now)
         silence = self._listening.silence
         silent = [w for w, (_, since) in self._asked.items() if silence(since) > self._silence_s]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from cluster import clock
 from collections.abc import Callable, Iterator, Sequence
 
 from ray.exceptions import RayActorError
 
+from cluster import clock
 from cluster.errors import FleetError, InputLostError, LearnerLostError
 from cluster.ray_session.calls import answer, why_lost
 from cluster.roles import FleetPlan

@@ -252,7 +252,9 @@ class Actor:
         """What a call takes; None if it failed."""
         lost = next((ref.error for ref in call.needed if ref.error is not None), None)
         if lost is None:
-            values = [each.value if isinstance(each, Reference) else each for each in call.arguments]
+            values = [
+                each.value if isinstance(each, Reference) else each for each in call.arguments
+            ]
             try:
                 if call.method == READY:
                     return instant(True)

@@ -1,4 +1,4 @@
-"""What simulated samplers and reward servers do: the messages of the real ones, after their time."""
+"""What simulated samplers and reward servers do: the real ones' messages, after their time."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class SimulatedSampler(Worker):
         return self.working(self.takes("images", self.times.images, *group.request.key), answer)
 
     def images_of(self, groups: Sequence[RolloutGroup]) -> Work:
-        """See `cluster.ray_backend.joint_calls`."""
+        """See `cluster.scheduling.joint_calls`."""
         works = [self.images(group) for group in groups]
 
         def answer(begin: float, end: float) -> list[tuple[Any, float]]:
@@ -212,7 +212,7 @@ class SimulatedRewardServer(Worker):
         return self.working(self.takes("score", mean, *request.key), answer)
 
     def scores_of(self, requests: Sequence[SampleRequest], *images: Any) -> Work:
-        """See `cluster.ray_backend.joint_calls`."""
+        """See `cluster.scheduling.joint_calls`."""
         works = [self.score(*each) for each in zip(requests, images, strict=True)]
 
         def answer(begin: float, end: float) -> list[tuple[Any, float]]:

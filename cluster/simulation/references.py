@@ -19,7 +19,17 @@ INLINE = 100 * 1024
 class Reference:
     """Stands for a value that is there or will be."""
 
-    __slots__ = ("__weakref__", "_store", "error", "hosts", "number", "pulls", "size", "value", "watchers")
+    __slots__ = (
+        "__weakref__",
+        "_store",
+        "error",
+        "hosts",
+        "number",
+        "pulls",
+        "size",
+        "value",
+        "watchers",
+    )
 
     def __init__(self, store: ObjectStore) -> None:
         self._store, self.number = store, store.next_number()

@@ -47,8 +47,8 @@ RAY_CLIENT = DriverCosts(
     wait_ref_s=5e-7,
     byte_s=2.7e-9,
 )
-"""Ray 2.60, its threads included, with what the fleet's code takes here: so that `tests.bench.driver`
-comes out as on Ray."""
+"""Ray 2.60, its threads included, with what the fleet's code takes here: so that
+`tests.bench.driver` comes out as on Ray."""
 
 
 @dataclass(frozen=True, kw_only=True)

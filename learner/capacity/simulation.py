@@ -37,9 +37,7 @@ class SimulatedMoments(Worker):
         super().__init__(role, name, times, draws)
         self._done = 0
 
-    def commit(
-        self, iteration: int, features: np.ndarray, valid: np.ndarray, **_: object
-    ) -> Work:
+    def commit(self, iteration: int, features: np.ndarray, valid: np.ndarray, **_: object) -> Work:
         def answer(begin: float, end: float) -> list[tuple[Any, float]]:
             self._done = iteration + 1
             found = DistributionReward(

@@ -76,9 +76,7 @@ def test_one_sampler_takes_the_sum_of_all_phases() -> None:
             load=0.0625, record=0.03125,
         ),
     )  # fmt: skip
-    assert found.seconds[1:] == pytest.approx(
-        [0.125 + 0.0625 + 8 * 1.0 + 0.25 + 0.5 + 2.0] * 3
-    )
+    assert found.seconds[1:] == pytest.approx([0.125 + 0.0625 + 8 * 1.0 + 0.25 + 0.5 + 2.0] * 3)
     assert found.images_per_s() == pytest.approx(32 / found.seconds[1])
     assert found.phases["sample"] == pytest.approx(8.0)
     assert found.restarts == 0
@@ -115,9 +113,7 @@ def test_tokens_and_images_share_a_gpu() -> None:
 
 def test_workers_on_cores_share_them() -> None:
     """Three samplers of one thread on two cores take as long as one and a half each."""
-    of = config(
-        3, 12, sampler={"num_gpus": 0}, reward={"num_gpus": 0}, learner={"num_gpus": 0}
-    )
+    of = config(3, 12, sampler={"num_gpus": 0}, reward={"num_gpus": 0}, learner={"num_gpus": 0})
     found = run(of, times(sample=1.0), SimulatedCluster(hosts=(Host(cpus=2),), latency_s=0.0))
     assert found.seconds[-1] == pytest.approx(12 / 2, rel=0.02)
 
@@ -225,9 +221,7 @@ def test_equal_seeds_give_equal_runs() -> None:
 @pytest.mark.parametrize("most", [1, 4, 8])
 def test_groups_that_share_calls_are_answered_once_each(most: int) -> None:
     """Samplers and a server are killed with several groups in a call."""
-    of = config(
-        3, 48, 2, 1, sampler={"num_gpus": 1, "max_groups": most}, reward={"num_gpus": 1}
-    )
+    of = config(3, 48, 2, 1, sampler={"num_gpus": 1, "max_groups": most}, reward={"num_gpus": 1})
     some = times(sample=0.5, images=0.5, score={"reward-server": 0.5}, image_bytes=3e6)
     faults = [
         Failure(at_s=START + at, fault=Fault.KILLED, worker=name)
@@ -284,7 +278,7 @@ def test_the_drivers_own_time_counts() -> None:
 
 def test_a_worker_that_fails_too_often_ends_the_run_as_a_real_one_would() -> None:
     faults = [Failure(at_s=10.0 + 10 * i, fault=Fault.KILLED, worker="sampler") for i in range(4)]
-    with pytest.raises(FleetError, match="sampler.*raise --max-restarts"):
+    with pytest.raises(FleetError, match=r"sampler.*raise --max-restarts"):
         run(config(), times(sample=1.0), failures=faults, iterations=20)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import TesseraError
 from cluster.messages import GroupScores, SampleRequest
-from cluster.ray_backend.joint_calls import images_of, scores_of
+from cluster.scheduling.joint_calls import images_of, scores_of
 from tests.distributed.stubs import DistinctSampler, distinct_images
 from tests.stand_ins import drawn
 from tests.unit.helpers import request

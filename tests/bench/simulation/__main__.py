@@ -73,7 +73,7 @@ def main() -> None:
     for together in options.together:
         for samplers in options.samplers:
             found, cpu_s = run(samplers, options.groups, together, options.learn)
-            took = found.seconds[1]  # the first one fills the pipeline, the last has none after it
+            took = sum(found.seconds) / len(found.seconds)
             shares = ", ".join(f"{role} {use:.0%}" for role, use in found.utilisation.items())
             print(
                 f"{samplers:5d} samplers, {together} groups a call: {took:8.2f} s an iteration, "

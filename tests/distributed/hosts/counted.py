@@ -44,8 +44,9 @@ class Source:
         self._version = 0
 
     def load_weights(self, snapshot: WeightSnapshot) -> int:
+        assert snapshot.buffer.nbytes == WEIGHTS
         self._version = snapshot.version
-        return int(snapshot.buffer.sum() >= 0) and self._version
+        return self._version
 
     def sample(self, requests: list[SampleRequest]) -> list[RolloutGroup]:
         return [drawn(request, self._version) for request in requests]

@@ -21,7 +21,7 @@ from cluster.messages import WeightSnapshot
 from cluster.snapshots.pieces import Pieces, cut
 
 WINDOW = 2  # pieces that are fetched at a time
-PIECE = 1 << 23  # bytes, at least
+PIECE = 1 << 21  # bytes, at least
 FIRST_PIECES = 32  # while the size of a snapshot is not known
 MOST_PIECES = 64  # each is a call of every node that passes it on
 LATE_S = 20.0  # longest wait for a copy of a piece, after the one before

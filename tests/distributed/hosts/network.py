@@ -32,15 +32,16 @@ TOOLS = ("ip", "tc", "unshare", "nsenter", "mount")
 START_S = 30.0
 MTU = 1500
 
-HOLD = "echo up; cat >/dev/null; exit"
-"""Holds a namespace until its input ends. Orphans of which it becomes the parent are reaped: a
-shell that waits for one child takes the end of any (`exec cat` would leave them as zombies)."""
+HOLD = "echo up; until cat >/dev/null; do :; done; exit"
+"""Holds a namespace until its input ends, also if `cat` is killed with all others. Orphans of which
+it becomes the parent are reaped: a shell that waits for one child takes the end of any (`exec cat`
+would leave them as zombies)."""
 
 SWITCH = f"""set -e
 ip link set lo up
 ip link add switch type bridge forward_delay 0
 ip link set switch up
-{HOLD.replace("exec ", "")}
+{HOLD.removesuffix("; exit")}
 rm -rf "$1"
 """
 
@@ -210,7 +211,13 @@ class Host:
                 inside = os.stat(f"/proc/{process.pid}/ns/pid").st_ino == mine
                 if inside and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-        return [process for process in found if process.pid != self.holder.pid]
+        return [process for process in found if not self._holds(process)]
+
+    def _holds(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            waits = process.ppid() == self.holder.pid and process.cmdline() == ["cat"]
+            return waits or process.pid == self.holder.pid
+        return True  # it has ended
 
     def kill(self) -> None:
         """End all its programs at once, as a loss of power does; new ones may be started then, and

@@ -127,7 +127,7 @@ MB = 1 << 20
 
 @pytest.mark.parametrize(
     ("nbytes", "count"),
-    [(0, 32), (1, 1), (16 * MB - 1, 1), (16 * MB, 2), (500 * MB, 62), (14_000 * MB, 64)],
+    [(0, 32), (1, 1), (4 * MB - 1, 1), (4 * MB, 2), (100 * MB, 50), (14_000 * MB, 64)],
 )
 def test_how_many_pieces(nbytes: int, count: int) -> None:
     assert relay.pieces_of(nbytes) == count
@@ -137,7 +137,7 @@ def test_weights_are_passed_on_from_node_to_node(monkeypatch: pytest.MonkeyPatch
     """Every node but the learner's and the last one has one sampler that copies each piece of the
     node before; the others of a node read what it made."""
     actors, publishing = Actors(monkeypatch), Publisher(OBJECT_STORE)
-    actors.answers["size"] = 16 * MB
+    actors.answers["size"] = 4 * MB
     on = {"learner": "b", "one": "c", "two": "a", "three": "b", "four": "c", "five": "a"}
     actors.nodes = {**on, "six": "d"}
     samplers = [*list(on)[1:], "six", "unknown"]
@@ -173,7 +173,7 @@ def test_on_one_node_weights_are_one_object(
 
 def test_small_weights_are_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
     actors, publishing = Actors(monkeypatch), Publisher(OBJECT_STORE)
-    actors.nodes, actors.answers["size"] = {"learner": "a", "one": "b", "two": "c"}, 5 * MB
+    actors.nodes, actors.answers["size"] = {"learner": "a", "one": "b", "two": "c"}, 3 * MB
     assert publishing.publish([actors.learner], ["one", "two"]).pieces
     assert not publishing.publish([actors.learner], ["one", "two"]).pieces
     publishing.forget()  # another learner

@@ -119,15 +119,17 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
             time.sleep(0.5)
         for name in CRDS.values():
             run("create", "-f", f"{CRD_DIRECTORY}/ray.io_{name}.yaml")
-            run("wait", "--for=condition=Established", f"crd/{name}.ray.io", "--timeout=60s")
+            shown = ["get", f"crd/{name}.ray.io", "-o", "jsonpath={.status.conditions[*].type}"]
+            while "Established" not in run(*shown).stdout:
+                assert time.monotonic() - began < STARTS_S
+                time.sleep(0.2)
         run("create", "namespace", "strict")
         run("label", "namespace", "strict", "pod-security.kubernetes.io/enforce=restricted")
         yield run
     finally:
-        for each in reversed(processes):
-            each.terminate()
-        for each in processes:
-            each.wait(30)
+        for each in reversed(processes):  # the server first: it would wait for etcd
+            each.kill()
+            each.wait()
         for log in logs:
             log.close()
 

@@ -227,6 +227,8 @@ def measure(cluster: HostCluster, options: argparse.Namespace, samplers: int) ->
     for way in (way for way, reason in left_out.items() if reason):
         print(f"{samplers} a host, {way}: left out, {left_out[way]}")
     ways = [way for way in options.ways if not left_out[way]]
+    if not ways:
+        return
     with Driver(cluster, options.megabytes, samplers) as driver:
         for gigabits in options.gigabits:
             for host in cluster.network.hosts:

@@ -37,7 +37,7 @@ def joined_cluster(address: str) -> Iterator[Callable[[], dict[str, Any]]]:
         yield lambda: {
             "cluster": session.address,
             **_resources(),
-            "runs": [run_as_dict(name, status) for name, status in _statuses(active_runs())],
+            "runs": [_described(name, status) for name, status in _statuses(active_runs())],
         }
 
 
@@ -78,11 +78,22 @@ def _statuses(names: Sequence[str]) -> list[tuple[str, FleetStatus | None]]:
     return sorted(found, key=lambda each: each[0])
 
 
+def _described(name: str, status: FleetStatus | None) -> dict[str, Any]:
+    try:
+        return run_as_dict(name, status)
+    except AttributeError:  # a status without the newest fields: another user's environment
+        return _unknown(name, "another version of Tessera")
+
+
+def _unknown(name: str, stage: str) -> dict[str, Any]:
+    known = run_as_dict(name, FleetStatus())
+    return dict.fromkeys(known) | {"run": name, "stage": stage}
+
+
 def run_as_dict(name: str, status: FleetStatus | None) -> dict[str, Any]:
     """One run, ready for JSON; of one that does not answer, only its name is not None."""
     if status is None:
-        known = run_as_dict(name, FleetStatus())
-        return dict.fromkeys(known) | {"run": name, "stage": "no answer"}
+        return _unknown(name, "no answer")
     progress, quota = status.progress, status.quota
     workers = {pool.role: pool.serving + pool.starting for pool in status.pools}
     for single in status.singles:

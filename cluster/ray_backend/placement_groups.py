@@ -83,7 +83,7 @@ class PlacementGroups:
         from ray.util import placement_group_table
 
         group = self._groups.get(worker)
-        return group is not None and placement_group_table(group.handle)["state"] == "CREATED"
+        return group is not None and placement_group_table(group.handle).get("state") == "CREATED"
 
     def alone(self, worker: str) -> bool:
         group = self._groups.get(worker)

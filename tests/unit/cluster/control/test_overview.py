@@ -174,6 +174,22 @@ def test_the_command_lists_all_that_have_not_ended(
     assert "ann" in capsys.readouterr().out
 
 
+def test_a_run_of_another_version_hides_no_other_run(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = FleetStatus()
+    state = older.__getstate__()  # type: ignore[attr-defined]
+    older = object.__new__(FleetStatus)
+    older.__setstate__(state[:-4])  # type: ignore[attr-defined]
+    monkeypatch.setitem(RUNS, "older", older)
+    assert status.main(["--all", "--json"]) == 0
+    runs = {run["run"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert (runs["night"]["user"], runs["older"]["user"]) == ("ann", None)
+    assert runs["older"]["stage"] == "another version of Tessera"
+    assert status.main(["--all"]) == 0
+    assert "another version" in capsys.readouterr().out
+
+
 def test_all_and_one_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         status.main(["--all", "--run", "night"])

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,10 +178,8 @@ def test_the_command_lists_all_that_have_not_ended(
 def test_a_run_of_another_version_hides_no_other_run(
     cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    older = FleetStatus()
-    state = older.__getstate__()  # type: ignore[attr-defined]
-    older = object.__new__(FleetStatus)
-    older.__setstate__(state[:-4])  # type: ignore[attr-defined]
+    older: Any = object.__new__(FleetStatus)  # as pickle makes it
+    older.__setstate__([getattr(FleetStatus(), each.name) for each in fields(FleetStatus)[:-4]])
     monkeypatch.setitem(RUNS, "older", older)
     assert status.main(["--all", "--json"]) == 0
     runs = {run["run"]: run for run in json.loads(capsys.readouterr().out)["runs"]}

@@ -51,6 +51,7 @@ from learner.capacity.evaluation import EvaluationCost, evaluation_cost
 from learner.capacity.gpus import SPARE, memory_of, of_sampler, rollouts_of
 from learner.capacity.plan_document import arguments, bottleneck_of, document, with_prediction
 from learner.capacity.scale.as_configured import on_this_machine
+from learner.capacity.scale.fewest import fewest_gpus
 from learner.capacity.scale.iteration import Prediction
 from learner.capacity.scale.split import Plan, Search, Site
 from learner.capacity.scale.tables import (
@@ -172,7 +173,7 @@ def plan_cluster(command: Command, config: RunConfig, models: Models, card: Card
     site = Site(card=card, gpus_per_node=command.gpus_per_node, link=gbit * 1e9 / 8)
     measured = from_measured(Path(command.measured)) if command.measured else None
     search = Search(config, models, site, measured)
-    plan = search.best(command.gpus)
+    plan = fewest_gpus(search, command.gpus)
     if plan is None:
         raise ConfigError(
             f"no split of {command.gpus} GPUs of {card.memory / GB:.4g} GB fits the workers' "
@@ -189,7 +190,7 @@ def plan_cluster(command: Command, config: RunConfig, models: Models, card: Card
         return 0
     show_split(plan, site, command.gpus)
     show_plan(plan, site, basis)
-    show_staleness([(ahead, search.best(command.gpus, ahead)) for ahead in AHEAD_TRIED])
+    show_staleness([(ahead, fewest_gpus(search, command.gpus, ahead)) for ahead in AHEAD_TRIED])
     show_links(plan, site)
     sizes = sorted({*SIZES, command.gpus})
     show_costs(cost_rows(search, command, sizes), command.price_per_gpu_hour, command.scaling)
@@ -213,7 +214,7 @@ def cost_rows(
 ) -> list[tuple[int, Plan | None]]:
     """The best plan of each number of GPUs."""
     if command.scaling == "strong":
-        return [(size, search.best(size)) for size in sizes]
+        return [(size, fewest_gpus(search, size)) for size in sizes]
     return [(size, search.scaled(size / command.gpus).best(size)) for size in sizes]
 
 

@@ -48,6 +48,8 @@ def _run(arguments: Sequence[str]) -> None:
     files = made_files(target, plan, options)
     for path, written in write_all(options.out, files, force=options.force).items():
         print(f"{'wrote' if written else 'as it was'}  {options.out / path}")
+    if plan.gpus < options.gpus:
+        print(f"the plan uses {plan.gpus} of {options.gpus} GPUs: more gain little (learner.plan)")
     print(target.next_steps(plan, options))
 
 

@@ -12,6 +12,7 @@ import tyro
 import yaml
 
 from cluster.deploy.checks import check_image, check_path
+from cluster.deploy.kuberay.groups import store_of
 from cluster.deploy.plan_document import PlanDocument
 from cluster.deploy.ray_up.machines import CPU_MACHINE, NodeType, node_types
 from cluster.deploy.run_command import ROLE_LABEL, for_job_submit, run_arguments
@@ -108,7 +109,7 @@ def files(plan: PlanDocument, options: RayUpOptions) -> Mapping[str, str]:
 
 def cluster(plan: PlanDocument, options: RayUpOptions, types: list[NodeType]) -> dict[str, Any]:
     """The document that `ray up` reads."""
-    store = f" --object-store-memory={plan.object_store_bytes}" if plan.object_store_bytes else ""
+    store = f" --object-store-memory={store_of(plan)}" if plan.object_store_bytes else ""
     head = (
         f"{START} ray start --head --port={GCS_PORT}{store} "
         "--autoscaling-config=~/ray_bootstrap_config.yaml"

@@ -44,7 +44,8 @@ MACHINES = {
         Machine("g6e.48xlarge", 192, 8),
     ),
 }
-"""By learner.plan's name of the GPU, the smallest first. From AWS's lists of instance types."""
+"""By learner.plan's name of the GPU, the smallest first. From memory: to be checked
+against AWS's list of instance types."""
 MOST_GPUS = 8
 
 

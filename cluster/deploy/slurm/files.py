@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from cluster.deploy.kuberay.groups import store_of
 from cluster.deploy.plan_document import PlanDocument
 from cluster.deploy.run_command import run_arguments
 from cluster.deploy.target import DeployOptions, Target
@@ -96,14 +97,14 @@ def _check(field: str, value: str, pattern: re.Pattern[str], expected: str) -> N
         raise ValueError(f"--{_flag(field)} must be {expected}, found {value!r:.80}")
 
 
-def number_of_nodes(options: SlurmOptions) -> int:
-    """Nodes of the job."""
-    return options.nodes or max(math.ceil(options.gpus / options.gpus_per_node), 1)
+def number_of_nodes(plan: PlanDocument, options: SlurmOptions) -> int:
+    """Nodes of the job, for the GPUs that the plan uses."""
+    return options.nodes or max(math.ceil(plan.gpus / options.gpus_per_node), 1)
 
 
-def gpus_of_a_node(options: SlurmOptions) -> int:
+def gpus_of_a_node(plan: PlanDocument, options: SlurmOptions) -> int:
     """GPUs that the job asks of each node: what it needs, on all nodes the same."""
-    return math.ceil(options.gpus / number_of_nodes(options))
+    return math.ceil(plan.gpus / number_of_nodes(plan, options))
 
 
 def cpus_of_a_node(plan: PlanDocument, options: SlurmOptions) -> int:
@@ -111,17 +112,17 @@ def cpus_of_a_node(plan: PlanDocument, options: SlurmOptions) -> int:
     if options.cpus_per_node:
         return options.cpus_per_node
     asked = sum(role.count * role.num_cpus for role in plan.roles)
-    needed = math.ceil(asked / number_of_nodes(options))
-    return max(needed, CPUS_PER_GPU * gpus_of_a_node(options), 2)
+    needed = math.ceil(asked / number_of_nodes(plan, options))
+    return max(needed, CPUS_PER_GPU * gpus_of_a_node(plan, options), 2)
 
 
 def memory_of_a_node(plan: PlanDocument, options: SlurmOptions) -> str:
     """Value of --mem. Which workers meet on a node of several is Ray's choice, so there all of its
     memory is taken."""
-    if number_of_nodes(options) > 1:
+    if number_of_nodes(plan, options) > 1:
         return "0"
     workers = sum(role.count * role.memory_bytes for role in plan.roles)
-    total = SPARE_MEMORY * workers + plan.object_store_bytes + SYSTEM_BYTES
+    total = SPARE_MEMORY * workers + store_of(plan) + SYSTEM_BYTES
     return f"{math.ceil(total / 2**30)}G"
 
 
@@ -161,10 +162,10 @@ def directives(plan: PlanDocument, options: SlurmOptions) -> str:
         "job-name": options.name,
         "partition": options.partition,
         "account": options.account,
-        "nodes": number_of_nodes(options),
+        "nodes": number_of_nodes(plan, options),
         "ntasks-per-node": 1,
         "cpus-per-task": cpus_of_a_node(plan, options),
-        "gpus-per-node": gpus_of_a_node(options),
+        "gpus-per-node": gpus_of_a_node(plan, options),
         "mem": memory_of_a_node(plan, options),
         "time": options.time,
         "signal": f"B:USR1@{warning_s(plan)}",
@@ -178,7 +179,7 @@ def directives(plan: PlanDocument, options: SlurmOptions) -> str:
 def settings(plan: PlanDocument, options: SlurmOptions) -> str:
     """What a site may change."""
     run_dir = shlex.quote(options.run_dir) if options.run_dir else f'"$PWD/runs/{options.name}"'
-    store = plan.object_store_bytes or ""
+    store = store_of(plan) if plan.object_store_bytes else ""
     setup = "".join(f"    {line}\n" for line in options.setup or (":",))
     return f"""\
 # ---- settings ---------------------------------------------------------------------------------

@@ -244,7 +244,10 @@ class Search:
 
     def _together(self, gpus: int) -> Iterator[Split]:
         if self._fits_shared:
-            for count in steps(self._base.groups_per_iteration, gpus):
+            beside = sum(self._share(role) for role in ("learner", *self.pools))
+            # Ray puts two samplers on one GPU, unless each takes more than half of it
+            most = gpus if round(1 - beside, 2) > 0.5 else 1
+            for count in steps(self._base.groups_per_iteration, min(gpus, most)):
                 every = dict.fromkeys(self.pools, count)
                 yield Split(samplers=count, servers=every, learners=1, layout=SHARED)
 
@@ -364,7 +367,8 @@ class Search:
             return dict.fromkeys(("sampler", "learner", *self.pools), 1.0)
         roles = ["sampler", *self.pools, *(["learner"] if split.layout == SHARED else [])]
         shares = {role: self._share(role) for role in roles}
-        largest = roles[-1] if split.layout == SHARED else "sampler"
+        alone = split.layout == SHARED and split.samplers == 1
+        largest = "learner" if alone else "sampler"
         shares[largest] = round(shares[largest] + 1 - sum(shares.values()), 2)
         return {"learner": 1.0, **shares}
 

@@ -152,3 +152,16 @@ def test_every_step_of_the_way_is_said() -> None:
     said = SLURM.next_steps(plan_of(one_gpu()), options(one_gpu()))
     assert "sbatch deploy/run.sbatch" in said
     assert "deploy/beside JOB python -m cluster.stop --checkpoint" in said
+
+
+def test_only_gpus_that_the_plan_uses_are_asked_for() -> None:
+    given = SlurmOptions(preset="llamagen-b-256", gpus=1000)
+    script = files(plan_of(eight_gpus()), given)[SCRIPT]
+    assert "#SBATCH --nodes=1\n" in script
+    assert "#SBATCH --gpus-per-node=8\n" in script
+
+
+def test_the_object_store_is_one_that_ray_starts_with() -> None:
+    values = cpus() | {"object_store_bytes": 5_000_000}  # Ray takes no less than 75 MiB
+    script = files(plan_of(values), options(values, nodes=3))[SCRIPT]
+    assert f"\nOBJECT_STORE_BYTES={1 << 30} " in script

@@ -11,6 +11,7 @@ import pytest
 from learner.capacity.budget import changed
 from learner.capacity.cards import CARDS
 from learner.capacity.gpus import fits, pack, processes
+from learner.capacity.scale.fewest import WORTH, fewest_gpus
 from learner.capacity.scale.split import MAIN, OWN, PAIRED, SHARED, Search, Site, Split, steps
 from learner.capacity.service_times import ServiceTimes
 from learner.config import RunConfig, load_preset, to_dict, validate
@@ -58,9 +59,9 @@ def test_the_search_finds_the_best_of_all(groups: int, pool: bool) -> None:
 
 
 def fits_memory(search: Search, split: Split) -> bool:
-    """By the arithmetic of the run's own budget."""
-    found = processes(search.configured(split, 0), MODELS.policy, MODELS.tokenizer)
-    return fits(pack(found), SITE.card.memory)
+    """By the arithmetic of the run's own budget, each worker on the GPU that the split gives it."""
+    found = pack(processes(search.configured(split, 0), MODELS.policy, MODELS.tokenizer))
+    return fits(found, SITE.card.memory) and len(found) == split.gpus
 
 
 @pytest.mark.parametrize("preset", ["paper-fixed", "llamagen-b-256"])
@@ -111,6 +112,20 @@ def test_what_does_not_fit_is_left_out() -> None:
     assert plan.split.layout == PAIRED
     tiny = dataclasses.replace(SITE, card=dataclasses.replace(SITE.card, memory=4e9))
     assert Search(config, MODELS, tiny).best(64, 0) is None
+
+
+@pytest.mark.parametrize("preset", ["paper-fixed", "llamagen-b-256"])
+@pytest.mark.parametrize("gpus", [1, 8, 256])
+def test_gpus_that_gain_next_to_nothing_are_left_over(preset: str, gpus: int) -> None:
+    search = Search(load_preset(preset), MODELS, SITE)
+    fastest, found = search.best(gpus), fewest_gpus(search, gpus)
+    assert fastest is not None
+    assert found is not None
+    assert found.split.gpus <= fastest.split.gpus
+    assert found.seconds <= fastest.seconds * WORTH
+    fewer = search.best(found.split.gpus - 1) if found.split.gpus > 1 else None
+    assert fewer is None or fewer.seconds > fastest.seconds * WORTH
+    assert found.split.gpus < fastest.split.gpus or (preset, gpus) != ("paper-fixed", 256)
 
 
 def test_measured_seconds_replace_the_arithmetic() -> None:

@@ -116,6 +116,7 @@ def walk(network: Network) -> Iterator[Walk]:
         host.kill()
 
 
+@pytest.mark.slow  # two jobs, and each command imports torch anew
 @pytest.mark.timeout(1200)
 def test_the_pages_commands_in_their_order(walk: Walk) -> None:
     steps = [(where, commands) for where, commands in blocks() if where != YOURS]

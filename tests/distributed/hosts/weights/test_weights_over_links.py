@@ -26,12 +26,15 @@ def driver(network: Network) -> Iterator[Driver]:
 
 
 def test_every_link_carries_weights_once(driver: Driver) -> None:
-    shares = []
     for _ in range(2):  # the first one's size is not known before
         found = driver.broadcast("pieces")
         assert 1 <= found.sent < 1 + HEADERS
         assert all(1 <= each < 1 + HEADERS for each in found.received)
-        shares.append(found.share(GIGABITS))
+
+
+@pytest.mark.slow  # a time, which tests beside it change
+def test_the_link_is_in_use(driver: Driver) -> None:
+    shares = [driver.broadcast("pieces").share(GIGABITS) for _ in range(3)]
     assert max(shares) > 0.6  # if each host fetched them, the learner's link would leave 0.48
 
 

@@ -49,7 +49,13 @@ from learner.capacity.cards import (
 )
 from learner.capacity.evaluation import EvaluationCost, evaluation_cost
 from learner.capacity.gpus import SPARE, memory_of, of_sampler, rollouts_of
-from learner.capacity.plan_document import arguments, bottleneck_of, document, with_prediction
+from learner.capacity.plan_document import (
+    arguments,
+    bottleneck_of,
+    document,
+    pools_to_write,
+    with_prediction,
+)
 from learner.capacity.scale.as_configured import on_this_machine
 from learner.capacity.scale.fewest import fewest_gpus
 from learner.capacity.scale.iteration import Prediction
@@ -202,11 +208,17 @@ def plan_cluster(command: Command, config: RunConfig, models: Models, card: Card
     )
     if search.unknown:
         print(f"Not counted, since their work is not known: {', '.join(search.unknown)}")
-    flags = arguments(
-        search.configured(plan.split, config.max_staleness), load_preset(command.preset)
-    )
-    print(f"As a run: {command_of('learner.run')} --preset {command.preset} {' '.join(flags)}")
+    show_run(search.configured(plan.split, config.max_staleness), command.preset)
     return 0
+
+
+def show_run(config: RunConfig, preset: str) -> None:
+    """Print the command of a run, and what its preset must say."""
+    base = load_preset(preset)
+    flags = " ".join(arguments(config, base))
+    print(f"As a run: {command_of('learner.run')} --preset {preset} {flags}")
+    if pools := pools_to_write(config, base):
+        print(f"In the preset, a YAML file: {pools}")
 
 
 def cost_rows(

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from actors.checkpoints.loading import count_parameters
+from cluster.errors import ConfigError
 from cluster.roles import FleetPlan, Role
 from learner.capacity.gpus import memory_of, of_sampler, pack, processes
 from learner.capacity.storage import checkpoint_bytes, store_need
@@ -25,6 +28,7 @@ JUDGED = 28_600  # bytes an evaluated image, measured in tests.bench.evaluation 
 CHECKPOINT_COPY = 12  # bytes a parameter: weights and AdamW's averages, written by a thread
 LOADED = 4  # bytes a parameter of a file of weights that is being read
 DRIVER = "driver"
+POOLS = "reward_pools."
 LABELS = ".labels."
 """In the dotted name of a label that a role's nodes must have."""
 
@@ -34,7 +38,15 @@ def document(config: RunConfig, preset: str, base: RunConfig, models: Models) ->
 
     Args:
         base: the preset's configuration; what differs from it becomes arguments.
+
+    Raises:
+        ConfigError: pools of reward servers differ from the preset's.
     """
+    if pools := pools_to_write(config, base):
+        raise ConfigError(
+            f"preset {preset}: the plan gives its pools other servers or GPUs, for which there are "
+            f"no options: write {pools} into the preset, a YAML file"
+        )
     plan = fleet_plan(config)
     gpus = pack(processes(config, models.policy, models.tokenizer))
     return {
@@ -49,9 +61,10 @@ def document(config: RunConfig, preset: str, base: RunConfig, models: Models) ->
 
 
 def arguments(config: RunConfig, base: RunConfig) -> list[str]:
-    """Flags of learner.run that make `config` of `base`."""
+    """Flags of learner.run that make `config` of `base`, but for `pools_to_write`."""
     wanted, there = dotted(to_dict(config)), dotted(to_dict(base))
     changed = [name for name, value in wanted.items() if there.get(name) != value]
+    changed = [name for name in changed if not name.startswith(POOLS)]
     plain = [word for name in changed if LABELS not in name for word in _flag(name, wanted[name])]
     labels: dict[str, list[str]] = {}
     for name in wanted:  # one flag names all labels of a role
@@ -59,6 +72,21 @@ def arguments(config: RunConfig, base: RunConfig) -> list[str]:
         if mark and any(each.startswith(role + mark) for each in changed):
             labels.setdefault(role, []).append(f"{key}={wanted[name]}")
     return plain + [word for role, given in labels.items() for word in (f"--{role}.labels", *given)]
+
+
+def pools_to_write(config: RunConfig, base: RunConfig) -> str:
+    """What a preset must say of its pools to be `config`, as one line of YAML; empty if it does.
+    Pools have no flags, since their names are the user's."""
+    wanted, there = to_dict(config)["reward_pools"], to_dict(base)["reward_pools"]
+    changed = {
+        name: {key: value for key, value in pool.items() if there.get(name, {}).get(key) != value}
+        for name, pool in wanted.items()
+    }
+    changed = {name: pool for name, pool in changed.items() if pool}
+    if not changed:
+        return ""
+    text = yaml.safe_dump(changed, default_flow_style=True, width=1000)
+    return f"reward_pools: {text.strip()}"
 
 
 def _flag(name: str, value: Any) -> Iterator[str]:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig
@@ -19,6 +22,7 @@ from learner.plan import (
     parse,
     rollouts_of,
 )
+from rewards.config import RewardPool
 from tests.reduced import random_run
 from tests.unit.learner.capacity.test_service_times import write_run
 
@@ -272,6 +276,31 @@ def test_pools_are_roles_of_the_document(
 
 
 # A cluster.
+
+
+def test_pools_that_a_split_changes_are_written_into_the_preset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They have no flags; with what is asked for, the plan is taken."""
+    file, options = tmp_path / "mine.yaml", ["--gpus", "4", "--gpu", "h200"]
+    preset, pools = load_preset("paper-fixed"), {"extra": RewardPool(num_gpus=0.3)}
+    terms = dataclasses.replace(preset.rewards.hps, pool="extra")
+    rewards = dataclasses.replace(preset.rewards, hps=terms)
+    base = dataclasses.replace(preset, rewards=rewards, reward_pools=pools)
+    file.write_text(dump(base))
+    assert main(["--preset", str(file), *options]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--reward-pools" not in shown
+    asked = re.search(r"In the preset, a YAML file: (reward_pools: \{extra: \{.*?\}\})", shown)
+    assert asked
+    assert main(["--preset", str(file), *options, "--json"]) == 2
+    assert f"write {asked[1]} into the preset" in " ".join(capsys.readouterr().err.split())
+    wanted = yaml.safe_load(asked[1])["reward_pools"]["extra"]
+    pool = dataclasses.replace(base.reward_pools["extra"], **wanted)
+    file.write_text(dump(dataclasses.replace(base, reward_pools={"extra": pool})))
+    assert main(["--preset", str(file), *options, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    parse(document["arguments"])
 
 
 def test_a_cluster_is_planned(capsys: pytest.CaptureFixture[str]) -> None:

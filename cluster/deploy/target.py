@@ -58,6 +58,11 @@ class DeployOptions:
                 f"{self.checkpoint_url!r}"
             )
 
+    @property
+    def preset_path(self) -> str:
+        """Absolute path of a preset that is a file, on this machine; empty: it is shipped."""
+        return str(Path(self.preset).absolute()) if self.preset_text else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:

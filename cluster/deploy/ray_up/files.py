@@ -21,6 +21,8 @@ from cluster.deploy.target import DeployOptions, Target
 CLUSTER, SUBMIT = "cluster.yaml", "submit"
 HEAD = "head"
 TOKEN = "~/.ray/auth_token"
+PRESET = "/tmp/tessera/preset.yaml"
+"""Of the cluster's machines: the preset, where it is a file."""
 START = "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0; ulimit -n 65536;"
 GCS_PORT = 6379
 Several = Annotated[tuple[str, ...], tyro.conf.arg(name=None), tyro.conf.UseAppendAction]
@@ -115,13 +117,14 @@ def cluster(plan: PlanDocument, options: RayUpOptions, types: list[NodeType]) ->
         "--autoscaling-config=~/ray_bootstrap_config.yaml"
     )
     worker = f"{START} ray start --address=$RAY_HEAD_IP:{GCS_PORT}{store}"
+    preset = {PRESET: options.preset_path} if options.preset_path else {}
     document: dict[str, Any] = {
         "cluster_name": options.name,
         **(_own(options) if options.own_machines else _aws(options, types)),
         "idle_timeout_minutes": options.idle_minutes,
         # Ray's token, with which code can be run on the cluster. `ray get-auth-token --generate`
         # makes it here, and rsync keeps its mode 0600.
-        "file_mounts": {TOKEN: TOKEN},
+        "file_mounts": {TOKEN: TOKEN, **preset},
         "setup_commands": list(options.setup),
         "head_start_ray_commands": ["ray stop", head],
         "worker_start_ray_commands": ["ray stop", worker],
@@ -189,7 +192,8 @@ def _aws(options: RayUpOptions, types: list[NodeType]) -> dict[str, Any]:
 
 def submission(plan: PlanDocument, options: RayUpOptions, labels: Mapping[str, str]) -> str:
     """The script that submits the run; the same again resumes it."""
-    arguments = run_arguments(plan, options, options.run_directory, labels)
+    preset = PRESET if options.preset_path else ""
+    arguments = run_arguments(plan, options, options.run_directory, labels, preset)
     command = for_job_submit(["python", "-m", "learner.run", *arguments])
     return f"""\
 #!/usr/bin/env bash

@@ -187,7 +187,7 @@ def settings(plan: PlanDocument, options: SlurmOptions) -> str:
 RUN_DIR={run_dir}  # on storage that all nodes share
 # An array job is one run a seed: sbatch --array=0-4 {SCRIPT}
 RUN_DIR+=${{SLURM_ARRAY_TASK_ID:+/seed-$SLURM_ARRAY_TASK_ID}}
-ARGUMENTS=({_lines(run_arguments(plan, options, RUN_DIR, {}))})
+ARGUMENTS=({_lines(run_arguments(plan, options, RUN_DIR, {}, options.preset_path))})
 setup() {{ # every process runs this first, on its node
 {setup}}}
 STEP=({shlex.join(shlex.split(options.step))})  # a container: apptainer ..., or options of srun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +54,16 @@ def test_ray_accepts_the_cluster(values: dict[str, Any], where: list[str]) -> No
     for starts in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
         assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
     assert "--auto-resume" in submit
+
+
+def test_a_preset_that_is_a_file_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("seed: 3")
+    monkeypatch.chdir(tmp_path)
+    cluster, submit = made({**eight_gpus(), "preset": "mine.yaml"}, *AWS)
+    ((there, here),) = set(cluster["file_mounts"].items()) - {("~/.ray/auth_token",) * 2}
+    assert here == str(tmp_path / "mine.yaml")
+    assert f"--preset {there}" in " ".join(submit.split())
+    assert "mine.yaml" not in submit
 
 
 def test_eight_gpus_share_one_machine() -> None:

@@ -148,6 +148,13 @@ def test_workers_that_no_node_holds_are_refused() -> None:
         files(plan_of(wide), options(wide, gpus_per_node=4))
 
 
+def test_a_preset_that_is_a_file_is_found_from_anywhere() -> None:
+    values = {**one_gpu(), "preset": "mine.yaml"}
+    text = SLURM.files(plan_of(values), options(values, preset_text="seed: 3"))[SCRIPT]
+    assert str(Path("mine.yaml").absolute()) in text
+    assert " mine.yaml" not in text
+
+
 def test_every_step_of_the_way_is_said() -> None:
     said = SLURM.next_steps(plan_of(one_gpu()), options(one_gpu()))
     assert "sbatch deploy/run.sbatch" in said

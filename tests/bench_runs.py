@@ -35,9 +35,10 @@ ON_RAY = {
 }
 ALONE = {
     "main_job": "--num-samplers 1 --iterations 1 --evaluation.num-images 0",
+    "links": "--megabytes 8 --samplers 1 --gigabits 1 --rounds 1 --ways pieces",
     "planner": "--only samplers --counts 1 --iterations 4",
 }
-"""Start whole runs."""
+"""Start whole runs, or clusters."""
 
 
 def run_bench(

@@ -130,7 +130,8 @@ def overview(found: Mapping[str, Any]) -> Group:
     rows = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("run", "user", "driver", "state", "done", "workers", "CPUs", "GPUs"):
         right = heading in ("CPUs", "GPUs")
-        rows.add_column(heading, justify="right" if right else "left", no_wrap=heading != "workers")
+        short = heading in ("run", "user", "state")  # the others wrap in a narrow terminal
+        rows.add_column(heading, justify="right" if right else "left", no_wrap=short)
     notes = []
     for run in found["runs"]:
         if run["user"] is None:

@@ -16,7 +16,7 @@ from cluster.own_packages import NAMES
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-READ_BY_PEOPLE = ("README.md", "DESIGN.md", "results/")
+READ_BY_PEOPLE = ("README.md", "DESIGN.md", "results/", "deploy/examples/")
 """Of what the packages hold, the only things that no program reads."""
 
 

@@ -163,16 +163,23 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("columns", ["80", "120"])
 def test_the_command_lists_all_that_have_not_ended(
-    cluster: None, capsys: pytest.CaptureFixture[str]
+    columns: str,
+    cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
     assert status.main(["--all", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {run["run"] for run in found["runs"]} == {"night", "evening", "stuck"}
     assert (found["nodes"], found["cpus"], found["cpus_free"]) == (2, 32, 23)
     assert (found["gpus"], found["gpus_free"]) == (8, 0)
     assert status.main(["--all"]) == 0
-    assert "ann" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "ann" in shown
+    assert "night" in shown.partition("night: ")[0]
 
 
 def test_a_run_of_another_version_hides_no_other_run(

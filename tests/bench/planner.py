@@ -32,7 +32,7 @@ from learner.runs.run_dir import RunDirectory
 PARTS = ("samplers", "hosts")
 WARM_UP = 0.25
 SMALL = ("--evaluation.num-images", "0", "--output.checkpoint-every", "100000",
-         "--output.no-rollouts", "--rewards.loo-fid.seed-images", "64")  # fmt: skip
+         "--output.no-rollouts", "--rewards.loo-fid.seed-images", "128")  # fmt: skip
 LINKS = {"20_mbit": 20e6, "1_gbit": 1e9}
 LABEL = "tessera-role"
 PLACED = [

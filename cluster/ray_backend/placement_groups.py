@@ -56,7 +56,7 @@ class PlacementGroups:
     def wait(self, wait_s: float) -> list[Gang]:
         """Wait until all groups are placed; returns those that are not."""
         deadline = clock.monotonic() + wait_s
-        pending = list({id(group.handle): group for group in self._groups.values()}.values())
+        pending = self._each()
         while pending and (left := deadline - clock.monotonic()) > 0:
             if pending[0].handle.wait(min(left, SLICE_S)):
                 del pending[0]
@@ -95,11 +95,15 @@ class PlacementGroups:
 
         table: Mapping[str, Any] = placement_group_table()
         found = []
-        for group in {id(each.handle): each for each in self._groups.values()}.values():
+        for group in self._each():
             entry = table.get(group.handle.id.hex(), {})
             node = entry.get("bundles_to_node_id", {}).get(0, "")
             found += [node for request in group.gang if node and request.role == role]
         return found
+
+    def _each(self) -> list[_Group]:
+        """Every group once, however many workers share it."""
+        return list({id(group.handle): group for group in self._groups.values()}.values())
 
     def keep(self, workers: Collection[str]) -> None:
         """Remove the groups of which no worker is left."""
@@ -142,8 +146,10 @@ def emptiest(request: Request, nodes: Sequence[Node], taken: Sequence[str]) -> s
         for node in nodes
         if not excluded(node, (request,)) and Room(node).chosen(request) is not None
     ]
-    kept = (lambda node: bool(node.gpus)) if not request.gpus else (lambda node: False)
-    fit.sort(key=lambda node: (kept(node), taken.count(node.id), -node.gpus, -node.cpus))
+    left = not request.gpus  # nodes with GPUs are left to workers with GPUs
+    fit.sort(
+        key=lambda node: (left and bool(node.gpus), taken.count(node.id), -node.gpus, -node.cpus)
+    )
     return fit[0].id if fit else ""
 
 

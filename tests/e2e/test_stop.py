@@ -216,9 +216,14 @@ def test_no_token_is_in_the_run_directory(job: Job) -> None:
 
 
 def test_status_of_a_running_job(job: Job) -> None:
-    shown = job.command("cluster.status", "--run", str(job.run), "--json")
-    assert shown.returncode == 0, shown.stderr
-    found = json.loads(shown.stdout)
+    def status() -> dict[str, Any]:
+        shown = job.command("cluster.status", "--run", str(job.run), "--json")
+        assert shown.returncode == 0, shown.stderr
+        return dict(json.loads(shown.stdout))
+
+    deadline = time.monotonic() + START_S
+    while not (found := status())["iteration"]:  # sent once a second: it may lag behind the rows
+        assert time.monotonic() < deadline, found
     assert found["stage"] == "training"
     assert found["iterations"] == 5000
     assert 0 < found["iteration"] < 5000

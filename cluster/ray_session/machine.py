@@ -1,5 +1,5 @@
-"""Checks of this machine before a private Ray starts (open files, directory of sockets and logs),
-since Ray's own errors rarely name the cause.
+"""Checks of this machine before a private Ray starts (addresses, open files, directory of sockets
+and logs), since Ray's own errors rarely name the cause.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster.errors import FleetError
 from cluster.io.files import MIB, advice
+from cluster.ray_session import private
 from cluster.ray_session.address import temp_root
 
 LEAST_FILES = 256  # raylet: 55, and 3 to 4 for every worker
@@ -33,6 +34,7 @@ def check_machine(temp_dir: str) -> None:
     Raises:
         FleetError: it cannot; says why, and what to do.
     """
+    check_loopback(private.loopback_address())
     check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     check_temp_root(temp_root(temp_dir), _chosen_by(temp_dir))
 
@@ -44,6 +46,22 @@ def shared_memory() -> int:
     except OSError:
         return 0
     return there.f_bavail * there.f_frsize
+
+
+def check_loopback(address: str) -> None:
+    """Refuse the loopback address on which Ray's agent cannot listen (2.60: its Prometheus exporter
+    opens IPv4 sockets only).
+
+    Raises:
+        FleetError: it is IPv6.
+    """
+    if ":" in address:
+        raise FleetError(
+            "this machine has IPv6 addresses alone, and a private Ray does not start on "
+            f"{address}: give the machine any IPv4 address (`ip address add 192.0.2.1/32 dev lo`), "
+            "start a cluster on its own address (`ray start --head --node-ip-address=...`) and "
+            "name it by --ray.address, or run in one process, --inline"
+        )
 
 
 def check_open_files(limit: int) -> None:

@@ -43,6 +43,14 @@ def loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
+def loopback_address() -> str:
+    """On which Ray's processes listen that serve one machine: ::1 where all other addresses of the
+    machine are IPv6, else 127.0.0.1."""
+    from ray._private import services
+
+    return str(services.get_localhost_ip())
+
+
 def shows_token() -> bool:
     """Whether this process sends a token to Ray."""
     from ray import _raylet

@@ -70,11 +70,15 @@ def rejoin(cluster: HostCluster, host: Host) -> None:
 
 
 def lose_the_head(cluster: HostCluster) -> None:
-    """The driver, too; the workers end by themselves."""
+    """The driver, too; the workers end by themselves. The rest of their nodes is then ended: Ray's
+    agents go on for seconds without them, and hold the ports of those of new nodes, to which no job
+    can be submitted then."""
     cluster.head.kill()
     for host in cluster.network.hosts:
         until(lambda host=host: not roles_on(host), f"workers of {host.name} go on", NOTICED_S)
     cluster.end()
+    for host in cluster.network.hosts:
+        host.kill()
 
 
 def test_a_host_cut_off_and_back_then_the_head_lost(cluster: HostCluster, calm: CalmRun) -> None:

@@ -23,6 +23,7 @@ from learner import plan as planner
 from learner.monitoring.metrics import read_metrics
 from tests.distributed.hosts.cluster import BIN, STORE_BYTES, HostCluster
 from tests.distributed.hosts.network import Host, Network, why_not
+from tests.distributed.hosts.runs import ROLES
 from tests.small_run import OPTIONS, flags
 
 ITERATIONS = 8
@@ -112,21 +113,20 @@ def probe(host: Host) -> str:
 
 
 def homes(cluster: HostCluster) -> dict[str, set[str]]:
-    """Role of every actor that there was -> labels `tessera-role` of its nodes."""
+    """Class of every role's actor that there was -> labels `tessera-role` of its nodes."""
     program = (
         "import json; from ray.util.state import list_actors, list_nodes\n"
         f"where = dict(address='{cluster.dashboard}', detail=True, limit=1000)\n"
         "labels = {n.node_id: n.labels.get('tessera-role') for n in list_nodes(**where)}\n"
         "actors = [a for a in list_actors(**where) if a.node_id]\n"
-        "print(json.dumps([[a.name, labels[a.node_id]] for a in actors]))"
+        "print(json.dumps([[a.class_name, labels[a.node_id]] for a in actors]))"
     )
     done = cluster.network.outside.run([str(BIN / "python"), "-c", program], cluster.environment)
     assert done.returncode == 0, done.stderr
     found: dict[str, set[str]] = {}
     for name, label in json.loads(done.stdout.splitlines()[-1]):
-        for role in ("learner", "moments-server", "sampler", "reward-server"):
-            if role in (name or ""):
-                found.setdefault(role, set()).add(label)
+        if name in ROLES:
+            found.setdefault(name, set()).add(label)
     return found
 
 
@@ -160,11 +160,11 @@ def test_a_job_runs_where_it_must_and_its_retry_resumes(
             )
             assert "resum" in ray_job(cluster, "logs", "second")
             assert homes(cluster) == {
-                "learner": {"learner"},
-                "moments-server": {"head"},
-                "sampler": {"sampler"},
-                "reward-server": {"reward-server"},
+                "Learner": {"learner"},
+                "MomentsServer": {"head"},
+                "Sampler": {"sampler"},
+                "RewardServer": {"reward-server"},
             }
         found = read_metrics(metrics)
-        assert [each["iteration"] for each in found] == list(range(ITERATIONS))
+        assert [each["iteration"] for each in found] == list(range(1, ITERATIONS + 1))
         assert all(math.isfinite(each["reward/mean"]) for each in found if "reward/mean" in each)

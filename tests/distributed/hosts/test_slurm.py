@@ -207,7 +207,8 @@ def test_a_requeued_job_gives_the_numbers_of_a_calm_run(
     options += ["--output.gallery-every", "0"]
     slow = ["--rewards.extra", "tests.stand_ins:Brightness=0.1,seconds=0.5"]
     job = Job(slurm, f"real-{nodes}", [*options, *slow], nodes=nodes)
-    job.wait_until(lambda: (job.run / "metrics.jsonl").is_file())
+    metrics = job.run / "metrics.jsonl"
+    job.wait_until(lambda: metrics.is_file() and metrics.stat().st_size)  # an iteration to keep
     status = slurm.network.outside.run(
         [str(job.folder / BESIDE), job.id, "python", "-m", "cluster.status", "--run", str(job.run)],
         slurm.environment,

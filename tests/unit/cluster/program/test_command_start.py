@@ -24,6 +24,7 @@ from cluster.io.locks import locked
 from cluster.model_files.tensors import write_tensors
 from cluster.ray_session import machine
 from cluster.ray_session.machine import (
+    check_loopback,
     check_machine,
     check_open_files,
     check_temp_root,
@@ -37,6 +38,12 @@ from rewards import reference
 from tests.small_run import small_config
 
 Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_machine_with_ipv6_alone() -> None:
+    check_loopback("127.0.0.1")
+    with pytest.raises(FleetError, match=r"IPv6 .* on ::1: .*--ray\.address.*--inline"):
+        check_loopback("::1")
 
 
 def test_too_few_open_files() -> None:

@@ -36,7 +36,7 @@ inside() { # in the step; a signal for the command must not end a shell around i
     if [ "$(type -t "$1")" = function ]; then "$@"; else exec "$@"; fi
 }
 start_ray() { # on every node: head, or worker ADDRESS; in the foreground, until it is stopped
-    local status options=(--block --temp-dir="$ray_dir" --num-cpus="$cpus" --num-gpus="$gpus"
+    local status stopped='' options=(--block --temp-dir="$ray_dir" --num-cpus="$cpus" --num-gpus="$gpus"
         --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0)
     if [ ! -r "$RAY_AUTH_TOKEN_PATH" ]; then
         echo "error: $(hostname) does not see $RAY_AUTH_TOKEN_PATH: set STATE in the job's" \
@@ -63,18 +63,21 @@ start_ray() { # on every node: head, or worker ADDRESS; in the foreground, until
         options+=(--address="$2")
     fi
     echo "$SLURM_STEP_ID" >"$job/step-$1"
-    trap : TERM # reaches Ray, too, which then ends
+    trap 'stopped=1' TERM # reaches Ray, too, which then ends, some of it not in order
     ray start "${options[@]}" >"$ray_dir/start.out" 2>&1 &
     while :; do
         wait $!
         status=$?
         kill -0 $! 2>/dev/null || break
     done
-    if [ "$status" = 1 ]; then
+    if [ "$status" = 1 ] && [ -z "$stopped" ]; then
         cat "$ray_dir/start.out" >&2
         echo "error: Ray ended on $(hostname); its logs: $ray_dir/session_latest/logs" >&2
-    else
-        rm -rf -- "$ray_dir"
+    else # the last of its processes may still write
+        for _ in {1..10}; do
+            rm -rf -- "$ray_dir" 2>/dev/null && break
+            sleep 0.5
+        done
     fi
     return "$status"
 }

@@ -26,6 +26,8 @@ DEPENDENCY = "each other"
 LOOP = "main loop"
 HAND_OVER = 2.0e-3  # s from one worker's answer to the next one's start, through the driver; as
 # tests.bench.pipeline has it between groups without cost (2.2 ms, 2026-11-24)
+CROWDED = 0.25  # part by which CPU work grows when many threads share each core and empty its
+# caches: five on two cores took 1.13 to 1.19 times as long (tests.bench.planner, 2026-11-29)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,14 +178,16 @@ def _cpu_seconds(times: ServiceTimes, setting: Setting, groups: int) -> float:
     found = []
     for at, host in enumerate(setting.hosts):
         drawn = groups * host.samplers / setting.samplers
-        work = 0.0
+        work, threads = 0.0, host.samplers * setting.threads.get("sampler", 0)
         if setting.threads.get("sampler"):
             work += drawn * (times.sample + times.images)
         for pool, seconds in times.score.items():
+            servers = host.servers.get(pool, 0)
             if setting.threads.get(pool):
-                work += groups * seconds * host.servers.get(pool, 0) / setting.servers(pool)
-        work += groups * times.driver * (at == 0)
-        found.append(work / setting.cores)
+                work += groups * seconds * servers / setting.servers(pool)
+                threads += servers * setting.threads[pool]
+        crowd = 1.0 + CROWDED * max(0.0, 1.0 - setting.cores / max(threads, 1))
+        found.append((work * crowd + groups * times.driver * (at == 0)) / setting.cores)
     return max(found)
 
 

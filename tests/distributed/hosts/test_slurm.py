@@ -219,7 +219,7 @@ def test_a_requeued_job_gives_the_numbers_of_a_calm_run(
     assert job.end("COMPLETED")["Restarts"] == "1"
     assert "requeued; it goes on from its newest checkpoint" in job.output
     assert "resumed from step_" in job.output
-    assert left_behind(slurm) == []
+    assert left_behind(slurm) == [], job.output
     calm = tmp_path / "calm"
     assert (
         main([*options, *slow[:1], slow[1].replace("0.5", "0"), "--inline", "--run-dir", str(calm)])

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from learner.capacity.scale.iteration import DEPENDENCY, Setting, predict
+from learner.capacity.scale.iteration import CROWDED, DEPENDENCY, Setting, predict
 from learner.capacity.scale.links import Host, Messages, store_bytes, traffic
 from learner.capacity.service_times import ServiceTimes
 
@@ -58,13 +58,18 @@ def test_the_driver_bounds_many_workers() -> None:
 def test_samplers_share_cores() -> None:
     threads = {"sampler": 1, "reward-server": 1, "learner": 2}
     times = of(sample=1.0, images=0.25, score={"reward-server": 0.25})
-    for samplers, calls, expected in ((1, 8, 8.5), (2, 4, 6.4), (4, 2, 6.5), (8, 1, 6.9)):
+
+    def crowd(count: int, cores: int) -> float:  # threads that sample and score
+        return 1 + CROWDED * (1 - cores / count)
+
+    for samplers, calls, without_loss in ((1, 8, 8.5), (2, 4, 6.4), (4, 2, 6.5), (8, 1, 6.9)):
         host = [Host(samplers=samplers, servers={"reward-server": 1}, learners=1)]
         found = predict(times, setting(8, (1,) * calls, hosts=host, cores=2, threads=threads))
+        expected = without_loss * crowd(samplers + 1, 2)
         assert found.sampling == pytest.approx(expected, rel=0.13)
     apart = [Host(samplers=1, servers={"reward-server": 1}, learners=1), Host(samplers=1)]
     found = predict(times, setting(8, (1,) * 4, hosts=apart, cores=1, threads=threads))
-    assert found.sampling == pytest.approx(4 * 1.25 + 8 * 0.25, rel=0.1)
+    assert found.sampling == pytest.approx((4 * 1.25 + 8 * 0.25) * crowd(2, 1), rel=0.1)
 
 
 def random_times(rng: random.Random) -> ServiceTimes:

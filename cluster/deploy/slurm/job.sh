@@ -63,9 +63,10 @@ start_ray() { # on every node: head, or worker ADDRESS; in the foreground, until
         options+=(--address="$2")
     fi
     echo "$SLURM_STEP_ID" >"$job/step-$1"
-    trap 'stopped=1' TERM # reaches Ray, too, which then ends, some of it not in order
+    trap 'stopped=1' URG TERM # a TERM reaches Ray, too, and some of it does not end in order
     ray start "${options[@]}" >"$ray_dir/start.out" 2>&1 &
     while :; do
+        [ -z "$stopped" ] || kill -s TERM $! 2>/dev/null
         wait $!
         status=$?
         kill -0 $! 2>/dev/null || break
@@ -118,14 +119,14 @@ stopped_early() { # asked to stop before the run began
     [ -z "$asked" ] || { say "stopped before the run began"; exit 130; }
 }
 
-# What was started is stopped by its own steps; `ray stop` would end other jobs' Ray, too. A signal
-# that srun gets would not do: at a TERM it kills the step.
+# What was started is stopped by its own steps; `ray stop` would end other jobs' Ray, too. URG
+# changes nothing else: at a TERM, to srun or to the step, Slurm kills the step after KillWait.
 steps=()
 tidy() {
     local step left=40
     trap '' USR1 USR2 TERM
     for step in "$job"/step-*; do
-        [ ! -e "$step" ] || scancel --signal=TERM "$SLURM_JOB_ID.$(<"$step")" 2>/dev/null
+        [ ! -e "$step" ] || scancel --signal=URG "$SLURM_JOB_ID.$(<"$step")" 2>/dev/null
     done
     while [ "$left" -gt 0 ] && [ -n "$(jobs -pr)" ]; do
         sleep 0.5

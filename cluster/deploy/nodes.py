@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import tyro
 
 from cluster.errors import FleetError
+from cluster.placement.nodes import Node
 from cluster.program.console import exit_status
 from cluster.program.invocation import command_of
 from cluster.ray_session.address import AUTO
 from cluster.ray_session.session import RayConfig, free_nodes
-from cluster.scheduling.placement import Node
 
 POLL_S = 0.5
 

@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import tyro
 from pydantic import Field
 
-from cluster.deploy.checks import check_path, check_service_name
+from cluster.deploy.checks import check_least, check_path, check_service_name
 from cluster.deploy.plan_document import PlanDocument
 
 LONGEST_NAME = 40
 """KubeRay adds to a job's name for its clusters, services and pods, 63 characters at most."""
+Several = Annotated[tuple[str, ...], tyro.conf.arg(name=None), tyro.conf.UseAppendAction]
+"""An option that may be given several times, each with one value."""
 URL_SCHEMES = ("s3://", "gs://", "gcs://", "az://", "abfs://", "hdfs://", "https://", "file://")
 
 
@@ -47,8 +49,7 @@ class DeployOptions:
     """Further options of learner.run: what followed `--`."""
 
     def __post_init__(self) -> None:
-        if self.gpus < 0:
-            raise ValueError(f"--gpus must be >= 0, found {self.gpus}")
+        check_least(self, gpus=0)
         check_service_name("--name", self.name, LONGEST_NAME)
         if self.run_dir:
             check_path("--run-dir", self.run_dir)

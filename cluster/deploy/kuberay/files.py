@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from cluster.deploy.groups import PodGroup, groups_of, head_of
 from cluster.deploy.kuberay import support
-from cluster.deploy.kuberay.groups import PodGroup, groups_of, head_of
 from cluster.deploy.kuberay.options import KubeRayOptions
 from cluster.deploy.kuberay.pods import (
     PRESET_DIRECTORY,

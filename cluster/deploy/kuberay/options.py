@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Annotated
 
-import tyro
 from pydantic import Field
 
 from cluster.deploy.checks import (
@@ -19,10 +18,10 @@ from cluster.deploy.checks import (
     check_path,
     check_quantity,
     check_toleration,
+    flag,
 )
-from cluster.deploy.target import DeployOptions
+from cluster.deploy.target import DeployOptions, Several
 
-Several = Annotated[tuple[str, ...], tyro.conf.arg(name=None), tyro.conf.UseAppendAction]
 NFS = re.compile(r"(?P<server>[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?):(?P<path>/[\w./@%+=-]*)")
 LARGEST_INT32 = 2**31 - 1
 
@@ -89,7 +88,7 @@ class KubeRayOptions(DeployOptions):
         for field in ("claim", "storage_class", "token_secret", "priority_class",
                       "service_account"):  # fmt: skip
             if value := getattr(self, field):
-                check_object_name("--" + field.replace("_", "-"), value)
+                check_object_name(flag(field), value)
         check_each("--env-secret", self.env_secret, check_object_name)
         check_each("--pull-secret", self.pull_secret, check_object_name)
         check_each("--node-selector", self.node_selector, check_label_pair)
@@ -98,7 +97,7 @@ class KubeRayOptions(DeployOptions):
         check_path("--mount-path", self.mount_path)
         for field in ("host_path", "weights_dir"):
             if value := getattr(self, field):
-                check_path("--" + field.replace("_", "-"), value)
+                check_path(flag(field), value)
         if self.mount_path in ("/", "/tmp", "/dev", "/dev/shm"):
             raise ValueError(f"--mount-path must hide none of the image, found {self.mount_path}")
         self._check_numbers()
@@ -109,8 +108,7 @@ class KubeRayOptions(DeployOptions):
                              ("idle_s", 1)):  # fmt: skip
             value = getattr(self, field)
             if not least <= value <= LARGEST_INT32:
-                name = "--" + field.replace("_", "-")
-                raise ValueError(f"{name} must be {least} to {LARGEST_INT32}, found {value}")
+                raise ValueError(f"{flag(field)} must be {least} to {LARGEST_INT32}, found {value}")
         if not re.fullmatch(r"[a-z0-9.-]+/([a-z0-9.-]*gpu|mig-[0-9a-z.]+)", self.gpu_resource):
             raise ValueError(
                 "--gpu-resource must be as nvidia.com/gpu or amd.com/gpu, found "

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.deploy.checks import check_label_pair, check_toleration
-from cluster.deploy.kuberay.groups import GIB, MIB, HeadPod, PodGroup
+from cluster.deploy.groups import GIB, MIB, HeadPod, PodGroup
 from cluster.deploy.kuberay.options import NFS, KubeRayOptions
 from cluster.deploy.run_command import ROLE_LABEL
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.deploy.kuberay.groups import PodGroup
+from cluster.deploy.groups import PodGroup
 from cluster.deploy.kuberay.options import KubeRayOptions
 from cluster.deploy.kuberay.pods import (
     HEAD,

@@ -6,17 +6,16 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 import yaml
 
-from cluster.deploy.checks import check_image, check_path
-from cluster.deploy.kuberay.groups import store_of
+from cluster.deploy.checks import check_image, check_least, check_path
+from cluster.deploy.groups import store_of
 from cluster.deploy.plan_document import PlanDocument
 from cluster.deploy.ray_up.machines import CPU_MACHINE, NodeType, node_types
 from cluster.deploy.run_command import ROLE_LABEL, for_job_submit, run_arguments
-from cluster.deploy.target import DeployOptions, Target
+from cluster.deploy.target import DeployOptions, Several, Target
 
 CLUSTER, SUBMIT = "cluster.yaml", "submit"
 HEAD = "head"
@@ -25,7 +24,6 @@ PRESET = "/tmp/tessera/preset.yaml"
 """Of the cluster's machines: the preset, where it is a file."""
 START = "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0; ulimit -n 65536;"
 GCS_PORT = 6379
-Several = Annotated[tuple[str, ...], tyro.conf.arg(name=None), tyro.conf.UseAppendAction]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +56,7 @@ class RayUpOptions(DeployOptions):
             check_image("--image", self.image)
         if self.ssh_key:
             check_path("--ssh-key", self.ssh_key)
-        for field, least in (("idle_minutes", 1), ("disk_gb", 50)):
-            if (value := getattr(self, field)) < least:
-                flag = "--" + field.replace("_", "-")
-                raise ValueError(f"{flag} must be >= {least}, found {value}")
+        check_least(self, idle_minutes=1, disk_gb=50)
         _check_address("--head-ip", self.head_ip)
         for address in self.worker_ip:
             _check_address("--worker-ip", address)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.deploy.kuberay.groups import SHARED, PodGroup, groups_of
+from cluster.deploy.groups import SHARED, PodGroup, groups_of
 from cluster.deploy.plan_document import PlanDocument
 from cluster.errors import ConfigError
 

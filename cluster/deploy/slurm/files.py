@@ -8,19 +8,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from cluster.deploy.kuberay.groups import store_of
+from cluster.deploy.checks import check, check_least, flag
+from cluster.deploy.groups import store_of
 from cluster.deploy.plan_document import PlanDocument
 from cluster.deploy.run_command import run_arguments
-from cluster.deploy.target import DeployOptions, Target
+from cluster.deploy.target import DeployOptions, Several, Target
 from cluster.errors import ConfigError
 
 HERE = Path(__file__).parent
 SCRIPT, BESIDE = "run.sbatch", "beside"
-Several = Annotated[tuple[str, ...], tyro.conf.arg(name=None), tyro.conf.UseAppendAction]
 TIME = re.compile(r"\d+(:\d\d?){0,2}|\d+-\d\d?(:\d\d?){0,2}")
 NAME = re.compile(r"[\w.@+-]+(,[\w.@+-]+)*", re.ASCII)
 DEVICE = re.compile(r"[\w.@:-]{1,15}", re.ASCII)
@@ -63,9 +60,7 @@ class SlurmOptions(DeployOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, least in (("gpus_per_node", 1), ("nodes", 0), ("cpus_per_node", 0)):
-            if (value := getattr(self, field)) < least:
-                raise ValueError(f"--{_flag(field)} must be >= {least}, found {value}")
+        check_least(self, gpus_per_node=1, nodes=0, cpus_per_node=0)
         _check("time", self.time, TIME, "a time as sbatch takes it: 24:00:00, 90 or 2-12")
         for field in ("partition", "account"):
             if value := getattr(self, field):
@@ -88,13 +83,8 @@ class SlurmOptions(DeployOptions):
             )
 
 
-def _flag(field: str) -> str:
-    return field.replace("_", "-")
-
-
 def _check(field: str, value: str, pattern: re.Pattern[str], expected: str) -> None:
-    if not pattern.fullmatch(value):
-        raise ValueError(f"--{_flag(field)} must be {expected}, found {value!r:.80}")
+    check(flag(field), value, bool(pattern.fullmatch(value)), expected)
 
 
 def number_of_nodes(plan: PlanDocument, options: SlurmOptions) -> int:

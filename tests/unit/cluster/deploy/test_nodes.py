@@ -7,8 +7,8 @@ import pytest
 import cluster.deploy.nodes
 from cluster.deploy.nodes import main
 from cluster.errors import FleetError
+from cluster.placement.nodes import Node
 from cluster.ray_session.session import RayConfig
-from cluster.scheduling.placement import Node
 
 NODES = [Node("10.0.0.1", 8, 2), Node("10.0.0.2", 7.5, 1.25), Node("10.0.0.3", 0)]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.deploy.kuberay.groups import GIB, PodGroup, groups_of, head_of
+from cluster.deploy.groups import GIB, PodGroup, groups_of, head_of
 from cluster.deploy.plan_document import PlanDocument, read_plan
 from cluster.errors import ConfigError
 from tests.unit.cluster.deploy.plans import (

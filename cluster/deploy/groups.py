@@ -1,8 +1,8 @@
 """Groups of equal pods for the roles of a plan: how many, and what each pod needs. Arithmetic.
 
-A pod is a Ray node. Weights and images cross the network once a node, so learners and samplers get
-pods as large as a machine allows; roles that scale get the smallest, so that pods come and go one
-by one.
+A pod is a Ray node; so is a machine, where there are no pods. Weights and images cross the network
+once a node, so learners and samplers get pods as large as a machine allows; roles that scale get
+the smallest, so that pods come and go one by one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from itertools import chain
 
 from cluster.deploy.plan_document import DRIVER, LEARNER, MOMENTS_SERVER, PlanDocument, RolePlan
 from cluster.errors import ConfigError
+from cluster.placement.nodes import UNITS
 
 MIB, GIB = 1 << 20, 1 << 30
 RAYLET_BYTES = 2 * GIB  # raylet, agents, and the worker processes that Ray keeps ready
@@ -22,7 +23,6 @@ HEAD_CPUS = 1  # for the same
 STORE_SPARE = 1.25  # of the object store beside what the run may hold in it
 LEAST_STORE_BYTES = GIB
 SHARED = "shared"
-PARTS = 10_000  # of a GPU: how finely Ray counts them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def _group_of(role: RolePlan, plan: PlanDocument, gpus_per_node: int) -> PodGrou
         workers = 1 if role.scales else _largest_divisor(role.count, gpus_per_node // each)
         gpus = workers * each
     else:
-        fitting = PARTS // round(role.num_gpus * PARTS)
+        fitting = UNITS // round(role.num_gpus * UNITS)
         needed = math.ceil(role.count / fitting)
         gpus = 1 if role.scales else _largest_divisor(needed, gpus_per_node)
         workers = min(fitting * gpus, role.count)
@@ -153,7 +153,7 @@ def _shared_group(roles: Sequence[RolePlan], plan: PlanDocument, gpus_per_node: 
     workers = [role for role in roles for _ in range(role.count)]
     gpus: list[list[RolePlan]] = []
     for worker in sorted(workers, key=lambda each: -each.num_gpus):
-        room = next((gpu for gpu in gpus if _parts([*gpu, worker]) <= PARTS), None)
+        room = next((gpu for gpu in gpus if _parts([*gpu, worker]) <= UNITS), None)
         if room is None:
             gpus.append(room := [])
         room.append(worker)
@@ -175,7 +175,7 @@ def _shared_group(roles: Sequence[RolePlan], plan: PlanDocument, gpus_per_node: 
 
 
 def _parts(workers: Sequence[RolePlan]) -> int:
-    return sum(round(worker.num_gpus * PARTS) for worker in workers)
+    return sum(round(worker.num_gpus * UNITS) for worker in workers)
 
 
 def _needs(workers: Sequence[RolePlan], plan: PlanDocument) -> dict[str, int]:

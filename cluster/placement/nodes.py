@@ -151,12 +151,17 @@ class Room:
     @property
     def in_use(self) -> float:
         """Share of the CPUs or of the GPUs, whichever is larger."""
-        left = self.cpus, sum(self.gpus)
-        return max((1 - now / all for now, all in zip(left, self._all) if all), default=1.0)
+        return share_in_use((self.cpus, sum(self.gpus)), self._all)
 
     @property
     def left(self) -> str:
         return amount(self.cpus / UNITS, sum(self.gpus) / UNITS)
+
+
+def share_in_use(left: Sequence[int], whole: Sequence[int]) -> float:
+    """Share of the CPUs or of the GPUs of a node that is in use, whichever is larger; 1 if it has
+    neither."""
+    return max((1 - now / all for now, all in zip(left, whole) if all), default=1.0)
 
 
 def choose_gpus(free: Sequence[int], units: int) -> list[int] | None:

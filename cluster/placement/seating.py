@@ -87,10 +87,15 @@ def _preferring(preferences: Mapping[str, Preference]) -> Way:
             return kept, -others, -sum(room.gpus), -room.cpus
         if way == "spread":
             return others, kept, room.in_use
-        # as Ray's default: nodes in use up to `SPREAD` in order, then the least used
-        return kept, (room.in_use if room.in_use >= SPREAD else 0.0)
+        return kept, order_of_ray(room.in_use)
 
     return prefer
+
+
+def order_of_ray(in_use: float) -> float:
+    """Preference of a node by Ray's default, lowest first: nodes in use up to `SPREAD` in order,
+    then the least used."""
+    return in_use if in_use >= SPREAD else 0.0
 
 
 def _fullest(room: Room, gang: Gang) -> tuple[float, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster.placement.nodes import UNITS, choose_gpus
-from cluster.placement.seating import SPREAD
+from cluster.placement.nodes import UNITS, choose_gpus, share_in_use
+from cluster.placement.seating import order_of_ray
 from cluster.simulation.engine import Engine
 from cluster.simulation.processors import Processor
 from cluster.simulation.specification import Host
@@ -59,7 +59,7 @@ class Machine:
     def in_use(self) -> float:
         """Share of CPUs or GPUs that is reserved, whichever is larger."""
         whole = round(self.host.cpus * UNITS), self.host.gpus * UNITS
-        return max(1 - now / all for now, all in zip((self.cpus, sum(self.gpus)), whole) if all)
+        return share_in_use((self.cpus, sum(self.gpus)), whole)
 
     def take(self, seat: Seat) -> bool:
         """Seat a worker, if there is room."""
@@ -88,7 +88,6 @@ def seat_anywhere(seat: Seat, machines: Sequence[Machine]) -> bool:
     that is less than half in use, then on the least used."""
 
     def preference(machine: Machine) -> tuple[bool, float]:
-        used = machine.in_use
-        return not seat.gpus and bool(machine.gpus), used if used >= SPREAD else 0.0
+        return not seat.gpus and bool(machine.gpus), order_of_ray(machine.in_use)
 
     return any(machine.take(seat) for machine in sorted(machines, key=preference))

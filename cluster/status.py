@@ -54,7 +54,7 @@ from cluster.control.discovery import (
     left_behind,
     read_discovery_file,
 )
-from cluster.control.overview import joined_cluster, overview
+from cluster.control.overview import STALE_S, joined_cluster, overview
 from cluster.io.run_layout import CONFIG, DISCOVERY_FILE
 from cluster.io.strict_json import dumps
 from cluster.placement.nodes import Node
@@ -69,7 +69,6 @@ from cluster.spans import role_of
 WIDTH = 120  # columns, where there is no terminal
 PID_WIDTH = 8
 MAX_ROWS = 16  # of a role in the table; --json has all
-STALE_S = 10.0  # an older status is pointed out
 METRICS = ("fid/", "reward/", "policy/entropy", "policy/reference_kl", "staleness/", "guards/")
 
 Status = dict[str, Any]

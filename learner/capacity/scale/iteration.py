@@ -59,10 +59,6 @@ class Setting:
     def samplers(self) -> int:
         return sum(host.samplers for host in self.hosts)
 
-    @property
-    def learners(self) -> int:
-        return sum(host.learners for host in self.hosts)
-
     def servers(self, pool: str) -> int:
         return max(sum(host.servers.get(pool, 0) for host in self.hosts), 1)
 
@@ -134,8 +130,8 @@ def _sampling(times: ServiceTimes, setting: Setting) -> float:
 
 def _stages(times: ServiceTimes, setting: Setting, size: int, groups: int) -> list[_Stage]:
     """Of a wave of `groups` groups, `size` on each sampler."""
-    crowd = _crowding(setting, "sampler", setting.samplers)
-    sample, images = size * times.sample * crowd, size * times.images * crowd
+    turns = _turns(setting)
+    sample, images = size * times.sample * turns, size * times.images * turns
     part = groups / setting.groups
     scoring = _scoring(times, setting)
     if setting.threads.get("sampler"):  # images have a thread of their own
@@ -164,11 +160,10 @@ def _scoring(times: ServiceTimes, setting: Setting) -> float:
     )
 
 
-def _crowding(setting: Setting, role: str, workers: int) -> float:
-    """How much longer a role's workers take that compute at once on the cores of a host."""
-    threads = setting.threads.get(role, 0)
-    most = max((host.samplers for host in setting.hosts), default=workers)
-    return max(1.0, threads * most / setting.cores)
+def _turns(setting: Setting) -> float:
+    """How much longer samplers take that compute at once on the cores of a host."""
+    threads = setting.threads.get("sampler", 0)
+    return max(1.0, threads * max(host.samplers for host in setting.hosts) / setting.cores)
 
 
 def _cpu_seconds(times: ServiceTimes, setting: Setting, groups: int) -> float:
@@ -213,10 +208,7 @@ def _loads(times: ServiceTimes, setting: Setting) -> dict[str, float]:
         # the loop waits for moments and learner in turn, and records
         "driver": setting.groups * times.driver + times.record,
         LOOP: times.commit + times.learn + times.record,
-        "link": max(
-            setting.seconds("images") + setting.seconds("weights"),
-            setting.seconds("rollouts") + setting.seconds("weights"),
-        ),
+        "link": max(map(setting.seconds, ("images", "rollouts"))) + setting.seconds("weights"),
     }
     if math.isfinite(setting.cores):
         learned = times.learn * min(setting.threads.get("learner", 0) / setting.cores, 1.0)

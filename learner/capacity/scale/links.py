@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.ray_session.object_store import SNAPSHOTS
-from learner.capacity.service_times import ServiceTimes
+from learner.capacity.service_times import NUMBERS, ServiceTimes
 
 ANSWERS = 2  # times that rollouts travel: to the driver, and back with the call for their images
 BATCH = 8  # bytes a token of a learner's batch: its number and its logprob
@@ -104,7 +104,7 @@ def _rollouts(hosts: Sequence[Host], drawn: Sequence[float], messages: Messages)
     there = sum(drawn[1:])
     count = sum(sum(host.servers.values()) for host in hosts)
     scored = sum(sum(host.servers.values()) for host in hosts[1:]) / count if count else 0.0
-    batch = messages.groups * messages.rollouts * BATCH / 12
+    batch = messages.groups * messages.rollouts * BATCH / NUMBERS
     others = sum(1 for host in hosts[1:] if host.learners)
     sent = there * messages.rollouts + others * batch
     received = there * messages.rollouts + messages.groups * scored * messages.scores

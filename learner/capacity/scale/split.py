@@ -97,12 +97,8 @@ class Plan:
 
     def store(self) -> float:
         """Bytes in the fullest object store."""
-        messages = messages_of(self.times, self.setting.groups, 0.0)
+        messages = Messages.of(self.times, self.setting.groups, 0.0)
         return store_bytes(self.setting.hosts, messages, self.setting.staleness)
-
-
-def messages_of(times: ServiceTimes, groups: int, scores: float, gradients: float = 0) -> Messages:
-    return Messages.of(times, groups, scores, gradients)
 
 
 class Search:
@@ -218,7 +214,7 @@ class Search:
             calls=calls,
             staleness=ahead,
             hosts=hosts,
-            traffic=traffic(hosts, messages_of(times, groups, self._scores, gradients)),
+            traffic=traffic(hosts, Messages.of(times, groups, self._scores, gradients)),
             link=self._site.link,
             paired=split.layout != OWN,
             shared=split.layout == SHARED,

@@ -24,10 +24,12 @@ from cluster.io.paths import expand_user
 from cluster.io.strict_json import dumps
 from cluster.model_files.file_kinds import FileKind, described, file_kind
 from cluster.model_files.weight_checks import largest, losses, narrower, not_finite
+from cluster.program.invocation import command_of
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = "package://"
+PACKAGE, BUILT = "package://", "built://"
+SCHEMES = (PACKAGE, BUILT)
 WEIGHTS_VARIABLE = "TESSERA_WEIGHTS"
 DTYPES = {
     "F64": torch.float64,
@@ -65,13 +67,23 @@ def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
     """The file (or directory) behind a path.
 
     `package://learner.miniature/networks/policy.safetensors` is a file in an installed package,
-    which every node of a cluster resolves for itself.
+    `built://mnist/policy.safetensors` one in the directory of downloads, of the networks that
+    `python -m learner.miniature.build --system mnist` trains. Every node of a cluster resolves
+    both for itself.
 
     Raises:
         CheckpointError: there is none.
     """
     text = os.fspath(path)
-    if text.startswith(PACKAGE):
+    if text.startswith(BUILT):
+        place = weights_directory() / text.removeprefix(BUILT)
+        if not place.exists():
+            system = text.removeprefix(BUILT).partition("/")[0]
+            raise CheckpointError(
+                f"{text}: not built yet (looked at {place}): run "
+                f"`{command_of('learner.miniature.build')} --system {system}`"
+            )
+    elif text.startswith(PACKAGE):
         package, _, inside = text.removeprefix(PACKAGE).partition("/")
         try:
             place = Path(str(importlib.resources.files(package).joinpath(inside)))

@@ -1,4 +1,4 @@
-"""Real images by name: "digits:train", "digits:held-out", a published reference, or a path."""
+"""Real images: a named set such as "digits:train", a published reference, or a path."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cluster.io.paths import expand_user
 from cluster.model_files.file_kinds import described
 from cluster.model_files.tensors import locate
 from cluster.program.streams import printable
+from learner.data.named_sets import is_named, read_named
 from rewards.base import Images
 from rewards.images.decoding import ImageSource, Loaded
 from rewards.images.sources import SampleImages, open_source
 from rewards.reference.fetch import PUBLISHED
 
-DIGITS = "digits:"
 AT_ONCE = 1024  # images
 MOST_BYTES = 1 << 26  # of the images of a batch: photographs in full size are many
 
@@ -26,15 +26,11 @@ def load_images(source: str) -> np.ndarray:
     """Real images (N, H, W, 3) uint8.
 
     Raises:
+        ConfigError: a named set whose package is not installed.
         DataError: no such set, or a file without uint8 images.
     """
-    if source.startswith(DIGITS):
-        from learner.data.digits import digits
-
-        try:
-            return digits(source.removeprefix(DIGITS))[0]
-        except ValueError as error:
-            raise DataError(f"images {source!r}: {error}") from None
+    if is_named(source):
+        return read_named(source)[0]
     return np.concatenate([*iterate_images(source, AT_ONCE)])
 
 
@@ -42,9 +38,9 @@ def iterate_images(source: str, batch: int) -> Iterator[np.ndarray]:
     """The images of `load_images` in batches (B, H, W, 3), read lazily.
 
     Raises:
-        DataError: as `load_images`.
+        ConfigError, DataError: as `load_images`.
     """
-    if source.startswith(DIGITS):
+    if is_named(source):
         images = load_images(source)
         yield from (images[at : at + batch] for at in range(0, len(images), batch))
         return
@@ -113,9 +109,10 @@ def open_images(source: str) -> ImageSet:
     files, an .npz or .npy file.
 
     Raises:
+        ConfigError: a named set whose package is not installed.
         CheckpointError, DataError: no such set, or no images in it.
     """
-    if source.startswith(DIGITS):
+    if is_named(source):
         return ImageSet(source, load_images(source))
     if source in PUBLISHED:  # its digest was compared when it was fetched
         return ImageSet(source, SampleImages(locate(str(PUBLISHED[source].place()))))
@@ -139,12 +136,11 @@ def load_labels(source: str) -> np.ndarray:
     """Classes (N,) int64 of the images of `load_images`.
 
     Raises:
+        ConfigError: a named set whose package is not installed.
         DataError: no such set, or a file that has none.
     """
-    if source.startswith(DIGITS):
-        from learner.data.digits import digits
-
-        return digits(source.removeprefix(DIGITS))[1].astype(np.int64)
+    if is_named(source):
+        return read_named(source)[1]
     return _samples(source).classes().indices
 
 
@@ -152,7 +148,7 @@ def has_labels(images: ImageSet) -> bool:
     """Whether `load_labels` has classes of images, sound or not."""
     if isinstance(images.images, SampleImages):
         return images.images.has_classes
-    return images.name.startswith(DIGITS)
+    return is_named(images.name)
 
 
 def _samples(source: str) -> SampleImages:

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
+
+from learner.data.splits import Split, stratified_part
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATE = "a photo of the digit {}"
@@ -15,18 +16,12 @@ IMAGE_SIZE = 8
 NUM_TRAIN = 1000
 
 
-def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+def digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 8, 8, 3) uint8 and labels (N,) int64 of the "train" (1,000) or "held-out" (797)
     part. The split is stratified, and does not depend on a run's seed."""
     data = load_digits()
     gray = np.round(data.images * (255 / 16)).astype(np.uint8)
-    parts = train_test_split(
-        gray, data.target, train_size=NUM_TRAIN, stratify=data.target, random_state=0
-    )
-    if split not in ("train", "held-out"):
-        raise ValueError(f"split must be 'train' or 'held-out', found {split!r}")
-    images, labels = parts[0::2] if split == "train" else parts[1::2]
-    return np.repeat(images[..., None], 3, axis=-1), labels.astype(np.int64)
+    return stratified_part(gray, data.target, split, NUM_TRAIN)
 
 
 def captions() -> list[str]:
@@ -35,7 +30,7 @@ def captions() -> list[str]:
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
-    """(N, 8, 8, 3) uint8 -> (N, 3, 8, 8) fp32 in [-1, 1]."""
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) fp32 in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -46,8 +41,9 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(limit: float) -> Tensor:
         return (torch.rand(count, generator=generator) * 2 - 1) * limit
 
+    half_pixel = 1 / pixels.shape[-1]  # coordinates reach from -1 to 1
     angle, scale = uniform(8 * torch.pi / 180), 1 + uniform(0.08)
-    shift = torch.stack([uniform(1 / IMAGE_SIZE), uniform(1 / IMAGE_SIZE)], -1)
+    shift = torch.stack([uniform(half_pixel), uniform(half_pixel)], -1)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     linear = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1)
     theta = torch.cat([linear, shift.unsqueeze(-1)], -1)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from cluster.errors import CheckpointError, DataError, did_you_mean
 from cluster.io.paths import expand_user
 from cluster.model_files.tensors import locate
 from cluster.preflight import Download, Findings
-from learner.data.conditions import DIGITS as DIGIT_NAMES
 from learner.data.conditions import ConditionsConfig
-from learner.data.datasets import DIGITS, open_images
+from learner.data.datasets import open_images
+from learner.data.named_sets import CLASSES, NAMES, is_named
 from rewards.distribution.diagnostics import few_images
-from rewards.networks.features import FeaturesConfig
+from rewards.networks.convnet import convnet_config
+from rewards.networks.features import FeaturesConfig, convnet_file
 from rewards.networks.features_check import feature_dim
 from rewards.reference.fetch import PUBLISHED, fetch_command, reference_file
 
@@ -41,9 +44,9 @@ def check_there(source: str) -> None:
     Raises:
         CheckpointError: neither a set or a published reference by that name, nor a path.
     """
-    if source.startswith(DIGITS) or expand_user(source).is_dir():
+    if is_named(source) or expand_user(source).is_dir():
         return
-    names = [f"{DIGITS}train", f"{DIGITS}held-out", *PUBLISHED]
+    names = [*NAMES, *PUBLISHED]
     try:
         locate(reference_file(source))
     except CheckpointError as error:
@@ -60,9 +63,9 @@ def check_images(field: str, source: str, conditions: ConditionsConfig) -> tuple
     check_there(source)
     images = open_images(source)
     height, width = images.size
-    if source.startswith(DIGITS) and not conditions.captions:
+    if is_named(source) and not conditions.captions:
         ours = len(conditions.class_names)
-        if ours != len(DIGIT_NAMES):
+        if ours != CLASSES:
             what = "rewards.loo_fid.reference" if field.startswith("rewards") else field
             raise DataError(
                 f"expected real images of the {ours} classes of conditions.names, found the ten "
@@ -84,7 +87,8 @@ def check_fit(
     """Check that real images and the policy's fit one feature space, and warn if there are few.
 
     Raises:
-        DataError: pixels are compared, and the images have another size.
+        DataError: pixels are compared, or a network that takes one size alone, and the images have
+            another.
     """
     count, height, width = shape
     if features.network == "pixels" and side and (height, width) != (side, side):
@@ -93,6 +97,15 @@ def check_fit(
             f"compared ({side * side} dimensions), found {height} x {width} ({height * width}): "
             "resize them, or choose a network"
         )
+    if features.network == "convnet":
+        with suppress(CheckpointError):  # a problem of the network's own field
+            takes = convnet_config(convnet_file(features)).image_size
+            if (height, width) != (takes, takes):
+                raise DataError(
+                    f"{source}: expected images of {takes} x {takes}, as the feature network "
+                    f"{convnet_file(features)} takes, found {height} x {width}: choose a network "
+                    "for these images, or other images"
+                )
     dim = feature_dim(features, side)
     if dim and covariance == "full" and (few := few_images(source, count, dim)):
         findings.notes.append(f"{field}: {few}")

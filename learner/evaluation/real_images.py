@@ -20,7 +20,8 @@ from cluster.model_files.file_kinds import FileKind, file_kind
 from cluster.model_files.tensors import locate
 from cluster.roles import FEATURE_BATCH
 from learner.config import RunConfig
-from learner.data.datasets import DIGITS, open_images
+from learner.data.datasets import open_images
+from learner.data.named_sets import is_named
 from rewards.config import JUDGE, JudgeConfig
 from rewards.distribution.moments import MomentSums
 from rewards.distribution.reference import Reference, read_reference, read_spatial
@@ -64,7 +65,7 @@ def real_images(config: RunConfig, fleet: Fleet) -> RealImages:
     if not has_images(source):
         return RealImages(moments=moments)
     images = open_images(source)
-    if not source.startswith(DIGITS):
+    if not is_named(source):
         logger.info(f"features of {len(images)} real images, of {source}")
     spaces = _Spaces(len(images), moments)
     for batch in images.batches(FEATURE_BATCH):
@@ -115,7 +116,7 @@ def arrays_of(source: str) -> Sequence[str]:
         CheckpointError, DataError: no such file, or a damaged one.
     """
     path = reference_file(source)
-    if source.startswith(DIGITS) or expand_user(path).is_dir():
+    if is_named(source) or expand_user(path).is_dir():
         return ()
     if file_kind(locate(path)) is not FileKind.NPZ:
         return ()

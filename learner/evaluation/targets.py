@@ -15,8 +15,9 @@ from cluster.io.paths import expand_user
 from cluster.io.run_layout import BEST, CHECKPOINTS, CONFIG, POLICY_FILE, step_of
 from cluster.io.strict_json import MALFORMED
 from cluster.model_files.file_kinds import FileKind, presumed_kind
+from cluster.model_files.tensors import SCHEMES
 from learner.config import RunConfig, load_preset
-from learner.data.datasets import DIGITS
+from learner.data.named_sets import is_named
 from learner.runs.records import TUNED
 from learner.runs.run_dir import RunDirectory
 
@@ -95,7 +96,7 @@ def _of(name: str, options: PolicyOptions, *, alone: bool) -> tuple[Path | None,
         return _of_checkpoint(path, alone=alone)
     if (path / CONFIG).is_file():
         return path, _of_run(path, options, "" if alone else f"{path.name} ")
-    if name.startswith(DIGITS):
+    if is_named(name):
         return None, [Target(name=name, images=name)]
     if name not in MODELS and path.exists() and _holds_images(path):
         return None, [Target(name=path.name, images=name)]
@@ -161,7 +162,7 @@ def _of_model(name: str, options: PolicyOptions) -> Target:
         CheckpointError: its architecture cannot be known.
     """
     path = expand_user(name)
-    if name not in MODELS and not path.exists() and not name.startswith("package://"):
+    if name not in MODELS and not path.exists() and not name.startswith(SCHEMES):
         suffix = path.suffix.lower()
         if "/" in name or suffix in (*WEIGHTS, ".npz", ".npy"):
             raise ConfigError(f"{name}: there is no such file or directory ({path.absolute()})")

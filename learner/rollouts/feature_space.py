@@ -18,7 +18,8 @@ from cluster.model_files.tensors import locate
 from cluster.program.invocation import command_of
 from cluster.roles import FEATURE_BATCH
 from learner.config import RunConfig
-from learner.data.datasets import DIGITS, iterate_images, load_labels
+from learner.data.datasets import iterate_images, load_labels
+from learner.data.named_sets import is_named
 from rewards.distribution.diagnostics import few_images_warning
 from rewards.distribution.joint import class_table, equal_trace_weight, joint_features
 from rewards.distribution.moments import Moments
@@ -104,7 +105,7 @@ def reference_labels(config: RunConfig, images: int) -> np.ndarray:
         DataError: not one an image, or not the run's classes.
     """
     source = config.rewards.loo_fid.reference
-    if not source.startswith(DIGITS):
+    if not is_named(source):
         command = build_command("IMAGES", config.rewards.features.options())
         raise DataError(
             f"{source}: an array of images has no classes, which a joint reference needs: build it "
@@ -125,7 +126,7 @@ def stored_reference(reference: str) -> bool:
     """Whether the configured reference is a file of moments; else images by name, or an .npy file
     of images. Other files count as moments; reading them fails."""
     path = reference_file(reference)
-    if path.startswith(DIGITS):
+    if is_named(path):
         return False
     with suppress(CheckpointError, ConfigError, OSError):
         place = locate(path)

@@ -21,7 +21,8 @@ from cluster.io.checksum import DAMAGED_ARRAYS
 from cluster.messages import Condition
 from cluster.model_files.file_kinds import FileKind, described, file_kind, presumed_kind
 from cluster.model_files.tensors import locate
-from learner.data.datasets import DIGITS, load_images, load_labels
+from learner.data.datasets import load_images, load_labels
+from learner.data.named_sets import is_named
 from rewards.images.sources import CLASSES as SAMPLE_CLASSES
 from rewards.images.sources import SAMPLES
 
@@ -95,7 +96,7 @@ def check_source(source: str) -> None:
     Raises:
         DataError, CheckpointError: it does not.
     """
-    if source.startswith(DIGITS):
+    if is_named(source):
         load_images(source)
         return
     place, names = locate(source), list[str]()
@@ -124,7 +125,7 @@ def _unreadable(source: str, error: Exception) -> DataError:
 
 
 def _load(source: str, policy: Policy, tokenizer: TokenizerConfig) -> tuple[np.ndarray, np.ndarray]:
-    if source.startswith(DIGITS):
+    if is_named(source):
         return _encoded(load_images(source), policy, tokenizer), load_labels(source)
     if presumed_kind(locate(source)) is FileKind.PARQUET:
         return _from_parquet(source)

@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.errors import CheckpointError, nearest
 from cluster.io.paths import expand_user
-from cluster.model_files.tensors import PACKAGE, locate
+from cluster.model_files.tensors import SCHEMES, locate
 from cluster.model_files.torchvision_ops import ensure_torchvision
 from rewards.networks.open_clip_configs import (
     DIRECTORY_CONFIG,
@@ -114,7 +114,7 @@ def directory_of(model: str) -> Path | None:
     Raises:
         CheckpointError: it is missing.
     """
-    if model.startswith((PACKAGE, LOCAL_DIR)):
+    if model.startswith((*SCHEMES, LOCAL_DIR)):
         return locate(model.removeprefix(LOCAL_DIR), directory=True)
     path = expand_user(model)
     return path if path.is_dir() else None
@@ -122,7 +122,7 @@ def directory_of(model: str) -> Path | None:
 
 def is_file(pretrained: str) -> bool:
     """Whether `pretrained` names a file, not a tag."""
-    return pretrained.startswith(PACKAGE) or "/" in pretrained or Path(pretrained).is_file()
+    return "/" in pretrained or Path(pretrained).is_file()
 
 
 def check_names(names: Iterable[str], source: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from cluster.errors import CheckpointError, ConfigError
+from cluster.model_files.tensors import SCHEMES
 from cluster.preflight import Findings
 from rewards.networks.open_clip_check import check_model
 from rewards.networks.open_clip_models import TextImageModel
@@ -55,7 +56,7 @@ class HpsConfig(TextImageConfig):
 
     def __post_init__(self) -> None:
         TextImageConfig.__post_init__(self)
-        if self.pretrained in PUBLISHED and self.model.startswith("package://"):
+        if self.pretrained in PUBLISHED and self.model.startswith(SCHEMES):
             raise ConfigError(
                 f"pretrained {self.pretrained!r} is a checkpoint of {ARCHITECTURE}: set model to "
                 f"{ARCHITECTURE}, found {self.model!r}"

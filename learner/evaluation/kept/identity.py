@@ -19,7 +19,7 @@ from cluster.errors import CheckpointError
 from cluster.io.checksum import sha256_of
 from cluster.io.paths import expand_user
 from cluster.messages import Condition, FeatureRow
-from cluster.model_files.tensors import PACKAGE, anywhere
+from cluster.model_files.tensors import anywhere
 from learner.config import RunConfig, dotted, to_dict
 from learner.data.datasets import open_images
 from learner.evaluation.held_out import GROUP
@@ -79,8 +79,7 @@ def judge_identity(config: RunConfig) -> dict[str, Any]:
     paths = {
         name: value
         for name, value in named.items()
-        if value.startswith(PACKAGE)
-        or "/" in value
+        if "/" in value
         or (value and name.rpartition(".")[2] in MODELS)  # maybe a file in this directory
     }
     there = {name: place for name, value in paths.items() if (place := _place(value))}

@@ -18,7 +18,7 @@ from cluster.io.checksum import DAMAGED_ARRAYS
 from cluster.io.files import replacing, writing
 from cluster.io.strict_json import MALFORMED
 from learner.config import RunConfig
-from learner.data.datasets import DIGITS
+from learner.data.named_sets import is_named
 from learner.evaluation.kept.identity import differences, images_digest, judge_identity
 from learner.evaluation.kept.samples import CONTINUE, FEATURES, MANIFEST, write_json
 from rewards.distribution.reference import Reference
@@ -37,7 +37,7 @@ def real_identity(config: RunConfig) -> dict[str, Any]:
         CheckpointError, DataError, OSError: a file cannot be read.
     """
     source = config.evaluation.images
-    digest = "" if source.startswith(DIGITS) else images_digest(source)
+    digest = "" if is_named(source) else images_digest(source)
     return {"images": source, "sha256": digest, **judge_identity(config)}
 
 

@@ -12,7 +12,7 @@ import importlib.resources
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -123,7 +123,7 @@ class RunConfig:
                 f"groups), found {self.rewards.loo_fid.seed_images}"
             )
         self._check_pools()
-        check_output(self.output, self.evaluation)
+        check_output(self.output, self.evaluation, self.judge.further)
 
     def _check_pools(self) -> None:
         used = set(self.rewards.pools().values()) - {""}
@@ -156,9 +156,8 @@ def _forbid_unknown(kind: type, done: set[type]) -> None:
         _forbid_unknown(type(default), done)
 
 
-_forbid_unknown(RunConfig, set())
-_forbid_unknown(RewardPool, set())
-_forbid_unknown(RewardFile, set())
+for _kind in (RunConfig, RewardPool, RewardFile):
+    _forbid_unknown(_kind, set())
 _ADAPTER = TypeAdapter(RunConfig)
 
 
@@ -308,10 +307,9 @@ def _explain(item: Any) -> str:
 
 
 def _nearest(path: list[str]) -> str:
-    kind: Any = RunConfig()
+    kind: Any = RunConfig
     for part in path[:-1]:
-        # reward_pools, the only mapping
-        kind = RewardPool() if isinstance(kind, Mapping) else getattr(kind, part)
+        kind = get_args(kind)[1] if get_args(kind) else get_type_hints(kind)[part]
     names = [item.name for item in dataclasses.fields(kind)]
     close = nearest(path[-1], names, cutoff=0.5)
     return f", did you mean {close!r}?" if close else f": there are {', '.join(names)}"

@@ -146,7 +146,8 @@ def _check_counts(job: Job, found: Findings) -> None:
             f"{images}",
             "set --num-images, or fewer --evaluation.neighbours",
         )
-    if job.config.judge.features.network == "inception" and images < 2 * splits:
+    networks = [features.network for features in job.config.judge.spaces().values()]
+    if "inception" in networks and images < 2 * splits:
         found.problem(
             "evaluation.num_images",
             f"at least {2 * splits} images, for an Inception Score of {splits} splits",

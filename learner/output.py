@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
@@ -13,10 +13,10 @@ from tyro.constructors import PrimitiveConstructorSpec
 from cluster.io.strict_json import number
 from cluster.messages import MOST_CFG_SCALE
 from learner.training.skips import Action
-from rewards.metrics.evaluation import BETTER
+from rewards.metrics.figures import BETTER, OF_A_SPACE, SECOND_SPACE, better, prefix_of
 
-FIGURES = tuple(name for name, better in BETTER.items() if better and name != "vendi")
-"""What `output.keep_best` may name: figures with a better direction."""
+FIGURES = tuple(name for name in BETTER if better(name) and name != "vendi")
+"""What `output.keep_best` may name, beside SPACE/NAME: figures with a better direction."""
 ALONE = ("accuracy", "clip", "hps", "inception_score")
 """Those that do not compare with real images."""
 
@@ -102,8 +102,8 @@ class OutputConfig:
     keep_best: str = ""
     """Also keep the checkpoint with the best evaluation while training (evaluation.every), by this
     figure: fid, sfid (the least), density, coverage, precision, recall, inception_score, clip, hps,
-    accuracy (the most), or second/fid and so on, in the judge's second space; best.json names it.
-    Empty: none."""
+    accuracy (the most), or second/fid and so on, in the judge's second space (or a further one);
+    best.json names it. Empty: none."""
     background: bool = True
     """Write checkpoints in the background, from a copy of policy and optimizer in the learner's
     host memory (12 bytes a parameter; from a GPU up to 21). False: the learner waits, without a
@@ -127,8 +127,13 @@ class OutputConfig:
     """Write every rollout with its scores to Parquet."""
 
 
-def check_output(output: OutputConfig, evaluation: EvaluationConfig) -> None:
+def check_output(
+    output: OutputConfig, evaluation: EvaluationConfig, further: Iterable[str] = ()
+) -> None:
     """Refuse contradictory settings of evaluations and checkpoints.
+
+    Args:
+        further: names of the judge's further feature spaces.
 
     Raises:
         ValueError: says what to set.
@@ -138,9 +143,11 @@ def check_output(output: OutputConfig, evaluation: EvaluationConfig) -> None:
             f"output.keep_best {output.keep_best!r} needs evaluations while training: set "
             "evaluation.every to the number of iterations between them"
         )
-    if output.keep_best and output.keep_best not in FIGURES:
+    spaces = [prefix_of(space) for space in (SECOND_SPACE, *further)]
+    figures = (*FIGURES, *(prefix + name for prefix in spaces for name in OF_A_SPACE))
+    if output.keep_best and output.keep_best not in figures:
         raise ValueError(
-            f"output.keep_best: expected a figure of the evaluation ({', '.join(FIGURES)}), found "
+            f"output.keep_best: expected a figure of the evaluation ({', '.join(figures)}), found "
             f"{output.keep_best!r}"
         )
     if output.keep_best not in ("", *ALONE) and not evaluation.images:
@@ -167,7 +174,7 @@ def best_step(figure: str, figures: Mapping[int, Mapping[str, float]]) -> int | 
     Args:
         figures: step -> figures of its evaluation.
     """
-    sign = 1 if BETTER.get(figure) == "lower" else -1
+    sign = 1 if better(figure) == "lower" else -1
     found = [
         (sign * values[figure], step)
         for step, values in figures.items()

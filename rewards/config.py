@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
@@ -15,6 +15,8 @@ from cluster.program.secrets import check_environment
 from cluster.roles import AutoscaleConfig, Resources
 from rewards.combine import Normalisation, RewardTerm
 from rewards.distribution.config import MomentsConfig
+from rewards.metrics.figures import SECOND_SPACE
+from rewards.metrics.samples import LOGITS, SPATIAL
 from rewards.networks.features import FeaturesConfig
 from rewards.scorers.classifier import ClassifierConfig
 from rewards.scorers.clip import ClipConfig, ClipTerm
@@ -28,8 +30,25 @@ REWARDS, JUDGE = "rewards", "judge"
 """Panels of a reward server."""
 ACCURACY = "accuracy"  # score of the judge's classifier
 GPU_BATCH = 64  # images; ViT-H-14's activations in fp32 then take a few GiB
-SECOND_SPACE = "second"
 NETWORKS = "package://learner.miniature/networks"
+
+
+OTHER_SPACES = (MAIN_SPACE, SECOND_SPACE, SPATIAL, LOGITS)
+"""Names that further feature spaces cannot have."""
+
+
+def check_spaces(field: str, names: Iterable[str]) -> None:
+    """Refuse names of further feature spaces that are no names, or those of others.
+
+    Raises:
+        ValueError: says what a name is.
+    """
+    for name in names:
+        if not name.isidentifier() or name in OTHER_SPACES:
+            raise ValueError(
+                f"{field}: expected names of letters, digits and _, other than "
+                f"{', '.join(OTHER_SPACES)}, found {name!r}: name the space otherwise"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +149,10 @@ class RewardsConfig:
         """Name -> reward."""
         return {**self.scorers(), LOO_FID: self.loo_fid}
 
+    def lowered(self) -> dict[str, FeaturesConfig]:
+        """Option -> feature network of a distribution reward with a weight."""
+        return {"rewards.features": self.features} if self.loo_fid.weight else {}
+
     def pools(self) -> dict[str, str]:
         """ "features" or a scorer's name -> name of its pool."""
         return {"features": self.features_pool} | {k: t.pool for k, t in self.scorers().items()}
@@ -161,6 +184,13 @@ class JudgeConfig:
     )
     second: FeaturesConfig = field(default_factory=lambda: FeaturesConfig(network="pixels"))
     """A second feature space, since FIDs of two networks can rank differently."""
+    further: Annotated[Mapping[str, FeaturesConfig], tyro.conf.Suppress] = field(
+        default_factory=dict
+    )
+    """Further feature spaces by name; set in a YAML file. NAME's figures are NAME/fid and so on."""
+
+    def __post_init__(self) -> None:
+        check_spaces("judge.further", self.further)
 
     def scorers(self) -> dict[str, ScorerConfig]:
         """Name -> text-image scorer."""
@@ -168,7 +198,12 @@ class JudgeConfig:
 
     def spaces(self) -> dict[str, FeaturesConfig]:
         """Space -> feature network."""
-        return {MAIN_SPACE: self.features, SECOND_SPACE: self.second}
+        return {MAIN_SPACE: self.features, SECOND_SPACE: self.second, **self.further}
+
+    def feature_options(self) -> dict[str, FeaturesConfig]:
+        """Option -> feature network."""
+        own = {"judge.features": self.features, "judge.second": self.second}
+        return own | {f"judge.further.{name}": each for name, each in self.further.items()}
 
     def score_names(self) -> tuple[str, ...]:
         """Names of all scores."""

@@ -12,6 +12,7 @@ from cluster.messages import Condition
 from cluster.preflight import Findings
 from rewards.base import ImageWork
 from rewards.config import NETWORKS, JudgeConfig, RewardsConfig, RewardServerConfig
+from rewards.metrics.figures import prefix_of
 from rewards.networks.features import FeaturesConfig, convnet_file
 from rewards.networks.features_check import check_features, features_memory, features_work
 from rewards.scorers.config import ScorerConfig
@@ -54,8 +55,8 @@ def check_judge(
     for name, scorer in judge.scorers().items():
         scorer.check(f"judge.{name}", findings)
     judge.classifier.check(side, classes, findings)
-    check_features("judge.features", judge.features, side, findings, judge=True)
-    check_features("judge.second", judge.second, side, findings, judge=True)
+    for option, features in judge.feature_options().items():
+        check_features(option, features, side, findings, judge=True)
 
 
 def check_texts(
@@ -133,7 +134,7 @@ def server_memory(config: RewardServerConfig, *, features: bool) -> ServerMemory
             found.add(f"judge.{name}", scorer.memory())
         if judge.classifier.enabled:
             found.add("judge.classifier", judge.classifier.memory())
-        spaces |= {"judge.features": judge.features, "judge.second": judge.second}
+        spaces |= judge.feature_options()
     for name, space in spaces.items():
         if space.network != "pixels":
             found.add(name, features_memory(space))
@@ -153,7 +154,7 @@ def judge_work(judge: JudgeConfig) -> dict[str, ImageWork | None]:
     found = {f"judge.{name}": scorer.work() for name, scorer in judge.scorers().items()}
     if judge.classifier.enabled:
         found["judge.classifier"] = judge.classifier.work()
-    spaces = {"judge.features": judge.features, "judge.second": judge.second}
+    spaces = judge.feature_options()
     return found | {name: features_work(space) for name, space in spaces.items()}
 
 
@@ -168,14 +169,28 @@ def same_networks(rewards: RewardsConfig, judge: JudgeConfig) -> list[str]:
                 "says how far the reward was raised, not whether images are better. Name another "
                 f"model (judge.{name}.model, judge.{name}.pretrained)"
             )
-    if rewards.loo_fid.weight and same_space(rewards.features, judge.features):
-        second = f"second/fid, in {judge.second.network}, is of another network"
-        if same_space(rewards.features, judge.second):
-            second = "judge.second is the same network, too: name another"
-        found.append(
-            f"judge.features is the network of rewards.features ({judge.features.network}): the "
-            f"figure fid is what rewards.loo_fid lowers; {second}"
-        )
+    return found + _lowered_figures(rewards, judge)
+
+
+def _lowered_figures(rewards: RewardsConfig, judge: JudgeConfig) -> list[str]:
+    """Notes on feature spaces of the judge in which a distribution reward lowers the FID."""
+    found, lowered = list[str](), rewards.lowered()
+    own = {
+        space: next((name for name, theirs in lowered.items() if same_space(theirs, ours)), "")
+        for space, ours in judge.spaces().items()
+    }
+    others = [
+        f"{prefix_of(space)}fid, in {judge.spaces()[space].network}, is of another network"
+        for space, reward in own.items()
+        if not reward
+    ]
+    for (space, reward), (option, features) in zip(own.items(), judge.feature_options().items()):
+        if reward:
+            said = others[0] if others else f"name another network than {reward}'s"
+            found.append(
+                f"{option} is the network of {reward} ({features.network}): the figure "
+                f"{prefix_of(space)}fid is what the distribution reward lowers; {said}"
+            )
     return found
 
 

@@ -70,9 +70,9 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
     """
     before, after = fields_of(saved), fields_of(wanted)
     changed = [
-        f"{name} ({before.get(name, 'not set')} in the run, {value} now)"
-        for name, value in after.items()
-        if value != before.get(name)  # names within a mapping may be new
+        f"{name} ({before.get(name, 'not set')} in the run, {after.get(name, 'not set')} now)"
+        for name in dict.fromkeys((*after, *before))  # names within a mapping may be new, or gone
+        if after.get(name) != before.get(name)
         and (not name.startswith(MAY_CHANGE) or (saved.reproducible and name in OF_ROUNDING))
         and not (name.endswith(LATER_ASKED) and before.get(name) == "")
     ]

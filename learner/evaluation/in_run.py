@@ -7,7 +7,6 @@ import logging
 from collections.abc import Collection
 
 from cluster.fleet import Fleet
-from cluster.messages import MAIN_SPACE
 from learner.config import RunConfig
 from learner.evaluation import held_out
 from learner.evaluation.trends import Found, History, Trends, stalled, upto
@@ -15,6 +14,7 @@ from learner.monitoring.metrics import append_evaluation, read_metrics
 from learner.runs.records import STEP, TUNED, read_records, truncate
 from learner.runs.run_dir import RunDirectory
 from rewards.config import JudgeConfig
+from rewards.metrics.figures import OF_A_SPACE, prefix_of
 from rewards.metrics.samples import SPATIAL, RealImages
 from rewards.preflight import same_space
 
@@ -153,11 +153,9 @@ def figures_of(judge: JudgeConfig, *, moments: Collection[str] | None = None) ->
     """
     found = list(judge.score_names())
     for space in judge.spaces():
-        prefix = "" if space == MAIN_SPACE else f"{space}/"
+        prefix = prefix_of(space)
         if moments is None:
-            found += [
-                prefix + name for name in ("fid", "density", "coverage", "precision", "recall")
-            ]
+            found += [prefix + name for name in OF_A_SPACE]
         elif space in moments:
             found.append(f"{prefix}fid")
     if any(features.network == "inception" for features in judge.spaces().values()):
@@ -174,8 +172,10 @@ def trends_of(config: RunConfig) -> Trends:
 
 
 def judge_fid(config: RunConfig) -> str:
-    """The judge's FID in a space that the distribution reward does not lower: its first, unless
-    that is the reward's own."""
-    rewards = config.rewards
-    same = same_space(rewards.features, config.judge.features)
-    return "second/fid" if same and rewards.loo_fid.weight else "fid"
+    """The judge's FID in the first space that no distribution reward lowers; in its main one if
+    there is none such."""
+    lowered = config.rewards.lowered().values()
+    for space, ours in config.judge.spaces().items():
+        if not any(same_space(theirs, ours) for theirs in lowered):
+            return f"{prefix_of(space)}fid"
+    return "fid"

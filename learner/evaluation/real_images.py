@@ -101,10 +101,11 @@ def moments_of(source: str, judge: JudgeConfig) -> dict[str, Reference]:
             found[SPATIAL] = spatial
     if not found and not has_images(source):
         made_with = repr(stored.fingerprint) if stored.fingerprint else "believed to be Inception's"
+        networks = " and ".join(features.network for features in judge.spaces().values())
         raise DataError(
             f"{source}: holds moments of {stored.dim} dimensions ({made_with}) and no images, and "
-            f"the judge's networks are {judge.features.network} and {judge.second.network}: name "
-            "images, or set judge.features to the network of the moments"
+            f"the judge's networks are {networks}: name images, or set judge.features to the "
+            "network of the moments"
         )
     return found
 

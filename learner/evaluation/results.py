@@ -16,7 +16,8 @@ from rich.table import Table
 
 from cluster.io.files import replacing, writing
 from learner.evaluation.kept.samples import CONTINUE, write_json
-from rewards.metrics.evaluation import BETTER, Figure
+from rewards.metrics.evaluation import Figure
+from rewards.metrics.figures import SECOND_SPACE, better, ordered, prefix_of, split_figure
 
 JSON, MARKDOWN, CSV = "results.json", "results.md", "results.csv"
 FORMAT = 1
@@ -30,7 +31,6 @@ HEADINGS = {
     "vendi": "Vendi score in class",
     "entropy": "token entropy, nats",
 }
-SECOND = "second/"
 ARROWS = {"lower": "↓", "higher": "↑", "": ""}
 NARROWEST = 24  # columns of a policy in the console's table
 FIRST = 26  # columns of the figures' names
@@ -66,26 +66,19 @@ class Results:
         }
 
 
-def better(figure: str) -> str:
-    """The better direction of a figure: "lower", "higher" or ""; of the scores of other scorers,
-    higher."""
-    return BETTER.get(figure, "higher")
-
-
 def heading(figure: str, *, arrow: bool = True) -> str:
     """A figure's name in tables."""
-    space = " (2nd space)" if figure.startswith(SECOND) else ""
-    name, comma, part = figure.removeprefix(SECOND).partition(", ")
+    prefix, name = split_figure(figure)
+    named = "2nd" if prefix == prefix_of(SECOND_SPACE) else prefix.rstrip("/")
+    space = f" ({named} space)" if prefix else ""
+    name, comma, part = name.partition(", ")
     mark = ARROWS[better(figure)] if arrow else ""
     return f"{HEADINGS.get(name, name)}{comma}{part}{space} {mark}".rstrip()
 
 
 def figures_of(rows: Mapping[str, Figures]) -> list[str]:
-    """Every figure that some row has, in the order of `BETTER`; the number of images last."""
-    named = dict.fromkeys(figure for figures in rows.values() for figure in figures)
-    order = [figure for figure in BETTER if figure in named and figure != "images"]
-    others = [figure for figure in named if figure not in BETTER]
-    return [*order, *others, *(["images"] if "images" in named else [])]
+    """Every figure that some row has, in the order of `figures.ordered`."""
+    return ordered(figure for figures in rows.values() for figure in figures)
 
 
 def best_of(rows: Mapping[str, Figures], figure: str) -> set[str]:

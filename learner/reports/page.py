@@ -39,7 +39,7 @@ from learner.reports.reading import (
     times_of,
 )
 from learner.runs.run_dir import RunDirectory
-from rewards.metrics.evaluation import BETTER
+from rewards.metrics.figures import BETTER
 
 LARGEST = 10_000_000
 """Bytes of a page."""
@@ -55,7 +55,6 @@ FOLDER = "templates"
 NO_VERDICT = summary.Verdict("The evaluation cannot be read", [], [], "")
 NO_TIMELINE: dict[str, Any] = {"map": "", "last": "", "count": 0, "idle": [], "cut": False,
                                "bottleneck": ""}  # fmt: skip
-SECOND_PART = "the same in the judge's second features"
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def render(directories: Sequence[RunDirectory], decoding: extremes.Decoding) -> 
     room = max(LARGEST - len(library()) - TEXT, 0.0)
     sections = [_run_section(run, plots, room, decoding, several) for run in runs]
     topics = panels.topics(runs)
-    main, second = panels.evaluation_charts(runs, BETTER)
+    main, others = panels.evaluation_charts(runs, BETTER)
     shared = {
         "topics": [
             {"name": topic.name, "about": topic.about, "constant": topic.constant,
@@ -98,7 +97,10 @@ def render(directories: Sequence[RunDirectory], decoding: extremes.Decoding) -> 
         ],
         "averaged": points_per_mean(max(len(run.metrics) for run in runs), MOST_POINTS),
         "evaluations": plots.add("evaluation", main),
-        "second": plots.add("evaluation", second),
+        "spaces": [
+            {"name": name, "cards": plots.add("evaluation", charts)}
+            for name, charts in others.items()
+        ],
         "table": _table(runs),
         "differences": _differences(runs) if several else [],
     }  # fmt: skip
@@ -296,7 +298,7 @@ def _table(runs: Sequence[RunData]) -> dict[str, Any]:
     together = {(at, name): row for at, run in enumerate(runs) for name, row in run.table.items()}
     flat = {f"{at}/{name}": row for (at, name), row in together.items()}
     cells = summary.table_cells(flat, shown)
-    second = next((at for at, column in enumerate(shown) if "/" in column.key), -1)
+    spaces = [summary.space_name(column.key) for column in shown]
     counts = {row["images"] for row in flat.values() if row.get("images", 0) > 0}
     return {
         "policies": [
@@ -309,8 +311,8 @@ def _table(runs: Sequence[RunData]) -> dict[str, Any]:
         ],
         "rows": [
             {"heading": column.heading, "arrow": column.arrow,
-             "meaning": "" if "/" in column.key else column.meaning,
-             "part": SECOND_PART if at == second else "",
+             "meaning": "" if spaces[at] else column.meaning,
+             "part": f"the same in {spaces[at]}" if spaces[at] != spaces[max(at - 1, 0)] else "",
              "cells": [row[at] for row in cells.values()]}
             for at, column in enumerate(shown)
         ],

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 from learner.reports.charts import Chart, Level, Line, has_values
 from learner.reports.reading import RunData, plain_number
-from learner.reports.summary import SECOND
+from learner.reports.summary import by_space, space_name
 from learner.runs.records import STEP, TUNED
 from rewards.config import LOO_FID
+from rewards.metrics.figures import split_figure
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,6 @@ JUDGE = {
     "entropy": "Token entropy",
     "sfid": "Spatial FID (sFID)",
     "inception_score": "Inception Score",
-    "second/fid": "FID",
-    "second/coverage": "Coverage",
-    "second/recall": "Recall",
-    "second/density": "Density",
-    "second/precision": "Precision",
 }
 """Figure of an evaluation -> title of its chart; others follow under their own names."""
 
@@ -242,18 +238,16 @@ def judge_points(run: RunData, figure: str) -> tuple[list[float], list[float]]:
 
 def evaluation_charts(
     runs: Sequence[RunData], better: Mapping[str, str]
-) -> tuple[list[Chart], list[Chart]]:
-    """Figures of the judge over the iterations, in its main and in its second features."""
+) -> tuple[list[Chart], dict[str, list[Chart]]]:
+    """Figures of the judge over the iterations: in its main features, and in each other space."""
     there = dict.fromkeys(
         key for run in runs for row in (*run.table.values(), *run.evaluations) for key in row
     )
-    names = [name for name in JUDGE if name in there]
-    names += [name for name in there if name not in {*JUDGE, STEP, "images"}]
-    charts = [(name, chart) for name in names if (chart := judge_chart(runs, name, better))]
-    return (
-        [chart for name, chart in charts if not name.startswith(SECOND)],
-        [chart for name, chart in charts if name.startswith(SECOND)],
-    )
+    found: dict[str, list[Chart]] = {"": []}
+    for name in by_space(there, JUDGE):
+        if name not in (STEP, "images") and (chart := judge_chart(runs, name, better)):
+            found.setdefault(space_name(name), []).append(chart)
+    return found.pop(""), found
 
 
 def judge_chart(runs: Sequence[RunData], figure: str, better: Mapping[str, str]) -> Chart | None:
@@ -271,9 +265,10 @@ def judge_chart(runs: Sequence[RunData], figure: str, better: Mapping[str, str])
         for name, row in runs[0].table.items():
             if name.startswith("base,") and has_values([plain_number(row.get(figure))]):
                 levels.append(Level(name.removeprefix("base, "), row[figure]))
-    direction = better.get(figure, "")
+    plain = split_figure(figure)[1]
+    direction = better.get(plain, "")
     unit = f"{direction} is better" if direction else ""
-    return Chart(f"judge-{figure}", JUDGE.get(figure, figure), unit, "", lines, levels)
+    return Chart(f"judge-{figure}", JUDGE.get(plain, figure), unit, "", lines, levels)
 
 
 def agreement_chart(run: RunData) -> Chart | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from learner.reports.reading import RunData, plain_number
 from learner.runs.records import STEP, TUNED
+from rewards.metrics.figures import SECOND_SPACE, ordered, prefix_of, prefixes, split_figure
 
 BASE = "base"
 MEANINGS = {
@@ -28,7 +29,6 @@ MEANINGS = {
     "entropy": ("entropy", "mean token entropy, nats; neither direction is better by itself"),
 }
 """Figure -> heading, what it means; in the order of the table."""
-SECOND = "second/"
 LOO_FID = "loo_fid"
 """A reward whose mean says little: what a group adds to the distribution, not its quality."""
 MAX_LOSS = 0.3
@@ -36,7 +36,7 @@ MAX_LOSS = 0.3
 without `evaluation.max_diversity_loss`."""
 SAME = 0.02
 """A relative change below this is "about the same": no interval is known here."""
-DIVERSITY = ("coverage", "recall", "vendi", "second/coverage", "second/recall")
+DIVERSITY = ("coverage", "recall", "vendi")
 UNTESTED = "Not tested: learner.evaluate RUN has intervals, its --compare paired significance."
 FLAT = 0.5
 """A share of flat groups above this is pointed out."""
@@ -114,23 +114,43 @@ def figure_text(value: float) -> str:
 
 
 def columns(tables: Sequence[Mapping[str, Mapping[str, float]]], better: Better) -> list[Column]:
-    """Figures that any row has, in a fixed order; those of the second features last."""
+    """Figures that any row has, in a fixed order; those of the other spaces last."""
     there = dict.fromkeys(key for table in tables for row in table.values() for key in row)
-    names = [name for name in MEANINGS if name in there]
-    names += [name for name in there if name not in names and "/" not in name]
-    names += [SECOND + name for name in MEANINGS if SECOND + name in there]
-    names += [name for name in there if name not in names]
+    names = by_space(there, MEANINGS)
     return [_column(name, better) for name in names if name not in ("images", STEP)]
 
 
+def by_space(figures: Iterable[str], order: Iterable[str]) -> list[str]:
+    """Figures of the judge's main space and of no space, then those of each other one.
+
+    Args:
+        order: of the figures of a space, as far as it names them.
+    """
+    there, ranks = [*figures], {name: rank for rank, name in enumerate(order)}
+    spaces = {prefix: at for at, prefix in enumerate(prefixes(there))}
+
+    def place(figure: str) -> tuple[int, int]:
+        prefix, name = split_figure(figure)
+        return spaces[prefix], ranks.get(name, len(ranks))
+
+    return sorted(there, key=place)
+
+
+def space_name(figure: str) -> str:
+    """A figure's space, as headings call it; empty for the judge's main one."""
+    prefix = split_figure(figure)[0]
+    if prefix == prefix_of(SECOND_SPACE):
+        return "the judge's second features"
+    return f"the judge's features {prefix[:-1]!r}" if prefix else ""
+
+
 def _column(name: str, better: Better) -> Column:
-    second = name.startswith(SECOND)
-    plain = name.removeprefix(SECOND)
+    prefix, plain = split_figure(name)
     heading, meaning = MEANINGS.get(plain, (plain, "mean of this scorer"))
-    if second:
-        heading, meaning = f"{heading} (2nd)", f"{meaning}; in the judge's second features"
-    known = better.get(name, better.get(plain, ""))
-    return Column(name, heading, meaning, known)
+    if prefix:
+        short = "2nd" if prefix == prefix_of(SECOND_SPACE) else prefix[:-1]
+        heading, meaning = f"{heading} ({short})", f"{meaning}; in {space_name(name)}"
+    return Column(name, heading, meaning, better.get(plain, ""))
 
 
 def table_cells(
@@ -205,16 +225,20 @@ def _judgement(
     """What contradicts the main figure, as the end of the headline; and the mark of both."""
     against = [
         f"{marked[name].heading} lost {1 - _kept(before, after, name):.0%}".replace("%", " %")
-        for name in DIVERSITY
-        if name in marked and _kept(before, after, name) < 1 - max_loss(run)
+        for name in marked
+        if split_figure(name)[1] in DIVERSITY and _kept(before, after, name) < 1 - max_loss(run)
     ]
-    own, second = marked[main].mark, marked.get(SECOND + main)
+    own = marked[main].mark
     opposite = {"better": "worse", "worse": "better"}.get(own)
-    if second and second.mark == opposite:
-        against.append(f"{second.heading} is {second.mark}")
+    contrary = [
+        change
+        for name, change in marked.items()
+        if name != main and split_figure(name)[1] == main and change.mark == opposite
+    ]
+    against += [f"{change.heading} is {change.mark}" for change in contrary]
     if not against:
         return "", own
-    if own == "better" or (second and second.mark == opposite):
+    if own == "better" or contrary:
         return f"; mixed: {', '.join(against)}", "mixed"
     return f"; {', '.join(against)}", "worse"
 
@@ -336,7 +360,7 @@ def _of_evaluations(run: RunData) -> list[Indicator]:
     after = run.table.get(TUNED) or (run.evaluations[-1] if run.evaluations else {})
     found = []
     kept = 1 - max_loss(run)
-    for name in DIVERSITY:
+    for name in ordered(name for name in before if split_figure(name)[1] in DIVERSITY):
         old, new = plain_number(before.get(name)), plain_number(after.get(name))
         if math.isfinite(old) and math.isfinite(new):
             state = "watch" if new < kept * old else "ok"

@@ -1,10 +1,10 @@
 """Figures of a set of images, and differences of two sets, from features and scores.
 
-    fid                    in the judge's first feature space; `second/fid` in its second
+    fid                    in the judge's main feature space; `SPACE/fid` in its others
     sfid                   the same distance of spatial features, as the ADM evaluator computes it
     inception_score        from logits
-    precision, recall, density, coverage; second/...    nearest neighbours
-    vendi                  in-class diversity in the first space
+    precision, recall, density, coverage; SPACE/...    nearest neighbours
+    vendi                  in-class diversity in the main space
     clip, hps, ...         means of scores
     entropy, images        mean token entropy in nats; how many images
 
@@ -22,6 +22,7 @@ from pydantic import Field
 
 from cluster.errors import DataError
 from cluster.messages import MAIN_SPACE
+from rewards.metrics.figures import prefix_of
 from rewards.metrics.frechet import frechet_estimate
 from rewards.metrics.inception_score import inception_score
 from rewards.metrics.intervals import (
@@ -37,29 +38,7 @@ from rewards.metrics.neighbours import neighbourhoods
 from rewards.metrics.samples import LOGITS, SPATIAL, RealImages, Samples
 from rewards.metrics.vendi import vendi_estimate
 
-__all__ = ["BETTER", "Difference", "Figure", "MetricSettings", "compare", "evaluate"]
-
-Direction = Literal["lower", "higher", ""]
-_OF_A_SPACE: dict[str, Direction] = {
-    "fid": "lower",
-    "precision": "higher",
-    "recall": "higher",
-    "density": "higher",
-    "coverage": "higher",
-}
-BETTER: dict[str, Direction] = {
-    **_OF_A_SPACE,
-    **{f"second/{name}": direction for name, direction in _OF_A_SPACE.items()},
-    "sfid": "lower",
-    "inception_score": "higher",
-    "vendi": "higher",
-    "clip": "higher",
-    "hps": "higher",
-    "accuracy": "higher",
-    "entropy": "",
-    "images": "",
-}
-"""Figure -> its better direction, "" for neither; scores of other scorers are better higher."""
+__all__ = ["Difference", "Figure", "MetricSettings", "compare", "evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +109,7 @@ def estimates(samples: Samples, real: RealImages, settings: MetricSettings) -> d
         elif space == SPATIAL:
             found |= _of_moments("sfid", space, features, real, settings)
         else:
-            prefix = "" if space == MAIN_SPACE else f"{space}/"
+            prefix = prefix_of(space)
             found |= _of_moments(f"{prefix}fid", space, features, real, settings)
             found |= _of_neighbours(prefix, space, features, real, settings)
     if MAIN_SPACE in samples.features and samples.groups is not None:

@@ -1,7 +1,7 @@
 """What evaluations compare: images as features and scores, in a fixed order.
 
-Spaces: `cluster.messages.MAIN_SPACE` is the judge's first feature space,
-`rewards.config.SECOND_SPACE` its second.
+Spaces: `cluster.messages.MAIN_SPACE` is the judge's main feature space,
+`rewards.metrics.figures.SECOND_SPACE` its second; further ones have the names of `judge.further`.
 A judge with the FID literature's Inception also has `SPATIAL`, for sFID, and `LOGITS`, for the
 Inception Score.
 """

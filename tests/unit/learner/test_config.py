@@ -36,6 +36,11 @@ from learner.run import parse
         ({"num_learners": 2, "learner": {"num_gpus": 0.5}}, "2 learners need a GPU each"),
         ({"learner": {"betas": (0.9, 2.0)}}, "betas must be in [0, 1)"),
         ({"evaluation": {"cfg_scales": [0.5]}}, "cfg_scales.0 should be greater than 1"),
+        ({"judge": {"further": {"second": {}}}}, "judge.further: expected names"),
+        ({"judge": {"further": {"a/b": {}}}}, "of letters, digits and _, other than features"),
+        ({"judge": {"further": {"a": {"netwrk": "clip"}}}}, "did you mean 'network'?"),
+        ({"reward_pools": {"a": {"num_servrs": 2}}}, "did you mean 'num_servers'?"),
+        ({"output": {"keep_best": "clip/fid"}, "evaluation": {"every": 5}}, "found 'clip/fid'"),
     ],
 )
 def test_wrong_values_are_explained(values: dict, message: str) -> None:
@@ -184,6 +189,11 @@ def test_resume_may_change_how_a_run_is_carried_out_but_not_what_it_computes() -
         check_resume(told, saved)
     with pytest.raises(ConfigError, match=r"cannot change seed \(0 in the run, 5 now\)"):
         check_resume(saved, changed(seed=5))
+    judged = changed(judge={"further": {"clip": {"network": "pixels"}}})
+    assert judged.judge.spaces()["clip"].network == "pixels"
+    for one, other in ((saved, judged), (judged, saved)):
+        with pytest.raises(ConfigError, match=r"cannot change judge\.further\.clip\.network"):
+            check_resume(one, other)
     learner = {**to_dict(saved)["learner"], "lr": 0.5, "num_threads": 9}
     with pytest.raises(ConfigError, match=r"cannot change learner\.lr \(0\.00012 in the run"):
         check_resume(saved, changed(learner=learner))

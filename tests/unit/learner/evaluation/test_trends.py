@@ -164,11 +164,15 @@ def test_figures_of_judges() -> None:
     assert figures_of(judge, moments=[MAIN_SPACE]) == alone
     assert figures_of(judge, moments=[MAIN_SPACE, SPATIAL]) == [*alone[:3], "sfid", alone[3]]
     assert {"second/fid", "second/recall", "sfid"} < {*figures_of(judge)}
+    further = JudgeConfig(further={"clip": FeaturesConfig(network="clip")})
+    assert {"clip/fid", "clip/recall"} < {*figures_of(further)} - {*figures_of(JudgeConfig())}
 
 
 def test_the_judges_fid_is_in_a_space_of_its_own() -> None:
     network = {"features": {"network": "inception", "checkpoint": ""}}
     assert judge_fid(small_config()) == "fid"
     assert judge_fid(small_config(rewards=network, judge=network)) == "second/fid"
+    both = network | {"second": network["features"], "further": {"clip": {"network": "clip"}}}
+    assert judge_fid(small_config(rewards=network, judge=both)) == "clip/fid"
     logged = small_config(rewards=network | {"loo_fid": {"weight": 0}}, judge=network)
     assert judge_fid(logged) == "fid"

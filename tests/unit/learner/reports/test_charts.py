@@ -10,10 +10,10 @@ import pytest
 
 from learner.reports import summary
 from learner.reports.charts import Chart, Level, Line, shown_text, spread, thinned
-from learner.reports.panels import PANELS, topics
+from learner.reports.panels import PANELS, evaluation_charts, topics
 from learner.reports.reading import RunData, read_run
 from learner.runs.run_dir import RunDirectory
-from rewards.metrics.evaluation import BETTER
+from rewards.metrics.figures import BETTER
 from tests.unit.learner.reports.made_run import FIGURES, made_run
 
 NAN = math.nan
@@ -93,6 +93,23 @@ def test_the_table_marks_the_best_by_its_direction() -> None:
     assert not any(cell.best for row in same.values() for cell in row)
 
 
+def test_every_space_has_columns_and_charts_of_its_own(tmp_path: Path) -> None:
+    rows = {name: FIGURES | {"clip/fid": 0.5, "clip/recall": 0.4} for name in ("base", "tuned")}
+    shown = summary.columns([rows], BETTER)
+    assert [(c.key, c.heading, c.arrow) for c in shown][-4:] == [
+        ("second/fid", "FID (2nd)", "↓"), ("second/coverage", "coverage (2nd)", "↑"),
+        ("clip/fid", "FID (clip)", "↓"), ("clip/recall", "recall (clip)", "↑"),
+    ]  # fmt: skip
+    run = made_run(tmp_path / "run", 6)
+    run.write_evaluation(rows)
+    main, others = evaluation_charts([read_run(run)], BETTER)
+    assert "clip" in {chart.key.removeprefix("judge-") for chart in main}
+    assert {name: [chart.key for chart in charts] for name, charts in others.items()} == {
+        "the judge's second features": ["judge-second/fid", "judge-second/coverage"],
+        "the judge's features 'clip'": ["judge-clip/fid", "judge-clip/recall"],
+    }
+
+
 def test_users_scorers_have_columns_too() -> None:
     (column,) = summary.columns([{"base": {"aesthetic": 1.0}}], BETTER)
     assert (column.heading, column.arrow) == ("aesthetic", "")  # better which way? not known
@@ -123,6 +140,8 @@ def test_a_worse_policy_is_called_so(tmp_path: Path) -> None:
          "FID is about the same (25.00 → 25.00); coverage lost 60 %"),
         ({"fid": 20.0, "second/fid": 0.9}, "mixed",
          "FID fell 20 % (25.00 → 20.00); mixed: FID (2nd) is worse"),
+        ({"fid": 20.0, "clip/fid": 0.9, "clip/recall": 0.1}, "mixed",
+         "FID fell 20 % (25.00 → 20.00); mixed: recall (clip) lost 83 %, FID (clip) is worse"),
         ({"fid": 30.0, "second/fid": 0.4}, "mixed",
          "FID rose 20 % (25.00 → 30.00); mixed: FID (2nd) is better"),
     ],
@@ -131,7 +150,8 @@ def test_a_verdict_only_where_nothing_speaks_against_it(
     tmp_path: Path, changed: dict[str, float], mark: str, said: str
 ) -> None:
     run = made_run(tmp_path / "run", 6)
-    run.write_evaluation({"base": FIGURES, "tuned": FIGURES | changed})
+    base = FIGURES | {"clip/fid": 0.8, "clip/recall": 0.6}
+    run.write_evaluation({"base": base, "tuned": base | changed})
     found = summary.verdict(read_run(run), BETTER)
     assert (found.headline, found.mark) == (said, mark)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import replace
@@ -9,16 +10,17 @@ import pytest
 
 from cluster.errors import DataError
 from cluster.messages import MAIN_SPACE
-from rewards.config import SECOND_SPACE
 from rewards.distribution.fid import frechet_distance
 from rewards.distribution.moments import Moments
 from rewards.distribution.reference import Reference
-from rewards.metrics.evaluation import BETTER, MetricSettings, compare, estimates, evaluate
+from rewards.metrics.evaluation import MetricSettings, compare, estimates, evaluate
+from rewards.metrics.figures import BETTER, OF_A_SPACE, SECOND_SPACE
 from rewards.metrics.intervals import intervals
 from rewards.metrics.neighbours import neighbourhoods
 from rewards.metrics.samples import LOGITS, SPATIAL, RealImages, Samples
 
 SETTINGS = MetricSettings(bootstrap=200, splits=2)
+FIGURES = {*BETTER, *(f"second/{name}" for name in OF_A_SPACE)} - {"hps", "accuracy"}
 
 
 def features(images: int, shift: float, seed: int) -> dict[str, np.ndarray]:
@@ -49,7 +51,7 @@ def test_every_figure_is_there_with_its_definition() -> None:
     ours, theirs = samples(), real()
     found = evaluate(ours, theirs, SETTINGS)
     plain = evaluate(ours, theirs, replace(SETTINGS, bootstrap=0, ddof=0))
-    assert found.keys() == BETTER.keys() - {"hps", "accuracy"}
+    assert found.keys() == FIGURES
     for name, space in {"fid": MAIN_SPACE, "second/fid": SECOND_SPACE, "sfid": SPATIAL}.items():
         a, b = (Moments.from_features(x.features[space]) for x in (ours, theirs))
         expected = frechet_distance(a.mean, a.cov * 120 / 119, b.mean, b.cov * 90 / 89)
@@ -94,6 +96,24 @@ def test_no_resamples_no_intervals() -> None:
     assert all(math.isnan(figure.low) and math.isnan(figure.high) for figure in found.values())
 
 
+def test_a_further_space_changes_no_other_figure() -> None:
+    """Nor an interval: `second` under another name, beside it."""
+
+    def with_further(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {**found, "clip": found[SECOND_SPACE]}
+
+    ours, theirs = samples(), real()
+    before = evaluate(ours, theirs, SETTINGS)
+    more = replace(ours, features=with_further(dict(ours.features)))
+    after = evaluate(more, replace(theirs, features=with_further(dict(theirs.features))), SETTINGS)
+    added = [f"clip/{name}" for name in OF_A_SPACE]
+    assert {*after} == {*before, *added}
+    for name, figure in after.items():
+        same = before[f"second/{name[5:]}" if name in added else name]
+        expected = pytest.approx(dataclasses.astuple(same), rel=1e-9, nan_ok=True)
+        assert dataclasses.astuple(figure) == expected, name
+
+
 def test_differences_are_the_second_sets_minus_the_firsts() -> None:
     first, second, theirs = samples(shift=0.0), samples(shift=1.0, seed=2), real()
     found = compare(first, second, theirs, SETTINGS)
@@ -127,7 +147,7 @@ def test_sets_of_one_policy_rarely_differ_in_any_figure() -> None:
         first, second = (samples(seed=seed) for seed in (10 + at, 500 + at))
         for name, difference in compare(first, second, theirs, settings).items():
             found[name] += difference.p_value < 0.05
-    assert found.keys() == BETTER.keys() - {"hps", "accuracy"}
+    assert found.keys() == FIGURES
     assert max(found.values()) <= 0.15 * trials, found
 
 

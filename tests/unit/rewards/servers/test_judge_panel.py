@@ -47,6 +47,28 @@ def test_a_judge_with_hps() -> None:
     ]
 
 
+def test_a_judge_with_further_spaces() -> None:
+    """Their features, their work, and notes on those that a reward uses; the others' as before."""
+    clip = FeaturesConfig(network="clip", model=f"{NETWORKS}/judge_clip")
+    config = JudgeConfig(further={"clip": clip, "own": FeaturesConfig()})
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    found = []
+    for judge in (JudgeConfig(), config):
+        server = RewardServer(RewardServerConfig(rewards=RewardsConfig(), judge=judge))
+        try:
+            found.append(server.score(request(rollouts=3, panel=JUDGE), images).features)
+        finally:
+            server.close()
+    assert [*found[1]] == [MAIN_SPACE, "second", "clip", "own"]
+    assert found[1]["clip"].shape == (3, 32)
+    for space, values in found[0].items():
+        np.testing.assert_array_equal(found[1][space], values)
+    assert [*judge_work(config)][-2:] == ["judge.further.clip", "judge.further.own"]
+    (note,) = same_networks(RewardsConfig(), config)
+    assert note.startswith("judge.further.own is the network of rewards.features (convnet)")
+    assert "own/fid is what the distribution reward lowers; fid, in convnet" in note
+
+
 def test_a_network_of_a_reward_is_no_judge() -> None:
     rewards, judge = RewardsConfig(), JudgeConfig()
     assert same_networks(rewards, judge) == []
@@ -65,7 +87,8 @@ def test_a_judges_fid_in_the_rewards_space(second: str) -> None:
     inception = FeaturesConfig(network="inception")
     rewards = RewardsConfig(features=inception)
     other = FeaturesConfig(network=second)  # type: ignore[arg-type]
-    (note,) = same_networks(rewards, JudgeConfig(features=inception, second=other))
-    assert "the figure fid is what rewards.loo_fid lowers" in note
+    note, *also = same_networks(rewards, JudgeConfig(features=inception, second=other))
+    assert [each[:12] for each in also] == ["judge.second"] * (second == "inception")
+    assert "the figure fid is what the distribution reward lowers" in note
     assert ("second/fid, in dinov2" in note) == (second == "dinov2")
-    assert ("name another" in note) == (second == "inception")
+    assert ("name another" in note) == bool(also)

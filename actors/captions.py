@@ -122,7 +122,8 @@ def _encode(config: CaptionsConfig, features: Path) -> None:
     )
     check_captions(str(config.captions), texts, encoder, config.long_captions)
     with progress_bar("encoding", len(texts), "captions") as advance:
-        write_caption_features(features, texts, encoder.stream(texts, advance))
+        rows = encoder.stream(texts, advance)
+        write_caption_features(features, texts, rows, encoder.fingerprint)
     print(f"{len(texts)} captions, features of width {encoder.width}: {features}")
 
 

@@ -184,10 +184,10 @@ def _features(
     batch, group by group."""
     features = concatenate_features([group.features[MAIN_SPACE] for group in scores])
     valid = np.concatenate([group.valid for group in scores])
-    indices = [request.condition.class_index for request in requests]
-    of_groups = [-1 if index is None else index for index in indices]
-    classes = np.repeat(of_groups, [request.num_rollouts for request in requests])
-    return space(features, classes), valid, classes
+    conditions = [each.condition for each in requests for _ in range(each.num_rollouts)]
+    indices = [condition.class_index for condition in conditions]
+    classes = np.array([-1 if index is None else index for index in indices])
+    return space(features, conditions), valid, classes
 
 
 def concatenate_features(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -37,7 +37,7 @@ from learner.monitoring.gallery import gallery_rows
 from learner.rollouts.feature_space import (
     RewardSpace,
     read_moments,
-    reference_labels,
+    reference_conditions,
     stored_reference,
 )
 from learner.training.real_tokens import check_source
@@ -195,7 +195,7 @@ def _reference(config: RunConfig, side: int, findings: Findings) -> None:
             features, covariance = config.rewards.features, term.covariance
             check_fit(features, field, term.reference, shape, side, covariance, findings)
             if term.joint:
-                reference_labels(config, shape[0])
+                reference_conditions(config, shape[0])
             return
         if published is None and not expand_user(term.reference).exists():
             missing = _no_reference(term.reference, config.rewards.features.options())

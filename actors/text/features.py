@@ -1,9 +1,9 @@
 """Parquet files of captions with their features.
 
 Our file has one row per caption: `caption` (string), `features` (list of float32, the (n, D) matrix
-row by row) and `shape` (list of int32, [n, D]). Compression removes the two zero bytes of a bf16
-encoder's numbers. Files of other programs have a column of texts and `features` (lists of n lists
-of D floats).
+row by row) and `shape` (list of int32, [n, D]); the schema's metadata may hold the encoder's
+fingerprint. Compression removes the two zero bytes of a bf16 encoder's numbers. Files of other
+programs have a column of texts and `features` (lists of n lists of D floats).
 
 Conditions hold a reference to the row (`FeatureRow`); features are read, with their row group, when
 used.
@@ -35,6 +35,7 @@ LARGEST_ROW_GROUP = 256 << 20  # bytes: most that is read for one caption of oth
 READ_AT_ONCE = 64
 KEPT_ROWS = 64  # captions whose features a process keeps
 FEATURES = "features"
+ENCODER = b"encoder"  # key of the fingerprint
 SCHEMA = pa.schema(
     [
         pa.field("caption", pa.string()),
@@ -45,30 +46,32 @@ SCHEMA = pa.schema(
 
 
 def write_caption_features(
-    path: Path, texts: Iterable[str], features: Iterable[np.ndarray]
+    path: Path, texts: Iterable[str], features: Iterable[np.ndarray], encoder: str = ""
 ) -> None:
     """Write captions and their features, a few at a time: both may be generators. The file appears
     when it is complete.
 
     Args:
         features: one (n, D) float array per caption.
+        encoder: its fingerprint (`CaptionEncoder.fingerprint`).
 
     Raises:
         DataError: an array is not (n, D) of finite floats, or there are more of one than the other.
     """
     pairs = enumerate(zip_longest(texts, features))
+    schema = SCHEMA.with_metadata({ENCODER: encoder}) if encoder else SCHEMA
     with (
         replacing(path) as partial,
         pq.ParquetWriter(
             partial,
-            SCHEMA,
+            schema,
             compression="zstd",
             use_dictionary=False,
             use_byte_stream_split=["features.list.element"],
         ) as writer,
     ):
         while rows := [_row(path, at, *pair) for at, pair in islice(pairs, ROW_GROUP)]:
-            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
 def iterate_caption_features(path: Path) -> Iterator[Condition]:

@@ -12,7 +12,13 @@ import huggingface_hub
 import pyarrow.parquet as pq
 
 from actors.text.captions import Captions, caption_conditions, is_parquet, load_captions
-from actors.text.features import FEATURES, SCHEMA, read_caption_features, write_caption_features
+from actors.text.features import (
+    ENCODER,
+    FEATURES,
+    SCHEMA,
+    read_caption_features,
+    write_caption_features,
+)
 from actors.text.tables import UNREADABLE_PARQUET
 from cluster.errors import DataError
 from cluster.io.paths import expand_user
@@ -45,7 +51,7 @@ def encode_captions(
 
         encode = CaptionEncoder(encoder)
         check_captions(path, texts, encode, long_captions, "conditions.long_captions")
-        write_caption_features(target, texts, encode.stream(texts))
+        write_caption_features(target, texts, encode.stream(texts), encode.fingerprint)
     return True
 
 
@@ -88,6 +94,8 @@ class Peeked:
     """Dimension of the features; 0: no features."""
     longest: int = 0
     """Most tokens of a caption's features; 0: not known without reading them."""
+    encoder: str = ""
+    """Fingerprint of the features' encoder; empty if not known."""
 
 
 def peek_captions(path: str, column: str = "") -> Peeked:
@@ -106,7 +114,9 @@ def peek_captions(path: str, column: str = "") -> Peeked:
             captions = load_captions(file, "caption" if own else column)
             if own:
                 shapes = parquet.read(columns=["shape"]).column(0).to_pylist()
-                return Peeked(captions, *_extent(path, shapes))
+                metadata = parquet.schema_arrow.metadata or {}
+                encoder = metadata.get(ENCODER, b"").decode("utf-8", "replace")
+                return Peeked(captions, *_extent(path, shapes), encoder)
             if FEATURES not in names:
                 return Peeked(captions)
             first = next(parquet.iter_batches(1, columns=[FEATURES])).column(0)[0].as_py()

@@ -18,6 +18,7 @@ from rewards.images.decoding import ImageSource, Loaded
 from rewards.images.sources import SampleImages, open_source
 from rewards.reference.fetch import PUBLISHED
 
+CAPTIONED = "digits:"
 AT_ONCE = 1024  # images
 MOST_BYTES = 1 << 26  # of the images of a batch: photographs in full size are many
 
@@ -142,6 +143,20 @@ def load_labels(source: str) -> np.ndarray:
     if is_named(source):
         return read_named(source)[1]
     return _samples(source).classes().indices
+
+
+def image_captions(source: str) -> list[str]:
+    """The captions of the images of `load_images`, measured from them.
+
+    Raises:
+        DataError: no such set, or images without captions: those of the digits alone have some.
+    """
+    if not source.startswith(CAPTIONED):
+        raise DataError(f"{printable(source)}: images without captions; {CAPTIONED}train has some")
+    from learner.data.digit_captions import captions_of, ink_of, training_cuts
+
+    images, labels = read_named(source)
+    return captions_of(training_cuts().attributes(ink_of(images), labels))
 
 
 def has_labels(images: ImageSet) -> bool:

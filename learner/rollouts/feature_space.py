@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from actors.text.features import features_of
 from cluster.errors import CheckpointError, ConfigError, DataError
 from cluster.fleet import Fleet
-from cluster.messages import MAIN_SPACE
+from cluster.messages import MAIN_SPACE, Condition, FeatureRow
 from cluster.model_files.file_kinds import FileKind, file_kind
 from cluster.model_files.tensors import locate
 from cluster.program.invocation import command_of
 from cluster.roles import FEATURE_BATCH
 from learner.config import RunConfig
-from learner.data.datasets import iterate_images, load_labels
+from learner.data.captions import peek_captions
+from learner.data.datasets import image_captions, iterate_images, load_labels
 from learner.data.named_sets import is_named
 from rewards.distribution.diagnostics import few_images_warning
-from rewards.distribution.joint import class_table, equal_trace_weight, joint_features
+from rewards.distribution.joint import (
+    CaptionProjection,
+    class_table,
+    equal_trace_weight,
+    joint_features,
+    pooled,
+)
 from rewards.distribution.moments import Moments
-from rewards.distribution.reference import Reference, read_stored
+from rewards.distribution.reference import Reference, StoredReference, read_stored
 from rewards.images.class_labels import contradiction
 from rewards.images.sources import array_of_images
 from rewards.reference.fetch import reference_file
@@ -37,32 +46,60 @@ STATISTICS = (".npz", ".pt", ".pth", ".pkl")
 
 @dataclass(frozen=True)
 class RewardSpace:
-    """Features, or features joined with the embedding of the class (conditional LOO-FID)."""
+    """Features, or features joined with the embedding of the condition (conditional LOO-FID)."""
 
     table: np.ndarray | None = None
-    """(C, E) embedding of each class; None: features only."""
+    """(C, E) embedding of each class."""
+    projection: CaptionProjection | None = None
+    """Embedding of captions."""
     weight: float = 0.0
-    """Factor of the embeddings."""
+    """Factor of the embeddings; without a table or projection there are none."""
+    _known: dict[FeatureRow, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    """Embeddings of captions in a file, each of which is read once."""
 
     @property
     def added(self) -> int:
         """E; 0 without embeddings."""
+        if self.projection is not None:
+            return self.projection.dim
         return 0 if self.table is None else self.table.shape[1]
 
-    def __call__(self, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        """Features (N, D) and classes (N,; -1 for captions) -> (N, D) or (N, D + E).
+    def __call__(self, features: np.ndarray, conditions: Sequence[Condition]) -> np.ndarray:
+        """Features (N, D) of images and their N conditions -> (N, D) or (N, D + E).
 
         Raises:
-            DataError: joint features for a caption.
+            DataError: a condition has no class, or a caption no features of this encoder.
         """
-        if self.table is None:
+        if not self.added:
             return features
-        if (classes < 0).any():
+        distinct = {id(condition): condition for condition in conditions}
+        rows = {key: self._embedded(condition) for key, condition in distinct.items()}
+        embeddings = np.stack([rows[id(condition)] for condition in conditions])
+        return joint_features(features, embeddings, self.weight)
+
+    def _embedded(self, condition: Condition) -> np.ndarray:
+        """(E,)"""
+        if self.projection is None:
+            assert self.table is not None
+            if condition.class_index is None:
+                raise DataError(
+                    "rewards.loo_fid.joint joins features with classes, but the condition "
+                    f"{condition.text!r} is a caption without a class"
+                )
+            return self.table[condition.class_index]
+        place = condition.features
+        if isinstance(place, FeatureRow) and place in self._known:
+            return self._known[place]
+        features = features_of(condition)
+        if features is None:
             raise DataError(
-                "rewards.loo_fid.joint joins features with classes, but a condition is a caption "
-                "without a class: set joint to false"
+                f"rewards.loo_fid.joint embeds captions by their features, but {condition.text!r} "
+                f"has none: encode the captions with {command_of('actors.captions')}"
             )
-        return joint_features(features, self.table[classes], self.weight)
+        embedding = self.projection(pooled(features)[None])[0]
+        if isinstance(place, FeatureRow):
+            self._known[place] = embedding
+        return embedding
 
 
 def set_reference(config: RunConfig, fleet: Fleet) -> RewardSpace:
@@ -91,11 +128,44 @@ def _built(
     config: RunConfig, features: np.ndarray, fingerprint: str
 ) -> tuple[RewardSpace, Reference]:
     """Space and reference of real images, from their features (N, D)."""
-    term, space, classes = config.rewards.loo_fid, RewardSpace(), np.zeros(len(features), int)
+    term, space, conditions = config.rewards.loo_fid, RewardSpace(), list[Condition]()
     if term.joint:
-        classes = reference_labels(config, len(features))
-        space = _joint_space(config, features, classes)
-    return space, Reference.from_features(space(features, classes), fingerprint, term.reference)
+        conditions = reference_conditions(config, len(features))
+        space = _joint_space(config, features, conditions)
+    return space, Reference.from_features(space(features, conditions), fingerprint, term.reference)
+
+
+def reference_conditions(config: RunConfig, images: int) -> list[Condition]:
+    """Conditions of the real images of a joint reference, in their order: classes, or captions.
+
+    Raises:
+        DataError: not one an image, or not the run's.
+    """
+    if config.conditions.captions:
+        return _reference_captions(config, images)
+    labels = reference_labels(config, images)
+    return [Condition(text="", class_index=label) for label in labels.tolist()]
+
+
+def _reference_captions(config: RunConfig, images: int) -> list[Condition]:
+    source = config.rewards.loo_fid.reference
+    if not is_named(source):
+        command = build_command("IMAGES", config.rewards.features.options())
+        raise DataError(
+            f"{source}: an array of images has no captions, which a joint reference needs: build "
+            f"it from images with captions, {command} --joint captions --captions FEATURES.parquet"
+        )
+    texts = image_captions(source)
+    known = {condition.text: condition for condition in config.conditions.conditions()}
+    missing = [text for text in texts if text not in known]
+    if missing or len(texts) != images:
+        raise DataError(
+            f"{source}: {len(missing)} of the captions of its {images} images are not among "
+            f"conditions.captions, whose features a joint reference takes; the first: "
+            f"{missing[0] if missing else ''!r}: name a file that has them, or set "
+            "rewards.loo_fid.joint to false"
+        )
+    return [known[text] for text in texts]
 
 
 def reference_labels(config: RunConfig, images: int) -> np.ndarray:
@@ -162,22 +232,18 @@ def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
     stored = read_stored(path, joint=term.joint, covariance=term.covariance)
     if not term.joint:
         return RewardSpace(), stored.reference
-    classes = len(config.conditions.class_names)
-    if stored.class_table is None or len(stored.class_table) != classes:
-        found = 0 if stored.class_table is None else len(stored.class_table)
-        raise ConfigError(
-            f"{term.reference} has joint moments of {found} classes, but the conditions are "
-            f"{classes}: build it again with `{command_of('rewards.reference')} --joint classes`"
-        )
-    difference = contradiction(stored.class_names, config.conditions.class_names)
-    if difference:
-        raise ConfigError(
-            f"{term.reference} has its classes in another order than conditions.names: "
-            f"{difference}: build it again with "
-            f"`{command_of('rewards.reference')} --joint classes --class-names`"
-        )
+    check, kind = (
+        (_check_captions, "captions --captions FEATURES.parquet")
+        if config.conditions.captions
+        else (_check_classes, "classes")
+    )
+    again = f"build it again with `{command_of('rewards.reference')} --joint {kind}"
+    check(config, stored, again)
+    projection = stored.projection if config.conditions.captions else None
+    table = None if projection else stored.class_table
+    space = RewardSpace(table, projection, stored.weight)
     for name, ours, theirs in (
-        ("joint_dim", term.joint_dim, stored.class_table.shape[1]),
+        ("joint_dim", term.joint_dim, space.added),
         ("joint_weight", term.joint_weight, stored.weight),
     ):
         if ours and ours != theirs:
@@ -186,13 +252,59 @@ def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
                 f"{ours:g}: leave it 0, which takes the file's, or build it again with "
                 f"--{name.replace('_', '-')} {ours:g}"
             )
-    return RewardSpace(stored.class_table, stored.weight), stored.reference
+    return space, stored.reference
 
 
-def _joint_space(config: RunConfig, features: np.ndarray, classes: np.ndarray) -> RewardSpace:
+def _check_classes(config: RunConfig, stored: StoredReference, again: str) -> None:
+    """Raises ConfigError for joint moments of other classes than the conditions."""
+    source, classes = config.rewards.loo_fid.reference, len(config.conditions.class_names)
+    if stored.class_table is None or len(stored.class_table) != classes:
+        found = 0 if stored.class_table is None else len(stored.class_table)
+        raise ConfigError(
+            f"{source} has joint moments of {found} classes, but the conditions are {classes}: "
+            f"{again}`"
+        )
+    difference = contradiction(stored.class_names, config.conditions.class_names)
+    if difference:
+        raise ConfigError(
+            f"{source} has its classes in another order than conditions.names: {difference}: "
+            f"{again} --class-names`"
+        )
+
+
+def _check_captions(config: RunConfig, stored: StoredReference, again: str) -> None:
+    """Raises ConfigError for joint moments without captions, or of another text encoder."""
+    source, projection = config.rewards.loo_fid.reference, stored.projection
+    if projection is None:
+        raise ConfigError(
+            f"{source} has no joint moments of captions, but the conditions are captions: {again}`"
+        )
+    found = peek_captions(config.conditions.captions, config.conditions.column)
+    if found.width and found.width != len(projection.mean):
+        raise ConfigError(
+            f"{source} embeds captions by features of width {len(projection.mean)}, but those of "
+            f"{config.conditions.captions} have {found.width}: encode both with one text encoder"
+        )
+    if found.encoder and projection.encoder and found.encoder != projection.encoder:
+        raise ConfigError(
+            f"{source} embeds captions by features of the text encoder {projection.encoder}, but "
+            f"{config.conditions.captions} was encoded by {found.encoder}: encode both with one"
+        )
+
+
+def _joint_space(
+    config: RunConfig, features: np.ndarray, conditions: Sequence[Condition]
+) -> RewardSpace:
+    """The space of real images with conditions, with the configured or automatic weight."""
     term = config.rewards.loo_fid
-    table = class_table(len(config.conditions.class_names), term.joint_dim)
+    if config.conditions.captions:
+        found = [features_of(condition) for condition in conditions]
+        rows = Moments.from_features(np.stack([pooled(each) for each in found if each is not None]))
+        space = RewardSpace(projection=CaptionProjection.of(rows.mean, rows.cov, term.joint_dim))
+    else:
+        space = RewardSpace(class_table(len(config.conditions.class_names), term.joint_dim))
+    embeddings = replace(space, weight=1.0)(np.empty((len(features), 0)), conditions)
     weight = term.joint_weight or equal_trace_weight(
-        Moments.from_features(features).cov, Moments.from_features(table[classes]).cov
+        Moments.from_features(features).cov, Moments.from_features(embeddings).cov
     )
-    return RewardSpace(table, weight)
+    return replace(space, weight=weight)

@@ -8,16 +8,27 @@ The covariance block of e(c) alone depends only on the drawn conditions. It give
 images of a group share c, so it adds a constant to their rewards, which centring removes. Draw
 conditions with the reference's frequencies, else it adds a constant to the distance, too.
 
-Shapes: N images, D feature dimensions, E embedding dimensions, C classes.
+A class's embedding is a row of `class_table`, a caption's the mean of its text features over its
+tokens (`pooled`), centred, on the principal directions of the reference's captions
+(`CaptionProjection`).
+
+Shapes: N images, D feature dimensions, E embedding dimensions, C classes, n tokens of a caption,
+W width of the text encoder.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 
 from cluster.errors import DataError
+
+KEPT_VARIANCE = 0.99  # of the captions' features, by the automatic number of directions
+MOST_DIRECTIONS = 64  # of the automatic number
+RANK = 1e-7  # of the largest variance: directions below it are rounding
 
 
 def joint_features(features_ND: np.ndarray, embeddings_NE: np.ndarray, weight: float) -> np.ndarray:
@@ -71,6 +82,78 @@ def class_table(num_classes: int, dim: int = 0, seed: int = 0) -> np.ndarray:
     directions, upper = np.linalg.qr(drawn - drawn.mean(0))
     directions *= np.sign(np.diag(upper))  # signs differ between LAPACKs
     return directions * math.sqrt((num_classes - 1) / dim)
+
+
+def pooled(features_nW: np.ndarray) -> np.ndarray:
+    """Mean (W,) float64 of a caption's text features over its tokens, the end token included: what
+    Sentence-T5 (Ni et al. 2021, 2108.08877) found best of an encoder alone."""
+    return np.asarray(features_nW, np.float64).mean(0)
+
+
+@dataclass(frozen=True)
+class CaptionProjection:
+    """Embedding of captions: pooled text features, centred, on principal directions."""
+
+    mean: np.ndarray
+    """(W,) of the reference's captions."""
+    directions: np.ndarray
+    """(W, E) orthonormal."""
+    encoder: str = ""
+    """Fingerprint of the text encoder; empty if not known."""
+
+    def __post_init__(self) -> None:
+        width = len(self.mean)
+        if self.mean.shape != (width,) or self.directions.shape[:1] != (width,):
+            raise DataError(
+                f"an embedding of captions needs a mean (W,) and directions (W, E), found "
+                f"{self.mean.shape} and {self.directions.shape}"
+            )
+
+    @property
+    def dim(self) -> int:
+        """E"""
+        return self.directions.shape[1]
+
+    def __call__(self, pooled_NW: np.ndarray) -> np.ndarray:
+        """Pooled features (N, W) -> embeddings (N, E) float64.
+
+        Raises:
+            DataError: features of another width.
+        """
+        if pooled_NW.ndim != 2 or pooled_NW.shape[1] != len(self.mean):
+            raise DataError(
+                f"the joint reference embeds caption features of width {len(self.mean)}, found "
+                f"shape {pooled_NW.shape}: encode the captions with the reference's text encoder"
+            )
+        return (pooled_NW - self.mean) @ self.directions
+
+    @classmethod
+    def of(
+        cls, mean: np.ndarray, cov: np.ndarray, dim: int = 0, encoder: str = ""
+    ) -> CaptionProjection:
+        """Principal directions of pooled features, the largest variance first.
+
+        Args:
+            mean: (W,); cov: (W, W), of the reference's captions.
+            dim: number of directions; 0: as many as hold .99 of the variance, at most 64.
+
+        Raises:
+            DataError: the features do not vary, or not in so many directions.
+        """
+        variances, vectors = scipy.linalg.eigh(cov)
+        variances, vectors = variances[::-1], vectors[:, ::-1]
+        rank = int((variances > RANK * variances[0]).sum()) if variances[0] > 0 else 0
+        if rank < max(dim, 1):
+            raise DataError(
+                f"the reference's captions vary in {rank} directions of their text features, which "
+                f"embed into at most as many dimensions, found joint_dim {dim}"
+            )
+        if not dim:
+            share = np.cumsum(variances[:rank]) / variances[:rank].sum()
+            dim = min(int(np.searchsorted(share, KEPT_VARIANCE)) + 1, MOST_DIRECTIONS, rank)
+        kept = vectors[:, :dim]
+        largest = np.take_along_axis(kept, np.abs(kept).argmax(0)[None], axis=0)
+        return cls(mean, kept * np.sign(largest), encoder)  # signs differ between LAPACKs
 
 
 def equal_trace_weight(features_cov: np.ndarray, embeddings_cov: np.ndarray) -> float:

@@ -22,9 +22,10 @@ from cluster.io.files import replacing
 from cluster.io.paths import expand_user
 from rewards.base import FeatureExtractor
 from rewards.distribution.fid import covariance_factor, distance_with_factor
+from rewards.distribution.joint import CaptionProjection
 from rewards.distribution.moments import Covariance, Moments, check_features
 from rewards.statistics.advice import build_command
-from rewards.statistics.files import open_arrays, read_statistics
+from rewards.statistics.files import ArrayFile, open_arrays, read_statistics
 
 UNKNOWN = -1
 SPATIAL_SUFFIX = "_s"  # of the arrays of ADM's files for sFID
@@ -158,6 +159,8 @@ class StoredReference:
     """(C, E) embeddings of the joint moments (`joint.class_table`)."""
     weight: float = 0.0
     """Factor of the embeddings in the joint moments; 0 without these."""
+    projection: CaptionProjection | None = None
+    """Embedding of captions in the joint moments."""
 
     def moments(self) -> Moments:
         """Population moments of these images, each of weight 1.
@@ -211,7 +214,8 @@ def read_stored(
         if joint and "joint_mu" not in file and "mu" in file:
             raise DataError(
                 f"{path}: has no joint moments of features and conditions: build it with "
-                f"{build_command('IMAGES')} --labels --joint classes"
+                f"{build_command('IMAGES')} --labels --joint classes, or, for captions, --joint "
+                "captions --captions FEATURES.parquet"
             )
         prefix = "joint_" if joint else ""
         found = read_statistics(file, prefix, diagonal=covariance == "diagonal")
@@ -221,6 +225,7 @@ def read_stored(
         ddof, weight = file.count("ddof", 1), file.number("joint_weight", 0.0)
         counts, names = file.numbers("class_counts", "iu", 1), file.texts("class_names")
         table = file.numbers("joint_table", "f", 2)
+        projection = _projection(file)
     if fingerprint and made_with and fingerprint != made_with:
         raise DataError(
             f"{path}: fingerprint: expected features {fingerprint!r}, the file was made with "
@@ -237,7 +242,16 @@ def read_stored(
         class_names=names,
         class_table=table,
         weight=weight,
+        projection=projection,
     )
+
+
+def _projection(file: ArrayFile) -> CaptionProjection | None:
+    """The embedding of captions in a file; None where it has none."""
+    mean, directions = file.numbers("joint_mean", "f", 1), file.numbers("joint_directions", "f", 2)
+    if mean is None or directions is None:
+        return None
+    return CaptionProjection(mean, directions, file.text("joint_encoder"))
 
 
 def read_spatial(path: str | os.PathLike[str]) -> Reference | None:

@@ -6,7 +6,7 @@ import bisect
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +124,19 @@ class ParquetImages:
         if any(isinstance(value, str) for value in values):
             raise DataError(f"{where} holds numbers in some files, names in others")
         return _numbered(np.array(values, np.int64), known, where, names)
+
+    def texts(self, names: Sequence[str]) -> list[str] | None:
+        """A column of texts, of all images; None unless exactly one of the names is one."""
+        found = list[str]()
+        for file in self._files:
+            parquet = _opened(file)
+            columns = [name for name in names if name in parquet.schema_arrow.names]
+            kinds = [str(parquet.schema_arrow.field(name).type) for name in columns]
+            if len(columns) != 1 or kinds[0] not in STRINGS:
+                return None
+            with _explained(file):
+                found += parquet.read(columns=columns).column(0).to_pylist()
+        return found
 
     def _rows(self, group: _RowGroup) -> list[Any]:
         if self._held is None or self._held[0] != group:

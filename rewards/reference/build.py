@@ -39,6 +39,7 @@ from rewards.images.class_labels import described, read_class_names
 from rewards.images.decoding import ImageSource, Loaded
 from rewards.images.sources import open_source
 from rewards.networks.features import FeaturesConfig, load_features
+from rewards.reference.captions import embed_captions
 from rewards.reference.features import extract
 from rewards.reference.sums import BLOCK, Conditions, Part, ReferenceSums
 
@@ -52,7 +53,14 @@ ABOUT = (
 COMMON = {
     "from what, to where": ("--images", "--out", "--overwrite"),
     "features": ("--features.network", "--features.checkpoint", "--features.model"),
-    "conditions": ("--labels", "--class-names", "--joint", "--joint-dim", "--embeddings"),
+    "conditions": (
+        "--labels",
+        "--class-names",
+        "--joint",
+        "--joint-dim",
+        "--captions",
+        "--embeddings",
+    ),
     "how": ("--device", "--workers", "--batch", "--skip-unreadable"),
 }
 """What --help shows; --help-all shows every option."""
@@ -80,15 +88,19 @@ class ReferenceConfig:
     decimal names are class numbers, other names are numbered in alphabetical order."""
     num_classes: int = 0
     """Number of classes; 0: as many as the source has."""
-    joint: Literal["none", "classes", "embeddings"] = "none"
+    joint: Literal["none", "classes", "captions", "embeddings"] = "none"
     """Also store moments of features joined with their conditions, for the conditional FID: with
-    classes (implies --labels), or with the rows of --embeddings."""
+    classes (implies --labels), with --captions, or with the rows of --embeddings."""
     joint_dim: int = 0
-    """Dimensions of the classes' embedding; 0: one-hot. Fewer for hundreds of classes."""
+    """Dimensions of the embedding. Classes: 0 is one-hot; fewer for hundreds of classes. Captions:
+    0 holds .99 of the variance, at most 64."""
     joint_weight: float = 0.0
     """Factor of the embeddings; 0: their total variance equals the features'."""
     joint_seed: int = 0
     """Seed of the classes' random projection."""
+    captions: Path | None = None
+    """The images' captions with text features, in the order of the source: a Parquet file from
+    `python -m actors.captions`, with the encoder of the policy."""
     embeddings: Path | None = None
     """An .npy file (N, E) with the embedding of every image's condition, such as CLIP's of its
     caption, in the order of the source."""
@@ -122,12 +134,14 @@ class ReferenceConfig:
                 raise ConfigError(f"--{flag} must be >= {least}, found {getattr(self, name)}")
         if not 0 <= self.joint_weight < math.inf:
             raise ConfigError(f"--joint-weight must be >= 0, found {self.joint_weight}")
-        if (self.joint == "embeddings") != (self.embeddings is not None):
-            raise ConfigError("--joint embeddings and --embeddings FILE go together")
+        for name in ("embeddings", "captions"):
+            if (self.joint == name) != (getattr(self, name) is not None):
+                raise ConfigError(f"--joint {name} and --{name} FILE go together")
         joint = self.joint == "classes"
         for needed, there, names in (
             ("--labels or --joint classes", self.labels or joint, OF_LABELS),
-            ("--joint classes", joint, ("joint_dim", "joint_seed")),
+            ("--joint classes", joint, ("joint_seed",)),
+            ("--joint classes or captions", joint or self.captions, ("joint_dim",)),
             ("--joint", self.joint != "none", ("joint_weight",)),
         ):
             for name in names:
@@ -139,10 +153,10 @@ def read_conditions(config: ReferenceConfig, source: ImageSource) -> Conditions:
     """Classes and embeddings as the options ask for them.
 
     Raises:
-        DataError: the source has no classes, or embeddings do not fit it.
+        DataError: the source has no classes, or embeddings or captions do not fit it.
         ConfigError: too few classes or too many dimensions.
     """
-    classes, table, rows, names = None, None, None, tuple[str, ...]()
+    classes, table, rows, names, projection = None, None, None, tuple[str, ...](), None
     num_classes = config.num_classes
     if config.labels or config.joint == "classes":
         given = read_class_names(expand_user(config.class_names)) if config.class_names else ()
@@ -162,7 +176,9 @@ def read_conditions(config: ReferenceConfig, source: ImageSource) -> Conditions:
             raise ConfigError(f"--joint classes: {error}") from None
     if config.embeddings is not None:
         rows = _read_rows(config.embeddings, len(source))
-    return Conditions(classes, num_classes, table, rows, names)
+    if config.captions is not None:
+        projection, rows = embed_captions(config.captions, source, config.joint_dim)
+    return Conditions(classes, num_classes, table, rows, names, projection)
 
 
 def _read_rows(path: Path, count: int) -> np.ndarray:

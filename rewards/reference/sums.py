@@ -15,7 +15,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from cluster.io.checksum import DAMAGED_ARRAYS
-from rewards.distribution.joint import equal_trace_weight
+from rewards.distribution.joint import CaptionProjection, equal_trace_weight
 from rewards.distribution.moments import MomentSums
 from rewards.distribution.reference import Reference, write_arrays, write_reference
 
@@ -54,6 +54,8 @@ class Conditions:
     """(N, E) embeddings from a file, or None."""
     class_names: tuple[str, ...] = ()
     """In the order of the classes; () without names."""
+    projection: CaptionProjection | None = None
+    """What made `rows` of captions' features."""
 
     def join(self, kept: np.ndarray, features: np.ndarray) -> np.ndarray:
         """[features, embeddings] of images `kept`, or the features alone; float64."""
@@ -247,6 +249,10 @@ class ReferenceSums:
             extra["joint_weight"] = np.array(weight)
             if conditions.table is not None:
                 extra["joint_table"] = conditions.table
+            if conditions.projection is not None:
+                extra["joint_mean"] = conditions.projection.mean
+                extra["joint_directions"] = conditions.projection.directions
+                extra["joint_encoder"] = np.array(conditions.projection.encoder)
         reference = Reference(mean[:dim], sigma[:dim, :dim], fingerprint)
         write_reference(path, reference, images=self.images, ddof=1, extra=extra)
 

@@ -167,10 +167,9 @@ def train_policy(
     assert isinstance(policy.cls_embedding, CaptionEmbedding)
     empty = policy.cls_embedding.uncond_embedding
     empty.copy_(torch.randn(empty.shape, generator=batches.generator) / empty.shape[1] ** 0.5)
-    for layer in (policy.cls_embedding.cap_proj.fc1, policy.cls_embedding.cap_proj.fc2):
-        nn.init.normal_(
-            layer.weight, std=layer.weight.shape[1] ** -0.5, generator=batches.generator
-        )
+    projection = policy.cls_embedding.cap_proj
+    for weight in (projection.fc1.weight, projection.fc2.weight):
+        nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=batches.generator)
 
     with torch.no_grad():  # each image in several augmentations, encoded once
         images, labels = batches.draw(AUGMENTED_COPIES * len(batches.pixels))

@@ -53,14 +53,7 @@ ABOUT = (
 COMMON = {
     "from what, to where": ("--images", "--out", "--overwrite"),
     "features": ("--features.network", "--features.checkpoint", "--features.model"),
-    "conditions": (
-        "--labels",
-        "--class-names",
-        "--joint",
-        "--joint-dim",
-        "--captions",
-        "--embeddings",
-    ),
+    "conditions": ("--labels", "--class-names", "--joint", "--joint-dim", "--captions"),
     "how": ("--device", "--workers", "--batch", "--skip-unreadable"),
 }
 """What --help shows; --help-all shows every option."""

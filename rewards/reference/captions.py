@@ -33,8 +33,7 @@ READ_AT_ONCE = 64
 def embed_captions(
     path: Path, source: ImageSource, dim: int
 ) -> tuple[CaptionProjection, np.ndarray]:
-    """Principal directions of the captions of all images, and the images' embeddings (N, E)
-    float32 on them.
+    """Principal directions of the captions of all images, and the images' embeddings (N, E) fp32.
 
     Args:
         path: of the captions' features, in the order of the source.

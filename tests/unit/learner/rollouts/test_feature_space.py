@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import ConfigError, DataError
-from cluster.messages import MAIN_SPACE
+from cluster.messages import MAIN_SPACE, Condition
 from learner.config import RunConfig
 from learner.data.datasets import load_labels
 from learner.rollouts import feature_space
@@ -50,6 +50,10 @@ def config(**loo_fid: Any) -> RunConfig:
     return small_config(rewards={"loo_fid": loo_fid})
 
 
+def classes(*indices: int) -> list[Condition]:
+    return [Condition(text="", class_index=index) for index in indices]
+
+
 def set_on(bench: Bench, run: RunConfig) -> RewardSpace:
     return set_reference(run, bench)  # type: ignore[arg-type]
 
@@ -58,7 +62,7 @@ def test_features_alone() -> None:
     bench = Bench()
     space = set_on(bench, config())
     features = np.ones((4, DIM))
-    assert space(features, np.arange(4)) is features
+    assert space(features, classes(0, 1, 2, 3)) is features
     assert bench.reference is not None
     assert bench.reference.dim == DIM
     assert bench.reference.fingerprint == "colours"
@@ -71,16 +75,16 @@ def test_joint_features_of_equal_trace() -> None:
     assert bench.reference.dim == DIM + CLASSES
     traces = np.diag(bench.reference.sigma)
     assert traces[:DIM].sum() == pytest.approx(traces[DIM:].sum())
-    joint = space(np.zeros((2, DIM)), np.array([0, 9]))
+    joint = space(np.zeros((2, DIM)), classes(0, 9))
     assert joint.shape == (2, DIM + CLASSES)
     assert joint[0, DIM] == pytest.approx(space.weight * 0.9)
-    assert (space(np.zeros((2, DIM)), np.array([3, 3]))[0] == joint[0]).sum() < DIM + CLASSES
+    assert (space(np.zeros((2, DIM)), classes(3, 3))[0] == joint[0]).sum() < DIM + CLASSES
 
 
 def test_captions_have_no_class_to_join() -> None:
     space = set_on(Bench(), config(joint=True))
-    with pytest.raises(DataError, match="a condition is a caption"):
-        space(np.zeros((2, DIM)), np.array([1, -1]))
+    with pytest.raises(DataError, match="'a cat' is a caption without a class"):
+        space(np.zeros((2, DIM)), [*classes(1), Condition(text="a cat")])
 
 
 def test_weight_and_dimensions_can_be_chosen() -> None:

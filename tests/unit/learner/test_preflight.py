@@ -536,9 +536,15 @@ def test_a_reference_by_a_wrong_name(written: str, meant: str) -> None:
 
 def test_a_reference_of_no_known_name() -> None:
     (problem,) = problems(rewards={"loo_fid": {"reference": "xyz"}})
-    assert "there are digits:train, digits:held-out, mnist:train, mnist:held-out, imagenet256" in problem
+    assert (
+        "there are digits:train, digits:held-out, mnist:train, mnist:held-out, imagenet256"
+        in problem
+    )
     (problem,) = problems(evaluation={"images": "xyz"})
-    assert "there are digits:train, digits:held-out, mnist:train, mnist:held-out, imagenet256" in problem
+    assert (
+        "there are digits:train, digits:held-out, mnist:train, mnist:held-out, imagenet256"
+        in problem
+    )
     assert problem.endswith("or a path")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from cluster.errors import DataError
 from learner.data.digits import CLASS_NAMES, digits
+from learner.data.splits import Split
 
 WEIGHTS = ("thin", "medium", "bold")
 SLANTS = ("leaning left", "upright", "leaning right")
@@ -89,7 +90,7 @@ def ink_of(images: np.ndarray) -> np.ndarray:
     return images.mean(-1) / 255
 
 
-def attributes_of(split: str) -> np.ndarray:
+def attributes_of(split: Split) -> np.ndarray:
     """Attributes (N, 3) of the digits of a split, in their order; see `Cuts.attributes`."""
     images, labels = digits(split)
     return training_cuts().attributes(ink_of(images), labels)

@@ -1,43 +1,65 @@
-"""Training of the miniature's networks, from scratch and seeded.
+"""Training of small networks from scratch, seeded: tokenizers, policies, scorers.
 
-Every function calls its `tick` once a step, for the progress bar.
+Image size, classes and texts are the data's. Every function calls its `tick` once a step, for the
+progress bar.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.models.base import Conditions
-from actors.models.llamagen import LlamaGen, LlamaGenConfig
+from actors.models.base import Conditions, PolicyModule
 from actors.models.vq import VQConfig, VQTokenizer
-from learner.data.digits import augment
+from cluster.messages import Condition
 from rewards.networks.convnet import ConvNet, ConvNetConfig
 
 Tick = Callable[[], None]
 AUGMENTED_COPIES = 8
+ENCODED_AT_ONCE = 8000  # images
 CONDITION_DROPOUT = 0.1
-CORRUPTED_TOKENS = 5  # of 16, in the worse image of a preference pair
+CORRUPTED_TOKENS = 5 / 16  # share, in the worse image of a preference pair
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Training images, each with one of the conditions that a policy is to learn."""
+
+    pixels: Tensor
+    """(N, 3, S, S) in [-1, 1]"""
+    labels: Tensor
+    """(N,) int64: index into `conditions`."""
+    conditions: Sequence[Condition]
+    """Every one has an image."""
+    augment: Callable[[Tensor, torch.Generator], Tensor]
+    """(pixels, random generator) -> other pixels of the same shape."""
+
+    @property
+    def image_size(self) -> int:
+        return self.pixels.shape[-1]
+
+    @property
+    def texts(self) -> list[str]:
+        """Of the conditions."""
+        return [condition.text for condition in self.conditions]
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Random augmented batches of the training images."""
+    """Random augmented batches of training images."""
 
-    pixels: Tensor
-    """(N, 3, 8, 8) in [-1, 1]"""
-    labels: Tensor
-    """(N,) int64"""
+    data: LabelledImages
     generator: torch.Generator
 
     def draw(self, size: int) -> tuple[Tensor, Tensor]:
-        index = torch.randint(len(self.pixels), (size,), generator=self.generator)
-        return augment(self.pixels[index], self.generator), self.labels[index]
+        """Pixels (size, 3, S, S) and labels (size,)."""
+        index = torch.randint(len(self.data.pixels), (size,), generator=self.generator)
+        return self.data.augment(self.data.pixels[index], self.generator), self.data.labels[index]
 
 
 def _optimise(
@@ -60,8 +82,28 @@ def _optimise(
     module.eval()
 
 
-def train_tokenizer(batches: Batches, config: VQConfig, steps: int, tick: Tick) -> VQTokenizer:
-    """VQ autoencoder: reconstruction, commitment and codebook losses, straight-through gradients.
+@dataclass(frozen=True)
+class TokenizerLoss:
+    """Loss of a VQ autoencoder, without the perceptual term and the discriminator's of the
+    published trainings: the weights of the perceptual network cannot be shipped."""
+
+    reconstruction: Callable[[Tensor, Tensor], Tensor]
+    codebook: float
+    """Weight of the squared distance by which codes are drawn to latents."""
+    commitment: float
+    """Weight of the one by which latents are drawn to codes."""
+
+
+LLAMAGEN_LOSS = TokenizerLoss(F.mse_loss, codebook=1.0, commitment=0.25)
+TAMING_LOSS = TokenizerLoss(F.l1_loss, codebook=0.25, commitment=1.0)
+"""What taming's loss is before its discriminator starts. Its beta, .25, is the weight of the
+codebook, not of the commitment: its VectorQuantizer2 has `legacy` set."""
+
+
+def train_tokenizer(
+    batches: Batches, config: VQConfig, steps: int, tick: Tick, objective: TokenizerLoss
+) -> VQTokenizer:
+    """VQ autoencoder with straight-through gradients.
 
     The first twentieth trains a plain autoencoder, whose latents then initialise the codebook.
     Unused codes are moved onto latents of the batch from time to time.
@@ -72,9 +114,11 @@ def train_tokenizer(batches: Batches, config: VQConfig, steps: int, tick: Tick) 
 
     def loss(step: int) -> Tensor:
         images, _ = batches.draw(32)
-        latents = F.normalize(tokenizer.encode_latents(images), dim=1)
+        latents = tokenizer.encode_latents(images)
+        if config.normalise:
+            latents = F.normalize(latents, dim=1)
         if step < start:
-            return F.mse_loss(tokenizer.decode_latents(latents), images)
+            return objective.reconstruction(tokenizer.decode_latents(latents), images)
         if step == start or (step < restart_until and step % 40 == 0):
             _restart_codes(tokenizer, latents, used, everything=step == start, batches=batches)
         codes = tokenizer.nearest_codes(latents)
@@ -83,7 +127,8 @@ def train_tokenizer(batches: Batches, config: VQConfig, steps: int, tick: Tick) 
         through = latents + (quantised - latents).detach()
         codebook = F.mse_loss(quantised, latents.detach())
         commitment = F.mse_loss(latents, quantised.detach())
-        return F.mse_loss(tokenizer.decode_latents(through), images) + codebook + 0.25 * commitment
+        reconstruction = objective.reconstruction(tokenizer.decode_latents(through), images)
+        return reconstruction + objective.codebook * codebook + objective.commitment * commitment
 
     _optimise(tokenizer, loss, steps, 6e-3, tick)
     return tokenizer
@@ -101,10 +146,10 @@ def _restart_codes(
 
 
 def train_policy(
-    batches: Batches, tokenizer: VQTokenizer, config: LlamaGenConfig, steps: int, tick: Tick
-) -> LlamaGen:
-    """Next-token cross-entropy with condition dropout; short, so that RL has headroom."""
-    policy = LlamaGen(config)
+    batches: Batches, tokenizer: VQTokenizer, policy: PolicyModule, steps: int, tick: Tick
+) -> None:
+    """Next-token cross-entropy, with condition dropout where the policy has a null condition;
+    short, so that RL has headroom."""
     for name, parameter in policy.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02, generator=batches.generator)
@@ -112,25 +157,38 @@ def train_policy(
             nn.init.zeros_(parameter)
 
     with torch.no_grad():  # each image in several augmentations, encoded once
-        images, labels = batches.draw(AUGMENTED_COPIES * len(batches.pixels))
-        codes = tokenizer.encode(images).flatten(1)
+        images, labels = batches.draw(AUGMENTED_COPIES * len(batches.data.pixels))
+        codes = torch.cat([tokenizer.encode(part) for part in images.split(ENCODED_AT_ONCE)])
+        places = policy.codes(torch.arange(policy.num_tokens).view(1, -1)).flatten()
+        sequences = codes.flatten(1)[:, places.argsort()]
+        conditions = policy.encode(batches.data.conditions)
 
     def loss(_: int) -> Tensor:
-        index = torch.randint(len(codes), (64,), generator=batches.generator)
-        tokens, given = codes[index], Conditions(labels[index])
-        dropped = torch.rand(len(index), generator=batches.generator) < CONDITION_DROPOUT
-        null = policy.null_conditions(given)
-        conditions = Conditions(torch.where(dropped, null.values, given.values))
-        return F.cross_entropy(policy(tokens, conditions).flatten(0, 1), tokens.flatten())
+        index = torch.randint(len(sequences), (64,), generator=batches.generator)
+        tokens, given = sequences[index], conditions[labels[index]]
+        if policy.config.guidable:
+            given = _with_dropout(policy, given, batches.generator)
+        return F.cross_entropy(policy(tokens, given).flatten(0, 1), tokens.flatten())
 
     _optimise(policy, loss, steps, 2e-3, tick)
-    return policy
+
+
+def _with_dropout(
+    policy: PolicyModule, given: Conditions, generator: torch.Generator
+) -> Conditions:
+    """The conditions, a share of them replaced by the null condition."""
+    null = policy.null_conditions(given).values[given.value_index()]
+    values = given.values[given.value_index()]
+    dropped = torch.rand(len(values), generator=generator) < CONDITION_DROPOUT
+    dropped = dropped.view(-1, *[1] * (values.ndim - 1))
+    mask = None if given.mask is None else given.mask[given.value_index()]
+    return Conditions(torch.where(dropped, null, values), mask)
 
 
 def train_clip(
     batches: Batches, model: nn.Module, text_tokens: Tensor, steps: int, tick: Tick
 ) -> None:
-    """Images against the captions of all classes: CLIP's loss for repeated captions."""
+    """Images against the texts (C, L) of all conditions: CLIP's loss for repeated captions."""
 
     def loss(_: int) -> Tensor:
         images, labels = batches.draw(64)
@@ -150,9 +208,10 @@ def train_preference(
 ) -> None:
     """HPSv2's loss: of two images for one caption, the preferred one gets the higher cosine.
 
-    Preferred is a real digit of the class. The other is, by thirds, the same digit with random
-    tokens, with noise, or a digit of another class.
+    Preferred is a real image of the condition. The other is, by thirds, the same image with random
+    tokens, with noise, or an image of another condition.
     """
+    count = len(text_tokens)
 
     def loss(_: int) -> Tensor:
         images, labels = batches.draw(48)
@@ -160,11 +219,11 @@ def train_preference(
         worse[:16] = _corrupt_tokens(images[:16], tokenizer, batches.generator)
         noise = torch.randn(images[16:32].shape, generator=batches.generator)
         worse[16:32] = (images[16:32] + 0.5 * noise).clamp(-1, 1)
-        shift = torch.randint(1, 10, (16,), generator=batches.generator)
+        shift = torch.randint(1, count, (16,), generator=batches.generator)
         asked = labels.clone()
-        asked[32:] = (labels[32:] + shift) % 10  # the caption of another class...
+        asked[32:] = (labels[32:] + shift) % count  # another text...
         better = images.clone()
-        better[32:] = _of_classes(batches, asked[32:])  # ...whose own digits are preferred
+        better[32:] = _images_of(batches, asked[32:])  # ...whose own images are preferred
         image, text, scale = model(torch.cat([better, worse]), text_tokens)
         cosine = (image * text[asked.repeat(2)]).sum(-1).view(2, -1)
         return F.cross_entropy(scale * cosine.T, torch.zeros(len(images), dtype=torch.long))
@@ -172,19 +231,21 @@ def train_preference(
     _optimise(model, loss, steps, 1e-3, tick)
 
 
-def _of_classes(batches: Batches, classes: Tensor) -> Tensor:
+def _images_of(batches: Batches, labels: Tensor) -> Tensor:
+    """A random image of each label."""
+    data = batches.data
     picked = [
         int(members[torch.randint(len(members), (1,), generator=batches.generator)])
-        for members in (torch.nonzero(batches.labels == label).flatten() for label in classes)
+        for members in (torch.nonzero(data.labels == label).flatten() for label in labels)
     ]
-    return augment(batches.pixels[picked], batches.generator)
+    return data.augment(data.pixels[picked], batches.generator)
 
 
 @torch.no_grad()
 def _corrupt_tokens(images: Tensor, tokenizer: VQTokenizer, generator: torch.Generator) -> Tensor:
     codes = tokenizer.encode(images)
     order = torch.rand(codes.flatten(1).shape, generator=generator).argsort(-1)
-    hit = (order < CORRUPTED_TOKENS).view(codes.shape)
+    hit = (order < int(CORRUPTED_TOKENS * order.shape[1])).view(codes.shape)
     random = torch.randint(tokenizer.config.codebook_size, codes.shape, generator=generator)
     return tokenizer(torch.where(hit, random, codes)).clamp(-1, 1)
 
@@ -199,6 +260,6 @@ def train_classifier(batches: Batches, config: ConvNetConfig, steps: int, tick: 
 
     _optimise(network, loss, steps, 2e-3, tick)
     with torch.no_grad():
-        features, _ = network(batches.pixels)
+        features, _ = network(batches.data.pixels)
         network.scale.copy_(1 / features.std(0).mean())
     return network

@@ -172,7 +172,7 @@ def train_policy(
         nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=batches.generator)
 
     with torch.no_grad():  # each image in several augmentations, encoded once
-        images, labels = batches.draw(AUGMENTED_COPIES * len(batches.pixels))
+        images, labels = batches.draw(AUGMENTED_COPIES * len(batches.data.pixels))
         codes = tokenizer.encode(images).flatten(1)
     numbers, prompts = caption_numbers(images, labels), _Prompts.of(policy, captions)
 

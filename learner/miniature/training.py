@@ -148,8 +148,8 @@ def _restart_codes(
 def train_policy(
     batches: Batches, tokenizer: VQTokenizer, policy: PolicyModule, steps: int, tick: Tick
 ) -> None:
-    """Next-token cross-entropy, with condition dropout where the policy has a null condition;
-    short, so that RL has headroom."""
+    """Next-token cross-entropy of a class-conditional policy, with class dropout where it has a
+    null class; short, so that RL has headroom."""
     for name, parameter in policy.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02, generator=batches.generator)
@@ -167,22 +167,12 @@ def train_policy(
         index = torch.randint(len(sequences), (64,), generator=batches.generator)
         tokens, given = sequences[index], conditions[labels[index]]
         if policy.config.guidable:
-            given = _with_dropout(policy, given, batches.generator)
+            dropped = torch.rand(len(index), generator=batches.generator) < CONDITION_DROPOUT
+            null = policy.null_conditions(given).values
+            given = Conditions(torch.where(dropped, null, given.values))
         return F.cross_entropy(policy(tokens, given).flatten(0, 1), tokens.flatten())
 
     _optimise(policy, loss, steps, 2e-3, tick)
-
-
-def _with_dropout(
-    policy: PolicyModule, given: Conditions, generator: torch.Generator
-) -> Conditions:
-    """The conditions, a share of them replaced by the null condition."""
-    null = policy.null_conditions(given).values[given.value_index()]
-    values = given.values[given.value_index()]
-    dropped = torch.rand(len(values), generator=generator) < CONDITION_DROPOUT
-    dropped = dropped.view(-1, *[1] * (values.ndim - 1))
-    mask = None if given.mask is None else given.mask[given.value_index()]
-    return Conditions(torch.where(dropped, null, values), mask)
 
 
 def train_clip(

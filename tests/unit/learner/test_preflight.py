@@ -535,16 +535,11 @@ def test_a_reference_by_a_wrong_name(written: str, meant: str) -> None:
 
 
 def test_a_reference_of_no_known_name() -> None:
+    there = "digits:train, digits:held-out, mnist:train, mnist:held-out, imagenet256"
     (problem,) = problems(rewards={"loo_fid": {"reference": "xyz"}})
-    assert (
-        "there are digits:train, digits:held-out, mnist:train, mnist:held-out, imagenet256"
-        in problem
-    )
+    assert f"there are {there}" in problem
     (problem,) = problems(evaluation={"images": "xyz"})
-    assert (
-        "there are digits:train, digits:held-out, mnist:train, mnist:held-out, imagenet256"
-        in problem
-    )
+    assert f"there are {there}" in problem
     assert problem.endswith("or a path")
 
 

@@ -37,6 +37,7 @@ class VQConfig:
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Channels of each resolution, finest first. Each but the last is followed by a 2x step."""
     num_res_blocks: int = 2
+    """Of each resolution of the encoder; the decoder has one more. 0: no change of width."""
     z_channels: int = 256
     codebook_size: int = 16384
     codebook_dim: int = 8
@@ -51,6 +52,11 @@ class VQConfig:
         if self.pixel_rule not in PIXEL_RULES:
             raise ConfigError(
                 f"pixel_rule {self.pixel_rule!r} is unknown: choose one of {', '.join(PIXEL_RULES)}"
+            )
+        if not self.num_res_blocks and set(self.multipliers) != {1}:
+            raise ConfigError(
+                "num_res_blocks 0 leaves no block that changes the width: expected multipliers of "
+                f"1, found {self.multipliers}"
             )
         if not self.attention_at <= set(range(len(self.multipliers))):
             raise ConfigError(

@@ -19,7 +19,7 @@ T = TypeVar("T")
 LARGEST = 1 << 24
 _LARGEST = {"num_layers": 1024, "num_res_blocks": 64, "num_heads": 4096, "grid": 1024}
 _LEVELS = 16  # resolutions of a tokenizer
-_MAY_BE_ZERO = ("num_classes", "attention_levels")
+_MAY_BE_ZERO = ("num_classes", "attention_levels", "num_res_blocks")
 
 
 def from_fields(kind: type[T], fields: Mapping[str, Any], source: str) -> T:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from actors.checkpoints.loading import PolicyConfig, TokenizerConfig, load_decoder, load_policy
 from actors.decoding.decode import decode_tokens
-from actors.models.vq import VQConfig, VQDecoder
+from actors.models.vq import VQConfig, VQDecoder, VQTokenizer
+from cluster.errors import ConfigError
 from cluster.messages import Condition, SamplingSpec
+from cluster.model_files.architectures import from_fields
 
 VQ_16 = VQConfig(channels=32, z_channels=32, codebook_size=64)
 """VQ-16 with a quarter of its channels."""
@@ -62,3 +64,19 @@ def test_the_whole_architecture_runs_in_bf16() -> None:
     assert found.shape == expected.shape == (2, 3, 64, 64)
     error = (found - expected).abs().mean() / expected.std()
     assert 0 < error < 0.06
+
+
+@torch.inference_mode()
+def test_a_tokenizer_without_blocks_of_its_own_steps() -> None:
+    """Of one width only; the file's checks allow it, too."""
+    config = VQConfig(
+        channels=32, multipliers=(1, 1, 1), num_res_blocks=0, z_channels=32, codebook_size=16
+    )
+    fields = {name: value for name, value in config.to_dict().items() if name != "family"}
+    assert from_fields(VQConfig, fields, "a file") == config
+    tokenizer = VQTokenizer(config).eval()
+    codes = tokenizer.encode(torch.zeros(2, 3, 28, 28))
+    assert codes.shape == (2, 7, 7)
+    assert tokenizer(codes).shape == (2, 3, 28, 28)
+    with pytest.raises(ConfigError, match=r"multipliers of 1, found \(1, 2\)"):
+        VQConfig(channels=32, multipliers=(1, 2), num_res_blocks=0)

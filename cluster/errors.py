@@ -18,6 +18,10 @@ class CheckpointError(TesseraError):
     """A file of tensors, a snapshot or a checkpoint is missing, damaged or of another model."""
 
 
+class NotBuiltError(CheckpointError):
+    """Networks that are built on demand have not been; says how, without naming a file of them."""
+
+
 class FleetError(TesseraError):
     """A role of the fleet failed, or did not answer in time."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from cluster.errors import ConfigError, TesseraError
+from cluster.errors import ConfigError, NotBuiltError, TesseraError
 
 GB, MB = 1e9, 1e6
 
@@ -47,6 +47,9 @@ class Findings:
         """Record an error of the block as a problem of a field."""
         try:
             yield
+        except NotBuiltError as error:  # of all fields that name one of the networks
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
         except TesseraError as error:
             text = str(error) if str(error).startswith(field) else f"{field}: {error}"
             if text not in self.problems:  # a file that is needed twice is reported once

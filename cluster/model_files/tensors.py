@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError, ConfigError, NotBuiltError
 from cluster.io.files import AGAIN, storage_error, writing
 from cluster.io.paths import expand_user
 from cluster.io.strict_json import dumps
@@ -72,17 +72,12 @@ def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
     both for itself.
 
     Raises:
-        CheckpointError: there is none.
+        NotBuiltError: there are no networks of that name.
+        CheckpointError: there is no such file.
     """
     text = os.fspath(path)
     if text.startswith(BUILT):
-        place = weights_directory() / text.removeprefix(BUILT)
-        if not place.exists():
-            system = text.removeprefix(BUILT).partition("/")[0]
-            raise CheckpointError(
-                f"{text}: not built yet (looked at {place}): run "
-                f"`{command_of('learner.miniature.build')} --system {system}`"
-            )
+        place = _built(text)
     elif text.startswith(PACKAGE):
         package, _, inside = text.removeprefix(PACKAGE).partition("/")
         try:
@@ -96,6 +91,23 @@ def locate(path: str | os.PathLike[str], *, directory: bool = False) -> Path:
         there = f", which is {other}" if place.is_dir() or place.is_file() else ""
         raise CheckpointError(f"{text}: no such {kind} (looked at {place.absolute()}{there})")
     return place
+
+
+def built_directory(system: str) -> Path:
+    """Where `built://SYSTEM/` is."""
+    return weights_directory() / system
+
+
+def _built(text: str) -> Path:
+    """The place of a path below `BUILT`; the file need not exist."""
+    system, _, inside = text.removeprefix(BUILT).partition("/")
+    directory = built_directory(system)
+    if not directory.is_dir():
+        raise NotBuiltError(
+            f"{BUILT}{system}: expected networks in {directory}, found none: build them, "
+            f"`{command_of('learner.miniature.build')} --system {system}`"
+        )
+    return directory / inside
 
 
 def anywhere(path: str | os.PathLike[str]) -> Path:

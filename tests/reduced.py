@@ -89,7 +89,7 @@ def random_run(
     if scorers:
         side = policy.grid * tokenizer.downsampling
         values["rewards"] = _small_scorers(values.get("rewards", {}), folder, side)
-        if preset != "miniature":
+        if "evaluation" in values:  # else the miniature's, which fits
             values |= _small_judge(values, folder, side)
         if values.get("conditions", {}).get("names") == IMAGENET:  # too long for the small scorers
             short = {"names": [str(index) for index in range(1000)], "template": "{}"}
@@ -104,7 +104,7 @@ def architectures(
 ) -> tuple[PolicyArchitecture, VQConfig]:
     """Those of a preset's policy and tokenizer, made smaller."""
     model = MODELS.get(values.get("policy", {}).get("checkpoint", ""))
-    if model is None:  # the miniature: already small
+    if model is None:  # the miniature, or networks that are built on demand: already small
         policy: PolicyArchitecture = LlamaGenConfig(
             dim=96, num_layers=4, num_heads=4, grid=4, vocab_size=64, num_classes=10
         )

@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.errors import ConfigError, TesseraError
 from cluster.io.locks import locked
 from cluster.io.paths import output_path
+from cluster.model_files.tensors import built_directory
 from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
 from cluster.program.invocation import command_of
 from cluster.program.precision import start_computing
@@ -46,8 +47,10 @@ class BuildConfig:
     system: Annotated[
         str, tyro.conf.arg(help=f"Whose networks to build: {', '.join(SYSTEMS)}.", metavar="NAME")
     ] = "llamagen"
-    out: Path = Path("networks")
-    """Directory for the networks and a preset that uses them (PRESET.yaml)."""
+    out: Path | None = None
+    """Directory for the networks and a preset that uses them (PRESET.yaml). By default networks/,
+    or, for networks that are not shipped, the place in ~/.cache/tessera ($TESSERA_WEIGHTS) where
+    their preset looks for them."""
     seed: int = 0
     """Base of every network's seed."""
     judge_seed: int = 20250
@@ -56,6 +59,18 @@ class BuildConfig:
     """Factor of the numbers of steps (below 1 for quick tests)."""
     num_threads: int = 2
     """Threads of torch; results depend on them."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the networks go.
+
+        Raises:
+            ConfigError: no such system, or no home directory to put them below.
+        """
+        if self.out is not None:
+            return self.out
+        system = system_of(self.system)
+        return built_directory(system.name) if system.on_demand else Path("networks")
 
 
 class Builder:
@@ -76,7 +91,7 @@ class Builder:
         start_computing()
         torch.set_num_threads(self.config.num_threads)
         for network in self.system.networks:
-            there = keep and (self.config.out / network.file).is_file()
+            there = keep and (self.config.folder / network.file).is_file()
             if not there and (judge or not network.of_judge):
                 self._train(network)
 
@@ -86,7 +101,7 @@ class Builder:
         task = self.progress.add_task(network.name, total=steps)
         job = Job(
             network=network,
-            folder=config.out,
+            folder=config.folder,
             seed=config.judge_seed if network.of_judge else config.seed,
             steps=steps,
             tick=lambda: self.progress.advance(task),
@@ -118,16 +133,22 @@ def main(arguments: list[str] | None = None) -> int:
     prog = command_of("learner.miniature.build")
     config = tyro.cli(BuildConfig, args=arguments, description=__doc__, prog=prog)
     try:
-        system_of(config.system)  # before the directory is made
-        config = replace(config, out=output_path(config.out, "--out"))
-        with locked(config.out, f"--out {config.out}"):
-            return _build(config)
+        for data in {network.data for network in system_of(config.system).networks}:
+            data()  # before the directory is made: its package may be missing
+        folder = output_path(config.folder, "--out")
+        with locked(folder, f"--out {folder}"):
+            return _build(replace(config, out=folder), in_place=config.out is None)
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED if isinstance(error, ConfigError) else FAILED
 
 
-def _build(config: BuildConfig) -> int:
+def _build(config: BuildConfig, *, in_place: bool) -> int:
+    """
+    Args:
+        in_place: networks that are not shipped go where their preset looks for them.
+    """
+    folder = config.folder
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn())
     try:
         with (
@@ -137,15 +158,16 @@ def _build(config: BuildConfig) -> int:
             builder = Builder(config, progress)
             builder.build()
     except KeyboardInterrupt:
-        print(f"stopped: {config.out} is not whole", file=sys.stderr)
+        print(f"stopped: {folder} is not whole", file=sys.stderr)
         return INTERRUPTED
     name = builder.system.preset
-    preset = config.out / f"{name}.yaml"
-    preset.write_text(yaml.safe_dump(with_networks(config.out.absolute(), name), sort_keys=False))
-    size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
+    preset = folder / f"{name}.yaml"
+    preset.write_text(yaml.safe_dump(with_networks(folder.absolute(), name), sort_keys=False))
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     make_console().print(
-        f"wrote {size / 1e6:.1f} MB to {config.out}; use them with\n"
-        f"  {command_of('learner.run')} --preset {preset}",
+        f"wrote {size / 1e6:.1f} MB to {folder}; use them with\n"
+        f"  {command_of('learner.run')} --preset "
+        f"{name if in_place and builder.system.on_demand else preset}",
         highlight=False,
         soft_wrap=True,
     )

@@ -51,6 +51,9 @@ class System:
     places: Mapping[str, Any]
     """The preset's fields, nested as in YAML, that name files or directories of the networks:
     their paths relative to the folder."""
+    on_demand: bool = False
+    """The networks are not shipped: the preset names them as `built://NAME/...`, and they are built
+    where it looks for them."""
 
 
 @dataclass(frozen=True, kw_only=True)

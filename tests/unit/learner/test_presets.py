@@ -33,10 +33,13 @@ NAMES = [
     "llamagen-t2i",
     "llamagen-xl-384",
     "miniature",
+    "mnist",
     "paper-fixed",
     "paper-llamagen-l-256",
     "vqgan-imagenet",
 ]
+ON_CPU = ("miniature", "mnist")
+"""Presets of small networks, which are shipped or built on demand."""
 CPU = {
     "iterations": 2,
     "groups_per_iteration": 3,
@@ -73,7 +76,7 @@ def models_of(config: RunConfig) -> Models:
     return Models(planned_policy(policy.source()), planned_tokenizer(tokenizer.source()))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "miniature"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ON_CPU])
 def test_figures_of_headers_are_the_planners(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +121,7 @@ def test_the_smallest_fits_24_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert budget_of(config, models_of(config), CARDS["4090"]).fits
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "miniature"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ON_CPU])
 def test_presets_for_gpus_are_fast(name: str) -> None:
     config = load_preset(name)
     assert config.sampler.max_groups > 1
@@ -146,8 +149,11 @@ def test_dry_run(
     text, told = capsys.readouterr()
     assert ("the run cannot start" in told) == bool(status)  # and last
     assert yaml.safe_load(text)["iterations"] == values_of(name)["iterations"]
-    assert text.startswith("# ") == (name != "miniature")  # problems first
-    if name != "miniature":
+    assert text.startswith("# ") == bool(status)  # problems first
+    if name == "mnist":
+        assert "build them, `python -m learner.miniature.build --system mnist`" in told
+        assert told.count("\n") == 2  # one problem for all networks
+    elif name not in ON_CPU:
         assert "does not fit here: the fleet asks for" in text
         assert f"python -m actors.weights fetch {values_of(name)['policy']['checkpoint']}" in text
         assert "rewards.loo_fid.reference: expected" in text

@@ -1,0 +1,124 @@
+"""LlamaGen on MNIST-5k, digits of 28x28: networks that are built on demand, judge included."""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+
+import torch
+
+from actors.models.llamagen import LlamaGenConfig
+from actors.models.vq import VQConfig
+from cluster.messages import Condition
+from learner.data.digits import CLASS_NAMES, augment, captions, to_pixels
+from learner.data.mnist import IMAGE_SIZE, mnist
+from learner.miniature.systems import text_image, trainers
+from learner.miniature.systems.system import POLICY, TOKENIZER, Network, System
+from learner.miniature.systems.text_image import WEIGHTS, TextImageConfig
+from learner.miniature.training import LLAMAGEN_LOSS, LabelledImages
+from rewards.networks.convnet import ConvNetConfig
+
+CLASSES = len(CLASS_NAMES)
+VQ = VQConfig(
+    channels=32,
+    multipliers=(1, 1, 1),
+    num_res_blocks=0,  # training and decoding take a third of the time, and digits blur no more
+    z_channels=32,
+    codebook_size=128,
+    codebook_dim=8,
+    attention_levels=(),
+)
+ARCHITECTURE = LlamaGenConfig(  # 2.2 M parameters
+    dim=192,
+    num_layers=5,
+    num_heads=6,
+    grid=IMAGE_SIZE // VQ.downsampling,
+    vocab_size=VQ.codebook_size,
+    num_classes=CLASSES,
+)
+FEATURES = ConvNetConfig(
+    image_size=IMAGE_SIZE, channels=(16, 32, 64), features=64, num_classes=CLASSES
+)
+JUDGE = ConvNetConfig(image_size=IMAGE_SIZE, channels=(32, 64, 128), num_classes=CLASSES)
+SMALL_CLIP = TextImageConfig(width=64, depth=2, heads=2, patch=4)
+JUDGE_CLIP = TextImageConfig(width=48, depth=3, heads=3, patch=4)
+
+
+@functools.cache
+def mnist_by_class() -> LabelledImages:
+    """The 4,000 training images with their classes.
+
+    Raises:
+        ConfigError: the package with the images is not installed.
+    """
+    images, labels = mnist("train")
+    conditions = [Condition(text=text, class_index=index) for index, text in enumerate(captions())]
+    return LabelledImages(to_pixels(images), torch.from_numpy(labels), conditions, augment)
+
+
+OF_MNIST = partial(Network, data=mnist_by_class)
+MNIST = System(
+    name="mnist",
+    preset="mnist",
+    on_demand=True,
+    networks=(
+        OF_MNIST(
+            name="tokenizer",
+            file=TOKENIZER,
+            steps=700,
+            train=partial(trainers.tokenizer, config=VQ, objective=LLAMAGEN_LOSS),
+        ),
+        OF_MNIST(
+            name="policy",
+            file=POLICY,
+            steps=400,
+            train=partial(trainers.policy, architecture=ARCHITECTURE, tokenizer=TOKENIZER),
+        ),
+        OF_MNIST(
+            name="features",
+            file="features.safetensors",
+            steps=500,
+            train=partial(trainers.classifier, config=FEATURES),
+        ),
+        OF_MNIST(
+            name="clip",
+            file=f"clip/{WEIGHTS}",
+            steps=400,
+            train=partial(text_image.clip, config=SMALL_CLIP),
+        ),
+        OF_MNIST(
+            name="preference",
+            file=f"preference/{WEIGHTS}",
+            steps=300,
+            train=partial(text_image.preference, config=SMALL_CLIP, tokenizer=TOKENIZER),
+        ),
+        OF_MNIST(
+            name="judge",
+            file="judge.safetensors",
+            steps=700,
+            train=partial(trainers.classifier, config=JUDGE),
+            of_judge=True,
+        ),
+        OF_MNIST(
+            name="judge_clip",
+            file=f"judge_clip/{WEIGHTS}",
+            steps=400,
+            train=partial(text_image.clip, config=JUDGE_CLIP),
+            of_judge=True,
+        ),
+    ),
+    places={
+        "policy": {"checkpoint": POLICY},
+        "tokenizer": {"checkpoint": TOKENIZER},
+        "rewards": {
+            "clip": {"model": "clip"},
+            "hps": {"model": "preference"},
+            "features": {"checkpoint": "features.safetensors"},
+        },
+        "judge": {
+            "clip": {"model": "judge_clip"},
+            "features": {"checkpoint": "judge.safetensors"},
+            "classifier": {"checkpoint": "judge.safetensors"},
+        },
+    },
+)

@@ -1,9 +1,10 @@
-"""Ablation study on the miniature: `python -m learner.miniature.arms`.
+"""The study on the miniature: `python -m learner.miniature.arms --part llamagen`.
 
-Trains the miniature with and without each part of the method ("arms") over several seeds, and
+A part trains a system with and without each part of the method ("arms") over several seeds, and
 evaluates every result with the same judge. Each seed rebuilds all networks (tokenizer, policy,
-scorers); judge and data split are fixed. Writes results.csv, arms.png and the table, as means over
-seeds with 95 % intervals (Student's t). A second call with the same --out continues.
+scorers); judge and data split are fixed. Writes PART.csv, with a line for each figure of each
+policy and seed. Stopped or killed at any point, the same command continues, and writes the same
+file.
 """
 
 from __future__ import annotations
@@ -15,112 +16,111 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     sys.exit(run_command("learner.miniature.arms"))
 
-import csv
-import json
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import tyro
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from scipy import stats
 
-from cluster.errors import ConfigError, TesseraError
-from cluster.fleet import InlineFleet
-from cluster.io.files import replacing
+from cluster.errors import ConfigError, TesseraError, did_you_mean
 from cluster.io.locks import locked
 from cluster.io.paths import output_path
-from cluster.io.strict_json import dumps, number
 from cluster.program.console import FAILED, INTERRUPTED, REFUSED, make_console
+from cluster.program.invocation import command_of
 from cluster.program.streams import safe_streams
-from learner.config import DEFAULT_PRESET, RunConfig, load_preset, merge, validate
-from learner.evaluation import held_out
-from learner.fleet_plan import fleet_plan
-from learner.loop import prepare, train
-from learner.miniature.build import BuildConfig, Builder, with_networks
-from learner.monitoring.console import COLUMNS
-from learner.rollouts.feature_space import set_reference
+from learner.miniature.study.names import BASE
+from learner.miniature.study.part import Arm, Part
+from learner.miniature.study.parts import PARTS
+from learner.miniature.study.plan import Plan, plan_of
+from learner.miniature.study.pool import run_all
+from learner.miniature.study.results import Results, write_csv
+from learner.miniature.study.stages import Job, built, check_arm, figures_of, read_record
+from learner.miniature.study.statistics import mean
 
-BASE, GUIDED, BOTH = "base", "base, CFG 2", "instance + LOO-FID"
-JOINT = "joint LOO-FID only"
-JOINTLY = {"loo_fid": {"joint": True}}
-INSTANCE_OFF = {"clip": {"weight": 0.0}, "hps": {"weight": 0.0}}
-ARMS: dict[str, dict[str, Any]] = {
-    "instance only": {"rewards": {"loo_fid": {"weight": 0.0}}},
-    "LOO-FID only": {"rewards": INSTANCE_OFF},
-    BOTH: {},
-    "both + entropy": {"entropy": {"controller": "target"}},
-    JOINT: {"rewards": {**INSTANCE_OFF, **JOINTLY}},
-    "instance + joint": {"rewards": JOINTLY},
-    "instance + joint + entropy": {"rewards": JOINTLY, "entropy": {"controller": "target"}},
-}
-"""Arm -> changes to the preset."""
-AHEAD = "both, one iteration ahead"
-FURTHER: dict[str, dict[str, Any]] = {
-    AHEAD: {"max_staleness": 1},
-    "both, two iterations ahead": {"max_staleness": 2},
-}
-"""Arms that run only if named."""
-SPACES = {
-    **COLUMNS,
+SHOWN = {
+    "FID↓": "fid",
+    "dens.↑": "density",
+    "cov.↑": "coverage",
+    "recall↑": "recall",
+    "class↑": "accuracy",
+    "R-prec.↑": "r_precision",
+    "CLIP↑": "clip",
     "pixel FID↓": "second/fid",
-    "pixel cov.↑": "second/coverage",
     "pixel rec.↑": "second/recall",
+    "CLIP rec.↑": "clip/recall",
 }
-"""Heading -> metric, in the judge's features and in raw pixels."""
-DIVERSITY = ("coverage", "recall", "second/fid", "second/coverage", "second/recall")
-COMPARISONS = (
-    (BOTH, GUIDED, ("fid", "accuracy", "density", *DIVERSITY)),
-    ("instance only", BASE, ("accuracy", "fid", *DIVERSITY)),
-    (BOTH, "instance only", ("accuracy", "fid", *DIVERSITY)),
-    (BOTH, BASE, DIVERSITY),
-    (JOINT, "LOO-FID only", ("accuracy", "fid", "density", *DIVERSITY)),
-    ("instance + joint", BOTH, ("accuracy", "fid", "density", *DIVERSITY)),
-    (AHEAD, BOTH, ("accuracy", "fid", "density", *DIVERSITY)),
-)
-"""Policy, compared with, metrics; if both were trained."""
-LOWER_IS_BETTER = ("fid", "second/fid")
-WIDTH = 180  # columns of the table where there is no terminal
-PLOT_COLUMNS = 6
+"""Heading of the table on the console -> metric. The file has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmsConfig:
-    """Ablation study of the method on the miniature."""
+    """Train and evaluate the arms of a part of the study."""
 
-    out: Path = Path("runs/arms")
-    """Directory of results and rebuilt networks."""
-    seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
-    """One repetition a seed."""
-    arms: tuple[str, ...] = tuple(ARMS)
-    """Arms by name; also "both, one iteration ahead" and "both, two iterations ahead"."""
-    iterations: int = load_preset(DEFAULT_PRESET).iterations
-    """Learning iterations of each arm."""
+    part: str = "llamagen"
+    """Part of the study: llamagen, ablations."""
+    out: Path = Path("runs/study")
+    """Directory of networks, tuned policies and results; parts share it."""
+    seeds: tuple[int, ...] = ()
+    """One repetition a seed; none: the part's own."""
+    arms: tuple[str, ...] = ()
+    """Arms by name; none: the part's own."""
+    iterations: int = 0
+    """Learning iterations of each arm; 0: its own number."""
+    scale: float = 1.0
+    """Factor of the steps in which networks are trained (below 1 for quick tests)."""
     workers: int = 0
     """Parallel processes; 0: one a core."""
+    dry_run: bool = False
+    """Print arms and seeds, what is done, and how long the rest takes."""
 
     def __post_init__(self) -> None:
-        unknown = [arm for arm in self.arms if arm not in ARMS | FURTHER]
-        if unknown:
-            raise ValueError(f"no arms {unknown}: there are {', '.join(ARMS | FURTHER)}")
+        if self.part not in PARTS:
+            hint = did_you_mean(self.part, PARTS)
+            raise ValueError(f"no part {self.part!r}: {hint}there are {', '.join(PARTS)}")
+        names = PARTS[self.part].names
+        if unknown := [arm for arm in self.arms if arm not in names]:
+            raise ValueError(f"no arms {unknown}: there are {', '.join(names)}")
+        for name in ("arms", "seeds"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must be distinct, found {getattr(self, name)}")
+        if self.iterations < 0 or self.workers < 0 or not self.scale > 0:
+            raise ValueError("iterations and workers must be >= 0, and scale > 0")
+
+    def jobs(self) -> list[Job]:
+        """Base policy and arms of each seed."""
+        part: Part = PARTS[self.part]
+        arms = [part.arm(name) for name in self.arms] or list(part.arms)
+        return [
+            Job(
+                out=self.out.absolute(),
+                part=part,
+                seed=seed,
+                arm=arm,
+                iterations=self.iterations,
+                scale=self.scale,
+            )
+            for seed in sorted(self.seeds or part.seeds)
+            for arm in (Arm(name=BASE), *arms)
+        ]
+
+    @property
+    def processes(self) -> int:
+        return self.workers or len(os.sched_getaffinity(0))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    prog = "python -m learner.miniature.arms"
+    prog = command_of("learner.miniature.arms")
     config = tyro.cli(ArmsConfig, args=arguments, description=__doc__, prog=prog)
     try:
         config = replace(config, out=output_path(config.out, "--out"))
+        if config.dry_run:
+            show_plan(plan_of(config.jobs()), config.processes, make_console())
+            return 0
         with locked(config.out, f"--out {config.out}"):
             return _run(config)
     except TesseraError as error:
@@ -129,188 +129,64 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(config: ArmsConfig) -> int:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    jobs = config.jobs()
+    for job in jobs:  # before anything starts
+        kept = read_record(job) if job.arm.name != BASE and built(job) else None
+        if kept is not None:
+            check_arm(job, kept)
     try:
-        with (
-            safe_streams(output_is_all=False),
-            Progress(*columns, TimeElapsedColumn(), console=make_console()) as progress,
-        ):
-            run_all(config, progress)
+        with safe_streams(output_is_all=False):
+            run_all(jobs, config.processes)
     except KeyboardInterrupt:
         print("stopped; the same command continues with the other arms", file=sys.stderr)
         return INTERRUPTED
-    results = collect(config)
-    write_csv(results, config.out / "results.csv")
-    plot(results, config.out / "arms.png")
+    results = collect(jobs)
+    path = config.out / f"{config.part}.csv"
+    write_csv(results, path)
     console = make_console()
-    report(results, console if console.is_terminal else make_console(width=WIDTH))
+    report(results, [policy for job in jobs for policy in job.policies], console)
+    console.print(f"results: {path}", highlight=False, soft_wrap=True)
     return 0
 
 
-def run_all(config: ArmsConfig, progress: Progress) -> None:
-    """Build the networks of each seed, then train every arm, in parallel processes."""
-    workers = config.workers or len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("spawn")  # a forked process inherits torch's threads
-    with ProcessPoolExecutor(workers, mp_context=context) as pool, _ending_processes():
-        for title, job, arguments in (
-            ("building networks", build_networks, [(config, seed) for seed in config.seeds]),
-            (
-                "training arms",
-                run_arm,
-                [(config, seed, arm) for seed in config.seeds for arm in (BASE, *config.arms)],
-            ),
-        ):
-            task = progress.add_task(title, total=len(arguments))
-            submitted: Callable[..., None] = job
-            futures = {pool.submit(submitted, *each): each for each in arguments}
-            for future in as_completed(futures):
-                future.result()
-                progress.advance(task)
-                if not progress.console.is_terminal:
-                    what = ", ".join(str(part) for part in futures[future][1:])
-                    print(f"{title}: {what} done", flush=True)
+def collect(jobs: list[Job]) -> Results:
+    """The figures of all jobs."""
+    figures = {
+        (job.seed, policy): found
+        for job in jobs
+        for policy in job.policies
+        if (found := figures_of(job, policy)) is not None
+    }
+    return Results(jobs[0].part.name, tuple(sorted({job.seed for job in jobs})), figures)
 
 
-@contextmanager
-def _ending_processes() -> Iterator[None]:
-    """Terminate child processes on an interrupt."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-
-
-def build_networks(config: ArmsConfig, seed: int) -> None:
-    """Build the networks of a seed, unless they exist."""
-    folder = networks_of(config, seed)
-    if (folder / "preference" / "open_clip_model.safetensors").is_file():  # written last
-        return
-    with Progress(disable=True) as progress:
-        Builder(BuildConfig(out=folder, seed=seed, num_threads=1), progress).build()
-
-
-def run_arm(config: ArmsConfig, seed: int, arm: str) -> None:
-    """Train and evaluate one arm of one seed; writes a JSON file."""
-    result = result_of(config, seed, arm)
-    if result.is_file():
-        return
-    run = arm_config(config, seed, (ARMS | FURTHER).get(arm, {}))
-    with InlineFleet(fleet_plan(run)) as fleet:
-        fleet.broadcast(0)
-        real = held_out.real_images(run, fleet)
-        if arm == BASE:
-            rows = {
-                row.name: held_out.evaluate_policy(run, fleet, row.spec, real)
-                for row in held_out.base_rows(run)
-            }
-        else:
-            space = set_reference(run, fleet)
-            prepare(run, fleet, space)
-            train(run, fleet, space, 0, lambda _: None, lambda: False)
-            row = held_out.tuned_row(run)
-            rows = {arm: held_out.evaluate_policy(run, fleet, row.spec, real)}
-    with replacing(result) as partial:
-        partial.write_text(dumps(rows))
-
-
-def arm_config(config: ArmsConfig, seed: int, changes: Mapping[str, Any]) -> RunConfig:
-    """The preset with a seed's networks and an arm's changes."""
-    folder = networks_of(config, seed)
-    mine = {"seed": seed, "iterations": config.iterations, "learner": {"num_threads": 1}}
-    values = merge(merge(with_networks(folder), mine), changes)
-    return validate(values, f"arm of seed {seed}")
-
-
-def networks_of(config: ArmsConfig, seed: int) -> Path:
-    return config.out.absolute() / "networks" / f"seed_{seed}"
-
-
-def result_of(config: ArmsConfig, seed: int, arm: str) -> Path:
-    name = "".join(letter if letter.isalnum() else "_" for letter in arm)
-    return config.out / f"{name}-seed_{seed}-{config.iterations}.json"
-
-
-Results = dict[str, dict[str, np.ndarray]]
-"""Policy -> metric -> values, one a seed."""
-
-
-def collect(config: ArmsConfig) -> Results:
-    """All results, by policy and metric."""
-    results: Results = {}
-    for arm in (BASE, *config.arms):
-        seeds = [json.loads(result_of(config, seed, arm).read_text()) for seed in config.seeds]
-        for name in seeds[0]:
-            metrics = seeds[0][name]
-            results[name] = {
-                key: np.array([number(rows[name][key]) for rows in seeds]) for key in metrics
-            }
-    return results
-
-
-def interval(values: np.ndarray) -> float:
-    """Half width of the 95 % confidence interval of the mean; NaN for one value."""
-    if len(values) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-
-
-def write_csv(results: Results, path: Path) -> None:
-    """One row a policy: mean and half interval of each metric, then the values."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["policy", "metric", "mean", "half_interval_95", "values"])
-        for policy, metrics in results.items():
-            for metric, values in metrics.items():
-                numbers = " ".join(f"{value:.6g}" for value in values)
-                writer.writerow([policy, metric, values.mean(), interval(values), numbers])
-
-
-def report(results: Results, console: Console) -> None:
-    """Print the table and the comparisons."""
+def report(results: Results, policies: list[str], console: Console) -> None:
+    """Print means with intervals."""
     table = Table(title="Held-out judge, mean ± 95 % interval over seeds", box=SIMPLE_HEAD)
     table.add_column("policy", no_wrap=True)
-    for heading in SPACES:
+    there = {heading: name for heading, name in SHOWN.items() if name in results.metrics(BASE)}
+    for heading in there:
         table.add_column(heading, justify="right", no_wrap=True)
-    for policy, metrics in results.items():
-        cells = (metrics[key] for key in SPACES.values())
-        table.add_row(policy, *(f"{cell.mean():.2f}±{interval(cell):.2f}" for cell in cells))
+    for policy in dict.fromkeys(policies):
+        found = (mean(results.values(policy, metric)) for metric in there.values())
+        table.add_row(policy, *(f"{each.value:.2f}±{each.half:.2f}" for each in found))
+    if not console.is_terminal:
+        console.width = 180
     console.print(table)
-    for policy, other, compared in COMPARISONS:
-        if not {policy, other} <= results.keys():
-            continue
-        console.print(f"{policy}, against {other}:")
-        for metric in compared:
-            console.print(f"  {compare(results, policy, other, metric)}", highlight=False)
 
 
-def compare(results: Results, policy: str, other: str, metric: str) -> str:
-    """One line of text: the mean difference policy - other of a metric, with its interval, and the
-    number of seeds in which the policy is better."""
-    change = results[policy][metric] - results[other][metric]
-    better = change < 0 if metric in LOWER_IS_BETTER else change > 0
-    return (
-        f"{metric:<16} {change.mean():+8.3f} ± {interval(change):.3f}   "
-        f"better in {better.sum()} of {len(change)} seeds"
+def show_plan(plan: Plan, processes: int, console: Console) -> None:
+    """Print what is done and what is left."""
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("", "of", "done", "CPU seconds each"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for line in plan.lines:
+        table.add_row(line.what, str(line.count), str(line.done), f"{line.seconds:.0f}")
+    console.print(table)
+    console.print(
+        f"seeds: {', '.join(map(str, plan.seeds))}\n"
+        f"left: {plan.seconds / 3600:.2f} hours of CPU time, about "
+        f"{plan.seconds / 3600 / processes:.2f} hours on {processes} cores",
+        highlight=False,
+        soft_wrap=True,
     )
-
-
-def plot(results: Results, path: Path) -> None:
-    """Every metric as points (seeds) with mean and interval."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(17, 6), layout="constrained")
-    for index, (heading, key) in enumerate(SPACES.items()):
-        axes = figure.add_subplot(2, PLOT_COLUMNS, index + 1)
-        for row, metrics in enumerate(results.values()):
-            values = metrics[key]
-            axes.plot(values, np.full(len(values), row), "o", color="tab:blue", alpha=0.35)
-            axes.errorbar(values.mean(), row, xerr=interval(values), fmt="D", color="black")
-        axes.set_title(heading)
-        axes.set_yticks(
-            range(len(results)), list(results) if index % PLOT_COLUMNS == 0 else [""] * len(results)
-        )
-        axes.invert_yaxis()
-        axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)

@@ -1,0 +1,88 @@
+"""The settings that the study's arms start from, written out: a change of defaults or presets does
+not change what an arm means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+METHOD: dict[str, Any] = {
+    "iterations": 240,
+    "groups_per_iteration": 10,
+    "rollouts_per_group": 16,
+    "max_staleness": 0,
+    "sampling": {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "cfg_scale": 1.0,
+        "guidance": "none",
+    },
+    "learner": {
+        "lr": 1.2e-4,
+        "betas": [0.9, 0.95],
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "warmup": 0,
+        "schedule": "linear",
+        "decay_from": 0.5,
+        "final_lr": 0.05,
+        "updates_per_iteration": 1,
+        "minibatches": 1,
+        "microbatch": 80,
+        "precision": "fp32",
+    },
+    "loss": {
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "aggregation": "token-mean",
+        "length_divisor": 0,
+        "kl_coef": 0.0,
+        "kl_estimator": "k3",
+        "kl_in": "loss",
+        "kl_level": "token",
+        "ratio_to": "behaviour",
+        "importance_cap": 0.0,
+        "mask_low": 0.0,
+        "mask_high": 0.0,
+    },
+    "entropy": {
+        "controller": "none",
+        "coef": 0.0,
+        "gain": 0.1,
+        "max_coef": 0.05,
+        "damping": 0.0,
+        "target": 0.0,
+    },
+    "real": {"weight": 0.0},
+    "rewards": {
+        "clip": {"weight": 1.0, "normalise": "group", "limit": 0.0},
+        "hps": {"weight": 0.5, "normalise": "group", "limit": 0.0},
+        "loo_fid": {
+            "weight": 4.0,
+            "normalise": "batch",
+            "limit": 0.0,
+            "decay": 0.5,
+            "window": 0.0,
+            "kind": "ema",
+            "covariance": "full",
+            "method": "exact",
+            "mode": "ema_loo",
+            "seed_images": 1000,
+            "seed_from": "",
+            "joint": False,
+            "joint_weight": 0.0,
+            "joint_dim": 0,
+        },
+    },
+}
+"""Of the systems on the digits; the others' parts change what differs."""
+
+SECTIONS = ("sampling", "learner", "loss", "entropy", "real", "guards")
+"""Sections of a run's configuration that are wholly of the method: not the preset's."""
+EMPTY: dict[str, dict[str, Any]] = {"rewards": {"further": {}, "extra": []}}
+"""Rewards that the preset may add, and arms start without."""
+
+INSTANCE_OFF = {"clip": {"weight": 0.0}, "hps": {"weight": 0.0}}
+LOO_FID_OFF = {"loo_fid": {"weight": 0.0}}
+JOINT = {"loo_fid": {"joint": True}}
+ENTROPY = {"controller": "target"}

@@ -1,0 +1,53 @@
+"""The parts of the study, by name."""
+
+from __future__ import annotations
+
+from learner.config import merge
+from learner.miniature.study.ablations import ABLATIONS
+from learner.miniature.study.method import ENTROPY, INSTANCE_OFF, JOINT, LOO_FID_OFF, METHOD
+from learner.miniature.study.names import (
+    BASE,
+    BOTH,
+    INSTANCE_ONLY,
+    JOINT_ONLY,
+    LOO_FID_ONLY,
+    WITH_ENTROPY,
+    WITH_JOINT,
+)
+from learner.miniature.study.part import Arm, Changes, Part
+
+TEST_SEEDS = tuple(range(201, 211))
+"""No setting was chosen by a look at their results."""
+MAIN_ARMS = (
+    Arm(name=INSTANCE_ONLY, changes={"rewards": LOO_FID_OFF}),
+    Arm(name=LOO_FID_ONLY, changes={"rewards": INSTANCE_OFF}),
+    Arm(name=JOINT_ONLY, changes={"rewards": merge(INSTANCE_OFF, JOINT)}),
+    Arm(name=BOTH),
+    Arm(name=WITH_ENTROPY, changes={"entropy": ENTROPY}),
+)
+FURTHER_ARMS = (
+    Arm(name=WITH_JOINT, changes={"rewards": JOINT}),
+    Arm(name="default", shipped=True),
+)
+
+
+def guided(*scales: float) -> dict[str, Changes]:
+    """The base policy without guidance, and under each scale."""
+    found: dict[str, Changes] = {BASE: {}}
+    for scale in scales:
+        found[f"{BASE}, CFG {scale:g}"] = {"cfg_scale": scale, "guidance": "guided"}
+    return found
+
+
+LLAMAGEN = Part(
+    name="llamagen",
+    system="llamagen",
+    question="Do quality and diversity of LlamaGen rise without guidance, and by which reward?",
+    seeds=TEST_SEEDS,
+    base=guided(1.5, 2, 3),
+    method=METHOD,
+    arms=MAIN_ARMS,
+    on_request=FURTHER_ARMS,
+    seconds=100,
+)
+PARTS: dict[str, Part] = {part.name: part for part in (LLAMAGEN, ABLATIONS)}

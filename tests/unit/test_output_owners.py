@@ -37,7 +37,7 @@ def texts(folder: Path) -> Path:
 
 Main = Callable[[list[str]], int]
 DIRECTORIES: dict[str, tuple[Main, list[str]]] = {
-    "arms": (arms.main, ["--arms", "--seeds", "1", "--iterations", "1"]),
+    "arms": (arms.main, ["--seeds", "1", "--iterations", "1"]),
     "build": (build.main, ["--scale", "0.001"]),
     "evaluate": (evaluate.main, ["digits:held-out", "--preset", "miniature", "--inline"]),
     "sample": (sample.main, ["--classes", "0", "--num-images", "1", "--device", "cpu"]),

@@ -24,6 +24,8 @@ from learner.miniature.study.part import Arm, Changes, Part
 PLACE = "<networks>/"
 """Stands for the folder of networks in what is kept, so that it can be moved."""
 PACKAGE = "package://"
+CLIP_SPACE = "clip"
+"""The judge's third feature space: images of its CLIP."""
 OF_TRAINING = (
     "iterations",
     "seed",
@@ -55,6 +57,9 @@ def run_config(part: Part, arm: Arm, seed: int, networks: Path, iterations: int 
     if not arm.shipped:
         values = with_method(values, part.method)
     values = merge(values, {"seed": seed, "learner": {"num_threads": 1}})
+    clip = values["judge"]["clip"]
+    third = {"network": "clip", "model": clip["model"], "checkpoint": clip["pretrained"]}
+    values = merge(values, {"judge": {"further": {CLIP_SPACE: third}}})
     if iterations:
         values = merge(values, {"iterations": iterations})
     return validate(merge(values, arm.changes), f"{arm.name}, seed {seed}")

@@ -200,8 +200,9 @@ def _check_code(job: Job, config: RunConfig) -> None:
             if not name.startswith(NOT_COMPARED) and before[name] != now[name]:
                 raise ConfigError(
                     f"{job.tuned} was trained by another version of the code, and this one "
-                    f"computes something else: {name} of iteration {now['iteration']} was {before[name]}, "
-                    f"found {now[name]}: remove it to train the arm again, or name another --out"
+                    f"computes something else: {name} of iteration {now['iteration']} was "
+                    f"{before[name]}, found {now[name]}: remove it to train the arm again, or name "
+                    "another --out"
                 )
 
 

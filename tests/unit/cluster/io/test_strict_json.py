@@ -23,7 +23,6 @@ from learner.checkpoints.store import best_step
 from learner.grpo.advantage import group_advantages
 from learner.loggers.logger import Loggers
 from learner.loggers.tensorboard import TensorBoard
-from learner.miniature import arms
 from learner.monitoring.guards import Guards
 from learner.monitoring.metrics import Recorder, read_metrics
 from learner.monitoring.timeline import Trace
@@ -170,13 +169,8 @@ def test_status_is_strict_and_invents_nothing() -> None:
     assert found["free_bytes"] == 0
 
 
-def test_a_timeline_and_arms_with_odd_numbers(tmp_path: Path) -> None:
+def test_a_timeline_with_odd_numbers(tmp_path: Path) -> None:
     trace = Trace(tmp_path / "trace.json", resume=False)
     trace.idle({"learner": math.nan}, 1)
     trace.close()
     assert strict((tmp_path / "trace.json").read_text())[0]["args"] == {"learner": None}
-    config = arms.ArmsConfig(out=tmp_path, seeds=(1,), arms=())
-    arms.result_of(config, 1, arms.BASE).write_text('{"base": {"fid": null, "accuracy": 1.0}}')
-    found = arms.collect(config)["base"]
-    assert np.isnan(found["fid"]).all()
-    assert found["accuracy"].tolist() == [1.0]

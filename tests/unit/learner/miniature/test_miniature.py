@@ -13,7 +13,6 @@ from rich.progress import Progress
 from cluster.errors import ConfigError
 from learner.config import DEFAULT_PRESET, load_preset, to_dict, validate
 from learner.data.digits import augment, digits, to_pixels
-from learner.miniature.arms import ArmsConfig, Results, arm_config, interval, merge, write_csv
 from learner.miniature.build import NETWORKS, BuildConfig, Builder, main, with_networks
 from learner.miniature.systems.digits import digits_by_class
 from learner.miniature.systems.registry import SYSTEMS, system_of, system_of_preset
@@ -139,29 +138,3 @@ def test_systems_and_presets_that_are_unknown(
     with pytest.raises(ConfigError, match="no system has the preset 'paper-fixed'"):
         with_networks(tmp_path, "paper-fixed")
     assert system_of_preset(DEFAULT_PRESET).name == "llamagen"
-
-
-def test_arms_change_what_they_name_and_nothing_else(tmp_path: Path) -> None:
-    config = ArmsConfig(out=tmp_path)
-    plain = arm_config(config, 3, {})
-    instance = arm_config(config, 3, {"rewards": {"loo_fid": {"weight": 0.0}}})
-    assert instance.rewards.loo_fid.weight == 0
-    assert instance.rewards.clip == plain.rewards.clip
-    assert plain.seed == 3
-    assert plain.policy.checkpoint == str(tmp_path / "networks" / "seed_3" / "policy.safetensors")
-
-
-def test_merge_is_deep() -> None:
-    assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9}}) == {
-        "a": {"b": 9, "c": 2},
-        "d": 3,
-    }
-
-
-def test_interval_is_students(tmp_path: Path) -> None:
-    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert interval(values) == pytest.approx(2.776 * values.std(ddof=1) / 5**0.5, rel=1e-3)
-    assert np.isnan(interval(values[:1]))
-    results: Results = {"base": {"fid": values}}
-    write_csv(results, tmp_path / "out.csv")
-    assert "base,fid,3.0" in (tmp_path / "out.csv").read_text()

@@ -79,7 +79,7 @@ METHOD: dict[str, Any] = {
 
 SECTIONS = ("sampling", "learner", "loss", "entropy", "real", "guards")
 """Sections of a run's configuration that are wholly of the method: not the preset's."""
-EMPTY: dict[str, dict[str, Any]] = {"rewards": {"further": {}, "extra": []}}
+EMPTY: dict[str, Any] = {"further": {}, "extra": []}
 """Rewards that the preset may add, and arms start without."""
 
 INSTANCE_OFF = {"clip": {"weight": 0.0}, "hps": {"weight": 0.0}}

@@ -41,7 +41,9 @@ class Part:
 
     name: str
     system: str
-    """As in `learner.miniature.systems`."""
+    """Name in `learner.miniature.systems.registry`."""
+    images: str = "digits"
+    """What its networks are of: systems on the same images share a folder of networks."""
     question: str
     """What the part asks, a sentence."""
     seeds: tuple[int, ...]

@@ -20,6 +20,7 @@ from learner.config import RunConfig, dotted, merge, to_dict, validate
 from learner.miniature.build import with_networks
 from learner.miniature.study.method import EMPTY, SECTIONS
 from learner.miniature.study.part import Arm, Changes, Part
+from learner.miniature.systems.registry import system_of
 
 PLACE = "<networks>/"
 """Stands for the folder of networks in what is kept, so that it can be moved."""
@@ -53,7 +54,7 @@ def run_config(part: Part, arm: Arm, seed: int, networks: Path, iterations: int 
         networks: folder of the seed's networks.
         iterations: 0: the arm's own number.
     """
-    values = with_networks(networks)
+    values = with_networks(networks, system_of(part.system).preset)
     if not arm.shipped:
         values = with_method(values, part.method)
     values = merge(values, {"seed": seed, "learner": {"num_threads": 1}})
@@ -69,7 +70,7 @@ def with_method(values: Mapping[str, Any], method: Changes) -> dict[str, Any]:
     """A preset's values with nothing of its method but a part's own."""
     plain = to_dict(RunConfig())
     kept = {**values, **{name: plain[name] for name in SECTIONS}}
-    there = {name: value for name, value in EMPTY["rewards"].items() if name in kept["rewards"]}
+    there = {name: value for name, value in EMPTY.items() if name in kept["rewards"]}
     kept["rewards"] = {**kept["rewards"], **there}
     return merge(kept, method)
 

@@ -1,7 +1,7 @@
 """The stages of an arm: networks of a seed, training, evaluation. Each is kept on disk, appears
 there whole or not at all, and is skipped where it is.
 
-    OUT/networks/seed_S/                     networks of a seed
+    OUT/networks/IMAGES/seed_S/              networks of a seed
     OUT/SYSTEM/tuned/seed_S/ARM/             policy.safetensors, metrics.jsonl, record.json
     OUT/SYSTEM/evaluated/seed_S/POLICY.json  figures of the judge
 
@@ -47,6 +47,7 @@ from learner.miniature.study.runs import (
     run_config,
     spec_of,
 )
+from learner.miniature.systems.registry import system_of
 from learner.rollouts.feature_space import set_reference
 
 POLICY, METRICS, RECORD = "policy.safetensors", "metrics.jsonl", "record.json"
@@ -71,7 +72,8 @@ class Job:
 
     @property
     def networks(self) -> Path:
-        return self.out / "networks" / f"seed_{self.seed}"
+        shorter = f"-scale_{self.scale:g}" if self.scale != 1 else ""
+        return self.out / "networks" / f"{self.part.images}{shorter}" / f"seed_{self.seed}"
 
     @property
     def tuned(self) -> Path:
@@ -91,16 +93,18 @@ class Job:
 
 
 def build_networks(job: Job) -> None:
-    """Train the networks of a seed, unless they exist."""
-    if built(job):
-        return
-    config = BuildConfig(out=job.networks, seed=job.seed, scale=job.scale, num_threads=1)
+    """Train the networks of a seed that are not there."""
+    config = BuildConfig(
+        system=job.part.system, out=job.networks, seed=job.seed, scale=job.scale, num_threads=1
+    )
     with Progress(disable=True) as progress:
-        Builder(config, progress).build()
+        Builder(config, progress).build(keep=True, judge=False)
 
 
 def built(job: Job) -> bool:
-    return (job.networks / "preference" / "open_clip_model.safetensors").is_file()  # written last
+    """Whether all networks of a seed are there."""
+    networks = system_of(job.part.system).networks
+    return all((job.networks / n.file).is_file() for n in networks if not n.of_judge)
 
 
 def train_arm(job: Job) -> None:

@@ -53,8 +53,8 @@ def test_a_preset_that_changes_changes_only_arms_that_are_its_own(
         },
     }
 
-    def changed_preset(folder: Path) -> dict[str, Any]:
-        return merge(with_networks(folder), new)
+    def changed_preset(folder: Path, preset: str) -> dict[str, Any]:
+        return merge(with_networks(folder, preset), new)
 
     monkeypatch.setattr(runs, "with_networks", changed_preset)
     assert run_config(LLAMAGEN, Arm(name="x"), 3, FOLDER) == before
@@ -69,8 +69,8 @@ def test_a_preset_that_changes_changes_only_arms_that_are_its_own(
         ("sampling", set()),
         ("loss", set()),
         ("entropy", {"paper"}),
-        ("learner", {"num_gpus", "num_cpus", "num_threads", "accelerator_type", "labels", "device", "lora",
-                     "checkpointing", "compile", "reference_device", "adamw"}),
+        ("learner", {"num_gpus", "num_cpus", "num_threads", "accelerator_type", "labels", "device",
+                     "lora", "checkpointing", "compile", "reference_device", "adamw"}),
         ("rewards.loo_fid", {"reference", "num_threads", "rebuild_every"}),
         ("rewards.clip", {"model", "pretrained", "preprocessing", "precision", "batch_size", "tag",
                           "prompts", "enabled", "pool", "long_captions"}),

@@ -20,8 +20,10 @@ TINY: Part = replace(
         LLAMAGEN.method,
         {
             "iterations": 3,
+            "groups_per_iteration": 2,
+            "rollouts_per_group": 4,
             "evaluation": {"num_images": 40},
-            "rewards": {"loo_fid": {"seed_images": 160}},
+            "rewards": {"loo_fid": {"seed_images": 100}},
         },
     ),
 )

@@ -25,6 +25,7 @@ SMALLEST = {
     "hpsv2": "--small --images 1 --rounds 1 --calls 1 --size 32",
     "iteration": "--iterations 1 --groups 1 --rollouts 2",
     "loo_fid": "--dim 16 --count 4 --history 32 --timed 1 --repeats 1 --checked 1",
+    "reward_noise": "--smallest",
     "simulation": "--samplers 2 --together 2 --groups 4",
 }
 ON_RAY = {

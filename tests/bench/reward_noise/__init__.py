@@ -1,0 +1,1 @@
+"""Signal to noise of leave-one-out FID rewards, by arithmetic and by simulation."""

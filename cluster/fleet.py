@@ -24,7 +24,14 @@ import torch
 
 from cluster.control.control_actor import Progress
 from cluster.errors import ConfigError, FleetError, LearnerLostError, StopRequestedError
-from cluster.messages import GroupScores, SampleRequest, ScoredGroup, WeightSnapshot, merge_scores
+from cluster.messages import (
+    MAIN_SPACE,
+    GroupScores,
+    SampleRequest,
+    ScoredGroup,
+    WeightSnapshot,
+    merge_scores,
+)
 from cluster.roles import (
     FleetPlan,
     LearnerRole,
@@ -109,12 +116,12 @@ class Fleet(Protocol):
         """
         ...
 
-    def fingerprint(self, panel: str) -> str:
-        """Identifies the feature network of a panel."""
+    def fingerprint(self, panel: str, space: str = MAIN_SPACE) -> str:
+        """Identifies the network of a panel's feature space."""
         ...
 
-    def feature_dim(self, panel: str) -> int:
-        """Dimensions of a panel's features; 0 where they depend on the images."""
+    def feature_dim(self, panel: str, space: str = MAIN_SPACE) -> int:
+        """Dimensions of a panel's feature space; 0 where they depend on the images."""
         ...
 
     def refresh_moments(self) -> None:
@@ -254,8 +261,11 @@ class InlineFleet:
 
     def _score(self, role: Role, request: SampleRequest, images: Pictures) -> GroupScores:
         scores = self._servers[role.name].score(request, images)
-        name, scorers = role.worker_name(0), role.scorers.get(request.panel)
-        self._check(scores, request, pool=role.name, worker=name, scorers=scorers)
+        names = {
+            "scorers": role.scorers.get(request.panel),
+            "spaces": role.spaces.get(request.panel),
+        }
+        self._check(scores, request, pool=role.name, worker=role.worker_name(0), **names)
         return scores
 
     def sample_images(self, requests: Iterable[SampleRequest]) -> list[np.ndarray]:
@@ -274,11 +284,11 @@ class InlineFleet:
             parts.append(server.features(batch, panel))
         return join_features(parts)
 
-    def fingerprint(self, panel: str) -> str:
-        return self._feature_server(panel).fingerprint(panel)
+    def fingerprint(self, panel: str, space: str = MAIN_SPACE) -> str:
+        return self._feature_server(panel).fingerprint(panel, space)
 
-    def feature_dim(self, panel: str) -> int:
-        return self._feature_server(panel).feature_dim(panel)
+    def feature_dim(self, panel: str, space: str = MAIN_SPACE) -> int:
+        return self._feature_server(panel).feature_dim(panel, space)
 
     def _feature_server(self, panel: str) -> RewardServerRole:
         return self._servers[self._plan.feature_server(panel).name]

@@ -16,7 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from cluster.errors import FleetError
-from cluster.messages import GroupScores, RolloutGroup, SampleRequest, ServerStats, WeightSnapshot
+from cluster.messages import (
+    MAIN_SPACE,
+    GroupScores,
+    RolloutGroup,
+    SampleRequest,
+    ServerStats,
+    WeightSnapshot,
+)
 from cluster.placement.config import PlacementConfig
 from cluster.placement.labels import LabelSelector, check_selector
 from cluster.spans import Span
@@ -157,6 +164,9 @@ class Role:
     """Of a further pool of reward servers: the panels whose feature network it runs."""
     scorers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Of reward servers: panel -> names of the scores in an answer; unchecked for other panels."""
+    spaces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of reward servers: panel -> names of the features in an answer; unchecked for other
+    panels."""
     runtime_env: Mapping[str, Any] | None = None
     """Ray runtime environment of its workers, if not the driver's."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -253,9 +263,9 @@ class SamplerRole(Protocol):
 
 
 class RewardServerRole(Protocol):
-    def fingerprint(self, panel: str) -> str: ...
+    def fingerprint(self, panel: str, space: str = MAIN_SPACE) -> str: ...
 
-    def feature_dim(self, panel: str) -> int: ...
+    def feature_dim(self, panel: str, space: str = MAIN_SPACE) -> int: ...
 
     def score(self, request: SampleRequest, images: Pictures) -> GroupScores: ...
 
@@ -265,21 +275,24 @@ class RewardServerRole(Protocol):
 
 
 class MomentsRole(Protocol):
-    """Answers are of `rewards.servers.moments_server`; this package does not import them."""
+    """Of every feature space of the rewards. Answers are of `rewards.servers.moments_server`; this
+    package does not import them."""
 
-    def set_reference(self, reference: Any, fingerprint: str) -> None: ...
+    def set_references(
+        self, references: Mapping[str, Any], fingerprints: Mapping[str, str]
+    ) -> None: ...
 
-    def seed(self, start: Any) -> float: ...
+    def seed(self, starts: Mapping[str, Any]) -> dict[str, float]: ...
 
     def commit(
         self,
         iteration: int,
-        features: np.ndarray,
+        features: Mapping[str, np.ndarray],
         valid: np.ndarray,
         *,
         run: str = "",
         classes: np.ndarray | None = None,
-    ) -> Any: ...
+    ) -> dict[str, Any]: ...
 
     def refresh(self) -> None: ...
 

@@ -37,6 +37,7 @@ from learner.training.optimizer import OptimizerConfig
 from learner.training.real_tokens import RealTokensConfig
 from learner.training.skips import GuardsConfig
 from rewards.config import (
+    FurtherSpace,
     JudgeConfig,
     RewardPool,
     RewardsConfig,
@@ -117,11 +118,12 @@ class RunConfig:
                 f"depends on the clock, found {self.sampler.max_groups}: add "
                 "--sampler.max-groups 1, or leave out --reproducible"
             )
-        if self.rewards.loo_fid.seed_images < 2 * self.rollouts_per_group:
-            raise ValueError(
-                f"rewards.loo_fid.seed_images must be at least {2 * self.rollouts_per_group} (two "
-                f"groups), found {self.rewards.loo_fid.seed_images}"
-            )
+        for each in self.rewards.spaces().values():
+            if each.term.seed_images < 2 * self.rollouts_per_group:
+                raise ValueError(
+                    f"{each.option}.seed_images must be at least {2 * self.rollouts_per_group} "
+                    f"(two groups), found {each.term.seed_images}"
+                )
         self._check_pools()
         check_output(self.output, self.evaluation, self.judge.further)
 
@@ -156,7 +158,7 @@ def _forbid_unknown(kind: type, done: set[type]) -> None:
         _forbid_unknown(type(default), done)
 
 
-for _kind in (RunConfig, RewardPool, RewardFile):
+for _kind in (RunConfig, RewardPool, RewardFile, FurtherSpace):
     _forbid_unknown(_kind, set())
 _ADAPTER = TypeAdapter(RunConfig)
 

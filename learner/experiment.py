@@ -21,6 +21,7 @@ from cluster.errors import (
 )
 from cluster.fleet import Fleet, InlineFleet
 from cluster.io.run_layout import BASE_GALLERY, BEFORE_AFTER, CAPTIONS, GALLERY, step_name
+from cluster.messages import MAIN_SPACE
 from learner.capacity.storage import DiskWatch, checkpoint_bytes, free_bytes
 from learner.checkpoints.checkpoint import Checkpoint, restore
 from learner.checkpoints.store import CheckpointStore
@@ -79,7 +80,7 @@ class Experiment:
         self._console, self._should_stop = console, should_stop
         self._from_step, self._last_checkpoint = from_step, last_checkpoint
         self._evaluations = RunEvaluations(config, run, fleet)
-        self._space = RewardSpace()
+        self._spaces = dict[str, RewardSpace]()
         self._shares: list[RoleUse] = []
         self._checkpoints = CheckpointStore(run, config)
         self._loggers = loggers or Loggers()
@@ -141,7 +142,7 @@ class Experiment:
         conditions = self._fleet.serve_while(self._read_conditions)
         self._config = replace(self._requested, conditions=conditions)
         self._evaluations.config = self._config
-        self._space = set_reference(self._config, self._fleet)
+        self._spaces = set_reference(self._config, self._fleet)
         return self.restore()
 
     def _read_conditions(self) -> ConditionsConfig:
@@ -187,13 +188,19 @@ class Experiment:
     def _start_new(self) -> int:
         """Start a new run: statistics and evaluation of the base policy."""
         self._fleet.broadcast(0)
-        base = prepare(self._config, self._fleet, self._space)
-        source = self._config.rewards.loo_fid.seed_from
-        if source:
-            logger.info(f"the history starts from {source}, moments of {base['images']:.0f} images")
+        base = prepare(self._config, self._fleet, self._spaces)
+        for space, each in self._config.rewards.spaces().items():
+            if source := each.term.seed_from:
+                logger.info(
+                    f"{each.option}: the history starts from {source}, moments of "
+                    f"{base.images[space]:.0f} images"
+                )
+        further = "".join(
+            f", {fid:.3f} in {space!r}" for space, fid in base.fids.items() if space != MAIN_SPACE
+        )
         logger.info(
-            f"base policy: FID {base['fid']:.3f} in the reward's features, "
-            f"entropy {base['entropy']:.3f} nats a token"
+            f"base policy: FID {base.fids[MAIN_SPACE]:.3f} in the reward's features{further}, "
+            f"entropy {base.entropy:.3f} nats a token"
         )
         if some := shown_note(self._config):
             logger.info(f"note: galleries show {some}; --output.gallery-rows names others")
@@ -246,7 +253,7 @@ class Experiment:
             return train(
                 config,
                 self._fleet,
-                self._space,
+                self._spaces,
                 first,
                 after,
                 lambda: self._should_stop() or bool(self._evaluations.ended),

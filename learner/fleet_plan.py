@@ -39,6 +39,7 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
         reproducible=config.reproducible,
         wire_dtype=config.weights.wire(config.sampler.dtype),
     )
+    terms = {space: each.term for space, each in config.rewards.spaces().items()}
     return FleetPlan(
         sampler=_sampler_role(config),
         reward_server=_reward_role(config, "", config.reward, config.num_reward_servers),
@@ -49,8 +50,8 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
         moments_server=Role(
             name="moments-server",
             factory=MomentsServer,
-            config=config.rewards.loo_fid,
-            resources=Resources(num_threads=config.rewards.loo_fid.num_threads),
+            config=terms,
+            resources=Resources(num_threads=max(term.num_threads for term in terms.values())),
         ),
         learner=Role(
             name="learner",
@@ -155,6 +156,7 @@ def _reward_role(
         autoscale=servers,
         panels=(REWARDS,) if pool else (),
         scorers=server.scorer_names(),
+        spaces=server.spaces(),
         feature_panels=(REWARDS,) if pool and pool == config.rewards.features_pool else (),
         runtime_env=runtime_env,
         environment=_environment(config),

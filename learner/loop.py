@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,11 @@ from cluster.spans import PUBLISHING, Span, Stopwatch
 from learner.config import RunConfig
 from learner.grpo.advantage import Advantages, group_advantages
 from learner.monitoring.metrics import iteration_metrics, worker_spans
-from learner.rollouts.feature_space import RewardSpace, seed_moments
+from learner.rollouts.feature_space import Spaces, seed_moments
 from learner.rollouts.prefetch import Pipeline, requests_for
 from learner.training.batch import make_batch
 from rewards.combine import Combiner
-from rewards.config import LOO_FID
+from rewards.config import Distribution
 from rewards.distribution.distribution_reward import DistributionReward
 from rewards.distribution.moments import Moments
 
@@ -50,7 +51,7 @@ class Iteration:
 def train(
     config: RunConfig,
     fleet: Fleet,
-    space: RewardSpace,
+    spaces: Spaces,
     first: int,
     after: Callable[[Iteration], None],
     should_stop: Callable[[], bool],
@@ -61,12 +62,12 @@ def train(
     """Run iterations from `first` to the end or a stop request; returns how many are done.
 
     Args:
-        space: of the distribution reward, as `set_reference` returned it.
+        spaces: of the distribution rewards, as `set_reference` returned them.
         after: called with every finished iteration.
         run: name of the run; (run, iteration) is the key of a commit of moments.
         combiner, pipeline: restored ones of a resumed run; None makes new ones.
     """
-    combiner = combiner or Combiner(config.rewards.terms())
+    combiner, rewarded = combiner or Combiner(config.rewards.terms()), config.rewards.spaces()
     pipeline, clock, previous_end = pipeline or Pipeline(config, fleet), Stopwatch(), epoch()
     pipeline.begin(first)
     for iteration in range(first, config.iterations):
@@ -77,23 +78,26 @@ def train(
             return iteration
         scores = [group.scores for group in groups]
         check_failures(scores, config.max_failed_share)
-        features, valid, classes = _features([g.rollouts.request for g in groups], scores, space)
+        features, valid, classes = _features([g.rollouts.request for g in groups], scores, spaces)
         with clock("wait_moments"):
-            answer = fleet.moments.commit(iteration, features, valid, run=run, classes=classes)
-        check_moments_staleness(answer, iteration, config.max_staleness)
+            answers = fleet.moments.commit(iteration, features, valid, run=run, classes=classes)
+        check_moments_staleness(answers[MAIN_SPACE], iteration, config.max_staleness)
         fleet.refresh_moments()
-        loo_fid = answer.rewards.reshape(len(groups), -1)
-        advantages = group_advantages(groups, {LOO_FID: loo_fid}, combiner)
+        distribution = {
+            rewarded[space].reward: answer.rewards.reshape(len(groups), -1)
+            for space, answer in answers.items()
+        }
+        advantages = group_advantages(groups, distribution, combiner)
         with clock("wait_learner"):
             report = fleet.learner.step(make_batch(iteration, groups, advantages))
         with clock(PUBLISHING):
             fleet.broadcast(iteration + 1)
             pipeline.release(iteration)
-        spans, now = (*worker_spans(groups, answer, report), *clock.take()), epoch()
+        spans, now = (*worker_spans(groups, answers, report), *clock.take()), epoch()
         metrics = iteration_metrics(
             iteration,
             groups,
-            answer,
+            {rewarded[space].fid: answer for space, answer in answers.items()},
             advantages,
             report,
             max_staleness=config.max_staleness,
@@ -103,37 +107,60 @@ def train(
         )
         previous_end = now
         with clock("record"):
-            after(Iteration(metrics, groups, advantages, spans, answer.warnings))
+            after(Iteration(metrics, groups, advantages, spans, _warnings(answers, rewarded)))
         if should_stop():
             return iteration + 1
     return config.iterations
 
 
-def prepare(config: RunConfig, fleet: Fleet, space: RewardSpace) -> dict[str, float]:
-    """Measure the base policy before the first iteration: the moments that the history starts from,
-    and the entropy that entropy controllers refer to. Returns fid, entropy and number of images.
+@dataclass(frozen=True)
+class BasePolicy:
+    """Figures of the base policy, before the first iteration."""
 
-    With `seed_from` the moments come from a file, and one iteration's images are enough.
+    entropy: float
+    """Mean of its tokens, nats."""
+    fids: Mapping[str, float]
+    """Feature space -> FID of the images that its history starts from."""
+    images: Mapping[str, float]
+    """Feature space -> number of these."""
+
+
+def prepare(config: RunConfig, fleet: Fleet, spaces: Spaces) -> BasePolicy:
+    """Measure the base policy before the first iteration: the moments that the histories start
+    from, and the entropy that entropy controllers refer to.
+
+    With `seed_from` the moments come from a file; one iteration's images are enough if all do.
     """
-    conditions, term = config.conditions.conditions(), config.rewards.loo_fid
-    start: Moments | None = None
-    groups = -(-term.seed_images // config.rollouts_per_group)
-    if term.seed_from:
-        dim, fingerprint = fleet.feature_dim("rewards"), fleet.fingerprint("rewards")
-        start = fleet.serve_while(lambda: seed_moments(config, dim, fingerprint))
-        groups = min(groups, config.groups_per_iteration)
+    conditions, size = config.conditions.conditions(), config.rollouts_per_group
+    starts = dict[str, np.ndarray | Moments]()
+    for space, each in config.rewards.spaces().items():
+        if each.term.seed_from:
+            dim, made_by = fleet.feature_dim("rewards", space), fleet.fingerprint("rewards", space)
+            starts[space] = fleet.serve_while(partial(seed_moments, each, dim, made_by))
+    images = config.rewards.sampled_for_seed or min(
+        config.rewards.loo_fid.seed_images, config.groups_per_iteration * size
+    )
+    groups = -(-images // size)
     requests = requests_for(config, spread(conditions, groups), "moments", 0)
     scores, entropies = list[GroupScores](), list[np.ndarray]()
     for group in fleet.stream(requests):  # only this is kept of maybe ten thousand images
         scores.append(group.scores)
         entropies.append(group.rollouts.entropies.mean())
     check_failures(scores, config.max_failed_share)
-    features, valid, _ = _features(requests, scores, space)
+    features, valid, _ = _features(requests, scores, spaces)
     entropy = float(np.mean(entropies))
     fleet.learner.start(entropy)
-    fid = fleet.moments.seed(features[valid] if start is None else start)
+    for space, each in config.rewards.spaces().items():
+        if not each.term.seed_from:
+            own = -(-each.term.seed_images // size) * size
+            starts[space] = features[space][:own][valid[:own]]
+    fids = fleet.moments.seed(starts)
     fleet.refresh_moments()
-    return {"fid": fid, "entropy": entropy, "images": start.weight if start else valid.sum()}
+    counts = {
+        space: start.weight if isinstance(start, Moments) else len(start)
+        for space, start in starts.items()
+    }
+    return BasePolicy(entropy, fids, counts)
 
 
 def spread(conditions: Sequence[Condition], count: int) -> list[Condition]:
@@ -177,17 +204,31 @@ def failures(scores: Iterable[GroupScores]) -> tuple[list[str], int]:
     return [error for error in errors if error], len(errors)
 
 
+def _warnings(
+    answers: Mapping[str, DistributionReward], rewarded: Mapping[str, Distribution]
+) -> tuple[str, ...]:
+    """Warnings of all spaces; those of further ones with the name of the option."""
+    return tuple(
+        text if space == MAIN_SPACE else f"{rewarded[space].option}: {text}"
+        for space, answer in answers.items()
+        for text in answer.warnings
+    )
+
+
 def _features(
-    requests: Sequence[SampleRequest], scores: Sequence[GroupScores], space: RewardSpace
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features (N, D) in the reward's space, validity (N,) and classes (N,; -1 for captions) of a
+    requests: Sequence[SampleRequest], scores: Sequence[GroupScores], spaces: Spaces
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Features (N, D) in the rewards' spaces, validity (N,) and classes (N,; -1 for captions) of a
     batch, group by group."""
-    features = concatenate_features([group.features[MAIN_SPACE] for group in scores])
     valid = np.concatenate([group.valid for group in scores])
     conditions = [each.condition for each in requests for _ in range(each.num_rollouts)]
     indices = [condition.class_index for condition in conditions]
     classes = np.array([-1 if index is None else index for index in indices])
-    return space(features, conditions), valid, classes
+    features = {
+        space: joined(concatenate_features([group.features[space] for group in scores]), conditions)
+        for space, joined in spaces.items()
+    }
+    return features, valid, classes
 
 
 def concatenate_features(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -350,8 +350,7 @@ def show_seconds(
         )
     if evaluations.unknown:
         print(f"Not counted, since their work is not known: {', '.join(evaluations.unknown)}")
-    if not config.rewards.loo_fid.seed_from:
-        seed = config.rewards.loo_fid.seed_images
+    if seed := config.rewards.sampled_for_seed:
         minutes = seed / images * budget.sampling / 60
         print(f"Before the first one, {seed} images start the history: {minutes:.1f} min")
 

@@ -41,9 +41,10 @@ from learner.rollouts.feature_space import (
     stored_reference,
 )
 from learner.training.real_tokens import check_source
-from rewards.config import NETWORKS
+from rewards.config import NETWORKS, Distribution
 from rewards.distribution.diagnostics import few_images_warning
 from rewards.distribution.reference import Reference, build_command, read_stored
+from rewards.networks.features import FeaturesConfig
 from rewards.networks.features_check import feature_dim, fits_fingerprint
 from rewards.preflight import check_rewards, check_texts
 from rewards.reference.fetch import PUBLISHED, by_file, fetch_command, reference_file
@@ -64,9 +65,10 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
         with findings.of(f"reward_pools.{name}"):
             check_runtime_env(config.reward_pools[name].runtime_env)
     check_rewards(config.rewards, skipped_pools, side, findings)
-    _reference(config, side, findings)
-    if not begun:
-        _seed(config, side, findings)
+    for each in config.rewards.spaces().values():
+        _reference(config, each, side, findings)
+        if not begun:
+            _seed(each, side, findings)
     check_evaluation(config, side, findings)
     _guided_rows(config, policy, findings)
     if config.real.weight:
@@ -184,38 +186,36 @@ def _captions(
         findings.problem("conditions.encoder", "transformers to be installed", "none", remedy)
 
 
-def _reference(config: RunConfig, side: int, findings: Findings) -> None:
-    field, term = "rewards.loo_fid.reference", config.rewards.loo_fid
+def _reference(config: RunConfig, each: Distribution, side: int, findings: Findings) -> None:
+    field, term = f"{each.option}.reference", each.term
     published = PUBLISHED.get(term.reference)
     if not fetched(field, term.reference, findings):
         return
     with findings.of(field):
         if not stored_reference(term.reference):
             shape = check_images(field, term.reference, config.conditions)
-            features, covariance = config.rewards.features, term.covariance
-            check_fit(features, field, term.reference, shape, side, covariance, findings)
+            covariance = term.covariance
+            check_fit(each.features, field, term.reference, shape, side, covariance, findings)
             if term.joint:
-                reference_conditions(config, shape[0])
+                reference_conditions(config, each, shape[0])
             return
         if published is None and not expand_user(term.reference).exists():
-            missing = _no_reference(term.reference, config.rewards.features.options())
-            raise ConfigError(missing)
-        space, reference = read_moments(config)
-        _fits_features(config, side, space, reference)
+            raise ConfigError(_no_reference(term.reference, each.features.options()))
+        space, reference = read_moments(config, each)
+        _fits_features(each.features, side, space, reference)
         if few := few_images_warning(reference, term.covariance):
             findings.notes.append(f"{field}: {few}")
 
 
-def _seed(config: RunConfig, side: int, findings: Findings) -> None:
+def _seed(each: Distribution, side: int, findings: Findings) -> None:
     """Check `seed_from`, the moments that the history starts from."""
-    field, term = "rewards.loo_fid.seed_from", config.rewards.loo_fid
+    field, term, features = f"{each.option}.seed_from", each.term, each.features
     if not term.seed_from:
         return
     with findings.of(field):
-        features = config.rewards.features
         stored = read_stored(term.seed_from, covariance=term.covariance)
         moments = stored.moments()
-        _fits_features(config, side, RewardSpace(), stored.reference)
+        _fits_features(features, side, RewardSpace(), stored.reference)
         made_with = stored.reference.fingerprint or f"believed to be of {features.network!r}"
         findings.notes.append(
             f"{field}: the history starts from {term.seed_from}, moments of {moments.weight:.0f} "
@@ -240,9 +240,11 @@ def _no_reference(path: str, features: str) -> str:
     return f"expected a file of moments, found none at {expand_user(path).absolute()}: {remedy}"
 
 
-def _fits_features(config: RunConfig, side: int, space: RewardSpace, reference: Reference) -> None:
+def _fits_features(
+    features: FeaturesConfig, side: int, space: RewardSpace, reference: Reference
+) -> None:
     """Raises DataError for moments of other features than the run's."""
-    features, fingerprint = config.rewards.features, reference.fingerprint
+    fingerprint = reference.fingerprint
     if ours := feature_dim(features, side):
         reference.check_dim(ours + space.added, repr(features.network))
     again = f"build it with the network of the run ({build_command('DIR', features.options())})"

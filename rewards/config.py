@@ -51,6 +51,11 @@ def check_spaces(field: str, names: Iterable[str]) -> None:
             )
 
 
+def is_loo_fid(reward: str) -> bool:
+    """Whether a reward is a leave-one-out FID, by its name: loo_fid, or loo_fid/SPACE."""
+    return reward.partition("/")[0] == LOO_FID
+
+
 @dataclass(frozen=True, kw_only=True)
 class LooFidTerm(MomentsConfig, RewardTerm):
     """Leave-one-out FID: the distribution reward."""
@@ -97,6 +102,28 @@ class LooFidTerm(MomentsConfig, RewardTerm):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FurtherSpace(LooFidTerm):
+    """Leave-one-out FID in a further feature space, with reference and history of its own."""
+
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A distribution reward: the leave-one-out FID in one feature space."""
+
+    reward: str
+    """Its name among the rewards."""
+    term: LooFidTerm
+    features: FeaturesConfig
+    option: str
+    """Of the term, as messages name it."""
+    features_option: str
+    fid: str
+    """What the names of its metrics begin with."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardsConfig:
     """The rewards of a run. Every `ScorerTerm` among the fields is a shipped scorer."""
 
@@ -106,6 +133,10 @@ class RewardsConfig:
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     features_pool: str = ""
     """Reward servers that run the feature network: a name of reward_pools; empty: the main pool."""
+    further: Annotated[Mapping[str, FurtherSpace], tyro.conf.Suppress] = field(default_factory=dict)
+    """Further feature spaces by name, each with a leave-one-out FID of its own beside loo_fid; set
+    in a YAML file: {NAME: {features: {network: ...}, weight: ..., ...}}, the other options as
+    loo_fid's. The servers that run the main network run theirs, too."""
     extra: tuple[str, ...] = ()
     """User rewards, each module:Class=weight[,option=value...], or with ./file.py in place of the
     module (rewards/README.md)."""
@@ -113,6 +144,7 @@ class RewardsConfig:
     """Files named in extra, as they were when the run began; written by the run."""
 
     def __post_init__(self) -> None:
+        check_spaces("further", self.further)
         names = [extra.name for extra in self.user_rewards()]
         doubled = {name for name in names if names.count(name) > 1 or hasattr(self, name)}
         if doubled:
@@ -147,11 +179,36 @@ class RewardsConfig:
 
     def terms(self) -> dict[str, RewardTerm]:
         """Name -> reward."""
-        return {**self.scorers(), LOO_FID: self.loo_fid}
+        return {**self.scorers(), **{each.reward: each.term for each in self.spaces().values()}}
+
+    def spaces(self) -> dict[str, Distribution]:
+        """Feature space -> the reward in it."""
+        main = Distribution(
+            LOO_FID, self.loo_fid, self.features, "rewards.loo_fid", "rewards.features", "fid/"
+        )
+        further = {
+            name: Distribution(
+                f"{LOO_FID}/{name}",
+                space,
+                space.features,
+                f"rewards.further.{name}",
+                f"rewards.further.{name}.features",
+                f"fid/{name}/",
+            )
+            for name, space in self.further.items()
+        }
+        return {MAIN_SPACE: main, **further}
+
+    @property
+    def sampled_for_seed(self) -> int:
+        """Images of the base policy that start the histories; 0: all start from files."""
+        terms = [each.term for each in self.spaces().values()]
+        return max((term.seed_images for term in terms if not term.seed_from), default=0)
 
     def lowered(self) -> dict[str, FeaturesConfig]:
         """Option -> feature network of a distribution reward with a weight."""
-        return {"rewards.features": self.features} if self.loo_fid.weight else {}
+        spaces = self.spaces().values()
+        return {each.features_option: each.features for each in spaces if each.term.weight}
 
     def pools(self) -> dict[str, str]:
         """ "features" or a scorer's name -> name of its pool."""
@@ -288,6 +345,11 @@ class RewardServerConfig:
     """Time limit of a batch, seconds."""
     reproducible: bool = False
     """Deterministic algorithms, and no batches across requests."""
+
+    def spaces(self) -> dict[str, tuple[str, ...]]:
+        """Panel -> names of its feature spaces, where they are known without the network."""
+        own = self.rewards.features_pool == self.pool
+        return {REWARDS: tuple(self.rewards.spaces()) if own else ()}
 
     def scorer_names(self) -> dict[str, tuple[str, ...]]:
         """Panel -> names of its scores."""

@@ -32,16 +32,18 @@ def check_rewards(
         skipped_pools: pools with their own runtime environment.
         side: pixels a side of the policy's images; 0 if unknown.
     """
-    if rewards.loo_fid.rebuild_every:
-        findings.notes.append(
-            "rewards.loo_fid.rebuild_every is not used any more and goes in the next release: the "
-            "history is decomposed when the next iteration needs it; leave it out"
-        )
+    for each in rewards.spaces().values():
+        if each.term.rebuild_every:
+            findings.notes.append(
+                f"{each.option}.rebuild_every is not used any more and goes in the next release: "
+                "the history is decomposed when the next iteration needs it; leave it out"
+            )
     for name, scorer in rewards.scorers().items():
         if scorer.pool not in skipped_pools:
             scorer.check(f"rewards.{name}", findings)
     if rewards.features_pool not in skipped_pools:
-        check_features("rewards.features", rewards.features, side, findings)
+        for each in rewards.spaces().values():
+            check_features(each.features_option, each.features, side, findings)
 
 
 def check_judge(
@@ -122,13 +124,13 @@ def server_memory(config: RewardServerConfig, *, features: bool) -> ServerMemory
     """Memory of one server of a pool, with the judge if the server has one.
 
     Args:
-        features: the pool runs the feature network of the rewards.
+        features: the pool runs the feature networks of the rewards.
     """
     found = ServerMemory()
     for name, scorer in _scorers(config).items():
         found.add(name, scorer.memory())
     judge = config.judge
-    spaces = {"rewards.features": config.rewards.features} if features else {}
+    spaces = _of_rewards(config) if features else {}
     if judge is not None:
         for name, scorer in judge.scorers().items():
             found.add(f"judge.{name}", scorer.memory())
@@ -145,8 +147,13 @@ def server_work(config: RewardServerConfig, *, features: bool) -> dict[str, Imag
     """What one server of a pool computes for a training image, by option; None: unknown."""
     found = {name: scorer.work() for name, scorer in _scorers(config).items()}
     if features:
-        found["rewards.features"] = features_work(config.rewards.features)
+        found |= {name: features_work(space) for name, space in _of_rewards(config).items()}
     return found
+
+
+def _of_rewards(config: RewardServerConfig) -> dict[str, FeaturesConfig]:
+    """Option -> feature network of the rewards."""
+    return {each.features_option: each.features for each in config.rewards.spaces().values()}
 
 
 def judge_work(judge: JudgeConfig) -> dict[str, ImageWork | None]:

@@ -21,7 +21,7 @@ from cluster.control.control_actor import Progress
 from cluster.errors import FleetError, LearnerLostError, TesseraError
 from cluster.fleet import Result
 from cluster.io.background import Background
-from cluster.messages import GroupScores, SampleRequest, ScoredGroup
+from cluster.messages import MAIN_SPACE, GroupScores, SampleRequest, ScoredGroup
 from cluster.ray_backend.autoscaler import Autoscaler
 from cluster.ray_backend.broadcast import Broadcaster
 from cluster.ray_backend.feature_calls import FeatureCalls
@@ -201,11 +201,11 @@ class RayFleet:
     def features(self, batches: Iterable[Pictures], panel: str) -> dict[str, np.ndarray]:
         return self._networks.features(batches, panel)
 
-    def fingerprint(self, panel: str) -> str:
-        return self._networks.ask(panel, "fingerprint", panel)
+    def fingerprint(self, panel: str, space: str = MAIN_SPACE) -> str:
+        return self._networks.ask(panel, "fingerprint", panel, space)
 
-    def feature_dim(self, panel: str) -> int:
-        return self._networks.ask(panel, "feature_dim", panel)
+    def feature_dim(self, panel: str, space: str = MAIN_SPACE) -> int:
+        return self._networks.ask(panel, "feature_dim", panel, space)
 
     def refresh_moments(self) -> None:
         self._stateful.refresh_moments()

@@ -288,8 +288,9 @@ class GroupCalls:
         role, name = call.pool.role, call.worker.name
         if call.stage is Stage.SCORE:
             for group, scores in zip(call.groups, call.parts(value), strict=True):
-                request, scorers = group.request, role.scorers.get(group.request.panel)
-                self._check(scores, request, pool=role.name, worker=name, scorers=scorers)
+                request, panel = group.request, group.request.panel
+                names = {"scorers": role.scorers.get(panel), "spaces": role.spaces.get(panel)}
+                self._check(scores, request, pool=role.name, worker=name, **names)
         elif call.stage is Stage.SAMPLE:
             for group, drawn in zip(call.groups, value, strict=True):
                 if group.servers:

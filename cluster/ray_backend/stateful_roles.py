@@ -57,7 +57,7 @@ class StatefulRoles:
         count = plan.moments_server.count  # one, or none in an evaluation
         self._moments_workers = [launch(plan.moments_server, i, False) for i in range(count)]
         self._journal = Journal(
-            lasting=["set_reference"], beginning=["seed"], changing=["commit", "refresh"]
+            lasting=["set_references"], beginning=["seed"], changing=["commit", "refresh"]
         )
         self._capture: tuple[Any, int] | None = None  # requested state, its position
         self._refreshing: Any = None  # `refresh` of the iteration before

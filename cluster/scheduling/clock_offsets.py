@@ -51,8 +51,8 @@ class ClockOffsets:
         """The answer of a call with its spans by this process's clock.
 
         Args:
-            answer: a span, something with `spans`, or several of these. The span of a worker that
-                ends last is that of the call; others may be of its work before.
+            answer: a span, something with `spans`, or a list or dictionary of these. The span of a
+                worker that ends last is that of the call; others may be of its work before.
             sent, received: seconds since the epoch by this process's clock.
         """
         last = {span.worker: span for span in sorted(spans_of(answer), key=lambda span: span.end)}
@@ -84,8 +84,9 @@ def spans_of(answer: Any) -> tuple[Span, ...]:
     """All spans in an answer."""
     if isinstance(answer, Span):
         return (answer,)
-    if isinstance(answer, list):
-        return tuple(span for part in answer for span in spans_of(part))
+    if isinstance(answer, list | dict):
+        parts = answer.values() if isinstance(answer, dict) else answer
+        return tuple(span for part in parts for span in spans_of(part))
     return tuple(getattr(answer, "spans", ()))
 
 
@@ -95,5 +96,7 @@ def _moved(answer: Any, offsets: Mapping[str, float]) -> Any:
         return answer._replace(start=answer.start - offset, end=answer.end - offset)
     if isinstance(answer, list):
         return [_moved(part, offsets) for part in answer]
+    if isinstance(answer, dict):
+        return {name: _moved(part, offsets) for name, part in answer.items()}
     spans: Sequence[Span] = answer.spans
     return replace(answer, spans=tuple(_moved(span, offsets) for span in spans))

@@ -32,18 +32,19 @@ class ScoreChecks:
         pool: str,
         worker: str,
         scorers: Collection[str] | None = None,
+        spaces: Collection[str] | None = None,
     ) -> None:
         """Check one answer of a reward server.
 
         Args:
             pool: role of the server.
             worker: name of the server, for the error.
-            scorers: the exact set of names expected; None: any.
+            scorers, spaces: the exact sets of names expected, of scores and of features; None: any.
 
         Raises:
             FleetError: names server, scorer and fault.
         """
-        check_scores(scores, request, worker, scorers)
+        check_scores(scores, request, worker, scorers, spaces)
         for space, values in scores.features.items():
             if not scores.valid.any():
                 continue  # nothing was extracted, so there is no length
@@ -54,7 +55,11 @@ class ScoreChecks:
 
 
 def check_scores(
-    scores: GroupScores, request: SampleRequest, worker: str, scorers: Collection[str] | None
+    scores: GroupScores,
+    request: SampleRequest,
+    worker: str,
+    scorers: Collection[str] | None,
+    spaces: Collection[str] | None = None,
 ) -> None:
     """Check one answer of a reward server by itself; see `ScoreChecks`."""
     count = request.num_rollouts
@@ -66,11 +71,15 @@ def check_scores(
         raise FleetError(
             f"{worker} was given {count} images, and answered for {len(scores.errors)}"
         )
-    if scorers is not None and set(scores.scores) != set(scorers):
-        raise FleetError(
-            f"{worker} answered with scores of {', '.join(sorted(scores.scores)) or 'none'}, "
-            f"expected {', '.join(sorted(scorers)) or 'none'}: does it run another configuration?"
-        )
+    for what, found, expected in (
+        ("scores of", scores.scores, scorers),
+        ("features of the spaces", scores.features, spaces),
+    ):
+        if expected is not None and set(found) != set(expected):
+            raise FleetError(
+                f"{worker} answered with {what} {', '.join(sorted(found)) or 'none'}, expected "
+                f"{', '.join(sorted(expected)) or 'none'}: does it run another configuration?"
+            )
     valid = scores.valid
     for name, values in scores.scores.items():
         what = f"scorer {name!r}"

@@ -188,25 +188,26 @@ class SimulatedRewardServer(Worker):
     def thread_of(self, method: str) -> str:
         return "scoring" if method in ("score", "scores_of") else ""
 
-    def fingerprint(self, panel: str) -> Work:
+    def fingerprint(self, panel: str, space: str = MAIN_SPACE) -> Work:
         return instant("simulated")
 
-    def feature_dim(self, panel: str) -> Work:
+    def feature_dim(self, panel: str, space: str = MAIN_SPACE) -> Work:
         return instant(self._feature_dim)
 
     def score(self, request: SampleRequest, images: Any) -> Work:
         count = request.num_rollouts
         names = self.role.scorers.get(request.panel, ())
+        spaces = self.role.spaces.get(request.panel, (MAIN_SPACE,))
 
         def answer(begin: float, end: float) -> list[tuple[Any, float]]:
             scores = GroupScores(
                 key=request.key,
                 scores={name: _rising(count) for name in names},
-                features={MAIN_SPACE: _zeros(count, self._feature_dim)},
+                features={space: _zeros(count, self._feature_dim) for space in spaces},
                 errors=(None,) * count,
                 spans=(Span(self.name, QUEUE, begin, begin), Span(self.name, "score", begin, end)),
             )
-            return [(scores, 4.0 * count * (self._feature_dim + len(names)))]
+            return [(scores, 4.0 * count * (self._feature_dim * len(spaces) + len(names)))]
 
         mean = self.times.score.get(self.role.name, 0.0)
         return self.working(self.takes("score", mean, *request.key), answer)

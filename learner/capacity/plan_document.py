@@ -136,7 +136,9 @@ def host_memory(role: Role, plan: FleetPlan, config: RunConfig, models: Models) 
     process = CUDA_PROCESS if on_gpu else PROCESS
     if role is plan.moments_server:
         side = policy.grid * tokenizer.downsampling
-        return process + MATRICES * 8 * feature_dim(config.rewards.features, side) ** 2
+        spaces = config.rewards.spaces().values()
+        dims = [feature_dim(each.features, side) for each in spaces]
+        return process + sum(MATRICES * 8 * dim**2 for dim in dims)
     if role is plan.learner:
         computes = 0.0 if on_gpu else memory_of(config, policy).total
         return process + computes + (LOADED + CHECKPOINT_COPY) * parameters

@@ -224,11 +224,15 @@ def _network_rate(network: ImageWork, card: Card) -> float:
     return (CONVOLUTION_FP32 if network.convolutions else PRODUCTS_FP32) * card.fp32
 
 
-def moments(images: int, dim: int, full: bool, role: str = "moments-server") -> Phase:
+def moments(images: int, spaces: Sequence[tuple[int, bool]], role: str = "moments-server") -> Phase:
     """The commit of an iteration's features. It uses an older decomposition of the history; new
-    ones are made beside learning, and no one waits for them."""
-    powers = 2 if full else 1
-    seconds = REUSED_FID * (dim / MEASURED_DIM) ** powers * max(images / 128, 1) ** 0.2
+    ones are made beside learning, and no one waits for them.
+
+    Args:
+        spaces: of each feature space its dimensions, and whether its covariance is full.
+    """
+    parts = (REUSED_FID * (dim / MEASURED_DIM) ** (2 if full else 1) for dim, full in spaces)
+    seconds = sum(parts) * max(images / 128, 1) ** 0.2
     return Phase("moments", role, seconds, "CPU")
 
 

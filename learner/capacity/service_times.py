@@ -142,7 +142,9 @@ def sizes(config: RunConfig, models: Models) -> dict[str, Any]:
 def score_bytes(config: RunConfig, models: Models) -> float:
     """Bytes of a group's features, nearly all of what a reward server answers."""
     side = models.policy.grid * models.tokenizer.downsampling
-    return float(config.rollouts_per_group * feature_dim(config.rewards.features, side) * 4)
+    spaces = config.rewards.spaces().values()
+    dims = sum(feature_dim(each.features, side) for each in spaces)
+    return float(config.rollouts_per_group * dims * 4)
 
 
 def from_measured(path: Path) -> ServiceTimes:

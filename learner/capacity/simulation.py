@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import ConfigError, LearnerLostError, did_you_mean
+from cluster.messages import MAIN_SPACE
 from cluster.roles import FleetPlan, Role
 from cluster.simulation.actors import Work, instant
 from cluster.simulation.behaviours import Draws, SimulatedRewardServer, SimulatedSampler, Worker
@@ -37,7 +38,9 @@ class SimulatedMoments(Worker):
         super().__init__(role, name, times, draws)
         self._done = 0
 
-    def commit(self, iteration: int, features: np.ndarray, valid: np.ndarray, **_: object) -> Work:
+    def commit(
+        self, iteration: int, features: Mapping[str, np.ndarray], valid: np.ndarray, **_: object
+    ) -> Work:
         def answer(begin: float, end: float) -> list[tuple[Any, float]]:
             self._done = iteration + 1
             found = DistributionReward(
@@ -49,7 +52,8 @@ class SimulatedMoments(Worker):
                 version=iteration,
                 spans=(Span(self.name, "moments", begin, end),),
             )
-            return [(found, float(found.rewards.nbytes))]
+            alike = {space: replace(found, spans=()) for space in features}
+            return [(alike | {MAIN_SPACE: found}, float(len(alike) * found.rewards.nbytes))]
 
         return self.working(self.takes("commit", self.times.commit, iteration), answer)
 
@@ -247,6 +251,7 @@ class _Recorded:
 def _train(config: RunConfig, simulated: SimulatedFleet, found: _Recorded) -> None:
     """The main loop, from the last checkpoint after a loss of the learner."""
     fleet, first = simulated.fleet, 0
+    spaces = {space: RewardSpace() for space in config.rewards.spaces()}
     saved: list[int] = [0]
 
     def after(done: Iteration) -> None:
@@ -257,7 +262,7 @@ def _train(config: RunConfig, simulated: SimulatedFleet, found: _Recorded) -> No
     while True:
         try:
             fleet.broadcast(first)
-            train(config, fleet, RewardSpace(), first, after, lambda: False)
+            train(config, fleet, spaces, first, after, lambda: False)
             return
         except LearnerLostError as error:
             fleet.recover_learner(error)

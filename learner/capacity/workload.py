@@ -25,8 +25,6 @@ from rewards.config import RewardServerConfig
 from rewards.networks.features_check import feature_dim
 from rewards.preflight import server_work
 
-FEATURES = "rewards.features"
-
 
 @dataclass(frozen=True)
 class Models:
@@ -117,16 +115,22 @@ def phases_of(config: RunConfig, models: Models, card: Card) -> tuple[list[Phase
     for role, networks in scoring_of(config):
         unknown += [name for name, work in networks.items() if work is None]
         each = images / role.count
-        features = [networks[FEATURES]] if networks.get(FEATURES) else []
-        scorers = [work for name, work in networks.items() if work and name != FEATURES]
+        spaces = {each.features_option for each in config.rewards.spaces().values()}
         if role.resources.num_gpus:
-            parts = {"score": scorers, "features": [work for work in features if work]}
+            known = {name: work for name, work in networks.items() if work}
+            parts = {
+                "score": [work for name, work in known.items() if name not in spaces],
+                "features": [work for name, work in known.items() if name in spaces],
+            }
             for name, these in parts.items():
                 if these:
                     found.append(seconds.score(name, role.name, each, these, card))
-    dim = feature_dim(config.rewards.features, models.policy.grid * models.tokenizer.downsampling)
-    full = config.rewards.loo_fid.covariance == "full"
-    found.append(seconds.moments(images, dim, full))
+    side = models.policy.grid * models.tokenizer.downsampling
+    sizes = [
+        (feature_dim(each.features, side), each.term.covariance == "full")
+        for each in config.rewards.spaces().values()
+    ]
+    found.append(seconds.moments(images, sizes))
     if config.learner.num_gpus:
         found.append(seconds.learn(model, learning_of(config), card))
         found.append(seconds.publish(model, wire, card))

@@ -28,7 +28,6 @@ MAY_CHANGE = (
     "reward.target_wait_s",
     "reward.every_s",
     "reward_pools.",
-    "rewards.loo_fid.num_threads",
     "rewards.loo_fid.rebuild_every",  # of earlier versions; does nothing
     "learner.num_",
     "learner.labels",
@@ -56,6 +55,8 @@ of: table, best checkpoint, patience and guards compare them across the run."""
 OF_ROUNDING = ("num_learners", "learner.microbatch", "learner.compile", "sampler.kernels")
 """Fields that may change the last bits: a reproducible run keeps them."""
 
+OF_MACHINE = (".num_threads",)
+"""Suffixes of fields that a resumed run may change: of roles, and of further feature spaces."""
 LATER_ASKED = (".tag",)
 """Suffixes of fields that a resumed run may set if they are empty, as earlier versions left
 them."""
@@ -73,6 +74,7 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
         f"{name} ({before.get(name, 'not set')} in the run, {after.get(name, 'not set')} now)"
         for name in dict.fromkeys((*after, *before))  # names within a mapping may be new, or gone
         if after.get(name) != before.get(name)
+        and not name.endswith(OF_MACHINE)
         and (not name.startswith(MAY_CHANGE) or (saved.reproducible and name in OF_ROUNDING))
         and not (name.endswith(LATER_ASKED) and before.get(name) == "")
     ]

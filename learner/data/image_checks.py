@@ -66,10 +66,9 @@ def check_images(field: str, source: str, conditions: ConditionsConfig) -> tuple
     if is_named(source) and not conditions.captions:
         ours = len(conditions.class_names)
         if ours != CLASSES:
-            what = "rewards.loo_fid.reference" if field.startswith("rewards") else field
             raise DataError(
                 f"expected real images of the {ours} classes of conditions.names, found the ten "
-                f"digits ({source}): set {what} to images or moments of these classes"
+                f"digits ({source}): set {field} to images or moments of these classes"
                 + ("" if field.startswith("rewards") else ", or evaluation.num_images to 0")
             )
     return len(images), height, width

@@ -168,7 +168,9 @@ def trends_of(config: RunConfig) -> Trends:
     """What is watched in the evaluations of a run."""
     rewards = [name for name, term in config.rewards.scorers().items() if term.weight]
     fid = judge_fid(config)
-    return Trends(config.evaluation, fid, rewards, config.rewards.loo_fid.weight > 0)
+    spaces = config.rewards.spaces().values()
+    lowered = {each.reward: f"{each.fid}ema" for each in spaces if each.term.weight}
+    return Trends(config.evaluation, fid, rewards, lowered)
 
 
 def judge_fid(config: RunConfig) -> str:

@@ -237,6 +237,7 @@ def _configured(
         files={},
         features=FeaturesConfig(network="pixels"),  # no network, which no reward needs here
         features_pool="",
+        further={},
     )
     taken = {item.name: getattr(settings, item.name) for item in fields(settings)}
     taken["evaluation"] = replace(settings.evaluation, every=0, patience=0)  # of training

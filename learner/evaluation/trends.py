@@ -6,7 +6,7 @@ run, which replays its records, goes on as if it had not stopped.
 Reward hacking is defined so: at each of the last `CONFIRMED` evaluations the judge's FID was more
 than `evaluation.max_fid_rise` above its least before them, and since that least one a reward that
 has a weight rose: its mean over `WINDOW` iterations by more than three standard errors, or for the
-distribution reward, the FID that it lowers (fid/ema) fell by as much.
+distribution reward, the FID that it lowers (fid/ema, say) fell by as much.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ WINDOW = 10
 """Iterations that a reward is averaged over."""
 FEWEST = 3  # iterations of which a standard error is computed
 ERRORS = 3.0  # standard errors that a rise must exceed
-REWARD_FID = "fid/ema"
 DIVERSITY = ("coverage", "recall")
 History = Mapping[int, Mapping[str, float]]
 """Step -> figures of its evaluation, in the order of the steps; 0: the base policy's."""
@@ -76,13 +75,13 @@ class Trends:
     Args:
         fid: the judge's figure that shows reward hacking: FID in a space that no reward uses.
         rewards: names of rewards with a weight, as in the metrics reward/NAME.
-        reward_fid: the distribution reward has a weight.
+        lowered: distribution reward with a weight -> the metric of the FID that it lowers.
     """
 
     config: EvaluationConfig
     fid: str
     rewards: Sequence[str]
-    reward_fid: bool
+    lowered: Mapping[str, str]
     _warned: set[str] = field(default_factory=set)
 
     def replay(self, history: History, metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -143,11 +142,12 @@ class Trends:
             for name in self.rewards
             if (change := _change(metrics, f"reward/{name}", best, now, sign=1))
         ]
-        if self.reward_fid and (change := _change(metrics, REWARD_FID, best, now, sign=-1)):
-            found.append(
-                f"the FID that the reward loo_fid lowers ({REWARD_FID}) fell from "
-                f"{change[0]:.4g} to {change[1]:.4g}"
-            )
+        found += [
+            f"the FID that the reward {reward} lowers ({metric}) fell from "
+            f"{change[0]:.4g} to {change[1]:.4g}"
+            for reward, metric in self.lowered.items()
+            if (change := _change(metrics, metric, best, now, sign=-1))
+        ]
         return found
 
     def _diversity(self, history: History) -> str:

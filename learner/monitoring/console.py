@@ -17,9 +17,9 @@ from rich.table import Table
 
 from cluster.program.console import make_console
 from cluster.program.logs import FILE_ONLY, PLAIN_ONLY
-from learner.monitoring.live import REWARD, LiveTable, Pace
+from learner.monitoring.live import REWARD, LiveTable, Pace, further_fids
 from learner.monitoring.timeline import RoleUse
-from rewards.config import LOO_FID
+from rewards.config import is_loo_fid
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,9 @@ class RunConsole:
         self._pace.add(metrics["time/iteration"], metrics["time/images_per_s"])
         self._table.add(metrics)
         rewards = {k.removeprefix(REWARD): k for k in metrics if k.startswith(REWARD)}
-        rewards.pop(LOO_FID, None)
-        shown = {**rewards, **FIGURES}
+        rewards = {name: key for name, key in rewards.items() if not is_loo_fid(name)}
+        spaces = {f"FID {name}": key for name, key in further_fids(metrics).items()}
+        shown = {**rewards, **spaces, **FIGURES}
         parts = [f"iteration {done}/{self._iterations}"]
         parts += [f"{name} {metrics[key]:.3g}" for name, key in shown.items() if key in metrics]
         parts.append(f"img/s {self._pace.images_per_s:.3g}")

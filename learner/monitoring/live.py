@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from learner.monitoring.timeline import RoleUse
-from rewards.config import LOO_FID
+from rewards.config import is_loo_fid
 
 REWARD = "reward/"
 ROWS = {
@@ -37,6 +37,16 @@ SMALLEST = 10  # lines of a terminal with room for more than progress
 NOTHING = 1e-6
 """Figures nearer to 0 are 0: a KL that rounding makes, say."""
 LEVELS = "▁▂▃▄▅▆▇█"
+
+
+def further_fids(metrics: Iterable[str]) -> dict[str, str]:
+    """Further feature space of the rewards -> the metric of its FID, fid/SPACE/ema."""
+    found = {}
+    for metric in metrics:
+        match metric.split("/"):
+            case ["fid", space, "ema"]:
+                found[space] = metric
+    return found
 
 
 class Pace:
@@ -130,8 +140,10 @@ class LiveTable:
         self._evaluation = f"evaluation after {step}: {figures}"
 
     def _add(self, row: Mapping[str, Any]) -> None:
+        further = further_fids(row).values()
         for key, value in row.items():
-            known = key in ROWS or (key.startswith(REWARD) and key != f"{REWARD}{LOO_FID}")
+            reward = key.startswith(REWARD) and not is_loo_fid(key.removeprefix(REWARD))
+            known = reward or key in ROWS or key in further
             if known and isinstance(value, int | float) and abs(value) < float("inf"):
                 self._curves.setdefault(key, Curve()).add(value)
 
@@ -170,9 +182,12 @@ class LiveTable:
             lines[1] += f"{'start':>{FIGURE}}{'change':>{FIGURE}}"
         if with_curve:
             lines[1] += "  since the start"
-        rewards = sorted(key for key in self._curves if key not in ROWS)
-        for key in [*rewards, *(key for key in ROWS if key in self._curves)]:
-            curve, name = self._curves[key], ROWS.get(key, key.removeprefix(REWARD))
+        spaces = {key: f"FID, {space}" for space, key in further_fids(self._curves).items()}
+        names = {key: key.removeprefix(REWARD) for key in sorted(self._curves)}
+        rewards = [key for key in names if key not in ROWS and key not in spaces]
+        names |= spaces | ROWS
+        for key in [*rewards, *spaces, *(key for key in ROWS if key in self._curves)]:
+            curve, name = self._curves[key], names[key]
             if not curve.moved and key in ROWS:
                 continue
             line = f"{name[: NAME - 1]:{NAME}}{curve.last:>{FIGURE}.4g}"

@@ -36,7 +36,7 @@ UNREPEATABLE = ("time/", "fleet/")
 def iteration_metrics(
     iteration: int,
     groups: Sequence[ScoredGroup],
-    answer: DistributionReward,
+    answers: Mapping[str, DistributionReward],
     advantages: Advantages,
     report: StepReport,
     *,
@@ -49,18 +49,20 @@ def iteration_metrics(
 
     Args:
         iteration: from 0; the records count from 1.
+        answers: of the moments server, by what the names of a space's metrics begin with.
         restarts: of workers, in the whole run.
         spans: of all workers and the driver.
         seconds: since the end of the iteration before.
     """
     rewards = {n: v for n, v in advantages.rewards.items() if not np.isnan(v).all()}
     ages = staleness_of(groups, report.version - 1).tolist()
+    version = next(iter(answers.values())).version
     return {
         "iteration": iteration + 1,
         "version": report.version,
         **{f"staleness/groups_{age}": ages.count(age) for age in range(max_staleness + 1)},
-        "moments/version": answer.version,
-        "moments/staleness": iteration - answer.version,
+        "moments/version": version,
+        "moments/staleness": iteration - version,
         **{f"reward/{name}": float(np.nanmean(values)) for name, values in rewards.items()},
         **{f"reward_std/{name}": float(np.nanstd(values)) for name, values in rewards.items()},
         **{
@@ -69,14 +71,11 @@ def iteration_metrics(
             for name, values in rewards.items()
         },
         **{f"reward_clipped/{name}": share for name, share in advantages.clipped.items()},
-        "fid/ema": answer.fid,
-        "fid/batch": answer.batch_fid,
-        "fid/effective_size": answer.effective_size,
-        "fid/gap": answer.gap,
-        "fid/bias": answer.bias,
-        "fid/lag": answer.lag,
-        "fid/positive_share": answer.positive_share,
-        **_class_metrics(answer),
+        **{
+            prefix + name: value
+            for prefix, answer in answers.items()
+            for name, value in _of_distribution(answer).items()
+        },
         "images/failed": int((~advantages.valid).sum()),
         "groups/flat": advantages.flat_groups,
         **report.metrics,
@@ -85,13 +84,23 @@ def iteration_metrics(
     }
 
 
-def _class_metrics(answer: DistributionReward) -> dict[str, float]:
-    if answer.class_rewards is None:  # captions
-        return {}
-    return {
-        "fid/between_classes": answer.between_classes,
-        "fid/within_classes": answer.within_classes,
+def _of_distribution(answer: DistributionReward) -> dict[str, float]:
+    """Figures of a distribution reward, without the prefix of its space."""
+    found = {
+        "ema": answer.fid,
+        "batch": answer.batch_fid,
+        "effective_size": answer.effective_size,
+        "gap": answer.gap,
+        "bias": answer.bias,
+        "lag": answer.lag,
+        "positive_share": answer.positive_share,
     }
+    if answer.class_rewards is not None:  # None: captions
+        found |= {
+            "between_classes": answer.between_classes,
+            "within_classes": answer.within_classes,
+        }
+    return found
 
 
 def _times(
@@ -109,11 +118,12 @@ def _times(
 
 
 def worker_spans(
-    groups: Sequence[ScoredGroup], answer: DistributionReward, report: StepReport
+    groups: Sequence[ScoredGroup], answers: Mapping[str, DistributionReward], report: StepReport
 ) -> tuple[Span, ...]:
     """Working times that came with the workers' answers."""
     of_groups = (span for group in groups for span in (*group.rollouts.spans, *group.scores.spans))
-    return (*of_groups, *answer.spans, *report.spans)
+    of_moments = (span for answer in answers.values() for span in answer.spans)
+    return (*of_groups, *of_moments, *report.spans)
 
 
 def staleness_of(groups: Sequence[ScoredGroup], version: int) -> np.ndarray:

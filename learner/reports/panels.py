@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from learner.reports.charts import Chart, Level, Line, has_values
 from learner.reports.reading import RunData, plain_number
 from learner.reports.summary import by_space, space_name
 from learner.runs.records import STEP, TUNED
-from rewards.config import LOO_FID
+from rewards.config import is_loo_fid
 from rewards.metrics.figures import split_figure
 
 
@@ -32,6 +32,7 @@ class Panel:
     """What would make it appear."""
 
 
+FID = "fid/"
 REWARDS = "Rewards"
 DISTRIBUTION = "Distribution: FID"
 POLICY = "Policy"
@@ -131,7 +132,7 @@ def topics(runs: Sequence[RunData]) -> list[Topic]:
         found[REWARDS].missing.append("rewards appear after the first iteration")
     if len(runs) == 1:
         _of_one_run(runs[0], found)
-    for panel in PANELS:
+    for panel in (*PANELS, *_of_spaces(runs)):
         chart = _chart(panel, runs)
         if chart is not None and (value := _constant(chart)) is not None:
             line = f"{chart.title}: {value:.3g} in every iteration. {chart.note}"
@@ -142,6 +143,21 @@ def topics(runs: Sequence[RunData]) -> list[Topic]:
             why = panel.missing or "it appears after the first iteration"
             found[panel.topic].missing.append(f"{panel.title}: {why}")
     return list(found.values())
+
+
+def _of_spaces(runs: Sequence[RunData]) -> list[Panel]:
+    """The panels of the distribution reward, for the one in each further feature space."""
+    names = dict.fromkeys(name for run in runs for name in run.names(FID) if "/" in name)
+    return [
+        replace(
+            panel,
+            title=f"{panel.title}: {space}",
+            lines={line: f"{FID}{space}/{name[len(FID) :]}" for line, name in panel.lines.items()},
+        )
+        for space in dict.fromkeys(name.partition("/")[0] for name in names)
+        for panel in PANELS
+        if all(name.startswith(FID) for name in panel.lines.values())
+    ]
 
 
 def _of_one_run(run: RunData, found: Mapping[str, Topic]) -> None:
@@ -166,7 +182,7 @@ def _constant(chart: Chart) -> float | None:
 def _rewards(runs: Sequence[RunData]) -> list[Chart]:
     names = dict.fromkeys(name for run in runs for name in run.names("reward/"))
     found = []
-    for name in sorted(names, key=lambda name: name == LOO_FID):
+    for name in sorted(names, key=is_loo_fid):
         lines = []
         for number, run in enumerate(runs, 1):
             low, high = (run.column(f"reward_{q}/{name}") for q in ("p05", "p95"))
@@ -176,7 +192,7 @@ def _rewards(runs: Sequence[RunData]) -> list[Chart]:
         note = (
             "By how much each image lowers FID; the mean is near 0 by construction, the band shows "
             "how far images differ."
-            if name == LOO_FID
+            if is_loo_fid(name)
             else f"Weight {_weight(runs, name)}; normalised before it is added to the others."
         )
         found.append(Chart(f"reward-{name}", name, "higher is better", note, lines))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from learner.reports.reading import RunData, plain_number
 from learner.runs.records import STEP, TUNED
+from rewards.config import is_loo_fid
 from rewards.metrics.figures import SECOND_SPACE, ordered, prefix_of, prefixes, split_figure
 
 BASE = "base"
@@ -29,8 +30,6 @@ MEANINGS = {
     "entropy": ("entropy", "mean token entropy, nats; neither direction is better by itself"),
 }
 """Figure -> heading, what it means; in the order of the table."""
-LOO_FID = "loo_fid"
-"""A reward whose mean says little: what a group adds to the distribution, not its quality."""
 MAX_LOSS = 0.3
 """Share of the base policy's coverage and recall that may be lost before it is pointed out, in runs
 without `evaluation.max_diversity_loss`."""
@@ -298,7 +297,8 @@ def _by_rewards(run: RunData) -> Verdict:
         values = run.column(f"reward/{name}")
         old, new = ends(values)
         counts.append(ends_counted(values))
-        column = Column(name, name, "", "" if name == LOO_FID else "higher")
+        # the mean of a distribution reward says little: what a group adds, not its quality
+        column = Column(name, name, "", "" if is_loo_fid(name) else "higher")
         if change := _change(column, {name: old}, {name: new}):
             changes.append(change)
     why = "No evaluation before and after: set --evaluation.num-images (and --evaluation.every)."

@@ -1,12 +1,13 @@
-"""The feature space of the distribution reward, and the reference moments in it."""
+"""The feature spaces of the distribution rewards, and the reference moments in them."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from actors.text.features import features_of
 from cluster.errors import CheckpointError, ConfigError, DataError
 from cluster.fleet import Fleet
-from cluster.messages import MAIN_SPACE, Condition, FeatureRow
+from cluster.messages import Condition, FeatureRow
 from cluster.model_files.file_kinds import FileKind, file_kind
 from cluster.model_files.tensors import locate
 from cluster.program.invocation import command_of
@@ -23,6 +24,7 @@ from learner.config import RunConfig
 from learner.data.captions import peek_captions
 from learner.data.datasets import image_captions, iterate_images, load_labels
 from learner.data.named_sets import is_named
+from rewards.config import Distribution, LooFidTerm
 from rewards.distribution.diagnostics import few_images_warning
 from rewards.distribution.joint import (
     CaptionProjection,
@@ -83,7 +85,7 @@ class RewardSpace:
             assert self.table is not None
             if condition.class_index is None:
                 raise DataError(
-                    "rewards.loo_fid.joint joins features with classes, but the condition "
+                    "joint LOO-FID joins features with classes, but the condition "
                     f"{condition.text!r} is a caption without a class"
                 )
             return self.table[condition.class_index]
@@ -93,7 +95,7 @@ class RewardSpace:
         features = features_of(condition)
         if features is None:
             raise DataError(
-                f"rewards.loo_fid.joint embeds captions by their features, but {condition.text!r} "
+                f"joint LOO-FID embeds captions by their features, but {condition.text!r} "
                 f"has none: encode the captions with {command_of('actors.captions')}"
             )
         embedding = self.projection(pooled(features)[None])[0]
@@ -102,55 +104,68 @@ class RewardSpace:
         return embedding
 
 
-def set_reference(config: RunConfig, fleet: Fleet) -> RewardSpace:
-    """Give the moments server the moments of real images; returns their space.
+Spaces = Mapping[str, RewardSpace]
+"""By the names of `RewardsConfig.spaces`."""
+
+
+def set_reference(config: RunConfig, fleet: Fleet) -> dict[str, RewardSpace]:
+    """Give the moments server the moments of real images in every feature space; returns the
+    spaces.
 
     Raises:
         DataError: unreadable reference, or of another feature network or dimension.
         ConfigError: joint moments are configured, but not in the file.
     """
-    term, fingerprint = config.rewards.loo_fid, fleet.fingerprint("rewards")
-    if stored_reference(term.reference):
-        space, reference = fleet.serve_while(lambda: read_moments(config))
-        if dim := fleet.feature_dim("rewards"):
-            reference.check_dim(dim + space.added, fingerprint)
-    else:
-        images = iterate_images(term.reference, FEATURE_BATCH)
-        features = fleet.features(images, "rewards")[MAIN_SPACE]
-        space, reference = fleet.serve_while(lambda: _built(config, features, fingerprint))
-    if few := few_images_warning(reference, term.covariance):
-        logger.warning(f"note: {few}")
-    fleet.moments.set_reference(reference, fingerprint)
-    return space
+    spaces, references = dict[str, RewardSpace](), dict[str, Reference]()
+    distributions = config.rewards.spaces()
+    fingerprints = {space: fleet.fingerprint("rewards", space) for space in distributions}
+    features: dict[str, dict[str, np.ndarray]] = {}  # of a source's images, in all spaces
+    for space, each in distributions.items():
+        source, made_by = each.term.reference, fingerprints[space]
+        if stored_reference(source):
+            joined, reference = fleet.serve_while(partial(read_moments, config, each))
+            if dim := fleet.feature_dim("rewards", space):
+                reference.check_dim(dim + joined.added, made_by)
+        else:
+            if source not in features:
+                images = iterate_images(source, FEATURE_BATCH)
+                features[source] = fleet.features(images, "rewards")
+            own = features[source][space]
+            joined, reference = fleet.serve_while(partial(_built, config, each, own, made_by))
+        if few := few_images_warning(reference, each.term.covariance):
+            logger.warning(f"note: {each.option}.reference: {few}")
+        spaces[space], references[space] = joined, reference
+    fleet.moments.set_references(references, fingerprints)
+    return spaces
 
 
 def _built(
-    config: RunConfig, features: np.ndarray, fingerprint: str
+    config: RunConfig, each: Distribution, features: np.ndarray, fingerprint: str
 ) -> tuple[RewardSpace, Reference]:
     """Space and reference of real images, from their features (N, D)."""
-    term, space, conditions = config.rewards.loo_fid, RewardSpace(), list[Condition]()
-    if term.joint:
-        conditions = reference_conditions(config, len(features))
-        space = _joint_space(config, features, conditions)
-    return space, Reference.from_features(space(features, conditions), fingerprint, term.reference)
+    space, conditions, source = RewardSpace(), list[Condition](), each.term.reference
+    if each.term.joint:
+        conditions = reference_conditions(config, each, len(features))
+        space = _joint_space(config, each.term, features, conditions)
+    return space, Reference.from_features(space(features, conditions), fingerprint, source)
 
 
-def reference_conditions(config: RunConfig, images: int) -> list[Condition]:
+def reference_conditions(config: RunConfig, each: Distribution, images: int) -> list[Condition]:
     """Conditions of the real images of a joint reference, in their order: classes, or captions.
 
     Raises:
         DataError: not one an image, or not the run's.
     """
     if config.conditions.captions:
-        return _reference_captions(config, images)
-    labels = reference_labels(config, images)
+        return _reference_captions(config, each, images)
+    labels = reference_labels(config, each, images)
     return [Condition(text="", class_index=label) for label in labels.tolist()]
 
 
-def _reference_captions(config: RunConfig, images: int) -> list[Condition]:
-    source = config.rewards.loo_fid.reference
+def _reference_captions(config: RunConfig, each: Distribution, images: int) -> list[Condition]:
+    source = each.term.reference
     if not is_named(source):
-        command = build_command("IMAGES", config.rewards.features.options())
+        command = build_command("IMAGES", each.features.options())
         raise DataError(
             f"{source}: an array of images has no captions, which a joint reference needs: build "
             f"it from images with captions, {command} --joint captions --captions FEATURES.parquet"
@@ -163,20 +178,20 @@ def _reference_captions(config: RunConfig, images: int) -> list[Condition]:
             f"{source}: {len(missing)} of the captions of its {images} images are not among "
             f"conditions.captions, whose features a joint reference takes; the first: "
             f"{missing[0] if missing else ''!r}: name a file that has them, or set "
-            "rewards.loo_fid.joint to false"
+            f"{each.option}.joint to false"
         )
     return [known[text] for text in texts]
 
 
-def reference_labels(config: RunConfig, images: int) -> np.ndarray:
+def reference_labels(config: RunConfig, each: Distribution, images: int) -> np.ndarray:
     """Classes (N,) int64 of the real images of a joint reference.
 
     Raises:
         DataError: not one an image, or not the run's classes.
     """
-    source = config.rewards.loo_fid.reference
+    source = each.term.reference
     if not is_named(source):
-        command = build_command("IMAGES", config.rewards.features.options())
+        command = build_command("IMAGES", each.features.options())
         raise DataError(
             f"{source}: an array of images has no classes, which a joint reference needs: build it "
             f"from a source that has, {command} --joint classes"
@@ -204,8 +219,8 @@ def stored_reference(reference: str) -> bool:
     return Path(path).suffix.lower() in STATISTICS or os.path.isdir(path)
 
 
-def seed_moments(config: RunConfig, dim: int, fingerprint: str) -> Moments:
-    """The moments in `rewards.loo_fid.seed_from`.
+def seed_moments(each: Distribution, dim: int, fingerprint: str) -> Moments:
+    """The moments in a reward's `seed_from`.
 
     Args:
         dim, fingerprint: of the run's features; 0 and empty if not known.
@@ -213,21 +228,20 @@ def seed_moments(config: RunConfig, dim: int, fingerprint: str) -> Moments:
     Raises:
         CheckpointError, DataError: no such file, or not moments of this space.
     """
-    term = config.rewards.loo_fid
-    stored = read_stored(term.seed_from, fingerprint, covariance=term.covariance)
+    stored = read_stored(each.term.seed_from, fingerprint, covariance=each.term.covariance)
     if dim:
-        stored.reference.check_dim(dim, fingerprint or repr(config.rewards.features.network))
+        stored.reference.check_dim(dim, fingerprint or repr(each.features.network))
     return stored.moments()
 
 
-def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
-    """The moments in `rewards.loo_fid.reference`, and their space.
+def read_moments(config: RunConfig, each: Distribution) -> tuple[RewardSpace, Reference]:
+    """The moments in a reward's `reference`, and their space.
 
     Raises:
         CheckpointError, DataError: no such file, or not one of moments.
         ConfigError: its joint moments are of other classes than the conditions.
     """
-    term = config.rewards.loo_fid
+    term = each.term
     path = reference_file(term.reference)
     stored = read_stored(path, joint=term.joint, covariance=term.covariance)
     if not term.joint:
@@ -238,7 +252,7 @@ def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
         else (_check_classes, "classes")
     )
     again = f"build it again with `{command_of('rewards.reference')} --joint {kind}"
-    check(config, stored, again)
+    check(config, term.reference, stored, again)
     projection = stored.projection if config.conditions.captions else None
     table = None if projection else stored.class_table
     space = RewardSpace(table, projection, stored.weight)
@@ -248,16 +262,16 @@ def read_moments(config: RunConfig) -> tuple[RewardSpace, Reference]:
     ):
         if ours and ours != theirs:
             raise ConfigError(
-                f"{term.reference} was built with {name} {theirs:g}, but rewards.loo_fid.{name} is "
+                f"{term.reference} was built with {name} {theirs:g}, but {each.option}.{name} is "
                 f"{ours:g}: leave it 0, which takes the file's, or build it again with "
                 f"--{name.replace('_', '-')} {ours:g}"
             )
     return space, stored.reference
 
 
-def _check_classes(config: RunConfig, stored: StoredReference, again: str) -> None:
+def _check_classes(config: RunConfig, source: str, stored: StoredReference, again: str) -> None:
     """Raises ConfigError for joint moments of other classes than the conditions."""
-    source, classes = config.rewards.loo_fid.reference, len(config.conditions.class_names)
+    classes = len(config.conditions.class_names)
     if stored.class_table is None or len(stored.class_table) != classes:
         found = 0 if stored.class_table is None else len(stored.class_table)
         raise ConfigError(
@@ -272,9 +286,9 @@ def _check_classes(config: RunConfig, stored: StoredReference, again: str) -> No
         )
 
 
-def _check_captions(config: RunConfig, stored: StoredReference, again: str) -> None:
+def _check_captions(config: RunConfig, source: str, stored: StoredReference, again: str) -> None:
     """Raises ConfigError for joint moments without captions, or of another text encoder."""
-    source, projection = config.rewards.loo_fid.reference, stored.projection
+    projection = stored.projection
     if projection is None:
         raise ConfigError(
             f"{source} has no joint moments of captions, but the conditions are captions: {again}`"
@@ -293,10 +307,9 @@ def _check_captions(config: RunConfig, stored: StoredReference, again: str) -> N
 
 
 def _joint_space(
-    config: RunConfig, features: np.ndarray, conditions: Sequence[Condition]
+    config: RunConfig, term: LooFidTerm, features: np.ndarray, conditions: Sequence[Condition]
 ) -> RewardSpace:
     """The space of real images with conditions, with the configured or automatic weight."""
-    term = config.rewards.loo_fid
     if config.conditions.captions:
         found = [features_of(condition) for condition in conditions]
         rows = Moments.from_features(np.stack([pooled(each) for each in found if each is not None]))

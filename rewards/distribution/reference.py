@@ -75,7 +75,7 @@ class Reference:
                 f"{self.source or 'the reference'}: expected moments of {dim} dimensions, as the "
                 f"features of {extractor or self.fingerprint or 'the run'} have, found {self.dim}: "
                 "build it with the network of the run (`python -m rewards.reference`), or set "
-                "rewards.features to the reference's"
+                "the reward's features to the reference's"
             )
 
     @cached_property
@@ -88,7 +88,7 @@ class Reference:
         if self.diagonal:
             raise DataError(
                 "the reference holds variances alone (sigma_diagonal), no covariance: set "
-                "rewards.loo_fid.covariance to diagonal, or take statistics with sigma"
+                "the reward's covariance to diagonal, or take statistics with sigma"
             )
         return covariance_factor(self.sigma)
 

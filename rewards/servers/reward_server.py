@@ -74,13 +74,13 @@ class RewardServer:
         for panel in self._panels.values():
             panel.warm()
 
-    def fingerprint(self, panel: str) -> str:
-        """Fingerprint of the feature network in the panel's main space."""
-        return self._extractors(panel)[MAIN_SPACE].fingerprint
+    def fingerprint(self, panel: str, space: str = MAIN_SPACE) -> str:
+        """Fingerprint of the network of a panel's feature space."""
+        return self._extractors(panel)[space].fingerprint
 
-    def feature_dim(self, panel: str) -> int:
+    def feature_dim(self, panel: str, space: str = MAIN_SPACE) -> int:
         """D of that network's features; 0 if it depends on the images."""
-        return int(getattr(self._extractors(panel)[MAIN_SPACE], "dim", 0))
+        return int(getattr(self._extractors(panel)[space], "dim", 0))
 
     def score(self, request: SampleRequest, images: Images) -> GroupScores:
         """Score the K images of a group, (K, H, W, 3) uint8 or a list.
@@ -185,7 +185,9 @@ def _rewards_panel(config: RewardsConfig, pool: str, device: str, max_batch: int
     }
     extractors: dict[str, FeatureExtractor] = {}
     if config.features_pool == pool:
-        extractors[MAIN_SPACE] = load_features(config.features, device)
+        extractors = {
+            space: load_features(each.features, device) for space, each in config.spaces().items()
+        }
     return Panel(scorers, extractors, max_batch)
 
 

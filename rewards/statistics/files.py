@@ -205,8 +205,8 @@ def read_statistics(
     if alone and not diagonal:
         raise DataError(
             f"{file.path}: {sigma_key}: expected a covariance (D, D), found variances alone "
-            f"({diagonal_key}), which serve covariance=diagonal: set "
-            "rewards.loo_fid.covariance to diagonal, or take statistics with the full covariance "
+            f"({diagonal_key}), which serve covariance=diagonal: set the reward's covariance to "
+            "diagonal (rewards.loo_fid.covariance), or take statistics with the full covariance "
             "(the public code's make_gen_stats.py --stats both)"
         )
     mu, checks = file.array(mu_key), _Checks(file.path)

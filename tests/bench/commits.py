@@ -23,9 +23,10 @@ import torch
 import tyro
 
 from rewards.distribution.config import MomentsConfig
+from rewards.distribution.distribution_reward import DistributionReward
 from rewards.distribution.history_basis import HistoryBasis
 from rewards.distribution.reference import Reference
-from rewards.servers.moments_server import DistributionReward, MomentsServer
+from rewards.servers.space_history import SpaceHistory
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class World:
 
 def measure(options: Options, world: World, count: int) -> None:
     config = MomentsConfig(window=options.window, num_threads=options.threads)
-    server = MomentsServer(config)
+    server = SpaceHistory(config)
     server.set_reference(world.reference, "bench")
     server.seed(world.features(options.seed_images, 0.0))
     commits, decompositions, plain = list[float](), list[float](), list[float]()
@@ -114,7 +115,7 @@ def served() -> Iterator[list[int]]:
 
 
 def commit(
-    server: MomentsServer, iteration: int, features: np.ndarray
+    server: SpaceHistory, iteration: int, features: np.ndarray
 ) -> tuple[float, DistributionReward]:
     valid = np.ones(len(features), bool)
     start = time.perf_counter()

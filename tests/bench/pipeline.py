@@ -101,11 +101,14 @@ class Timed:
             errors=(None,) * ROLLOUTS,
         )
 
-    def commit(self, iteration: int, features: np.ndarray, valid: np.ndarray, **_: object):
+    def commit(
+        self, iteration: int, features: dict[str, np.ndarray], valid: np.ndarray, **_: object
+    ):
         self._done = iteration + 1
-        rewards = np.zeros(len(features))
+        rewards = np.zeros(len(valid))
         sizes = {"fid": 0.0, "batch_fid": 0.0, "effective_size": 1.0, "version": iteration}
-        return DistributionReward(iteration=iteration, rewards=rewards, **sizes)
+        answer = DistributionReward(iteration=iteration, rewards=rewards, **sizes)
+        return dict.fromkeys(features, answer)
 
     def refresh(self) -> None:
         pass
@@ -182,7 +185,7 @@ def run(
                     stages[-1][span.phase] += span.seconds
             after(done)
 
-        train(config, fleet, RewardSpace(), 0, each, lambda: False)
+        train(config, fleet, {MAIN_SPACE: RewardSpace()}, 0, each, lambda: False)
     count = len(ends) - warm
     means = {name: sum(row[name] for row in stages[warm:]) / count for name in stages[0]}
     slowest = max(means["sample"] / samplers, means["score"], means["learn"])

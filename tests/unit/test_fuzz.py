@@ -8,13 +8,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cluster.errors import CheckpointError, ConfigError, DataError, TesseraError
 from cluster.io.run_layout import MANIFEST, POLICY_FILE
-from cluster.messages import SampleRequest
+from cluster.messages import MAIN_SPACE, SampleRequest
 from cluster.model_files.tensors import read_config, read_tensors
 from learner.checkpoints.checkpoint import GROUPS, restore
 from learner.data.datasets import load_images
@@ -44,9 +45,16 @@ def features(seed: int, count: int = 40) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 4)).astype(np.float32)
 
 
+def in_both(value: Any) -> dict[str, Any]:
+    return {MAIN_SPACE: value, "clip": value}
+
+
 def moments_server(kind: str = "ema") -> MomentsServer:
-    made = MomentsServer(MomentsConfig(decay=0.5, kind=kind))
-    made.set_reference(Reference.from_features(features(0), "net"), "net")
+    """Of two spaces, of the same features."""
+    term = MomentsConfig(decay=0.5, kind=kind)
+    made = MomentsServer({MAIN_SPACE: term, "clip": term})
+    real = Reference.from_features(features(0), "net")
+    made.set_references(in_both(real), in_both("net"))
     return made
 
 
@@ -62,12 +70,13 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kept, Parts]:
     """A run with two checkpoints of a real learner."""
     folder = tmp_path_factory.mktemp("fuzz")
     fleet = Parts(make(tiny_policy_file(folder)))
-    fleet.moments.seed(features(1))
+    fleet.moments.seed(in_both(features(1)))
     fleet.moments.refresh()
     made = Kept(folder / "run")
     for step in (1, 2):
         fleet.learner.step(batch_of(fleet.learner, step))
-        fleet.moments.commit(step, features(step + 1), np.ones(40, bool), run="run")
+        given = in_both(features(step + 1))
+        fleet.moments.commit(step, given, np.ones(40, bool), run="run")
         made.store.save(step, fleet, Combiner({"clip": RewardTerm()}), b"groups %d" % step)
         made.store.close()
     return made, fleet
@@ -146,9 +155,9 @@ def fuzz(
 @pytest.mark.parametrize("kind", ["ema", "sliding"])
 def test_states_of_a_moments_server(kind: str) -> None:
     server = moments_server(kind)
-    server.seed(features(1))
+    server.seed(in_both(features(1)))
     server.refresh()
-    server.commit(3, features(2), np.ones(40, bool), run="run")
+    server.commit(3, in_both(features(2)), np.ones(40, bool), run="run")
     good = server.state()
 
     def read(data: bytes) -> bytes:

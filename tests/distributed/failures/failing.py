@@ -100,12 +100,12 @@ class FailingMoments(MomentsServer):
             end_once(self.folder, "moments-answer")
         return answer
 
-    def _warnings(self, *answer: Any) -> tuple[str, ...]:
-        """The commit is computed, and the history does not hold it yet."""
+    def _accept(self, prepared: Any) -> Any:
+        """The commit is computed, and the histories do not hold it yet."""
         for reason in ("moments-killed", "moments-stopped"):
             if self._now == AT[reason]:
                 end_once(self.folder, reason)
-        return super()._warnings(*answer)
+        return super()._accept(prepared)
 
 
 class FailingSampler(Sampler):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -83,9 +83,9 @@ class Drawing:
     def start(self, entropy: float) -> None:
         assert 0.4 < entropy < 0.6
 
-    def seed(self, features: np.ndarray) -> float:
-        self.seeded = features
-        return 0.0
+    def seed(self, starts: Mapping[str, Any]) -> dict[str, float]:
+        self.seeded = starts[MAIN_SPACE]
+        return {MAIN_SPACE: 0.0}
 
     def refresh_moments(self) -> None:
         pass
@@ -100,7 +100,7 @@ class Rollouts(RolloutGroup):
 
 def test_of_ten_thousand_seed_images_the_features_are_kept() -> None:
     config, fleet = small_config(rewards={"loo_fid": {"seed_images": 10_000}}), Drawing()
-    prepare(config, fleet, RewardSpace())  # type: ignore[arg-type]
+    prepare(config, fleet, {MAIN_SPACE: RewardSpace()})  # type: ignore[arg-type]
     assert fleet.asked == len(fleet.seeded) == 10_000
     expected = np.random.default_rng(0).random((10_000, 3), np.float32)[:, :2]
     np.testing.assert_array_equal(fleet.seeded, expected)

@@ -84,7 +84,7 @@ def test_images_scores_and_features() -> None:
         assert scored.seconds == pytest.approx(expected, rel=WITHIN)
     inception = ImageWork(flops=11.4e9, convolutions=True)
     rest = seconds.score("features", "reward-server", 144, [inception], CARD).seconds
-    assert rest + seconds.moments(144, 2048, True).seconds < 0.2
+    assert rest + seconds.moments(144, [(2048, True)]).seconds < 0.2
 
 
 def test_learning() -> None:

@@ -44,7 +44,7 @@ def evaluations(fids: list[float], **others: list[float]) -> dict[int, dict[str,
 
 def notes(history: dict[int, Any], rows: list[Any], **config: Any) -> list[tuple[int, str]]:
     """Warnings of a whole run, evaluation by evaluation."""
-    trends = Trends(replace(CONFIG, **config), "fid", ["clip"], reward_fid=True)
+    trends = Trends(replace(CONFIG, **config), "fid", ["clip"], LOWERED)
     return [
         (step, note)
         for step in history
@@ -54,6 +54,7 @@ def notes(history: dict[int, Any], rows: list[Any], **config: Any) -> list[tuple
 
 
 WORSE = [20.0, 18.0, 16.0, 17.0, 18.5, 19.0, 20.0]
+LOWERED = {"loo_fid": "fid/ema"}
 BETTER = [20.0, 18.0, 16.0, 15.0, 14.5, 14.0, 13.8]
 
 
@@ -118,7 +119,7 @@ def test_lost_diversity() -> None:
     assert not notes(history, metrics(0.3), diversity="off")
     second = [{"coverage": 0.5, "second/recall": recall} for recall in (0.6, 0.2)]
     for fid, lost in (("fid", 0), ("second/fid", 1)):  # a space that no reward uses is watched
-        trends = Trends(CONFIG, fid, ["clip"], reward_fid=True)
+        trends = Trends(CONFIG, fid, ["clip"], LOWERED)
         assert len(trends(dict(zip((0, 20), second)), []).notes) == lost
     later = {step: row for step, row in history.items() if step >= 20}  # without the base policy's
     assert "that after iteration 20" in notes(later, metrics(0.3))[0][1]
@@ -126,7 +127,7 @@ def test_lost_diversity() -> None:
 
 def test_a_guard_may_stop_the_run() -> None:
     history, rows = evaluations(WORSE), metrics(0.3)
-    trends = Trends(replace(CONFIG, hacking="stop"), "fid", ["clip"], reward_fid=False)
+    trends = Trends(replace(CONFIG, hacking="stop"), "fid", ["clip"], {})
     trends(upto(history, 80), rows).enforce()
     found = trends(upto(history, 100), rows)
     assert not found.notes
@@ -136,10 +137,10 @@ def test_a_guard_may_stop_the_run() -> None:
 
 def test_a_resumed_run_does_not_warn_again() -> None:
     history, rows = evaluations(WORSE), metrics(0.3)
-    trends = Trends(CONFIG, "fid", ["clip"], reward_fid=True)
+    trends = Trends(CONFIG, "fid", ["clip"], LOWERED)
     trends.replay(upto(history, 80), rows[:80])
     assert trends(upto(history, 100), rows[:100]).notes
-    trends = Trends(CONFIG, "fid", ["clip"], reward_fid=True)
+    trends = Trends(CONFIG, "fid", ["clip"], LOWERED)
     trends.replay(upto(history, 100), rows[:100])
     assert not trends(history, rows).notes
 

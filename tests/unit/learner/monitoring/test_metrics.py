@@ -49,7 +49,7 @@ def row(errors: list[str | None], *, classes: bool = True, spans: tuple[Span, ..
         return iteration_metrics(
             0,
             groups,
-            answer,
+            {"fid/": answer},
             advantages,
             report,
             max_staleness=0,

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ class Bench:
         self.moments = self
         self.reference: Reference | None = None
 
-    def fingerprint(self, panel: str) -> str:
+    def fingerprint(self, panel: str, space: str) -> str:
         return "colours"
 
-    def feature_dim(self, panel: str) -> int:
+    def feature_dim(self, panel: str, space: str) -> int:
         return DIM
 
     def serve_while(self, work: Callable[[], Any]) -> Any:
@@ -41,9 +41,11 @@ class Bench:
         brightness = images.mean((1, 2, 3))
         return {MAIN_SPACE: np.stack([brightness, brightness**2, images[:, 0, 0, 0]], 1)}
 
-    def set_reference(self, reference: Reference, fingerprint: str) -> None:
-        assert fingerprint == "colours"
-        self.reference = reference
+    def set_references(
+        self, references: Mapping[str, Reference], fingerprints: Mapping[str, str]
+    ) -> None:
+        assert fingerprints == {MAIN_SPACE: "colours"}
+        self.reference = references[MAIN_SPACE]
 
 
 def config(**loo_fid: Any) -> RunConfig:
@@ -55,7 +57,7 @@ def classes(*indices: int) -> list[Condition]:
 
 
 def set_on(bench: Bench, run: RunConfig) -> RewardSpace:
-    return set_reference(run, bench)  # type: ignore[arg-type]
+    return set_reference(run, bench)[MAIN_SPACE]  # type: ignore[arg-type]
 
 
 def test_features_alone() -> None:

@@ -23,7 +23,7 @@ from rewards.combine import Combiner
 from rewards.distribution.config import MomentsConfig
 from rewards.distribution.distribution_reward import DistributionReward
 from rewards.distribution.reference import Reference
-from rewards.servers.moments_server import MomentsServer
+from rewards.servers.space_history import SpaceHistory
 from tests.small_run import fingerprint, run_training, small_config
 from tests.unit.helpers import request, scored_group
 
@@ -235,8 +235,8 @@ def test_the_moments_server_tells_its_version_and_its_work_between_commits() -> 
         count = 8 if seed > 1 else 60  # a quarter of the dimensions
         return np.random.default_rng(seed).normal(size=(count, 32)).astype(np.float32)
 
-    def server() -> MomentsServer:
-        made = MomentsServer(MomentsConfig(decay=0.5))
+    def server() -> SpaceHistory:
+        made = SpaceHistory(MomentsConfig(decay=0.5))
         made.set_reference(Reference.from_features(features(0), "net"), "net")
         return made
 

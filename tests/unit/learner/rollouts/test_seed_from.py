@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from cluster.errors import ConfigError, DataError
 from cluster.fleet import InlineFleet
+from cluster.messages import MAIN_SPACE
 from learner.config import load_preset, merge, to_dict, validate
 from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration, prepare, train
@@ -22,7 +24,7 @@ from rewards.config import LooFidTerm
 from rewards.distribution.config import MomentsConfig
 from rewards.distribution.moments import Moments
 from rewards.distribution.reference import Reference, read_stored, write_reference
-from rewards.servers.moments_server import MomentsServer
+from rewards.servers.space_history import SpaceHistory
 from tests.small_run import fingerprint, run_training, small_config
 from tests.unit.learner.test_loop import Drawing
 
@@ -46,8 +48,8 @@ def written(path: Path, features: np.ndarray = BASE, **changes: Any) -> str:
     return str(path)
 
 
-def server(**settings: Any) -> MomentsServer:
-    made = MomentsServer(MomentsConfig(**{"decay": 0.9, **settings}))
+def server(**settings: Any) -> SpaceHistory:
+    made = SpaceHistory(MomentsConfig(**{"decay": 0.9, **settings}))
     made.set_reference(REAL, "net")
     return made
 
@@ -135,16 +137,17 @@ class Fleet(Drawing):
         self._dim, self._fingerprint = dim, fingerprint
         self.moments_of: Moments | None = None
 
-    def feature_dim(self, panel: str) -> int:
+    def feature_dim(self, panel: str, space: str) -> int:
         return self._dim
 
-    def fingerprint(self, panel: str) -> str:
+    def fingerprint(self, panel: str, space: str) -> str:
         return self._fingerprint
 
-    def seed(self, start: Any) -> float:
+    def seed(self, starts: Mapping[str, Any]) -> dict[str, float]:
+        start = starts[MAIN_SPACE]
         assert isinstance(start, Moments)
         self.moments_of = start
-        return 1.5
+        return {MAIN_SPACE: 1.5}
 
 
 def run(**changes: Any) -> Any:
@@ -155,10 +158,10 @@ def test_no_more_is_sampled_than_an_iterations_images(tmp_path: Path) -> None:
     """For the entropy, which controllers are anchored to."""
     path = written(tmp_path / "g.npz", BASE[:, :2])
     config, fleet = run(seed_from=path), Fleet()
-    base = prepare(config, fleet, RewardSpace())  # type: ignore[arg-type]
+    base = prepare(config, fleet, {MAIN_SPACE: RewardSpace()})  # type: ignore[arg-type]
     assert fleet.asked == config.groups_per_iteration * config.rollouts_per_group == 16
-    assert (base["fid"], base["images"]) == (1.5, 300)
-    assert 0.4 < base["entropy"] < 0.6
+    assert (base.fids, base.images) == ({MAIN_SPACE: 1.5}, {MAIN_SPACE: 300})
+    assert 0.4 < base.entropy < 0.6
     assert fleet.moments_of is not None
     np.testing.assert_allclose(fleet.moments_of.cov, np.cov(BASE[:, :2].T, ddof=0))
     assert fleet.moments_of.weight == 300
@@ -175,8 +178,9 @@ def test_no_more_is_sampled_than_an_iterations_images(tmp_path: Path) -> None:
 def test_moments_of_another_space_are_refused(tmp_path: Path, fleet: Fleet, message: str) -> None:
     path = tmp_path / "g.npz"
     write_reference(path, Reference.from_features(BASE[:, :2], "net-1"), images=300)
+    spaces = {MAIN_SPACE: RewardSpace()}
     with pytest.raises(DataError, match=message):
-        prepare(run(seed_from=str(path)), fleet, RewardSpace())  # type: ignore[arg-type]
+        prepare(run(seed_from=str(path)), fleet, spaces)  # type: ignore[arg-type]
     assert fleet.asked == 0  # before anything is sampled
 
 
@@ -257,7 +261,7 @@ def test_a_run_that_starts_from_a_file_learns_the_same(tmp_path: Path) -> None:
         fleet.broadcast(0)
         space = set_reference(config, fleet)
         prepare(config, fleet, space)
-        history = fleet.moments._history  # type: ignore[attr-defined]
+        history = fleet.moments._histories[MAIN_SPACE]._history  # type: ignore[attr-defined]
         kept = Reference(history.mean, history.cov, fleet.fingerprint("rewards"))
         write_reference(tmp_path / "base.npz", kept, images=int(history.weight))
         sampled: list[Iteration] = []

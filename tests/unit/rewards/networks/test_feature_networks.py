@@ -26,7 +26,7 @@ from rewards.networks.features import MINIATURE, FeaturesConfig, PixelFeatures, 
 from rewards.networks.inception import fid_inception
 from rewards.networks.weight_files import published_file, weights_digest
 from rewards.reference import main, read_reference, read_stored
-from rewards.servers.moments_server import MomentsServer
+from rewards.servers.space_history import SpaceHistory
 from tests.unit.rewards.networks.test_inception import pictures, randomise
 from tests.unit.rewards.networks.test_vision_towers import MINIATURE_CLIP, SMALL
 
@@ -326,7 +326,7 @@ def test_references_of_other_tools_are_taken_with_inception(
     moments = {"mu": features.mean(0), "sigma": np.cov(features.T)}
     np.savez(tmp_path / "fid_stats.npz", **moments)
     other = Reference(*moments.values(), fingerprint="torchvision-inception-0-x")
-    server = MomentsServer(MomentsConfig())
+    server = SpaceHistory(MomentsConfig())
     foreign = read_reference(tmp_path / "fid_stats.npz", extractor.fingerprint)
     assert foreign.fingerprint == ""
     server.set_reference(foreign, extractor.fingerprint)

@@ -18,15 +18,15 @@ from rewards.distribution.history_basis import HistoryBasis
 from rewards.distribution.leave_one_out import leave_one_out_fid
 from rewards.distribution.moments import Moments
 from rewards.distribution.reference import Reference, distance_to_reference
-from rewards.servers.moments_server import MomentsServer
+from rewards.servers.space_history import SpaceHistory
 
 
 def features(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 4)).astype(np.float32)
 
 
-def make_server(*, seeded: bool = True, **settings: Any) -> MomentsServer:
-    server = MomentsServer(MomentsConfig(**{"decay": 0.5, **settings}))
+def make_server(*, seeded: bool = True, **settings: Any) -> SpaceHistory:
+    server = SpaceHistory(MomentsConfig(**{"decay": 0.5, **settings}))
     server.set_reference(Reference.from_features(features(100, 0), "net"), "net")
     if seeded:
         server.seed(features(60, 1))
@@ -34,7 +34,7 @@ def make_server(*, seeded: bool = True, **settings: Any) -> MomentsServer:
 
 
 @pytest.fixture
-def server() -> MomentsServer:
+def server() -> SpaceHistory:
     return make_server(decay=0.5)
 
 
@@ -42,7 +42,7 @@ ALL = np.ones(12, dtype=bool)
 CLASSES = np.repeat([0, 1, 2], 4)
 
 
-def test_commit_answers_the_leave_one_out_reward(server: MomentsServer) -> None:
+def test_commit_answers_the_leave_one_out_reward(server: SpaceHistory) -> None:
     x = features(12, 2)
     expected, fid = leave_one_out_fid(
         x,
@@ -55,7 +55,7 @@ def test_commit_answers_the_leave_one_out_reward(server: MomentsServer) -> None:
     assert answer.fid == pytest.approx(fid)
 
 
-def test_a_repeated_commit_counts_once(server: MomentsServer) -> None:
+def test_a_repeated_commit_counts_once(server: SpaceHistory) -> None:
     first = server.commit(0, features(12, 2), ALL)
     state = server.state()
     again = server.commit(0, features(12, 2), ALL)
@@ -65,20 +65,20 @@ def test_a_repeated_commit_counts_once(server: MomentsServer) -> None:
     assert server.state() != state
 
 
-def test_commits_cannot_go_back(server: MomentsServer) -> None:
+def test_commits_cannot_go_back(server: SpaceHistory) -> None:
     server.commit(3, features(12, 2), ALL)
     with pytest.raises(DataError, match="iteration 2 comes after 3 was committed"):
         server.commit(2, features(12, 2), ALL)
 
 
-def test_failed_images_enter_neither_rewards_nor_moments(server: MomentsServer) -> None:
+def test_failed_images_enter_neither_rewards_nor_moments(server: SpaceHistory) -> None:
     x, valid = features(12, 2), ALL.copy()
     valid[[3, 7]] = False
     broken = x.copy()
     broken[~valid] = np.nan
     answer = server.commit(0, broken, valid)
     assert np.isnan(answer.rewards[~valid]).all()
-    other = MomentsServer(MomentsConfig(decay=0.5))
+    other = SpaceHistory(MomentsConfig(decay=0.5))
     other.set_reference(Reference.from_features(features(100, 0)), "net")
     other.seed(features(60, 1))
     expected = other.commit(0, x[valid], ALL[:10])
@@ -103,7 +103,7 @@ def test_restored_it_continues_as_if_nothing_had_happened(kind) -> None:
     assert ours.fid == theirs.fid
 
 
-def test_another_run_may_go_on_from_a_checkpoint(server: MomentsServer) -> None:
+def test_another_run_may_go_on_from_a_checkpoint(server: SpaceHistory) -> None:
     server.commit(5, features(12, 2), ALL, run="a")
     forked = make_server(seeded=False)
     forked.restore(server.state())
@@ -112,7 +112,7 @@ def test_another_run_may_go_on_from_a_checkpoint(server: MomentsServer) -> None:
         forked.commit(6, features(12, 3), ALL, run="a")
 
 
-def test_states_of_the_first_version_are_read(server: MomentsServer) -> None:
+def test_states_of_the_first_version_are_read(server: SpaceHistory) -> None:
     server.commit(3, features(12, 2), ALL)
     state = msgpack.unpackb(verify_checksum(server.state()), strict_map_key=False)
     old = msgpack.packb({"moments": state["moments"], "iteration": 3})
@@ -124,18 +124,18 @@ def test_states_of_the_first_version_are_read(server: MomentsServer) -> None:
     np.testing.assert_array_equal(server.commit(4, features(12, 3), ALL).rewards, theirs.rewards)
 
 
-def test_the_other_kind_of_history_is_refused(server: MomentsServer) -> None:
+def test_the_other_kind_of_history_is_refused(server: SpaceHistory) -> None:
     with pytest.raises(CheckpointError, match=r"of kind 'ema'.* asks for 'sliding': .* kind=ema"):
         make_server(kind="sliding").restore(server.state())
 
 
-def test_a_repetition_is_the_same_batch(server: MomentsServer) -> None:
+def test_a_repetition_is_the_same_batch(server: SpaceHistory) -> None:
     server.commit(0, features(12, 2), ALL)
     with pytest.raises(DataError, match="committed with 12 images, and comes again with 9"):
         server.commit(0, features(9, 2), ALL[:9])
 
 
-def test_a_commit_that_failed_leaves_no_trace(server: MomentsServer) -> None:
+def test_a_commit_that_failed_leaves_no_trace(server: SpaceHistory) -> None:
     before = server.state()
     with pytest.raises(DataError, match="at least 2 images"):
         server.commit(0, features(12, 2), ALL & (np.arange(12) == 3))
@@ -145,7 +145,7 @@ def test_a_commit_that_failed_leaves_no_trace(server: MomentsServer) -> None:
     assert server.commit(0, features(12, 2), ALL).iteration == 0
 
 
-def test_a_window_is_a_decay(server: MomentsServer) -> None:
+def test_a_window_is_a_decay(server: SpaceHistory) -> None:
     """12 images and decay .5 hold 36 effective images."""
     assert MomentsConfig(decay=0.5).effective_images(12, 4) == pytest.approx(36)
     windowed = make_server(window=36)
@@ -202,7 +202,7 @@ def test_started_empty_the_average_fills_up_without_bias() -> None:
     assert answer.fid == pytest.approx(fid)
 
 
-def test_diagnostics(server: MomentsServer) -> None:
+def test_diagnostics(server: SpaceHistory) -> None:
     answer = server.commit(0, features(12, 2), ALL, classes=CLASSES)
     by_class = answer.rewards.reshape(3, 4)
     assert answer.class_rewards == pytest.approx(dict(enumerate(by_class.mean(1))))
@@ -288,23 +288,23 @@ def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
 
 def test_there_is_no_state_before_the_seed() -> None:
     with pytest.raises(DataError, match="has no moments yet"):
-        MomentsServer(MomentsConfig()).state()
+        SpaceHistory(MomentsConfig()).state()
     with pytest.raises(DataError, match="needs a reference first"):
-        MomentsServer(MomentsConfig()).seed(features(9, 1))
+        SpaceHistory(MomentsConfig()).seed(features(9, 1))
 
 
 def test_another_feature_network_is_refused() -> None:
-    server = MomentsServer(MomentsConfig())
+    server = SpaceHistory(MomentsConfig())
     with pytest.raises(DataError, match="made with features 'a', but the reward servers use 'b'"):
         server.set_reference(Reference.from_features(features(9, 0), "a"), "b")
 
 
 def test_it_needs_reference_and_seed() -> None:
     with pytest.raises(DataError, match="needs a reference and seeded moments first"):
-        MomentsServer(MomentsConfig()).commit(0, features(12, 2), ALL)
+        SpaceHistory(MomentsConfig()).commit(0, features(12, 2), ALL)
 
 
-def test_other_state_is_refused(server: MomentsServer) -> None:
+def test_other_state_is_refused(server: SpaceHistory) -> None:
     with pytest.raises(CheckpointError, match="no state of a moments server"):
         server.restore(b"\x01")
 
@@ -322,10 +322,10 @@ WIDE = 64
 BATCHES = [np.random.default_rng(seed).normal(size=(20, WIDE)) for seed in range(20, 36)]
 
 
-def wide_server(seed: bool = True, **settings: Any) -> MomentsServer:
+def wide_server(seed: bool = True, **settings: Any) -> SpaceHistory:
     generator = np.random.default_rng(0)
     mixing = generator.normal(size=(WIDE, WIDE)) / 8
-    server = MomentsServer(MomentsConfig(**({"decay": 0.9} | settings)))
+    server = SpaceHistory(MomentsConfig(**({"decay": 0.9} | settings)))
     reference = Reference.from_features(generator.normal(size=(400, WIDE)) @ mixing, "net")
     server.set_reference(reference, "net")
     if seed:
@@ -334,7 +334,7 @@ def wide_server(seed: bool = True, **settings: Any) -> MomentsServer:
 
 
 def commit_wide(
-    server: MomentsServer, iteration: int, count: int = 5, *, refresh: bool = True
+    server: SpaceHistory, iteration: int, count: int = 5, *, refresh: bool = True
 ) -> np.ndarray:
     if refresh:  # as the loop does it, after the seed and after every commit
         server.refresh()
@@ -417,8 +417,8 @@ def test_the_threads_of_its_algebra(threads: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_batch_of_another_weight_starts_anew() -> None:
-    server = MomentsServer(MomentsConfig(window=400))
-    plain = MomentsServer(MomentsConfig(window=400))
+    server = SpaceHistory(MomentsConfig(window=400))
+    plain = SpaceHistory(MomentsConfig(window=400))
     for each in (server, plain):
         each.set_reference(
             Reference.from_features(np.random.default_rng(0).normal(size=(400, WIDE))), ""
@@ -485,7 +485,7 @@ def test_a_reference_of_another_dimension_is_refused(kind: Any, covariance: Any)
     settings = {"kind": kind, "covariance": covariance, "window": 100}
     wider = Reference(np.zeros(7), np.eye(7), source="stats.npz")  # of another tool: no fingerprint
     message = r"stats.npz: expected moments of 4 dimensions, as the features of net have, found 7"
-    server = MomentsServer(MomentsConfig(**settings))
+    server = SpaceHistory(MomentsConfig(**settings))
     server.set_reference(wider, "net")
     with pytest.raises(DataError, match=message):
         server.seed(features(60, 1))
@@ -501,7 +501,7 @@ def test_a_reference_of_another_dimension_is_refused(kind: Any, covariance: Any)
     good.commit(1, features(12, 3), ALL)  # and nothing has changed by it
 
 
-def test_an_iteration_without_valid_images_is_reported_as_such(server: MomentsServer) -> None:
+def test_an_iteration_without_valid_images_is_reported_as_such(server: SpaceHistory) -> None:
     with pytest.raises(DataError) as caught:
         server.commit(0, np.zeros((12, 0), np.float32), ~ALL)
     assert "dimensions, as the features" not in str(caught.value)

@@ -16,9 +16,12 @@ from learner.fleet_plan import fleet_plan
 from tests.distributed.stubs import echo_plan, requests, slow_plan
 from tests.small_run import fingerprint, run_training, small_config
 
-JOINT = {"loo_fid": {"joint": True, "joint_dim": 4, "seed_images": 200}}
+JOINT = {
+    "loo_fid": {"joint": True, "joint_dim": 4, "seed_images": 200},
+    "further": {"pixels": {"features": {"network": "pixels"}, "seed_images": 200}},
+}
 """The joint space, whose history has full rank only with enough seed images: moments are prepared
-off the critical path."""
+off the critical path. A further space beside it."""
 GROUP = {"transport": "collective"}
 SLOW = pytest.mark.slow  # the same with one more, or with none to choose from
 

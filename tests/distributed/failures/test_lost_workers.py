@@ -57,7 +57,9 @@ def kill_all(workers: Sequence[Worker]) -> None:
 
 def with_scorer(folder: Path, iterations: int, servers: int) -> RunConfig:
     extra = f"tests.distributed.failures.failing:Scorer=0.3,folder={folder},name=bright"
-    options = {**OPTIONS, "num_reward_servers": servers, "rewards": {"extra": [extra]}}
+    further = {"pixels": {"features": {"network": "pixels"}, "seed_images": 40}}
+    rewards = {"extra": [extra], "further": further}
+    options = {**OPTIONS, "num_reward_servers": servers, "rewards": rewards}
     return small_config(**options, iterations=iterations)
 
 

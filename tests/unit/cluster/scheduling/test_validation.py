@@ -74,6 +74,10 @@ def test_wrong_scores_are_refused_by_name(what: str) -> None:
 def test_what_is_right_passes() -> None:
     check_scores(SOUND.scores, ASKED, "reward-server", ("clip",))
     check_scores(SOUND.scores, ASKED, "reward-server", None)
+    spaces = tuple(SOUND.scores.features)
+    check_scores(SOUND.scores, ASKED, "reward-server", ("clip",), spaces)
+    with pytest.raises(FleetError, match="of the spaces features, expected clip, features"):
+        check_scores(SOUND.scores, ASKED, "reward-server", ("clip",), (*spaces, "clip"))
     failed = scores(
         scores={"clip": np.array([np.nan, 1, 2], np.float32)},
         features={MAIN_SPACE: np.array([[np.nan], [1], [2]], np.float32)},

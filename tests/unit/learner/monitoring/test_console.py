@@ -97,6 +97,21 @@ def test_the_live_table_says_how_the_run_goes() -> None:
     assert second == "0:00:00 so far"
 
 
+def test_further_feature_spaces_have_a_row_and_a_word(logged: list[str]) -> None:
+    """The mean of their rewards says as little as that of loo_fid."""
+    console, metrics = terminal(120), row(1) | {"reward/loo_fid/clip": 0.1, "fid/clip/ema": 4.25,
+                                                "fid/clip/batch": 5.0}  # fmt: skip
+    with RunConsole(200, console) as run:
+        run.start(0)
+        run.update(metrics)
+        console.print(run._table)
+    lines = shown(console).splitlines()
+    names = [line[:14].strip() for line in lines if "4.25" in line or "8.9" in line]
+    assert {"FID, clip", "FID, history"} <= {*names}
+    assert "loo_fid" not in shown(console)
+    assert any("FID clip 4.25  FID 8.9" in line for line in logged)
+
+
 def test_it_is_redrawn_a_few_times_a_second_whatever_happens() -> None:
     console, start = terminal(80), time.monotonic()
     with RunConsole(5000, console) as run:

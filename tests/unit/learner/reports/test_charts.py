@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cluster.io.strict_json import dumps
 from learner.reports import summary
 from learner.reports.charts import Chart, Level, Line, shown_text, spread, thinned
 from learner.reports.panels import PANELS, evaluation_charts, topics
@@ -64,6 +66,20 @@ def test_every_metric_of_a_panel_is_drawn_or_said(data: RunData) -> None:
             assert panel.title in drawn or panel.title in said, panel.title
     assert {"clip", "hps", "loo_fid", "Do reward and judge agree?"} <= drawn
     assert "Flat groups: 0 in every iteration" in said
+
+
+def test_every_space_of_the_rewards_has_charts(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", 6)
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        added = {key.replace("fid/", "fid/clip/"): 2.0 + number * value
+                 for key, value in row.items() if key.startswith("fid/")}  # fmt: skip
+        row |= added | {"reward/loo_fid/clip": 0.1 * number}
+    run.metrics.write_text("".join(dumps(row) + "\n" for row in rows))
+    charts = {chart.title: chart for topic in topics([read_run(run)]) for chart in topic.charts}
+    assert "lower is better" in charts["FID in the reward's features: clip"].unit
+    assert "By how much each image lowers FID" in charts["loo_fid/clip"].note
+    assert [*charts][:2] == ["clip", "hps"]  # the distribution rewards come after them
 
 
 def test_several_runs_share_a_chart(tmp_path: Path, data: RunData) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cluster.fleet import Fleet
+from cluster.messages import MAIN_SPACE
 from learner.config import RunConfig, load_preset, merge, to_dict, validate
 from learner.loop import Iteration, prepare, train
 from learner.monitoring.metrics import read_metrics, repeatable
-from learner.rollouts.feature_space import set_reference
+from learner.rollouts.feature_space import RewardSpace, read_moments, set_reference
+from rewards.distribution.reference import Reference
 
 OPTIONS = {
     "iterations": 4,
@@ -37,6 +39,11 @@ def flags(options: dict[str, Any] = OPTIONS, prefix: str = "--") -> list[str]:
         name = prefix + key.replace("_", "-")
         found += flags(value, name + ".") if isinstance(value, dict) else [name, str(value)]
     return found
+
+
+def moments_of_main(config: RunConfig) -> tuple[RewardSpace, Reference]:
+    """The stored reference of `rewards.loo_fid`, and its space."""
+    return read_moments(config, config.rewards.spaces()[MAIN_SPACE])
 
 
 def run_training(

@@ -14,12 +14,12 @@ from PIL import Image
 
 from actors.text.features import read_caption_features, write_caption_features
 from cluster.errors import ConfigError, DataError
-from cluster.messages import Condition
-from learner.rollouts.feature_space import RewardSpace, read_moments
+from cluster.messages import MAIN_SPACE, Condition
+from learner.rollouts.feature_space import RewardSpace
 from rewards.distribution.joint import CaptionProjection, pooled
 from rewards.distribution.reference import read_stored
 from rewards.reference import main as build
-from tests.small_run import small_config
+from tests.small_run import moments_of_main, small_config
 
 RNG = np.random.default_rng(5)
 TEXTS = [f"caption {number}" for number in range(12)]
@@ -82,7 +82,7 @@ def test_the_projection_is_that_of_principal_components() -> None:
 
 def test_a_run_embeds_its_captions_as_the_reference_does(files: Path) -> None:
     """The moments of real images with their captions, joined by the run's space, are the file's."""
-    space, reference = read_moments(config(files))
+    space, reference = moments_of_main(config(files))
     assert space.projection is not None
     assert space.projection.encoder == "t5-6-abc"
     conditions = read_caption_features(files / "f.parquet")
@@ -98,7 +98,7 @@ def test_a_run_embeds_its_captions_as_the_reference_does(files: Path) -> None:
 
 
 def test_repeated_conditions_are_read_once(files: Path) -> None:
-    space, _ = read_moments(config(files))
+    space, _ = moments_of_main(config(files))
     conditions = read_caption_features(files / "f.parquet")
     first = space(np.zeros((4, 2)), [conditions[1]] * 2 + [conditions[2]] * 2)
     (files / "f.parquet").unlink()
@@ -111,16 +111,16 @@ def test_what_does_not_fit_the_reference_is_refused(
 ) -> None:
     write_caption_features(files / "other.parquet", TEXTS, ROWS, "t5-6-xyz")
     with pytest.raises(ConfigError, match=r"encoder t5-6-abc, but .* encoded by t5-6-xyz"):
-        read_moments(config(files, "other.parquet"))
+        moments_of_main(config(files, "other.parquet"))
     write_caption_features(files / "wide.parquet", TEXTS, [np.ones((2, 7), np.float32)] * 12)
     with pytest.raises(ConfigError, match=r"width 6, but those of .* have 7"):
-        read_moments(config(files, "wide.parquet"))
+        moments_of_main(config(files, "wide.parquet"))
     with pytest.raises(ConfigError, match=r"joint_dim [0-9]+, but rewards.loo_fid.joint_dim is 99"):
-        read_moments(config(files, joint_dim=99))
+        moments_of_main(config(files, joint_dim=99))
     classes = small_config(rewards={"loo_fid": {"reference": str(files / "r.npz"), "joint": True}})
     with pytest.raises(ConfigError, match="joint moments of 0 classes"):
-        read_moments(classes)
-    space, _ = read_moments(config(files))
+        moments_of_main(classes)
+    space, _ = moments_of_main(config(files))
     with pytest.raises(DataError, match="'bare' has none"):
         space(np.zeros((1, 2)), [Condition(text="bare")])
     with pytest.raises(DataError, match="is a caption without a class"):
@@ -145,7 +145,7 @@ def test_a_reference_of_classes_is_none_of_captions(files: Path) -> None:
     options = ["--joint", "embeddings", "--embeddings", str(rows), "--overwrite"]
     assert build([*given, *options, "--features.network", "pixels"]) == 0
     with pytest.raises(ConfigError, match="no joint moments of captions"):
-        read_moments(config(files))
+        moments_of_main(config(files))
 
 
 def test_real_digits_are_joined_with_their_measured_captions(tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_real_digits_are_joined_with_their_measured_captions(tmp_path: Path) -> 
     rows = [RNG.normal(size=(2, 4)).astype(np.float32) for _ in texts]
     write_caption_features(tmp_path / "f.parquet", texts, rows)
     run = config(tmp_path, reference="digits:train")
-    found = reference_conditions(run, 1000)
+    found = reference_conditions(run, run.rewards.spaces()[MAIN_SPACE], 1000)
     assert [each.text for each in found] == captions_of(attributes_of("train"))
     write_caption_features(tmp_path / "f.parquet", texts[1:], rows[1:])
     with pytest.raises(DataError, match=rf"not among conditions.captions.*{texts[0]!r}"):
-        reference_conditions(run, 1000)
+        reference_conditions(run, run.rewards.spaces()[MAIN_SPACE], 1000)

@@ -15,7 +15,6 @@ import pytest
 from cluster.errors import ConfigError, DataError
 from cluster.program.streams import escaped
 from learner.data.conditions import DIGITS
-from learner.rollouts.feature_space import read_moments
 from rewards.distribution.fid import frechet_distance
 from rewards.images.class_labels import (
     ClassLabels,
@@ -28,7 +27,7 @@ from rewards.images.sources import open_source
 from rewards.reference import main, read_stored
 from tests.file_rows import reads
 from tests.fuzzing import check_reader
-from tests.small_run import small_config
+from tests.small_run import moments_of_main, small_config
 from tests.unit.reference_sources import png
 
 COUNT = 60
@@ -340,11 +339,11 @@ def test_names_in_another_order_than_the_policys(tmp_path: Path) -> None:
     assert build(root, out, "--joint", "classes") == 0
     assert read_stored(out).class_names == tuple(order)
     with pytest.raises(ConfigError, match="classes in another order"):
-        read_moments(run)
+        moments_of_main(run)
     (tmp_path / "order.txt").write_text("\n".join(DIGITS))
     options = ["--joint", "classes", "--class-names", str(tmp_path / "order.txt"), "--overwrite"]
     assert build(root, out, *options) == 0
-    space, _ = read_moments(run)
+    space, _ = moments_of_main(run)
     assert space.added == 10
 
 

@@ -83,11 +83,8 @@ def train(
             answers = fleet.moments.commit(iteration, features, valid, run=run, classes=classes)
         check_moments_staleness(answers[MAIN_SPACE], iteration, config.max_staleness)
         fleet.refresh_moments()
-        distribution = {
-            rewarded[space].reward: answer.rewards.reshape(len(groups), -1)
-            for space, answer in answers.items()
-        }
-        advantages = group_advantages(groups, distribution, combiner)
+        by_reward = {rewarded[space].reward: answer for space, answer in answers.items()}
+        advantages = group_advantages(groups, _by_group(by_reward, len(groups)), combiner)
         with clock("wait_learner"):
             report = fleet.learner.step(make_batch(iteration, groups, advantages))
         with clock(PUBLISHING):
@@ -202,6 +199,11 @@ def failures(scores: Iterable[GroupScores]) -> tuple[list[str], int]:
     """The error of every image that was not scored, and the number of all images."""
     errors = [error for group in scores for error in group.errors]
     return [error for error in errors if error], len(errors)
+
+
+def _by_group(answers: Mapping[str, DistributionReward], groups: int) -> dict[str, np.ndarray]:
+    """Distribution rewards (P, K) of P groups."""
+    return {name: answer.rewards.reshape(groups, -1) for name, answer in answers.items()}
 
 
 def _warnings(

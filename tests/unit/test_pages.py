@@ -39,6 +39,7 @@ HELP = {  # command -> arguments that list all of its options
     "learner.replay": [["--help-all"]],
     "learner.miniature.arms": [["--help"]],
     "learner.miniature.build": [["--help"]],
+    "learner.miniature.page": [["--help"]],
     "actors.sample": [["--help-all"]],
     "actors.captions": [["--help"]],
     "actors.weights": [[c, "--help"] for c in ("list", "fetch", "convert", "export")],

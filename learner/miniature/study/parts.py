@@ -50,4 +50,15 @@ LLAMAGEN = Part(
     on_request=FURTHER_ARMS,
     seconds=100,
 )
-PARTS: dict[str, Part] = {part.name: part for part in (LLAMAGEN, ABLATIONS)}
+MNIST = Part(
+    name="mnist",
+    system="mnist",
+    images="mnist",
+    question="Is it so at a size that one can look at, MNIST's digits of 28x28 pixels?",
+    seeds=(401, 402, 403),
+    base=guided(1.5, 2),
+    method=merge(METHOD, {"iterations": 120, "learner": {"lr": 2e-4}}),
+    arms=(MAIN_ARMS[0], Arm(name=BOTH), Arm(name=WITH_JOINT, changes={"rewards": JOINT})),
+    seconds=900,
+)
+PARTS: dict[str, Part] = {part.name: part for part in (LLAMAGEN, ABLATIONS, MNIST)}

@@ -98,13 +98,19 @@ def build_networks(job: Job) -> None:
         system=job.part.system, out=job.networks, seed=job.seed, scale=job.scale, num_threads=1
     )
     with Progress(disable=True) as progress:
-        Builder(config, progress).build(keep=True, judge=False)
+        Builder(config, progress).build(keep=True, judge=_own_judge(job))
 
 
 def built(job: Job) -> bool:
     """Whether all networks of a seed are there."""
     networks = system_of(job.part.system).networks
-    return all((job.networks / n.file).is_file() for n in networks if not n.of_judge)
+    needed = [each.file for each in networks if _own_judge(job) or not each.of_judge]
+    return all((job.networks / file).is_file() for file in needed)
+
+
+def _own_judge(job: Job) -> bool:
+    """Whether the judge is built, too, and not shipped; it is the same for every seed."""
+    return system_of(job.part.system).on_demand
 
 
 def train_arm(job: Job) -> None:

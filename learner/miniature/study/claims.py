@@ -1,0 +1,153 @@
+"""What each part was expected to show, as comparisons of policies; results decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from learner.miniature.study.names import (
+    BASE,
+    BEST,
+    BOTH,
+    INSTANCE_ONLY,
+    JOINT_ONLY,
+    LOO_FID_ONLY,
+    WITH_ENTROPY,
+    WITH_JOINT,
+)
+
+QUALITY = ("fid", "accuracy", "density", "coverage")
+RECALLS = ("recall", "second/recall", "clip/recall")
+DIVERSITY = ("coverage", "recall", "second/coverage", "second/recall", "clip/recall")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A policy is better than another in some figures."""
+
+    says: str
+    """A sentence without its full stop."""
+    policy: str
+    other: str
+    metrics: tuple[str, ...]
+    of_paper: bool = True
+    """The paper says so (its abstract); else this project does."""
+
+
+NO_GUIDANCE = Claim(
+    says="Without guidance, the tuned policy is better than the base policy at its best",
+    policy=BOTH,
+    other=BEST,
+    metrics=QUALITY,
+)
+MAIN = (
+    NO_GUIDANCE,
+    Claim(
+        says="Rewards of single images raise accuracy",
+        policy=INSTANCE_ONLY,
+        other=BASE,
+        metrics=("accuracy", "clip"),
+    ),
+    Claim(
+        says="They do so at the expense of diversity, of which the base policy has more",
+        policy=BASE,
+        other=INSTANCE_ONLY,
+        metrics=DIVERSITY,
+    ),
+    Claim(
+        says="The distribution reward gives diversity back",
+        policy=BOTH,
+        other=INSTANCE_ONLY,
+        metrics=("fid", *DIVERSITY),
+    ),
+    Claim(
+        says="The distribution reward alone raises quality and diversity",
+        policy=LOO_FID_ONLY,
+        other=BASE,
+        metrics=(*QUALITY, "second/fid", "second/coverage"),
+    ),
+    Claim(
+        says="Adaptive entropy adds diversity",
+        policy=WITH_ENTROPY,
+        other=BOTH,
+        metrics=DIVERSITY,
+    ),
+    Claim(
+        says="Joint with the condition, the distribution reward alone is more accurate",
+        policy=JOINT_ONLY,
+        other=LOO_FID_ONLY,
+        metrics=("accuracy", "fid", "coverage"),
+        of_paper=False,
+    ),
+    Claim(
+        says="The tuned policy keeps the recall of the base policy at its best",
+        policy=BOTH,
+        other=BEST,
+        metrics=RECALLS,
+        of_paper=False,
+    ),
+)
+LARGER = (
+    *MAIN[:4],
+    Claim(
+        says="The joint form gives more diversity back",
+        policy=WITH_JOINT,
+        other=BOTH,
+        metrics=DIVERSITY,
+        of_paper=False,
+    ),
+    MAIN[-1],
+)
+SETTINGS = (
+    Claim(
+        says="The full covariance is better than the diagonal",
+        policy=BOTH,
+        other="diagonal covariance",
+        metrics=(*QUALITY, "second/fid"),
+        of_paper=False,
+    ),
+    Claim(
+        says="The public code's settings are better with its defects mended",
+        policy="public code mended",
+        other="public code",
+        metrics=(*QUALITY, *RECALLS),
+        of_paper=False,
+    ),
+)
+CLAIMS: dict[str, Sequence[Claim]] = {
+    "llamagen": MAIN,
+    "vqgan": MAIN,
+    "captions": MAIN,
+    "mnist": LARGER,
+    "ablations": SETTINGS,
+}
+PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
+    "mnist": (
+        (BOTH, BEST),
+        (BOTH, BASE),
+        (INSTANCE_ONLY, BASE),
+        (BOTH, INSTANCE_ONLY),
+        (WITH_JOINT, BEST),
+        (WITH_JOINT, BOTH),
+    ),
+}
+MAIN_PAIRS = (
+    (BOTH, BEST),
+    (BOTH, BASE),
+    (INSTANCE_ONLY, BASE),
+    (BOTH, INSTANCE_ONLY),
+    (LOO_FID_ONLY, BASE),
+    (JOINT_ONLY, BEST),
+    (JOINT_ONLY, LOO_FID_ONLY),
+    (WITH_ENTROPY, BOTH),
+)
+"""Policies of the table of comparisons."""
+
+
+def pairs_of(part: str, arms: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Policies that a part compares; of ablations and of recall each with the usual settings."""
+    if part == "ablations":
+        return tuple((arm, BOTH) for arm in arms if arm != BOTH)
+    if part == "recall":
+        return tuple((arm, BEST) for arm in arms)
+    return PAIRS.get(part, MAIN_PAIRS)

@@ -122,7 +122,7 @@ def wrong_size(field: str, takes: str, side: int, findings: Findings, judge: boo
         "the shipped judge knows 8 x 8 digits alone: set evaluation.num_images to 0, or name "
         "networks for these images (judge.*)"
         if judge
-        else "choose a network for these images (rewards.features.network)"
+        else f"choose a network for these images ({field.removesuffix('.checkpoint')}.network)"
     )
     findings.problem(field, f"images of {takes}", f"{side} x {side} from the policy", remedy)
 

@@ -26,8 +26,9 @@ The diagonal form has K = diag(sd_r / sd), and errors of the variances alone:
 
     q's error = sum_k sd_r / (2 sd^3) v_k^2 E_kk + 2 sum_k sd_r / sd v_k e_k,    v = x - m
 
-Not in it: orders above 1/n (below n = D they matter), and what the images of a batch do to each
-other's rewards. The simulation has both.
+Not in it: orders above 1/n, differences between the classes' covariances, the uneven weights of
+classes in an exponential history, and what the images of a batch do to each other's rewards. The
+simulation has all of them.
 
 Shapes: N images, D dimensions, R rank, G rollouts of a group.
 """

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from rewards.distribution.config import FOR_VARIANCES, PER_DIMENSION
 from tests.bench.reward_noise.results import Results
 
@@ -21,6 +23,7 @@ SPACES = {
 }
 PUBLIC = 432  # images: decay .5 at 144 an iteration
 DIM = 2048
+STRENGTHS = (1.0, 0.5)
 SHOWN = (1000, 5000, 10000, 50000)  # windows
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -77,100 +80,149 @@ class Figures:
     def windows(self, batch: int) -> list[int]:
         return sorted({window for n, window, _ in self.settings() if n == batch})
 
+    def noise(self, space: str, batch: int, window: int) -> float:
+        """noise / (n signal) of a policy that stays."""
+        best = self.of_mixture("population_correlation", space)
+        return (best / self(space, batch, window, 0)) ** 2 - 1
+
+
+class Expected:
+    """Correlations by arithmetic, with the noise times what simulations show beyond first order."""
+
+    def __init__(self, results: Results) -> None:
+        self.first = Figures(results, "arithmetic")
+        self.factors = noise_factors(results)
+
+    def __call__(self, space: str, batch: int, window: int, iterations: int) -> float:
+        known = self.first(space, batch, window, iterations)
+        if space != "full":
+            return known
+        noise = self.first.noise(space, batch, window)
+        factor = np.interp(np.log(window), np.log(list(self.factors)), list(self.factors.values()))
+        return float(known * ((1 + noise) / (1 + factor * noise)) ** 0.5)
+
     def best(self, space: str, batch: int, iterations: int) -> int:
         """The window with the highest correlation."""
-        return max(self.windows(batch), key=lambda w: self(space, batch, w, iterations))
+        windows = self.first.windows(batch)
+        return max(windows, key=lambda w: self(space, batch, w, iterations))
+
+    def nearest(self, batch: int, window: float) -> int:
+        return min(self.first.windows(batch), key=lambda w: abs(w - window))
+
+
+def noise_factors(results: Results) -> dict[int, float]:
+    """Window -> noise of the full covariance in simulations of a policy that stays, over that of
+    first order: the mean over strengths."""
+    found: dict[int, list[float]] = {}
+    for strength in STRENGTHS:
+        known = Figures(results, "arithmetic", strength=strength)
+        simulated = Figures(results, "simulation", strength=strength)
+        for batch, window, run in simulated.settings():
+            if (batch, run) == (144, 0):
+                noise = simulated("full", batch, window, run) ** -2 - 1
+                found.setdefault(window, []).append(noise / known.noise("full", batch, window))
+    return {window: sum(values) / len(values) for window, values in sorted(found.items())}
 
 
 def gpus(results: Results) -> str:
-    known = Figures(results, "arithmetic")
+    expected = Expected(results)
+
+    def best(space: str, batch: int, run: int) -> str:
+        window = expected.best(space, batch, run)
+        return f"{window:,}: {share(expected(space, batch, window, run), 3)}"
+
     rows = []
-    for row in sorted(
-        (row for row in results.rows if row.job.part == "plan"), key=lambda row: row.job.dim
-    ):
-        batch, cells = row.job.batch, []
-        for run in (300, 100):
-            space = max(
-                ("full", "diagonal"),
-                key=lambda s: known(s, batch, known.best(s, batch, run), run),
+    for row in results.rows:
+        if row.job.part == "plan":
+            batch = row.job.batch
+            usual = expected.nearest(batch, PER_DIMENSION * DIM)
+            rows.append(
+                [str(row.job.dim), f"{batch:,}", f"{row.value:.1f}", "full"]
+                + [best("full", batch, run) for run in (300, 100, 30)]
+                + [share(expected("full", batch, usual, run), 3) for run in (300, 30)]
+                + [best("diagonal", batch, 300)]
             )
-            window = known.best(space, batch, run)
-            cells += [f"{window:,} {space}", share(known(space, batch, window, run))]
-        diagonal = known.best("diagonal", batch, 300)
-        cells += [f"{diagonal:,}", share(known("diagonal", batch, diagonal, 300))]
-        rows.append([str(row.job.dim), f"{batch:,}", f"{row.value:.1f}", *cells])
     return table(
-        "GPUs, images an iteration, s an iteration, window in 300 iterations, correlation, "
-        "window in 100, correlation, diagonal: window in 300, correlation",
+        "GPUs, N, s an iteration, covariance, best window in 300, in 100, in 30, 10\u202f000 in "
+        "300, in 30, best diagonal in 300",
         rows,
     )
 
 
 def windows(results: Results) -> str:
-    known = Figures(results, "arithmetic")
+    expected = Expected(results)
     columns = [
         (space, batch, run)
         for space in ("full", "diagonal")
         for batch, run in ((144, 0), (144, 300), (144, 100), (1152, 100), (1152, 30))
     ]
-    header = ["window", *(f"{space} {batch:,}, {run or 'none'}" for space, batch, run in columns)]
+    header = ["window", *(f"{space} {batch} / {run or 'none'}" for space, batch, run in columns)]
     rows = [
         [f"{window:,}"]
         + [
-            share(known(space, batch, window, run)) if window >= batch else ""
+            share(expected(space, batch, window, run), 3) if window >= batch else ""
             for space, batch, run in columns
         ]
-        for window in known.windows(144)
+        for window in expected.first.windows(144)
     ]
-    return table("|".join(header).replace(", ", " / ").replace("|", ", "), rows)
+    return table(", ".join(header), rows)
 
 
 def defaults(results: Results) -> str:
-    known = Figures(results, "arithmetic")
+    expected = Expected(results)
 
-    def nearest(batch: int, window: int) -> int:
-        return min(known.windows(batch), key=lambda w: abs(w - window))
+    def cell(space: str, batch: int, window: int, run: int) -> str:
+        return f"{window:,}: {share(expected(space, batch, window, run), 3)}"
 
     rows = []
     for batch, run in ((144, 0), (144, 300), (144, 100), (1152, 300), (1152, 100), (1152, 30)):
-        full = nearest(batch, PER_DIMENSION * DIM)
-        variances = nearest(batch, FOR_VARIANCES)
-        best = known.best("full", batch, run)
+        best = expected.best("full", batch, run)
+        full = expected.nearest(batch, PER_DIMENSION * DIM)
+        variances = expected.nearest(batch, FOR_VARIANCES)
         rows.append(
-            [
-                f"{batch:,}",
-                str(run or "none"),
-                f"{best:,}: {share(known('full', batch, best, run))}",
-                f"{full:,}: {share(known('full', batch, full, run))}",
-                f"{variances:,}: {share(known('diagonal', batch, variances, run))}",
-                share(known("diagonal", batch, PUBLIC, run)) if batch <= PUBLIC else "",
-                share(known("full", batch, PUBLIC, run)) if batch <= PUBLIC else "",
+            [f"{batch:,}", str(run or "none")]
+            + [cell("full", batch, best, run), cell("full", batch, full, run)]
+            + [cell("diagonal", batch, variances, run)]
+            + [
+                cell(space, batch, PUBLIC, run) if batch <= PUBLIC else ""
+                for space in ("diagonal", "full")
             ]
         )
     return table(
-        "N, drift, best full, default full, default diagonal, 432 diagonal, 432 full", rows
+        "N, drift, full: best, full: default, diagonal: default, public code's, "
+        "with full covariance",
+        rows,
     )
+
+
+def factors(results: Results) -> str:
+    found = noise_factors(results)
+    rows = [[f"{window:,}", f"{window / DIM:.1f}", f"{f:.1f}"] for window, f in found.items()]
+    return table("window, images a dimension, noise over first order", rows)
 
 
 def simulated(results: Results) -> str:
     rows = []
-    for strength in sorted({row.job.strength for row in results.rows}, reverse=True):
+    expected = Expected(results)
+    for strength in STRENGTHS:
         known = Figures(results, "arithmetic", strength=strength)
         found = Figures(results, "simulation", strength=strength)
         for at in sorted(found.settings(), key=lambda s: (s[2], s[0], s[1])):
             batch, window, run = at
+            with_factor = share(expected("full", *at)) if strength == 1 else ""
             cells = [f"{strength:.1f}", f"{batch:,}", f"{window:,}", str(run or "none")]
             cells += [
                 f"{share(found(space, *at))} ({share(known(space, *at))})"
                 for space in ("full", "diagonal", "pca-512")
             ]
+            cells.insert(5, with_factor)
             for figure in ("auc_rare", "auc_faulty", "sign_faulty"):
                 pair = (found(space, *at, figure) for space in ("full", "diagonal"))
                 cells.append(" / ".join(map(share, pair)))
             rows.append(cells)
     return table(
-        "strength, N, window, drift, full, diagonal, full in 512, rare: AUC, faulty: AUC, "
-        "faulty: sign",
+        "strength, N, window, drift, full, with factor, diagonal, full in 512, rare: AUC, "
+        "faulty: AUC, faulty: sign",
         rows,
     )
 
@@ -224,10 +276,9 @@ def smaller(results: Results) -> str:
     return table("covariance, drift, settings, mean difference, largest", rows)
 
 
-def share(value: float) -> str:
+def share(value: float, digits: int = 2) -> str:
     """.93"""
-    text = f"{value:.2f}"
-    return text.removeprefix("0") if value < 0.995 else text
+    return f"{value:.{digits}f}".removeprefix("0")
 
 
 def table(header: str, rows: Iterable[Sequence[str]]) -> str:
@@ -242,5 +293,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "defaults": defaults,
     "simulated": simulated,
     "spaces": spaces,
+    "factors": factors,
     "smaller": smaller,
 }

@@ -173,5 +173,5 @@ def test_the_order_of_jobs_does_not_change_the_file(tmp_path: Path) -> None:
 
 def test_the_pages_tables_are_those_of_the_csv() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert text.count("<!-- table ") == 6
+    assert text.count("<!-- table ") == 7
     assert with_tables(text, Results.read(RESULTS)) == text

@@ -13,6 +13,7 @@ import pytest
 from cluster.errors import ConfigError
 from cluster.fleet import InlineFleet
 from cluster.messages import MAIN_SPACE
+from learner.capacity.seconds import moments
 from learner.capacity.simulation import simulate
 from learner.config import dump, parse_yaml, to_dict
 from learner.experiment import Experiment
@@ -22,7 +23,8 @@ from learner.monitoring.console import RunConsole
 from learner.monitoring.metrics import read_metrics, repeatable
 from learner.preflight import preflight
 from learner.runs.run_dir import RunDirectory
-from rewards.config import NETWORKS
+from rewards.config import NETWORKS, RewardServerConfig
+from rewards.preflight import server_work
 from tests.small_run import fingerprint, run_training, small_config
 from tests.unit.learner.capacity.test_simulation import cluster, times
 
@@ -112,6 +114,18 @@ def test_a_simulated_run_has_them_too() -> None:
     found = simulate(config, times(commit=0.5, score={"reward-server": 0.25}), cluster(),
                      iterations=2)  # fmt: skip
     assert found.phases["moments"] == pytest.approx(0.5)
+
+
+def test_the_planner_counts_every_space() -> None:
+    server = RewardServerConfig(rewards=small_config(rewards={"further": FURTHER}).rewards)
+    options = [name for name in server_work(server, features=True) if "features" in name]
+    assert options == [
+        "rewards.features",
+        *(f"rewards.further.{name}.features" for name in FURTHER),
+    ]
+    both = moments(144, [(2048, True), (1024, False)]).seconds
+    alone = [moments(144, [space]).seconds for space in ((2048, True), (1024, False))]
+    assert both == pytest.approx(sum(alone))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,16 @@ def test_work_before_the_call_does_not_bound_the_clock() -> None:
     assert moved[0].spans[0].seconds == pytest.approx(5.0)
 
 
+def test_answers_by_name_are_moved_together() -> None:
+    """As the moments server's, one a feature space."""
+    spaces = {"features": scores(Span("m", "moments", 401.0, 402.0)),
+              "clip": scores(Span("m", "moments", 402.0, 403.0))}  # fmt: skip
+    moved = ClockOffsets().aligned(spaces, 100.99, 103.01)
+    starts = {space: answer.spans[0].start for space, answer in moved.items()}
+    assert starts["clip"] - starts["features"] == pytest.approx(1.0)
+    assert starts["features"] == pytest.approx(101.0, abs=0.52)  # by the last one's bounds
+
+
 def test_a_replacement_on_another_host_has_a_clock_of_its_own() -> None:
     offsets = ClockOffsets()
     offsets.aligned(Span("s-0", "score", 400.0, 401.0), 99.99, 101.01)

@@ -14,6 +14,7 @@ from learner.config import RunConfig
 from learner.training.config import LearnerConfig
 from learner.training.learner import Learner
 from rewards.config import RewardServerConfig, RewardServerResources
+from rewards.scorers.r_precision import distinct_texts
 from rewards.servers.moments_server import MomentsServer
 from rewards.servers.reward_server import REWARDS, RewardServer
 
@@ -134,9 +135,12 @@ def _reward_role(
     depth = DEPTH
     if not config.reproducible:
         depth = servers.depth(config.rollouts_per_group * together)
+    judge = config.judge if config.evaluation.num_images and not pool else None
+    ranked = judge is not None and judge.r_precision
     server = RewardServerConfig(
         rewards=config.rewards,
-        judge=config.judge if config.evaluation.num_images and not pool else None,
+        judge=judge,
+        texts=distinct_texts(config.conditions.conditions()) if ranked else (),
         pool=pool,
         batching=servers.batching,
         device=servers.device,

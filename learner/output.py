@@ -17,7 +17,7 @@ from rewards.metrics.figures import BETTER, OF_A_SPACE, SECOND_SPACE, better, pr
 
 FIGURES = tuple(name for name in BETTER if better(name) and name != "vendi")
 """What `output.keep_best` may name, beside SPACE/NAME: figures with a better direction."""
-ALONE = ("accuracy", "clip", "hps", "inception_score")
+ALONE = ("accuracy", "clip", "hps", "inception_score", "r_precision")
 """Those that do not compare with real images."""
 
 LOCAL = ("file", "local")

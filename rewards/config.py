@@ -10,7 +10,7 @@ import tyro
 from pydantic import Field
 
 from cluster.bounds import check_at_most
-from cluster.messages import MAIN_SPACE
+from cluster.messages import MAIN_SPACE, Condition
 from cluster.program.secrets import check_environment
 from cluster.roles import AutoscaleConfig, Resources
 from rewards.combine import Normalisation, RewardTerm
@@ -29,6 +29,7 @@ LOO_FID = "loo_fid"
 REWARDS, JUDGE = "rewards", "judge"
 """Panels of a reward server."""
 ACCURACY = "accuracy"  # score of the judge's classifier
+R_PRECISION = "r_precision"  # score of the judge's CLIP
 GPU_BATCH = 64  # images; ViT-H-14's activations in fp32 then take a few GiB
 NETWORKS = "package://learner.miniature/networks"
 
@@ -241,6 +242,9 @@ class JudgeConfig:
     )
     second: FeaturesConfig = field(default_factory=lambda: FeaturesConfig(network="pixels"))
     """A second feature space, since FIDs of two networks can rank differently."""
+    r_precision: bool = False
+    """Whether evaluations have the R-precision: the share of images for which `clip` ranks the own
+    text first among the run's distinct texts (1,000 of them, if there are more)."""
     further: Annotated[Mapping[str, FeaturesConfig], tyro.conf.Suppress] = field(
         default_factory=dict
     )
@@ -264,7 +268,8 @@ class JudgeConfig:
 
     def score_names(self) -> tuple[str, ...]:
         """Names of all scores."""
-        return (*self.scorers(), *((ACCURACY,) if self.classifier.enabled else ()))
+        ranked = (R_PRECISION,) if self.r_precision else ()
+        return (*self.scorers(), *ranked, *((ACCURACY,) if self.classifier.enabled else ()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +341,8 @@ class RewardServerConfig:
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     judge: JudgeConfig | None = field(default_factory=JudgeConfig)
     """None: this server takes no part in evaluations."""
+    texts: tuple[Condition, ...] = ()
+    """The run's distinct texts, for the judge's R-precision."""
     pool: str = ""
     """Pool of its scorers."""
     batching: BatchingConfig = field(default_factory=BatchingConfig)

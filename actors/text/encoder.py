@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cluster.errors import ConfigError, DataError
+from cluster.model_files.tensors import PACKAGE, locate
 from cluster.model_files.torchvision_ops import ensure_torchvision
 from cluster.model_files.weight_checks import check_finite
 from cluster.text_limits import LongCaptions, Reading, faults, notes, reading_of_ids
@@ -220,9 +221,14 @@ def load_tokenizer(model: str) -> Any:
     except ImportError as error:
         raise _no_transformers(error) from error
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(_place(model))
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise _no_encoder(model, error) from error
+
+
+def _place(model: str) -> str:
+    """A model's name or directory; `package://` names one in an installed package."""
+    return str(locate(model, directory=True)) if model.startswith(PACKAGE) else model
 
 
 def _no_transformers(error: ImportError) -> ConfigError:
@@ -246,7 +252,9 @@ def _load(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         from transformers import T5EncoderModel
 
-        loaded: Any = T5EncoderModel.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        loaded: Any = T5EncoderModel.from_pretrained(
+            _place(model), dtype=dtype, output_loading_info=True
+        )
         module, info = loaded
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise _no_encoder(model, error) from error

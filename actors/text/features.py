@@ -33,7 +33,7 @@ from cluster.program.invocation import command_of
 ROW_GROUP = 8  # captions, the unit of reading: at most 8 MB of flan-t5-xl's features
 LARGEST_ROW_GROUP = 256 << 20  # bytes: most that is read for one caption of other programs' files
 READ_AT_ONCE = 64
-KEPT_ROWS = 64  # captions whose features a process keeps
+KEPT_ROWS = 128  # captions whose features a process keeps
 FEATURES = "features"
 ENCODER = b"encoder"  # key of the fingerprint
 SCHEMA = pa.schema(
@@ -105,18 +105,21 @@ def read_caption_features(path: Path) -> list[Condition]:
 
     Returns:
         One condition per row: `text`, and a `FeatureRow` for `features` (see `features_of`).
+        Repetitions of a caption with the same features are one condition, of the first row.
 
     Raises:
         DataError: names file, column and row (from 0): unreadable, a missing column, an empty cell,
             numbers that do not fill the shape or are not finite, rows of different widths, no rows.
     """
-    conditions, first = list[Condition](), 0
+    conditions, first, known = list[Condition](), 0, dict[tuple[str, int], Condition]()
     for row, condition in enumerate(iterate_caption_features(path)):
         width = condition.features.shape[1] if isinstance(condition.features, np.ndarray) else 0
         first = first or width
         if width != first:
             raise _wrong(path, "shape", row, f"width {width}, but row 0 has {first}")
-        conditions.append(by_row(path, row, condition))
+        fresh = by_row(path, row, condition)
+        digest = fresh.features.digest if isinstance(fresh.features, FeatureRow) else 0
+        conditions.append(known.setdefault((fresh.text, digest), fresh))
     if not conditions:
         raise DataError(f"{path}: the file holds no caption")
     return conditions

@@ -22,6 +22,7 @@ from actors.text.features import (
 from actors.text.tables import UNREADABLE_PARQUET
 from cluster.errors import DataError
 from cluster.io.paths import expand_user
+from cluster.model_files.tensors import PACKAGE, locate
 from cluster.text_limits import LongCaptions, faults
 
 AT_MOST = 20_000  # captions checked before a run, which takes seconds
@@ -42,7 +43,7 @@ def encode_captions(
         DataError: a file cannot be read, or the encoder cannot read a caption.
         ConfigError: the encoder cannot be loaded.
     """
-    found = caption_conditions(Path(path), column)
+    found = caption_conditions(caption_file(path), column)
     if all(condition.features is not None for condition in found):
         return False
     texts = [condition.text for condition in found]
@@ -55,8 +56,19 @@ def encode_captions(
     return True
 
 
+def caption_file(given: str) -> Path:
+    """The path of a file of captions; `package://` names one in an installed package.
+
+    Raises:
+        CheckpointError: no such file in the package.
+    """
+    return locate(given) if given.startswith(PACKAGE) else Path(given)
+
+
 def encoder_is_here(encoder: str) -> bool:
     """Whether a text encoder is a directory, or was downloaded."""
+    if encoder.startswith(PACKAGE):
+        return True  # or an error that names it, when it is read
     cache = huggingface_hub.try_to_load_from_cache
     return expand_user(encoder).is_dir() or isinstance(cache(encoder, "tokenizer_config.json"), str)
 
@@ -104,7 +116,7 @@ def peek_captions(path: str, column: str = "") -> Peeked:
     Raises:
         DataError: it cannot be read, is empty, or has features of different widths.
     """
-    file = Path(path)
+    file = caption_file(path)
     if not is_parquet(file):
         return Peeked(load_captions(file, column))
     try:

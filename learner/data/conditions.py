@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 
 from actors.text.captions import caption_conditions
-from cluster.errors import DataError
+from cluster.errors import CheckpointError, DataError
 from cluster.io.paths import expand_user
 from cluster.messages import Condition
 from cluster.text_limits import LongCaptions
-from learner.data.captions import encode_captions
+from learner.data.captions import caption_file, encode_captions
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGENET = "imagenet"
@@ -95,8 +95,8 @@ def _version(captions: str) -> tuple[int, ...]:
     if not captions:
         return ()
     try:
-        found = expand_user(captions).stat()
-    except OSError:
+        found = expand_user(caption_file(captions)).stat()
+    except (OSError, CheckpointError):
         return ()
     return found.st_mtime_ns, found.st_size, found.st_ino
 
@@ -109,7 +109,7 @@ def _conditions(config: ConditionsConfig, version: tuple[int, ...]) -> Sequence[
         version: of the file, for the cache.
     """
     if config.captions:
-        return caption_conditions(Path(config.captions), config.column)
+        return caption_conditions(caption_file(config.captions), config.column)
     names = config.class_names
     if max(config.classes, default=0) >= len(names):
         raise DataError(f"conditions.classes: {max(config.classes)} is not below {len(names)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -108,16 +109,16 @@ def requests_of(config: RunConfig, spec: SamplingSpec) -> Iterator[SampleRequest
     conditions, images = config.conditions.conditions(), config.evaluation.num_images
     if config.conditions.captions:  # of which there may be more than images
         conditions = spread(conditions, min(images, len(conditions)))
-    per_class = -(-images // len(conditions))
+    each = -(-images // len(conditions))
     group = 0
-    for condition in conditions:
-        for at in range(0, per_class, GROUP):
+    for condition, times in Counter(conditions).items():  # captions may be repeated
+        for at in range(0, each * times, GROUP):
             yield SampleRequest(
                 stream="evaluate",
                 iteration=0,
                 group=group,
                 condition=condition,
-                num_rollouts=min(GROUP, per_class - at),
+                num_rollouts=min(GROUP, each * times - at),
                 seed=config.seed,
                 spec=spec,
                 panel=PANEL,

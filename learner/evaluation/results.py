@@ -27,6 +27,7 @@ HEADINGS = {
     "inception_score": "Inception Score",
     "clip": "CLIP score",
     "hps": "HPSv2",
+    "r_precision": "R-precision",
     "accuracy": "class accuracy",
     "vendi": "Vendi score in class",
     "entropy": "token entropy, nats",

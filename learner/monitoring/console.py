@@ -36,7 +36,13 @@ COLUMNS = {
     "entr.": "entropy",
 }
 """Heading of the table -> figure of the evaluation."""
-FURTHER = {"sFID↓": "sfid", "IS↑": "inception_score", "Vendi↑": "vendi", "HPS↑": "hps"}
+FURTHER = {
+    "sFID↓": "sfid",
+    "IS↑": "inception_score",
+    "Vendi↑": "vendi",
+    "HPS↑": "hps",
+    "R-prec.↑": "r_precision",
+}
 """The same, of figures that some judges have."""
 DECIMALS = {"hps": 4}
 """Of a figure in the table; others have two."""
@@ -50,6 +56,7 @@ LEGEND = {
     "inception_score": "IS: Inception Score",
     "vendi": "Vendi: effective number of different images in a class",
     "hps": "HPS: HPSv2's score",
+    "r_precision": "R-prec.: share that the judge's CLIP gives its own text among the run's",
 }
 """Figure -> what the line below the table says if it is there."""
 LEGEND_WIDTH = 85  # columns

@@ -104,6 +104,7 @@ JUDGE = {
     "vendi": "Vendi score within classes",
     "clip": "CLIP score by the judge",
     "hps": "HPSv2 by the judge",
+    "r_precision": "R-precision by the judge's CLIP",
     "entropy": "Token entropy",
     "sfid": "Spatial FID (sFID)",
     "inception_score": "Inception Score",

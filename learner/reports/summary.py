@@ -24,6 +24,10 @@ MEANINGS = {
     "accuracy": ("accuracy", "share that the judge's classifier puts in the requested class"),
     "clip": ("CLIP", "agreement of image and text, by the judge's CLIP"),
     "hps": ("HPSv2", "human preference score"),
+    "r_precision": (
+        "R-precision",
+        "share for which the judge's CLIP ranks the own text first among the run's",
+    ),
     "vendi": ("Vendi", "effective number of different images within a class: diversity"),
     "inception_score": ("IS", "Inception Score: certain about each image, and varied over all"),
     "sfid": ("sFID", "FID on spatial features: layout"),

@@ -28,6 +28,7 @@ BETTER: dict[str, Direction] = {
     "vendi": "higher",
     "clip": "higher",
     "hps": "higher",
+    "r_precision": "higher",
     "accuracy": "higher",
     "entropy": "",
     "images": "",

@@ -185,6 +185,18 @@ class TextImageScorer(ABC):
         pictures = self._encode(images)
         return (pictures * words).sum(-1).cpu().numpy()
 
+    @torch.inference_mode()
+    def cosines(self, images: Images, conditions: Sequence[Condition]) -> Tensor:
+        """Of every one of N images with every text of A conditions: (N, A) fp32.
+
+        Raises:
+            ImageErrors: by the condition's index, a text that cannot be read.
+        """
+        texts, errors = self._read(conditions)
+        if errors:
+            raise ImageErrors(errors)
+        return self._encode(images) @ self._texts(texts).T
+
     def _read(self, conditions: Sequence[Condition]) -> tuple[list[Sentences], dict[int, str]]:
         """The texts of the images, and the errors of those without one, by index."""
         seen: dict[tuple[str, int | None], Sentences | str] = {}

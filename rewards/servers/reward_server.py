@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,12 +26,15 @@ from rewards.base import FeatureExtractor, Images, Scorer, split_spaces
 from rewards.config import (
     ACCURACY,
     JUDGE,
+    R_PRECISION,
     REWARDS,
     JudgeConfig,
     RewardsConfig,
     RewardServerConfig,
 )
 from rewards.networks.features import load_features
+from rewards.scorers.r_precision import RPrecision
+from rewards.scorers.text_image import TextImageScorer
 from rewards.servers.batcher import Batcher
 from rewards.servers.panel import Panel, PanelScores
 
@@ -173,7 +176,7 @@ def build_panels(config: RewardServerConfig, max_batch: int | None) -> dict[str,
     """The panels of a server, with the scorers of its pool."""
     panels = {REWARDS: _rewards_panel(config.rewards, config.pool, config.device, max_batch)}
     if config.judge is not None:
-        panels[JUDGE] = _judge_panel(config.judge, config.device, max_batch)
+        panels[JUDGE] = _judge_panel(config.judge, config.texts, config.device, max_batch)
     return panels
 
 
@@ -191,10 +194,16 @@ def _rewards_panel(config: RewardsConfig, pool: str, device: str, max_batch: int
     return Panel(scorers, extractors, max_batch)
 
 
-def _judge_panel(config: JudgeConfig, device: str, max_batch: int | None) -> Panel:
+def _judge_panel(
+    config: JudgeConfig, texts: Sequence[Condition], device: str, max_batch: int | None
+) -> Panel:
     scorers: dict[str, Scorer] = {
         name: scorer.load(device) for name, scorer in config.scorers().items()
     }
+    if config.r_precision:
+        clip = scorers["clip"]
+        assert isinstance(clip, TextImageScorer)
+        scorers[R_PRECISION] = RPrecision(clip, texts)
     if config.classifier.enabled:
         scorers[ACCURACY] = config.classifier.load(device)
     extractors = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from cluster.errors import ConfigError, did_you_mean
+from learner.miniature.systems.captions import CAPTIONS
 from learner.miniature.systems.llamagen import LLAMAGEN
 from learner.miniature.systems.mnist import MNIST
 from learner.miniature.systems.system import System
 
-SYSTEMS: dict[str, System] = {system.name: system for system in (LLAMAGEN, MNIST)}
+SYSTEMS: dict[str, System] = {system.name: system for system in (LLAMAGEN, CAPTIONS, MNIST)}
 
 
 def system_of(name: str) -> System:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from cluster.io.strict_json import dumps
@@ -30,6 +32,8 @@ class TextImageConfig:
     heads: int
     patch: int = 2
     """Side of a patch, pixels."""
+    context: int = 16
+    """Longest text, in tokens, start and end included."""
 
 
 def clip(job: Job, config: TextImageConfig) -> None:
@@ -37,6 +41,16 @@ def clip(job: Job, config: TextImageConfig) -> None:
 
     def train(batches: Batches, model: nn.Module, texts: Tensor) -> None:
         training.train_clip(batches, model, texts, job.steps, job.tick)
+
+    _build(job, config, train)
+
+
+def caption_clip(job: Job, config: TextImageConfig, attributes: Callable[[], np.ndarray]) -> None:
+    """CLIP on images with captions of attributes (C, K)."""
+
+    def train(batches: Batches, model: nn.Module, texts: Tensor) -> None:
+        known = torch.from_numpy(attributes())
+        training.train_caption_clip(batches, model, texts, known, job.steps, job.tick)
 
     _build(job, config, train)
 
@@ -105,7 +119,7 @@ def open_clip_config(
                 "mlp_ratio": 2.0,
             },
             "text_cfg": {
-                "context_length": 16,
+                "context_length": config.context,
                 "vocab_size": bytes_and_specials + len(vocabulary_merges(texts)),
                 "layers": 1,
                 "width": config.width,

@@ -106,7 +106,14 @@ def architectures(
     model = MODELS.get(values.get("policy", {}).get("checkpoint", ""))
     if model is None:  # the miniature, or networks that are built on demand: already small
         policy: PolicyArchitecture = LlamaGenConfig(
-            dim=96, num_layers=4, num_heads=4, grid=4, vocab_size=64, num_classes=10
+            dim=96,
+            num_layers=4,
+            num_heads=4,
+            grid=4,
+            vocab_size=64,
+            num_classes=10,
+            caption_dim=32 if values.get("conditions", {}).get("captions") else 0,
+            caption_tokens=8,
         )
         tokenizer = VQConfig(channels=32, multipliers=(1, 1), codebook_size=64)
     elif isinstance(model.architecture, LlamaGenConfig):
@@ -166,7 +173,7 @@ def _small_scorers(rewards: Mapping[str, Any], folder: Path, side: int) -> dict[
     found = {name: dict(rewards.get(name, {})) for name in ("clip", "hps", "loo_fid")}
     for name, scorer in (("clip", shipped.clip), ("hps", shipped.hps)):
         found[name] |= {"model": scorer.model, "pretrained": scorer.pretrained}
-    found["loo_fid"] |= {"reference": str(reference)}
+    found["loo_fid"] |= {"reference": str(reference), "joint": False}
     return {**found, "features": {"network": "convnet", "checkpoint": str(file)}}
 
 

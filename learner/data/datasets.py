@@ -145,13 +145,18 @@ def load_labels(source: str) -> np.ndarray:
     return _samples(source).classes().indices
 
 
+def has_captions(source: str) -> bool:
+    """Whether `image_captions` has captions of images."""
+    return source.startswith(CAPTIONED)
+
+
 def image_captions(source: str) -> list[str]:
     """The captions of the images of `load_images`, measured from them.
 
     Raises:
         DataError: no such set, or images without captions: those of the digits alone have some.
     """
-    if not source.startswith(CAPTIONED):
+    if not has_captions(source):
         raise DataError(f"{printable(source)}: images without captions; {CAPTIONED}train has some")
     from learner.data.digit_captions import captions_of, ink_of, training_cuts
 

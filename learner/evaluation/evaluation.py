@@ -156,7 +156,7 @@ class Evaluation:
         """A row's identity, requests, and images of each request."""
         identity = identity_of(config, row)
         if row.spec is None:
-            given = GivenImages.open(row.target.images)
+            given = GivenImages.open(row.target.images, captions=bool(config.conditions.captions))
             given.requests(config)  # refuses classes that the configuration does not have
             if config.evaluation.images:
                 check_count(row.target.images, len(given.images), config.evaluation.neighbours)
@@ -204,7 +204,8 @@ class Evaluation:
         with progress_bar(work.row.name, len(kept), IMAGES, first=kept.done) as bar:
             advance = self._reported(fleet, stage, bar)
             if work.row.spec is None:
-                given = GivenImages.open(work.row.target.images)
+                captions = bool(work.config.conditions.captions)
+                given = GivenImages.open(work.row.target.images, captions=captions)
                 score_missing(work.config, fleet, given, kept, advance)
             else:
                 sample_missing(fleet, work.requests, kept, advance)

@@ -14,7 +14,15 @@ from cluster.errors import DataError
 from cluster.fleet import Fleet
 from cluster.messages import Condition, GroupScores, SampleRequest, SamplingSpec, ScoredGroup
 from learner.config import RunConfig
-from learner.data.datasets import ImageSet, has_labels, load_labels, open_images, together
+from learner.data.datasets import (
+    ImageSet,
+    has_captions,
+    has_labels,
+    image_captions,
+    load_labels,
+    open_images,
+    together,
+)
 from learner.evaluation.held_out import GROUP, PANEL
 from learner.evaluation.kept.samples import (
     CLASSES,
@@ -118,13 +126,15 @@ def scored_arrays(scored: Sequence[GroupScores]) -> dict[str, np.ndarray]:
 class GivenImages:
     """A set of images to score.
 
-    Where they have classes (`arr_1` of an .npz file), they are scored as samples of these are.
-    Else only their features are known.
+    Where they have classes (`arr_1` of an .npz file) or, in a run on captions, captions, they are
+    scored as samples of these are. Else only their features are known.
     """
 
     images: ImageSet
     classes: np.ndarray | None
-    """(N,) int64"""
+    """(N,) int64; or indices into `texts`."""
+    texts: tuple[str, ...] = ()
+    """The images' distinct captions; empty for classes."""
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -139,9 +149,20 @@ class GivenImages:
         return np.argsort(self.classes, kind="stable")
 
     @classmethod
-    def open(cls, source: str) -> GivenImages:
-        """Raises CheckpointError, DataError: no such images, or classes that cannot be read."""
+    def open(cls, source: str, *, captions: bool = False) -> GivenImages:
+        """
+        Args:
+            captions: of a run on captions, which has no classes.
+
+        Raises:
+            CheckpointError, DataError: no such images, or classes that cannot be read.
+        """
         images = open_images(source)
+        if captions:
+            if not has_captions(source):
+                return cls(images, None)
+            texts, index = np.unique(image_captions(source), return_inverse=True)
+            return cls(images, index.astype(np.int64), tuple(texts.tolist()))
         return cls(images, load_labels(source) if has_labels(images) else None)
 
     def sizes(self) -> list[int]:
@@ -164,14 +185,20 @@ class GivenImages:
         """
         if self.classes is None:
             return []
-        by_class = {each.class_index: each for each in config.conditions.conditions()}
+        every = config.conditions.conditions()
+        by_class = {each.class_index: each for each in every}
+        if self.texts:
+            by_text = {each.text: each for each in every}
+            named = enumerate(self.texts)
+            by_class = {at: by_text[text] for at, text in named if text in by_text}
         requests, first = list[SampleRequest](), 0
         for group, size in enumerate(self.sizes()):
             image = int(self.order[first])
             index = int(self.classes[image])
             if index not in by_class:
+                what = repr(self.texts[index]) if self.texts else f"class {index}"
                 raise DataError(
-                    f"{self.images.name}: class {index} of image {image} is none of the "
+                    f"{self.images.name}: {what} of image {image} is none of the "
                     f"{len(by_class)} conditions: name the preset of their classes"
                 )
             requests.append(_request(config, by_class[index], group, size))

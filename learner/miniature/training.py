@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.models.base import Conditions, PolicyModule
+from actors.models.base import PolicyModule
 from actors.models.vq import VQConfig, VQTokenizer
 from cluster.messages import Condition
 from rewards.networks.convnet import ConvNet, ConvNetConfig
@@ -175,9 +175,8 @@ def train_policy(
         tokens, given = sequences[index], conditions[labels[index]]
         if policy.config.guidable:
             dropped = torch.rand(len(index), generator=batches.generator) < CONDITION_DROPOUT
-            null = policy.null_conditions(given).values
-            dropped = dropped.view(-1, *[1] * (null.ndim - 1))
-            given = Conditions(torch.where(dropped, null, given.values), given.mask)
+            both = given.concat(policy.null_conditions(given))
+            given = both[torch.arange(len(index)) + len(index) * dropped]
         return F.cross_entropy(policy(tokens, given).flatten(0, 1), tokens.flatten())
 
     optimise(policy, loss, steps, 2e-3, tick)

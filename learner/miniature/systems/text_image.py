@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,40 @@ def _build(
 
 
 def vocabulary_merges(texts: Iterable[str]) -> list[str]:
-    """Byte-pair merges that make each word of the texts one token."""
-    merges: dict[str, None] = {}
-    for word in dict.fromkeys(" ".join(texts).split()):
-        head, *rest = [*word[:-1], f"{word[-1]}</w>"]
-        for letter in rest:
-            merges[f"{head} {letter}"] = None
-            head += letter
-    return list(merges)
+    """Byte-pair merges that make each word of the texts one token.
+
+    Raises:
+        ValueError: no order of the words does so.
+    """
+    words = list(dict.fromkeys(" ".join(texts).split()))
+    for _ in words:
+        merges: dict[str, None] = {}
+        for word in words:
+            head, *rest = _letters(word)
+            for letter in rest:
+                merges[f"{head} {letter}"] = None
+                head += letter
+        ranks = {merge: rank for rank, merge in enumerate(merges)}
+        broken = [word for word in words if len(_pieces(word, ranks)) > 1]
+        if not broken:
+            return list(merges)
+        words = broken + [word for word in words if word not in broken]  # their merges come first
+    raise ValueError(f"no order of merges makes each of these words one token: {words}")
+
+
+def _letters(word: str) -> list[str]:
+    return [*word[:-1], f"{word[-1]}</w>"]
+
+
+def _pieces(word: str, ranks: Mapping[str, int]) -> list[str]:
+    """Tokens of a word: of all neighbours that can be merged, those of the first merge are."""
+    found = _letters(word)
+    while True:
+        at_ranks = enumerate(ranks.get(f"{a} {b}", len(ranks)) for a, b in pairwise(found))
+        rank, at = min(((rank, at) for at, rank in at_ranks), default=(len(ranks), 0))
+        if rank == len(ranks):
+            return found
+        found[at : at + 2] = [found[at] + found[at + 1]]
 
 
 def write_vocabulary(path: Path, texts: Iterable[str]) -> None:

@@ -31,7 +31,6 @@ from learner.miniature.systems.text_image import WEIGHTS, TextImageConfig
 from learner.miniature.training import LabelledImages
 
 POLICY, FEATURES = "captions/policy.safetensors", "captions/captions.parquet"
-ENCODER = "captions/t5"
 LONGEST = 8  # tokens of a caption: six words and the end, and one to spare
 SMALL_CLIP = TextImageConfig(width=64, depth=2, heads=2, context=LONGEST)
 JUDGE_CLIP = TextImageConfig(width=48, depth=3, heads=3, context=LONGEST)

@@ -15,6 +15,8 @@ from cluster.model_files.torchvision_ops import ensure_torchvision
 from learner.miniature.systems.system import Job
 from learner.miniature.training import optimise
 
+ENCODER = "t5"
+"""Its directory, beside the file of features."""
 SPECIAL = ("<pad>", "</s>", "<unk>")
 SIZES: dict[str, Any] = {
     "d_model": 32,
@@ -33,7 +35,7 @@ BATCH, LR = 32, 3e-3
 
 def text_encoder(job: Job, attributes: Tensor, captions: Sequence[str]) -> None:
     """A T5 encoder of the data's texts, its tokenizer of whole words beside it, and the features of
-    captions in captions.parquet, above its directory.
+    captions in the job's file.
 
     Trained on texts alone: a linear read-out of the mean of the last hidden states, discarded
     afterwards, is to tell each attribute (cross-entropy). So the features hold what a caption says,
@@ -46,7 +48,7 @@ def text_encoder(job: Job, attributes: Tensor, captions: Sequence[str]) -> None:
     ensure_torchvision()
     import transformers
 
-    folder, texts = job.file.parent, job.network.data().texts
+    folder, texts = job.file.parent / ENCODER, job.network.data().texts
     tokenizer = word_tokenizer(texts)
     generator = job.batches().generator
     model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(tokenizer), **SIZES))

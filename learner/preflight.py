@@ -292,7 +292,8 @@ def notes(config: RunConfig) -> list[str]:
     digits = tuple(config.conditions.class_names) == DIGIT_NAMES
     for name, network in networks.items():
         ours = network.model.startswith(NETWORKS)
-        if ours and not (digits and not config.conditions.captions):
+        captions = network.model.startswith(f"{NETWORKS}/captions/")
+        if ours and not (digits and bool(config.conditions.captions) == captions):
             found.append(
                 f"{name}.model is the miniature's, which knows the ten digits alone: name "
                 "a model for these conditions"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,8 @@ def peek_captions(path: str, column: str = "") -> Peeked:
                 shapes = parquet.read(columns=["shape"]).column(0).to_pylist()
                 metadata = parquet.schema_arrow.metadata or {}
                 encoder = metadata.get(ENCODER, b"").decode("utf-8", "replace")
-                return Peeked(captions, *_extent(path, shapes), encoder)
+                # `actors.captions` told of repetitions when it wrote the file
+                return Peeked(replace(captions, notes=()), *_extent(path, shapes), encoder)
             if FEATURES not in names:
                 return Peeked(captions)
             first = next(parquet.iter_batches(1, columns=[FEATURES])).column(0)[0].as_py()

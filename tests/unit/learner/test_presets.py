@@ -238,7 +238,9 @@ def test_the_reduced_policy_is_of_the_presets_family(name: str) -> None:
     policy, tokenizer = architectures(values, SMALL)
     assert type(policy).__name__.startswith("Taming") == (name == "vqgan-imagenet")
     assert tokenizer.codebook_size == policy.vocab_size
-    assert bool(getattr(policy, "caption_dim", 0)) == (name == "llamagen-t2i")
+    assert bool(getattr(policy, "caption_dim", 0)) == (
+        name in ("llamagen-t2i", "miniature-captions")
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -61,7 +61,7 @@ class ArmsConfig:
     """Train and evaluate the arms of a part of the study."""
 
     part: str = "llamagen"
-    """Part of the study: llamagen, ablations."""
+    """Part of the study: llamagen, vqgan, captions, mnist, recall or ablations."""
     out: Path = Path("runs/study")
     """Directory of networks, tuned policies and results; parts share it."""
     seeds: tuple[int, ...] = ()

@@ -15,9 +15,9 @@ KILLED_AT = ("building networks", "training arms", "evaluating")
 
 def command(out: Path) -> list[str]:
     return [
-        sys.executable, "-u", "-m", "learner.miniature.arms", "--part", "llamagen",
-        "--out", str(out), "--seeds", "1", "2", "--arms", "instance only", "instance + LOO-FID",
-        "--iterations", "4", "--scale", "0.002", "--workers", "2",
+        sys.executable, "-u", "-m", "learner.miniature.arms", "--part", "ablations",
+        "--out", str(out), "--seeds", "1", "2", "--arms", "instance + LOO-FID", "decay 0",
+        "--iterations", "4", "--scale", "0.002", "--workers", "1",
     ]  # fmt: skip
 
 
@@ -37,15 +37,16 @@ def kill_at(out: Path, stage: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_a_part_that_is_killed_at_any_point_gives_the_same_results(tmp_path: Path) -> None:
     whole = subprocess.run(command(tmp_path / "a"), capture_output=True, text=True, check=True)
-    assert "base, CFG 3" in whole.stdout  # the table
+    assert "base, CFG 2" in whole.stdout  # the table
     for stage in KILLED_AT:
         kill_at(tmp_path / "b", stage)
-        assert not (tmp_path / "b" / "llamagen.csv").exists()
+        assert not (tmp_path / "b" / "ablations.csv").exists()
     again = subprocess.run(command(tmp_path / "b"), capture_output=True, text=True, check=True)
     assert again.returncode == 0
-    first, second = ((tmp_path / name / "llamagen.csv").read_bytes() for name in "ab")
+    first, second = ((tmp_path / name / "ablations.csv").read_bytes() for name in "ab")
     assert first == second
-    assert len(first.splitlines()) > 2 * 6 * 15
+    assert len(first.splitlines()) > 2 * 4 * 15
     assert not list((tmp_path / "b").rglob("*.partial"))

@@ -79,9 +79,6 @@ METHOD: dict[str, Any] = {
 
 SECTIONS = ("sampling", "learner", "loss", "entropy", "real", "guards")
 """Sections of a run's configuration that are wholly of the method: not the preset's."""
-EMPTY: dict[str, Any] = {"further": {}, "extra": []}
-"""Rewards that the preset may add, and arms start without."""
-
 INSTANCE_OFF = {"clip": {"weight": 0.0}, "hps": {"weight": 0.0}}
 LOO_FID_OFF = {"loo_fid": {"weight": 0.0}}
 JOINT = {"loo_fid": {"joint": True}}

@@ -9,6 +9,8 @@ from typing import Any
 
 Changes = Mapping[str, Any]
 """Nested plain values of a run's configuration."""
+NETWORKS = "<networks>"
+"""Stands for the folder of a seed's networks in paths of arms and of what is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

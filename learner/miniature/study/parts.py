@@ -15,6 +15,8 @@ from learner.miniature.study.names import (
     WITH_JOINT,
 )
 from learner.miniature.study.part import Arm, Changes, Part
+from learner.miniature.study.recall import RECALL
+from learner.miniature.systems.registry import SYSTEMS
 
 TEST_SEEDS = tuple(range(201, 211))
 """No setting was chosen by a look at their results."""
@@ -50,6 +52,34 @@ LLAMAGEN = Part(
     on_request=FURTHER_ARMS,
     seconds=100,
 )
+VQGAN = Part(
+    name="vqgan",
+    system="vqgan",
+    question="Is it so of a VQGAN, which has no guidance: against truncated, sharpened sampling?",
+    seeds=TEST_SEEDS,
+    base={
+        BASE: {},
+        f"{BASE}, top-p .92": {"top_p": 0.92},
+        f"{BASE}, top-k 16": {"top_k": 16},
+        f"{BASE}, temperature .9": {"temperature": 0.9},
+        f"{BASE}, temperature .8": {"temperature": 0.8},
+    },
+    method=METHOD,
+    arms=MAIN_ARMS,
+    on_request=FURTHER_ARMS,
+    seconds=100,
+)
+CAPTIONS = Part(
+    name="captions",
+    system="captions",
+    question="Is it so where captions are the conditions, and accuracy is R-precision?",
+    seeds=TEST_SEEDS,
+    base=guided(1.5, 2, 3),
+    method=METHOD,
+    arms=MAIN_ARMS,
+    on_request=FURTHER_ARMS,
+    seconds=120,
+)
 MNIST = Part(
     name="mnist",
     system="mnist",
@@ -61,4 +91,5 @@ MNIST = Part(
     arms=(MAIN_ARMS[0], Arm(name=BOTH), Arm(name=WITH_JOINT, changes={"rewards": JOINT})),
     seconds=900,
 )
-PARTS: dict[str, Part] = {part.name: part for part in (LLAMAGEN, ABLATIONS, MNIST)}
+EVERY = (LLAMAGEN, VQGAN, CAPTIONS, MNIST, RECALL, ABLATIONS)
+PARTS: dict[str, Part] = {part.name: part for part in EVERY if part.system in SYSTEMS}

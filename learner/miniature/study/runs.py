@@ -18,12 +18,11 @@ from cluster.messages import SamplingSpec
 from cluster.model_files.tensors import anywhere
 from learner.config import RunConfig, dotted, merge, to_dict, validate
 from learner.miniature.build import with_networks
-from learner.miniature.study.method import EMPTY, SECTIONS
-from learner.miniature.study.part import Arm, Changes, Part
+from learner.miniature.study.method import SECTIONS
+from learner.miniature.study.part import NETWORKS, Arm, Changes, Part
 from learner.miniature.systems.registry import system_of
 
-PLACE = "<networks>/"
-"""Stands for the folder of networks in what is kept, so that it can be moved."""
+PLACE = f"{NETWORKS}/"
 PACKAGE = "package://"
 CLIP_SPACE = "clip"
 """The judge's third feature space: images of its CLIP."""
@@ -66,15 +65,26 @@ def run_config(part: Part, arm: Arm, seed: int, networks: Path, iterations: int 
     values = merge(values, {"judge": {"further": {CLIP_SPACE: third}}})
     if iterations:
         values = merge(values, {"iterations": iterations})
-    return validate(merge(values, arm.changes), f"{arm.name}, seed {seed}")
+    return validate(merge(values, placed(arm.changes, networks)), f"{arm.name}, seed {seed}")
+
+
+def placed(changes: Changes, networks: Path) -> dict[str, Any]:
+    """Changes with the folder of networks for `NETWORKS` in paths."""
+    return {
+        name: placed(value, networks)
+        if isinstance(value, Mapping)
+        else value.replace(NETWORKS, str(networks))
+        if isinstance(value, str)
+        else value
+        for name, value in changes.items()
+    }
 
 
 def with_method(values: Mapping[str, Any], method: Changes) -> dict[str, Any]:
     """A preset's values with nothing of its method but a part's own."""
     plain = to_dict(RunConfig())
     kept = {**values, **{name: plain[name] for name in SECTIONS}}
-    there = {name: value for name, value in EMPTY.items() if name in kept["rewards"]}
-    kept["rewards"] = {**kept["rewards"], **there}
+    kept["rewards"] = {**values["rewards"], "further": {}, "extra": []}
     return merge(kept, method)
 
 

@@ -12,7 +12,7 @@ from learner.miniature.build import with_networks
 from learner.miniature.study import runs
 from learner.miniature.study.part import Arm, folder_of
 from learner.miniature.study.parts import LLAMAGEN, PARTS
-from learner.miniature.study.runs import changed, run_config
+from learner.miniature.study.runs import OF_TRAINING, changed, kept_values, run_config
 
 FOLDER = Path("/networks")
 
@@ -48,6 +48,7 @@ def test_a_preset_that_changes_changes_only_arms_that_are_its_own(
         "sampling": {"temperature": 0.5},
         "rewards": {
             "extra": ["json:loads=0.5"],
+            "further": {"pixels": {"features": {"network": "pixels"}}},
             "clip": {"weight": 3.0},
             "loo_fid": {"joint": True, "decay": 0.9},
         },
@@ -103,6 +104,15 @@ def test_every_arm_of_every_part_is_valid_and_its_own() -> None:
     for part in PARTS.values():
         configs = [run_config(part, arm, 1, FOLDER) for arm in part.arms]
         assert len({repr(config) for config in configs}) == len(configs), part.name
+
+
+def test_arms_may_name_networks_of_their_seed() -> None:
+    part = PARTS["recall"]
+    found = run_config(part, part.arm("joint in two spaces"), 1, FOLDER)
+    assert found.rewards.further["clip"].features.model == "/networks/clip"
+    kept = kept_values(found, OF_TRAINING, FOLDER)
+    assert kept["rewards.further.clip.features.model"] == "<networks>/clip"
+    assert kept["policy.checkpoint"] == "<networks>/policy.safetensors"
 
 
 def test_settings_that_came_since_must_be_at_their_defaults() -> None:

@@ -87,9 +87,9 @@ MNIST = Part(
     question="Is it so at a size that one can look at, MNIST's digits of 28x28 pixels?",
     seeds=(401, 402, 403),
     base=guided(1.5, 2),
-    method=merge(METHOD, {"iterations": 120, "learner": {"lr": 2e-4}}),
+    method=merge(METHOD, {"iterations": 160, "learner": {"lr": 6e-5}}),
     arms=(MAIN_ARMS[0], Arm(name=BOTH), Arm(name=WITH_JOINT, changes={"rewards": JOINT})),
-    seconds=900,
+    seconds=610,
 )
 EVERY = (LLAMAGEN, VQGAN, CAPTIONS, MNIST, RECALL, ABLATIONS)
 PARTS: dict[str, Part] = {part.name: part for part in EVERY if part.system in SYSTEMS}

@@ -64,6 +64,10 @@ RECALL = Part(
         Arm(name="joint in two spaces", changes=_two_spaces()),
         Arm(name="joint in two spaces, classes x 3", changes=_two_spaces(THRICE)),
         Arm(
+            name="joint in two spaces, classes x 3 + entropy",
+            changes=merge(_two_spaces(THRICE), {"entropy": ENTROPY}),
+        ),
+        Arm(
             name="joint in two spaces, classes x 3, half as long",
             changes=merge(_two_spaces(THRICE), {"iterations": 120}),
         ),

@@ -39,7 +39,7 @@ from actors.checkpoints.sources import (
     policy_architecture,
     tokenizer_architecture,
 )
-from actors.checkpoints.taming import read_project
+from actors.checkpoints.taming import official_tokenizer_tensors, read_project
 from actors.checkpoints.zoo import MODELS, family_of, find_model
 from actors.models.base import Architecture
 from actors.models.vq import VQConfig
@@ -218,7 +218,7 @@ def run_export(command: ExportCommand) -> None:
     kind: Kind = "tokenizer" if header.get("family") == VQConfig.family else "policy"
     architecture = architecture_from(header, str(source), kind)
     family = family_of(architecture)
-    if command.base and family.merge_base is None:
+    if command.base and (kind == "tokenizer" or family.merge_base is None):
         raise ConfigError(f"base is for taming's policies, but {source} is none: leave it empty")
     if command.layout not in family.layouts:
         raise ConfigError(
@@ -251,7 +251,7 @@ def official_state(
             return family.merge_base(state, Source.of(base).open().tensors, base)
         return state
     if architecture.pixel_rule == "taming":
-        raise ConfigError("a VQGAN is not tuned here: use the official file it came from")
+        return official_tokenizer_tensors(tensors)
     # A buffer of usage counts that the official tokenizer has and loads strictly.
     return {CODEBOOK_USED: torch.zeros(CODEBOOK_USED_SIZE), **tensors}
 

@@ -27,6 +27,7 @@ from actors.text.features import write_caption_features
 from cluster.model_files.tensors import write_tensors
 from learner.config import RunConfig, merge, validate
 from learner.data.conditions import IMAGENET
+from learner.miniature.systems import vqgan
 from rewards.config import RewardsConfig
 from rewards.networks.convnet import ConvNet, ConvNetConfig
 
@@ -104,8 +105,11 @@ def architectures(
 ) -> tuple[PolicyArchitecture, VQConfig]:
     """Those of a preset's policy and tokenizer, made smaller."""
     model = MODELS.get(values.get("policy", {}).get("checkpoint", ""))
-    if model is None:  # the miniature, or networks that are built on demand: already small
-        policy: PolicyArchitecture = LlamaGenConfig(
+    if "vqgan/" in values.get("policy", {}).get("checkpoint", ""):
+        policy: PolicyArchitecture = vqgan.ARCHITECTURE
+        tokenizer = vqgan.VQ
+    elif model is None:  # the miniature, or networks that are built on demand: already small
+        policy = LlamaGenConfig(
             dim=96,
             num_layers=4,
             num_heads=4,

@@ -311,6 +311,30 @@ def _tokenizer_name(name: str, levels: int) -> str:
     return ".".join(new)
 
 
+def official_tokenizer_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A VQGAN's tensors under the names of its own official file; what belongs to the loss of its
+    training (discriminator, perceptual network) is not among them."""
+    numbers = [re.match(r"decoder\.conv_blocks\.(\d+)\.", name) for name in state]
+    levels = 1 + max(int(number[1]) for number in numbers if number)
+    return {_official_tokenizer_name(name, levels): tensor for name, tensor in state.items()}
+
+
+def _official_tokenizer_name(name: str, levels: int) -> str:
+    """Undoes `_tokenizer_name`."""
+    match name.split("."):
+        case ["encoder", "conv_blocks", level, part, *rest]:
+            new = ["encoder", "down", level, part.replace("res", "block"), *rest]
+        case ["decoder", "conv_blocks", place, part, *rest]:
+            level = str(levels - 1 - int(place))
+            new = ["decoder", "up", level, part.replace("res", "block"), *rest]
+        case ["encoder" | "decoder" as half, "mid", number, *rest]:
+            official = {ours: part for part, ours in MIDDLE.items()}
+            new = [half, "mid", official[number], *rest]
+        case _:
+            return name
+    return ".".join(new)
+
+
 def _permuter_tensors(config: TamingConfig) -> dict[str, Tensor]:
     """The official module has no tables for the identity."""
     if config.permuter == "Identity":

@@ -26,9 +26,9 @@ MODELS: dict[str, NamedModel] = {
 
 
 def family_of(architecture: Architecture) -> Family:
-    """The family of a policy. Tokenizers are LlamaGen's: our names are those of its files."""
+    """The family of a policy or tokenizer."""
     if isinstance(architecture, VQConfig):
-        return LLAMAGEN
+        return TAMING if architecture.pixel_rule == "taming" else LLAMAGEN
     return next(family for family in FAMILIES if isinstance(architecture, family.architecture))
 
 

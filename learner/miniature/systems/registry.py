@@ -7,8 +7,9 @@ from learner.miniature.systems.captions import CAPTIONS
 from learner.miniature.systems.llamagen import LLAMAGEN
 from learner.miniature.systems.mnist import MNIST
 from learner.miniature.systems.system import System
+from learner.miniature.systems.vqgan import VQGAN
 
-SYSTEMS: dict[str, System] = {system.name: system for system in (LLAMAGEN, CAPTIONS, MNIST)}
+SYSTEMS: dict[str, System] = {system.name: system for system in (LLAMAGEN, VQGAN, CAPTIONS, MNIST)}
 
 
 def system_of(name: str) -> System:

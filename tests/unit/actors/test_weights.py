@@ -347,6 +347,44 @@ def test_taming_exports_with_the_rest_of_its_base(tmp_path: Path) -> None:
     assert same(plain(tmp_path / "e.ckpt")["state_dict"], official_policy_tensors(tuned, config))
 
 
+PROJECT = """
+model:
+  target: taming.models.cond_transformer.Net2NetTransformer
+  params:
+    cond_stage_config: {target: taming.modules.util.Labelator, params: {n_classes: 10}}
+    transformer_config:
+      target: taming.modules.transformer.mingpt.GPT
+      params: {vocab_size: 64, block_size: 16, n_layer: 4, n_head: 4, n_embd: 96}
+    first_stage_config:
+      target: taming.models.vqgan.VQModel
+      params:
+        n_embed: 64
+        embed_dim: 32
+        ddconfig: {double_z: false, z_channels: 32, resolution: 8, in_channels: 3, out_ch: 3,
+                   ch: 32, ch_mult: [1, 1], num_res_blocks: 1, attn_resolutions: [4]}
+"""
+"""taming's description of the miniature's VQGAN and GPT."""
+
+
+def test_a_vqgan_and_its_policy_pass_through_tamings_format(tmp_path: Path) -> None:
+    """The shipped ones: exported to the official names, and back with a project file."""
+    (tmp_path / "it-project.yaml").write_text(PROJECT)
+    for kind in ("tokenizer", "policy"):
+        shipped = f"package://learner.miniature/networks/vqgan/{kind}.safetensors"
+        official, back = tmp_path / f"{kind}.ckpt", tmp_path / f"{kind}.safetensors"
+        assert main(["export", shipped, str(official)]) == 0
+        state = plain(official)["state_dict"]
+        known = {"tokenizer": "decoder.up.1.block.0.conv1.weight", "policy": "transformer.tok_emb"}
+        assert any(name.startswith(known[kind]) for name in state)
+        options = ["--architecture", str(tmp_path / "it-project.yaml"), "--part", kind]
+        assert main(["convert", str(official), str(back), *options]) == 0
+        assert same(read_tensors(back), read_tensors(shipped))
+        assert read_config(back) == read_config(shipped)
+    base = ["--base", str(tmp_path / "policy.ckpt")]
+    target = str(tmp_path / "whole.ckpt")
+    assert main(["export", str(tmp_path / "tokenizer.safetensors"), target, *base]) == REFUSED
+
+
 def test_export_takes_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
     for step in (50, 100, 1_000_000):
         place = tmp_path / "run" / "checkpoints" / f"step_{step:06d}"

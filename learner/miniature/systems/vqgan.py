@@ -51,7 +51,7 @@ VQGAN = System(
         digits.OF_DIGITS(
             name="vqgan/policy",
             file=VQGAN_POLICY,
-            steps=300,
+            steps=600,
             train=partial(trainers.policy, architecture=ARCHITECTURE, tokenizer=VQGAN_TOKENIZER),
         ),
     ),

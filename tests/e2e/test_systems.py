@@ -15,7 +15,7 @@ from learner.runs.records import TUNED
 from tests.small_run import flags, recorded
 
 NETWORKS = "package://learner.miniature/networks/vqgan"
-SMALL = [*flags(), "--evaluation.num-images", "20", "--inline"]
+SMALL = [*flags(), "--evaluation.num-images", "10", "--inline"]
 
 
 def test_a_vqgan_is_tuned_evaluated_resumed_and_sampled(
@@ -24,14 +24,14 @@ def test_a_vqgan_is_tuned_evaluated_resumed_and_sampled(
     """Without guidance, which taming's policies do not have; filters sharpen them instead."""
     run = tmp_path / "run"
     options = ["--preset", "miniature-vqgan", *SMALL, "--run-dir", str(run)]
-    assert main([*options, "--iterations", "2"]) == 0
+    assert main([*options, "--iterations", "1"]) == 0
     table = json.loads((run / "evaluation.json").read_text())
     assert list(table) == ["base", TUNED]
     assert (run / "report.html").is_file()
-    assert main(["--resume", "--run-dir", str(run), "--inline", "--iterations", "3"]) == 0
-    assert len(recorded(run)) == 3
+    assert main(["--resume", "--run-dir", str(run), "--inline", "--iterations", "2"]) == 0
+    assert len(recorded(run)) == 2
     out = tmp_path / "evaluation"
-    rows = ["--samplings", "top_p=0.92", "temperature=0.8", "--bootstrap", "2"]
+    rows = ["--samplings", "top_p=0.92", "--bootstrap", "2"]
     assert evaluate([str(run), "--out", str(out), "--inline", *rows, "--num-images", "20"]) == 0
     drawn = ["--classes", "3", "--num-images", "2", "--device", "cpu", "--out"]
     assert sample(["--run", str(run), *drawn, str(tmp_path / "tuned")]) == 0

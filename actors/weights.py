@@ -39,7 +39,8 @@ from actors.checkpoints.sources import (
     policy_architecture,
     tokenizer_architecture,
 )
-from actors.checkpoints.taming import official_tokenizer_tensors, read_project
+from actors.checkpoints.taming import read_project
+from actors.checkpoints.taming_vqgan import official_tokenizer_tensors
 from actors.checkpoints.zoo import MODELS, family_of, find_model
 from actors.models.base import Architecture
 from actors.models.vq import VQConfig

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from actors.checkpoints.families import Kind
 from actors.checkpoints.official import OfficialFile, open_official
-from actors.checkpoints.taming import TamingProject, read_project, tokenizer_tensors
+from actors.checkpoints.taming import TamingProject, read_project
+from actors.checkpoints.taming_vqgan import tokenizer_tensors
 from actors.checkpoints.zoo import FAMILIES, MODELS, candidates, family_of, find_model
 from actors.models.base import Architecture, PolicyArchitecture
 from actors.models.vq import VQConfig

@@ -8,7 +8,6 @@ run's `*-project.yaml`; classes named there (`target`) that are not known here a
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -39,11 +38,9 @@ UNCONDITIONAL = "__is_unconditional__"
 POLICY = "transformer."
 TOKENIZER = "first_stage_model."
 PERMUTER = "permuter."
-LOSS = "loss."
 MASK = ".attn.mask"
 
 PAGE = "https://github.com/CompVis/taming-transformers"
-MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,67 +269,6 @@ def official_policy_tensors(state: Mapping[str, Tensor], config: TamingConfig) -
     for layer in range(config.num_layers):
         tensors[f"{POLICY}blocks.{layer}{MASK}"] = mask[None, None].clone()
     return tensors | _permuter_tensors(config)
-
-
-def tokenizer_tensors(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The VQGAN's tensors under our names, of a VQGAN's own file or of a whole policy's. What
-    belongs to its loss is left out.
-
-    Raises:
-        CheckpointError: the file has no VQGAN.
-    """
-    inside = any(name.startswith((POLICY, TOKENIZER)) for name in state)
-    prefix = TOKENIZER if inside else ""
-    found = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in state.items()
-        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(LOSS)
-    }
-    numbers = [re.match(r"decoder\.up\.(\d+)\.", name) for name in found]
-    levels = 1 + max((int(number[1]) for number in numbers if number), default=-1)
-    if not levels:
-        raise CheckpointError(f"{source}: no tensors {prefix}decoder.up.*: there is no VQGAN in it")
-    return {_tokenizer_name(name, levels): tensor for name, tensor in found.items()}
-
-
-def _tokenizer_name(name: str, levels: int) -> str:
-    """Ours for an official name: levels are one list in the order of the data, and so is the
-    middle. taming counts the decoder's from the finest, which comes last."""
-    match name.split("."):
-        case ["encoder", "down", level, part, *rest]:
-            new = ["encoder", "conv_blocks", level, part.replace("block", "res"), *rest]
-        case ["decoder", "up", level, part, *rest]:
-            place = str(levels - 1 - int(level))
-            new = ["decoder", "conv_blocks", place, part.replace("block", "res"), *rest]
-        case ["encoder" | "decoder" as half, "mid", part, *rest] if part in MIDDLE:
-            new = [half, "mid", MIDDLE[part], *rest]
-        case _:
-            return name
-    return ".".join(new)
-
-
-def official_tokenizer_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A VQGAN's tensors under the names of its own official file; what belongs to the loss of its
-    training (discriminator, perceptual network) is not among them."""
-    numbers = [re.match(r"decoder\.conv_blocks\.(\d+)\.", name) for name in state]
-    levels = 1 + max(int(number[1]) for number in numbers if number)
-    return {_official_tokenizer_name(name, levels): tensor for name, tensor in state.items()}
-
-
-def _official_tokenizer_name(name: str, levels: int) -> str:
-    """Undoes `_tokenizer_name`."""
-    match name.split("."):
-        case ["encoder", "conv_blocks", level, part, *rest]:
-            new = ["encoder", "down", level, part.replace("res", "block"), *rest]
-        case ["decoder", "conv_blocks", place, part, *rest]:
-            level = str(levels - 1 - int(place))
-            new = ["decoder", "up", level, part.replace("res", "block"), *rest]
-        case ["encoder" | "decoder" as half, "mid", number, *rest]:
-            official = {ours: part for part, ours in MIDDLE.items()}
-            new = [half, "mid", official[number], *rest]
-        case _:
-            return name
-    return ".".join(new)
 
 
 def _permuter_tensors(config: TamingConfig) -> dict[str, Tensor]:

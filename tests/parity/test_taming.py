@@ -21,8 +21,8 @@ from actors.checkpoints.taming import (
     TamingProject,
     parse_project,
     policy_tensors,
-    tokenizer_tensors,
 )
+from actors.checkpoints.taming_vqgan import tokenizer_tensors
 from actors.models.base import Conditions
 from actors.models.permuters import ORDERS, inverse, permutation
 from actors.models.taming import TamingGPT, coordinate_tokens

@@ -17,8 +17,8 @@ from actors.checkpoints.taming import (
     parse_project,
     policy_tensors,
     read_project,
-    tokenizer_tensors,
 )
+from actors.checkpoints.taming_vqgan import official_tokenizer_tensors, tokenizer_tensors
 from actors.decoding.decode import decode_tokens, token_logprobs
 from actors.models.base import Conditions, Window
 from actors.models.permuters import inverse, permutation
@@ -417,6 +417,7 @@ def test_a_tokenizers_decoder_levels_are_reversed() -> None:
     inside = {f"first_stage_model.{name}": tensor for name, tensor in state.items()}
     inside["transformer.pos_emb"] = torch.zeros(1)
     assert set(tokenizer_tensors(inside, "x.ckpt")) == set(names.values())
+    assert set(official_tokenizer_tensors(tokenizer_tensors(state, "x.ckpt"))) == set(names)
 
 
 # The tokenizer's own differences.

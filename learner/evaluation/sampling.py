@@ -241,9 +241,10 @@ def score_missing(
         if requests:
             pairs = ((requests[n], group) for n, group in zip(numbers, groups, strict=True))
             arrays = scored_arrays(list(fleet.score_images(pairs)))
-            index = [requests[number].condition.class_index for number in numbers]
-            of_requests = np.asarray(index, np.int64)
-            arrays[CLASSES] = np.repeat(of_requests, [sizes[number] for number in numbers])
+            if not given.texts:
+                index = [requests[number].condition.class_index for number in numbers]
+                of_requests = np.asarray(index, np.int64)
+                arrays[CLASSES] = np.repeat(of_requests, [sizes[number] for number in numbers])
         else:
             found = fleet.features(groups, PANEL)
             arrays = {FEATURES + space: values for space, values in found.items()}

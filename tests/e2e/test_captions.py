@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from actors import sample
-from learner import plan
+from learner import evaluate, plan
 from learner.miniature.build import NETWORKS
 from learner.monitoring.metrics import read_metrics
 from learner.run import main
@@ -50,3 +50,11 @@ def test_samples_of_captions_and_a_plan(tmp_path: Path, capsys: pytest.CaptureFi
     assert np.load(file)["arr_0"].shape[1:] == (8, 8, 3)
     assert plan.main(PRESET) == 0
     assert "No process asks for a GPU" in capsys.readouterr().out
+
+
+def test_real_images_with_their_captions(tmp_path: Path) -> None:
+    """The ceiling of the R-precision, by the command of the learner's page."""
+    options = ["--inline", "--out", str(tmp_path / "out"), "--bootstrap", "0"]
+    assert evaluate.main(["digits:held-out", *PRESET, *options]) == 0
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"].values()
+    assert row["figures"]["r_precision"]["value"] == pytest.approx(0.696, abs=0.02)

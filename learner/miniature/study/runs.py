@@ -44,7 +44,7 @@ OF_EVALUATION = ("seed", "policy", "tokenizer", "conditions", "judge", "evaluati
 """Sections that results depend on."""
 COMPUTING_BY = {"learner": {"num_threads": 1}, "sampler": {"max_groups": 8}}
 """How every arm computes: one thread a process, and groups that are decoded together, which is
-faster than one by one and gives other last bits."""
+faster than one by one and may give other last bits."""
 COMPUTING = (actors, cluster, learner, rewards)
 LIBRARIES = ("torch", "numpy", "scipy", "open_clip_torch", "timm", "scikit-learn")
 

@@ -281,14 +281,40 @@ def _corrupt_tokens(images: Tensor, tokenizer: VQTokenizer, generator: torch.Gen
 
 
 def train_classifier(batches: Batches, config: ConvNetConfig, steps: int, tick: Tick) -> ConvNet:
-    """Cross-entropy; then features are scaled to unit deviation on the training images."""
+    """Cross-entropy of the conditions."""
+
+    def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+    return _train_convnet(batches, config, loss, steps, tick)
+
+
+def train_autoencoder(batches: Batches, config: ConvNetConfig, steps: int, tick: Tick) -> ConvNet:
+    """Reconstruction of the gray image by the network's head, which has one output a pixel: its
+    features know nothing of classes, and keep the variety within one that a classifier's lose."""
+
+    def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.mse_loss(logits, images.mean(1).flatten(1))
+
+    return _train_convnet(batches, config, loss, steps, tick)
+
+
+def _train_convnet(
+    batches: Batches,
+    config: ConvNetConfig,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    steps: int,
+    tick: Tick,
+) -> ConvNet:
+    """Minimise loss(images, logits, labels); then scale features to unit deviation on the training
+    images."""
     network = ConvNet(config)
 
-    def loss(_: int) -> Tensor:
+    def of_batch(_: int) -> Tensor:
         images, labels = batches.draw(64)
-        return F.cross_entropy(network(images)[1], labels)
+        return loss(images, network(images)[1], labels)
 
-    optimise(network, loss, steps, 2e-3, tick)
+    optimise(network, of_batch, steps, 2e-3, tick)
     with torch.no_grad():
         features, _ = network(batches.data.pixels)
         network.scale.copy_(1 / features.std(0).mean())

@@ -96,7 +96,7 @@ CAPTIONS = System(
         digits.TOKENIZER_NETWORK,
         OF_CAPTIONS(name="captions/t5", file=FEATURES, steps=300, train=encoder_of_captions),
         OF_CAPTIONS(name="captions/policy", file=POLICY, steps=600, train=policy_of_captions),
-        digits.SCORERS[0],
+        *digits.FEATURES,
         OF_CAPTIONS(
             name="captions/clip",
             file=f"captions/clip/{WEIGHTS}",
@@ -119,6 +119,7 @@ CAPTIONS = System(
         "rewards": {
             "clip": {"model": "captions/clip"},
             "features": digits.REWARDS["features"],
+            "further": digits.FURTHER | {"clip": {"features": {"model": "captions/clip"}}},
         },
     },
 )

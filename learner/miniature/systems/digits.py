@@ -11,7 +11,7 @@ from actors.models.vq import VQConfig
 from cluster.messages import Condition
 from learner.data.digits import CLASS_NAMES, IMAGE_SIZE, augment, captions, digits, to_pixels
 from learner.miniature.systems import text_image, trainers
-from learner.miniature.systems.system import TOKENIZER, Network
+from learner.miniature.systems.system import AUTOENCODER, TOKENIZER, Network
 from learner.miniature.systems.text_image import WEIGHTS, TextImageConfig
 from learner.miniature.training import LLAMAGEN_LOSS, LabelledImages
 from rewards.networks.convnet import ConvNetConfig
@@ -27,6 +27,9 @@ VQ = VQConfig(
 CLASSES = len(CLASS_NAMES)
 SMALL_CONVNET = ConvNetConfig(
     image_size=IMAGE_SIZE, channels=(24, 48), features=64, num_classes=CLASSES
+)
+SMALL_AUTOENCODER = ConvNetConfig(
+    image_size=IMAGE_SIZE, channels=(24, 48), features=64, num_classes=IMAGE_SIZE**2
 )
 JUDGE_CONVNET = ConvNetConfig(image_size=IMAGE_SIZE, channels=(32, 64, 128), num_classes=CLASSES)
 SMALL_CLIP = TextImageConfig(width=64, depth=2, heads=2)
@@ -48,13 +51,22 @@ TOKENIZER_NETWORK = OF_DIGITS(
     steps=1800,
     train=partial(trainers.tokenizer, config=VQ, objective=LLAMAGEN_LOSS),
 )
-SCORERS = (
+FEATURES = (
     OF_DIGITS(
         name="features",
         file="features.safetensors",
         steps=500,
         train=partial(trainers.classifier, config=SMALL_CONVNET),
     ),
+    OF_DIGITS(
+        name="autoencoder",
+        file=AUTOENCODER,
+        steps=800,
+        train=partial(trainers.autoencoder, config=SMALL_AUTOENCODER),
+    ),
+)
+SCORERS = (
+    *FEATURES,
     OF_DIGITS(
         name="clip",
         file=f"clip/{WEIGHTS}",
@@ -84,9 +96,14 @@ JUDGES = (
         of_judge=True,
     ),
 )
+FURTHER = {
+    "autoencoder": {"features": {"checkpoint": AUTOENCODER}},
+    "clip": {"features": {"model": "clip"}},
+}
 REWARDS = {
     "clip": {"model": "clip"},
     "hps": {"model": "preference"},
     "features": {"checkpoint": "features.safetensors"},
+    "further": FURTHER,
 }
 """Places of the scorers. The judge of every run is the shipped one, so that runs compare."""

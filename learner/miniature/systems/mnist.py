@@ -13,7 +13,7 @@ from cluster.messages import Condition
 from learner.data.digits import CLASS_NAMES, augment, captions, to_pixels
 from learner.data.mnist import IMAGE_SIZE, mnist
 from learner.miniature.systems import text_image, trainers
-from learner.miniature.systems.system import POLICY, TOKENIZER, Network, System
+from learner.miniature.systems.system import AUTOENCODER, POLICY, TOKENIZER, Network, System
 from learner.miniature.systems.text_image import WEIGHTS, TextImageConfig
 from learner.miniature.training import LLAMAGEN_LOSS, LabelledImages
 from rewards.networks.convnet import ConvNetConfig
@@ -38,6 +38,9 @@ ARCHITECTURE = LlamaGenConfig(  # 2.2 M parameters
 )
 FEATURES = ConvNetConfig(
     image_size=IMAGE_SIZE, channels=(16, 32, 64), features=64, num_classes=CLASSES
+)
+AUTOENCODER_SIZES = ConvNetConfig(
+    image_size=IMAGE_SIZE, channels=(16, 32, 64), features=64, num_classes=IMAGE_SIZE**2
 )
 JUDGE = ConvNetConfig(image_size=IMAGE_SIZE, channels=(32, 64, 128), num_classes=CLASSES)
 SMALL_CLIP = TextImageConfig(width=64, depth=2, heads=2, patch=4)
@@ -81,6 +84,12 @@ MNIST = System(
             train=partial(trainers.classifier, config=FEATURES),
         ),
         OF_MNIST(
+            name="autoencoder",
+            file=AUTOENCODER,
+            steps=600,
+            train=partial(trainers.autoencoder, config=AUTOENCODER_SIZES),
+        ),
+        OF_MNIST(
             name="clip",
             file=f"clip/{WEIGHTS}",
             steps=400,
@@ -114,6 +123,10 @@ MNIST = System(
             "clip": {"model": "clip"},
             "hps": {"model": "preference"},
             "features": {"checkpoint": "features.safetensors"},
+            "further": {
+                "autoencoder": {"features": {"checkpoint": AUTOENCODER}},
+                "clip": {"features": {"model": "clip"}},
+            },
         },
         "judge": {
             "clip": {"model": "judge_clip"},

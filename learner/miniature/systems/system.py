@@ -20,6 +20,7 @@ from cluster.model_files.tensors import write_tensors
 from learner.miniature.training import Batches, LabelledImages, Tick
 
 TOKENIZER, POLICY = "tokenizer.safetensors", "policy.safetensors"
+AUTOENCODER = "autoencoder.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,12 @@ def classifier(job: Job, config: ConvNetConfig) -> None:
     job.write(network, config.to_dict())
 
 
+def autoencoder(job: Job, config: ConvNetConfig) -> None:
+    """A network that was never told the conditions: features of a further space."""
+    network = training.train_autoencoder(job.batches(), config, job.steps, job.tick)
+    job.write(network, config.to_dict())
+
+
 def read_tokenizer(job: Job, file: str) -> VQTokenizer:
     """A tokenizer that was built before, frozen."""
     return load_tokenizer(TokenizerConfig(checkpoint=str(job.folder / file)))

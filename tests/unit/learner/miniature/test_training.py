@@ -14,13 +14,14 @@ from actors.models.taming import TamingConfig
 from actors.models.vq import VQTokenizer
 from cluster.messages import Condition
 from learner.miniature.systems import vqgan
-from learner.miniature.systems.digits import digits_by_class
+from learner.miniature.systems.digits import SMALL_AUTOENCODER, digits_by_class
 from learner.miniature.training import (
     LLAMAGEN_LOSS,
     TAMING_LOSS,
     Batches,
     LabelledImages,
     TokenizerLoss,
+    train_autoencoder,
     train_policy,
     train_tokenizer,
 )
@@ -52,6 +53,19 @@ def test_a_vqgan_learns_with_a_codebook_that_is_not_normalised() -> None:
     assert error < 0.7 * F.l1_loss(pixels.median(0).values.expand_as(pixels), pixels) + 0.15
     lengths = tokenizer.quantize.vectors().norm(dim=-1)
     assert lengths.std() > 0.01 * lengths.mean()
+
+
+def test_features_of_an_autoencoder_tell_images_apart_that_a_classifier_takes_for_one() -> None:
+    drawn = batches()
+    network = train_autoencoder(drawn, SMALL_AUTOENCODER, 150, lambda: None)
+    pixels = drawn.data.pixels
+    with torch.no_grad():
+        features, shown = network(pixels)
+    gray = pixels.mean(1).flatten(1)
+    assert F.mse_loss(shown, gray) < 0.4 * gray.var(0).mean()  # without it: the mean image, 1
+    assert features.std(0).mean() == pytest.approx(1, abs=1e-3)
+    of_one_class = features[drawn.data.labels == 3]
+    assert of_one_class.var(0).sum() > 0.3 * features.var(0).sum()
 
 
 class Numbered(VQTokenizer):

@@ -95,5 +95,5 @@ ABLATIONS = Part(
         Arm(name="public code, its lr", changes=merge(PUBLIC_CODE, LITERAL_LR)),
         Arm(name="public code mended, its lr", changes=merge(MENDED, LITERAL_LR)),
     ),
-    seconds=110,
+    seconds=50,
 )

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from learner.config import merge
+from learner.miniature.study import names
 from learner.miniature.study.ablations import ABLATIONS
-from learner.miniature.study.method import ENTROPY, INSTANCE_OFF, JOINT, LOO_FID_OFF, METHOD
+from learner.miniature.study.method import (
+    ENTROPY,
+    INSTANCE_OFF,
+    JOINT,
+    LOO_FID_OFF,
+    METHOD,
+    TWO_SPACES,
+)
 from learner.miniature.study.names import (
     BASE,
     BOTH,
@@ -26,6 +34,7 @@ MAIN_ARMS = (
     Arm(name=JOINT_ONLY, changes={"rewards": merge(INSTANCE_OFF, JOINT)}),
     Arm(name=BOTH),
     Arm(name=WITH_ENTROPY, changes={"entropy": ENTROPY}),
+    Arm(name=names.TWO_SPACES, changes={"rewards": TWO_SPACES}),
 )
 FURTHER_ARMS = (
     Arm(name=WITH_JOINT, changes={"rewards": JOINT}),
@@ -50,7 +59,7 @@ LLAMAGEN = Part(
     method=METHOD,
     arms=MAIN_ARMS,
     on_request=FURTHER_ARMS,
-    seconds=100,
+    seconds=45,
 )
 VQGAN = Part(
     name="vqgan",
@@ -60,14 +69,16 @@ VQGAN = Part(
     base={
         BASE: {},
         f"{BASE}, top-p .92": {"top_p": 0.92},
+        f"{BASE}, top-p .8": {"top_p": 0.8},
         f"{BASE}, top-k 16": {"top_k": 16},
-        f"{BASE}, temperature .9": {"temperature": 0.9},
+        f"{BASE}, top-k 8": {"top_k": 8},
         f"{BASE}, temperature .8": {"temperature": 0.8},
+        f"{BASE}, temperature .6": {"temperature": 0.6},
     },
     method=METHOD,
     arms=MAIN_ARMS,
     on_request=FURTHER_ARMS,
-    seconds=100,
+    seconds=45,
 )
 CAPTIONS = Part(
     name="captions",
@@ -78,7 +89,7 @@ CAPTIONS = Part(
     method=METHOD,
     arms=MAIN_ARMS,
     on_request=FURTHER_ARMS,
-    seconds=120,
+    seconds=60,
 )
 MNIST = Part(
     name="mnist",

@@ -119,7 +119,7 @@ CAPTIONS = System(
         "rewards": {
             "clip": {"model": "captions/clip"},
             "features": digits.REWARDS["features"],
-            "further": digits.FURTHER | {"clip": {"features": {"model": "captions/clip"}}},
+            "further": digits.REWARDS["further"],
         },
     },
 )

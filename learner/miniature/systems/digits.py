@@ -96,14 +96,10 @@ JUDGES = (
         of_judge=True,
     ),
 )
-FURTHER = {
-    "autoencoder": {"features": {"checkpoint": AUTOENCODER}},
-    "clip": {"features": {"model": "clip"}},
-}
 REWARDS = {
     "clip": {"model": "clip"},
     "hps": {"model": "preference"},
     "features": {"checkpoint": "features.safetensors"},
-    "further": FURTHER,
+    "further": {"autoencoder": {"features": {"checkpoint": AUTOENCODER}}},
 }
 """Places of the scorers. The judge of every run is the shipped one, so that runs compare."""

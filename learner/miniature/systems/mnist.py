@@ -123,10 +123,7 @@ MNIST = System(
             "clip": {"model": "clip"},
             "hps": {"model": "preference"},
             "features": {"checkpoint": "features.safetensors"},
-            "further": {
-                "autoencoder": {"features": {"checkpoint": AUTOENCODER}},
-                "clip": {"features": {"model": "clip"}},
-            },
+            "further": {"autoencoder": {"features": {"checkpoint": AUTOENCODER}}},
         },
         "judge": {
             "clip": {"model": "judge_clip"},

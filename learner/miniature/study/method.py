@@ -3,6 +3,7 @@ not change what an arm means."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from learner.miniature.study.part import NETWORKS
@@ -85,19 +86,20 @@ INSTANCE_OFF = {"clip": {"weight": 0.0}, "hps": {"weight": 0.0}}
 LOO_FID_OFF = {"loo_fid": {"weight": 0.0}}
 JOINT = {"loo_fid": {"joint": True}}
 ENTROPY = {"controller": "target"}
+
+
+def further(features: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Joint LOO-FID in a further space, as heavy as in the first."""
+    term = {"features": features, "weight": 2.0, "normalise": "batch", "decay": 0.5, "joint": True}
+    return {**term, **changes}
+
+
+AUTOENCODER = {"network": "convnet", "checkpoint": f"{NETWORKS}/autoencoder.safetensors"}
 TWO_SPACES: dict[str, Any] = {
     "clip": {"weight": 0.5},
     "hps": {"weight": 0.25},
     "loo_fid": {"weight": 2.0, "joint": True},
-    "further": {
-        "autoencoder": {
-            "features": {"network": "convnet", "checkpoint": f"{NETWORKS}/autoencoder.safetensors"},
-            "weight": 2.0,
-            "normalise": "batch",
-            "decay": 0.5,
-            "joint": True,
-        }
-    },
+    "further": {"autoencoder": further(AUTOENCODER)},
 }
 """Joint LOO-FID in the features of a classifier and in those of an autoencoder, which keep variety
 that a classifier's lose; instance rewards at half their weights. The presets' rewards today."""

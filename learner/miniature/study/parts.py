@@ -28,18 +28,27 @@ from learner.miniature.systems.registry import SYSTEMS
 
 TEST_SEEDS = tuple(range(201, 211))
 """No setting was chosen by a look at their results."""
-MAIN_ARMS = (
+ONE_AT_A_TIME = (
     Arm(name=INSTANCE_ONLY, changes={"rewards": LOO_FID_OFF}),
     Arm(name=LOO_FID_ONLY, changes={"rewards": INSTANCE_OFF}),
     Arm(name=JOINT_ONLY, changes={"rewards": merge(INSTANCE_OFF, JOINT)}),
     Arm(name=BOTH),
     Arm(name=WITH_ENTROPY, changes={"entropy": ENTROPY}),
-    Arm(name=names.TWO_SPACES, changes={"rewards": TWO_SPACES}),
 )
 FURTHER_ARMS = (
     Arm(name=WITH_JOINT, changes={"rewards": JOINT}),
     Arm(name="default", shipped=True),
 )
+
+
+def main_arms(**rewards: Changes) -> tuple[Arm, ...]:
+    """The arms of every system, and joint LOO-FID in two spaces.
+
+    Args:
+        rewards: what the system's preset has otherwise than the miniature's.
+    """
+    changes = {"rewards": merge(TWO_SPACES, rewards)}
+    return (*ONE_AT_A_TIME, Arm(name=names.TWO_SPACES, changes=changes))
 
 
 def guided(*scales: float) -> dict[str, Changes]:
@@ -57,7 +66,7 @@ LLAMAGEN = Part(
     seeds=TEST_SEEDS,
     base=guided(1.5, 2, 3),
     method=METHOD,
-    arms=MAIN_ARMS,
+    arms=main_arms(),
     on_request=FURTHER_ARMS,
     seconds=45,
 )
@@ -76,7 +85,7 @@ VQGAN = Part(
         f"{BASE}, temperature .6": {"temperature": 0.6},
     },
     method=METHOD,
-    arms=MAIN_ARMS,
+    arms=main_arms(clip={"weight": 2.0}, hps={"weight": 1.0}),
     on_request=FURTHER_ARMS,
     seconds=45,
 )
@@ -86,8 +95,8 @@ CAPTIONS = Part(
     question="Is it so where captions are the conditions, and accuracy is R-precision?",
     seeds=TEST_SEEDS,
     base=guided(1.5, 2, 3),
-    method=METHOD,
-    arms=MAIN_ARMS,
+    method=merge(METHOD, {"rewards": {"clip": {"weight": 4.0}}}),
+    arms=main_arms(clip={"weight": 4.0}),
     on_request=FURTHER_ARMS,
     seconds=60,
 )
@@ -99,7 +108,11 @@ MNIST = Part(
     seeds=(401, 402, 403),
     base=guided(1.5, 2),
     method=merge(METHOD, {"iterations": 160, "learner": {"lr": 6e-5}}),
-    arms=(MAIN_ARMS[0], Arm(name=BOTH), Arm(name=WITH_JOINT, changes={"rewards": JOINT})),
+    arms=(
+        ONE_AT_A_TIME[0],
+        Arm(name=BOTH),
+        main_arms(further={"autoencoder": {"reference": "mnist:train"}})[-1],
+    ),
     seconds=610,
 )
 EVERY = (LLAMAGEN, VQGAN, CAPTIONS, MNIST, RECALL, ABLATIONS)

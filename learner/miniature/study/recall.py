@@ -5,72 +5,54 @@ from __future__ import annotations
 from typing import Any
 
 from learner.config import merge
-from learner.miniature.study.method import ENTROPY, METHOD
-from learner.miniature.study.names import BASE, BOTH, WITH_JOINT
+from learner.miniature.study import names
+from learner.miniature.study.method import ENTROPY, METHOD, TWO_SPACES, further
 from learner.miniature.study.part import NETWORKS, Arm, Changes, Part
 
-
-def _instance(share: float) -> dict[str, Any]:
-    """Instance rewards with a share of their weights."""
-    return {"clip": {"weight": share}, "hps": {"weight": 0.5 * share}}
-
-
-def _joint(share: float, **loo_fid: Any) -> dict[str, Any]:
-    return {"rewards": {**_instance(share), "loo_fid": {"joint": True, **loo_fid}}}
+HALF: dict[str, Any] = {"clip": {"weight": 0.5}, "hps": {"weight": 0.25}}
+"""Instance rewards at half their weights."""
+OF_CLIP = further({"network": "clip", "model": f"{NETWORKS}/clip"})
+WITH_CLIP = {**HALF, "loo_fid": {"weight": 2.0, "joint": True}, "further": {"clip": OF_CLIP}}
 
 
-def _two_spaces(weights: tuple[float, float] = (0.0, 0.0)) -> dict[str, Any]:
-    """Joint LOO-FID in the reward's features and in those of its CLIP's images.
-
-    Args:
-        weights: of the class embeddings in each space; 0 is automatic.
-    """
-    space = {
-        "features": {"network": "clip", "model": f"{NETWORKS}/clip"},
-        "weight": 2.0,
-        "decay": 0.5,
-        "joint": True,
-        "joint_weight": weights[1],
-    }
-    changes: Changes = {"rewards": {"further": {"clip": space}}}
-    return merge(_joint(0.25, weight=2.0, joint_weight=weights[0]), changes)
+def _joint(**loo_fid: Any) -> dict[str, Any]:
+    return {"rewards": {**HALF, "loo_fid": {"joint": True, **loo_fid}}}
 
 
-THRICE = (26.0, 14.0)  # about three times the automatic weights
+def _arm(name: str, *changes: Changes) -> Arm:
+    found: dict[str, Any] = {}
+    for each in changes:
+        found = merge(found, each)
+    return Arm(name=name, changes=found)
+
+
 RECALL = Part(
     name="recall",
     system="llamagen",
     question="Which settings keep recall, in the judge's features and in pixels?",
     seeds=(301, 302, 303),
     base={
-        BASE: {},
-        f"{BASE}, CFG 1.5": {"cfg_scale": 1.5, "guidance": "guided"},
-        f"{BASE}, CFG 2": {"cfg_scale": 2.0, "guidance": "guided"},
+        names.BASE: {},
+        f"{names.BASE}, CFG 1.5": {"cfg_scale": 1.5, "guidance": "guided"},
+        f"{names.BASE}, CFG 2": {"cfg_scale": 2.0, "guidance": "guided"},
     },
     method=METHOD,
     arms=(
-        Arm(name=BOTH),
-        Arm(name=WITH_JOINT, changes={"rewards": {"loo_fid": {"joint": True}}}),
-        Arm(name="a quarter of instance + joint", changes=_joint(0.25)),
-        Arm(
-            name="a quarter of instance + joint + entropy",
-            changes=merge(_joint(0.25), {"entropy": ENTROPY}),
+        _arm(names.BOTH),
+        _arm("both, twice as long", {"iterations": 240, "learner": {"lr": 1.2e-4}}),
+        _arm(names.WITH_ENTROPY, {"entropy": ENTROPY}),
+        _arm(names.WITH_JOINT, {"rewards": {"loo_fid": {"joint": True}}}),
+        _arm("half of instance + joint", _joint()),
+        _arm("half of instance + joint, longer window", _joint(decay=0.8)),
+        _arm(
+            "half of instance + joint, larger groups",
+            _joint(),
+            {"rollouts_per_group": 32, "learner": {"microbatch": 160}},
         ),
-        Arm(name="the same in a longer window", changes=_joint(0.25, decay=0.8)),
-        Arm(
-            name="the same with larger groups",
-            changes=merge(_joint(0.25), {"rollouts_per_group": 32, "learner": {"microbatch": 160}}),
-        ),
-        Arm(name="joint in two spaces", changes=_two_spaces()),
-        Arm(name="joint in two spaces, classes x 3", changes=_two_spaces(THRICE)),
-        Arm(
-            name="joint in two spaces, classes x 3 + entropy",
-            changes=merge(_two_spaces(THRICE), {"entropy": ENTROPY}),
-        ),
-        Arm(
-            name="joint in two spaces, classes x 3, half as long",
-            changes=merge(_two_spaces(THRICE), {"iterations": 120}),
-        ),
+        _arm("joint LOO-FID in features and CLIP's", {"rewards": WITH_CLIP}),
+        _arm(names.TWO_SPACES, {"rewards": TWO_SPACES}),
+        _arm(f"{names.TWO_SPACES}, half as long", {"rewards": TWO_SPACES}, {"iterations": 60}),
+        _arm("joint LOO-FID in three spaces", {"rewards": merge(WITH_CLIP, TWO_SPACES)}),
     ),
-    seconds=130,
+    seconds=50,
 )

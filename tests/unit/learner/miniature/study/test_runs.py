@@ -108,7 +108,7 @@ def test_every_arm_of_every_part_is_valid_and_its_own() -> None:
 
 def test_arms_may_name_networks_of_their_seed() -> None:
     part = PARTS["recall"]
-    found = run_config(part, part.arm("joint in two spaces"), 1, FOLDER)
+    found = run_config(part, part.arm("joint LOO-FID in features and CLIP's"), 1, FOLDER)
     assert found.rewards.further["clip"].features.model == "/networks/clip"
     kept = kept_values(found, OF_TRAINING, FOLDER)
     assert kept["rewards.further.clip.features.model"] == "<networks>/clip"

@@ -2,7 +2,7 @@
 
 Reads the study's results (PART.csv, as `learner.miniature.arms` writes them) and writes a page with
 tables, comparisons and what came out of each claim (README.md), and a figure of each part
-(PART.png), beside them.
+(PART.png), beside them. In a checkout it also renews what the main README says of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import jinja2
 import tyro
 
-from cluster.errors import ConfigError, TesseraError
+from cluster.errors import ConfigError, DataError, TesseraError
 from cluster.io.files import replacing, writing
 from cluster.io.locks import locked
 from cluster.io.paths import expand_user
@@ -46,6 +46,11 @@ from learner.miniature.study.tables import (
 RESULTS = Path(__file__).parent / "results"
 TEXT = Path(__file__).parent / "study" / "text"
 PAGE = "README.md"
+MAIN_PAGE = Path(__file__).parents[2] / "README.md"
+"""Of a checkout; a wheel has none."""
+BEGIN, END = "<!-- made by learner.miniature.page -->\n", "<!-- end -->\n"
+SHOWN = ("fid", "density", "coverage", "recall", "accuracy", "second/fid", "second/recall")
+"""Figures of the main page's table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +83,34 @@ def write(folder: Path) -> None:
         for name, view in views.items():
             draw(view, folder / f"{name}.png")
         file = folder / PAGE
-        with writing(file, then="start again"), replacing(file) as partial:
-            partial.write_text(text, encoding="utf-8")
+        renew(file, text)
+        if folder == RESULTS and MAIN_PAGE.is_file():
+            renew(MAIN_PAGE, with_results(MAIN_PAGE.read_text(encoding="utf-8"), views))
     parts = ", ".join(views) or "no part"
     make_console().print(f"{parts}: {file}", highlight=False, soft_wrap=True)
+
+
+def renew(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with writing(file, then="start again"), replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def with_results(page: str, views: dict[str, View]) -> str:
+    """The main page, with the results between its marks.
+
+    Raises:
+        DataError: it has no marks.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise DataError(
+            f"{MAIN_PAGE}: expected {BEGIN.strip()!r} and {END.strip()!r} around results"
+        )
+    parts = {name: functions(view) | {"table": table(view, SHOWN)} for name, view in views.items()}
+    text = templates().get_template("main.md").render(parts=parts)
+    return f"{before}{begin}\n{text.strip()}\n\n{end}{after}"
 
 
 def read(folder: Path) -> dict[str, View]:
@@ -92,15 +121,19 @@ def read(folder: Path) -> dict[str, View]:
 
 def render(views: dict[str, View]) -> str:
     """The page, Markdown."""
-    environment = jinja2.Environment(
+    environment = templates()
+    sections = [section(environment, part, views.get(part.name)) for part in PARTS.values()]
+    return environment.get_template("page.md").render(sections=sections)
+
+
+def templates() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEXT),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    sections = [section(environment, part, views.get(part.name)) for part in PARTS.values()]
-    return environment.get_template("page.md").render(sections=sections)
 
 
 def section(environment: jinja2.Environment, part: Part, view: View | None) -> dict[str, Any]:

@@ -10,7 +10,16 @@ import pytest
 
 from cluster.errors import DataError
 from learner.miniature import page
-from learner.miniature.page import PAGE, RESULTS, TEXT, functions, read, render
+from learner.miniature.page import (
+    MAIN_PAGE,
+    PAGE,
+    RESULTS,
+    TEXT,
+    functions,
+    read,
+    render,
+    with_results,
+)
 from learner.miniature.study.claims import CLAIMS, Claim
 from learner.miniature.study.names import BASE, BEST, BOTH
 from learner.miniature.study.parts import PARTS
@@ -49,6 +58,11 @@ def test_the_committed_page_is_what_the_results_make() -> None:
     )
     for name in read(RESULTS):
         assert (RESULTS / f"{name}.png").stat().st_size < 300_000
+
+
+def test_the_main_page_has_the_same_results() -> None:
+    text = MAIN_PAGE.read_text(encoding="utf-8")
+    assert text == with_results(text, read(RESULTS)), "make it: python -m learner.miniature.page"
 
 
 def test_parts_that_were_not_run_are_said_to_be(tmp_path: Path) -> None:

@@ -28,8 +28,16 @@ OPTIONS = {
 """Changes to the miniature preset."""
 
 
+def plain_miniature() -> dict[str, Any]:
+    """The miniature's values with LOO-FID in one space, and not joint: for tests of what that
+    does, and of runs with references of their own."""
+    values = merge(to_dict(load_preset("miniature")), {"rewards": {"loo_fid": {"joint": False}}})
+    values["rewards"]["further"] = {}
+    return values
+
+
 def small_config(**changes: Any) -> RunConfig:
-    return validate(merge(merge(to_dict(load_preset("miniature")), OPTIONS), changes), "test")
+    return validate(merge(merge(plain_miniature(), OPTIONS), changes), "test")
 
 
 def flags(options: dict[str, Any] = OPTIONS, prefix: str = "--") -> list[str]:

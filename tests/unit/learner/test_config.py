@@ -195,5 +195,5 @@ def test_resume_may_change_how_a_run_is_carried_out_but_not_what_it_computes() -
         with pytest.raises(ConfigError, match=r"cannot change judge\.further\.clip\.network"):
             check_resume(one, other)
     learner = {**to_dict(saved)["learner"], "lr": 0.5, "num_threads": 9}
-    with pytest.raises(ConfigError, match=r"cannot change learner\.lr \(0\.00012 in the run"):
+    with pytest.raises(ConfigError, match=r"cannot change learner\.lr \(0\.00024 in the run"):
         check_resume(saved, changed(learner=learner))

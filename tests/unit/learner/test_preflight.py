@@ -27,13 +27,13 @@ from learner.preflight import listed, preflight
 from learner.run import REFUSED, main
 from rewards.networks.open_clip_models import clip_parameters
 from tests.reduced import random_run
-from tests.small_run import small_config
+from tests.small_run import plain_miniature, small_config
 
 NETWORKS = "package://learner.miniature/networks"
 
 
 def found(**changes: Any) -> Findings:
-    return preflight(validate(merge(to_dict(load_preset("miniature")), changes), "test"))
+    return preflight(validate(merge(plain_miniature(), changes), "test"))
 
 
 def problems(**changes: Any) -> list[str]:

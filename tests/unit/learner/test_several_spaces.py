@@ -83,7 +83,7 @@ def test_a_space_without_a_weight_changes_nothing_else(three: list[Iteration]) -
 def test_a_space_twice_is_a_weight_twice() -> None:
     """The main space's network and settings as a further space: the same rewards, to the bit."""
     twice = trained(1, further={"again": to_dict(small_config())["rewards"]["loo_fid"]})
-    double = trained(1, loo_fid={"weight": 8.0})
+    double = trained(1, loo_fid={"weight": 2 * small_config().rewards.loo_fid.weight})
     for one, other in zip(twice, double):
         rewards = one.advantages.rewards
         np.testing.assert_array_equal(rewards["loo_fid"], rewards["loo_fid/again"])

@@ -14,7 +14,7 @@ import pytest
 from cluster.errors import ConfigError, DataError
 from cluster.fleet import InlineFleet
 from cluster.messages import MAIN_SPACE
-from learner.config import load_preset, merge, to_dict, validate
+from learner.config import merge, validate
 from learner.fleet_plan import fleet_plan
 from learner.loop import Iteration, prepare, train
 from learner.preflight import preflight
@@ -25,7 +25,7 @@ from rewards.distribution.config import MomentsConfig
 from rewards.distribution.moments import Moments
 from rewards.distribution.reference import Reference, read_stored, write_reference
 from rewards.servers.space_history import SpaceHistory
-from tests.small_run import fingerprint, run_training, small_config
+from tests.small_run import fingerprint, plain_miniature, run_training, small_config
 from tests.unit.learner.test_loop import Drawing
 
 DIM = 6
@@ -190,7 +190,7 @@ def test_moments_of_another_space_are_refused(tmp_path: Path, fleet: Fleet, mess
 def planned(path: str, **changes: Any) -> tuple[list[str], list[str]]:
     """Problems and notes."""
     term = {"loo_fid": {"seed_from": path, **changes}}
-    values = merge(to_dict(load_preset("miniature")), {"rewards": term})
+    values = merge(plain_miniature(), {"rewards": term})
     findings = preflight(validate(values, "test"))
     return findings.problems, findings.notes
 

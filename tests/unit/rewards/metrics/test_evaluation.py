@@ -20,7 +20,7 @@ from rewards.metrics.neighbours import neighbourhoods
 from rewards.metrics.samples import LOGITS, SPATIAL, RealImages, Samples
 
 SETTINGS = MetricSettings(bootstrap=200, splits=2)
-FIGURES = {*BETTER, *(f"second/{name}" for name in OF_A_SPACE)} - {"hps", "accuracy"}
+FIGURES = {*BETTER, *(f"second/{name}" for name in OF_A_SPACE)} - {"hps", "accuracy", "r_precision"}
 
 
 def features(images: int, shift: float, seed: int) -> dict[str, np.ndarray]:

@@ -12,11 +12,12 @@ import pytest
 
 from cluster.errors import ConfigError
 from cluster.messages import Condition
-from learner.config import load_preset, merge, to_dict, validate
+from learner.config import merge, validate
 from learner.fleet_plan import fleet_plan
 from learner.run import REFUSED, main
 from rewards.config import RewardsConfig
 from rewards.scorers.user_rewards import load_user_reward, parse_user_reward
+from tests.small_run import plain_miniature
 
 README = Path(__file__).parents[4] / "rewards" / "README.md"
 
@@ -78,7 +79,7 @@ def test_names_are_taken_once() -> None:
 
 
 def config(**changes: object):
-    return validate(merge(to_dict(load_preset("miniature")), changes), "test")
+    return validate(merge(plain_miniature(), changes), "test")
 
 
 def test_pools_and_scorers_must_know_each_other() -> None:

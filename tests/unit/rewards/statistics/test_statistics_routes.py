@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from cluster.errors import DataError
-from learner.config import load_preset, merge, to_dict, validate
+from learner.config import merge, validate
 from learner.data.datasets import load_labels
 from learner.preflight import preflight
 from learner.rollouts.feature_space import stored_reference
 from rewards.reference import main, read_stored
+from tests.small_run import plain_miniature
 
 FEATURES = np.random.default_rng(0).normal(size=(200, 64))
 MU, SIGMA = FEATURES.mean(0), np.cov(FEATURES, rowvar=False)
@@ -74,7 +75,7 @@ def told(option: str, name: str) -> str:
     value: Any = name
     for part in reversed(option.split(".")):
         value = {part: value}
-    found = preflight(validate(merge(to_dict(load_preset("miniature")), value), "test"))
+    found = preflight(validate(merge(plain_miniature(), value), "test"))
     problems = [problem for problem in found.problems if problem.startswith(option)]
     assert problems == found.problems
     assert len(problems) <= 1

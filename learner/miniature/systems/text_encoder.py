@@ -74,6 +74,7 @@ def text_encoder(job: Job, attributes: Tensor, captions: Sequence[str]) -> None:
 
 def word_tokenizer(texts: Sequence[str]) -> Any:
     """A tokenizer whose tokens are the words of texts, and which ends a text with </s>, as T5's."""
+    ensure_torchvision()
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 

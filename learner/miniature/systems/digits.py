@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from functools import partial
 
+import numpy as np
 import torch
 
 from actors.models.vq import VQConfig
@@ -36,12 +37,16 @@ SMALL_CLIP = TextImageConfig(width=64, depth=2, heads=2)
 JUDGE_CLIP = TextImageConfig(width=48, depth=3, heads=3)
 
 
+def by_class(images: np.ndarray, labels: np.ndarray) -> LabelledImages:
+    """Digits (N, S, S, 3) uint8 of any size with their classes (N,), as conditions."""
+    conditions = [Condition(text=text, class_index=index) for index, text in enumerate(captions())]
+    return LabelledImages(to_pixels(images), torch.from_numpy(labels), conditions, augment)
+
+
 @functools.cache
 def digits_by_class() -> LabelledImages:
     """The 1,000 training digits with their classes."""
-    images, labels = digits("train")
-    conditions = [Condition(text=text, class_index=index) for index, text in enumerate(captions())]
-    return LabelledImages(to_pixels(images), torch.from_numpy(labels), conditions, augment)
+    return by_class(*digits("train"))
 
 
 OF_DIGITS = partial(Network, data=digits_by_class)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 from functools import partial
 
-import torch
-
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig
-from cluster.messages import Condition
-from learner.data.digits import CLASS_NAMES, augment, captions, to_pixels
+from learner.data.digits import CLASS_NAMES
 from learner.data.mnist import IMAGE_SIZE, mnist
 from learner.miniature.systems import text_image, trainers
+from learner.miniature.systems.digits import by_class
 from learner.miniature.systems.system import AUTOENCODER, POLICY, TOKENIZER, Network, System
 from learner.miniature.systems.text_image import WEIGHTS, TextImageConfig
 from learner.miniature.training import LLAMAGEN_LOSS, LabelledImages
@@ -54,9 +52,7 @@ def mnist_by_class() -> LabelledImages:
     Raises:
         ConfigError: the package with the images is not installed.
     """
-    images, labels = mnist("train")
-    conditions = [Condition(text=text, class_index=index) for index, text in enumerate(captions())]
-    return LabelledImages(to_pixels(images), torch.from_numpy(labels), conditions, augment)
+    return by_class(*mnist("train"))
 
 
 OF_MNIST = partial(Network, data=mnist_by_class)

@@ -85,7 +85,7 @@ VQGAN = Part(
         f"{BASE}, temperature .6": {"temperature": 0.6},
     },
     method=METHOD,
-    arms=main_arms(clip={"weight": 2.0}, hps={"weight": 1.0}),
+    arms=main_arms(clip={"weight": 3.0}, hps={"weight": 1.5}),
     on_request=FURTHER_ARMS,
     seconds=45,
 )
@@ -95,8 +95,8 @@ CAPTIONS = Part(
     question="Is it so where captions are the conditions, and accuracy is R-precision?",
     seeds=TEST_SEEDS,
     base=guided(1.5, 2, 3),
-    method=merge(METHOD, {"rewards": {"clip": {"weight": 4.0}}}),
-    arms=main_arms(clip={"weight": 4.0}),
+    method=merge(METHOD, {"rewards": {"clip": {"weight": 4.5}}}),
+    arms=main_arms(clip={"weight": 4.5}),
     on_request=FURTHER_ARMS,
     seconds=60,
 )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from learner.config import merge
 from learner.miniature.study.part import NETWORKS
 
 METHOD: dict[str, Any] = {
@@ -102,4 +103,17 @@ TWO_SPACES: dict[str, Any] = {
     "further": {"autoencoder": further(AUTOENCODER)},
 }
 """Joint LOO-FID in the features of a classifier and in those of an autoencoder, which keep variety
-that a classifier's lose; instance rewards at half their weights. The presets' rewards today."""
+that a classifier's lose; instance rewards at half their weights."""
+
+
+def with_real(clip: float, hps: float, source: str = "digits:train") -> dict[str, Any]:
+    """The same with instance rewards of these weights, and cross-entropy on real images' tokens,
+    which keeps variety that no space of the rewards sees. The default's method today."""
+    rewards = merge(TWO_SPACES, {"clip": {"weight": clip}, "hps": {"weight": hps}})
+    return {"rewards": rewards, "real": {"weight": 1.0, "source": source, "batch": 64}}
+
+
+def supervised(source: str = "digits:train") -> dict[str, Any]:
+    """No reward: as many real images as others are sampled. What training on does without RL."""
+    off = merge(INSTANCE_OFF, LOO_FID_OFF)
+    return {"rewards": off, "real": {"weight": 1.0, "source": source, "batch": 160}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from learner.config import merge
 from learner.miniature.study import names
 from learner.miniature.study.ablations import ABLATIONS
@@ -12,6 +14,8 @@ from learner.miniature.study.method import (
     LOO_FID_OFF,
     METHOD,
     TWO_SPACES,
+    supervised,
+    with_real,
 )
 from learner.miniature.study.names import (
     BASE,
@@ -41,22 +45,34 @@ FURTHER_ARMS = (
 )
 
 
-def main_arms(**rewards: Changes) -> tuple[Arm, ...]:
-    """The arms of every system, and joint LOO-FID in two spaces.
+def two_spaces(**rewards: Changes) -> Arm:
+    """
+    Args:
+        rewards: what the system's method has otherwise than the miniature's.
+    """
+    return Arm(name=names.TWO_SPACES, changes={"rewards": merge(TWO_SPACES, rewards)})
+
+
+def of_real_images(
+    clip: float, hps: float, sampled: Mapping[str, Changes], source: str = "digits:train"
+) -> tuple[Arm, ...]:
+    """Cross-entropy on real images beside the rewards, and alone.
 
     Args:
-        rewards: what the system's preset has otherwise than the miniature's.
+        clip, hps: weights of the rewards.
+        sampled: how the policy of real images alone is sampled, too.
     """
-    changes = {"rewards": merge(TWO_SPACES, rewards)}
-    return (*ONE_AT_A_TIME, Arm(name=names.TWO_SPACES, changes=changes))
+    return (
+        Arm(name=names.WITH_REAL, changes=with_real(clip, hps, source)),
+        Arm(name=names.SUPERVISED, changes=supervised(source), sampled=sampled),
+    )
 
 
-def guided(*scales: float) -> dict[str, Changes]:
-    """The base policy without guidance, and under each scale."""
-    found: dict[str, Changes] = {BASE: {}}
-    for scale in scales:
-        found[f"{BASE}, CFG {scale:g}"] = {"cfg_scale": scale, "guidance": "guided"}
-    return found
+def guided(*scales: float, policy: str = BASE) -> dict[str, Changes]:
+    """A policy under each scale of guidance."""
+    return {
+        f"{policy}, CFG {scale:g}": {"cfg_scale": scale, "guidance": "guided"} for scale in scales
+    }
 
 
 LLAMAGEN = Part(
@@ -64,9 +80,13 @@ LLAMAGEN = Part(
     system="llamagen",
     question="Do quality and diversity of LlamaGen rise without guidance, and by which reward?",
     seeds=TEST_SEEDS,
-    base=guided(1.5, 2, 3),
+    base={BASE: {}, **guided(1.5, 2, 3)},
     method=METHOD,
-    arms=main_arms(),
+    arms=(
+        *ONE_AT_A_TIME,
+        two_spaces(),
+        *of_real_images(3.0, 1.5, guided(2, policy=names.SUPERVISED)),
+    ),
     on_request=FURTHER_ARMS,
     seconds=45,
 )
@@ -85,7 +105,11 @@ VQGAN = Part(
         f"{BASE}, temperature .6": {"temperature": 0.6},
     },
     method=METHOD,
-    arms=main_arms(clip={"weight": 3.0}, hps={"weight": 1.5}),
+    arms=(
+        *ONE_AT_A_TIME,
+        two_spaces(clip={"weight": 3.0}, hps={"weight": 1.5}),
+        *of_real_images(4.0, 2.0, {f"{names.SUPERVISED}, top-k 8": {"top_k": 8}}),
+    ),
     on_request=FURTHER_ARMS,
     seconds=45,
 )
@@ -94,9 +118,9 @@ CAPTIONS = Part(
     system="captions",
     question="Is it so where captions are the conditions, and accuracy is R-precision?",
     seeds=TEST_SEEDS,
-    base=guided(1.5, 2, 3),
+    base={BASE: {}, **guided(1.5, 2, 3)},
     method=merge(METHOD, {"rewards": {"clip": {"weight": 4.5}}}),
-    arms=main_arms(clip={"weight": 4.5}),
+    arms=(*ONE_AT_A_TIME, two_spaces(clip={"weight": 4.5})),
     on_request=FURTHER_ARMS,
     seconds=60,
 )
@@ -106,12 +130,12 @@ MNIST = Part(
     images="mnist",
     question="Is it so at a size that one can look at, MNIST's digits of 28x28 pixels?",
     seeds=(401, 402, 403),
-    base=guided(1.5, 2),
+    base={BASE: {}, **guided(1.5, 2)},
     method=merge(METHOD, {"iterations": 160, "learner": {"lr": 6e-5}}),
     arms=(
         ONE_AT_A_TIME[0],
         Arm(name=BOTH),
-        main_arms(further={"autoencoder": {"reference": "mnist:train"}})[-1],
+        two_spaces(further={"autoencoder": {"reference": "mnist:train"}}),
     ),
     seconds=610,
 )

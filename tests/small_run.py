@@ -29,9 +29,10 @@ OPTIONS = {
 
 
 def plain_miniature() -> dict[str, Any]:
-    """The miniature's values with LOO-FID in one space, and not joint: for tests of what that
-    does, and of runs with references of their own."""
-    values = merge(to_dict(load_preset("miniature")), {"rewards": {"loo_fid": {"joint": False}}})
+    """The miniature's values with LOO-FID in one space, not joint, and no real images in the loss:
+    for tests of what that does, and of runs with references of their own."""
+    plain = {"rewards": {"loo_fid": {"joint": False}}, "real": {"weight": 0.0}}
+    values = merge(to_dict(load_preset("miniature")), plain)
     values["rewards"]["further"] = {}
     return values
 

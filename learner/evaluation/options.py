@@ -237,6 +237,7 @@ def _configured(
         files={},
         features=FeaturesConfig(network="pixels"),  # no network, which no reward needs here
         features_pool="",
+        loo_fid=replace(base.rewards.loo_fid, weight=0.0),
         further={},
     )
     taken = {item.name: getattr(settings, item.name) for item in fields(settings)}

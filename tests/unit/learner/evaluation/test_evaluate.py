@@ -323,6 +323,7 @@ def test_a_dry_run_says_what_would_be_sampled(
     assert "base, CFG 2" in text
     assert "120 images of each policy" in text
     assert "--sampler.max-groups" not in text
+    assert "the distribution reward lowers" not in text  # no reward is computed here
     assert not out.exists()
     line = ["llamagen-b-256", "--preset", "llamagen-b-256", "--cfg-scales", "1", "2", "--inline"]
     line += ["--num-images", "50000", "--dry-run", "--out", str(out)]

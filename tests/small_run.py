@@ -41,6 +41,11 @@ def small_config(**changes: Any) -> RunConfig:
     return validate(merge(merge(plain_miniature(), OPTIONS), changes), "test")
 
 
+def default_config(**changes: Any) -> RunConfig:
+    """The default preset with the same changes, as `flags` gives them on a command line."""
+    return validate(merge(merge(to_dict(load_preset("miniature")), OPTIONS), changes), "test")
+
+
 def flags(options: dict[str, Any] = OPTIONS, prefix: str = "--") -> list[str]:
     """The same changes as command line options."""
     found: list[str] = []

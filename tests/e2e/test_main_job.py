@@ -28,7 +28,7 @@ from learner.fleet_plan import fleet_plan
 from learner.monitoring.console import COLUMNS, RunConsole
 from learner.run import REFUSED, main
 from learner.runs.run_dir import RunDirectory
-from tests.small_run import flags, recorded, small_config
+from tests.small_run import default_config, flags, recorded, small_config
 
 NOISE = ("warning", "traceback", "error")
 FEW = {"num_images": 20}
@@ -128,7 +128,7 @@ BEYOND = ("before training", "before a gallery")
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     when: str, finished: Path, tmp_path: Path
 ) -> None:
-    config = small_config(evaluation=FEW)
+    config = default_config(evaluation=FEW)
     run = RunDirectory.create(str(tmp_path / "run"), config)
     seen: list[int] = []
 

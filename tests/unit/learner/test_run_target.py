@@ -15,11 +15,10 @@ from cluster.io.locks import acquire
 from cluster.io.paths import default_root, output_path
 from cluster.io.processes import Holder
 from cluster.io.run_layout import CONFIG, OWNER
-from learner.config import load_preset, merge, to_dict, validate
 from learner.run import REFUSED, main, parse
 from learner.run_target import RunTarget, choose_run, newest_run
 from learner.runs.run_dir import RunDirectory
-from tests.small_run import OPTIONS, flags, small_config
+from tests.small_run import default_config, flags, small_config
 from tests.unit.checkpoint_cases import Kept
 
 
@@ -106,7 +105,7 @@ def test_a_live_run_is_refused_and_not_touched(
 
 
 def test_a_preset_beside_resume_must_be_the_runs(runs: Path) -> None:
-    config = validate(merge(to_dict(load_preset("miniature")), OPTIONS), "test")
+    config = default_config()
     with chosen("runs/A", resume=False).acquire(config):
         pass
     line = ["--run-dir", "runs/A", *flags()]

@@ -6,7 +6,14 @@ from typing import Any
 
 from learner.config import merge
 from learner.miniature.study import names
-from learner.miniature.study.method import ENTROPY, METHOD, TWO_SPACES, further
+from learner.miniature.study.method import (
+    ENTROPY,
+    METHOD,
+    TWO_SPACES,
+    further,
+    supervised,
+    with_real,
+)
 from learner.miniature.study.part import NETWORKS, Arm, Changes, Part
 
 HALF: dict[str, Any] = {"clip": {"weight": 0.5}, "hps": {"weight": 0.25}}
@@ -53,6 +60,9 @@ RECALL = Part(
         _arm(names.TWO_SPACES, {"rewards": TWO_SPACES}),
         _arm(f"{names.TWO_SPACES}, half as long", {"rewards": TWO_SPACES}, {"iterations": 60}),
         _arm("joint LOO-FID in three spaces", {"rewards": merge(WITH_CLIP, TWO_SPACES)}),
+        _arm("two spaces + real images, same instance rewards", with_real(0.5, 0.25)),
+        _arm(names.WITH_REAL, with_real(3.0, 1.5)),
+        _arm(names.SUPERVISED, supervised()),
     ),
     seconds=50,
 )

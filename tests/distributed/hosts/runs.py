@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from cluster.io.checksum import verify_checksum
 from cluster.model_files.tensors import read_tensors
 from learner.monitoring.metrics import read_metrics, repeatable
+from rewards.servers.moments_server import SPACES
 from tests.distributed.hosts.cluster import HostCluster
 from tests.distributed.hosts.network import Host
 from tests.small_run import flags
@@ -133,10 +134,16 @@ def result(run: Path) -> dict[str, Any]:
         }
     for file in sorted(folder.glob("*.safetensors")):
         found |= {f"{file.name} {name}": t.tolist() for name, t in read_tensors(file).items()}
-    packed = verify_checksum((folder / "moments.msgpack").read_bytes())
-    moments = msgpack.unpackb(packed, strict_map_key=False)
-    del moments["run"]  # whose last commit it was, by name
-    return found | {f"moments {name}": value for name, value in moments.items()}
+    stored = _unpacked((folder / "moments.msgpack").read_bytes())
+    for space, state in stored[SPACES].items():
+        moments = _unpacked(state)
+        del moments["run"]  # whose last commit it was, by name
+        found |= {f"moments of {space} {name}": value for name, value in moments.items()}
+    return found
+
+
+def _unpacked(state: bytes) -> dict[str, Any]:
+    return msgpack.unpackb(verify_checksum(state), strict_map_key=False)
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

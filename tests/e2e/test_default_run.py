@@ -1,4 +1,4 @@
-"""README's first claim by its own command: the default run as it is, judged by its own table."""
+"""README's first claim by its own command: the default run as it is, and the table at its end."""
 
 from __future__ import annotations
 

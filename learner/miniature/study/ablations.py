@@ -8,7 +8,7 @@ from typing import Any
 from learner.config import merge
 from learner.miniature.study.method import METHOD
 from learner.miniature.study.names import BASE, BOTH
-from learner.miniature.study.part import Arm, Changes, Part
+from learner.miniature.study.part import Arm, Changes, Part, guided
 
 
 def _loo_fid(**changes: Any) -> Changes:
@@ -74,7 +74,7 @@ ABLATIONS = Part(
     system="llamagen",
     question="What does each setting of the method do?",
     seeds=(201, 202, 203, 204, 205),
-    base={BASE: {}, f"{BASE}, CFG 2": {"cfg_scale": 2.0, "guidance": "guided"}},
+    base={BASE: {}, **guided(2)},
     method=METHOD,
     arms=(
         Arm(name=BOTH),

@@ -106,14 +106,14 @@ TWO_SPACES: dict[str, Any] = {
 that a classifier's lose; instance rewards at half their weights."""
 
 
-def with_real(clip: float, hps: float, source: str = "digits:train") -> dict[str, Any]:
+def with_real(clip: float, hps: float) -> dict[str, Any]:
     """The same with instance rewards of these weights, and cross-entropy on real images' tokens,
     which keeps variety that no space of the rewards sees. The default's method today."""
     rewards = merge(TWO_SPACES, {"clip": {"weight": clip}, "hps": {"weight": hps}})
-    return {"rewards": rewards, "real": {"weight": 1.0, "source": source, "batch": 64}}
+    return {"rewards": rewards, "real": {"weight": 1.0, "source": "digits:train", "batch": 64}}
 
 
-def supervised(source: str = "digits:train") -> dict[str, Any]:
+def supervised() -> dict[str, Any]:
     """No reward: as many real images as others are sampled. What training on does without RL."""
     off = merge(INSTANCE_OFF, LOO_FID_OFF)
-    return {"rewards": off, "real": {"weight": 1.0, "source": source, "batch": 160}}
+    return {"rewards": off, "real": {"weight": 1.0, "source": "digits:train", "batch": 160}}

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from learner.miniature.study.names import BASE
+
 Changes = Mapping[str, Any]
 """Nested plain values of a run's configuration."""
 NETWORKS = "<networks>"
@@ -66,6 +68,14 @@ class Part:
     def names(self) -> tuple[str, ...]:
         """Of all arms."""
         return tuple(arm.name for arm in (*self.arms, *self.on_request))
+
+
+def guided(*scales: float, policy: str = BASE) -> dict[str, Changes]:
+    """Ways to sample a policy, one a scale of guidance: name in the results -> fields of its
+    `SamplingSpec`."""
+    return {
+        f"{policy}, CFG {scale:g}": {"cfg_scale": scale, "guidance": "guided"} for scale in scales
+    }
 
 
 def folder_of(name: str) -> str:

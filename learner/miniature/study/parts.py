@@ -26,9 +26,8 @@ from learner.miniature.study.names import (
     WITH_ENTROPY,
     WITH_JOINT,
 )
-from learner.miniature.study.part import Arm, Changes, Part
+from learner.miniature.study.part import Arm, Changes, Part, guided
 from learner.miniature.study.recall import RECALL
-from learner.miniature.systems.registry import SYSTEMS
 
 TEST_SEEDS = tuple(range(201, 211))
 """No setting was chosen by a look at their results."""
@@ -46,16 +45,15 @@ FURTHER_ARMS = (
 
 
 def two_spaces(**rewards: Changes) -> Arm:
-    """
+    """Joint LOO-FID in two spaces.
+
     Args:
         rewards: what the system's method has otherwise than the miniature's.
     """
     return Arm(name=names.TWO_SPACES, changes={"rewards": merge(TWO_SPACES, rewards)})
 
 
-def of_real_images(
-    clip: float, hps: float, sampled: Mapping[str, Changes], source: str = "digits:train"
-) -> tuple[Arm, ...]:
+def of_real_images(clip: float, hps: float, sampled: Mapping[str, Changes]) -> tuple[Arm, ...]:
     """Cross-entropy on real images beside the rewards, and alone.
 
     Args:
@@ -63,16 +61,9 @@ def of_real_images(
         sampled: how the policy of real images alone is sampled, too.
     """
     return (
-        Arm(name=names.WITH_REAL, changes=with_real(clip, hps, source)),
-        Arm(name=names.SUPERVISED, changes=supervised(source), sampled=sampled),
+        Arm(name=names.WITH_REAL, changes=with_real(clip, hps)),
+        Arm(name=names.SUPERVISED, changes=supervised(), sampled=sampled),
     )
-
-
-def guided(*scales: float, policy: str = BASE) -> dict[str, Changes]:
-    """A policy under each scale of guidance."""
-    return {
-        f"{policy}, CFG {scale:g}": {"cfg_scale": scale, "guidance": "guided"} for scale in scales
-    }
 
 
 LLAMAGEN = Part(
@@ -140,4 +131,4 @@ MNIST = Part(
     seconds=610,
 )
 EVERY = (LLAMAGEN, VQGAN, CAPTIONS, MNIST, RECALL, ABLATIONS)
-PARTS: dict[str, Part] = {part.name: part for part in EVERY if part.system in SYSTEMS}
+PARTS: dict[str, Part] = {part.name: part for part in EVERY}

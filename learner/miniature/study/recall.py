@@ -14,7 +14,7 @@ from learner.miniature.study.method import (
     supervised,
     with_real,
 )
-from learner.miniature.study.part import NETWORKS, Arm, Changes, Part
+from learner.miniature.study.part import NETWORKS, Arm, Changes, Part, guided
 
 HALF: dict[str, Any] = {"clip": {"weight": 0.5}, "hps": {"weight": 0.25}}
 """Instance rewards at half their weights."""
@@ -38,11 +38,7 @@ RECALL = Part(
     system="llamagen",
     question="Which settings keep recall, in the judge's features and in pixels?",
     seeds=(301, 302, 303),
-    base={
-        names.BASE: {},
-        f"{names.BASE}, CFG 1.5": {"cfg_scale": 1.5, "guidance": "guided"},
-        f"{names.BASE}, CFG 2": {"cfg_scale": 2.0, "guidance": "guided"},
-    },
+    base={names.BASE: {}, **guided(1.5, 2)},
     method=METHOD,
     arms=(
         _arm(names.BOTH),

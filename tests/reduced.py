@@ -92,6 +92,8 @@ def random_run(
         values["rewards"] = _small_scorers(values.get("rewards", {}), folder, side)
         if "evaluation" in values:  # else the miniature's, which fits
             values |= _small_judge(values, folder, side)
+        if "real" in values:  # images of the reduced size
+            values["real"]["source"] = "digits:train"
         if values.get("conditions", {}).get("names") == IMAGENET:  # too long for the small scorers
             short = {"names": [str(index) for index in range(1000)], "template": "{}"}
             values["conditions"] |= short

@@ -21,6 +21,8 @@ from cluster.messages import Condition
 from rewards.networks.convnet import ConvNet, ConvNetConfig
 
 Tick = Callable[[], None]
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+"""(Pixels, random generator) -> other pixels of the same shape."""
 AUGMENTED_COPIES = 8
 ENCODED_AT_ONCE = 8000  # images
 CONDITION_DROPOUT = 0.1
@@ -37,8 +39,7 @@ class LabelledImages:
     """(N,) int64: index into `conditions`."""
     conditions: Sequence[Condition]
     """Every one has an image."""
-    augment: Callable[[Tensor, torch.Generator], Tensor]
-    """(pixels, random generator) -> other pixels of the same shape."""
+    augment: Augmentation
 
     @property
     def image_size(self) -> int:

@@ -57,7 +57,7 @@ METHOD: dict[str, Any] = {
         "damping": 0.0,
         "target": 0.0,
     },
-    "real": {"weight": 0.0},
+    "real": {"weight": 0.0, "source": "digits:train"},
     "rewards": {
         "clip": {"weight": 1.0, "normalise": "group", "limit": 0.0},
         "hps": {"weight": 0.5, "normalise": "group", "limit": 0.0},
@@ -106,14 +106,16 @@ TWO_SPACES: dict[str, Any] = {
 that a classifier's lose; instance rewards at half their weights."""
 
 
-def with_real(clip: float, hps: float) -> dict[str, Any]:
-    """The same with instance rewards of these weights, and cross-entropy on real images' tokens,
-    which keeps variety that no space of the rewards sees. The default's method today."""
-    rewards = merge(TWO_SPACES, {"clip": {"weight": clip}, "hps": {"weight": hps}})
-    return {"rewards": rewards, "real": {"weight": 1.0, "source": "digits:train", "batch": 64}}
+def with_real(**rewards: Any) -> dict[str, Any]:
+    """The same with cross-entropy on real images' tokens, which keeps variety that no space of the
+    rewards sees. The default's method today.
+
+    Args:
+        rewards: what is otherwise than in `TWO_SPACES`.
+    """
+    return {"rewards": merge(TWO_SPACES, rewards), "real": {"weight": 1.0, "batch": 64}}
 
 
 def supervised() -> dict[str, Any]:
     """No reward: as many real images as others are sampled. What training on does without RL."""
-    off = merge(INSTANCE_OFF, LOO_FID_OFF)
-    return {"rewards": off, "real": {"weight": 1.0, "source": "digits:train", "batch": 160}}
+    return {"rewards": merge(INSTANCE_OFF, LOO_FID_OFF), "real": {"weight": 1.0, "batch": 160}}

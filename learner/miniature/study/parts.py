@@ -38,6 +38,8 @@ ONE_AT_A_TIME = (
     Arm(name=BOTH),
     Arm(name=WITH_ENTROPY, changes={"entropy": ENTROPY}),
 )
+STRONG: Changes = {"clip": {"weight": 3.0}, "hps": {"weight": 1.5}}
+"""Instance rewards beside LOO-FID in two spaces."""
 FURTHER_ARMS = (
     Arm(name=WITH_JOINT, changes={"rewards": JOINT}),
     Arm(name="default", shipped=True),
@@ -53,15 +55,15 @@ def two_spaces(**rewards: Changes) -> Arm:
     return Arm(name=names.TWO_SPACES, changes={"rewards": merge(TWO_SPACES, rewards)})
 
 
-def of_real_images(clip: float, hps: float, sampled: Mapping[str, Changes]) -> tuple[Arm, ...]:
+def of_real_images(sampled: Mapping[str, Changes], **rewards: Changes) -> tuple[Arm, ...]:
     """Cross-entropy on real images beside the rewards, and alone.
 
     Args:
-        clip, hps: weights of the rewards.
         sampled: how the policy of real images alone is sampled, too.
+        rewards: what the system's method has otherwise than the miniature's.
     """
     return (
-        Arm(name=names.WITH_REAL, changes=with_real(clip, hps)),
+        Arm(name=names.WITH_REAL, changes=with_real(**rewards)),
         Arm(name=names.SUPERVISED, changes=supervised(), sampled=sampled),
     )
 
@@ -76,7 +78,7 @@ LLAMAGEN = Part(
     arms=(
         *ONE_AT_A_TIME,
         two_spaces(),
-        *of_real_images(3.0, 1.5, guided(2, policy=names.SUPERVISED)),
+        *of_real_images(guided(2, policy=names.SUPERVISED), **STRONG),
     ),
     on_request=FURTHER_ARMS,
     seconds=45,
@@ -98,8 +100,12 @@ VQGAN = Part(
     method=METHOD,
     arms=(
         *ONE_AT_A_TIME,
-        two_spaces(clip={"weight": 3.0}, hps={"weight": 1.5}),
-        *of_real_images(4.0, 2.0, {f"{names.SUPERVISED}, top-k 8": {"top_k": 8}}),
+        two_spaces(**STRONG),
+        *of_real_images(
+            {f"{names.SUPERVISED}, top-k 8": {"top_k": 8}},
+            clip={"weight": 4.0},
+            hps={"weight": 2.0},
+        ),
     ),
     on_request=FURTHER_ARMS,
     seconds=45,
@@ -121,14 +127,18 @@ MNIST = Part(
     images="mnist",
     question="Is it so at a size that one can look at, MNIST's digits of 28x28 pixels?",
     seeds=(401, 402, 403),
-    base={BASE: {}, **guided(1.5, 2)},
-    method=merge(METHOD, {"iterations": 160, "learner": {"lr": 6e-5}}),
+    base={BASE: {}, **guided(1.5, 2, 3)},
+    method=merge(METHOD, {"iterations": 100, "real": {"source": "mnist:train"}}),
     arms=(
         ONE_AT_A_TIME[0],
         Arm(name=BOTH),
-        two_spaces(further={"autoencoder": {"reference": "mnist:train"}}),
+        *of_real_images(
+            guided(2, policy=names.SUPERVISED),
+            **STRONG,
+            further={"autoencoder": {"reference": "mnist:train"}},
+        ),
     ),
-    seconds=610,
+    seconds=400,
 )
 EVERY = (LLAMAGEN, VQGAN, CAPTIONS, MNIST, RECALL, ABLATIONS)
 PARTS: dict[str, Part] = {part.name: part for part in EVERY}

@@ -14,7 +14,7 @@ from learner.data.digits import CLASS_NAMES, IMAGE_SIZE, augment, captions, digi
 from learner.miniature.systems import text_image, trainers
 from learner.miniature.systems.system import AUTOENCODER, TOKENIZER, Network
 from learner.miniature.systems.text_image import WEIGHTS, TextImageConfig
-from learner.miniature.training import LLAMAGEN_LOSS, LabelledImages
+from learner.miniature.training import LLAMAGEN_LOSS, Augmentation, LabelledImages
 from rewards.networks.convnet import ConvNetConfig
 
 VQ = VQConfig(
@@ -37,7 +37,9 @@ SMALL_CLIP = TextImageConfig(width=64, depth=2, heads=2)
 JUDGE_CLIP = TextImageConfig(width=48, depth=3, heads=3)
 
 
-def by_class(images: np.ndarray, labels: np.ndarray) -> LabelledImages:
+def by_class(
+    images: np.ndarray, labels: np.ndarray, augment: Augmentation = augment
+) -> LabelledImages:
     """Digits (N, S, S, 3) uint8 of any size with their classes (N,), as conditions."""
     conditions = [Condition(text=text, class_index=index) for index, text in enumerate(captions())]
     return LabelledImages(to_pixels(images), torch.from_numpy(labels), conditions, augment)

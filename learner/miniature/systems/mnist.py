@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 from functools import partial
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from actors.models.llamagen import LlamaGenConfig
 from actors.models.vq import VQConfig
 from learner.data.digits import CLASS_NAMES
@@ -45,6 +49,18 @@ SMALL_CLIP = TextImageConfig(width=64, depth=2, heads=2, patch=4)
 JUDGE_CLIP = TextImageConfig(width=48, depth=3, heads=3, patch=4)
 
 
+def shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, C, S, S) in [-1, 1], each moved by -1, 0 or 1 whole pixels along both axes; what
+    comes in is black (-1). Rotation and scaling would interpolate: networks that learn from blurred
+    strokes make blurred strokes (FID 28 of the tokenizer's reconstructions, instead of 4)."""
+    count, size = len(pixels), pixels.shape[-1]
+    padded = F.pad(pixels, (1, 1, 1, 1), value=-1)
+    rows, columns = torch.randint(0, 3, (2, count, 1), generator=generator) + torch.arange(size)
+    images = torch.arange(count)
+    moved = padded[images[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
 @functools.cache
 def mnist_by_class() -> LabelledImages:
     """The 4,000 training images with their classes.
@@ -52,7 +68,7 @@ def mnist_by_class() -> LabelledImages:
     Raises:
         ConfigError: the package with the images is not installed.
     """
-    return by_class(*mnist("train"))
+    return by_class(*mnist("train"), augment=shifted)
 
 
 OF_MNIST = partial(Network, data=mnist_by_class)
@@ -70,7 +86,7 @@ MNIST = System(
         OF_MNIST(
             name="policy",
             file=POLICY,
-            steps=400,
+            steps=800,
             train=partial(trainers.policy, architecture=ARCHITECTURE, tokenizer=TOKENIZER),
         ),
         OF_MNIST(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from actors.checkpoints.loading import count_parameters
 from cluster.errors import CheckpointError, NotBuiltError
@@ -15,9 +16,8 @@ from cluster.model_files.tensors import WEIGHTS_VARIABLE, locate
 from cluster.preflight import Findings
 from learner.config import load_preset
 from learner.data import mnist as images
-from learner.data.digits import augment
 from learner.miniature.build import BuildConfig, main
-from learner.miniature.systems.mnist import ARCHITECTURE, MNIST, mnist_by_class
+from learner.miniature.systems.mnist import ARCHITECTURE, MNIST, mnist_by_class, shifted
 from learner.miniature.systems.registry import SYSTEMS
 from learner.miniature.training import LabelledImages
 from learner.preflight import preflight
@@ -44,7 +44,7 @@ def test_one_step_of_each_network_makes_what_the_preset_needs(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = mnist_by_class()
-    few = LabelledImages(whole.pixels[:40], whole.labels[:40], whole.conditions, augment)
+    few = LabelledImages(whole.pixels[:40], whole.labels[:40], whole.conditions, shifted)
     use(lambda: few, monkeypatch)
     assert main(["--system", "mnist", "--scale", "0.001", "--num-threads", "1"]) == 0
     assert "learner.run --preset mnist" in capsys.readouterr().out
@@ -52,6 +52,18 @@ def test_one_step_of_each_network_makes_what_the_preset_needs(
     assert built == {network.file for network in MNIST.networks}
     assert not preflight(load_preset("mnist")).problems
     assert not preflight(load_preset(str(cache / "mnist" / "mnist.yaml"))).problems
+
+
+def test_augmentation_moves_whole_pixels_and_blurs_none() -> None:
+    pixels = torch.rand(200, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    moved = shifted(pixels, torch.Generator().manual_seed(1))
+    assert torch.equal(moved, shifted(pixels, torch.Generator().manual_seed(1)))
+    assert (moved[:, :, 1:4, 1:4] != pixels[:, :, 1:4, 1:4]).any()
+    padded = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=-1.0)
+    windows = [padded[:, :, y : y + 5, x : x + 5] for y in range(3) for x in range(3)]
+    found = torch.stack([(moved == each).flatten(1).all(1) for each in windows])
+    assert (found.sum(0) == 1).all()
+    assert found.any(1).all()
 
 
 def test_the_policy_has_millions_of_parameters() -> None:

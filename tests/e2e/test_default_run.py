@@ -18,8 +18,8 @@ def test_tuned_without_guidance_is_better_than_the_base_with_it(tmp_path: Path) 
     assert main(["--inline", *one_thread, "--run-dir", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "evaluation.json").read_text())
     tuned, guided, base = rows[TUNED], rows["base, CFG 2"], rows["base"]
-    assert tuned["fid"] < guided["fid"] / 2
-    for figure in ("density", "coverage", "recall", "second/recall"):
-        assert tuned[figure] > guided[figure], figure
-    assert tuned["accuracy"] > guided["accuracy"] - 0.03
+    assert tuned["fid"] < 0.7 * guided["fid"]
+    assert tuned["density"] > guided["density"] + 0.05
+    for figure in ("accuracy", "coverage", "recall"):
+        assert tuned[figure] > guided[figure] - 0.03, figure
     assert tuned["accuracy"] > base["accuracy"] + 0.1

@@ -84,7 +84,7 @@ def test_the_figures_are_those_of_a_run(whole: Path) -> None:
     of_covariances = {name for name in expected if name.endswith("fid")}
     assert of_covariances == {"fid", "second/fid"}
     for name, value in expected.items():
-        close = 1e-2 if name in of_covariances else 1e-6
+        close = 2e-2 if name in of_covariances else 1e-6
         assert found[name] == pytest.approx(value, rel=close), name
         assert (found[name] != value) or name not in of_covariances
 

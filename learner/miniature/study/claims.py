@@ -177,7 +177,7 @@ SETTINGS = (
 )
 CLAIMS: dict[str, Sequence[Claim]] = {  # those of policies that a part leaves out are not shown
     "llamagen": OF_LLAMAGEN,
-    "vqgan": (*MAIN, *of_real_images("top-k 8")),
+    "vqgan": (*MAIN, *of_real_images("top-p .8")),
     "captions": (*MAIN, goal(TWO_SPACES)),
     "mnist": OF_LLAMAGEN,
     "ablations": SETTINGS,
@@ -198,7 +198,7 @@ PAIRS = (
     (WITH_REAL, TWO_SPACES),
     (WITH_REAL, SUPERVISED),
     (WITH_REAL, f"{SUPERVISED}, CFG 2"),
-    (WITH_REAL, f"{SUPERVISED}, top-k 8"),
+    (WITH_REAL, f"{SUPERVISED}, top-p .8"),
 )
 """Policies of the table of comparisons, where a part has both."""
 

@@ -101,11 +101,7 @@ VQGAN = Part(
     arms=(
         *ONE_AT_A_TIME,
         two_spaces(**STRONG),
-        *of_real_images(
-            {f"{names.SUPERVISED}, top-k 8": {"top_k": 8}},
-            clip={"weight": 4.0},
-            hps={"weight": 2.0},
-        ),
+        *of_real_images({f"{names.SUPERVISED}, top-p .8": {"top_p": 0.8}}, **STRONG),
     ),
     on_request=FURTHER_ARMS,
     seconds=45,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from learner.config import merge
-from learner.miniature.study.part import NETWORKS
+from learner.miniature.study.part import NETWORKS, Changes
 
 METHOD: dict[str, Any] = {
     "iterations": 120,
@@ -104,6 +104,8 @@ TWO_SPACES: dict[str, Any] = {
 }
 """Joint LOO-FID in the features of a classifier and in those of an autoencoder, which keep variety
 that a classifier's lose; instance rewards at half their weights."""
+STRONG: Changes = {"clip": {"weight": 3.0}, "hps": {"weight": 1.5}}
+"""Instance rewards of the default's weights, beside LOO-FID in two spaces."""
 
 
 def with_real(**rewards: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from learner.miniature.study.method import (
     JOINT,
     LOO_FID_OFF,
     METHOD,
+    STRONG,
     TWO_SPACES,
     supervised,
     with_real,
@@ -38,8 +39,6 @@ ONE_AT_A_TIME = (
     Arm(name=BOTH),
     Arm(name=WITH_ENTROPY, changes={"entropy": ENTROPY}),
 )
-STRONG: Changes = {"clip": {"weight": 3.0}, "hps": {"weight": 1.5}}
-"""Instance rewards beside LOO-FID in two spaces."""
 FURTHER_ARMS = (
     Arm(name=WITH_JOINT, changes={"rewards": JOINT}),
     Arm(name="default", shipped=True),

@@ -31,6 +31,7 @@ def fleet_plan(config: RunConfig) -> FleetPlan:
         loss=config.loss,
         entropy=config.entropy,
         real=config.real,
+        conditions=config.conditions,
         guards=config.guards,
         spec=config.sampling,
         seed=config.seed,

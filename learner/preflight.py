@@ -73,7 +73,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Findings:
     _guided_rows(config, policy, findings)
     if config.real.weight:
         with findings.of("real.source"):
-            check_source(config.real.source)
+            check_source(config.real.source, captioned=bool(config.conditions.captions))
     if config.learner.lora.rank and importlib.util.find_spec("peft") is None:
         findings.problem(
             "learner.lora", "peft to be installed", "none", "pip install 'tessera-rl[lora]'"

@@ -7,6 +7,7 @@ from typing import Literal
 
 from actors.checkpoints.loading import PolicyConfig, TokenizerConfig
 from cluster.messages import SamplingSpec
+from learner.data.conditions import ConditionsConfig
 from learner.grpo.entropy import EntropyConfig
 from learner.grpo.loss import LossConfig
 from learner.training.optimizer import OptimizerConfig
@@ -25,6 +26,8 @@ class LearnerConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
     real: RealTokensConfig = field(default_factory=RealTokensConfig)
+    conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
+    """Has the features of real images' captions."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     spec: SamplingSpec = field(default_factory=SamplingSpec)
     seed: int = 0

@@ -61,7 +61,14 @@ class Learner(FileExchange):
         )
         self._real: RealTokens | None = None
         if config.real.weight:
-            self._real = RealTokens(config.real, self._policy.module, config.tokenizer, config.seed)
+            asked = config.conditions
+            self._real = RealTokens(
+                config.real,
+                self._policy.module,
+                config.tokenizer,
+                config.seed,
+                captions=asked.conditions() if asked.captions else (),
+            )
         self._base_entropy: float | None = None
         self._entropy = initial_state(config.entropy)
         self._skipped: list[bool] = []  # of the last updates

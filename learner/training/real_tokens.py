@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,14 +22,14 @@ from cluster.io.checksum import DAMAGED_ARRAYS
 from cluster.messages import Condition
 from cluster.model_files.file_kinds import FileKind, described, file_kind, presumed_kind
 from cluster.model_files.tensors import locate
-from learner.data.datasets import load_images, load_labels
+from learner.data.datasets import image_captions, load_images, load_labels
 from learner.data.named_sets import is_named
 from rewards.images.sources import CLASSES as SAMPLE_CLASSES
 from rewards.images.sources import SAMPLES
 
 ENCODED_AT_ONCE = 32
-TOKENS, CLASSES = "tokens", "classes"
-PARQUET_CLASSES = "class_index"
+TOKENS, CLASSES, CAPTIONS = "tokens", "classes", "captions"
+PARQUET_CLASSES, PARQUET_CAPTIONS = "class_index", "caption"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,9 @@ class RealTokensConfig:
     source: str = "digits:train"
     """Real images with classes: "digits:train", an .npz with uint8 images arr_0 and classes arr_1
     (encoded with the tokenizer when the learner starts), or ready tokens: an .npz with tokens (N,
-    T), in the policy's order, and classes (N,), or a .parquet with tokens and class_index."""
+    T), in the policy's order, and classes (N,), or a .parquet with tokens and class_index. In a run
+    on captions: with captions, some of the run's: "digits:train", an .npz with captions (N,) in
+    place of classes, or a .parquet with tokens and caption."""
     batch: int = 32
     """Images of each optimizer step."""
 
@@ -63,19 +66,30 @@ def cross_entropy(logprobs: Tensor) -> Tensor:
 
 
 class RealTokens:
-    """Token grids of real images and their classes.
+    """Token grids of real images and their classes or captions.
 
     Raises:
         DataError: a source that cannot be read, or does not fit the policy.
     """
 
     def __init__(
-        self, config: RealTokensConfig, policy: Policy, tokenizer: TokenizerConfig, seed: int = 0
+        self,
+        config: RealTokensConfig,
+        policy: Policy,
+        tokenizer: TokenizerConfig,
+        seed: int = 0,
+        captions: Sequence[Condition] = (),
     ) -> None:
-        """seed: the run's."""
-        tokens, classes = _load(config.source, policy, tokenizer)
-        _check(config.source, tokens, classes, policy)
-        self.tokens, self.classes = tokens, classes
+        """seed: the run's. captions: the run's, with what the policy reads of them; empty: classes
+        are the conditions."""
+        self.tokens, labels = _load(config.source, policy, tokenizer, captioned=bool(captions))
+        _check(config.source, self.tokens, labels, policy)
+        self.conditions = (
+            _with_captions(config.source, labels.tolist(), captions)
+            if captions
+            else _with_classes(config.source, labels.tolist(), policy)
+        )
+        """One of each image; equal ones are one object."""
         self._size, self._seed = config.batch, seed
 
     def draw(self, iteration: int, update: int) -> tuple[np.ndarray, tuple[Condition, ...]]:
@@ -86,18 +100,21 @@ class RealTokens:
             np.random.Philox(key=key, counter=[0, 0, update, iteration])
         )
         index = generator.integers(0, len(self.tokens), self._size)
-        asked = (Condition(text="", class_index=int(label)) for label in self.classes[index])
-        return self.tokens[index], tuple(asked)
+        return self.tokens[index], tuple(self.conditions[at] for at in index)
 
 
-def check_source(source: str) -> None:
-    """Check that a source exists and has the arrays that are read; reads headers only.
+def check_source(source: str, *, captioned: bool = False) -> None:
+    """Check that a source exists and has the arrays that are read; reads headers only, but of named
+    images.
+
+    Args:
+        captioned: captions are the conditions, not classes.
 
     Raises:
         DataError, CheckpointError: it does not.
     """
     if is_named(source):
-        load_images(source)
+        image_captions(source) if captioned else load_images(source)
         return
     place, names = locate(source), list[str]()
     table = presumed_kind(place) is FileKind.PARQUET
@@ -113,9 +130,12 @@ def check_source(source: str) -> None:
             )
     except (*UNREADABLE_PARQUET, *DAMAGED_ARRAYS) as error:
         raise _unreadable(source, error) from error
-    wanted: tuple[str, ...] = (TOKENS, PARQUET_CLASSES)
-    if not table:
-        wanted = (TOKENS, CLASSES) if TOKENS in names else (SAMPLES, SAMPLE_CLASSES)
+    if table:
+        wanted = TOKENS, PARQUET_CAPTIONS if captioned else PARQUET_CLASSES
+    elif TOKENS in names:
+        wanted = TOKENS, CAPTIONS if captioned else CLASSES
+    else:
+        wanted = SAMPLES, CAPTIONS if captioned else SAMPLE_CLASSES
     if lacking := [name for name in wanted if name not in names]:
         raise DataError(f"{source}: expected {' and '.join(wanted)}, found no {', '.join(lacking)}")
 
@@ -124,31 +144,56 @@ def _unreadable(source: str, error: Exception) -> DataError:
     return DataError(f"real tokens {source}: not a readable file ({error}): write it again")
 
 
-def _load(source: str, policy: Policy, tokenizer: TokenizerConfig) -> tuple[np.ndarray, np.ndarray]:
+def _load(
+    source: str, policy: Policy, tokenizer: TokenizerConfig, *, captioned: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (N, T) int64, and classes (N,) int64 or captions (N,) str."""
     if is_named(source):
-        return _encoded(load_images(source), policy, tokenizer), load_labels(source)
+        labels = np.array(image_captions(source)) if captioned else load_labels(source)
+        return _encoded(load_images(source), policy, tokenizer), labels
     if presumed_kind(locate(source)) is FileKind.PARQUET:
-        return _from_parquet(source)
+        return _from_parquet(source, captioned=captioned)
+    name = CAPTIONS if captioned else CLASSES
+    found: dict[str, np.ndarray] = {}
     try:
         with np.load(locate(source), allow_pickle=False) as file:
-            if TOKENS in file and CLASSES in file:
-                tokens, classes = file[TOKENS], file[CLASSES]
-                return _integers(source, TOKENS, tokens), _integers(source, CLASSES, classes)
+            found = {key: file[key] for key in (TOKENS, name) if key in file}
     except DAMAGED_ARRAYS as error:
         raise _unreadable(source, error) from error
-    return _encoded(load_images(source), policy, tokenizer), load_labels(source)
+    if captioned and name not in found:
+        raise DataError(f"real tokens {source}: expected {name} of its images, found none")
+    if TOKENS in found and name in found:
+        tokens = _integers(source, TOKENS, found[TOKENS])
+        return tokens, _labels(source, name, found[name], captioned=captioned)
+    images = _encoded(load_images(source), policy, tokenizer)
+    if captioned:
+        return images, _labels(source, name, found[name], captioned=True)
+    return images, load_labels(source)
 
 
-def _from_parquet(source: str) -> tuple[np.ndarray, np.ndarray]:
+def _from_parquet(source: str, *, captioned: bool) -> tuple[np.ndarray, np.ndarray]:
+    name = PARQUET_CAPTIONS if captioned else PARQUET_CLASSES
     try:
-        table = pq.read_table(locate(source), columns=[TOKENS, PARQUET_CLASSES])
-        tokens, classes = np.stack(table[TOKENS].to_numpy()), table[PARQUET_CLASSES].to_numpy()
+        table = pq.read_table(locate(source), columns=[TOKENS, name])
+        tokens, labels = np.stack(table[TOKENS].to_numpy()), table[name].to_numpy()
     except (OSError, ValueError, TypeError, pa.ArrowException, MemoryError) as error:
         raise DataError(
             f"real tokens {source}: expected columns {TOKENS} (lists of one length) and "
-            f"{PARQUET_CLASSES}: {error}"
+            f"{name}: {error}"
         ) from error
-    return _integers(source, TOKENS, tokens), _integers(source, PARQUET_CLASSES, classes)
+    tokens = _integers(source, TOKENS, tokens)
+    return tokens, _labels(source, name, labels, captioned=captioned)
+
+
+def _labels(source: str, name: str, values: np.ndarray, *, captioned: bool) -> np.ndarray:
+    if not captioned:
+        return _integers(source, name, values)
+    for at, text in enumerate(values.ravel().tolist()):
+        if not isinstance(text, str):
+            raise DataError(
+                f"real tokens {source}: {name} must be text, all rows, found {text!r} of image {at}"
+            )
+    return values
 
 
 def _integers(source: str, name: str, values: np.ndarray) -> np.ndarray:
@@ -190,21 +235,39 @@ def _device(policy: Policy) -> torch.device:
     return next(iter(policy.state_dict().values())).device
 
 
-def _check(source: str, tokens: np.ndarray, classes: np.ndarray, policy: Policy) -> None:
+def _check(source: str, tokens: np.ndarray, labels: np.ndarray, policy: Policy) -> None:
     wanted = f"(N, {policy.num_tokens})"
     if tokens.ndim != 2 or tokens.shape[1] != policy.num_tokens or not len(tokens):
         raise DataError(f"real tokens {source}: shape {tokens.shape}, expected {wanted}")
-    if classes.shape != tokens.shape[:1]:
+    if labels.shape != tokens.shape[:1]:
+        kind = CLASSES if labels.dtype.kind in "iu" else CAPTIONS
         raise DataError(
-            f"real tokens {source}: {len(tokens)} images, but classes of shape {classes.shape}"
+            f"real tokens {source}: {len(tokens)} images, but {kind} of shape {labels.shape}"
         )
-    for label in (classes.min(), classes.max()):
-        try:
-            policy.encode([Condition(text="", class_index=int(label))])
-        except DataError as error:
-            raise DataError(f"real tokens {source}: {error}") from error
     if tokens.min() < 0 or tokens.max() >= policy.vocab_size:
         raise DataError(
             f"real tokens {source}: values {tokens.min()} to {tokens.max()}, expected 0 to "
             f"{policy.vocab_size - 1}"
         )
+
+
+def _with_classes(source: str, classes: Sequence[int], policy: Policy) -> list[Condition]:
+    distinct = {each: Condition(text="", class_index=each) for each in set(classes)}
+    try:
+        policy.encode([distinct[min(distinct)], distinct[max(distinct)]])
+    except DataError as error:
+        raise DataError(f"real tokens {source}: {error}") from error
+    return [distinct[each] for each in classes]
+
+
+def _with_captions(
+    source: str, texts: Sequence[str], captions: Sequence[Condition]
+) -> list[Condition]:
+    known = {each.text: each for each in reversed(captions)}  # the first of equal texts
+    for at, text in enumerate(texts):
+        if text not in known:
+            raise DataError(
+                f"real tokens {source}: the caption of image {at}, {text!r}, is none of the file "
+                "conditions.captions, whose features the policy reads: add it there"
+            )
+    return [known[text] for text in texts]

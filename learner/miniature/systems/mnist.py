@@ -80,7 +80,7 @@ MNIST = System(
         OF_MNIST(
             name="tokenizer",
             file=TOKENIZER,
-            steps=700,
+            steps=1600,
             train=partial(trainers.tokenizer, config=VQ, objective=LLAMAGEN_LOSS),
         ),
         OF_MNIST(

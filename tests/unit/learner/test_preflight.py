@@ -619,6 +619,9 @@ def test_real_tokens() -> None:
     np.savez("real.npz", tokens=np.zeros((2, 16)))
     (problem,) = problems(real={"weight": 0.1, "source": "real.npz"})
     assert "found no classes" in problem
+    captions = {"captions": f"{NETWORKS}/captions/captions.parquet"}
+    told = problems(conditions=captions, real={"weight": 0.1, "source": "real.npz"})
+    assert any(p.startswith("real.source: ") and "found no captions" in p for p in told)
     assert problems(real={"weight": 0.0, "source": "nowhere.npz"}) == []
 
 

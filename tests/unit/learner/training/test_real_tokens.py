@@ -16,8 +16,9 @@ from actors.decoding.decode import token_logprobs
 from actors.models.taming import TamingConfig, TamingGPT
 from actors.models.vq import VQTokenizer
 from cluster.errors import CheckpointError, DataError
-from cluster.messages import SamplingSpec
-from learner.data.datasets import load_images, load_labels
+from cluster.messages import Condition, SamplingSpec
+from learner.data.conditions import ConditionsConfig
+from learner.data.datasets import image_captions, load_images, load_labels
 from learner.training import real_tokens
 from learner.training.optimizer import OptimizerConfig
 from learner.training.real_tokens import RealTokens, RealTokensConfig, check_source, cross_entropy
@@ -40,6 +41,10 @@ def load(source: str, seed: int = 0, **changes: object) -> RealTokens:
     return RealTokens(config, tiny_policy(), TokenizerConfig(), seed)
 
 
+def classes_of(real: RealTokens) -> list[int | None]:
+    return [condition.class_index for condition in real.conditions]
+
+
 def test_cross_entropy_by_hand() -> None:
     assert cross_entropy(torch.tensor([[-1.0, -2.0], [-3.0, -6.0]])) == 3.0
 
@@ -50,7 +55,7 @@ def test_tokens_of_npz_and_parquet(npz: str, tmp_path: Path) -> None:
     for source in (npz, str(tmp_path / "real.parquet")):
         real = load(source)
         np.testing.assert_array_equal(real.tokens, TOKENS)
-        np.testing.assert_array_equal(real.classes, CLASSES)
+        assert classes_of(real) == CLASSES.tolist()
 
 
 def test_draws_are_a_function_of_seed_iteration_and_update(npz: str) -> None:
@@ -70,7 +75,7 @@ def test_digits_are_encoded_and_decode_to_themselves() -> None:
     policy = load_policy(PolicyConfig())
     real = RealTokens(RealTokensConfig(weight=1.0), policy, TokenizerConfig())
     images, labels = load_images("digits:train"), load_labels("digits:train")
-    np.testing.assert_array_equal(real.classes, labels)
+    assert classes_of(real) == labels.tolist()
     tokenizer = load_tokenizer(TokenizerConfig())
     with torch.inference_mode():
         pixels = tokenizer.pixels(policy.codes(torch.from_numpy(real.tokens[:50]))).numpy()
@@ -197,6 +202,83 @@ def test_what_a_file_is_decides(tmp_path: Path) -> None:
             read(str(tmp_path / "page.npz"))
 
 
+NETWORKS = "package://learner.miniature/networks"
+TEXTS = ["a one", "a two, wide", "a one", "a six", "a two, wide", "a six"]
+KNOWN = [Condition(text=text, features=np.zeros((2, 4))) for text in ("a six", *TEXTS[:2])]
+
+
+def captioned(folder: Path, kind: str, **columns: object) -> str:
+    path = folder / f"captioned.{kind}"
+    if kind == "npz":
+        np.savez(path, **columns)
+    else:
+        names = {"captions": "caption"}
+        table = {names.get(key, key): list(value) for key, value in columns.items()}
+        pq.write_table(pa.table(table), path)
+    return str(path)
+
+
+def load_captioned(source: str) -> RealTokens:
+    check_source(source, captioned=True)
+    config = RealTokensConfig(weight=0.1, source=source, batch=4)
+    return RealTokens(config, tiny_policy(), TokenizerConfig(), captions=KNOWN)
+
+
+@pytest.mark.parametrize("kind", ["npz", "parquet"])
+def test_captions_of_a_file_are_the_runs(kind: str, tmp_path: Path) -> None:
+    """With their features, one object for equal ones."""
+    real = load_captioned(captioned(tmp_path, kind, tokens=TOKENS, captions=TEXTS))
+    assert [each.text for each in real.conditions] == TEXTS
+    assert {id(each) for each in real.conditions} == {id(each) for each in KNOWN}
+    tokens, asked = real.draw(2, 0)
+    for row, condition in zip(tokens, asked):
+        assert condition.text in [TEXTS[at] for at in range(6) if (TOKENS[at] == row).all()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "message"),
+    [
+        ("npz", {"tokens": TOKENS, "classes": CLASSES}, "found no captions"),
+        ("parquet", {"tokens": TOKENS, "class_index": CLASSES}, "found no caption"),
+        ("npz", {"arr_0": TOKENS, "arr_1": CLASSES}, "found no captions"),
+        (
+            "npz",
+            {"tokens": TOKENS, "captions": CLASSES},
+            "must be text, all rows, found 0 of",
+        ),
+        ("parquet", {"tokens": TOKENS, "captions": [*TEXTS[:5], None]}, "found None of image 5"),
+        ("npz", {"tokens": TOKENS, "captions": TEXTS[:3]}, "6 images, but captions of shape"),
+        ("npz", {"tokens": TOKENS, "captions": [*TEXTS[:5], "a ten"]}, "image 5, 'a ten', is none"),
+    ],
+)
+def test_captions_that_do_not_fit_are_named(
+    kind: str, columns: dict, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load_captioned(captioned(tmp_path, kind, **columns))
+
+
+def test_captions_of_the_digits() -> None:
+    """Those that the miniature's file of captions has features of; MNIST has none."""
+    asked = ConditionsConfig(captions=f"{NETWORKS}/captions/captions.parquet")
+    policy = load_policy(PolicyConfig(checkpoint=f"{NETWORKS}/captions/policy.safetensors"))
+    check_source("digits:train", captioned=True)
+    config = RealTokensConfig(weight=1.0, batch=200)
+    real = RealTokens(config, policy, TokenizerConfig(), captions=asked.conditions())
+    assert [each.text for each in real.conditions] == image_captions("digits:train")
+    tokens, drawn = real.draw(0, 0)
+    with torch.inference_mode():
+        right, wrong = (
+            token_logprobs(policy, torch.from_numpy(tokens), policy.encode(given), SamplingSpec())[
+                0
+            ].mean()
+            for given in (drawn, drawn[::-1])
+        )
+    assert right > wrong + 0.1
+    with pytest.raises(DataError, match="images without captions"):
+        check_source("mnist:train", captioned=True)
+
+
 @pytest.mark.parametrize("kind", ["npz", "parquet"])
 def test_damaged_tokens(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"real.{kind}"
@@ -211,7 +293,7 @@ def test_damaged_tokens(kind: str, tmp_path: Path) -> None:
 
     def good(found: object) -> bool:
         assert isinstance(found, RealTokens)
-        same = np.array_equal(found.tokens, TOKENS) and np.array_equal(found.classes, CLASSES)
+        same = np.array_equal(found.tokens, TOKENS) and classes_of(found) == CLASSES.tolist()
         return same or kind == "parquet"  # which has no checksum
 
     check_reader(path, read, 150, good=good)

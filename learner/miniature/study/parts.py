@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from learner.config import merge
 from learner.miniature.study import names
@@ -54,16 +56,21 @@ def two_spaces(**rewards: Changes) -> Arm:
     return Arm(name=names.TWO_SPACES, changes={"rewards": merge(TWO_SPACES, rewards)})
 
 
-def of_real_images(sampled: Mapping[str, Changes], **rewards: Changes) -> tuple[Arm, ...]:
+def of_real_images(
+    *,
+    alone: Mapping[str, Changes],
+    sampled: Mapping[str, Changes] = MappingProxyType({}),
+    **rewards: Changes,
+) -> tuple[Arm, ...]:
     """Cross-entropy on real images beside the rewards, and alone.
 
     Args:
-        sampled: how the policy of real images alone is sampled, too.
+        alone, sampled: how the policy of real images alone, and that of both, are sampled, too.
         rewards: what the system's method has otherwise than the miniature's.
     """
     return (
-        Arm(name=names.WITH_REAL, changes=with_real(**rewards)),
-        Arm(name=names.SUPERVISED, changes=supervised(), sampled=sampled),
+        Arm(name=names.WITH_REAL, changes=with_real(**rewards), sampled=sampled),
+        Arm(name=names.SUPERVISED, changes=supervised(), sampled=alone),
     )
 
 
@@ -77,7 +84,7 @@ LLAMAGEN = Part(
     arms=(
         *ONE_AT_A_TIME,
         two_spaces(),
-        *of_real_images(guided(2, policy=names.SUPERVISED), **STRONG),
+        *of_real_images(alone=guided(2, policy=names.SUPERVISED), **STRONG),
     ),
     on_request=FURTHER_ARMS,
     seconds=45,
@@ -100,11 +107,21 @@ VQGAN = Part(
     arms=(
         *ONE_AT_A_TIME,
         two_spaces(**STRONG),
-        *of_real_images({f"{names.SUPERVISED}, top-p .8": {"top_p": 0.8}}, **STRONG),
+        *of_real_images(
+            alone={f"{names.SUPERVISED}, top-p .8": {"top_p": 0.8}},
+            sampled={f"{names.WITH_REAL}, top-p .98": {"top_p": 0.98}},
+            **STRONG,
+        ),
     ),
     on_request=FURTHER_ARMS,
     seconds=45,
 )
+OF_CAPTIONS: dict[str, Any] = {
+    "clip": {"weight": 10.0},
+    "loo_fid": {"weight": 4.0},
+    "further": {"autoencoder": {"weight": 4.0}},
+}
+"""Rewards of captions in two spaces: the captions' CLIP is the only instance reward."""
 CAPTIONS = Part(
     name="captions",
     system="captions",
@@ -112,7 +129,11 @@ CAPTIONS = Part(
     seeds=TEST_SEEDS,
     base={BASE: {}, **guided(1.5, 2, 3)},
     method=merge(METHOD, {"rewards": {"clip": {"weight": 4.5}}}),
-    arms=(*ONE_AT_A_TIME, two_spaces(clip={"weight": 4.5})),
+    arms=(
+        *ONE_AT_A_TIME,
+        two_spaces(**OF_CAPTIONS),
+        *of_real_images(alone=guided(2, policy=names.SUPERVISED), **OF_CAPTIONS),
+    ),
     on_request=FURTHER_ARMS,
     seconds=60,
 )
@@ -128,7 +149,7 @@ MNIST = Part(
         ONE_AT_A_TIME[0],
         Arm(name=BOTH),
         *of_real_images(
-            guided(2, policy=names.SUPERVISED),
+            alone=guided(2, policy=names.SUPERVISED),
             **STRONG,
             further={"autoencoder": {"reference": "mnist:train"}},
         ),

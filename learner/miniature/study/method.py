@@ -104,20 +104,34 @@ TWO_SPACES: dict[str, Any] = {
 }
 """Joint LOO-FID in the features of a classifier and in those of an autoencoder, which keep variety
 that a classifier's lose; instance rewards at half their weights."""
-STRONG: Changes = {"clip": {"weight": 3.0}, "hps": {"weight": 1.5}}
-"""Instance rewards of the default's weights, beside LOO-FID in two spaces."""
+STRONG: Changes = {
+    "clip": {"weight": 9.0, "normalise": "batch"},
+    "hps": {"weight": 4.5, "normalise": "batch"},
+}
+"""Instance rewards of the default, beside LOO-FID in two spaces. Divided by the standard deviation
+of the batch, they leave alone the groups whose images are good already; by the group's, these are
+made alike."""
 
 
-def with_real(**rewards: Any) -> dict[str, Any]:
+def with_real(*, weight: float = 4.0, lr: float = 4.8e-4, **rewards: Any) -> dict[str, Any]:
     """The same with cross-entropy on real images' tokens, which keeps variety that no space of the
     rewards sees. The default's method today.
 
     Args:
+        weight: of the cross-entropy.
         rewards: what is otherwise than in `TWO_SPACES`.
     """
-    return {"rewards": merge(TWO_SPACES, rewards), "real": {"weight": 1.0, "batch": 64}}
+    return {
+        "rewards": merge(TWO_SPACES, rewards),
+        "real": {"weight": weight, "batch": 64},
+        "learner": {"lr": lr},
+    }
 
 
-def supervised() -> dict[str, Any]:
+def supervised(*, lr: float = 4.8e-4) -> dict[str, Any]:
     """No reward: as many real images as others are sampled. What training on does without RL."""
-    return {"rewards": merge(INSTANCE_OFF, LOO_FID_OFF), "real": {"weight": 1.0, "batch": 160}}
+    return {
+        "rewards": merge(INSTANCE_OFF, LOO_FID_OFF),
+        "real": {"weight": 1.0, "batch": 160},
+        "learner": {"lr": lr},
+    }

@@ -57,20 +57,21 @@ def two_spaces(**rewards: Changes) -> Arm:
 
 
 def of_real_images(
+    with_rewards: Mapping[str, Any],
     *,
     alone: Mapping[str, Changes],
     sampled: Mapping[str, Changes] = MappingProxyType({}),
-    **rewards: Changes,
 ) -> tuple[Arm, ...]:
     """Cross-entropy on real images beside the rewards, and alone.
 
     Args:
+        with_rewards: see `with_real`; the learning rate is that of both.
         alone, sampled: how the policy of real images alone, and that of both, are sampled, too.
-        rewards: what the system's method has otherwise than the miniature's.
     """
+    control = supervised(lr=with_rewards["learner"]["lr"])
     return (
-        Arm(name=names.WITH_REAL, changes=with_real(**rewards), sampled=sampled),
-        Arm(name=names.SUPERVISED, changes=supervised(), sampled=alone),
+        Arm(name=names.WITH_REAL, changes=with_rewards, sampled=sampled),
+        Arm(name=names.SUPERVISED, changes=control, sampled=alone),
     )
 
 
@@ -84,11 +85,13 @@ LLAMAGEN = Part(
     arms=(
         *ONE_AT_A_TIME,
         two_spaces(),
-        *of_real_images(alone=guided(2, policy=names.SUPERVISED), **STRONG),
+        *of_real_images(with_real(**STRONG), alone=guided(2, policy=names.SUPERVISED)),
     ),
     on_request=FURTHER_ARMS,
     seconds=45,
 )
+OF_VQGAN: dict[str, Any] = {"clip": {"weight": 3.0}, "hps": {"weight": 1.5}}
+"""Instance rewards in two spaces."""
 VQGAN = Part(
     name="vqgan",
     system="vqgan",
@@ -106,18 +109,18 @@ VQGAN = Part(
     method=METHOD,
     arms=(
         *ONE_AT_A_TIME,
-        two_spaces(**STRONG),
+        two_spaces(**OF_VQGAN),
         *of_real_images(
+            with_real(weight=1.0, lr=METHOD["learner"]["lr"], **OF_VQGAN),
             alone={f"{names.SUPERVISED}, top-p .8": {"top_p": 0.8}},
             sampled={f"{names.WITH_REAL}, top-p .98": {"top_p": 0.98}},
-            **STRONG,
         ),
     ),
     on_request=FURTHER_ARMS,
     seconds=45,
 )
 OF_CAPTIONS: dict[str, Any] = {
-    "clip": {"weight": 10.0},
+    "clip": {"weight": 14.0, "normalise": "batch"},
     "loo_fid": {"weight": 4.0},
     "further": {"autoencoder": {"weight": 4.0}},
 }
@@ -132,7 +135,7 @@ CAPTIONS = Part(
     arms=(
         *ONE_AT_A_TIME,
         two_spaces(**OF_CAPTIONS),
-        *of_real_images(alone=guided(2, policy=names.SUPERVISED), **OF_CAPTIONS),
+        *of_real_images(with_real(**OF_CAPTIONS), alone=guided(2, policy=names.SUPERVISED)),
     ),
     on_request=FURTHER_ARMS,
     seconds=60,
@@ -149,9 +152,8 @@ MNIST = Part(
         ONE_AT_A_TIME[0],
         Arm(name=BOTH),
         *of_real_images(
+            with_real(**STRONG, further={"autoencoder": {"reference": "mnist:train"}}),
             alone=guided(2, policy=names.SUPERVISED),
-            **STRONG,
-            further={"autoencoder": {"reference": "mnist:train"}},
         ),
     ),
     seconds=400,

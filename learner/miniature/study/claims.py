@@ -13,6 +13,7 @@ from learner.miniature.study.names import (
     JOINT_ONLY,
     LOO_FID_ONLY,
     SUPERVISED,
+    TRUNCATED,
     TWO_SPACES,
     WITH_ENTROPY,
     WITH_REAL,
@@ -105,7 +106,7 @@ MAIN = (
 )
 
 
-def of_real_images(sampling: str) -> tuple[Claim, ...]:
+def of_real_images(policy: str, sampling: str) -> tuple[Claim, ...]:
     """Claims on real images beside the rewards, against real images alone.
 
     Args:
@@ -114,28 +115,28 @@ def of_real_images(sampling: str) -> tuple[Claim, ...]:
     return (
         Claim(
             says="With real images as well, it is better than the base policy at its best",
-            policy=WITH_REAL,
+            policy=policy,
             other=BEST,
             metrics=QUALITY,
             of_paper=False,
         ),
         Claim(
             says="It is better than training on with real images alone, both without guidance",
-            policy=WITH_REAL,
+            policy=policy,
             other=SUPERVISED,
             metrics=QUALITY,
             of_paper=False,
         ),
         Claim(
             says="It has more variety than training on with real images alone",
-            policy=WITH_REAL,
+            policy=policy,
             other=SUPERVISED,
             metrics=DIVERSITY,
             of_paper=False,
         ),
         Claim(
             says=f"It is better than training on with real images alone, sampled with {sampling}",
-            policy=WITH_REAL,
+            policy=policy,
             other=f"{SUPERVISED}, {sampling}",
             metrics=(*QUALITY, "recall", "second/recall"),
             of_paper=False,
@@ -162,8 +163,7 @@ def goal(policy: str, sampling: str) -> Claim:
     )
 
 
-OF_LLAMAGEN = (*MAIN, *of_real_images("CFG 2"), goal(WITH_REAL, "CFG 2"))
-TRUNCATED = f"{WITH_REAL}, top-p .98"
+OF_LLAMAGEN = (*MAIN, *of_real_images(WITH_REAL, "CFG 2"), goal(WITH_REAL, "CFG 2"))
 SETTINGS = (
     Claim(
         says="The full covariance is better than the diagonal",
@@ -182,7 +182,7 @@ SETTINGS = (
 )
 CLAIMS: dict[str, Sequence[Claim]] = {  # those of policies that a part leaves out are not shown
     "llamagen": OF_LLAMAGEN,
-    "vqgan": (*MAIN, *of_real_images("top-p .8"), goal(TRUNCATED, "top-p .8")),
+    "vqgan": (*MAIN, *of_real_images(TRUNCATED, "top-p .8"), goal(TRUNCATED, "top-p .8")),
     "captions": OF_LLAMAGEN,
     "mnist": OF_LLAMAGEN,
     "ablations": SETTINGS,
@@ -203,9 +203,10 @@ PAIRS = (
     (WITH_REAL, TWO_SPACES),
     (WITH_REAL, SUPERVISED),
     (WITH_REAL, f"{SUPERVISED}, CFG 2"),
-    (WITH_REAL, f"{SUPERVISED}, top-p .8"),
     (TRUNCATED, BEST),
     (TRUNCATED, f"{BASE}, top-p .8"),
+    (TRUNCATED, TWO_SPACES),
+    (TRUNCATED, f"{SUPERVISED}, top-p .8"),
 )
 """Policies of the table of comparisons, where a part has both."""
 

@@ -104,7 +104,9 @@ TWO_SPACES: dict[str, Any] = {
 }
 """Joint LOO-FID in the features of a classifier and in those of an autoencoder, which keep variety
 that a classifier's lose; instance rewards at half their weights."""
-STRONG: Changes = {
+BY_GROUP: Changes = {"clip": {"weight": 3.0}, "hps": {"weight": 1.5}}
+"""Stronger instance rewards beside LOO-FID in two spaces."""
+BY_BATCH: Changes = {
     "clip": {"weight": 9.0, "normalise": "batch"},
     "hps": {"weight": 4.5, "normalise": "batch"},
 }

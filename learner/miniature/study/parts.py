@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from learner.config import merge
 from learner.miniature.study import names
 from learner.miniature.study.ablations import ABLATIONS
 from learner.miniature.study.method import (
+    BY_BATCH,
+    BY_GROUP,
     ENTROPY,
     INSTANCE_OFF,
     JOINT,
     LOO_FID_OFF,
     METHOD,
-    STRONG,
     TWO_SPACES,
     supervised,
     with_real,
@@ -59,18 +59,18 @@ def two_spaces(**rewards: Changes) -> Arm:
 def of_real_images(
     with_rewards: Mapping[str, Any],
     *,
+    name: str = names.WITH_REAL,
     alone: Mapping[str, Changes],
-    sampled: Mapping[str, Changes] = MappingProxyType({}),
 ) -> tuple[Arm, ...]:
     """Cross-entropy on real images beside the rewards, and alone.
 
     Args:
         with_rewards: see `with_real`; the learning rate is that of both.
-        alone, sampled: how the policy of real images alone, and that of both, are sampled, too.
+        alone: how the policy of real images alone is sampled, too.
     """
     control = supervised(lr=with_rewards["learner"]["lr"])
     return (
-        Arm(name=names.WITH_REAL, changes=with_rewards, sampled=sampled),
+        Arm(name=name, changes=with_rewards),
         Arm(name=names.SUPERVISED, changes=control, sampled=alone),
     )
 
@@ -85,13 +85,22 @@ LLAMAGEN = Part(
     arms=(
         *ONE_AT_A_TIME,
         two_spaces(),
-        *of_real_images(with_real(**STRONG), alone=guided(2, policy=names.SUPERVISED)),
+        *of_real_images(with_real(**BY_BATCH), alone=guided(2, policy=names.SUPERVISED)),
     ),
     on_request=FURTHER_ARMS,
     seconds=45,
 )
-OF_VQGAN: dict[str, Any] = {"clip": {"weight": 3.0}, "hps": {"weight": 1.5}}
-"""Instance rewards in two spaces."""
+OF_VQGAN = merge(
+    with_real(
+        weight=3.0,
+        clip={"weight": 4.0, "normalise": "batch"},
+        hps={"weight": 2.0, "normalise": "batch"},
+        loo_fid={"weight": 4.0},
+        further={"autoencoder": {"weight": 4.0}},
+    ),
+    {"sampling": {"top_p": 0.85}},
+)
+"""Sampled in training as it is afterwards: truncated, since there is no guidance."""
 VQGAN = Part(
     name="vqgan",
     system="vqgan",
@@ -109,11 +118,11 @@ VQGAN = Part(
     method=METHOD,
     arms=(
         *ONE_AT_A_TIME,
-        two_spaces(**OF_VQGAN),
+        two_spaces(**BY_GROUP),
         *of_real_images(
-            with_real(weight=1.0, lr=METHOD["learner"]["lr"], **OF_VQGAN),
+            OF_VQGAN,
+            name=names.TRUNCATED,
             alone={f"{names.SUPERVISED}, top-p .8": {"top_p": 0.8}},
-            sampled={f"{names.WITH_REAL}, top-p .98": {"top_p": 0.98}},
         ),
     ),
     on_request=FURTHER_ARMS,
@@ -152,7 +161,12 @@ MNIST = Part(
         ONE_AT_A_TIME[0],
         Arm(name=BOTH),
         *of_real_images(
-            with_real(**STRONG, further={"autoencoder": {"reference": "mnist:train"}}),
+            with_real(
+                weight=1.0,
+                lr=METHOD["learner"]["lr"],
+                **BY_GROUP,
+                further={"autoencoder": {"reference": "mnist:train"}},
+            ),
             alone=guided(2, policy=names.SUPERVISED),
         ),
     ),

@@ -7,9 +7,9 @@ from typing import Any
 from learner.config import merge
 from learner.miniature.study import names
 from learner.miniature.study.method import (
+    BY_BATCH,
     ENTROPY,
     METHOD,
-    STRONG,
     TWO_SPACES,
     further,
     supervised,
@@ -58,7 +58,7 @@ RECALL = Part(
         _arm(f"{names.TWO_SPACES}, half as long", {"rewards": TWO_SPACES}, {"iterations": 60}),
         _arm("joint LOO-FID in three spaces", {"rewards": merge(WITH_CLIP, TWO_SPACES)}),
         _arm("two spaces + real images, same instance rewards", with_real()),
-        _arm(names.WITH_REAL, with_real(**STRONG)),
+        _arm(names.WITH_REAL, with_real(**BY_BATCH)),
         _arm(names.SUPERVISED, supervised()),
     ),
     seconds=50,

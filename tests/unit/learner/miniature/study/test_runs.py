@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,11 @@ def test_every_arm_of_every_part_is_valid_and_its_own() -> None:
     for part in PARTS.values():
         configs = [run_config(part, arm, 1, FOLDER) for arm in part.arms]
         assert len({repr(config) for config in configs}) == len(configs), part.name
+
+
+def test_parts_travel_to_other_processes() -> None:
+    """A job that cannot be pickled makes the pool of processes wait for ever."""
+    assert pickle.loads(pickle.dumps(PARTS)) == PARTS
 
 
 def test_arms_may_name_networks_of_their_seed() -> None:

@@ -164,9 +164,12 @@ def section(environment: jinja2.Environment, part: Part, view: View | None) -> d
 def functions(view: View) -> dict[str, Any]:
     """What a part's own text takes its numbers from."""
 
-    def better(policy: str, other: str, metric: str) -> str:
+    def wins(policy: str, other: str, metric: str) -> str:
         found = view.compare(policy, other, metric)
-        return f"{found.better} of {found.seeds} seeds"
+        return f"{found.better} of {found.seeds}"
+
+    def better(policy: str, other: str, metric: str) -> str:
+        return f"{wins(policy, other, metric)} seeds"
 
     def jointly(policy: str, other: str, *metrics: str) -> str:
         return f"{view.jointly(policy, other, metrics)} of {len(view.results.seeds)} seeds"
@@ -174,6 +177,7 @@ def functions(view: View) -> dict[str, Any]:
     return {
         "better": better,
         "jointly": jointly,
+        "wins": wins,
         "value": lambda policy, metric: interval(mean(view.values(policy, metric))),
         "average": lambda policy, metric: number(float(view.values(policy, metric).mean())),
         "difference": lambda policy, other, metric: interval(

@@ -9,6 +9,7 @@ from typing import Any
 from learner.config import merge
 from learner.miniature.study.part import NETWORKS, Changes
 
+LR = 2.4e-4
 METHOD: dict[str, Any] = {
     "iterations": 120,
     "groups_per_iteration": 10,
@@ -22,7 +23,7 @@ METHOD: dict[str, Any] = {
         "guidance": "none",
     },
     "learner": {
-        "lr": 2.4e-4,
+        "lr": LR,
         "betas": [0.9, 0.95],
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
@@ -105,17 +106,16 @@ TWO_SPACES: dict[str, Any] = {
 """Joint LOO-FID in the features of a classifier and in those of an autoencoder, which keep variety
 that a classifier's lose; instance rewards at half their weights."""
 BY_GROUP: Changes = {"clip": {"weight": 3.0}, "hps": {"weight": 1.5}}
-"""Stronger instance rewards beside LOO-FID in two spaces."""
+"""Instance rewards of the default, beside LOO-FID in two spaces."""
 BY_BATCH: Changes = {
     "clip": {"weight": 9.0, "normalise": "batch"},
     "hps": {"weight": 4.5, "normalise": "batch"},
 }
-"""Instance rewards of the default, beside LOO-FID in two spaces. Divided by the standard deviation
-of the batch, they leave alone the groups whose images are good already; by the group's, these are
-made alike."""
+"""Larger ones, divided by the standard deviation of the batch: groups whose images are all good
+then have small advantages."""
 
 
-def with_real(*, weight: float = 4.0, lr: float = 4.8e-4, **rewards: Any) -> dict[str, Any]:
+def with_real(*, weight: float = 1.0, lr: float = LR, **rewards: Any) -> dict[str, Any]:
     """The same with cross-entropy on real images' tokens, which keeps variety that no space of the
     rewards sees. The default's method today.
 
@@ -130,7 +130,10 @@ def with_real(*, weight: float = 4.0, lr: float = 4.8e-4, **rewards: Any) -> dic
     }
 
 
-def supervised(*, lr: float = 4.8e-4) -> dict[str, Any]:
+LARGER_WEIGHTS = with_real(weight=4.0, lr=2 * LR, **BY_BATCH)
+
+
+def supervised(*, lr: float = LR) -> dict[str, Any]:
     """No reward: as many real images as others are sampled. What training on does without RL."""
     return {
         "rewards": merge(INSTANCE_OFF, LOO_FID_OFF),

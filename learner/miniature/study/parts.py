@@ -9,12 +9,13 @@ from learner.config import merge
 from learner.miniature.study import names
 from learner.miniature.study.ablations import ABLATIONS
 from learner.miniature.study.method import (
-    BY_BATCH,
     BY_GROUP,
     ENTROPY,
     INSTANCE_OFF,
     JOINT,
+    LARGER_WEIGHTS,
     LOO_FID_OFF,
+    LR,
     METHOD,
     TWO_SPACES,
     supervised,
@@ -85,7 +86,8 @@ LLAMAGEN = Part(
     arms=(
         *ONE_AT_A_TIME,
         two_spaces(),
-        *of_real_images(with_real(**BY_BATCH), alone=guided(2, policy=names.SUPERVISED)),
+        *of_real_images(with_real(**BY_GROUP), alone=guided(2, policy=names.SUPERVISED)),
+        Arm(name=names.LARGER_WEIGHTS, changes=LARGER_WEIGHTS),
     ),
     on_request=FURTHER_ARMS,
     seconds=45,
@@ -93,6 +95,7 @@ LLAMAGEN = Part(
 OF_VQGAN = merge(
     with_real(
         weight=3.0,
+        lr=2 * LR,
         clip={"weight": 4.0, "normalise": "batch"},
         hps={"weight": 2.0, "normalise": "batch"},
         loo_fid={"weight": 4.0},
@@ -144,7 +147,10 @@ CAPTIONS = Part(
     arms=(
         *ONE_AT_A_TIME,
         two_spaces(**OF_CAPTIONS),
-        *of_real_images(with_real(**OF_CAPTIONS), alone=guided(2, policy=names.SUPERVISED)),
+        *of_real_images(
+            with_real(weight=4.0, lr=2 * LR, **OF_CAPTIONS),
+            alone=guided(2, policy=names.SUPERVISED),
+        ),
     ),
     on_request=FURTHER_ARMS,
     seconds=60,
@@ -162,8 +168,6 @@ MNIST = Part(
         Arm(name=BOTH),
         *of_real_images(
             with_real(
-                weight=1.0,
-                lr=METHOD["learner"]["lr"],
                 **BY_GROUP,
                 further={"autoencoder": {"reference": "mnist:train"}},
             ),

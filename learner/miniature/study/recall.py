@@ -7,8 +7,9 @@ from typing import Any
 from learner.config import merge
 from learner.miniature.study import names
 from learner.miniature.study.method import (
-    BY_BATCH,
+    BY_GROUP,
     ENTROPY,
+    LARGER_WEIGHTS,
     METHOD,
     TWO_SPACES,
     further,
@@ -58,7 +59,9 @@ RECALL = Part(
         _arm(f"{names.TWO_SPACES}, half as long", {"rewards": TWO_SPACES}, {"iterations": 60}),
         _arm("joint LOO-FID in three spaces", {"rewards": merge(WITH_CLIP, TWO_SPACES)}),
         _arm("two spaces + real images, same instance rewards", with_real()),
-        _arm(names.WITH_REAL, with_real(**BY_BATCH)),
+        _arm(names.WITH_REAL, with_real(**BY_GROUP)),
+        _arm("two spaces + real images of weight 4", with_real(weight=4.0, **BY_GROUP)),
+        _arm(names.LARGER_WEIGHTS, LARGER_WEIGHTS),
         _arm(names.SUPERVISED, supervised()),
     ),
     seconds=50,

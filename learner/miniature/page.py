@@ -39,6 +39,7 @@ from learner.miniature.study.tables import (
     interval,
     number,
     probability,
+    settings_table,
     table,
     verdict,
 )
@@ -148,6 +149,7 @@ def section(environment: jinja2.Environment, part: Part, view: View | None) -> d
         "seeds": ", ".join(map(str, view.results.seeds)),
         "count": len(view.results.seeds),
         "images": number_of_images(view),
+        "settings": settings_table(view.part),
         "main": table(view, ("fid", "density", "coverage", "precision", "recall", "accuracy",
                              "clip", "entropy")),
         "others": table(view, tuple(f"{space}/{name}" for space in ("second", "clip")

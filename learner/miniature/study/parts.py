@@ -34,7 +34,7 @@ from learner.miniature.study.part import Arm, Changes, Part, guided
 from learner.miniature.study.recall import RECALL
 
 TEST_SEEDS = tuple(range(201, 211))
-"""No setting was chosen by a look at their results."""
+"""Settings are searched on others (from 301 on); the page says where these were looked at."""
 ONE_AT_A_TIME = (
     Arm(name=INSTANCE_ONLY, changes={"rewards": LOO_FID_OFF}),
     Arm(name=LOO_FID_ONLY, changes={"rewards": INSTANCE_OFF}),
@@ -107,7 +107,7 @@ OF_VQGAN = merge(
 VQGAN = Part(
     name="vqgan",
     system="vqgan",
-    question="Is it so of a VQGAN, which has no guidance: against truncated, sharpened sampling?",
+    question="Does a tuned VQGAN beat truncated sampling of its base policy? It has no guidance.",
     seeds=TEST_SEEDS,
     base={
         BASE: {},
@@ -140,7 +140,7 @@ OF_CAPTIONS: dict[str, Any] = {
 CAPTIONS = Part(
     name="captions",
     system="captions",
-    question="Is it so where captions are the conditions, and accuracy is R-precision?",
+    question="Do they rise where captions are the conditions? Accuracy is R-precision.",
     seeds=TEST_SEEDS,
     base={BASE: {}, **guided(1.5, 2, 3)},
     method=merge(METHOD, {"rewards": {"clip": {"weight": 4.5}}}),
@@ -159,7 +159,7 @@ MNIST = Part(
     name="mnist",
     system="mnist",
     images="mnist",
-    question="Is it so at a size that one can look at, MNIST's digits of 28x28 pixels?",
+    question="Do they rise on MNIST's digits of 28x28 pixels, which one can look at?",
     seeds=(401, 402, 403),
     base={BASE: {}, **guided(1.5, 2, 3)},
     method=merge(METHOD, {"iterations": 100, "real": {"source": "mnist:train"}}),

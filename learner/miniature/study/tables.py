@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from cluster.errors import DataError
+from learner.config import merge
 from learner.miniature.study.claims import Claim, pairs_of
 from learner.miniature.study.names import BASE, BEST
 from learner.miniature.study.part import Part
@@ -71,8 +73,7 @@ class View:
         """
         metric = self.name(metric)
         if policy == BEST:
-            candidates = [p for p in self.part.base if p != BASE and p in self.results.policies]
-            found = [self.values(each, metric) for each in candidates or [BASE]]
+            found = [self.values(each, metric) for each in self.part.base if self.has(each)]
             best = np.min if better(metric) == "lower" else np.max
             return np.asarray(best(found, axis=0))
         if policy not in self.results.policies or metric not in self.results.metrics(policy):
@@ -148,6 +149,29 @@ def table(view: View, metrics: Sequence[str]) -> str:
         cells = [interval(mean(view.values(policy, metric))) for metric in there]
         rows.append([policy, *cells])
     return markdown(rows)
+
+
+def settings_table(part: Part) -> str:
+    """Weights of each arm's rewards and of real images, and its learning rate: a row an arm."""
+    rows = [
+        ["arm", "CLIP", "HPSv2", "LOO-FID", "in a second space", "real images", "learning rate"]
+    ]
+    for arm in part.arms:
+        method = merge(part.method, arm.changes)
+        rewards, real = method["rewards"], method["real"]
+        terms = [rewards["clip"], rewards["hps"], rewards["loo_fid"]]
+        second = ", ".join(map(_weight, rewards.get("further", {}).values())) or "-"
+        cells = [*map(_weight, terms), second, _weight(real), f"{method['learner']['lr']:g}"]
+        rows.append([arm.name, *cells])
+    return markdown(rows)
+
+
+def _weight(term: Mapping[str, Any]) -> str:
+    """A weight, with what the reward is divided by, and whether it is joint: "2, batch, joint"."""
+    if not term["weight"]:
+        return "-"
+    said = [f"{term['weight']:g}", term.get("normalise", ""), "joint" * bool(term.get("joint"))]
+    return ", ".join(filter(None, said))
 
 
 def comparison_table(view: View) -> str:

@@ -93,7 +93,9 @@ def random_run(
         if "evaluation" in values:  # else the miniature's, which fits
             values |= _small_judge(values, folder, side)
         if "real" in values:  # images of the reduced size
-            values["real"]["source"] = "digits:train"
+            captioned = isinstance(policy, LlamaGenConfig) and policy.caption_dim
+            source = str(_real_tokens(folder, policy)) if captioned else "digits:train"
+            values["real"]["source"] = source
         if values.get("conditions", {}).get("names") == IMAGENET:  # too long for the small scorers
             short = {"names": [str(index) for index in range(1000)], "template": "{}"}
             values["conditions"] |= short
@@ -155,6 +157,14 @@ def _smaller(
     if to.pixels_per_token:
         shape |= {"multipliers": (1,) * to.pixels_per_token}
     return dataclasses.replace(policy, **changes), dataclasses.replace(tokenizer, **shape)
+
+
+def _real_tokens(folder: Path, policy: LlamaGenConfig | TamingConfig) -> Path:
+    """Tokens of as many images as there are captions."""
+    tokens = np.arange(len(CAPTIONS) * policy.grid**2) % policy.vocab_size
+    file = folder / "real.npz"
+    np.savez(file, tokens=tokens.reshape(len(CAPTIONS), -1), captions=CAPTIONS)
+    return file
 
 
 def _captions(folder: Path, policy: LlamaGenConfig) -> Path:

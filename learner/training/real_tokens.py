@@ -154,7 +154,6 @@ def _load(
     if presumed_kind(locate(source)) is FileKind.PARQUET:
         return _from_parquet(source, captioned=captioned)
     name = CAPTIONS if captioned else CLASSES
-    found: dict[str, np.ndarray] = {}
     try:
         with np.load(locate(source), allow_pickle=False) as file:
             found = {key: file[key] for key in (TOKENS, name) if key in file}
@@ -162,13 +161,15 @@ def _load(
         raise _unreadable(source, error) from error
     if captioned and name not in found:
         raise DataError(f"real tokens {source}: expected {name} of its images, found none")
-    if TOKENS in found and name in found:
-        tokens = _integers(source, TOKENS, found[TOKENS])
+    ready = TOKENS in found and name in found
+    tokens = (
+        _integers(source, TOKENS, found[TOKENS])
+        if ready
+        else _encoded(load_images(source), policy, tokenizer)
+    )
+    if ready or captioned:
         return tokens, _labels(source, name, found[name], captioned=captioned)
-    images = _encoded(load_images(source), policy, tokenizer)
-    if captioned:
-        return images, _labels(source, name, found[name], captioned=True)
-    return images, load_labels(source)
+    return tokens, load_labels(source)
 
 
 def _from_parquet(source: str, *, captioned: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -107,12 +107,6 @@ TWO_SPACES: dict[str, Any] = {
 that a classifier's lose; instance rewards at half their weights."""
 BY_GROUP: Changes = {"clip": {"weight": 3.0}, "hps": {"weight": 1.5}}
 """Instance rewards of the default, beside LOO-FID in two spaces."""
-BY_BATCH: Changes = {
-    "clip": {"weight": 9.0, "normalise": "batch"},
-    "hps": {"weight": 4.5, "normalise": "batch"},
-}
-"""Larger ones, divided by the standard deviation of the batch: groups whose images are all good
-then have small advantages."""
 
 
 def with_real(*, weight: float = 1.0, lr: float = LR, **rewards: Any) -> dict[str, Any]:
@@ -130,7 +124,14 @@ def with_real(*, weight: float = 1.0, lr: float = LR, **rewards: Any) -> dict[st
     }
 
 
-LARGER_WEIGHTS = with_real(weight=4.0, lr=2 * LR, **BY_BATCH)
+LARGER_WEIGHTS = with_real(
+    weight=4.0,
+    lr=2 * LR,
+    clip={"weight": 9.0, "normalise": "batch"},
+    hps={"weight": 4.5, "normalise": "batch"},
+)
+"""Divided by the standard deviation of the batch, instance rewards give groups whose images are all
+good small advantages."""
 
 
 def supervised(*, lr: float = LR) -> dict[str, Any]:

@@ -225,9 +225,9 @@ PAIRS = (
 
 
 def pairs_of(part: str, arms: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Policies that a part compares; of ablations and of recall each with the usual settings."""
+    """Policies to compare; of ablations each with the usual settings, of recall with CFG 2."""
     if part == "ablations":
         return tuple((arm, BOTH) for arm in arms if arm != BOTH)
     if part == "recall":
-        return tuple((arm, BEST) for arm in arms)
+        return tuple((arm, f"{BASE}, CFG 2") for arm in arms)
     return PAIRS

@@ -1,4 +1,5 @@
-"""The part `recall`: settings that were tried so that recall is not lost, on validation seeds."""
+"""The part `recall`: settings that were tried so that recall is not lost, on validation seeds; the
+part `llamagen` has others, on the test seeds."""
 
 from __future__ import annotations
 
@@ -8,12 +9,9 @@ from learner.config import merge
 from learner.miniature.study import names
 from learner.miniature.study.method import (
     BY_GROUP,
-    ENTROPY,
-    LARGER_WEIGHTS,
     METHOD,
     TWO_SPACES,
     further,
-    supervised,
     with_real,
 )
 from learner.miniature.study.part import NETWORKS, Arm, Changes, Part, guided
@@ -45,7 +43,6 @@ RECALL = Part(
     arms=(
         _arm(names.BOTH),
         _arm("both, twice as long", {"iterations": 240, "learner": {"lr": 1.2e-4}}),
-        _arm(names.WITH_ENTROPY, {"entropy": ENTROPY}),
         _arm(names.WITH_JOINT, {"rewards": {"loo_fid": {"joint": True}}}),
         _arm("half of instance + joint", _joint()),
         _arm("half of instance + joint, longer window", _joint(decay=0.8)),
@@ -61,8 +58,6 @@ RECALL = Part(
         _arm("two spaces + real images, same instance rewards", with_real()),
         _arm(names.WITH_REAL, with_real(**BY_GROUP)),
         _arm("two spaces + real images of weight 4", with_real(weight=4.0, **BY_GROUP)),
-        _arm(names.LARGER_WEIGHTS, LARGER_WEIGHTS),
-        _arm(names.SUPERVISED, supervised()),
     ),
     seconds=50,
 )

@@ -54,7 +54,7 @@ PUBLIC_CODE: Changes = {
     },
     "entropy": {"controller": "paper", "target": 0.78},
 }
-"""The preset paper-llamagen-l-256, but for networks, data, batch and precision."""
+"""The preset paper-llamagen-l-256, but for networks, data, batch, precision and learning rate."""
 MENDED: Changes = merge(
     PUBLIC_CODE,
     {
@@ -66,7 +66,6 @@ MENDED: Changes = merge(
 )
 """paper-fixed likewise. Its window of 20,000 images is 10 a dimension of Inception's features: 640
 of the 64 here."""
-LITERAL_LR: Changes = {"learner": {"lr": 1e-5}}
 
 
 ABLATIONS = Part(
@@ -92,8 +91,6 @@ ABLATIONS = Part(
         Arm(name="4 iterations ahead", changes={"max_staleness": 4}),
         Arm(name="public code", changes=PUBLIC_CODE),
         Arm(name="public code mended", changes=MENDED),
-        Arm(name="public code, its lr", changes=merge(PUBLIC_CODE, LITERAL_LR)),
-        Arm(name="public code mended, its lr", changes=merge(MENDED, LITERAL_LR)),
     ),
     seconds=50,
 )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cluster.errors import DataError
-from learner.config import merge
 from learner.miniature.study.claims import Claim, pairs_of
 from learner.miniature.study.names import BASE, BEST
 from learner.miniature.study.part import Part
 from learner.miniature.study.results import Results
+from learner.miniature.study.runs import run_config
 from learner.miniature.study.statistics import Mean, Paired, corrected, mean, paired
 from rewards.metrics.figures import better
 
@@ -152,26 +153,28 @@ def table(view: View, metrics: Sequence[str]) -> str:
 
 
 def settings_table(part: Part) -> str:
-    """Weights of each arm's rewards and of real images, and its learning rate: a row an arm."""
+    """Weights of each arm's rewards and of real images, its entropy controller and its learning
+    rate: a row an arm."""
     rows = [
-        ["arm", "CLIP", "HPSv2", "LOO-FID", "in a second space", "real images", "learning rate"]
-    ]
+        ["arm", "CLIP", "HPSv2", "LOO-FID", "in further spaces", "real images", "entropy",
+         "learning rate"]
+    ]  # fmt: skip
     for arm in part.arms:
-        method = merge(part.method, arm.changes)
-        rewards, real = method["rewards"], method["real"]
-        terms = [rewards["clip"], rewards["hps"], rewards["loo_fid"]]
-        second = ", ".join(map(_weight, rewards.get("further", {}).values())) or "-"
-        cells = [*map(_weight, terms), second, _weight(real), f"{method['learner']['lr']:g}"]
-        rows.append([arm.name, *cells])
+        run = run_config(part, arm, 0, Path("networks"))
+        instance = [_weight(term) for term in (run.rewards.clip, run.rewards.hps)]
+        further = "; ".join(map(_weight, run.rewards.further.values())) or "-"
+        entropy = "-" if run.entropy.controller == "none" else run.entropy.controller
+        cells = [*instance, _weight(run.rewards.loo_fid), further, _weight(run.real), entropy]
+        rows.append([arm.name, *cells, f"{run.learner.lr:g}"])
     return markdown(rows)
 
 
-def _weight(term: Mapping[str, Any]) -> str:
+def _weight(term: Any) -> str:
     """A weight, with what the reward is divided by, and whether it is joint: "2, batch, joint"."""
-    if not term["weight"]:
+    if not (term.weight and getattr(term, "enabled", True)):
         return "-"
-    said = [f"{term['weight']:g}", term.get("normalise", ""), "joint" * bool(term.get("joint"))]
-    return ", ".join(filter(None, said))
+    joint = "joint" * getattr(term, "joint", False)
+    return ", ".join(filter(None, [f"{term.weight:g}", getattr(term, "normalise", ""), joint]))
 
 
 def comparison_table(view: View) -> str:

@@ -10,6 +10,7 @@ from cluster.io.files import replacing, writing
 from learner.miniature.study.names import BASE
 from learner.miniature.study.statistics import mean
 from learner.miniature.study.tables import COMPARED, View, with_arrow
+from rewards.metrics.figures import better
 
 SHOWN = (*(metric for metric in COMPARED if metric != "clip/coverage"), "clip", "entropy")
 COLUMNS = 4
@@ -17,8 +18,10 @@ HEIGHT, WIDTH = 0.19, 2.6  # inches, of a policy's row and of a panel
 
 
 def draw(view: View, path: Path) -> None:
-    """Points are seeds; diamonds, means with 95 % intervals. The base policy is grey."""
+    """Points are seeds; diamonds, means with 95 % intervals. The base policy is grey, and FIDs have
+    a logarithmic axis."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     metrics = [view.name(metric) for metric in SHOWN]
     metrics = [metric for metric in metrics if metric in view.results.metrics(BASE)]
@@ -38,6 +41,11 @@ def draw(view: View, path: Path) -> None:
         axes.set_yticks(
             range(len(policies)), policies if index % COLUMNS == 0 else [""] * len(policies)
         )
+        if better(metric) == "lower":  # instance rewards alone may have twenty times the others'
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(labelsize=7)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)

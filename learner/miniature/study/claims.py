@@ -13,6 +13,7 @@ from learner.miniature.study.names import (
     JOINT_ONLY,
     LARGER_WEIGHTS,
     LOO_FID_ONLY,
+    MORE_REAL,
     SUPERVISED,
     TRUNCATED,
     TWO_SPACES,
@@ -173,6 +174,7 @@ OF_LLAMAGEN = (
     *UNGUIDED,
     *of_real_images(WITH_REAL, "CFG 2"),
     goal(WITH_REAL, "CFG 2"),
+    goal(MORE_REAL, "CFG 2"),
 )
 SETTINGS = (
     Claim(
@@ -214,6 +216,8 @@ PAIRS = (
     (WITH_REAL, BASE),
     (WITH_REAL, TWO_SPACES),
     (WITH_REAL, LARGER_WEIGHTS),
+    (MORE_REAL, f"{BASE}, CFG 2"),
+    (MORE_REAL, WITH_REAL),
     (WITH_REAL, SUPERVISED),
     (WITH_REAL, f"{SUPERVISED}, CFG 2"),
     (TRUNCATED, BEST),

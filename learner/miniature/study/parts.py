@@ -87,6 +87,7 @@ LLAMAGEN = Part(
         *ONE_AT_A_TIME,
         two_spaces(),
         *of_real_images(with_real(**BY_GROUP), alone=guided(2, policy=names.SUPERVISED)),
+        Arm(name=names.MORE_REAL, changes=with_real(weight=4.0, **BY_GROUP)),
         Arm(name=names.LARGER_WEIGHTS, changes=LARGER_WEIGHTS),
     ),
     on_request=FURTHER_ARMS,

@@ -49,7 +49,7 @@ RECALL = Part(
         _arm(f"{names.TWO_SPACES}, half as long", {"rewards": TWO_SPACES}, {"iterations": 60}),
         _arm("joint LOO-FID in three spaces", {"rewards": merge(WITH_CLIP, TWO_SPACES)}),
         _arm(names.WITH_REAL, with_real(**BY_GROUP)),
-        _arm("two spaces + real images of weight 4", with_real(weight=4.0, **BY_GROUP)),
+        _arm(names.MORE_REAL, with_real(weight=4.0, **BY_GROUP)),
     ),
     seconds=50,
 )

@@ -122,7 +122,7 @@ def test_the_base_at_its_best_is_the_best_of_each_seed(view: View) -> None:
 
 def test_comparisons_are_corrected_together(view: View) -> None:
     found = view.comparisons
-    assert len(found) == 18 * 11
+    assert len(found) == 20 * 11
     smallest = min(found.values(), key=lambda each: each.p_value)
     assert smallest.p_holm == pytest.approx(min(1, smallest.p_value * len(found)))
 

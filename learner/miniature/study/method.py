@@ -124,6 +124,7 @@ def with_real(*, weight: float = 1.0, lr: float = LR, **rewards: Any) -> dict[st
     }
 
 
+MORE_REAL = with_real(weight=4.0, **BY_GROUP)
 LARGER_WEIGHTS = with_real(
     weight=4.0,
     lr=2 * LR,

@@ -10,6 +10,7 @@ from learner.miniature.study import names
 from learner.miniature.study.method import (
     BY_GROUP,
     METHOD,
+    MORE_REAL,
     TWO_SPACES,
     further,
     with_real,
@@ -49,7 +50,7 @@ RECALL = Part(
         _arm(f"{names.TWO_SPACES}, half as long", {"rewards": TWO_SPACES}, {"iterations": 60}),
         _arm("joint LOO-FID in three spaces", {"rewards": merge(WITH_CLIP, TWO_SPACES)}),
         _arm(names.WITH_REAL, with_real(**BY_GROUP)),
-        _arm(names.MORE_REAL, with_real(weight=4.0, **BY_GROUP)),
+        _arm(names.MORE_REAL, MORE_REAL),
     ),
     seconds=50,
 )

@@ -206,7 +206,7 @@ class Verdict:
 
     claim: Claim
     holds: bool
-    """In each figure the policy is better in nine of ten seeds, and in most of fewer than ten."""
+    """In each figure the policy is better in nine of ten seeds, and in all of fewer than ten."""
     text: str
 
 
